@@ -1,0 +1,40 @@
+# `make demo` trains the default Swin-MoE on 2 MPI ranks; `make test` runs the tests. Both set up .venv first.
+
+PYTHON ?= python3
+RANKS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+
+.PHONY: setup demo test test-full lint clean
+
+setup: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/python -m launcher -n $(RANKS) -- -m swin_moe.train configs/debug/digits_swin_moe.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest -q --full
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+# An installation that was interrupted is thrown away and redone. torch comes first and alone, so that no other package
+# chooses its build.
+$(INSTALLED): requirements.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+		sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % v)'
+	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(UNFINISHED)
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@rm $(UNFINISHED) && touch $@

@@ -1,0 +1,157 @@
+"""One training step and one inference step against timm, in one process, interleaved.
+
+    python benchmarks/train_step.py [--batch 8] [--rounds 7] [--threads 1] [--device auto] [--precision fp32] [--only swin_tiny]
+
+Swin-T and SwinV2-T against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks, against
+a timm SwinTransformerV2 of the same width, depths, size and window: ratio of active multiply-accumulates per second.
+A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that ours is
+faster. Ratios are medians of per-round ratios, so that a busy machine disturbs both sides alike.
+"""
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import swin_moe
+from swin_moe.data.torchvision_compat import import_torchvision
+from swin_moe.engine.precision import autocast
+
+MOE = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"
+DENSE_TWIN = "swin_moe_small_patch4_window12_192_densebaseline_22k"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two networks to compare; macs are the active multiply-accumulates of one image of (ours, theirs)."""
+
+    name: str
+    size: int
+    ours: Callable[[], nn.Module]
+    theirs: Callable[[], nn.Module]
+    macs: Callable[[], tuple[float, float]] = lambda: (1.0, 1.0)
+
+
+def timm_model(name: str) -> nn.Module:
+    """Returns a timm network with random weights."""
+    import_torchvision()
+    import timm
+
+    return timm.create_model(name, pretrained=False)
+
+
+def timm_twin() -> nn.Module:
+    """Returns timm's SwinV2 with Swin-MoE-S's dimensions."""
+    import_torchvision()
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    return SwinTransformerV2(
+        img_size=192, window_size=12, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
+
+
+PAIRS = (
+    Pair("swin_tiny", 224, lambda: swin_moe.create_model("swin_tiny_patch4_window7_224"),
+         lambda: timm_model("swin_tiny_patch4_window7_224")),
+    Pair("swinv2_tiny", 256, lambda: swin_moe.create_model("swinv2_tiny_patch4_window8_256"),
+         lambda: timm_model("swinv2_tiny_window8_256")),
+    Pair("swin_moe_small", 192, lambda: swin_moe.create_model(MOE, num_classes=1000), timm_twin,
+         lambda: (active_macs(MOE), active_macs(DENSE_TWIN))),
+)
+
+
+def active_macs(name: str) -> float:
+    """Returns the multiply-accumulates that one image really costs; counted on meta."""
+    with torch.device("meta"):
+        return swin_moe.create_model(name, num_classes=1000).active_flops()
+
+
+class Side:
+    """One network with its optimizer and batch."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, precision: str):
+        self.model, self.images, self.precision = model.to(images.device), images, precision
+        self.target = torch.arange(len(images), device=images.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def train(self) -> None:
+        """Takes one training step."""
+        self.model.train()
+        with autocast(self.precision, self.images.device):
+            output = self.model(self.images)
+        logits, aux = output if isinstance(output, tuple) else (output, 0.0)
+        (F.cross_entropy(logits.float(), self.target) + aux).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        """Takes one inference step."""
+        self.model.eval()
+        with autocast(self.precision, self.images.device):
+            self.model(self.images)
+
+
+def timed(call: Callable[[], None], device: torch.device) -> float:
+    """Returns the seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> None:
+    """Prints the table rows of one pair."""
+    images = torch.randn(options.batch, 3, pair.size, pair.size, device=device)
+    sides = [Side(pair.ours(), images, options.precision), Side(pair.theirs(), images, options.precision)]
+    scale = pair.macs()[0] / pair.macs()[1]
+    for mode in ("infer", "train"):
+        for side in sides:  # warm-up: allocator, caches, oneDNN primitives
+            for _ in range(3 if device.type == "cuda" else 1):
+                getattr(side, mode)()
+        times = [[], []]
+        for round_index in range(options.rounds):
+            for which in (0, 1) if round_index % 2 else (1, 0):
+                times[which].append(timed(getattr(sides[which], mode), device))
+        ratio = statistics.median(scale * b / a for a, b in zip(*times))
+        medians = [statistics.median(t) for t in times]
+        unit = "" if scale == 1 else f" per active MAC (MACs x{scale:.3f})"
+        print(f"| {pair.name} | {mode} | {options.precision} | {1e3 * medians[0]:.1f} | {1e3 * medians[1]:.1f} "
+              f"| {ratio:.3f}{unit} |", flush=True)
+    del sides
+    gc.collect()
+
+
+def main() -> None:
+    """Prints a markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8, help="images")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--only", default="", help="name of one pair")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    cuda = torch.cuda.is_available() and options.device != "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
+    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {options.threads} thread(s)"
+    print(f"batch {options.batch}, {options.rounds} interleaved rounds, {machine}, torch {torch.__version__}\n")
+    print("| network | step | precision | ours ms | timm ms | ours / timm speed |\n|---|---|---|---|---|---|")
+    for pair in PAIRS:
+        if options.only in ("", pair.name):
+            compare(pair, options, device)
+
+
+if __name__ == "__main__":
+    main()

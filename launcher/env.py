@@ -1,0 +1,137 @@
+"""What a rank knows about its world, and how each launcher spells it in the environment. Pure parsing, no side effects
+except `export`."""
+
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Kind = Literal["ready", "mpi", "slurm", "single"]
+
+# Written by torchrun and by `export`: with all of them set, nothing is left to find out.
+READY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# (rank, world size) as named by: Open MPI, MPICH / Intel MPI (hydra, PMI-1 and PMI-2).
+MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+SLURM = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+# What a rank inherits from mpirun and from `export`; a process that starts a new world must not pass it on.
+_INHERITED = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|MPI_LOCALN?RANK\w*|(PMI|PMIX|OMPI_COMM|HYDI)_\w+"
+)
+_RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
+_HOST = rf"[\w.-]+(?:\[{_RANGES}\][\w.-]*)?"
+_HOST_PARTS = rf"([\w.-]+)(?:\[({_RANGES})\]([\w.-]*))?"
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """The six facts torch.distributed programs read; local_* count ranks on this host."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def detect(environ: Mapping[str, str]) -> Kind:
+    """Returns who started this process.
+
+    "ready" (torchrun, or exported before) wins. MPI comes before Slurm, because mpirun inside a Slurm allocation starts
+    its ranks through srun and so shows both. A Slurm batch script itself has no SLURM_STEP_ID and counts as single.
+    """
+    if all(environ.get(name) for name in READY):
+        return "ready"
+    if any(rank in environ and size in environ for rank, size in MPI):
+        return "mpi"
+    if all(environ.get(name) for name in SLURM) and environ["SLURM_STEP_ID"].isdigit():
+        return "slurm"
+    return "single"
+
+
+def world_size_of_mpi(environ: Mapping[str, str]) -> int:
+    """Returns the number of ranks that mpirun promised this process."""
+    return next(int(environ[size]) for rank, size in MPI if rank in environ and size in environ)
+
+
+def parse_ready(environ: Mapping[str, str]) -> RankEnv:
+    """Returns the exported facts. Raises ValueError naming the variable that is no number or out of range.
+
+    A missing LOCAL_RANK (only RANK and so on set by hand) is taken as one host.
+    """
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK must be in [0, WORLD_SIZE), got RANK={rank} and WORLD_SIZE={world_size}")
+    local_rank = _number(environ, "LOCAL_RANK", rank)
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
+    port = _number(environ, "MASTER_PORT")
+    return RankEnv(rank, world_size, local_rank, local_world_size, environ["MASTER_ADDR"], port)
+
+
+def parse_slurm(environ: Mapping[str, str]) -> RankEnv:
+    """Returns the facts of an srun task; rank 0 lives on the step's first host, the port follows from the job id.
+
+    Ports 20000-39999: above the usual services, below Linux's ephemeral range for the most part; job and step ids keep
+    two steps on one host apart.
+    """
+    rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+    hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1")
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    local_world_size = expand_tasks(tasks)[_number(environ, "SLURM_NODEID", 0)]
+    job, step = _number(environ, "SLURM_JOB_ID", 0), _number(environ, "SLURM_STEP_ID")
+    master = hosts[0] if len(hosts) > 1 else "127.0.0.1"
+    port = 20000 + (job * 7 + step) % 20000
+    return RankEnv(rank, world_size, _number(environ, "SLURM_LOCALID"), local_world_size, master, port)
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Returns the hosts of a Slurm node list: "a,n[01-03,7]" is a, n01, n02, n03, n7.
+
+    Raises:
+        ValueError: More than one bracket in a name, unclosed brackets, or no ranges in them.
+    """
+    if not re.fullmatch(f"{_HOST}(?:,{_HOST})*", text):
+        raise ValueError(f"cannot read the Slurm node list {text!r}; expected names like n1,n[02-05]")
+    hosts: list[str] = []
+    for prefix, ranges, suffix in re.findall(_HOST_PARTS, text):
+        hosts += [prefix + number + suffix for number in (_expand_ranges(ranges) if ranges else [""])]
+    return hosts
+
+
+def expand_tasks(text: str) -> list[int]:
+    """Returns tasks per node of Slurm's short form: "4(x2),3" is 4, 4, 3."""
+    tasks: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
+        if not match:
+            raise ValueError(f"cannot read the Slurm task counts {text!r}; expected counts like 4(x2),3")
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def export(env: RankEnv, environ: MutableMapping[str, str]) -> None:
+    """Writes the facts under the names torch.distributed reads."""
+    environ.update({name.upper(): str(value) for name, value in asdict(env).items()})
+
+
+def without_world(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment less everything that describes the world this process itself may be a rank of."""
+    return {name: value for name, value in environ.items() if not _INHERITED.fullmatch(name)}
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdigit():
+        raise ValueError(f"environment variable {name} must be a whole number >= 0, got {text!r}")
+    return int(text)
+
+
+def _expand_ranges(ranges: str) -> list[str]:
+    """Returns the zero-padded numbers of "01-03,7"."""
+    names: list[str] = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        names += [str(i).zfill(len(low)) for i in range(int(low), int(high or low) + 1)]
+    return names

@@ -1,0 +1,65 @@
+"""Ties the life of a rank to the processes that started it, so that kill -9 of any of them leaves no orphan.
+
+Two threads of safety: the kernel kills a rank whose parent dies (Linux, PR_SET_PDEATHSIG), and a thread in the rank
+polls the process at the top (`python -m launcher`), which is not the parent of the ranks.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+
+WATCHED = "LAUNCHER_WATCHED_PROCESS"  # "<host id> <pid> <start time>" of the process to die with
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_POLL_SECONDS = 0.5
+
+
+def die_with_parent(parent: int) -> None:
+    """Asks the kernel to kill this process when its parent ends; exits if `parent` is its parent no more."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def announce(environ: MutableMapping[str, str]) -> None:
+    """Writes this process into the environment as the one that ranks must not outlive."""
+    environ[WATCHED] = f"{_host()} {os.getpid()} {_start_time(os.getpid())}"
+
+
+def start_watching(watched: str) -> None:
+    """Starts a thread that ends this process at once when the announced one is gone; does nothing on another host."""
+    host, pid, start_time = watched.split()
+    if host != _host():
+        return
+
+    def watch() -> None:
+        while _start_time(int(pid)) == start_time:
+            time.sleep(_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _host() -> str:
+    """Returns what process ids are relative to: this boot of this machine, in this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return "unknown"
+
+
+def _start_time(pid: int) -> str:
+    """Returns when process `pid` started, in clock ticks since boot, or "gone". A reused pid has another start."""
+    try:
+        # Fields after the parenthesized name: state is the 1st, start time the 20th (proc_pid_stat(5), field 22).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "gone"
+    return "gone" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,22 @@
+"""Training of vision Mixture-of-Experts at scale: the Swin family, on one process or many."""
+
+from typing import Any
+
+from swin_moe.registry import lookup
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that tools which need no torch do not load it.
+_EXPORTS = {
+    "create_model": "swin_moe.models.build:create_model",
+    "build_model": "swin_moe.models.build:build_model",
+    "load_official": "swin_moe.models.official:load_official",
+    "parallelize": "swin_moe.parallel.apply:parallelize",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lookup(_EXPORTS, name, key=name)

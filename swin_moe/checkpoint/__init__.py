@@ -1,0 +1,27 @@
+"""Checkpoints: one format for every layout, engine and number of ranks. docs/checkpoint_format.md specifies it.
+
+Nothing here imports torch before a tensor needs it, so tools run on a laptop and tests of the bytes are quick.
+"""
+
+from swin_moe.checkpoint.directory import find_latest, list_checkpoints, mark_best, read_best
+from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
+from swin_moe.checkpoint.index import Index
+from swin_moe.checkpoint.load import verify
+from swin_moe.checkpoint.manager import CheckpointManager, load, load_newest_valid, save
+from swin_moe.checkpoint.pieces import Piece
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointManager",
+    "CorruptionError",
+    "Index",
+    "Piece",
+    "find_latest",
+    "list_checkpoints",
+    "load",
+    "load_newest_valid",
+    "mark_best",
+    "read_best",
+    "save",
+    "verify",
+]

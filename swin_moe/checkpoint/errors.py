@@ -1,0 +1,18 @@
+"""The errors of checkpoints. Each message is one sentence that names the file, and the tensor where there is one."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read."""
+
+
+class CorruptionError(CheckpointError):
+    """A checkpoint on disk is incomplete or not what was written; an older one may be used instead."""
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error as one sentence; operating-system errors name their path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, CheckpointError | ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

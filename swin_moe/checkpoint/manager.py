@@ -1,0 +1,253 @@
+"""Checkpoints of torch tensors: saves and loads pieces in any layout. torch is imported when first used."""
+
+import dataclasses
+import datetime
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from swin_moe.checkpoint import load as reading
+from swin_moe.checkpoint.communicator import collect, resolve, together
+from swin_moe.checkpoint.directory import find_latest, list_checkpoints
+from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.index import FILE_NAME as INDEX_NAME
+from swin_moe.checkpoint.index import Index
+from swin_moe.checkpoint.pieces import DTYPE_BYTES, Piece, array_to_raw
+from swin_moe.checkpoint.plan import plan_copies
+from swin_moe.checkpoint.save import FILE_SIZE, write_checkpoint
+from swin_moe.checkpoint.shards import ShardReader
+
+T = TypeVar("T")
+# Config entries of layout, host and schedule of I/O: the same state has the same bytes whatever they say. The full
+# config stands in provenance.json. "section" drops all of it, "section.key" one entry.
+_NOT_STATE = (
+    "parallel", "engine", "checkpoint", "log", "debug",
+    "run.name", "run.output", "data.path", "data.workers", "data.micro_batch", "data.eval_batch", "data.cache",
+)  # fmt: skip
+
+
+def save(
+    root: str | Path,
+    step: int,
+    pieces: Iterable[Piece],
+    *,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    group: Any = None,
+    file_size: int = FILE_SIZE,
+    keep: int = 0,
+    best: float | None = None,
+    **options: Any,
+) -> Path:
+    """Returns the path of the published checkpoint; every rank calls it with the pieces it holds.
+
+    Args:
+        root: <run>/checkpoints, on storage that all ranks share.
+        step: Optimizer steps done.
+        pieces: Parameters, and optimizer state as `optim.<state>/<name>`, `master/<name>`, `ema/<name>`.
+        state: JSON of rank 0: seed, samples seen, loss scale, ...
+        config: JSON; entries of layout and host are left out of the index and kept in provenance.json.
+        group: torch process group or Communicator; None = the default group, or one process without one.
+        file_size, keep, best, options: As for write_checkpoint.
+
+    Raises:
+        CheckpointError: On every rank, if any rank failed; names the path or the tensor. Older checkpoints stay.
+    """
+    comm = resolve(group)
+    provenance = {"config": config, "time": _now(), "versions": _versions(), "world_size": comm.size}
+    provenance |= options.pop("provenance", None) or {}
+    return write_checkpoint(
+        root,
+        step,
+        pieces,
+        state=state,
+        config=canonical_config(config),
+        comm=comm,
+        file_size=file_size,
+        keep=keep,
+        best=best,
+        provenance=provenance,
+        to_raw=to_raw,
+        **options,
+    )
+
+
+def canonical_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config without what may differ between layouts and hosts for the same state."""
+    result = {}
+    for section, content in config.items():
+        if section in _NOT_STATE:
+            continue
+        if isinstance(content, dict):
+            content = {key: value for key, value in content.items() if f"{section}.{key}" not in _NOT_STATE}
+        result[section] = content
+    return result
+
+
+def load(
+    path: str | Path, wanted: Iterable[Piece], *, verify: bool = True, convert: bool = False, exact: bool = False
+) -> Index:
+    """Returns the index (step, state, config) after filling the tensors of the wanted pieces in place.
+
+    Any layout loads any checkpoint: each piece is filled from the stored chunks it overlaps. No rank talks to another.
+
+    Args:
+        wanted: Pieces whose tensors, on any device and of any strides, receive the data.
+        verify: Compare every block that is read with its digest.
+        convert: Allow a float dtype other than the stored one; else it is an error.
+        exact: The checkpoint may hold no tensor beside the wanted ones, so that nothing of it is dropped silently.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape or dtype, or is left over; no tensor was changed then.
+        CorruptionError: What is read is not what was written; names file, tensor and expert. Some may be filled.
+    """
+    index = Index.read(path)
+    wanted = list(wanted)
+    copies = plan_copies(index, wanted, convert=convert)
+    left = sorted(index.tensors.keys() - {piece.name for piece in wanted}) if exact else []
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise CheckpointError(f"{index.path}: holds tensors this run has no place for: {', '.join(left[:3])}{more}")
+    with ShardReader(index, verify=verify) as reader:
+        for piece, reads in reading.in_file_order(wanted, copies):
+            _fill_tensor(reader, piece, reads, index.tensors[piece.name].dtype)
+    return index
+
+
+def load_newest_valid(
+    root: str | Path, loader: Callable[[Path], T], *, group: Any = None, **options: Any
+) -> tuple[Path, T] | None:
+    """Returns the newest checkpoint that `loader` loads on every rank, and its result; see load.load_newest_valid."""
+    return reading.load_newest_valid(root, loader, comm=resolve(group), **options)
+
+
+class CheckpointManager:
+    """The checkpoints of one run: saving with retention, resuming with fallback, weights for evaluation."""
+
+    def __init__(self, root: str | Path, *, group: Any = None, keep: int = 0, file_size: int = FILE_SIZE) -> None:
+        self.root = Path(root)
+        self._group, self._keep, self._file_size = group, keep, file_size
+
+    def latest(self) -> Path | None:
+        """Returns the newest complete checkpoint of the run, or None; for this rank alone."""
+        return find_latest(self.root)
+
+    def save(
+        self, step: int, pieces: Iterable[Piece], *, state: dict[str, Any], config: Any, best: float | None = None
+    ) -> Path:
+        """Returns the published checkpoint; see save. `config` is a dict or a dataclass of options."""
+        if dataclasses.is_dataclass(config):
+            config = dataclasses.asdict(config)
+        options = {"group": self._group, "file_size": self._file_size, "keep": self._keep, "best": best}
+        return save(self.root, step, pieces, state=state, config=config, **options)
+
+    def resume(self, pieces: Iterable[Piece], *, source: str = "") -> dict[str, Any] | None:
+        """Returns the state of the checkpoint that `pieces` were filled from; None if the run has no checkpoint yet.
+
+        Args:
+            source: Where a run that has no checkpoint of its own begins: a checkpoint, or a run directory for its newest
+                one; "" = from the start. A run's own come first, or starting the same command again would lose progress.
+                A corrupt newest one is reported and the one before it used; one that is named itself has no substitute.
+
+        Raises:
+            CheckpointError: On every rank: `source` is no checkpoint, does not fit `pieces`, or nothing valid is left.
+        """
+        pieces = list(pieces)
+        found = self._load("", lambda path: load(path, pieces, exact=True))
+        if found is None and source:
+            found = self._load(source, lambda path: load(path, pieces, exact=True))
+        return None if found is None else found[1].state
+
+    def load_parameters(self, pieces: Iterable[Piece], *, source: str = "") -> str:
+        """Returns what was loaded, as text, after filling parameters; averaged ones (`ema/<name>`) come first.
+
+        Raises:
+            CheckpointError: On every rank, as for `resume`, or the run has no checkpoint.
+        """
+        pieces = list(pieces)
+
+        def fill_parameters(path: Path) -> str:
+            stored = Index.read(path).tensors
+            averaged = [piece.name for piece in pieces if f"ema/{piece.name}" in stored]
+            wanted = [dataclasses.replace(p, name=f"ema/{p.name}") if p.name in averaged else p for p in pieces]
+            index = load(path, wanted, convert=True)
+            return f"{path} (step {index.step}, {len(averaged)} of {len(pieces)} parameters averaged)"
+
+        found = self._load(source, fill_parameters)
+        if found is None:
+            raise CheckpointError(f"{self.root}: holds no checkpoint; train first, or set checkpoint.load=PATH")
+        return found[1]
+
+    def _load(self, source: str, loader: Callable[[Path], T]) -> tuple[Path, T] | None:
+        if not source:
+            return load_newest_valid(self.root, loader, group=self._group)
+        path, comm = Path(source), resolve(self._group)
+        kind = collect(comm, lambda: _kind_of(path) if comm.rank == 0 else "")[0]
+        if kind == "checkpoint":
+            return path, together(comm, lambda: loader(path))
+        return load_newest_valid(path / kind, loader, group=comm)
+
+
+def _kind_of(path: Path) -> str:
+    """Returns "checkpoint", or where below a run directory its checkpoints are: "checkpoints" or "." """
+    if (path / INDEX_NAME).exists():
+        return "checkpoint"
+    for below in ("checkpoints", "."):
+        if list_checkpoints(path / below):
+            return below
+    raise CheckpointError(f"checkpoint.load={path}: is neither a checkpoint (no {INDEX_NAME}) nor a run that holds one")
+
+
+def to_raw(tensor: Any) -> np.ndarray:
+    """Returns a torch tensor or numpy array as integers of its element size; a CPU tensor shares its memory."""
+    if isinstance(tensor, np.ndarray):
+        return array_to_raw(tensor)
+    import torch
+
+    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().cpu().resolve_conj().view(raw).numpy()
+
+
+def _fill_tensor(reader: ShardReader, piece: Piece, reads: list, stored_dtype: str) -> None:
+    """Fills a piece's tensor, through a host tensor of the stored dtype where it cannot be filled directly."""
+    tensor = piece.tensor
+    if isinstance(tensor, np.ndarray) and stored_dtype == piece.dtype:
+        reading.fill(reader, piece, array_to_raw(tensor), reads)
+        return
+    import torch
+
+    if isinstance(tensor, np.ndarray):
+        tensor = torch.from_numpy(tensor)
+    if stored_dtype == piece.dtype and tensor.device.type == "cpu":
+        reading.fill(reader, piece, to_raw(tensor), reads)
+        return
+    host = torch.empty(piece.chunk.size, dtype=_torch_dtype(stored_dtype))
+    reading.fill(reader, piece, to_raw(host), reads)
+    with torch.no_grad():
+        tensor.copy_(host)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    table = {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip
+    assert table.keys() == DTYPE_BYTES.keys()
+    return table[name]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}

@@ -1,0 +1,227 @@
+"""Writing a checkpoint: the same bytes from any number of ranks, published in one rename. Imports no torch."""
+
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swin_moe.checkpoint.communicator import Communicator, SingleProcess, collect, together
+from swin_moe.checkpoint.digest import DEFAULT, HEX_DIGITS, block_digests
+from swin_moe.checkpoint.directory import (
+    Report,
+    create_staging,
+    mark_best,
+    publish,
+    retire_old,
+    staging_path,
+    step_path,
+)
+from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.index import FILE_NAME, Index, StoredTensor
+from swin_moe.checkpoint.pieces import Piece, array_to_raw
+from swin_moe.checkpoint.plan import FilePlan, Share, Spec, assign_shares, merge_specs, plan_files, split_evenly
+from swin_moe.checkpoint.sealed_json import check_json, seal, write_durably
+from swin_moe.checkpoint.shards import ShardWriter, create_files, open_checked
+
+PROVENANCE = "provenance.json"
+FILE_SIZE = 1 << 30
+_log = logging.getLogger(__name__)
+
+
+def write_checkpoint(
+    root: str | Path,
+    step: int,
+    pieces: Iterable[Piece],
+    *,
+    state: dict[str, Any],
+    config: dict[str, Any],
+    comm: Communicator | None = None,
+    file_size: int = FILE_SIZE,
+    keep: int = 0,
+    best: float | None = None,
+    provenance: dict[str, Any] | None = None,
+    algorithm: str = DEFAULT,
+    to_raw: Callable[[Any], np.ndarray] = array_to_raw,
+    report: Report = _log.warning,
+) -> Path:
+    """Returns the path of the checkpoint, after it is published: complete, durable, digested.
+
+    Every rank calls it with the pieces it holds; together they cover each tensor. A kill at any moment leaves the
+    checkpoints that were there, or these and the new one.
+
+    Args:
+        root: Directory of the run's checkpoints, on storage that all ranks share.
+        state, config: JSON of rank 0; see Index.
+        file_size: Data bytes a file is filled to; the bytes of a checkpoint depend on it.
+        keep: Newest checkpoints that stay; 0 = all.
+        best: The metric, if this is the best checkpoint so far; it then stays until a better one comes.
+        provenance: JSON written beside the index (time, versions, ...); no part of the checkpoint's identity.
+        to_raw: Turns a piece's array into raw integers of its element size, on the CPU, without a copy where it can.
+
+    Raises:
+        CheckpointError: On every rank, if any rank failed; names the path or the tensor. Older checkpoints stay.
+    """
+    root, comm, pieces = Path(root), comm or SingleProcess(), list(pieces)
+
+    def describe() -> tuple[int, list[Spec]]:
+        check_arguments(root, step, state, config, provenance, file_size, keep, algorithm, best)
+        return step, describe_pieces(pieces)
+
+    steps, ranks = zip(*collect(comm, describe))
+    if len(set(steps)) > 1:
+        raise CheckpointError(f"the ranks must save one step together, got steps {sorted(set(steps))}")
+    specs = merge_specs(ranks)
+    shares = assign_shares(specs, ranks)[comm.rank]
+    plan = plan_files(specs, file_size, algorithm)
+    index = Index(step, file_size, plan.tensors, plan.files, state, config, algorithm)
+    final, staging = step_path(root, step), staging_path(root, step)
+    try:
+        on_first(comm, lambda: create_files(create_staging(root, step, plan.num_bytes), plan))
+        together(comm, lambda: write_shares(staging, plan, pieces, shares, to_raw))
+        digests = collect(comm, lambda: digest_share(staging, plan, comm, algorithm))
+        on_first(comm, lambda: finish(staging, final, index, digests, provenance))
+    except BaseException:
+        if comm.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    on_first(comm, lambda: tidy(root, final, step, best, keep, report))
+    return final
+
+
+def on_first(comm: Communicator, phase: Callable[[], object]) -> None:
+    """Runs a phase on rank 0 alone; returns, or raises, on all ranks together."""
+    together(comm, lambda: phase() if comm.rank == 0 else None)
+
+
+def finish(staging: Path, final: Path, index: Index, digests: list, provenance: dict[str, Any] | None) -> None:
+    """Completes the staging directory with its index and publishes it."""
+    index = dataclasses.replace(index, tensors=add_digests(index.tensors, digests))
+    write_durably(staging / FILE_NAME, index.encode())
+    if provenance:
+        write_durably(staging / PROVENANCE, seal(provenance))
+    publish(staging, final)
+
+
+def tidy(root: Path, final: Path, step: int, best: float | None, keep: int, report: Report) -> None:
+    """Marks the best checkpoint and deletes old ones; the new one is safe already."""
+    if best is not None:
+        mark_best(root, step, metric=best)
+    retire_old(root, keep, final, report=report)
+
+
+def check_arguments(
+    root: Path,
+    step: int,
+    state: object,
+    config: object,
+    provenance: object,
+    file_size: int,
+    keep: int,
+    algorithm: str,
+    best: float | None,
+) -> None:
+    """Raises ValueError for an argument that no checkpoint can hold; touches no file."""
+    step_path(root, step)
+    if sys.byteorder != "little":
+        raise ValueError("checkpoints are little-endian; this machine is not")
+    for value, name in ((state, "state"), (config, "config"), (provenance or {}, "provenance")):
+        check_json(value, name)
+        if type(value) is not dict:
+            raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
+    if type(file_size) is not int or file_size <= 0:
+        raise ValueError(f"checkpoint.file_size must be a number of bytes > 0, got {file_size!r}")
+    if type(keep) is not int or keep < 0:
+        raise ValueError(f"checkpoint.keep must be >= 0 (0 = all), got {keep!r}")
+    if algorithm not in HEX_DIGITS:
+        raise ValueError(f"digest {algorithm!r} is unknown; allowed: {', '.join(HEX_DIGITS)}")
+    check_json(best, "best")
+
+
+def describe_pieces(pieces: list[Piece]) -> list[Spec]:
+    """Returns what other ranks must know of these pieces; raises ValueError, naming the tensor, for a bad one."""
+    for piece in pieces:
+        check_name(piece.name)
+        piece.check()
+    return [Spec(p.name, p.shape, p.dtype, p.chunk) for p in pieces]
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a tensor name that an index refuses."""
+    if not 0 < len(name) <= 4096 or not name.isprintable():
+        raise ValueError(f"tensor name {name[:80]!r} must be printable text of 1 to 4096 characters")
+
+
+def write_shares(
+    staging: Path, plan: FilePlan, pieces: list[Piece], shares: list[Share], to_raw: Callable[[Any], np.ndarray]
+) -> None:
+    """Writes this rank's boxes into the created files, and syncs them; one piece is in raw form at a time.
+
+    Raises:
+        CheckpointError: This rank does not see the staging directory that rank 0 made.
+        OSError: With the path that could not be written.
+    """
+    if shares and not staging.is_dir():
+        raise CheckpointError(f"{staging}: is not visible on this rank; checkpoints need storage that all ranks share")
+    held = {}
+    for piece in pieces:
+        held.setdefault((piece.name, piece.chunk), piece)
+    writer = ShardWriter(staging)
+    try:
+        for key, boxes in _by_piece(shares).items():
+            piece = held[key]
+            raw = to_raw(piece.tensor)
+            for box in boxes:
+                for stored in plan.tensors[piece.name].chunks:
+                    part = stored.chunk.overlap(box)
+                    if part is not None:
+                        writer.write(stored, part, raw[part.within(piece.chunk)])
+    except BaseException:
+        writer.close(sync=False)
+        raise
+    writer.close()
+
+
+def _by_piece(shares: list[Share]) -> dict[tuple, list]:
+    groups: dict[tuple, list] = {}
+    for share in shares:
+        groups.setdefault((share.name, share.piece), []).append(share.box)
+    return groups
+
+
+def digest_share(
+    staging: Path, plan: FilePlan, comm: Communicator, algorithm: str
+) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Returns (tensor, chunk number, digests) of this rank's part of the chunks, from the bytes read back."""
+    result = []
+    file, fd = "", -1
+    try:
+        for name, i in split_evenly(plan, comm.size)[comm.rank]:
+            stored = plan.tensors[name].chunks[i]
+            if stored.file != file:
+                if fd >= 0:
+                    os.close(fd)
+                file, fd = stored.file, -1
+                fd = open_checked(staging / file, plan.files[file].size)
+            result.append((name, i, tuple(block_digests(fd, stored.begin, stored.end, algorithm, staging / file))))
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return result
+
+
+def add_digests(tensors: dict[str, StoredTensor], digests: list) -> dict[str, StoredTensor]:
+    """Returns the planned tensors with the digests that all ranks found."""
+    known = {(name, i): values for rank in digests for name, i, values in rank}
+    return {
+        name: dataclasses.replace(
+            tensor,
+            chunks=tuple(dataclasses.replace(s, digests=known[name, i]) for i, s in enumerate(tensor.chunks)),
+        )
+        for name, tensor in tensors.items()
+    }

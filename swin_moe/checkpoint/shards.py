@@ -1,0 +1,216 @@
+"""Bytes of shard files: writing boxes into them, reading boxes out of them with the touched blocks verified."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from swin_moe.checkpoint.boxes import row_strides, split_runs, split_slabs
+from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, read_exactly
+from swin_moe.checkpoint.errors import CorruptionError
+from swin_moe.checkpoint.index import Index, StoredChunk
+from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, place_text
+from swin_moe.checkpoint.plan import FilePlan, expected_headers
+from swin_moe.layout import Chunk
+
+SLAB_BYTES = 16 << 20  # read at once; bounds the reader's memory, with one block at each end
+WRITE_BYTES = 64 << 20  # per system call; Linux writes at most 2 GiB in one
+
+
+def create_files(directory: Path, plan: FilePlan) -> None:
+    """Creates every shard file with its header and its final size; the data is written later, by any rank."""
+    for name, file in plan.files.items():
+        path = directory / name
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.ftruncate(fd, file.size)
+            _write_all(fd, memoryview(plan.headers[name]), 0)
+            os.fsync(fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(fd)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done : done + WRITE_BYTES], offset + done)
+
+
+class ShardWriter:
+    """Writes boxes into the created files of a directory; `close` makes them durable.
+
+    Files are opened when first written and closed before other ranks read them back, which network file systems need.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: dict[str, int] = {}
+
+    def write(self, stored: StoredChunk, part: Chunk, raw: np.ndarray) -> None:
+        """Writes `raw`, the elements of the box `part` as raw integers of any strides, into its place in a chunk.
+
+        Raises:
+            OSError: With the path of the file.
+        """
+        if part.numel == 0:
+            return
+        path = self._directory / stored.file
+        try:
+            if stored.file not in self._open:
+                self._open[stored.file] = os.open(path, os.O_WRONLY)
+            fd, item = self._open[stored.file], raw.dtype.itemsize
+            starts, length = split_runs(part, stored.chunk)
+            rows = np.ascontiguousarray(raw).reshape(len(starts), length).view(np.uint8)
+            for start, row in zip(starts.tolist(), rows):
+                _write_all(fd, memoryview(row), stored.begin + start * item)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def close(self, *, sync: bool = True) -> None:
+        """Closes all files, by default only after their bytes are on disk."""
+        while self._open:
+            name, fd = self._open.popitem()
+            try:
+                if sync:
+                    os.fsync(fd)
+            except OSError as error:
+                self.close(sync=False)
+                raise OSError(error.errno, error.strerror, str(self._directory / name)) from error
+            finally:
+                os.close(fd)
+
+
+class ShardReader:
+    """Reads boxes of stored chunks into arrays; memory is bounded by SLAB_BYTES and two blocks."""
+
+    def __init__(self, index: Index, *, verify: bool = True) -> None:
+        self._index, self._verify = index, verify
+        self._files: dict[str, int] = {}
+        self._buffer = np.empty(0, np.uint8)
+        self._window: tuple[StoredChunk | None, int, int] = (None, 0, 0)  # chunk and its bytes now in the buffer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def read(self, name: str, stored: StoredChunk, box: Chunk, destination: np.ndarray) -> None:
+        """Fills `destination` (raw integers, shape box.size, any strides) with the box of a stored chunk.
+
+        Raises:
+            CorruptionError: A block that the box touches is not what was written; names file, tensor and expert.
+        """
+        raw = RAW[DTYPE_BYTES[self._index.tensors[name].dtype]]
+        strides = tuple(s * raw.itemsize for s in row_strides(stored.chunk.size))
+        for slab, first, last in split_slabs(box, stored.chunk, SLAB_BYTES // raw.itemsize):
+            data = self._fetch(name, stored, first * raw.itemsize, last * raw.itemsize)
+            destination[slab.within(box)] = np.ndarray(slab.size, raw, buffer=data, strides=strides)
+
+    def _fetch(self, name: str, stored: StoredChunk, begin: int, end: int) -> np.ndarray:
+        """Returns the bytes [begin, end) of a chunk; valid until the next call."""
+        fd = self._file(stored.file)
+        start, stop = begin, end
+        if self._verify:
+            start = begin // BLOCK_BYTES * BLOCK_BYTES
+            stop = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, stored.end - stored.begin)
+        if len(self._buffer) < stop - start:
+            grown = np.empty(min(SLAB_BYTES + 2 * BLOCK_BYTES, max(stop - start, 2 * len(self._buffer))), np.uint8)
+            grown[: len(self._buffer)] = self._buffer
+            self._buffer = grown
+        kept = 0
+        held, low, high = self._window
+        if self._verify and held is stored and low <= start < high:  # the block two slabs share is read once
+            kept = min(high, stop) - start
+            self._buffer[:kept] = self._buffer[start - low : start - low + kept].copy()
+        self._window = (None, 0, 0)
+        path = self._index.path / stored.file
+        view = memoryview(self._buffer)[: stop - start]
+        read_exactly(fd, view[kept:], stored.begin + start + kept, path)
+        if self._verify:
+            for offset in range(kept, stop - start, BLOCK_BYTES):
+                block = (start + offset) // BLOCK_BYTES
+                if digest(view[offset : offset + BLOCK_BYTES], self._index.algorithm) != stored.digests[block]:
+                    raise CorruptionError(block_error(path, name, stored, block))
+            self._window = (stored, start, stop)
+        return self._buffer[begin - start : end - start]
+
+    def _file(self, name: str) -> int:
+        """Returns the descriptor of a file, opened with its size and header checked."""
+        if name not in self._files:
+            path, file = self._index.path / name, self._index.files[name]
+            fd = open_checked(path, file.size)
+            self._files[name] = fd
+            if self._verify:
+                check_header(fd, path, self._index, name)
+        return self._files[name]
+
+
+def open_checked(path: Path, size: int) -> int:
+    """Returns a descriptor for reading a regular file of exactly `size` bytes.
+
+    Raises:
+        CorruptionError: It is missing, no regular file, of another size, or unreadable.
+    """
+    try:
+        if not path.is_file():
+            raise CorruptionError(f"{path}: is missing")
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CorruptionError(f"{path}: cannot be read ({error.strerror})") from error
+    actual = os.fstat(fd).st_size
+    if actual != size:
+        os.close(fd)
+        raise CorruptionError(f"{path}: has {actual} bytes instead of {size}")
+    return fd
+
+
+def check_header(fd: int, path: Path, index: Index, name: str) -> bytes:
+    """Returns the header of an open file.
+
+    Raises:
+        CorruptionError: It is not the one that was written.
+    """
+    header = bytearray(index.files[name].header)
+    read_exactly(fd, memoryview(header), 0, path)
+    if digest(header, index.algorithm) != index.files[name].digest:
+        raise CorruptionError(f"{path}: its header (the list of its chunks) does not match its digest")
+    return bytes(header)
+
+
+def block_error(path: Path, name: str, stored: StoredChunk, block: int) -> str:
+    """Returns the sentence for a block whose bytes do not match their digest."""
+    begin = stored.begin + block * BLOCK_BYTES
+    end = min(begin + BLOCK_BYTES, stored.end)
+    return f"{path}: {place_text(name, stored.chunk)}: bytes {begin} to {end} do not match their digest"
+
+
+def find_corruption(index: Index) -> list[str]:
+    """Returns one sentence for each thing on disk that is not what was written; empty if all is. Reads every byte."""
+    problems = []
+    headers = expected_headers(index)
+    chunks: dict[str, list[tuple[StoredChunk, str]]] = {file: [] for file in index.files}
+    for name, tensor in index.tensors.items():
+        for stored in tensor.chunks:
+            chunks[stored.file].append((stored, name))
+    for file, content in chunks.items():
+        path = index.path / file
+        fd = -1
+        try:
+            fd = open_checked(path, index.files[file].size)
+            if check_header(fd, path, index, file) != headers[file]:
+                problems.append(f"{path}: its header does not list the chunks that the index has there")
+            for stored, name in sorted(content, key=lambda item: item[0].begin):
+                actual = block_digests(fd, stored.begin, stored.end, index.algorithm, path)
+                wrong = [i for i, (a, b) in enumerate(zip(actual, stored.digests)) if a != b]
+                problems.extend(block_error(path, name, stored, block) for block in wrong)
+        except CorruptionError as error:
+            problems.append(str(error))
+        finally:
+            if fd >= 0:
+                os.close(fd)
+    return problems

@@ -1,0 +1,298 @@
+"""Every option of a run: frozen dataclasses are the schema, with defaults, units and range checks in one place.
+
+YAML files and `key=value` overrides fill them (config_io.py). No field depends on the world size: degrees of parallelism
+are options, the number of ranks is not. Model field names are the argument names of the official constructors
+(microsoft/Swin-Transformer, models/*.py) where one exists.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
+DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
+
+
+def _check(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+
+
+def _check_choices(section: object, prefix: str) -> None:
+    """Raises ValueError for a Literal field whose value is not one of its choices."""
+    for f in fields(section):
+        choices = get_args(f.type) if getattr(f.type, "__origin__", None) is Literal else ()
+        if choices and getattr(section, f.name) not in choices:
+            allowed = "one of " + ", ".join(map(str, choices))
+            _check(False, f"{prefix}.{f.name}", getattr(section, f.name), allowed)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"  # run directory is <output>/<name>
+    output: str = "output"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: DatasetName = "digits"
+    path: str = ""  # folder or zip root; holds train/ and val/ (or train.zip and val.zip)
+    global_batch: int = 128  # images per optimizer step, over all ranks
+    micro_batch: int = 0  # images per rank and forward; 0 = global_batch / ranks, no accumulation
+    eval_batch: int = 0  # images per rank and evaluation forward; 0 = micro_batch
+    drop_last: bool = True  # False: an epoch's last, smaller batch is trained on too
+    workers: int = 0  # loader processes per rank; 0 = load in the training process
+    on_broken: Literal["skip", "fail"] = "fail"  # a broken image is reported with its path either way
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # random-resized-crop area, fraction of the image
+    hflip: float = 0.5
+    color_jitter: float = 0.4  # no effect beside auto_augment, as in timm
+    auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm policy string; "" = off
+    erase_prob: float = 0.25
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    erase_count: int = 1
+    eval_crop: bool = True  # resize to 256/224 of the image size, then centre crop; False = resize to the size
+    synthetic_samples: int = 10_000  # training images of the synthetic data set
+    cache: bool = True  # keep decoded images of the digits in memory
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "data")
+        _check(self.global_batch > 0, "data.global_batch", self.global_batch, "> 0")
+        _check(self.micro_batch >= 0, "data.micro_batch", self.micro_batch, ">= 0 (0 = from the world)")
+        _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
+        _check(0 <= self.erase_prob <= 1, "data.erase_prob", self.erase_prob, "in [0, 1]")
+        _check(0 <= self.hflip <= 1, "data.hflip", self.hflip, "in [0, 1]")
+        low, high = self.crop_scale
+        _check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        needs_path = self.name in ("folder", "zip", "imagenet22k")
+        _check(bool(self.path) or not needs_path, "data.path", self.path, f"set for data.name={self.name}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    blocks: tuple[tuple[int, ...], ...] = ()  # per stage, indices of MoE blocks; (-1,) or () = none
+    num_experts: int = 8  # global number, over all ranks
+    top_k: int = 1
+    capacity_factor: float = 1.25  # > 0: slack over an even load; 0: by need; < 0: by need, capped at its absolute value
+    eval_capacity_factor: float | None = 0.0  # the same for evaluation; None = capacity_factor
+    capacity_scope: Literal["rank", "images"] = "rank"  # who competes for slots: a rank's micro-batch, or group_images images
+    group_images: int = 0  # images per routing group with capacity_scope=images
+    router: Literal["linear", "cosine"] = "linear"
+    normalize_gate: bool = False  # gates of the k choices sum to 1 (k > 1)
+    batch_prioritized: bool = True  # confident tokens take slots first (V-MoE, arXiv:2106.05974)
+    balance_loss: Literal["load_importance", "gshard"] = "load_importance"
+    aux_loss_weight: float = 0.01
+    gate_noise: float = 1.0  # standard deviation of the logit noise times num_experts, training only
+    cosine_dim: int = 256
+    cosine_init_t: float = 0.5
+    dropout: float = 0.0  # after GELU, inside the experts
+    backend: str = "native"  # dispatcher, parallel/apply.py:DISPATCHERS
+    overlap: int = 1  # chunks that dispatch, experts and combine are pipelined in
+    tune: Literal["off", "measure"] = "off"
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "model.moe")
+        _check(self.num_experts >= 1, "model.moe.num_experts", self.num_experts, ">= 1")
+        _check(1 <= self.top_k <= self.num_experts, "model.moe.top_k", self.top_k, f"in [1, {self.num_experts}]")
+        _check(self.group_images >= 0, "model.moe.group_images", self.group_images, ">= 0")
+        scoped = self.capacity_scope == "rank" or self.group_images > 0
+        _check(scoped, "model.moe.group_images", self.group_images, "> 0 with model.moe.capacity_scope=images")
+        needs_noise = self.balance_loss == "load_importance" and self.aux_loss_weight != 0 and self.has_blocks
+        _check(self.gate_noise > 0 or not needs_noise, "model.moe.gate_noise", self.gate_noise,
+               "> 0 with model.moe.balance_loss=load_importance (its load term divides by the noise)")
+        _check(0 <= self.dropout < 1, "model.moe.dropout", self.dropout, "in [0, 1)")
+        _check(self.overlap >= 1, "model.moe.overlap", self.overlap, ">= 1")
+
+    @property
+    def has_blocks(self) -> bool:
+        """True if any block is a MoE block."""
+        return any(index >= 0 for stage in self.blocks for index in stage)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Family = "swin_moe"
+    img_size: tuple[int, int] = (224, 224)  # nominal (height, width) in pixels; other sizes run too, padded per window
+    patch_size: tuple[int, int] = (4, 4)
+    in_chans: int = 3
+    num_classes: int = 1000  # 0 = no head
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None  # None = head_dim ** -0.5
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.1  # of the last block; linear from 0
+    ape: bool = False
+    patch_norm: bool = True
+    mlp_fc2_bias: bool = True  # False: fc2 without bias (Swin-MoE)
+    init_std: float = 0.02
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
+    extra_norm_every: int = 0  # a LayerNorm on the main branch after every n-th block of a stage (SwinV2-G: 6)
+    post_norm_init: float = 0.0  # initial weight and bias of the res-post norms (swinv2; SwinV2-G: 1e-5)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "model")
+        stages = len(self.depths)
+        _check(stages >= 1, "model.depths", self.depths, "at least one stage")
+        _check(len(self.num_heads) == stages, "model.num_heads", self.num_heads, f"{stages} numbers, one per stage")
+        for stage, heads in enumerate(self.num_heads):
+            dim = self.embed_dim * 2**stage
+            _check(heads >= 1 and dim % heads == 0, f"model.num_heads[{stage}]", heads, f"a divisor of {dim} channels")
+        _check(self.window_size >= 1, "model.window_size", self.window_size, ">= 1")
+        _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
+        _check(len(self.moe.blocks) <= stages, "model.moe.blocks", self.moe.blocks, f"at most {stages} lists")
+        for stage, blocks in enumerate(self.moe.blocks):
+            valid = all(-1 <= b < self.depths[stage] for b in blocks)
+            _check(valid, f"model.moe.blocks[{stage}]", blocks, f"indices below depth {self.depths[stage]}, or -1 for none")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: str = "classify"
+    label_smoothing: float = 0.1
+    mixup: float = 0.8  # alpha of the Beta distribution; 0 = off
+    cutmix: float = 1.0
+    mix_prob: float = 1.0  # of mixing at all
+    mix_switch_prob: float = 0.5  # of cutmix, where both are on
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing", "mix_prob", "mix_switch_prob"):
+            _check(0 <= getattr(self, name) <= 1, f"task.{name}", getattr(self, name), "in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            _check(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), ">= 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    lr_reference_batch: int = 0  # > 0: lr, warmup_lr and min_lr hold for this batch and scale with global_batch (official: 512)
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9  # sgd
+    clip_norm: float = 5.0  # one global norm over dense and expert gradients; 0 = off
+    epochs: float = 300.0
+    warmup_epochs: float = 20.0
+    schedule: Literal["cosine", "linear", "step", "multistep"] = "cosine"
+    warmup_prefix: bool = True  # the schedule starts after the warm-up instead of running under it
+    decay_epochs: float = 30.0  # step
+    decay_rate: float = 0.1  # step and multistep
+    milestones: tuple[float, ...] = ()  # multistep, in epochs
+    layer_decay: float = 1.0  # lr factor per layer, from the head down
+    ema: float = 0.0  # decay of the weight average per step; 0 = off
+    freeze_experts: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "optim")
+        _check(self.lr >= 0, "optim.lr", self.lr, ">= 0")
+        _check(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0 (0 = off)")
+        _check(self.epochs > 0, "optim.epochs", self.epochs, "> 0")
+        _check(0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"in [0, {self.epochs}]")
+        _check(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    expert: int = 0  # ranks that the experts are spread over; 0 = as many ranks as divide the experts
+    expert_shard: int = 0  # ranks that share one expert; 0 = ranks / experts when ranks outnumber experts, else 1
+    zero: Literal[0, 1, 2, 3] = 0
+    placement: Literal["consecutive"] = "consecutive"
+    recompute: Literal["none", "block"] = "none"  # block: activations of every block are recomputed in backward
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "parallel")
+        _check(self.expert >= 0, "parallel.expert", self.expert, ">= 0 (0 = automatic)")
+        _check(self.expert_shard >= 0, "parallel.expert_shard", self.expert_shard, ">= 0 (0 = automatic)")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: str = "torch"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    offload: Literal["none", "optimizer"] = "none"
+    threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "engine")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0  # optimizer steps between checkpoints; 0 = once per epoch
+    keep: int = 2  # newest checkpoints kept, besides the best; 0 = all
+    asynchronous: bool = False
+    load: str = ""  # checkpoint to start from or to evaluate; "" = newest of the run
+    file_size: int = 1 << 30  # target bytes per shard file
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 0, "checkpoint.every", self.every, ">= 0 (0 = once per epoch)")
+        _check(self.keep >= 0, "checkpoint.keep", self.keep, ">= 0 (0 = all)")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # optimizer steps between metric records
+    tensorboard: bool = True
+    eval_every: float = 1.0  # epochs between evaluations; 0 = only at the end
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "log.every", self.every, ">= 1")
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    check_replicas: int = 0  # optimizer steps between bitwise comparisons of dense replicas; 0 = off
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def accumulation(self, world_size: int) -> tuple[int, int]:
+        """Returns (micro_batch per rank, forwards per optimizer step) in a world of this many ranks.
+
+        Raises:
+            ValueError: The batch cannot be cut into equal micro-batches, with the numbers.
+        """
+        batch, micro = self.data.global_batch, self.data.micro_batch
+        if micro == 0:
+            micro = -(-batch // world_size)
+        steps = -(-batch // (micro * world_size))
+        if steps * micro * world_size != batch:
+            raise ValueError(
+                f"data.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world_size} ranks; "
+                f"nearest batches that are: {max(1, batch // (micro * world_size)) * micro * world_size} and {steps * micro * world_size}"
+            )
+        return micro, steps
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError where sections contradict each other in a world of this many ranks."""
+        micro, _ = self.accumulation(world_size)
+        moe = self.model.moe
+        if moe.has_blocks and moe.capacity_scope == "images" and micro % moe.group_images:
+            raise ValueError(
+                f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images "
+                f"(data.global_batch={self.data.global_batch} over {world_size} ranks)"
+            )
+        if self.parallel.zero and self.engine.name == "torch":
+            raise ValueError(f"parallel.zero={self.parallel.zero} is not available yet with engine.name=torch; allowed: 0")
+        if self.engine.offload != "none" and self.engine.name == "torch":
+            raise ValueError(f"engine.offload={self.engine.offload} is not available with engine.name=torch; allowed: none")

@@ -1,0 +1,366 @@
+"""Data sets by name: images on disk in the layouts of the official code, and made-up ones for benchmarks.
+
+A data set has `__len__`, `num_classes`, `classes` (names), `path(index)` and `sample(index) -> (RGB image, label)`.
+It never draws random numbers and never replaces an image: one that cannot be decoded raises BrokenImage. All of them
+can be pickled and forked, so that loader processes may use them, and hold no Python object per image: reference counts
+of 14 million strings would copy every page of them into every process.
+"""
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from swin_moe.config import DataConfig
+from swin_moe.randomness import derive_key
+from swin_moe.registry import lookup
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DATASETS = {
+    "digits": "swin_moe.data.digits:Digits",
+    "folder": "swin_moe.data.datasets:ImageFolder",
+    "zip": "swin_moe.data.datasets:ZipArchive",
+    "imagenet22k": "swin_moe.data.datasets:ImageNet22k",
+    "synthetic": "swin_moe.data.datasets:Synthetic",
+}
+
+
+class Dataset(Protocol):
+    """What every data set offers."""
+
+    num_classes: int
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str:
+        """Returns what to call this image in messages."""
+        ...
+
+    def sample(self, index: int) -> tuple[Image.Image, int]:
+        """Returns (RGB image, label)."""
+        ...
+
+
+class BrokenImage(ValueError):
+    """An image that is missing, truncated or not an image at all; the message names its path."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"broken image {path}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple:
+        return BrokenImage, (self.path, self.reason)
+
+
+def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], num_classes: int = 1000) -> Dataset:
+    """Returns the data set data.name; `split` is "train" or "val".
+
+    img_size (height, width in pixels) and num_classes only shape synthetic images; the others have their own.
+
+    Raises:
+        ValueError: Something under data.path is missing, empty or malformed, or a package is not installed.
+    """
+    dataset_class = lookup(DATASETS, config.name, key="data.name")
+    if config.name == "synthetic":
+        return dataset_class(config, split, img_size=img_size, num_classes=num_classes)
+    return dataset_class(config, split)
+
+
+def decode(data: bytes, path: str) -> Image.Image:
+    """Returns the RGB image in these bytes, fully decoded: PIL is lazy, and a truncated file fails only in load().
+
+    Raises:
+        BrokenImage: PIL cannot decode it, for whatever reason: its decoders raise many types.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image.convert("RGB")
+    except Exception as error:
+        # The message of an unidentified file holds an object's address; its class says enough.
+        known = not isinstance(error, Image.UnidentifiedImageError)
+        reason = f"{type(error).__name__}: {error}" if known else "not an image in a known format"
+        raise BrokenImage(path, reason) from error
+
+
+class PathTable:
+    """Paths in one block of bytes instead of one string each."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+class _FileDataset:
+    """Images that are files: everything but how a file is found and its bytes are read."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
+        self._paths = PathTable(paths)
+        self._labels = np.asarray(labels, dtype=np.int32)
+        self.classes = tuple(classes)
+        self.num_classes = len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def path(self, index: int) -> str:
+        """Returns the path of the file."""
+        return self._paths[index]
+
+    def _read(self, index: int) -> bytes:
+        return Path(self.path(index)).read_bytes()
+
+    def sample(self, index: int) -> tuple[Image.Image, int]:
+        """Returns (RGB image, label).
+
+        Raises:
+            BrokenImage: The file cannot be read or decoded.
+        """
+        path = self.path(index)
+        try:
+            data = self._read(index)
+        except OSError as error:
+            raise BrokenImage(path, error.strerror or str(error)) from error
+        return decode(data, path), int(self._labels[index])
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _require_directory(path: Path, what: str) -> None:
+    if not path.is_dir():
+        raise ValueError(f"data.path: no {what} at {path}")
+
+
+def _class_labels(classes: Sequence[str], known: Sequence[str], *, where: object, train: object) -> dict[str, int]:
+    """Returns class name -> label, as numbered in the training split `known`.
+
+    Numbering the validation classes by themselves would shift every label after a class that has no
+    validation image.
+    """
+    labels = {name: label for label, name in enumerate(known)}
+    unknown = [name for name in classes if name not in labels]
+    if unknown:
+        raise ValueError(f"data.path: class {unknown[0]!r} of {where} does not exist in {train}")
+    return labels
+
+
+class ImageFolder(_FileDataset):
+    """data.path/{train,val}/<class>/**/<image>; classes are numbered in the order of their names in train/."""
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        root = Path(config.path)
+        _require_directory(root, "directory")
+        directory, train = root / split, root / "train"
+        _require_directory(directory, "directory")
+        found = self._class_names(directory)
+        classes = self._class_names(train) if train.is_dir() else found
+        labels_of = _class_labels(found, classes, where=directory, train=train)
+        paths: list[str] = []
+        labels: list[int] = []
+        for name in found:
+            images = self._images(directory / name)
+            if not images:
+                raise ValueError(
+                    f"data.path: no image in class directory {directory / name} ({', '.join(IMAGE_SUFFIXES)})"
+                )
+            paths += images
+            labels += [labels_of[name]] * len(images)
+        super().__init__(paths, labels, classes)
+
+    @staticmethod
+    def _class_names(directory: Path) -> list[str]:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
+            raise ValueError(f"data.path: no class directory in {directory}")
+        return names
+
+    @staticmethod
+    def _images(directory: Path) -> list[str]:
+        walk = sorted(os.walk(directory, followlinks=True))
+        return [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names) if _is_image(name)]
+
+
+def _read_map(path: Path) -> tuple[list[str], list[int]]:
+    """Returns (paths, labels) of a map file with lines "path<tab>label"."""
+    paths, labels = [], []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name, tab, label = line.rstrip("\n").rpartition("\t")
+            if not tab or not label.strip().isdigit():
+                raise ValueError(f"data.path: line {number} of {path} must be 'path<tab>label', got {line.strip()!r}")
+            paths.append(name)
+            labels.append(int(label))
+    return paths, labels
+
+
+def _number_names(labels: Sequence[int]) -> tuple[str, ...]:
+    return tuple(str(label) for label in range(max(labels, default=-1) + 1))
+
+
+class ZipArchive(_FileDataset):
+    """data.path/{train,val}.zip, with labels from {train,val}_map.txt or, without one, from the image's folder name.
+
+    Members are read with pread at offsets kept in arrays: one descriptor serves forked loader processes, and none of
+    them holds zipfile's table, which takes about a kilobyte per image.
+    """
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        root = Path(config.path)
+        _require_directory(root, "directory")
+        self._archive = str(root / f"{split}.zip")
+        self._file: io.FileIO | None = None
+        members = self._members(root, split)
+        has_map = (root / f"{split}_map.txt").is_file()
+        if (root / "train.zip").is_file() and has_map != (root / "train_map.txt").is_file():
+            raise ValueError(
+                f"data.path: {root} must have a map file for both {split}.zip and train.zip, or for neither"
+            )
+        paths, labels, classes = (self._listed if has_map else self._by_folder)(root, split, members)
+        if not paths:
+            raise ValueError(f"data.path: no image in {self._archive} ({', '.join(IMAGE_SUFFIXES)})")
+        fields = [(m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in map(members.__getitem__, paths)]
+        self._location = np.asarray(fields, dtype=np.int64)
+        super().__init__(paths, labels, classes)
+
+    def _listed(self, root: Path, split: str, members: Container[str]) -> tuple[list[str], list[int], Sequence[str]]:
+        """Returns (paths, labels, classes) of the map file; classes are called by their numbers."""
+        map_file, train_map = root / f"{split}_map.txt", root / "train_map.txt"
+        paths, labels = _read_map(map_file)
+        paths = [path.strip("/") for path in paths]
+        absent = next((path for path in paths if path not in members), None)
+        if absent is not None:
+            raise ValueError(f"data.path: {map_file} lists {absent!r}, which is not in {self._archive}")
+        classes = _number_names(_read_map(train_map)[1] if train_map.is_file() else labels)
+        if max(labels, default=0) >= len(classes) > 0:
+            raise ValueError(
+                f"data.path: {map_file} has label {max(labels)}, but {train_map} only {len(classes)} classes"
+            )
+        return paths, labels, classes
+
+    def _by_folder(self, root: Path, split: str, members: Iterable[str]) -> tuple[list[str], list[int], Sequence[str]]:
+        """Returns (paths, labels, classes), the class of an image being the folder it lies in."""
+        paths = sorted(filter(_is_image, members))
+        folders = [self._folder(path) for path in paths]
+        found, train_zip = sorted(set(folders)), root / "train.zip"
+        classes = found
+        if split != "train" and train_zip.is_file():
+            classes = sorted({self._folder(path) for path in filter(_is_image, self._members(root, "train"))})
+        numbers = _class_labels(found, classes, where=self._archive, train=train_zip)
+        return paths, [numbers[folder] for folder in folders], classes
+
+    @staticmethod
+    def _members(root: Path, split: str) -> dict[str, zipfile.ZipInfo]:
+        archive = root / f"{split}.zip"
+        if not archive.is_file():
+            raise ValueError(f"data.path: no file {archive}")
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                members = {m.filename.strip("/"): m for m in opened.infolist() if not m.is_dir()}
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"data.path: {archive} is not a complete zip file: {error}") from error
+        for member in members.values():
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"data.path: {member.filename} in {archive} is encrypted or not stored or deflated")
+        return members
+
+    def _folder(self, path: str) -> str:
+        folder = os.path.basename(os.path.dirname(path))
+        if not folder:
+            raise ValueError(f"data.path: {path!r} in {self._archive} is in no class folder, and there is no map file")
+        return folder
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}
+
+    def path(self, index: int) -> str:
+        """Returns archive@/member, as the official code writes it."""
+        return f"{self._archive}@/{self._paths[index]}"
+
+    def _read(self, index: int) -> bytes:
+        if self._file is None:
+            self._file = io.FileIO(self._archive)
+        file = self._file.fileno()
+        offset, size, method, checksum = map(int, self._location[index])
+        # Local file header: 30 bytes, name and extra-field lengths in the last four (APPNOTE.TXT 4.3.7).
+        header = os.pread(file, 30, offset)
+        skip = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = os.pread(file, size, offset + skip)
+        try:
+            data = zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
+        except zlib.error as error:
+            raise BrokenImage(self.path(index), str(error)) from error
+        if zlib.crc32(data) != checksum:
+            raise BrokenImage(self.path(index), "wrong checksum in the zip file")
+        return data
+
+
+class ImageNet22k(_FileDataset):
+    """data.path/<relative path>, listed in ILSVRC2011fall_whole_map_{train,val}.txt: JSON, [[path, label], ...]."""
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        self._root = config.path
+        _require_directory(Path(config.path), "directory")
+        file = Path(config.path) / f"ILSVRC2011fall_whole_map_{split}.txt"
+        if not file.is_file():
+            raise ValueError(f"data.path: no list file {file}")
+        try:
+            rows = json.loads(file.read_bytes())
+            paths, labels = [str(row[0]) for row in rows], [int(row[1]) for row in rows]
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"data.path: {file} must be a JSON list [[path, label], ...]: {error}") from error
+        if not rows or min(labels) < 0:
+            raise ValueError(f"data.path: {file} must list at least one image, with labels >= 0")
+        super().__init__(paths, labels, _number_names(labels))
+
+    def path(self, index: int) -> str:
+        """Returns the path of the file."""
+        return os.path.join(self._root, self._paths[index])
+
+
+class Synthetic:
+    """Uniform noise of the model's image size, a pure function of (split, index): for benchmarks only."""
+
+    NUM_VAL = 1000
+
+    def __init__(self, config: DataConfig, split: str, *, img_size: tuple[int, int], num_classes: int) -> None:
+        self._length = config.synthetic_samples if split == "train" else min(self.NUM_VAL, config.synthetic_samples)
+        self._stream = 0 if split == "train" else 1
+        self._img_size = img_size
+        self.num_classes = num_classes
+        self.classes = tuple(str(label) for label in range(num_classes))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def path(self, index: int) -> str:
+        """Returns a name for messages."""
+        return f"synthetic[{index}]"
+
+    def sample(self, index: int) -> tuple[Image.Image, int]:
+        """Returns (RGB image, label)."""
+        key = derive_key(self._stream, index)
+        height, width = self._img_size
+        words = np.random.Philox(key).random_raw(-(-height * width * 3 // 8))
+        pixels = words.view(np.uint8)[: height * width * 3].reshape(height, width, 3)
+        return Image.fromarray(pixels), key % self.num_classes

@@ -1,0 +1,336 @@
+"""Batches of images for training and evaluation, in an order that is a pure function of (seed, step).
+
+A loader keeps no random state: the permutation of an epoch follows from (seed, epoch), and the place in it from the
+global step. So a resumed run starts at the very next sample, and the world size and the number of loader processes
+decide only who loads an image, never which image or how it is augmented.
+
+Step s covers positions [offset, offset + global_batch) of its epoch's permutation. Sample g of the step, counted from
+the offset, is loaded for micro-step m on rank r with g in [(m * world + r) * micro_batch, + micro_batch).
+
+Shape legend: B images of a micro-batch (0 is legal), X extra partner images (at most 2), H height, W width.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from swin_moe.config import DataConfig
+from swin_moe.data.datasets import BrokenImage, Dataset, build_dataset
+from swin_moe.data.transforms import Transform, augment_key, build_transform
+from swin_moe.data.workers import WorkerPool
+from swin_moe.randomness import PURPOSES, derive_key
+
+Batch = dict[str, Any]
+_log = logging.getLogger(__name__)
+_MAX_BROKEN_RUN = 256  # broken images in a row, without a good one, that on_broken=skip puts up with
+
+
+class Request(NamedTuple):
+    """One micro-batch to load. The first `own` samples are its images, the rest extra partners."""
+
+    epoch: int
+    step: int
+    sample: np.ndarray  # (B + X,) int64, index in the global batch (training) or in the data set (evaluation)
+    index: np.ndarray  # (B + X,) int64, index in the data set
+    own: int
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The micro-batches of one optimizer step on this rank.
+
+    num_samples: Images of the step over all ranks as planned. Where data.on_broken=skip left some out, the true number
+        is the sum of the batches' lengths over ranks.
+    """
+
+    step: int
+    epoch: int
+    num_samples: int
+    batches: list[Batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Returns (N,) int64, the data set's indices in the order of this epoch.
+
+    Sorted by raw Philox numbers: unlike numpy's permutation(), the raw stream never changes between versions, so that
+    an old checkpoint still resumes at the right image.
+    """
+    key = derive_key(seed, epoch, PURPOSES.index("order"))
+    return np.argsort(np.random.Philox(key).random_raw(num_samples), kind="stable")
+
+
+class ImageSource:
+    """Loads and transforms one Request; picklable, used in this process or in a loader process."""
+
+    def __init__(
+        self, dataset: Dataset, transform: Transform, *, img_size: tuple[int, int], seed: int, partners: bool
+    ) -> None:
+        self._dataset = dataset
+        self._transform = transform
+        self._img_size = img_size
+        self._seed = seed
+        self.needs_partners = partners
+
+    def __getitem__(self, request: Request) -> tuple[Batch, list[tuple[str, str]]]:
+        """Returns (batch, (path, reason) of each broken image).
+
+        The batch lacks its broken images, whichever rank or process meets them, so skipping depends on no layout.
+        """
+        images, targets, samples, broken = [], [], [], []
+        own = 0
+        for place, (sample, index) in enumerate(zip(request.sample, request.index)):
+            try:
+                image, target = self._dataset.sample(int(index))
+            except BrokenImage as error:
+                broken.append((error.path, error.reason))
+                continue
+            images.append(self._augment(image, request.epoch, int(index)))
+            targets.append(target)
+            samples.append(int(sample))
+            own += place < request.own
+        pixels = torch.stack(images) if images else torch.empty(0, 3, *self._img_size)
+        labels = torch.tensor(targets, dtype=torch.int64)
+        batch = {
+            "image": pixels[:own],
+            "target": labels[:own],
+            "sample": torch.tensor(samples[:own], dtype=torch.int64),
+            "epoch": request.epoch,
+            "step": request.step,
+        }
+        if self.needs_partners:
+            row = {sample: place for place, sample in enumerate(samples)}
+            neighbours = [row.get(sample ^ 1, place) for place, sample in enumerate(samples[:own])]
+            batch["partner"] = torch.tensor(neighbours, dtype=torch.int64)
+            batch["extra_image"], batch["extra_target"] = pixels[own:], labels[own:]
+        return batch, broken
+
+    def _augment(self, image: Image, epoch: int, index: int) -> Tensor:
+        try:
+            return self._transform(image, augment_key(self._seed, epoch, index))
+        except Exception as error:
+            error.add_note(f"while transforming {self._dataset.path(index)}")
+            raise
+
+
+class _Loader:
+    """What both loaders share: the data set, the image source and the processes that run it."""
+
+    def __init__(
+        self, config: DataConfig, img_size: int | tuple[int, int], *, train: bool, rank: int, world_size: int,
+        seed: int, partners: bool, pin_memory: bool, num_classes: int,
+    ) -> None:  # fmt: skip
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        split = "train" if train else "val"
+        assert 0 <= rank < world_size
+        self.dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
+        self.num_classes = self.dataset.num_classes
+        self.broken: dict[str, str] = {}  # path -> reason, of every image skipped so far on this rank
+        if 0 < num_classes < self.num_classes:
+            raise ValueError(
+                f"model.num_classes={num_classes} is too small: data.name={config.name} has {self.num_classes} classes"
+            )
+        transform = build_transform(config, size, train=train)
+        self._source = ImageSource(self.dataset, transform, img_size=size, seed=seed, partners=partners)
+        self._config = config
+        self._rank, self._world_size = rank, world_size
+        self._pin_memory = pin_memory
+        self._broken_run = 0
+        self._pools: list[WorkerPool] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the loader processes; the loader can be iterated again afterwards."""
+        while self._pools:
+            self._pools.pop().close()
+
+    def _load(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """Yields one batch per request, in order; ends its processes when exhausted, closed or failed."""
+        pool = WorkerPool(self._source, requests, workers=self._config.workers, pin_memory=self._pin_memory)
+        self._pools.append(pool)
+        try:
+            for batch, broken in pool:
+                self._report(broken, loaded=len(batch["image"]))
+                yield batch
+        finally:
+            pool.close()
+            if pool in self._pools:
+                self._pools.remove(pool)
+
+    def _report(self, broken: list[tuple[str, str]], *, loaded: int) -> None:
+        """Logs each broken image once; raises ValueError if they are fatal or nothing else comes any more."""
+        for path, reason in broken:
+            if self._config.on_broken == "fail":
+                raise ValueError(f"{BrokenImage(path, reason)} (data.on_broken=skip leaves broken images out)")
+            if path not in self.broken:
+                self.broken[path] = reason
+                _log.warning("skipping %s", BrokenImage(path, reason))
+        self._broken_run = 0 if loaded else self._broken_run + len(broken)
+        if self._broken_run >= _MAX_BROKEN_RUN:
+            raise ValueError(
+                f"data.path={self._config.path!r}: the last {self._broken_run} images were all broken, "
+                f"most recently {broken[-1][0]}: {broken[-1][1]}"
+            )
+
+
+class TrainLoader(_Loader):
+    """Optimizer steps of augmented training images, from any global step on, without end.
+
+    Args:
+        config: global_batch must be world_size x micro_batch x accumulation.
+        img_size: (height, width) in pixels, or one number for both.
+        seed: run.seed.
+        micro_batch: Images per rank and forward.
+        accumulation: Forwards per optimizer step.
+        partners: Batches also carry what mixing.partners() needs: partner (B,) rows of image + extra_image, extra_image
+            (X, 3, H, W) and extra_target (X,), the partners that another micro-batch holds. X is 0 where micro_batch
+            is even.
+        pin_memory: Put batches in page-locked memory, for CUDA.
+        num_classes: Classes of the model, checked against the data; labels synthetic images.
+
+    Raises:
+        ValueError: The data is missing or malformed, has more classes than the model, or less than one global batch.
+    """
+
+    def __init__(
+        self, config: DataConfig, img_size: int | tuple[int, int], *, seed: int, rank: int, world_size: int,
+        micro_batch: int, accumulation: int, partners: bool = False, pin_memory: bool = False, num_classes: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            config, img_size, train=True, rank=rank, world_size=world_size, seed=seed, partners=partners,
+            pin_memory=pin_memory, num_classes=num_classes,
+        )  # fmt: skip
+        self.global_batch = world_size * micro_batch * accumulation
+        if self.global_batch != config.global_batch:
+            raise ValueError(
+                f"data.global_batch={config.global_batch} is not {micro_batch} images x {accumulation} forwards "
+                f"x {world_size} ranks"
+            )
+        length = len(self.dataset)
+        full, rest = divmod(length, self.global_batch)
+        self.steps_per_epoch = full if config.drop_last else full + (rest > 0)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"data.global_batch={self.global_batch} is larger than the {length} training images; "
+                f"allowed: at most {length}, or data.drop_last=false"
+            )
+        self._seed = seed
+        self._micro_batch = micro_batch
+        self._accumulation = accumulation
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Returns the number of training images."""
+        return len(self.dataset)
+
+    def samples_in(self, step: int) -> int:
+        """Returns the images of a step over all ranks: global_batch, or less in the last step of an epoch."""
+        return min(self.global_batch, len(self.dataset) - step % self.steps_per_epoch * self.global_batch)
+
+    def samples_before(self, step: int) -> int:
+        """Returns the images of all steps before this one, over all ranks: the data position of a checkpoint."""
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        per_epoch = min(len(self.dataset), self.steps_per_epoch * self.global_batch)
+        return epoch * per_epoch + inside * self.global_batch
+
+    def batches(self, step0: int, stop: int | None = None) -> Iterator[StepBatches]:
+        """Yields the micro-batches of steps step0, step0 + 1, ...; `stop` is the first step not to load.
+
+        Closing the generator, or an exception in it, ends the loader processes.
+
+        Raises:
+            ValueError: An image is broken and data.on_broken is fail.
+        """
+        batches = self._load(self._requests(step0, stop))
+        try:
+            step = step0
+            while step != stop:
+                micro = [next(batches) for _ in range(self._accumulation)]
+                yield StepBatches(step, step // self.steps_per_epoch, self.samples_in(step), micro)
+                step += 1
+        finally:
+            batches.close()
+
+    def _requests(self, step: int, stop: int | None) -> Iterator[Request]:
+        while step != stop:
+            for micro_step in range(self._accumulation):
+                yield self._request(step, micro_step)
+            step += 1
+
+    def _request(self, step: int, micro_step: int) -> Request:
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        count = self.samples_in(step)
+        low = (micro_step * self._world_size + self._rank) * self._micro_batch
+        own = np.arange(min(low, count), min(low + self._micro_batch, count))
+        # Partners (g XOR 1) outside of [low, high): only where an edge cuts a pair in two.
+        edges = {int(g) ^ 1 for g in own} - set(own.tolist()) if self._source.needs_partners else set()
+        extra = np.asarray(sorted(g for g in edges if g < count), dtype=np.int64)
+        sample = np.concatenate([own, extra])
+        index = self._epoch_order(epoch)[inside * self.global_batch + sample]
+        return Request(epoch, step, sample, index, len(own))
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(len(self.dataset), seed=self._seed, epoch=epoch)
+        return self._order[1]
+
+
+class EvalLoader(_Loader):
+    """Every validation image exactly once over all ranks, in the same number of batches on every rank.
+
+    Image i goes to rank i % world_size, so ranks differ by at most one image; a rank with fewer ends with smaller or
+    empty batches. `sample` is the image's index in the validation set, epoch is 0, step counts the batches.
+
+    Args:
+        img_size: (height, width) in pixels, or one number for both.
+        batch: Images per rank and forward.
+        pin_memory: Put batches in page-locked memory, for CUDA.
+        num_classes: Classes of the model, checked against the data; labels synthetic images.
+
+    Raises:
+        ValueError: The data is missing or malformed, or has more classes than the model.
+    """
+
+    def __init__(
+        self, config: DataConfig, img_size: int | tuple[int, int], rank: int, world_size: int, batch: int, *,
+        pin_memory: bool = False, num_classes: int = 0,
+    ) -> None:  # fmt: skip
+        if batch < 1:
+            raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
+        super().__init__(
+            config, img_size, train=False, rank=rank, world_size=world_size, seed=0, partners=False,
+            pin_memory=pin_memory, num_classes=num_classes,
+        )  # fmt: skip
+        self._batch = batch
+        self.num_samples = len(self.dataset)
+
+    def __len__(self) -> int:
+        """Returns the number of batches, the same on every rank."""
+        most = -(-self.num_samples // self._world_size)
+        return (most + self._batch - 1) // self._batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields batches; may be called again for the next evaluation."""
+        return self._load(self._requests())
+
+    def _requests(self) -> Iterator[Request]:
+        mine = np.arange(self._rank, self.num_samples, self._world_size)
+        for step in range(len(self)):
+            index = mine[step * self._batch : (step + 1) * self._batch]
+            yield Request(0, step, index, index, len(index))

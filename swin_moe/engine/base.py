@@ -1,0 +1,54 @@
+"""What the training loop needs from a parallel engine, and nothing more."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from swin_moe.checkpoint import Piece
+
+ENGINES = {"torch": "swin_moe.engine.torch_native:TorchEngine"}
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did; the same on every rank."""
+
+    grad_norm: float  # global L2 norm before clipping, dense and expert parameters
+    clip_factor: float  # what gradients were multiplied by, <= 1
+    lr: float  # of a group with lr_scale 1
+    skipped: bool  # True: a gradient was not finite and nothing was updated
+    loss_scale: float  # 1 except in fp16
+
+
+class Engine(Protocol):
+    """A model, its optimizer and its collectives.
+
+    A step is: `with engine.micro_step(last=...)`: forward, loss, `backward(loss)`, once per micro-batch, then `step`.
+    Every rank calls every method the same number of times, also with no sample left.
+    """
+
+    model: nn.Module  # call this one
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager:
+        """Returns a context for forward and backward; gradients are communicated only in the last one of a step."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates gradients of `loss`, whose mean over ranks is the global loss."""
+
+    def step(self, t: int) -> StepStats:
+        """Reduces and clips gradients, updates weights with the learning rate of step t, clears gradients."""
+
+    def evaluation(self) -> AbstractContextManager:
+        """Returns a context in which `model` is in eval mode with averaged weights, where there are any."""
+
+    def pieces(self) -> Iterable[Piece]:
+        """Returns this rank's part of all saved tensors: parameters, optimizer state, averaged weights."""
+
+    def state(self) -> dict:
+        """Returns the scalars that belong to the checkpoint, as JSON types."""
+
+    def load_state(self, state: dict) -> None:
+        """Takes back `state`, after the tensors of `pieces` were filled in place."""

@@ -1,0 +1,44 @@
+"""Evaluation: `swin-moe evaluate CONFIG checkpoint.load=PATH`; the newest checkpoint of the run by default."""
+
+from swin_moe.config import Config
+from swin_moe.data.batch import to_device
+from swin_moe.data.loader import EvalLoader
+from swin_moe.engine.precision import autocast
+from swin_moe.metrics import LOGGER, start_logging
+from swin_moe.registry import lookup
+from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.tasks.base import TASKS, StepContext
+from swin_moe.weights import load_weights
+
+USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
+
+PATH is a checkpoint directory of this system, a run directory (newest checkpoint), or an official .pth file.
+Every sample counts once, whatever the batch size or number of ranks."""
+
+
+def build_eval_loader(config: Config, session: Session) -> EvalLoader:
+    """Returns the loader of the validation images for this rank."""
+    batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
+    return EvalLoader(
+        config.data, config.model.img_size, rank=session.rank, world_size=session.world_size, batch=batch,
+        num_classes=config.model.num_classes)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the metrics of a checkpoint."""
+    path, overrides = parse_arguments(argv, USAGE)
+    session = open_session(path, overrides)
+    start_logging(None, session.rank)
+    loader = build_eval_loader(session.config, session)
+    model = build_local_model(session)
+    LOGGER.info("weights: %s", load_weights(model, session))
+    config = session.config
+    task = lookup(TASKS, config.task.name, key="task.name")(config)
+    context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))
+    batches = (to_device(batch, session.device, config.engine.precision) for batch in loader)
+    result = task.evaluate(model.eval(), batches, context)
+    LOGGER.info("%s", ", ".join(f"{k} {v:.6g}" for k, v in result.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)

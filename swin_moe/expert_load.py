@@ -1,0 +1,47 @@
+"""What the experts of a model did in the last step, summed over ranks: load, drops, dead experts."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from swin_moe.moe import MoELayer
+from swin_moe.parallel.groups import Groups
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """Returns (name, layer) of every MoE layer, in depth order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+@torch.no_grad()
+def expert_load(model: nn.Module, groups: Groups) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """Returns (numbers, histograms) of the last forward, equal on all ranks; one all-reduce for all layers.
+
+    Per layer: moe/<layer>/{load_cv, dropped_percent, dead_experts, entropy, aux} and the histogram moe/<layer>/load,
+    tokens per expert before any drop. load_cv is the standard deviation over the mean of the load.
+    """
+    layers = [(name, layer) for name, layer in moe_layers(model) if layer.stats is not None]
+    if not layers:
+        return {}, {}
+    rows = []
+    for _, layer in layers:
+        stats = layer.stats
+        tokens = stats.demand.sum().double()
+        rows.append(torch.cat([stats.demand.double(), stats.kept.double(),
+                               torch.stack([tokens * stats.entropy.double(), tokens * stats.aux.double()])]))
+    table = torch.stack(rows)
+    if groups.world_size > 1:
+        dist.all_reduce(table, group=groups.world)
+    numbers, histograms = {}, {}
+    for (name, layer), row in zip(layers, table.cpu()):
+        count = layer.stats.demand.numel()
+        demand, kept = row[:count], row[count : 2 * count]
+        tokens = max(1.0, float(demand.sum()))
+        prefix = f"moe/{name.removesuffix('.mlp')}"
+        numbers[f"{prefix}/load_cv"] = float(demand.std(correction=0) / demand.mean()) if demand.sum() else 0.0
+        numbers[f"{prefix}/dropped_percent"] = 100 * (1 - float(kept.sum()) / tokens)
+        numbers[f"{prefix}/dead_experts"] = int((demand == 0).sum())
+        numbers[f"{prefix}/entropy"] = float(row[-2]) / tokens
+        numbers[f"{prefix}/aux"] = float(row[-1]) / tokens
+        histograms[f"{prefix}/load"] = [int(v) for v in demand]
+    return numbers, histograms

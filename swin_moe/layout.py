@@ -1,0 +1,43 @@
+"""Boxes of global tensors: the arithmetic that sharding, checkpoints and resharding share. Pure Python."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Chunk:
+    """A box of a global tensor: [offset, offset + size) in elements, per dim."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Chunk":
+        """Returns the box that covers a tensor of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements in the box; 1 for a scalar."""
+        return math.prod(self.size)
+
+    def overlap(self, other: "Chunk") -> "Chunk | None":
+        """Returns the part both boxes cover, or None. Resharding is a loop over this."""
+        low = tuple(map(max, self.offset, other.offset))
+        high = (min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size))
+        size = tuple(h - l for h, l in zip(high, low))
+        return Chunk(low, size) if all(n > 0 for n in size) else None
+
+    def within(self, outer: "Chunk") -> tuple[slice, ...]:
+        """Returns the slices that cut this box out of a tensor holding `outer`."""
+        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, outer.offset, self.size))
+
+
+def even_split(length: int, parts: int) -> list[tuple[int, int]]:
+    """Returns (offset, size) of each part, split as torch.chunk does: 4 over 3 is 2, 2, 0.
+
+    The same rule as DTensor's Shard, so that engines, checkpoints and tools agree on uneven splits.
+    """
+    size = -(-length // parts)
+    offsets = [min(i * size, length) for i in range(parts)]
+    return [(o, min(size, length - o)) for o in offsets]

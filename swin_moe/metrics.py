@@ -1,0 +1,158 @@
+"""What a run shows: JSON lines, TensorBoard, a console line with time left, per-rank log files."""
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+LOGGER = logging.getLogger("swin_moe")
+
+# Dense peak rates by data sheet, FLOP/s: (float32, bfloat16 or float16). Other devices are measured.
+DEVICE_PEAKS = {
+    "A100": (19.5e12, 312e12),
+    "H100": (67e12, 989e12),
+    "H200": (67e12, 989e12),
+    "B200": (80e12, 2250e12),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Returns the device's peak, FLOP/s: by data sheet for known GPUs, else measured by a matrix product (0.2 s)."""
+    half = precision in ("bf16", "fp16")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, rates in DEVICE_PEAKS.items():
+            if key in name:
+                return rates[half]
+    dtype = torch.bfloat16 if half else torch.float32
+    size = 512 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    rates = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(2 * size**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the peak of this process, bytes: allocated device memory on CUDA, resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def start_logging(directory: Path | None, rank: int) -> None:
+    """Sends the log to <directory>/log-rank<r>.txt and, on rank 0, to the console; None: console only."""
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.handlers.clear()
+    LOGGER.propagate = False
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(directory / f"log-rank{rank}.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOGGER.addHandler(file)
+    if rank == 0:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        LOGGER.addHandler(console)
+
+
+def duration(seconds: float) -> str:
+    """Returns 1:02:03 or 02:03."""
+    seconds = int(seconds)
+    hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+class Progress:
+    """The console line of a run: redrawn in place on a terminal, one line per record elsewhere."""
+
+    def __init__(self, total: int, *, enabled: bool):
+        self.total, self.enabled = total, enabled
+        self.interactive = enabled and sys.stdout.isatty()
+        self.started = time.monotonic()
+        self.first: int | None = None
+
+    def show(self, step: int, text: str) -> None:
+        """Shows `text` with a bar and the time left after `step` steps of the run."""
+        if not self.enabled:
+            return
+        if self.first is None:
+            self.first, self.started = step, time.monotonic()
+        done, elapsed = step - self.first, time.monotonic() - self.started
+        left = duration(elapsed / done * (self.total - step)) if done > 0 else "--:--"
+        filled = 20 * step // self.total
+        line = f"[{'#' * filled}{'.' * (20 - filled)}] {step}/{self.total} | {text} | {left} left"
+        if self.interactive:
+            width = os.get_terminal_size().columns if sys.stdout.isatty() else 120
+            print("\r\x1b[K" + line[: width - 1], end="", flush=True)
+        else:
+            LOGGER.info(line)
+
+    def clear(self) -> None:
+        """Ends the redrawn line before something else is printed."""
+        if self.interactive:
+            print("\r\x1b[K", end="", flush=True)
+
+
+class MetricsWriter:
+    """Records to metrics.jsonl and, if wanted, TensorBoard; writes on rank 0 only.
+
+    After a resume, records of steps that will be run again are removed, so that every step stands once.
+    """
+
+    def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool, resume_step: int):
+        self.file, self.board = None, None
+        if not enabled:
+            return
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
+        self.file = path.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(directory / "tb"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict, *, histograms: dict | None = None) -> None:
+        """Appends one record; values are numbers, histograms name -> list of counts per bucket (expert)."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, **values, **(histograms or {})}) + "\n")
+        self.file.flush()
+        if self.board is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+        for name, counts in (histograms or {}).items():
+            total = sum(counts)
+            edges = list(range(len(counts) + 1))
+            self.board.add_histogram_raw(
+                name, min=0, max=len(counts), num=total, sum=total, sum_squares=total,
+                bucket_limits=edges[1:], bucket_counts=counts, global_step=step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line cut by a kill
+        return float("inf")

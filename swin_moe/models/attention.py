@@ -1,0 +1,240 @@
+"""The two token mixers, window attention and the spatial MLP, and the geometry of windows they share.
+
+A mixer maps (B, H, W, C) to the same shape at any H and W: maps are padded with zeros at the bottom and right to a
+multiple of the window, padded tokens take part, and the padding is cropped afterwards, as in the official detection
+backbone (SwinTransformer/Swin-Transformer-Object-Detection).
+
+Shape legend: B images, H x W tokens, C channels, M windows of one image, N = window ** 2 tokens of a window.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_moe.config import ModelConfig
+from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropout_factor, pad_to_multiple, token_rows
+from swin_moe.ops.window_attention import window_attention
+from swin_moe.randomness import RandomContext
+
+CPB_HIDDEN = 512  # width of the network behind the log-spaced continuous position bias, SwinV2
+MASKED = -100.0  # added to scores across the seam of a cyclic shift; finite as in the official code
+
+
+@dataclass(frozen=True)
+class StageGeometry:
+    """Width and windows of one stage at the nominal image size."""
+
+    dim: int
+    resolution: tuple[int, int]  # tokens, (height, width)
+    window: int
+    shrunk: bool  # the map is no larger than the configured window: it is one window, and nothing is shifted
+
+
+def stage_geometry(config: ModelConfig, stage: int) -> StageGeometry:
+    """Returns the official geometry of a stage: the window never exceeds the smaller side of the map."""
+    height, width = (n // p // 2**stage for n, p in zip(config.img_size, config.patch_size))
+    window = max(1, min(config.window_size, height, width))
+    shrunk = min(height, width) <= config.window_size
+    return StageGeometry(config.embed_dim * 2**stage, (height, width), window, shrunk)
+
+
+def partition_windows(x_BHWC: Tensor, window: int) -> Tensor:
+    """Returns (B * M, N, C), the windows of every image in row order; H and W are multiples of the window."""
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = height // window, width // window
+    x = x_BHWC.view(batch, rows, window, columns, window, channels).transpose(2, 3)
+    return x.reshape(batch * rows * columns, window * window, channels)
+
+
+def merge_windows(windows: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """Returns (B, H, W, C), the inverse of partition_windows."""
+    window, channels = round(windows.shape[1] ** 0.5), windows.shape[2]
+    x = windows.view(batch, height // window, width // window, window, window, channels).transpose(2, 3)
+    return x.reshape(batch, height, width, channels)
+
+
+@lru_cache(maxsize=256)
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """Returns (N * N,) int64: the row of the bias table for every (query, key) pair of a window."""
+    # Cached tensors must be ordinary ones even where the first caller is in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        y = torch.arange(window, device=device).repeat_interleave(window)
+        x = torch.arange(window, device=device).repeat(window)
+        rows = (y[:, None] - y[None, :] + window - 1) * (2 * window - 1)
+        return (rows + x[:, None] - x[None, :] + window - 1).flatten()
+
+
+@lru_cache(maxsize=256)
+def relative_coords_table(window: int, pretrained: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns ((2 * window - 1) ** 2, 2): log-spaced offsets in units of the window the bias was trained with.
+
+    sign(d) log2(|d| + 1) / log2(8) with d = 8 * offset / (pretrained - 1), in float32 as the official buffer.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        offset = torch.arange(1 - window, window, dtype=torch.float32, device=device)
+        offset = offset / max(pretrained - 1, 1) * 8
+        spaced = torch.sign(offset) * torch.log2(offset.abs() + 1.0) / 3.0
+        return torch.cartesian_prod(spaced, spaced).to(dtype)
+
+
+@lru_cache(maxsize=256)
+def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns (M, N, N): 0 between tokens that were neighbours before the cyclic shift, MASKED across its seam."""
+    with torch.inference_mode(False), torch.no_grad():
+        region_y, region_x = (
+            (torch.arange(n, device=device) >= n - window).long() + (torch.arange(n, device=device) >= n - shift).long()
+            for n in (height, width)
+        )
+        region = (region_y[:, None] * 3 + region_x[None, :]).view(1, height, width, 1)
+        region_MN = partition_windows(region, window)[..., 0]
+        across = region_MN[:, :, None] != region_MN[:, None, :]
+        return torch.zeros(across.shape, dtype=dtype, device=device).masked_fill_(across, MASKED)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside (shifted) windows with a relative position bias.
+
+    Parameter names are the official ones. log_cpb: the bias is a small network of log-spaced coordinates instead of a
+    table; bias_sigmoid: squashed to (0, 16); cosine: scores are cosines times a learned factor (SwinV2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        window: int,
+        num_heads: int,
+        *,
+        log_cpb: bool,
+        bias_sigmoid: bool,
+        cosine: bool,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        pretrained_window: int,
+        drop: float,
+        attn_drop: float,
+        layer: int,
+    ) -> None:
+        super().__init__()
+        self.window, self.num_heads, self.layer = window, num_heads, layer
+        self.pretrained_window = pretrained_window or window
+        self.bias_sigmoid, self.drop, self.attn_drop = bias_sigmoid, drop, attn_drop
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.implementation = "auto"
+        if log_cpb:
+            # Index 1 is the activation: the official names are cpb_mlp.0 and cpb_mlp.2.
+            hidden, out = nn.Linear(2, CPB_HIDDEN), nn.Linear(CPB_HIDDEN, num_heads, bias=False)
+            self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(inplace=True), out)
+        else:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
+        self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1)) if cosine else None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
+        # Cosine scores leave the keys without a bias, so query and value biases are stored apart.
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if cosine and qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if cosine and qkv_bias else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BHWC: Tensor, *, shift: int = 0, random: RandomContext | None = None) -> Tensor:
+        """Returns (B, H, W, C). shift: tokens the windows are displaced by; random: None in evaluation."""
+        batch, height, width, _ = x_BHWC.shape
+        x = pad_to_multiple(x_BHWC, self.window, self.window)
+        padded_height, padded_width = x.shape[1:3]
+        if shift:
+            x = torch.roll(x, shifts=(-shift, -shift), dims=(1, 2))
+        qkv = self._project(partition_windows(x, self.window))
+        bias, mask = self.position_bias(), None
+        if shift:
+            mask = shift_mask(padded_height, padded_width, self.window, shift, bias.device, bias.dtype)
+        out = window_attention(
+            qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale,
+            dropout_WHNN=self._attention_dropout(qkv, batch, random), implementation=self.implementation,
+        )  # fmt: skip
+        x = merge_windows(self.proj(out), batch, padded_height, padded_width)
+        if shift:
+            x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))
+        x = x[:, :height, :width]
+        return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)
+
+    def position_bias(self) -> Tensor:
+        """Returns (heads, N, N), the bias of every (query, key) pair of a window."""
+        if hasattr(self, "cpb_mlp"):
+            table = self._cpb_table()
+        else:
+            table = self.relative_position_bias_table
+        index = relative_position_index(self.window, table.device)
+        # F.embedding: its backward adds rows in parallel, that of table[index] element by element.
+        bias = F.embedding(index, table).view(self.window**2, self.window**2, self.num_heads)
+        return bias.permute(2, 0, 1).contiguous()
+
+    def set_window(self, window: int) -> None:
+        """Changes the window of a trained layer: a table is resized, a bias network keeps its value per offset."""
+        if window != self.window and not hasattr(self, "cpb_mlp"):
+            table = self.relative_position_bias_table
+            resized = resize_bias_table(table.detach(), window)
+            self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.window = window
+
+    def _project(self, x_WNC: Tensor) -> Tensor:
+        """Returns queries, keys and values (W, N, 3C)."""
+        bias = self.qkv.bias
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        return F.linear(x_WNC, self.qkv.weight, bias)
+
+    def _cpb_table(self) -> Tensor:
+        """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
+        weight = self.cpb_mlp[0].weight
+        coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            table = self.cpb_mlp(coords)
+        # Before the gather: N ** 2 / (2 * window - 1) ** 2, about a quarter, of the sigmoids of the official order.
+        return 16.0 * torch.sigmoid(table) if self.bias_sigmoid else table
+
+    def _attention_dropout(self, qkv: Tensor, batch: int, random: RandomContext | None) -> Tensor | None:
+        """Returns the multiplier of the attention weights (W, heads, N, N), or None where nothing is dropped."""
+        if random is None or self.attn_drop == 0.0:
+            return None
+        tokens = qkv.shape[1]
+        rows = token_rows(random.sample, qkv.shape[0] // max(batch, 1) * self.num_heads * tokens)
+        factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
+        return factor.view(qkv.shape[0], self.num_heads, tokens, tokens)
+
+
+def resize_bias_table(table: Tensor, window: int) -> Tensor:
+    """Returns a position-bias table ((2 * window - 1) ** 2, heads), bicubic as the official load_pretrained."""
+    old, new = round(table.shape[0] ** 0.5), 2 * window - 1
+    image = table.t().reshape(1, table.shape[1], old, old)
+    return F.interpolate(image, size=(new, new), mode="bicubic").view(table.shape[1], new * new).t().contiguous()
+
+
+class SpatialMLP(nn.Conv1d):
+    """Mixes the tokens of a window with one linear map per head (Swin-MLP); the official grouped 1 x 1 convolution.
+
+    Shifted windows are made by zero padding of one window in each direction, without mask or roll.
+    """
+
+    def __init__(self, window: int, num_heads: int, *, drop: float, layer: int) -> None:
+        units = num_heads * window**2
+        super().__init__(units, units, kernel_size=1, groups=num_heads)
+        self.window, self.num_heads, self.drop, self.layer = window, num_heads, drop, layer
+
+    def forward(self, x_BHWC: Tensor, *, shift: int = 0, random: RandomContext | None = None) -> Tensor:
+        """Returns (B, H, W, C)."""
+        batch, height, width, channels = x_BHWC.shape
+        x = pad_to_multiple(x_BHWC, self.window, self.window)
+        before = self.window - shift if shift else 0
+        if shift:
+            x = F.pad(x, (0, 0, before, shift, before, shift))
+        windows = partition_windows(x, self.window)
+        tokens, head_dim = windows.shape[1], channels // self.num_heads
+        heads = windows.view(len(windows), tokens, self.num_heads, head_dim).permute(2, 1, 0, 3)
+        heads = heads.reshape(self.num_heads, tokens, len(windows) * head_dim)
+        weight = self.weight.view(self.num_heads, tokens, tokens)
+        # One product per head over all windows at once; the grouped convolution itself is slower on CPU.
+        mixed = torch.baddbmm(self.bias.view(self.num_heads, tokens, 1), weight, heads)
+        mixed = mixed.view(self.num_heads, tokens, len(windows), head_dim).permute(2, 1, 0, 3)
+        x = merge_windows(mixed.reshape(windows.shape), batch, x.shape[1], x.shape[2])
+        x = x[:, before : before + height, before : before + width]
+        return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)

@@ -1,0 +1,127 @@
+"""Models by name: a family with the official constructor's defaults, or a file of configs/ with its own."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from swin_moe.config import ModelConfig, MoEConfig
+from swin_moe.models.swin import VARIANTS, SwinTransformer
+
+# Defaults of the official SwinTransformer*.__init__ that differ from ours (microsoft/Swin-Transformer, models/*.py).
+# eval_capacity_factor None: the official model evaluates with the capacity it trains with, ours by need.
+_FAMILY_MOE = MoEConfig(balance_loss="gshard", eval_capacity_factor=None)
+
+# Official constructor argument -> our field, where the names or the meaning differ.
+_RENAMED: dict[str, tuple[str, Any]] = {
+    "moe_blocks": ("blocks", None),
+    "top_value": ("top_k", None),
+    "cosine_router": ("router", {True: "cosine", False: "linear"}),
+    "use_bpr": ("batch_prioritized", None),
+    "is_gshard_loss": ("balance_loss", {True: "gshard", False: "load_importance"}),
+    "cosine_router_dim": ("cosine_dim", None),
+    "cosine_router_init_t": ("cosine_init_t", None),
+    "moe_drop": ("dropout", None),
+}
+_MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig)) - {"name"}
+_MOE_FIELDS = frozenset(f.name for f in fields(MoEConfig))
+_PAIRS = ("img_size", "patch_size")
+
+
+def build_model(config: ModelConfig, *, recompute: str = "none") -> SwinTransformer:
+    """Returns the network of a config, without meaningful weights: call init_weights(seed) or load some.
+
+    Args:
+        config: All sizes and numbers are global; nothing depends on the world size.
+        recompute: "none", or "block": activations of every block are recomputed in backward.
+    """
+    return SwinTransformer(config, recompute=recompute)
+
+
+def create_model(name: str, **overrides: Any) -> SwinTransformer:
+    """Returns an initialized model; on torch.device("meta") the weights stay empty.
+
+    The capacity at evaluation is the training capacity (eval_capacity_factor=None), as in the official code, unless an
+    override or the config file says otherwise; training configs default to capacity by need (0) instead.
+
+    Args:
+        name: A family (swin, swinv2, swin_mlp, swin_moe), which takes the official constructor's defaults, or the name
+            of a file in configs/ without .yaml.
+        overrides: Official constructor arguments (img_size=256, moe_blocks=[...], top_value=2, ...), any field of
+            ModelConfig or MoEConfig (num_experts is the global number), and seed=0 for the initial weights.
+
+    Raises:
+        ValueError: Unknown name or override, or a value out of range.
+    """
+    seed = overrides.pop("seed", 0)
+    config, recompute = _named_config(name)
+    config, recompute = _override(config, recompute, overrides)
+    device = torch.get_default_device()
+    # Built on meta first: torch's own initialization would cost time and draw from the global generator.
+    with torch.device("meta"):
+        model = build_model(config, recompute=recompute)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.init_weights(seed)
+    return model
+
+
+def _named_config(name: str) -> tuple[ModelConfig, str]:
+    """Returns (model config, recompute) of a family or a config file."""
+    if name in VARIANTS:
+        return ModelConfig(name=name, moe=_FAMILY_MOE), "none"
+    from swin_moe.config_io import find_config, load_config  # only here: models do not depend on YAML
+
+    config = load_config(find_config(name))
+    moe = config.model.moe
+    if moe.eval_capacity_factor == MoEConfig().eval_capacity_factor:
+        moe = replace(moe, eval_capacity_factor=None)
+    return replace(config.model, moe=moe), config.parallel.recompute
+
+
+def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) -> tuple[ModelConfig, str]:
+    """Returns the config and recomputation with overrides applied."""
+    model: dict[str, Any] = {}
+    moe: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key == "use_checkpoint":
+            recompute = "block" if value else "none"
+        elif key in ("norm_layer", "fused_window_process"):
+            _check_ignored(key, value)
+        elif key in _RENAMED:
+            field, values = _RENAMED[key]
+            moe[field] = _tuples(value) if values is None else values[bool(value)]
+        elif key in _PAIRS:
+            model[key] = (value, value) if isinstance(value, int) else tuple(value)
+        elif key in _MODEL_FIELDS:
+            model[key] = _tuples(value)
+        elif key in _MOE_FIELDS:
+            moe[key] = _tuples(value)
+        else:
+            raise ValueError(_unknown(key))
+    config = replace(config, **model)
+    return replace(config, moe=replace(config.moe, **moe)), recompute
+
+
+def _check_ignored(key: str, value: Any) -> None:
+    """Accepts what changes no result; the kernels are chosen elsewhere."""
+    if key == "norm_layer" and value not in (None, nn.LayerNorm):
+        raise ValueError(f"norm_layer must be torch.nn.LayerNorm or None, got {value!r}")
+
+
+def _unknown(key: str) -> str:
+    """Returns the sentence about an override that does not exist."""
+    if key == "num_local_experts":
+        return "num_local_experts depends on the number of ranks; give num_experts, the global number of experts"
+    known = [*_MODEL_FIELDS, *_MOE_FIELDS, *_RENAMED, "seed", "use_checkpoint", "norm_layer", "fused_window_process"]
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    return f"create_model has no argument {key!r}{hint}"
+
+
+def _tuples(value: Any) -> Any:
+    """Returns the value with lists as tuples, as frozen configs hold them."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, Iterable) and not isinstance(value, str) else value

@@ -1,0 +1,89 @@
+"""Multiply-accumulates of one image, by the formulas of the official flops() methods, and parameter counts.
+
+Source: microsoft/Swin-Transformer, models/*.py. Their conventions are kept, because published numbers rest on them:
+norms count one operation per element, the final pooling divides by 2 ** stages, windows are counted as a fraction where
+they do not divide the map, biases and softmax are free, a router costs nothing.
+"""
+
+from torch import nn
+
+from swin_moe.config import ModelConfig
+from swin_moe.models.attention import StageGeometry, stage_geometry
+
+
+def official_flops(config: ModelConfig, *, spatial_mlp: bool, norm_after: bool) -> float:
+    """Returns multiply-accumulates of one image at the nominal size; a MoE network counts capacity factor x top-k.
+
+    A capacity by need (factor <= 0) counts as factor 1: what every token then costs.
+
+    Args:
+        spatial_mlp: The mixer is Swin-MLP's.
+        norm_after: Patch merging normalizes the reduced tokens (SwinV2).
+    """
+    factor = config.moe.capacity_factor
+    return _total(config, factor if factor > 0 else 1.0, spatial_mlp=spatial_mlp, norm_after=norm_after)
+
+
+def active_flops(config: ModelConfig, *, spatial_mlp: bool, norm_after: bool) -> float:
+    """Returns multiply-accumulates one image really costs: official_flops with every token computed top-k times."""
+    return _total(config, 1.0, spatial_mlp=spatial_mlp, norm_after=norm_after)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of parameter elements, frozen ones included; works on meta."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _total(config: ModelConfig, capacity_factor: float, *, spatial_mlp: bool, norm_after: bool) -> float:
+    stages = len(config.depths)
+    height, width = stage_geometry(config, 0).resolution
+    patch = config.patch_size[0] * config.patch_size[1]
+    total = height * width * config.embed_dim * config.in_chans * patch
+    if config.patch_norm:
+        total += height * width * config.embed_dim
+    for stage, depth in enumerate(config.depths):
+        geometry = stage_geometry(config, stage)
+        moe_blocks = config.moe.blocks[stage] if stage < len(config.moe.blocks) else ()
+        for block in range(depth):
+            mixer = _spatial_mlp(geometry, block) if spatial_mlp else _attention(geometry, config.num_heads[stage])
+            experts = capacity_factor * config.moe.top_k if block in moe_blocks else 1.0
+            extra = config.extra_norm_every > 0 and (block + 1) % config.extra_norm_every == 0
+            total += _block(geometry, mixer, config.mlp_ratio, experts) + extra * _norm(geometry)
+        if stage < stages - 1:
+            total += _merging(geometry, norm_after)
+    num_features = config.embed_dim * 2 ** (stages - 1)
+    total += num_features * height * width // 2**stages
+    return total + num_features * config.num_classes
+
+
+def _norm(geometry: StageGeometry) -> int:
+    height, width = geometry.resolution
+    return geometry.dim * height * width
+
+
+def _block(geometry: StageGeometry, mixer: float, mlp_ratio: float, experts: float) -> float:
+    height, width = geometry.resolution
+    return 2 * _norm(geometry) + mixer + 2 * height * width * geometry.dim * geometry.dim * mlp_ratio * experts
+
+
+def _attention(geometry: StageGeometry, heads: int) -> float:
+    height, width = geometry.resolution
+    dim, tokens = geometry.dim, geometry.window**2
+    windows = height * width / geometry.window / geometry.window
+    scores_and_values = 2 * heads * tokens * (dim // heads) * tokens
+    return windows * (4 * tokens * dim * dim + scores_and_values)
+
+
+def _spatial_mlp(geometry: StageGeometry, block: int) -> float:
+    (height, width), window = geometry.resolution, geometry.window
+    if block % 2 == 1 and not geometry.shrunk and window > 1:
+        windows = (height / window + 1) * (width / window + 1)  # a shift pads by one window in each direction
+    else:
+        windows = height * width / window / window
+    return windows * geometry.dim * window**4
+
+
+def _merging(geometry: StageGeometry, norm_after: bool) -> int:
+    height, width = geometry.resolution
+    norm = height * width * geometry.dim // 2 if norm_after else height * width * geometry.dim
+    return norm + (height // 2) * (width // 2) * 4 * geometry.dim * 2 * geometry.dim

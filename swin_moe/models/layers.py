@@ -1,0 +1,109 @@
+"""Patch embedding, patch merging, the feed-forward network, and the two kinds of dropout.
+
+Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels. Maps are channels-last: (B, H, W, C).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_moe.randomness import RandomContext, derive_key, keep_mask
+
+# Sites of one block that draw from the purpose "dropout"; each has its own key.
+ATTENTION_WEIGHTS, MIXER_OUT, FFN_HIDDEN, FFN_OUT = range(4)
+
+
+def pad_to_multiple(x_BHWC: Tensor, height: int, width: int) -> Tensor:
+    """Returns the map padded with zeros at the bottom and right to multiples of (height, width) tokens."""
+    bottom, right = -x_BHWC.shape[1] % height, -x_BHWC.shape[2] % width
+    return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom)) if bottom or right else x_BHWC
+
+
+def add_branch(
+    x: Tensor, branch: Tensor, *, rate: float, random: RandomContext | None, purpose: str, layer: int
+) -> Tensor:
+    """Returns x + drop_path(branch): an image's branch is dropped with probability `rate`, else divided by 1 - rate.
+
+    random: None in evaluation, where nothing is dropped.
+    """
+    if random is None or rate == 0.0:
+        return x + branch
+    keep = keep_mask(random.key(purpose, layer), random.sample, 1, drop=rate)
+    factor = keep.to(branch.dtype).div_(1.0 - rate).view(-1, *(1,) * (x.dim() - 1))
+    return torch.addcmul(x, branch, factor) if x.dtype == branch.dtype else x + branch * factor
+
+
+def token_rows(sample_B: Tensor, num_tokens: int) -> Tensor:
+    """Returns (B * L,) int64, the global index of every token: sample * L + position."""
+    position = torch.arange(num_tokens, device=sample_B.device)
+    return (sample_B[:, None] * num_tokens + position).flatten()
+
+
+def dropout_factor(rate: float, rows: Tensor, units: int, random: RandomContext, *, layer: int, site: int) -> Tensor:
+    """Returns (N, U) float32: 0 with probability `rate`, else 1 / (1 - rate); a function of the global rows."""
+    key = derive_key(random.key("dropout", layer), site)
+    return keep_mask(key, rows, units, drop=rate).float().div_(1.0 - rate)
+
+
+def dropout(x_BHWC: Tensor, rate: float, random: RandomContext | None, *, layer: int, site: int) -> Tensor:
+    """Returns x with elements dropped by global token index and channel; x itself in evaluation or at rate 0."""
+    if random is None or rate == 0.0:
+        return x_BHWC
+    rows = token_rows(random.sample, x_BHWC.shape[1] * x_BHWC.shape[2])
+    factor = dropout_factor(rate, rows, x_BHWC.shape[-1], random, layer=layer, site=site)
+    return x_BHWC * factor.view(x_BHWC.shape).to(x_BHWC.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each: (B, channels, height, width) -> (B, H, W, C)."""
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, dim: int, *, norm: bool) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim) if norm else None
+
+    def forward(self, image: Tensor, *, pad: bool = True) -> Tensor:
+        """Returns the map of patches. An image that is no multiple of the patch is padded at the bottom and right.
+
+        pad: False leaves out what does not fill a patch instead, as the official classification code does.
+        """
+        (height, width), (ph, pw) = image.shape[-2:], self.patch_size
+        if pad and (height % ph or width % pw):
+            image = F.pad(image, (0, -width % pw, 0, -height % ph))
+        x_BHWC = self.proj(image).permute(0, 2, 3, 1)
+        return x_BHWC.contiguous() if self.norm is None else self.norm(x_BHWC)
+
+
+class PatchMerging(nn.Module):
+    """Joins 2 x 2 neighbours into one token of twice the width: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
+
+    def __init__(self, dim: int, *, norm_after: bool) -> None:
+        super().__init__()
+        self.norm_after = norm_after
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim if norm_after else 4 * dim)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """Returns the merged map; odd sizes are padded at the bottom and right."""
+        x = pad_to_multiple(x_BHWC, 2, 2)
+        batch, height, width, channels = x.shape
+        # Channel order of the official cat: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+        x = x.view(batch, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 4, 2, 5)
+        x = x.reshape(batch, height // 2, width // 2, 4 * channels)
+        return self.norm(self.reduction(x)) if self.norm_after else self.reduction(self.norm(x))
+
+
+class Mlp(nn.Module):
+    """The dense feed-forward network: fc1, exact GELU, fc2."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, fc2_bias: bool, drop: float, layer: int) -> None:
+        super().__init__()
+        self.drop, self.layer = drop, layer
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=fc2_bias)
+
+    def forward(self, x_BHWC: Tensor, random: RandomContext | None = None) -> Tensor:
+        """Returns (B, H, W, C)."""
+        x = dropout(F.gelu(self.fc1(x_BHWC)), self.drop, random, layer=self.layer, site=FFN_HIDDEN)
+        return dropout(self.fc2(x), self.drop, random, layer=self.layer, site=FFN_OUT)

@@ -1,0 +1,6 @@
+"""The Mixture-of-Experts layer for one process; swin_moe.parallel spreads it over ranks."""
+
+from swin_moe.moe.layer import MoELayer, RoutingStats
+from swin_moe.moe.router import Routing, expert_capacity, route
+
+__all__ = ["MoELayer", "Routing", "RoutingStats", "expert_capacity", "route"]

@@ -1,0 +1,185 @@
+"""The experts: two-layer networks over ragged runs of tokens, without padding.
+
+Weights in Tutel's layout (tutel/experts/ffn.py): fc1 (E, H, D) is applied transposed, fc2 (E, H, D) as it is.
+
+Shape legend: N rows (token-choice pairs) sorted by expert, E local experts, D model channels, H hidden channels of an
+expert, I and O input and output channels of one product.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from swin_moe.randomness import derive_key, keep_mask
+
+PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which hidden units to drop: a function of the pair's global index (token index * k + choice) and the unit."""
+
+    rate: float
+    key: int
+    pair: Tensor  # (N,) int64
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """Returns the hidden layer (N, H) with units dropped and the others divided by 1 - rate."""
+        keep = keep_mask(self.key, self.pair, hidden.shape[1], drop=self.rate)
+        return torch.where(keep, hidden * (1.0 / (1.0 - self.rate)), 0.0)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """y[rows of e] = x[rows of e] @ weight_e + bias_e, as one matrix product per expert, or grouped_mm where it is faster.
+
+    A Function of its own: results go straight into the output (no cat, no stack of gradients), and every expert has a
+    gradient, zeros if it got no rows. The obvious loop over w[e] would make backward O(E^2) (361 against 120 ms, E = 32).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], grouped: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts, ctx.grouped = counts, grouped
+        if grouped:
+            return _grouped_mm(x, weight, counts).add_(bias.repeat_interleave(_lengths(counts, x), 0, output_size=x.shape[0]))
+        y = x.new_empty((x.shape[0], weight.shape[2]))
+        for x_e, w_e, b_e, y_e in zip(x.split(counts), weight.unbind(0), bias.unbind(0), y.split(counts)):
+            torch.addmm(b_e, x_e, w_e, out=y_e)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        counts, grad_y = ctx.counts, grad_y.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if ctx.grouped:
+                grad_x = _grouped_mm(grad_y, weight.transpose(1, 2), counts)
+            else:
+                grad_x = torch.empty_like(x)
+                for g_e, w_e, out in zip(grad_y.split(counts), weight.unbind(0), grad_x.split(counts)):
+                    torch.mm(g_e, w_e.t(), out=out)
+        if ctx.needs_input_grad[1]:
+            if ctx.grouped:
+                grad_weight = F.grouped_mm(x.t(), grad_y, offs=_offsets(counts, x))
+            else:
+                # Laid out as the weight lies in memory: fc1 comes transposed, and its gradient must not be copied.
+                grad_weight = torch.empty_like(weight)
+                for x_e, g_e, out in zip(x.split(counts), grad_y.split(counts), grad_weight.unbind(0)):
+                    torch.mm(x_e.t(), g_e, out=out)
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.stack([g_e.sum(dim=0) for g_e in grad_y.split(counts)])
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], *, grouped: bool | None = None) -> Tensor:
+    """Returns (N, O): each run of rows times its expert's matrix plus its bias.
+
+    Args:
+        x: (N, I), rows sorted by expert.
+        weight: (E, I, O), may be a transposed view. bias: (E, O).
+        counts: Rows of each expert; their sum is N.
+        grouped: One grouped product instead of a loop; None = where that is faster, which is bfloat16 on CUDA. On the CPU the
+            loop wins, because it adds the bias inside the product.
+    """
+    if weight.shape[0] == 0:  # a rank without experts: no rows either, but its (empty) weights keep their gradients
+        return x.new_zeros((0, weight.shape[2])) + x.sum() + weight.sum() + bias.sum()
+    if grouped is None:
+        aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # grouped_mm wants strides of 16 bytes
+        grouped = x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+    return _GroupedLinear.apply(x.contiguous(), weight, bias, counts, grouped)
+
+
+def _lengths(counts: list[int], x: Tensor) -> Tensor:
+    return torch.tensor(counts, device=x.device)
+
+
+def _offsets(counts: list[int], x: Tensor) -> Tensor:
+    return torch.tensor(counts).cumsum(0).to(device=x.device, dtype=torch.int32)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    return F.grouped_mm(x, weight, offs=_offsets(counts, x))
+
+
+class GroupedExperts(nn.Module):
+    """E experts, y = W2^T dropout(gelu(W1 x + b1)) + b2; all of the layer's, or this rank's part after parallelize().
+
+    fc2_bias False: the second bias is a frozen zero parameter, as in the official model.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, num_experts: int, *, fc2_bias: bool) -> None:
+        super().__init__()
+        self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts  # global sizes
+        shapes = self.global_shapes()
+        self.fc1_weight = nn.Parameter(torch.empty(shapes["fc1_weight"]))
+        self.fc1_bias = nn.Parameter(torch.empty(shapes["fc1_bias"]))
+        self.fc2_weight = nn.Parameter(torch.empty(shapes["fc2_weight"]))
+        self.fc2_bias = nn.Parameter(torch.empty(shapes["fc2_bias"]), requires_grad=fc2_bias)
+        # (offset, size) per dim of what this rank holds of each parameter.
+        self.held = {name: tuple((0, n) for n in shape) for name, shape in shapes.items()}
+        # Makes whole experts of this rank's parts; installed by parallelize() where ranks share an expert.
+        self.gather: Callable[[Tensor, str], Tensor] | None = None
+
+    def global_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each parameter over all ranks."""
+        weight = (self.num_experts, self.hidden_dim, self.dim)
+        return {"fc1_weight": weight, "fc1_bias": weight[:2], "fc2_weight": weight, "fc2_bias": (self.num_experts, self.dim)}
+
+    @property
+    def first_expert(self) -> int:
+        """Global number of the first local expert."""
+        return self.held["fc1_weight"][0][0]
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on this rank; 0 is legal."""
+        return self.fc1_weight.shape[0]
+
+    def keep(self, boxes: dict[str, tuple[tuple[int, int], ...]]) -> None:
+        """Replaces every parameter by a part of it. boxes: name -> (offset, size) per dim."""
+        for name, box in boxes.items():
+            whole = getattr(self, name)
+            part = whole.detach()[tuple(slice(o, o + n) for o, n in box)].clone()
+            setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        self.held = dict(boxes)
+
+    def forward(self, tokens: Tensor, counts: list[int], dropout: Dropout | None = None) -> Tensor:
+        """Returns (N, D), what each row's expert makes of it, in the dtype of `tokens`. To be called outside autocast.
+
+        counts: Rows of each local expert, in order.
+        """
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (self._whole(name).to(tokens.dtype) for name in PARAMETERS)
+        hidden = F.gelu(grouped_linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
+        if dropout is not None:
+            hidden = dropout.apply(hidden)
+        return grouped_linear(hidden, fc2_weight, fc2_bias, counts)
+
+    def _whole(self, name: str) -> Tensor:
+        parameter = getattr(self, name)
+        return parameter if self.gather is None else self.gather(parameter, name)
+
+    def init_weights(self, seed: int, name: str, std: float) -> None:
+        """Fills the weights with truncated normals, the biases with zeros.
+
+        Every expert has a generator of its own, seeded by (seed, name, global number), and is drawn whole on the CPU, so that
+        initial weights are the same however experts are spread.
+        """
+        with torch.no_grad():
+            self.fc1_bias.zero_()
+            self.fc2_bias.zero_()
+            for local in range(self.num_local_experts):
+                word = derive_key(seed, zlib.crc32(name.encode()), self.first_expert + local)
+                generator = torch.Generator().manual_seed(word)
+                for key in ("fc1_weight", "fc2_weight"):
+                    whole = torch.empty((self.hidden_dim, self.dim), dtype=torch.float32)
+                    nn.init.trunc_normal_(whole, std=std, a=-2.0, b=2.0, generator=generator)
+                    offset, size = self.held[key][1]
+                    getattr(self, key)[local].copy_(whole[offset : offset + size])

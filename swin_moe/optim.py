@@ -1,0 +1,140 @@
+"""Parameter groups, learning-rate schedules by optimizer step, and the optimizers themselves."""
+
+import bisect
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from swin_moe.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the optimizer step t = 0, 1, ...
+
+    The formulas of timm 0.4.12's schedulers as the official lr_scheduler.py sets them up (microsoft/Swin-Transformer).
+    All quantities in steps; learning rates are already scaled to the global batch.
+    """
+
+    name: str
+    lr: float
+    warmup_lr: float
+    min_lr: float
+    total: int
+    warmup: int
+    warmup_prefix: bool = True
+    decay_steps: int = 0
+    decay_rate: float = 0.1
+    milestones: tuple[int, ...] = ()
+
+    def __call__(self, t: int, scale: float = 1.0) -> float:
+        """Returns the learning rate of step t for a group whose peak is lr x scale.
+
+        warmup_lr and min_lr are absolute for all groups, as in the official layer decay.
+        """
+        peak = self.lr * scale
+        if t < self.warmup:
+            return self.warmup_lr + t * (peak - self.warmup_lr) / self.warmup
+        if self.name == "cosine":
+            start = self.warmup if self.warmup_prefix else 0
+            if t - start >= self.total - start:
+                return self.min_lr
+            angle = math.pi * (t - start) / (self.total - start)
+            return self.min_lr + 0.5 * (peak - self.min_lr) * (1 + math.cos(angle))
+        if self.name == "linear":  # down to 1 % of the peak
+            return peak * (1 - 0.99 * (t - self.warmup) / max(1, self.total - self.warmup))
+        if self.name == "step":
+            return peak * self.decay_rate ** (t // self.decay_steps)
+        return peak * self.decay_rate ** bisect.bisect_right(self.milestones, t)
+
+
+def build_schedule(config: OptimConfig, *, steps_per_epoch: int, global_batch: int) -> Schedule:
+    """Returns the schedule of a run.
+
+    Raises:
+        ValueError: A multistep milestone lies inside the warm-up.
+    """
+    scale = global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0
+    milestones = tuple(int(m * steps_per_epoch) for m in config.milestones)
+    warmup = int(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "multistep" and (not milestones or warmup > min(milestones)):
+        raise ValueError(
+            f"optim.milestones must be set and not lie inside the warm-up of {config.warmup_epochs} epochs, "
+            f"got {config.milestones}"
+        )
+    return Schedule(
+        name=config.schedule,
+        lr=config.lr * scale,
+        warmup_lr=config.warmup_lr * scale,
+        min_lr=config.min_lr * scale,
+        total=max(1, int(config.epochs * steps_per_epoch)),
+        warmup=warmup,
+        warmup_prefix=config.warmup_prefix,
+        decay_steps=max(1, int(config.decay_epochs * steps_per_epoch)),
+        decay_rate=config.decay_rate,
+        milestones=milestones,
+    )
+
+
+def has_decay(name: str, parameter: torch.Tensor, names: set[str], keywords: set[str]) -> bool:
+    """Returns whether weight decay applies: not to vectors, biases, and what the model excludes by name or keyword.
+
+    The rule of the official optimizer.py:set_weight_decay. Keywords are searched in the whole name, so that a wrapper
+    prefix such as "encoder." cannot switch the exclusion off (it does in the official SimMIM code).
+    """
+    excluded = name in names or any(name.endswith("." + n) for n in names) or any(k in name for k in keywords)
+    return not (parameter.ndim <= 1 or name.endswith(".bias") or excluded)
+
+
+def layer_id(name: str, depths: tuple[int, ...]) -> int:
+    """Returns the depth of a parameter for layer decay, 0 for the embedding to sum(depths) + 1 for norm and head.
+
+    As optimizer.py:get_swin_layer of the official repository; a downsample counts with the last block before it.
+    """
+    parts = name.removeprefix("encoder.").split(".")
+    if parts[0] in ("patch_embed", "mask_token", "absolute_pos_embed"):
+        return 0
+    if parts[0] == "layers":
+        stage = int(parts[1])
+        if parts[2] == "blocks":
+            return sum(depths[:stage]) + int(parts[3]) + 1
+        return sum(depths[: stage + 1])
+    return sum(depths) + 1
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig, depths: tuple[int, ...]) -> list[dict]:
+    """Returns optimizer groups {"params", "names", "weight_decay", "lr_scale"} over all trainable parameters.
+
+    Without layer decay: one group with and one without weight decay, empty ones left out.
+    """
+    names, keywords = set(model.no_weight_decay()), set(model.no_weight_decay_keywords())
+    groups: dict[tuple[int, bool], dict] = {}
+    last = sum(depths) + 1
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = layer_id(name, depths) if config.layer_decay != 1.0 else last
+        decay = has_decay(name, parameter, names, keywords)
+        group = groups.setdefault(
+            (depth, decay),
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": config.weight_decay if decay else 0.0,
+                "lr_scale": config.layer_decay ** (last - depth),
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    """Returns the optimizer over `parameter_groups`; its learning rates are set every step by the engine."""
+    lr = config.lr
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    # fused: one pass over the memory of all tensors, on CPU as on CUDA; several times faster for many small tensors.
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,0 +1,99 @@
+"""Random numbers as a pure function of (seed, step, layer, purpose, row, unit).
+
+No generator objects: the same image gets the same noise on any rank, in any micro-batch and in a recomputed forward,
+so neither the layout of the run nor activation recomputation can change a result, and the random state of a
+checkpoint is (seed, step). A row is a global sample or token index, a unit a channel, an expert or a choice.
+
+The mixer is the 32-bit "lowbias32" integer hash (constants 0x7feb352d, 0x846ca68b; C. Wellons, "Prospecting for Hash
+Functions", 2018), in int32 arithmetic that wraps, because torch vectorizes it on CPU and GPU alike.
+
+Shape legend: N rows, U units.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+PURPOSES = ("gate_noise", "drop_path_mixer", "drop_path_ffn", "dropout", "expert_dropout", "mixup", "augment", "order")
+
+
+@dataclass(frozen=True)
+class RandomContext:
+    """What a forward needs to draw: the run's seed, the optimizer step, and which samples the batch holds.
+
+    sample: (B,) int64, index of each image in the global batch of this step.
+    """
+
+    seed: int
+    step: int
+    sample: Tensor
+
+    @classmethod
+    def fresh(cls, batch_size: int, device: torch.device) -> "RandomContext":
+        """Returns a context seeded from torch's global generator, for models used outside the trainer."""
+        seed = int(torch.randint(0, 2**31 - 1, ()))
+        return cls(seed, 0, torch.arange(batch_size, device=device))
+
+    def key(self, purpose: str, layer: int = 0) -> int:
+        """Returns the 64-bit key of one kind of draw in one layer of this step."""
+        return derive_key(self.seed, self.step, layer, PURPOSES.index(purpose))
+
+
+def _signed(value: int) -> int:
+    """Returns the int32 with the same 32 bits."""
+    value &= _MASK_32
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def derive_key(*words: int) -> int:
+    """Returns a 64-bit key that depends on every word (splitmix64 finalizer over the sequence)."""
+    state = 0x9E3779B97F4A7C15
+    for word in words:
+        state = (state ^ (word & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+        state = state * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 29
+    return state
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Returns the avalanche hash of int32 values; right shifts are made logical by masking."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _signed(0x7FEB352D)
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def bits(key: int, rows: Tensor, units: int) -> Tensor:
+    """Returns (N, U) int32, uniform over all 2**32 values, for rows (N,) int64.
+
+    Row and unit are hashed apart and mixed once together: the (N, U) part costs one hash.
+    """
+    low, high = _signed(key), _signed(key >> 32)
+    # Truncation to int32 drops the upper half of a row; it is mixed back so that token 2**32 differs from token 0.
+    row_low, row_high = rows.to(torch.int32), (rows >> 32).to(torch.int32)
+    row = _mix(_mix(row_low ^ low) + row_high + high)
+    unit = _mix(torch.arange(units, dtype=torch.int32, device=rows.device) * _signed(0x9E3779B9) + high)
+    return _mix(row[:, None] + unit[None, :])
+
+
+def uniform(key: int, rows: Tensor, units: int) -> Tensor:
+    """Returns (N, U) float32 in the open interval (0, 1), on a grid of 2**-24 shifted by half a step."""
+    return ((bits(key, rows, units) >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+
+
+def normal(key: int, rows: Tensor, units: int) -> Tensor:
+    """Returns (N, U) float32 standard normal (Box-Muller over two independent uniforms)."""
+    radius = uniform(key, rows, units).double().log_().mul_(-2.0).sqrt_()
+    angle = uniform(key ^ 0x5DEECE66D2545F49, rows, units).double().mul_(2.0 * math.pi).cos_()
+    return (radius * angle).float()
+
+
+def keep_mask(key: int, rows: Tensor, units: int, *, drop: float) -> Tensor:
+    """Returns (N, U) bool, True with probability 1 - drop."""
+    threshold = round(drop * 2.0**32) - 2**31
+    return bits(key, rows, units) >= threshold

@@ -1,0 +1,30 @@
+"""Tables of lazily imported backends: a name in a config stands for "module:attribute"."""
+
+import importlib
+from typing import Any
+
+
+def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
+    """Returns the object that `name` stands for, importing its module only now.
+
+    Args:
+        table: Choices, name -> "module:attribute".
+        name: What the config says.
+        key: Config key the name came from, for the error.
+
+    Raises:
+        ValueError: `name` is not in the table, or an optional package it needs is not installed.
+    """
+    if name not in table:
+        raise ValueError(f"{key}: unknown choice {name!r}; allowed: {', '.join(sorted(table))}")
+    module, _, attribute = table[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "swin_moe"):
+            raise
+        raise ValueError(
+            f"{key}={name} needs the package {package!r}, which is not installed; "
+            f"install it with: pip install 'swin-moe[{name}]'"
+        ) from error

@@ -1,0 +1,142 @@
+"""What every entry point sets up in the same order: configuration, ranks, device, model; and how errors end it."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from swin_moe.config import Config
+from swin_moe.config_io import load_config
+from swin_moe.metrics import LOGGER
+from swin_moe.models import build_model
+from swin_moe.parallel.apply import parallelize
+from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed
+
+
+@dataclass(frozen=True)
+class Session:
+    """A checked configuration on this rank of a started world."""
+
+    config: Config
+    groups: Groups
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 to world_size - 1."""
+        return self.groups.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.groups.world_size
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, <output>/<name>."""
+        return Path(self.config.run.output) / self.config.run.name
+
+
+def parse_arguments(argv: list[str], usage: str) -> tuple[str, list[str]]:
+    """Returns (config path or name, key=value overrides); prints the usage and exits for -h or a missing config."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit(0 if argv else 2)
+    return argv[0], argv[1:]
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """Returns this rank's device.
+
+    Raises:
+        ValueError: engine.device=cuda without a CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("engine.device=cuda, but this torch sees no CUDA device; use engine.device=cpu or auto")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_session(path: str, overrides: list[str]) -> Session:
+    """Returns the session; everything that can be refused is refused here, before memory is allocated.
+
+    Raises:
+        ValueError: Bad config, or a world that cannot hold the layout.
+    """
+    from launcher.mpi import bootstrap  # entry points only: the package itself never needs the launcher
+
+    env = bootstrap()
+    config = load_config(path, overrides, world_size=env.world_size)
+    config.check(env.world_size)
+    if config.model.moe.has_blocks:
+        Degrees.resolve(config.parallel, config.model.moe.num_experts, env.world_size)
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    device = pick_device(config.engine.device, env.local_rank)
+    if env.world_size > 1:
+        init_distributed(device)
+    groups = build_groups(config.parallel, config.model.moe.num_experts if config.model.moe.has_blocks else 1, device)
+    return Session(config, groups, device)
+
+
+def build_local_model(session: Session) -> nn.Module:
+    """Returns this rank's part of the model, initialized from the seed.
+
+    Built on meta and cut first: a rank never allocates experts that are not its own.
+    """
+    config = session.config
+    with torch.device("meta"):
+        model = build_model(config.model, recompute=config.parallel.recompute)
+    model = parallelize(model, config.parallel, session.groups)
+    model = model.to_empty(device=session.device)
+    if config.engine.precision == "fp64":
+        model = model.double()
+    model.init_weights(config.run.seed)
+    if config.optim.freeze_experts:
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.requires_grad_(False)
+    return model
+
+
+def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Runs an entry point on this rank; an error of the user's becomes one sentence and exit code 2.
+
+    What every rank finds alike before they meet (config, layout) is printed by rank 0 only; later ones name their rank.
+    """
+    from launcher import mpi
+
+    mpi.call(lambda: _run_guarded(main, sys.argv[1:] if argv is None else argv))
+
+
+def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if os.environ.get("SWIN_MOE_TRACEBACK"):
+            traceback.print_exc()
+        if dist.is_initialized() and world_size > 1:
+            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        elif rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # this rank's exit ends all: rank 0 has to say why first
+        for handler in LOGGER.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, str(error), (), None))
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

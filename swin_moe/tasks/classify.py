@@ -1,0 +1,76 @@
+"""Image classification: soft targets by mixup and label smoothing; exact top-1 and top-5.
+
+Shape legend: B images of this micro-batch, K classes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_moe.config import Config
+from swin_moe.data.mixing import mix, mixing_enabled, partners
+from swin_moe.randomness import RandomContext
+from swin_moe.tasks.base import MicroLoss, StepContext
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the sum over images of -sum_k target log softmax(logits), in at least float32; 0 for no images."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return -(target.to(logits.dtype) * F.log_softmax(logits, dim=-1)).sum()
+
+
+class Classify:
+    """Cross entropy with the official mixing and smoothing (microsoft/Swin-Transformer, main.py, data/build.py)."""
+
+    metric = "top1"
+    higher_is_better = True
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.needs_partners = mixing_enabled(config.task)
+
+    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+        """See Task."""
+        partner_images, partner_targets = partners(batch) if "partner" in batch else (None, None)
+        images, target_BK = mix(
+            batch["image"],
+            batch["target"],
+            num_classes=self.config.model.num_classes,
+            config=self.config.task,
+            seed=self.config.run.seed,
+            step=context.step,
+            partner_images=partner_images,
+            partner_targets=partner_targets,
+        )
+        random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        with context.autocast():
+            output = model(images, random=random)
+        logits_BK, aux = output if isinstance(output, tuple) else (output, None)
+        task = soft_cross_entropy(logits_BK, target_BK) / context.num_samples
+        # An image counts the same wherever it sits: a rank's auxiliary mean is weighted by its share of the images.
+        share = images.shape[0] / context.num_samples
+        aux = aux * share if aux is not None else torch.zeros_like(task)
+        return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+        """See Task. Every sample counts once; sums are reduced once at the end, as integers and float64."""
+        totals = None
+        for batch in batches:
+            with context.autocast():
+                output = model(batch["image"])
+            logits_BK = (output[0] if isinstance(output, tuple) else output).float()
+            target_B = batch["target"]
+            top_k = min(5, logits_BK.shape[1])
+            hit_Bk = logits_BK.topk(top_k, dim=1).indices == target_B[:, None]
+            loss = F.cross_entropy(logits_BK, target_B, reduction="sum").double()
+            sums = torch.stack([loss, hit_Bk[:, :1].sum().double(), hit_Bk.sum().double(),
+                                torch.tensor(float(len(target_B)), dtype=torch.float64, device=loss.device)])
+            totals = sums if totals is None else totals + sums
+        if context.world_size > 1:
+            dist.all_reduce(totals)
+        loss, top1, top5, count = totals.tolist()
+        return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "samples": count}

@@ -1,0 +1,56 @@
+"""Inference speed by the official protocol: one batch, 50 forwards to warm up, 30 timed; and the memory it took."""
+
+import time
+
+import torch
+
+from swin_moe.data.batch import to_device
+from swin_moe.engine.precision import autocast
+from swin_moe.evaluate import build_eval_loader
+from swin_moe.metrics import LOGGER, peak_flops, peak_memory, start_logging
+from swin_moe.session import build_local_model, open_session, parse_arguments, run_main
+
+USAGE = """usage: swin-moe throughput CONFIG [data.name=synthetic] [data.eval_batch=64] [key=value ...]
+
+Prints images per second over all ranks, with random weights, and the peak memory of a rank."""
+WARMUP, TIMED = 50, 30  # microsoft/Swin-Transformer, main.py:throughput
+
+
+@torch.inference_mode()
+def measure(model: torch.nn.Module, images: torch.Tensor, context) -> float:
+    """Returns the seconds of one forward, mean over TIMED."""
+    def synchronize() -> None:
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+
+    for count in (WARMUP, TIMED):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            with context():
+                model(images)
+        synchronize()
+    return (time.perf_counter() - start) / TIMED
+
+
+def main(argv: list[str]) -> None:
+    """Prints the throughput of a configuration."""
+    path, overrides = parse_arguments(argv, USAGE)
+    session = open_session(path, overrides)
+    start_logging(None, session.rank)
+    loader = build_eval_loader(session.config, session)
+    model = build_local_model(session)
+    precision = session.config.engine.precision
+    images = to_device(next(iter(loader)), session.device, precision)["image"]
+    if not len(images):
+        raise ValueError(f"rank {session.rank} got no image to measure with; use fewer ranks or data.name=synthetic")
+    seconds = measure(model.eval(), images, lambda: autocast(precision, session.device))
+    rate = len(images) * session.world_size / seconds
+    flops = 2 * model.active_flops() * rate / session.world_size
+    LOGGER.info("%.1f images/s (%d ranks, batch %d a rank, %s), %.1f%% of peak, peak memory %.2f GiB a rank",
+                rate, session.world_size, len(images), precision, 100 * flops / peak_flops(session.device, precision),
+                peak_memory(session.device) / 2**30)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,307 @@
+"""Training: `swin-moe train CONFIG key=value ...` or `python -m swin_moe.train CONFIG key=value ...`."""
+
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from swin_moe.checkpoint import CheckpointManager
+from swin_moe.config_io import dump_config
+from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
+from swin_moe.data.batch import to_device
+from swin_moe.engine.base import ENGINES, Engine, StepStats
+from swin_moe.expert_load import expert_load
+from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
+from swin_moe.optim import build_schedule
+from swin_moe.parallel.replicas import first_differing_replica
+from swin_moe.registry import lookup
+from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.summary import describe
+from swin_moe.tasks.base import TASKS, StepContext, Task
+
+USAGE = """usage: swin-moe train CONFIG [key=value ...]
+
+CONFIG is a YAML file or the name of one in configs/; key=value overrides any option, e.g.
+    swin-moe launch -n 2 -- -m swin_moe.train digits_moe optim.lr=2e-4 run.name=lr2e-4
+Running it again resumes from the newest checkpoint; SIGTERM or SIGUSR1 saves and stops."""
+
+MAX_SKIPPED_STEPS = 10  # in a row, outside fp16: more means that the run is lost, not unlucky
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGUSR1 until the ranks can agree to stop, at the end of a step."""
+
+    def __init__(self):
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+
+@dataclass
+class Progressed:
+    """What a run has done so far; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # training images seen
+    best: float | None = None
+    skipped: int = 0  # steps skipped in a row
+    window: dict = field(default_factory=dict)  # sums since the last record
+
+
+class Trainer:
+    """One run: the loop, its records and its checkpoints. Knows no task, engine or dispatcher by name."""
+
+    def __init__(self, session: Session):
+        config = session.config
+        self.session, self.config, self.first_rank = session, config, session.rank == 0
+        self.task: Task = lookup(TASKS, config.task.name, key="task.name")(config)
+        self._build_loaders()
+        model = build_local_model(session)
+        self.schedule = build_schedule(
+            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch)
+        self.engine: Engine = lookup(ENGINES, config.engine.name, key="engine.name")(
+            model, config=config, groups=session.groups, schedule=self.schedule)
+        self.checkpoints = CheckpointManager(
+            session.directory / "checkpoints", group=session.groups.world, keep=config.checkpoint.keep,
+            file_size=config.checkpoint.file_size)
+        self.progress = Progressed()
+        self.stop = StopRequest()
+
+    def _build_loaders(self) -> None:
+        config, session = self.config, self.session
+        micro_batch, accumulation = config.accumulation(session.world_size)
+        common = {
+            "rank": session.rank, "world_size": session.world_size, "num_classes": config.model.num_classes,
+            "pin_memory": session.device.type == "cuda",
+        }  # fmt: skip
+        self.loader = TrainLoader(
+            config.data, config.model.img_size, seed=config.run.seed, micro_batch=micro_batch,
+            accumulation=accumulation, partners=self.task.needs_partners, **common,
+        )  # fmt: skip
+        self.eval_loader = EvalLoader(
+            config.data, config.model.img_size, batch=config.data.eval_batch or micro_batch, **common)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.session.device
+
+    def resume(self) -> None:
+        """Loads checkpoint.load if given, else the newest complete checkpoint of the run, if there is one."""
+        state = self.checkpoints.resume(self.engine.pieces(), source=self.config.checkpoint.load)
+        if state is None:
+            return
+        self.engine.load_state(state["engine"])
+        saved = state["progress"]
+        batch = self.config.data.global_batch
+        if saved["global_batch"] != batch:
+            raise ValueError(
+                f"data.global_batch={batch}, but the checkpoint of step {saved['step']} was trained with "
+                f"{saved['global_batch']}: its data position is counted in batches; resume with the same one"
+            )
+        self.progress = Progressed(saved["step"], saved["samples"], saved["best"], saved["skipped"])
+        LOGGER.info("resumed from step %d (%d images seen)", self.progress.step, self.progress.samples)
+
+    def run(self) -> None:
+        """Trains to the end of the schedule, or to a stop request."""
+        total = self.schedule.total
+        if self.progress.step >= total:
+            LOGGER.info("run %s is already finished (step %d of %d); nothing to do",
+                        self.session.directory, self.progress.step, total)
+            return
+        self.bar = Progress(total, enabled=self.first_rank)
+        self.writer = MetricsWriter(
+            self.session.directory, enabled=self.first_rank, tensorboard=self.config.log.tensorboard,
+            resume_step=self.progress.step)
+        self.peak = peak_flops(self.device, self.config.engine.precision)
+        self._reset_window()
+        try:
+            for batches in self.loader.batches(self.progress.step, total):
+                if self._train_step(batches):
+                    break
+        finally:
+            self.bar.clear()
+            self.loader.close()
+            self.writer.close()
+        if self.progress.step >= total:
+            LOGGER.info("finished: step %d of %d, best %s %.2f", self.progress.step, total, self.task.metric,
+                        self.progress.best if self.progress.best is not None else float("nan"))
+
+    def _train_step(self, batches: StepBatches) -> bool:
+        """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
+        step = self.progress.step
+        context = self._context(step, self._count(batches))
+        # task loss, auxiliary loss, images, stop request: everything the ranks must agree on, in one all-reduce
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            batch = to_device(batch, self.device, self.config.engine.precision)
+            with self.engine.micro_step(last=index == len(batches) - 1):
+                loss = self.task.loss(self.engine.model, batch, context)
+                self.engine.backward(loss.total)
+            sums[:2] += torch.stack([loss.task, loss.aux])
+            sums[2] += len(batch["image"])
+        sums[3] = float(bool(self.stop.name))
+        local = sums.clone()
+        if self.session.world_size > 1:
+            dist.all_reduce(sums)
+        task_loss, aux_loss, images, stop = sums.tolist()
+        if not math.isfinite(task_loss + aux_loss):
+            self._refuse_loss(step, local)
+        stats = self.engine.step(step)
+        self._note_skip(step, stats)
+        self.progress.step, self.progress.samples = step + 1, self.progress.samples + int(images)
+        self._record(task_loss, aux_loss, images, stats)
+        self._check_replicas()
+        self._evaluate_and_save(stopping=stop > 0)
+        return stop > 0
+
+    def _context(self, step: int, num_samples: int) -> StepContext:
+        return StepContext(self.config, step, self.session.world_size, num_samples, self.engine.autocast)
+
+    def _count(self, batches: StepBatches) -> int:
+        """Returns the images of the step over all ranks; asks the ranks only where broken ones may have been skipped."""
+        if self.config.data.on_broken != "skip":
+            return batches.num_samples
+        count = torch.tensor(sum(len(batch["image"]) for batch in batches), device=self.device)
+        if self.session.world_size > 1:
+            dist.all_reduce(count)
+        return max(1, int(count))
+
+    def _refuse_loss(self, step: int, local: torch.Tensor) -> None:
+        """Raises for a loss that is not finite, naming the ranks; the weights are those of the last good step."""
+        losses = [torch.empty_like(local) for _ in range(self.session.world_size)]
+        if self.session.world_size > 1:
+            dist.all_gather(losses, local)
+        else:
+            losses = [local]
+        bad = [f"rank {r}: loss {t[0]:g}, auxiliary loss {t[1]:g}" for r, t in enumerate(losses)
+               if not torch.isfinite(t[:2]).all()]
+        raise ValueError(
+            f"the loss is not finite at step {step} (epoch {step / self.loader.steps_per_epoch:.2f}), "
+            f"{'; '.join(bad)}; nothing was updated or saved with it. Last checkpoint: "
+            f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, set optim.clip_norm, or use engine.precision=bf16 or fp32"
+        )
+
+    def _note_skip(self, step: int, stats: StepStats) -> None:
+        """Reports a skipped step with the parameter; gives up after too many in a row, except where fp16 searches its scale."""
+        if not stats.skipped:
+            self.progress.skipped = 0
+            return
+        self.progress.skipped += 1
+        name = self.engine.discard_gradients()
+        LOGGER.warning("step %d skipped on all ranks: gradient norm %g%s", step, stats.grad_norm,
+                       f", first not finite here: {name}" if name else "")
+        limit = MAX_SKIPPED_STEPS * (5 if self.config.engine.precision == "fp16" else 1)
+        if self.progress.skipped >= limit:
+            raise ValueError(
+                f"{self.progress.skipped} steps in a row had gradients that are not finite, up to step {step}"
+                f"{f' (first parameter on this rank: {name})' if name else ''}; "
+                f"last checkpoint: {self.checkpoints.latest() or 'none'}"
+            )
+
+    def _reset_window(self) -> None:
+        self.progress.window = {"start": time.monotonic(), "images": 0.0, "steps": 0, "loss": 0.0, "aux": 0.0}
+
+    def _record(self, task_loss: float, aux_loss: float, images: float, stats: StepStats) -> None:
+        """Adds the step to the current window; at the end of one, writes the record and redraws the bar."""
+        window, step = self.progress.window, self.progress.step
+        window["images"] += images
+        window["steps"] += 1
+        window["loss"] += task_loss
+        window["aux"] += aux_loss
+        if step % self.config.log.every and step != self.schedule.total:
+            return
+        seconds = time.monotonic() - window["start"]
+        rate = window["images"] / seconds
+        steps = window["steps"]
+        # Forward and backward cost three forwards (two operations per multiply-accumulate).
+        flops = 6 * self.engine.local_model.active_flops() * rate / self.session.world_size
+        values = {
+            "train/loss": window["loss"] / steps, "train/aux": window["aux"] / steps, "train/lr": stats.lr,
+            "train/grad_norm": stats.grad_norm, "train/clip_factor": stats.clip_factor,
+            "train/loss_scale": stats.loss_scale, "train/epoch": step / self.loader.steps_per_epoch,
+            "speed/images_per_second": rate, "speed/mfu_percent": 100 * flops / self.peak,
+            "memory/peak_bytes": peak_memory(self.device),
+        }
+        load, histograms = expert_load(self.engine.local_model, self.session.groups)
+        self.writer.write(step, {**values, **load}, histograms=histograms)
+        self.bar.show(step, f"epoch {values['train/epoch']:.1f} | loss {values['train/loss']:.4f} | lr {stats.lr:.2e} "
+                            f"| {rate:.0f} img/s")
+        self._reset_window()
+
+    def _check_replicas(self) -> None:
+        every = self.config.debug.check_replicas
+        if every and self.progress.step % every == 0:
+            name = first_differing_replica(self.engine.local_model, self.session.groups)
+            if name is not None:
+                raise ValueError(f"dense parameter {name} is not bit-identical on all ranks after step {self.progress.step}")
+
+    def _due(self, every: float) -> bool:
+        """Returns whether a period of `every` epochs ends with this step."""
+        per_epoch, step = self.loader.steps_per_epoch, self.progress.step
+        return every > 0 and int(step / per_epoch / every) > int((step - 1) / per_epoch / every)
+
+    def _evaluate_and_save(self, *, stopping: bool) -> None:
+        step, finished = self.progress.step, self.progress.step >= self.schedule.total
+        improved = False
+        if (self._due(self.config.log.eval_every) or finished) and not (stopping and not finished):
+            improved = self._evaluate()
+        every = self.config.checkpoint.every
+        due = step % every == 0 if every else self._due(1.0)
+        if due or finished or stopping or improved:
+            self._save(improved)
+        if stopping:
+            self.bar.clear()
+            LOGGER.info("stopped by %s at step %d; checkpoint saved, run the same command to continue",
+                        self.stop.name or "another rank", step)
+
+    def _evaluate(self) -> bool:
+        """Evaluates, writes the result, and returns whether it is the best so far."""
+        started = time.monotonic()
+        with self.engine.evaluation():
+            batches = (to_device(b, self.device, self.config.engine.precision) for b in self.eval_loader)
+            result = self.task.evaluate(self.engine.local_model, batches, self._context(self.progress.step, 0))
+        value = result[self.task.metric] * (1 if self.task.higher_is_better else -1)
+        improved = self.progress.best is None or value > self.progress.best
+        if improved:
+            self.progress.best = value
+        self.writer.write(self.progress.step, {f"eval/{k}": v for k, v in result.items()})
+        self.bar.clear()
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
+        LOGGER.info("evaluation at step %d (epoch %.1f): %s%s (%s)", self.progress.step,
+                    self.progress.step / self.loader.steps_per_epoch, numbers, " - best so far" if improved else "",
+                    duration(time.monotonic() - started))
+        self._reset_window()
+        return improved
+
+    def _save(self, best: bool) -> None:
+        saved = {k: getattr(self.progress, k) for k in ("step", "samples", "best", "skipped")}
+        saved["global_batch"] = self.config.data.global_batch
+        state = {"progress": saved, "engine": self.engine.state(), "seed": self.config.run.seed}
+        self.checkpoints.save(self.progress.step, self.engine.pieces(), state=state, config=self.config,
+                          best=self.progress.best if best else None)
+        self._reset_window()
+
+
+def main(argv: list[str]) -> None:
+    """Trains the run that the arguments describe."""
+    path, overrides = parse_arguments(argv, USAGE)
+    session = open_session(path, overrides)
+    start_logging(session.directory, session.rank)
+    trainer = Trainer(session)
+    if session.rank == 0:
+        dump_config(trainer.config, session.directory / "config.yaml")
+    for line in describe(trainer.session, trainer.engine.local_model):
+        LOGGER.info(line)
+    trainer.resume()
+    trainer.run()
+
+
+if __name__ == "__main__":
+    run_main(main)

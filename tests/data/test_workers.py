@@ -1,0 +1,84 @@
+"""Loader processes keep order, pass errors on and end with their parent, whatever ends it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from swin_moe.data.workers import WorkerPool
+
+
+class Square:
+    """Doubles as a slow source: later requests finish first."""
+
+    def __getitem__(self, request):
+        time.sleep(0.02 * (request % 2))
+        if request == 99:
+            raise RuntimeError("cannot square 99")
+        return request * request
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order(workers):
+    pool = WorkerPool(Square(), range(10), workers=workers)
+    assert list(pool) == [n * n for n in range(10)]
+    pool.close()
+    pool.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bug_keeps_its_type_and_text(workers):
+    pool = WorkerPool(Square(), [1, 99, 2], workers=workers)
+    with pytest.raises(RuntimeError, match="cannot square 99"):
+        list(pool)
+    pool.close()
+
+
+PROGRAM = textwrap.dedent("""
+    import itertools, os, signal, sys, time
+    from swin_moe.data.workers import WorkerPool
+    class Source:
+        def __getitem__(self, request):
+            return os.getpid()
+    signal.signal(signal.SIGTERM, lambda *_: print("saving", flush=True))
+    pool = WorkerPool(Source(), itertools.count(), workers=2)
+    items = iter(pool)
+    print(os.getpid(), next(items), next(items), flush=True)
+    if sys.argv[1] == "group_signal":
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(0.3)
+        pids = {next(items) for _ in range(20)}
+        print(len(pids), flush=True)
+    elif sys.argv[1] == "exception":
+        raise SystemExit("boom")
+    elif sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+""")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("end", ["return", "exception", "group_signal", "killed"])
+def test_processes_end_with_their_parent(end):
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True, cwd=Path(__file__).resolve().parents[2])  # fmt: skip
+    out, _ = process.communicate(timeout=60)
+    _, *workers = map(int, out.splitlines()[0].split())
+    assert len(set(workers)) == 2
+    if end == "group_signal":
+        assert out.splitlines()[1:] == ["saving", "2"]
+    assert process.returncode == {"exception": 1, "killed": -signal.SIGKILL}.get(end, 0)
+    deadline = time.monotonic() + 3
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers)), os.getpid()

@@ -1,0 +1,65 @@
+"""The small programs that the launcher tests run as ranks: `python -m tests.launcher.programs NAME FOLDER`."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def _sleep(folder: Path, rank: str) -> None:
+    time.sleep(60)
+
+
+def _raise_on_1(folder: Path, rank: str) -> None:
+    if rank == "1":
+        raise RuntimeError("boom on rank one")
+    time.sleep(60)
+
+
+def _exit_3_on_1(folder: Path, rank: str) -> None:
+    if rank == "1":
+        sys.exit(3)
+    time.sleep(60)
+
+
+def _sentence_on_1(folder: Path, rank: str) -> None:
+    if rank == "1":
+        sys.exit("the data set is gone")
+    time.sleep(60)
+
+
+def _save_on_signal(folder: Path, rank: str) -> None:
+    """Leaves with 0 after a signal, having written its number, as the trainer does with its checkpoint."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: received.append(number))
+    (folder / f"ready-{rank}").touch()
+    while not received:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    (folder / f"saved-{rank}").write_text(str(received[0]))
+
+
+def _ignore_signals(folder: Path, rank: str) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    (folder / f"ready-{rank}").touch()
+    time.sleep(60)
+
+
+def _write_environment(folder: Path, rank: str) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "COLOUR")
+    facts = [os.environ.get(name, "-") for name in names] + [",".join(map(str, sorted(os.sched_getaffinity(0))))]
+    (folder / f"facts-{rank}").write_text(" ".join(facts))
+
+
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    from launcher.mpi import bootstrap
+
+    rank = str(bootstrap().rank)
+    draft = folder / f"draft-{rank}"
+    draft.write_text(str(os.getpid()))
+    draft.rename(folder / f"pid-{rank}")  # tests wait for the name, then read
+    globals()[f"_{name}"](folder, rank)

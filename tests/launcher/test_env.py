@@ -1,0 +1,98 @@
+"""Each launcher's environment, as its documentation and a look at real ranks give it, against the facts it means."""
+
+import pytest
+
+from launcher.env import RankEnv, detect, expand_hosts, expand_tasks, export, parse_ready, parse_slurm, without_world
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
+}  # fmt: skip
+MPICH = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2", "HYDI_CONTROL_FD": "7"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}
+SRUN = {
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "4,2",
+}  # fmt: skip
+BATCH_SCRIPT = {name: SRUN[name] for name in SRUN if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environ, kind",
+    [
+        (TORCHRUN, "ready"),
+        (TORCHRUN | MPICH, "ready"),  # exported already
+        (MPICH, "mpi"),
+        (OPEN_MPI, "mpi"),
+        (SRUN, "slurm"),
+        (SRUN | MPICH, "mpi"),  # mpirun starts its proxies through srun
+        (SRUN | {"PMIX_RANK": "0"}, "slurm"),
+        (BATCH_SCRIPT, "single"),
+        ({}, "single"),
+        ({"RANK": "0"}, "single"),
+    ],
+)
+def test_detect(environ, kind):
+    assert detect(environ) == kind
+
+
+def test_parse_ready_and_export_are_inverse():
+    env = parse_ready(TORCHRUN)
+    assert env == RankEnv(3, 4, 1, 2, "n1", 29500)
+    exported = {}
+    export(env, exported)
+    assert exported == TORCHRUN
+
+
+def test_parse_ready_without_local_ranks_means_one_host():
+    environ = {name: value for name, value in TORCHRUN.items() if not name.startswith("LOCAL")}
+    assert parse_ready(environ) == RankEnv(3, 4, 3, 4, "n1", 29500)
+
+
+@pytest.mark.parametrize(
+    "change, message", [({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4"), ({"MASTER_PORT": "http"}, "MASTER_PORT")]
+)
+def test_parse_ready_names_the_bad_variable(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ready(TORCHRUN | change)
+
+
+def test_parse_slurm():
+    assert parse_slurm(SRUN) == RankEnv(5, 6, 1, 2, "gpu07", 20000 + 1234 * 7)
+
+
+def test_parse_slurm_on_one_host_stays_on_the_loopback():
+    one = SRUN | {"SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "6", "SLURM_NODEID": "0"}
+    assert parse_slurm(one).master_addr == "127.0.0.1"
+    assert parse_slurm(one).local_world_size == 6
+
+
+@pytest.mark.parametrize(
+    "text, hosts",
+    [
+        ("n1", ["n1"]),
+        ("n1,n2.site-a", ["n1", "n2.site-a"]),
+        ("a,n[01-03,7]", ["a", "n01", "n02", "n03", "n7"]),
+        ("n[9-11]-ib,x[1]", ["n9-ib", "n10-ib", "n11-ib", "x1"]),
+    ],
+)
+def test_expand_hosts(text, hosts):
+    assert expand_hosts(text) == hosts
+
+
+@pytest.mark.parametrize("text", ["", "n[1-2", "n[]", "n[a-b]", "r[1-2]n[1-2]", "n1,,n2"])
+def test_expand_hosts_refuses_what_it_cannot_read(text):
+    with pytest.raises(ValueError, match="Slurm node list"):
+        expand_hosts(text)
+
+
+def test_expand_tasks():
+    assert expand_tasks("4(x2),3") == [4, 4, 3]
+    with pytest.raises(ValueError, match="Slurm task counts"):
+        expand_tasks("4x2")
+
+
+def test_a_new_world_inherits_nothing_of_the_old_one():
+    kept = {"PATH": "/bin", "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "1", "OMPI_MCA_btl": "tcp", "MPI4PY_LIBMPI": "x"}
+    assert without_world(TORCHRUN | MPICH | OPEN_MPI | kept) == kept

@@ -1,0 +1,142 @@
+"""How a job ends: every way to fail ends every process soon, and signals reach the ranks. Real MPI, no torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.env import without_world
+from tests.ranks import ROOT
+
+pytestmark = pytest.mark.mpi
+
+
+def start(program, folder, *options, world=2):
+    command = [sys.executable, "-m", "launcher", "-n", str(world), *options, "--env", f"JOB_TOKEN={folder}"]
+    command += ["--", "-m", "tests.launcher.programs", program, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=without_world(os.environ), **pipes)
+
+
+def processes(folder):
+    """Returns {pid: command line} of the mpirun, proxies and ranks of the job; zombies are not running."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"JOB_TOKEN={folder}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return {pid: line for pid, line in found.items() if line}
+
+
+def wait_for(condition, what, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.02)
+
+
+def assert_nothing_left(folder, seconds=5.0):
+    wait_for(lambda: not processes(folder), f"the end of {list(processes(folder).values())}", seconds)
+
+
+@pytest.mark.parametrize(
+    "program, code, message",
+    [
+        ("raise_on_1", 1, "RuntimeError: boom on rank one"),
+        ("exit_3_on_1", 3, ""),
+        ("sentence_on_1", 1, "[rank 1] the data set is gone"),
+    ],
+)
+def test_failure_of_one_rank_ends_all(program, code, message, tmp_path):
+    process = start(program, tmp_path)
+    output = process.communicate(timeout=10)[0]
+    assert process.returncode == code, output
+    assert message in output and "[rank 0]" not in output
+    assert_nothing_left(tmp_path)
+
+
+def pid_of(victim, launcher, folder):
+    if victim == "launcher":
+        return launcher.pid
+    if victim == "rank":
+        return int((folder / "pid-1").read_text())
+    program = {"mpirun": "bin/mpirun", "proxy": "hydra_pmi_proxy"}[victim]
+    return next(pid for pid, line in processes(folder).items() if line.split()[0].endswith(program))
+
+
+@pytest.mark.parametrize("victim", ["rank", "proxy", "mpirun", "launcher"])
+def test_kill_9_of_any_process_leaves_no_orphan(victim, tmp_path):
+    process = start("sleep", tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("pid-*"))) == 2, "start of both ranks")
+    os.kill(pid_of(victim, process, tmp_path), signal.SIGKILL)
+    process.communicate(timeout=10)
+    assert process.returncode != 0
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("delay", [0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3])
+def test_kill_9_of_the_launcher_while_it_starts_leaves_no_orphan(delay, tmp_path):
+    process = start("sleep", tmp_path)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)  # a rank that was just being forked shows up within this time
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_signals_reach_every_rank_and_a_clean_exit_is_reported(number, tmp_path):
+    process = start("save_on_signal", tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "readiness of both ranks")
+    process.send_signal(number)
+    output = process.communicate(timeout=10)[0]
+    assert process.returncode == 0, output
+    expected = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+    assert [int((tmp_path / f"saved-{rank}").read_text()) for rank in (0, 1)] == [expected] * 2
+
+
+@pytest.mark.parametrize("number, options, code", [(signal.SIGTERM, ("--grace", "0.5"), 124), (signal.SIGINT, (), 130)])
+def test_ranks_that_ignore_signals_are_killed(number, options, code, tmp_path):
+    process = start("ignore_signals", tmp_path, *options)
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "readiness of both ranks")
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == code
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_ranks_know_their_world_and_own_their_cores(world, tmp_path):
+    process = start("write_environment", tmp_path, "--env", "COLOUR=blue", world=world)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 0, output
+    facts = [(tmp_path / f"facts-{rank}").read_text().split() for rank in range(world)]
+    cores = len(os.sched_getaffinity(0))
+    threads = str(max(1, cores // world)) if "OMP_NUM_THREADS" not in os.environ else os.environ["OMP_NUM_THREADS"]
+    for rank, (*world_facts, omp, colour, bound) in enumerate(facts):
+        assert world_facts == [str(rank), str(world), str(rank), str(world), "127.0.0.1"]
+        assert colour == "blue" and (cores % world or omp == threads)
+        assert len(bound.split(",")) in (max(1, cores // world), max(1, -(-cores // world)))
+
+
+def test_plain_mpirun_needs_no_launcher(tmp_path):
+    mpirun = Path(sys.prefix, "bin", "mpirun")
+    command = [mpirun, "-n", "2", sys.executable, "-m", "tests.launcher.programs", "raise_on_1", tmp_path]
+    pipes = {"capture_output": True, "text": True}
+    finished = subprocess.run(command, cwd=ROOT, env=without_world(os.environ), timeout=20, **pipes)
+    assert finished.returncode == 1
+    assert "[rank 1]" in finished.stderr and "boom on rank one" in finished.stderr
+
+
+def test_torchrun_is_left_alone(tmp_path):
+    facts = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+    environ = without_world(os.environ) | facts
+    command = [sys.executable, "-m", "tests.launcher.programs", "write_environment", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environ, check=True, timeout=20)
+    assert (tmp_path / "facts-0").read_text().startswith("0 1 ")

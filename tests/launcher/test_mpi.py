@@ -1,0 +1,48 @@
+import os
+
+import pytest
+
+from launcher import mpi
+from launcher.env import RankEnv, without_world
+
+
+@pytest.mark.parametrize(
+    "cores, ranks, shares",
+    [
+        ([0, 1], 1, [[0, 1]]),
+        ([0, 1], 2, [[0], [1]]),
+        ([4, 5, 6, 7], 2, [[4, 5], [6, 7]]),
+        ([0, 1, 2], 2, [[0], [1, 2]]),
+        ([0, 1], 4, [[0], [1], [0], [1]]),
+        ([3], 2, [[3], [3]]),
+    ],
+)
+def test_share_of_cores(cores, ranks, shares):
+    assert [mpi.share_of_cores(cores, rank, ranks) for rank in range(ranks)] == shares
+
+
+def test_a_process_alone_is_rank_0_and_exports_nothing(monkeypatch):
+    monkeypatch.setattr(os, "environ", without_world(os.environ))
+    before = dict(os.environ)
+    assert mpi.bootstrap() == RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
+    assert os.environ == before
+
+
+def test_a_wrong_pair_of_mpis_is_named_before_it_is_initialized(monkeypatch):
+    pytest.importorskip("mpi4py")
+    environ = without_world(os.environ) | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    if "Open MPI" in _library_version():
+        environ = without_world(os.environ) | {"PMI_RANK": "0", "PMI_SIZE": "2"}
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(mpi.watch, "die_with_parent", lambda parent: None)
+    with pytest.raises(ValueError, match="ranks were started by .* mpirun, but mpi4py loads"):
+        mpi.bootstrap()
+
+
+def _library_version():
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    return MPI.Get_library_version()

@@ -1,0 +1,76 @@
+"""Runs a test function on several ranks under real MPI, with gloo ready. `python -m tests.ranks` is one such rank."""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher import mpi
+from launcher.env import without_world
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:
+    """Returns what `function(*args)` returned on every rank, in rank order. One mpirun for the call.
+
+    Args:
+        function: Module-level function of a test module; runs with gloo initialized, also in a world of 1.
+        args: Anything that pickles, the same on all ranks.
+        timeout: Seconds until every process is killed and the call fails.
+
+    Raises:
+        AssertionError: With the traceback of the ranks that failed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
+    (folder / "call.pkl").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+    # Cores are left unbound: several tests share the machine, and each would crowd its first rank onto the same core.
+    environ = without_world(os.environ) | {"OMP_NUM_THREADS": "1", mpi.NO_BIND: "1"}
+    command = [sys.executable, "-m", "launcher", "-n", str(world), "--", "-m", "tests.ranks", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            output = process.communicate(timeout=timeout)[0].decode(errors="replace")
+        except BaseException as error:
+            process.kill()  # the ranks die with the launcher
+            output = process.communicate()[0].decode(errors="replace")
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise AssertionError(f"{function.__qualname__} on {world} ranks took over {timeout} s:\n{output}") from None
+    print(output, end="")  # pytest shows it beside a failing test
+    errors = [path.read_text() for path in sorted(folder.glob("error-*.txt"))]
+    if process.returncode or errors:
+        text = "\n".join(errors) or output[-4000:]
+        code = process.returncode
+        raise AssertionError(f"{function.__qualname__} failed on {world} ranks (exit code {code}):\n{text}")
+    return [pickle.loads((folder / f"result-{rank}.pkl").read_bytes()) for rank in range(world)]
+
+
+def _run_here(folder: Path) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    try:
+        module, name, args = pickle.loads((folder / "call.pkl").read_bytes())
+        function = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+        distributed.init_process_group("gloo")
+        result = function(*args)
+        (folder / f"result-{rank}.pkl").write_bytes(pickle.dumps(result))
+        distributed.barrier()  # a rank that is done must not tear down the group others still use
+        distributed.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(f"[rank {rank}] {traceback.format_exc()}")
+        raise
+
+
+if __name__ == "__main__":
+    _run_here(Path(sys.argv[1]))

@@ -1,0 +1,130 @@
+"""The import table of the architecture, the optional packages and the size limits, checked on the syntax trees."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
+
+# Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
+LAYERS = (
+    ("layout", "registry", "config", "randomness"),
+    ("config_official",),
+    ("config_io",),
+    ("ops",),
+    ("moe",),
+    ("models", "parallel"),
+    ("data", "optim", "checkpoint", "metrics", "expert_load"),
+    ("engine", "tasks", "planner"),
+    ("session",),
+    ("summary", "weights"),
+    ("evaluate",),
+    ("train", "throughput", "predict"),
+    ("cli",),
+)
+ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
+# swin_moe modules that checkpoint_tools may use; prefixes.
+TOOLS_MAY_IMPORT = ("layout", "registry", "config", "config_io", "config_official", "checkpoint", "parallel.sharding")
+# Programs may start as a rank of plain mpirun, so they call launcher.mpi; nothing else knows the launcher.
+ENTRY_POINTS = ("session", "cli")
+OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "launcher"}
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def sources(*packages: str) -> list[Path]:
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, whole: bool = True) -> set[str]:
+    """Returns the absolute names a file imports; with `whole` false only those that run when it is imported."""
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if whole or not (is_function or _only_for_types(node)):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def _only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def unit_of(module: str) -> str:
+    """Returns the unit of an import: "swin_moe.parallel.groups.Groups" is parallel; "" for swin_moe itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("path", sources("swin_moe"), ids=name_of)
+def test_swin_moe_imports_only_lower_layers(path):
+    unit = unit_of(name_of(path))
+    if not unit:
+        return  # swin_moe/__init__.py is the public surface
+    assert unit in ROW, f"swin_moe.{unit} has no row in LAYERS"
+    for module in imports(path):
+        if module.split(".")[0] != "swin_moe":
+            continue
+        other = unit_of(module)
+        assert other in ROW, f"{name_of(path)} imports {module}, which has no row in LAYERS"
+        assert other == unit or ROW[other] < ROW[unit], f"{name_of(path)} must not import {module}: not a lower layer"
+
+
+@pytest.mark.parametrize("path", sources("swin_moe"), ids=name_of)
+def test_swin_moe_imports_optional_packages_lazily(path):
+    at_import = {module.split(".")[0] for module in imports(path, whole=False)} & OPTIONAL
+    assert not at_import, f"{name_of(path)} imports {at_import} at module level; import it where it is chosen"
+    others = {module.split(".")[0] for module in imports(path)}
+    assert not others & {"launcher", "checkpoint_tools"} or unit_of(name_of(path)) in ENTRY_POINTS
+
+
+@pytest.mark.parametrize("path", sources("launcher"), ids=name_of)
+def test_launcher_stands_alone(path):
+    foreign = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
+    assert foreign <= {"launcher", "mpi4py"}
+    assert "mpi4py" not in {module.split(".")[0] for module in imports(path, whole=False)}
+
+
+@pytest.mark.parametrize("path", sources("checkpoint_tools"), ids=name_of)
+def test_checkpoint_tools_use_only_formats_and_layouts(path):
+    for module in imports(path):
+        if module.split(".")[0] == "swin_moe":
+            inner = module.removeprefix("swin_moe.")
+            assert any(inner == name or inner.startswith(f"{name}.") for name in TOOLS_MAY_IMPORT), module
+        assert module.split(".")[0] != "launcher"
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+def test_the_checker_sees_what_it_should(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "swin_moe" / "moe" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import timm.data\nfrom ..engine import base\nfrom . import y\ndef f():\n    import tutel\n")
+    assert imports(path) == {"timm.data", "swin_moe.engine.base", "swin_moe.moe.y", "tutel"}
+    assert imports(path, whole=False) == {"timm.data", "swin_moe.engine.base", "swin_moe.moe.y"}

@@ -1,0 +1,102 @@
+"""Schedules against the official numbers, weight-decay groups, layer decay."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from swin_moe.config import OptimConfig
+from swin_moe.optim import build_optimizer, build_schedule, has_decay, layer_id, parameter_groups
+
+NUMBERS = Path(__file__).parent / "golden" / "numbers.json"
+
+
+def official(**options) -> OptimConfig:
+    return OptimConfig(lr=5e-4, warmup_lr=5e-7, min_lr=5e-6, lr_reference_batch=512, **options)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_cosine_equals_official_numbers(prefix):
+    golden = json.loads(NUMBERS.read_text())["cosine_lr_in1k_bs1024"]
+    schedule = build_schedule(official(warmup_prefix=prefix), steps_per_epoch=1251, global_batch=1024)
+    for step, value in golden["values" if prefix else "values_no_prefix"].items():
+        assert schedule(int(step)) == pytest.approx(value, rel=1e-9)
+
+
+def test_other_schedules_by_hand():
+    step = build_schedule(OptimConfig(lr=1.0, schedule="step", epochs=10, warmup_epochs=0, decay_epochs=2),
+                          steps_per_epoch=5, global_batch=1)
+    assert [step(t) for t in (0, 9, 10, 20)] == pytest.approx([1, 1, 0.1, 0.01])
+    multi = build_schedule(OptimConfig(lr=1.0, schedule="multistep", epochs=10, warmup_epochs=0, milestones=(4, 8)),
+                           steps_per_epoch=5, global_batch=1)
+    assert [multi(t) for t in (19, 20, 40)] == pytest.approx([1, 0.1, 0.01])
+    linear = build_schedule(OptimConfig(lr=1.0, schedule="linear", epochs=10, warmup_epochs=2, warmup_lr=0.0),
+                            steps_per_epoch=5, global_batch=1)
+    assert [linear(t) for t in (0, 5, 10, 50)] == pytest.approx([0, 0.5, 1, 0.01])
+
+
+def test_milestone_inside_warmup_is_refused():
+    with pytest.raises(ValueError, match="optim.milestones"):
+        build_schedule(OptimConfig(schedule="multistep", milestones=(5,), warmup_epochs=20), steps_per_epoch=1, global_batch=1)
+
+
+@pytest.mark.parametrize("name, shape, decays", [
+    ("layers.0.blocks.0.mlp.fc1.weight", (8, 4), True),
+    ("layers.0.blocks.0.mlp.fc1.bias", (8,), False),
+    ("layers.0.blocks.0.mlp.experts.fc1_bias", (8, 4), False),
+    ("layers.0.blocks.0.mlp.experts.fc1_weight", (8, 4, 4), True),
+    ("encoder.layers.0.blocks.0.attn.relative_position_bias_table", (169, 3), False),
+    ("encoder.absolute_pos_embed", (1, 4, 4), False),
+])
+def test_weight_decay_rule(name, shape, decays):
+    keywords = {"relative_position_bias_table", "fc1_bias", "fc2_bias"}
+    assert has_decay(name, torch.empty(shape), {"absolute_pos_embed"}, keywords) is decays
+
+
+def test_layer_ids_of_swin_base():
+    depths = (2, 2, 18, 2)
+    assert [layer_id(n, depths) for n in (
+        "patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight", "layers.0.downsample.norm.weight",
+        "layers.2.blocks.17.mlp.fc1.bias", "layers.3.blocks.1.norm1.bias", "norm.weight", "head.bias")] == [0, 1, 2, 22, 24, 25, 25]
+    assert 0.8 ** (25 - 0) == pytest.approx(0.003778, abs=1e-6)
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch_embed, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.head.bias.requires_grad_(False)
+
+    def no_weight_decay(self):
+        return set()
+
+    def no_weight_decay_keywords(self):
+        return set()
+
+
+def test_groups_hold_every_trainable_parameter_once():
+    model = Toy()
+    for decay in (1.0, 0.5):
+        groups = parameter_groups(model, OptimConfig(layer_decay=decay, weight_decay=0.1), (1,))
+        names = [n for g in groups for n in g["names"]]
+        assert sorted(names) == ["head.weight", "patch_embed.bias", "patch_embed.weight"]
+        scales = {n: g["lr_scale"] for g in groups for n in g["names"]}
+        assert scales["patch_embed.weight"] == decay**2 and scales["head.weight"] == 1
+
+
+def test_fused_adamw_equals_plain_and_takes_empty_shards():
+    torch.manual_seed(0)
+    start = torch.randn(5, 3)
+    tensors = [nn.Parameter(start.clone()) for _ in range(2)]
+    empty = nn.Parameter(torch.empty(0, 3))
+    groups = [{"params": [tensors[0], empty], "weight_decay": 0.1, "lr_scale": 1.0}]
+    fused = build_optimizer(OptimConfig(lr=0.1), groups)
+    plain = torch.optim.AdamW([tensors[1]], lr=0.1, weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        grad = torch.randn(5, 3)
+        tensors[0].grad, tensors[1].grad, empty.grad = grad.clone(), grad.clone(), torch.empty(0, 3)
+        fused.step()
+        plain.step()
+    torch.testing.assert_close(tensors[0], tensors[1])

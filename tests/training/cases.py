@@ -1,0 +1,115 @@
+"""What the ranks run in the training tests: small runs of the real trainer, in one MPI start per world."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from swin_moe.config_io import load_config
+from swin_moe.parallel.apply import parameter_layout
+from swin_moe.parallel.groups import build_groups
+from swin_moe.parallel.replicas import first_differing_replica
+from swin_moe.session import Session
+from swin_moe.train import Trainer
+
+TINY = [
+    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]", "model.num_heads=[1,2]",
+    "model.window_size=4", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.group_images=4",
+    "data.global_batch=32", "data.crop_scale=[0.8,1.0]", "data.eval_batch=30", "optim.epochs=0.13",
+    "optim.warmup_epochs=0.02", "optim.ema=0.9", "optim.clip_norm=0.5", "model.drop_path_rate=0.2", "task.mixup=0.4",
+    "log.every=1", "log.tensorboard=false", "log.eval_every=0", "checkpoint.every=1000", "checkpoint.keep=0",
+]  # 1437 // 32 = 44 steps an epoch: 0.13 epochs are 5 steps
+
+
+def open_tiny(directory: Path, *options: str) -> Session:
+    """Returns a session of the tiny digits run in this (already started) world."""
+    overrides = [*TINY, f"run.output={directory}", "run.name=run", *options]
+    config = load_config("digits_swin_moe", overrides)
+    device = torch.device("cpu")
+    groups = build_groups(config.parallel, config.model.moe.num_experts, device)
+    config.check(groups.world_size)
+    return Session(config, groups, device)
+
+
+def train(session: Session, *, stop_after: int | None = None) -> Trainer:
+    """Runs (or resumes) a run; with stop_after it stops as SIGTERM would make it, after that many steps in all."""
+    trainer = Trainer(session)
+    trainer.resume()
+    if stop_after is not None:
+        original = trainer._record
+
+        def record(*arguments):
+            original(*arguments)
+            if trainer.progress.step == stop_after - 1:
+                trainer.stop.name = "SIGTERM"  # seen in the next step, as a signal during it would be
+
+        trainer._record = record
+    trainer.run()
+    return trainer
+
+
+def records(session: Session) -> list[dict]:
+    """Returns the records of metrics.jsonl."""
+    path = session.directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(session: Session) -> list[tuple[float, float, float]]:
+    """Returns (loss, auxiliary loss, gradient norm) of every step."""
+    return [(r["train/loss"], r["train/aux"], r["train/grad_norm"]) for r in records(session) if "train/loss" in r]
+
+
+def local_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Returns every saved tensor of this rank, by name and offset."""
+    return {f"{p.name}@{p.chunk.offset}": torch.as_tensor(p.tensor).clone() for p in trainer.engine.pieces()}
+
+
+def full_weights(trainer: Trainer) -> dict[str, tuple]:
+    """Returns name -> (global shape, offset, tensor) of this rank's parameters."""
+    layout = parameter_layout(trainer.engine.local_model, trainer.session.groups)
+    return {n: (layout[n][0], layout[n][1].offset, p.detach().clone())
+            for n, p in trainer.engine.local_model.named_parameters()}
+
+
+def run_world(root: str, world: int) -> dict:
+    """Runs every case of one world and returns what the tests compare."""
+    base = Path(root)
+    own = base / f"world{world}"
+    result = {}
+    whole = train(open_tiny(own / "whole"))
+    result["whole"] = (losses(whole.session), local_weights(whole))
+    first = train(open_tiny(own / "parts"), stop_after=3)
+    assert first.progress.step == 3
+    second = train(open_tiny(own / "parts"))
+    result["parts"] = (losses(second.session), local_weights(second))
+    result["differs"] = first_differing_replica(second.engine.local_model, second.session.groups)
+    if world > 1:
+        with torch.no_grad():
+            second.engine.local_model.head.bias[0] += whole.session.rank * 1e-7
+        result["tampered"] = first_differing_replica(second.engine.local_model, second.session.groups)
+    result["double"] = _final(train(open_tiny(own / "double", "engine.precision=fp64")))
+    result["accumulated"] = _final(train(open_tiny(own / "accumulated", "engine.precision=fp64", "data.micro_batch=4")))
+    result["recomputed"] = _final(train(open_tiny(own / "recomputed", "engine.precision=fp64", "parallel.recompute=block")))
+    result["uneven"] = _final(train(open_tiny(
+        own / "uneven", "engine.precision=fp64", "data.drop_last=false", "optim.epochs=1.0", "data.global_batch=300",
+        "data.micro_batch=0", "model.moe.group_images=1", "log.eval_every=1.0")))
+    result["bf16"] = losses(train(open_tiny(own / "bf16", "engine.precision=bf16")).session)
+    fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
+    result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)
+    return result
+
+
+def resume_elsewhere(root: str, source: str) -> list:
+    """Continues the float64 run that another world left after 3 steps; returns its losses and weights."""
+    session = open_tiny(Path(root), "engine.precision=fp64", f"checkpoint.load={source}")
+    return _final(train(session))
+
+
+def leave_half(root: str) -> None:
+    """Trains 3 float64 steps and stops."""
+    train(open_tiny(Path(root), "engine.precision=fp64"), stop_after=3)
+
+
+def _final(trainer: Trainer) -> tuple:
+    results = [r for r in records(trainer.session) if "eval/loss" in r]
+    return losses(trainer.session), full_weights(trainer), results

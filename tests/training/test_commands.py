@@ -1,0 +1,165 @@
+"""The commands as a user runs them: bad input, signals, kill -9, finished runs, other launchers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.env import without_world
+from tests.training.cases import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+QUICK = [*TINY, "model.moe.group_images=2", "optim.epochs=0.13"]
+
+
+def environment() -> dict[str, str]:
+    return without_world(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def command(directory: Path, *options: str, ranks: int = 0, entry: str = "train", config: str = "digits_swin_moe") -> list[str]:
+    """Returns the command line of an entry point, under the launcher with ranks > 0."""
+    start = [PYTHON, "-m", "launcher", "-n", str(ranks), "--", "-m"] if ranks else [PYTHON, "-m"]
+    return [*start, f"swin_moe.{entry}", config, *QUICK, f"run.output={directory}", *options]
+
+
+def run(words: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def checkpoints(directory: Path) -> list[str]:
+    return sorted(p.name for p in (directory / "run" / "checkpoints").glob("0*"))
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["optim.lrr=1"], "optim.lr"),
+    (["optim.lr=fast"], "optim.lr"),
+    (["data.name=folder", "data.path=/nowhere/images"], "/nowhere/images"),
+    (["parallel.expert=3"], "parallel.expert"),
+    (["data.global_batch=33", "data.micro_batch=8"], "data.global_batch=33"),
+    (["checkpoint.load=/nowhere/run"], "/nowhere/run"),
+    (["model.moe.group_images=5"], "model.moe.group_images=5"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(tmp_path, options, sentence):
+    done = run(command(tmp_path, *options))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and sentence in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not checkpoints(tmp_path)
+
+
+def test_bad_layout_is_one_sentence_under_mpi(tmp_path):
+    done = run(command(tmp_path, "parallel.expert=4", ranks=2))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "parallel.expert" in errors[0], done.stderr
+
+
+def test_non_finite_loss_stops_all_ranks_and_keeps_the_checkpoint(tmp_path):
+    assert run(command(tmp_path, "checkpoint.every=2", ranks=2)).returncode == 0
+    saved = checkpoints(tmp_path)
+    options = ("optim.epochs=1", "optim.lr=1e30", "optim.warmup_epochs=0", "optim.clip_norm=0", "checkpoint.every=1000")
+    done = run(command(tmp_path, *options, ranks=2))
+    assert done.returncode == 2
+    assert "the loss is not finite at step" in done.stderr and saved[-1] in done.stderr
+    assert checkpoints(tmp_path) == saved
+
+
+def test_finished_run_is_a_no_op(tmp_path):
+    first = run(command(tmp_path))
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = run(command(tmp_path))
+    assert again.returncode == 0 and "already finished (step 5 of 5); nothing to do" in again.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    result = run(command(tmp_path, entry="evaluate"))
+    assert result.returncode == 0 and "samples 360" in result.stdout, result.stderr
+
+
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+    """Waits until the run has recorded a step."""
+    deadline, path = time.monotonic() + 90, directory / "run" / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there in time")
+
+
+def ranks_of(directory: Path) -> list[int]:
+    """Returns the processes whose command line names the run directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(directory) in words and "swin_moe" in words:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_exits_cleanly(tmp_path, number):
+    words = command(tmp_path, "optim.epochs=500", ranks=2)
+    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert f"stopped by {number.name}" in output
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert checkpoints(tmp_path)[-1] == f"{last:010d}"
+
+
+@pytest.mark.parametrize("victim", ["launcher", "rank"])
+def test_kill_9_leaves_no_orphan_and_the_next_run_resumes(tmp_path, victim):
+    words = command(tmp_path, "optim.epochs=500", "checkpoint.every=2", "checkpoint.keep=2", ranks=2)
+    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(process, tmp_path, 5)
+    if victim == "launcher":
+        process.kill()
+    else:
+        os.kill(max(ranks_of(tmp_path)), signal.SIGKILL)
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while ranks_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not ranks_of(tmp_path)
+    step = int(checkpoints(tmp_path)[-1])
+    assert step >= 4
+    resumed = run(command(tmp_path, f"optim.epochs={(step + 1.5) / 44}", ranks=2))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed from step {step}" in resumed.stdout
+
+
+def test_corrupt_newest_checkpoint_is_named_and_the_one_before_used(tmp_path):
+    assert run(command(tmp_path, "checkpoint.every=2")).returncode == 0
+    newest = tmp_path / "run" / "checkpoints" / "0000000005"
+    shard = next(newest.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    done = run(command(tmp_path, "optim.epochs=0.17"))
+    assert done.returncode == 0, done.stderr
+    assert "0000000005" in done.stdout + done.stderr and "resumed from step 4" in done.stdout
+
+
+@pytest.mark.parametrize("start", ["mpirun", "torchrun"])
+def test_other_launchers(tmp_path, start):
+    program = ["-m", "swin_moe.train", "digits_swin_moe", *QUICK, f"run.output={tmp_path}"]
+    if start == "mpirun":
+        words = [str(Path(PYTHON).parent / "mpirun"), "-n", "2", PYTHON, *program]
+    else:
+        words = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", *program]
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks = 2 expert" in done.stdout

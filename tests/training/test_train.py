@@ -1,0 +1,85 @@
+"""Training end to end under MPI: resume is exact, the layout changes nothing, replicas stay identical."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.training import cases
+
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All cases of all worlds: {world: [result of each rank]}."""
+    root = tmp_path_factory.mktemp("runs")
+    return {w: run_ranks(cases.run_world, w, root, str(root), w, timeout=300) for w in WORLDS}
+
+
+def gathered(results: list, case: str) -> dict[str, torch.Tensor]:
+    """Returns the global parameters, put together from every rank's part."""
+    tensors = {}
+    for result in results:
+        for name, (shape, offset, part) in result[case][1].items():
+            whole = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape))] = part
+    return tensors
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_resume_is_bit_exact(runs, world):
+    assert runs[world][0]["whole"][0] == runs[world][0]["parts"][0]
+    assert len(runs[world][0]["whole"][0]) == 5
+    for result in runs[world]:
+        whole, parts = result["whole"][1], result["parts"][1]
+        assert whole.keys() == parts.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, parts[name]), name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
+    assert runs[world][0]["differs"] is None
+    assert runs[world][0]["tampered"] == "head.bias"
+
+
+@pytest.mark.parametrize("case", ["double", "accumulated", "recomputed", "uneven"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_layout_accumulation_and_recomputation_change_nothing(runs, case, world):
+    reference = "uneven" if case == "uneven" else "double"
+    expected, actual = runs[1][0][reference], runs[world][0][case]
+    torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-10, atol=1e-12)
+    weights = gathered(runs[1], reference)
+    for name, tensor in gathered(runs[world], case).items():
+        assert not tensor.isnan().any(), name
+        if name.endswith("qkv.bias"):  # the key third's true gradient is 0: Adam turns its rounding noise into steps
+            third = tensor.shape[0] // 3
+            tensor, weights[name] = tensor.clone(), weights[name].clone()
+            tensor[third : 2 * third] = weights[name][third : 2 * third] = 0
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_evaluation_is_exact_in_every_world(runs, world):
+    one, many = runs[1][0]["uneven"][2][-1], runs[world][0]["uneven"][2][-1]
+    assert one["eval/samples"] == many["eval/samples"] == 360
+    assert one["eval/top1"] == many["eval/top1"] and one["eval/top5"] == many["eval/top5"]
+    assert one["eval/loss"] == pytest.approx(many["eval/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_half_precisions_follow_float32(runs, world):
+    full = torch.tensor(runs[world][0]["whole"][0])[:, 0]
+    torch.testing.assert_close(torch.tensor(runs[world][0]["bf16"])[:, 0], full, rtol=2e-2, atol=0)
+    fp16_losses, scale, updates = runs[world][0]["fp16"]
+    assert updates >= 1 and scale <= 2.0**16
+    assert all(r["fp16"][1:] == (scale, updates) for r in runs[world])
+
+
+@pytest.mark.parametrize("target", [1, 4])
+def test_another_world_continues_the_same_curve(runs, tmp_path, target):
+    run_ranks(cases.leave_half, 2, tmp_path, str(tmp_path / "half"))
+    checkpoint = tmp_path / "half" / "run" / "checkpoints" / "0000000003"
+    results = run_ranks(cases.resume_elsewhere, target, tmp_path, str(tmp_path / "rest"), str(checkpoint))
+    expected = torch.tensor(runs[1][0]["double"][0][3:])
+    torch.testing.assert_close(torch.tensor(results[0][0]), expected, rtol=1e-10, atol=1e-12)
