@@ -1,11 +1,11 @@
 """One training step and one inference step against timm, in one process, interleaved.
 
-    python benchmarks/train_step.py [--batch 8] [--rounds 7] [--threads 1] [--device auto] [--precision fp32] [--only swin_tiny]
+    python benchmarks/train_step.py [--batch 8] [--rounds 7] [--threads 1] [--precision fp32] [--only swin_tiny]
 
 Swin-T and SwinV2-T against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks, against
 a timm SwinTransformerV2 of the same width, depths, size and window: ratio of active multiply-accumulates per second.
-A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that ours is
-faster. Ratios are medians of per-round ratios, so that a busy machine disturbs both sides alike.
+A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that
+ours is faster. Ratios are medians of per-round ratios, so that a busy machine disturbs both sides alike.
 """
 
 import argparse
@@ -53,16 +53,30 @@ def timm_twin() -> nn.Module:
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     return SwinTransformerV2(
-        img_size=192, window_size=12, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2)
+        img_size=192, window_size=12, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2
+    )
 
 
 PAIRS = (
-    Pair("swin_tiny", 224, lambda: swin_moe.create_model("swin_tiny_patch4_window7_224"),
-         lambda: timm_model("swin_tiny_patch4_window7_224")),
-    Pair("swinv2_tiny", 256, lambda: swin_moe.create_model("swinv2_tiny_patch4_window8_256"),
-         lambda: timm_model("swinv2_tiny_window8_256")),
-    Pair("swin_moe_small", 192, lambda: swin_moe.create_model(MOE, num_classes=1000), timm_twin,
-         lambda: (active_macs(MOE), active_macs(DENSE_TWIN))),
+    Pair(
+        "swin_tiny",
+        224,
+        lambda: swin_moe.create_model("swin_tiny_patch4_window7_224"),
+        lambda: timm_model("swin_tiny_patch4_window7_224"),
+    ),
+    Pair(
+        "swinv2_tiny",
+        256,
+        lambda: swin_moe.create_model("swinv2_tiny_patch4_window8_256"),
+        lambda: timm_model("swinv2_tiny_window8_256"),
+    ),
+    Pair(
+        "swin_moe_small",
+        192,
+        lambda: swin_moe.create_model(MOE, num_classes=1000),
+        timm_twin,
+        lambda: (active_macs(MOE), active_macs(DENSE_TWIN)),
+    ),
 )
 
 
@@ -125,8 +139,11 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
         ratio = statistics.median(scale * b / a for a, b in zip(*times))
         medians = [statistics.median(t) for t in times]
         unit = "" if scale == 1 else f" per active MAC (MACs x{scale:.3f})"
-        print(f"| {pair.name} | {mode} | {options.precision} | {1e3 * medians[0]:.1f} | {1e3 * medians[1]:.1f} "
-              f"| {ratio:.3f}{unit} |", flush=True)
+        print(
+            f"| {pair.name} | {mode} | {options.precision} | {1e3 * medians[0]:.1f} | {1e3 * medians[1]:.1f} "
+            f"| {ratio:.3f}{unit} |",
+            flush=True,
+        )
     del sides
     gc.collect()
 

@@ -1,8 +1,8 @@
 """Every option of a run: frozen dataclasses are the schema, with defaults, units and range checks in one place.
 
-YAML files and `key=value` overrides fill them (config_io.py). No field depends on the world size: degrees of parallelism
-are options, the number of ranks is not. Model field names are the argument names of the official constructors
-(microsoft/Swin-Transformer, models/*.py) where one exists.
+YAML files and `key=value` overrides fill them (config_io.py). No field depends on the world size: degrees of
+parallelism are options, the number of ranks is not. Model field names are the argument names of the official
+constructors (microsoft/Swin-Transformer, models/*.py) where one exists.
 """
 
 from dataclasses import dataclass, field, fields
@@ -73,9 +73,13 @@ class MoEConfig:
     blocks: tuple[tuple[int, ...], ...] = ()  # per stage, indices of MoE blocks; (-1,) or () = none
     num_experts: int = 8  # global number, over all ranks
     top_k: int = 1
-    capacity_factor: float = 1.25  # > 0: slack over an even load; 0: by need; < 0: by need, capped at its absolute value
+    capacity_factor: float = (
+        1.25  # > 0: slack over an even load; 0: by need; < 0: by need, capped at its absolute value
+    )
     eval_capacity_factor: float | None = 0.0  # the same for evaluation; None = capacity_factor
-    capacity_scope: Literal["rank", "images"] = "rank"  # who competes for slots: a rank's micro-batch, or group_images images
+    capacity_scope: Literal["rank", "images"] = (
+        "rank"  # who competes for slots: a rank's micro-batch, or group_images images
+    )
     group_images: int = 0  # images per routing group with capacity_scope=images
     router: Literal["linear", "cosine"] = "linear"
     normalize_gate: bool = False  # gates of the k choices sum to 1 (k > 1)
@@ -98,8 +102,12 @@ class MoEConfig:
         scoped = self.capacity_scope == "rank" or self.group_images > 0
         _check(scoped, "model.moe.group_images", self.group_images, "> 0 with model.moe.capacity_scope=images")
         needs_noise = self.balance_loss == "load_importance" and self.aux_loss_weight != 0 and self.has_blocks
-        _check(self.gate_noise > 0 or not needs_noise, "model.moe.gate_noise", self.gate_noise,
-               "> 0 with model.moe.balance_loss=load_importance (its load term divides by the noise)")
+        _check(
+            self.gate_noise > 0 or not needs_noise,
+            "model.moe.gate_noise",
+            self.gate_noise,
+            "> 0 with model.moe.balance_loss=load_importance (its load term divides by the noise)",
+        )
         _check(0 <= self.dropout < 1, "model.moe.dropout", self.dropout, "in [0, 1)")
         _check(self.overlap >= 1, "model.moe.overlap", self.overlap, ">= 1")
 
@@ -148,7 +156,9 @@ class ModelConfig:
         _check(len(self.moe.blocks) <= stages, "model.moe.blocks", self.moe.blocks, f"at most {stages} lists")
         for stage, blocks in enumerate(self.moe.blocks):
             valid = all(-1 <= b < self.depths[stage] for b in blocks)
-            _check(valid, f"model.moe.blocks[{stage}]", blocks, f"indices below depth {self.depths[stage]}, or -1 for none")
+            _check(
+                valid, f"model.moe.blocks[{stage}]", blocks, f"indices below depth {self.depths[stage]}, or -1 for none"
+            )
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,9 @@ class TaskConfig:
 class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
-    lr_reference_batch: int = 0  # > 0: lr, warmup_lr and min_lr hold for this batch and scale with global_batch (official: 512)
+    lr_reference_batch: int = (
+        0  # > 0: lr, warmup_lr and min_lr hold for this batch and scale with global_batch (official: 512)
+    )
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     weight_decay: float = 0.05
@@ -195,7 +207,9 @@ class OptimConfig:
         _check(self.lr >= 0, "optim.lr", self.lr, ">= 0")
         _check(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0 (0 = off)")
         _check(self.epochs > 0, "optim.epochs", self.epochs, "> 0")
-        _check(0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"in [0, {self.epochs}]")
+        _check(
+            0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"in [0, {self.epochs}]"
+        )
         _check(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
 
 
@@ -277,9 +291,10 @@ class Config:
             micro = -(-batch // world_size)
         steps = -(-batch // (micro * world_size))
         if steps * micro * world_size != batch:
+            below = max(1, batch // (micro * world_size)) * micro * world_size
             raise ValueError(
                 f"data.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world_size} ranks; "
-                f"nearest batches that are: {max(1, batch // (micro * world_size)) * micro * world_size} and {steps * micro * world_size}"
+                f"nearest batches that are: {below} and {steps * micro * world_size}"
             )
         return micro, steps
 
@@ -293,6 +308,10 @@ class Config:
                 f"(data.global_batch={self.data.global_batch} over {world_size} ranks)"
             )
         if self.parallel.zero and self.engine.name == "torch":
-            raise ValueError(f"parallel.zero={self.parallel.zero} is not available yet with engine.name=torch; allowed: 0")
+            raise ValueError(
+                f"parallel.zero={self.parallel.zero} is not available yet with engine.name=torch; allowed: 0"
+            )
         if self.engine.offload != "none" and self.engine.name == "torch":
-            raise ValueError(f"engine.offload={self.engine.offload} is not available with engine.name=torch; allowed: none")
+            raise ValueError(
+                f"engine.offload={self.engine.offload} is not available with engine.name=torch; allowed: none"
+            )

@@ -20,8 +20,13 @@ def build_eval_loader(config: Config, session: Session) -> EvalLoader:
     """Returns the loader of the validation images for this rank."""
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
-        config.data, config.model.img_size, rank=session.rank, world_size=session.world_size, batch=batch,
-        num_classes=config.model.num_classes)
+        config.data,
+        config.model.img_size,
+        rank=session.rank,
+        world_size=session.world_size,
+        batch=batch,
+        num_classes=config.model.num_classes,
+    )
 
 
 def main(argv: list[str]) -> None:

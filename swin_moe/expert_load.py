@@ -27,8 +27,15 @@ def expert_load(model: nn.Module, groups: Groups) -> tuple[dict[str, float], dic
     for _, layer in layers:
         stats = layer.stats
         tokens = stats.demand.sum().double()
-        rows.append(torch.cat([stats.demand.double(), stats.kept.double(),
-                               torch.stack([tokens * stats.entropy.double(), tokens * stats.aux.double()])]))
+        rows.append(
+            torch.cat(
+                [
+                    stats.demand.double(),
+                    stats.kept.double(),
+                    torch.stack([tokens * stats.entropy.double(), tokens * stats.aux.double()]),
+                ]
+            )
+        )
     table = torch.stack(rows)
     if groups.world_size > 1:
         dist.all_reduce(table, group=groups.world)

@@ -140,8 +140,16 @@ class MetricsWriter:
             total = sum(counts)
             edges = list(range(len(counts) + 1))
             self.board.add_histogram_raw(
-                name, min=0, max=len(counts), num=total, sum=total, sum_squares=total,
-                bucket_limits=edges[1:], bucket_counts=counts, global_step=step)
+                name,
+                min=0,
+                max=len(counts),
+                num=total,
+                sum=total,
+                sum_squares=total,
+                bucket_limits=edges[1:],
+                bucket_counts=counts,
+                global_step=step,
+            )
 
     def close(self) -> None:
         """Flushes and closes both files."""

@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
         logits = output[0] if isinstance(output, tuple) else output
         probabilities = logits.float().softmax(1)[0]
         best = probabilities.topk(min(5, len(probabilities)))
-        classes = ", ".join(f"{dataset.classes[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
+        classes = ", ".join(
+            f"{dataset.classes[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist())
+        )
         print(f"{name}: {classes}")
 
 

@@ -69,6 +69,12 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def default_threads() -> int:
+    """Returns OMP_NUM_THREADS if set, else the cores this rank is bound to; torch counted them before it was bound."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdecimal() and int(threads) else len(os.sched_getaffinity(0))
+
+
 def open_session(path: str, overrides: list[str]) -> Session:
     """Returns the session; everything that can be refused is refused here, before memory is allocated.
 
@@ -78,12 +84,11 @@ def open_session(path: str, overrides: list[str]) -> Session:
     from launcher.mpi import bootstrap  # entry points only: the package itself never needs the launcher
 
     env = bootstrap()
-    config = load_config(path, overrides, world_size=env.world_size)
+    config = load_config(path, overrides)
     config.check(env.world_size)
     if config.model.moe.has_blocks:
         Degrees.resolve(config.parallel, config.model.moe.num_experts, env.world_size)
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
+    torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
     if env.world_size > 1:
         init_distributed(device)

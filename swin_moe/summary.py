@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from swin_moe.expert_load import moe_layers
@@ -12,12 +13,15 @@ from swin_moe.session import Session
 def parameter_counts(model: nn.Module, session: Session) -> tuple[int, int, int]:
     """Returns (total, active per image, held by this rank) numbers of parameters.
 
-    Active counts top_k experts of every MoE layer, as the papers do.
+    Active counts top_k experts of every MoE layer, as the papers do. The expert bias that is frozen at zero
+    (model.mlp_fc2_bias=false) is left out, as in the official counts.
     """
     layout = parameter_layout(model, session.groups)
     total = active = local = 0
     moe = session.config.model.moe
     for name, parameter in model.named_parameters():
+        if name.endswith("experts.fc2_bias") and not session.config.model.mlp_fc2_bias:
+            continue
         shape, _ = layout[name]
         numel = 1
         for size in shape:
@@ -33,26 +37,40 @@ def describe(session: Session, model: nn.Module) -> Iterator[str]:
     config, groups = session.config, session.groups
     total, active, local = parameter_counts(model, session)
     micro_batch, accumulation = config.accumulation(session.world_size)
-    yield (f"model      {config.model.name}, {total:,} parameters, {active:,} active, {local:,} on this rank, "
-           f"{model.flops() / 1e9:.3f} GMACs per image ({model.active_flops() / 1e9:.3f} active)")
+    yield (
+        f"model      {config.model.name}, {total:,} parameters, {active:,} active, {local:,} on this rank, "
+        f"{model.flops() / 1e9:.3f} GMACs per image ({model.active_flops() / 1e9:.3f} active)"
+    )
     layers = moe_layers(model)
     if layers:
         moe, degrees = config.model.moe, groups.degrees
         scope = f"{moe.group_images} images" if moe.capacity_scope == "images" else "a rank's micro-batch"
-        yield (f"experts    {moe.num_experts} in {len(layers)} layers, top-{moe.top_k}, capacity factor "
-               f"{moe.capacity_factor} within {scope}; evaluation {moe.eval_capacity_factor}")
-        yield (f"layout     {session.world_size} ranks = {degrees.expert} expert x {degrees.expert_shard} shard x "
-               f"{degrees.expert_data} data; dispatch: {type(layers[0][1].dispatcher).__name__}")
+        yield (
+            f"experts    {moe.num_experts} in {len(layers)} layers, top-{moe.top_k}, capacity factor "
+            f"{moe.capacity_factor} within {scope}; evaluation {moe.eval_capacity_factor}"
+        )
+        yield (
+            f"layout     {session.world_size} ranks = {degrees.expert} expert x {degrees.expert_shard} shard x "
+            f"{degrees.expert_data} data; dispatch: {type(layers[0][1].dispatcher).__name__}"
+        )
     else:
         yield f"layout     {session.world_size} ranks, data parallel"
-    yield (f"engine     {config.engine.name}, ZeRO-{config.parallel.zero}, {config.engine.precision} on {session.device}, "
-           f"recompute {config.parallel.recompute}")
-    yield (f"batch      {config.data.global_batch} images = {session.world_size} ranks x {micro_batch} x "
-           f"{accumulation} accumulated")
-    yield f"kernels    {attention_path()}"
+    yield (
+        f"engine     {config.engine.name}, ZeRO-{config.parallel.zero}, {config.engine.precision} on {session.device}, "
+        f"recompute {config.parallel.recompute}"
+    )
+    yield (
+        f"batch      {config.data.global_batch} images = {session.world_size} ranks x {micro_batch} x "
+        f"{accumulation} accumulated"
+    )
+    yield f"kernels    {attention_path(session.device, config.engine.precision)}"
     yield f"run        {session.directory}"
 
 
-def attention_path() -> str:
+def attention_path(device: torch.device, precision: str) -> str:
     """Returns which attention implementation runs, and why."""
-    return "window attention: PyTorch (scaled_dot_product_attention where it is faster); no compiled extension in this version"
+    if device.type == "cuda":
+        return "window attention: scaled_dot_product_attention (CUDA device); no compiled extension in this version"
+    if precision in ("bf16", "fp16"):
+        return "window attention: eager (half precision on CPU, where torch's fused kernel is slower)"
+    return "window attention: analytic backward in training, scaled_dot_product_attention in evaluation (CPU)"

@@ -19,6 +19,7 @@ WARMUP, TIMED = 50, 30  # microsoft/Swin-Transformer, main.py:throughput
 @torch.inference_mode()
 def measure(model: torch.nn.Module, images: torch.Tensor, context) -> float:
     """Returns the seconds of one forward, mean over TIMED."""
+
     def synchronize() -> None:
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
@@ -47,9 +48,15 @@ def main(argv: list[str]) -> None:
     seconds = measure(model.eval(), images, lambda: autocast(precision, session.device))
     rate = len(images) * session.world_size / seconds
     flops = 2 * model.active_flops() * rate / session.world_size
-    LOGGER.info("%.1f images/s (%d ranks, batch %d a rank, %s), %.1f%% of peak, peak memory %.2f GiB a rank",
-                rate, session.world_size, len(images), precision, 100 * flops / peak_flops(session.device, precision),
-                peak_memory(session.device) / 2**30)
+    LOGGER.info(
+        "%.1f images/s (%d ranks, batch %d a rank, %s), %.1f%% of peak, peak memory %.2f GiB a rank",
+        rate,
+        session.world_size,
+        len(images),
+        precision,
+        100 * flops / peak_flops(session.device, precision),
+        peak_memory(session.device) / 2**30,
+    )
 
 
 if __name__ == "__main__":

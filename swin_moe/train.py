@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from swin_moe.checkpoint import CheckpointManager
 from swin_moe.config_io import dump_config
-from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.data.batch import to_device
+from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.expert_load import expert_load
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
@@ -64,12 +64,17 @@ class Trainer:
         self._build_loaders()
         model = build_local_model(session)
         self.schedule = build_schedule(
-            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch)
+            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch
+        )
         self.engine: Engine = lookup(ENGINES, config.engine.name, key="engine.name")(
-            model, config=config, groups=session.groups, schedule=self.schedule)
+            model, config=config, groups=session.groups, schedule=self.schedule
+        )
         self.checkpoints = CheckpointManager(
-            session.directory / "checkpoints", group=session.groups.world, keep=config.checkpoint.keep,
-            file_size=config.checkpoint.file_size)
+            session.directory / "checkpoints",
+            group=session.groups.world,
+            keep=config.checkpoint.keep,
+            file_size=config.checkpoint.file_size,
+        )
         self.progress = Progressed()
         self.stop = StopRequest()
 
@@ -85,7 +90,8 @@ class Trainer:
             accumulation=accumulation, partners=self.task.needs_partners, **common,
         )  # fmt: skip
         self.eval_loader = EvalLoader(
-            config.data, config.model.img_size, batch=config.data.eval_batch or micro_batch, **common)
+            config.data, config.model.img_size, batch=config.data.eval_batch or micro_batch, **common
+        )
 
     @property
     def device(self) -> torch.device:
@@ -112,13 +118,20 @@ class Trainer:
         """Trains to the end of the schedule, or to a stop request."""
         total = self.schedule.total
         if self.progress.step >= total:
-            LOGGER.info("run %s is already finished (step %d of %d); nothing to do",
-                        self.session.directory, self.progress.step, total)
+            LOGGER.info(
+                "run %s is already finished (step %d of %d); nothing to do",
+                self.session.directory,
+                self.progress.step,
+                total,
+            )
             return
         self.bar = Progress(total, enabled=self.first_rank)
         self.writer = MetricsWriter(
-            self.session.directory, enabled=self.first_rank, tensorboard=self.config.log.tensorboard,
-            resume_step=self.progress.step)
+            self.session.directory,
+            enabled=self.first_rank,
+            tensorboard=self.config.log.tensorboard,
+            resume_step=self.progress.step,
+        )
         self.peak = peak_flops(self.device, self.config.engine.precision)
         self._reset_window()
         try:
@@ -130,8 +143,13 @@ class Trainer:
             self.loader.close()
             self.writer.close()
         if self.progress.step >= total:
-            LOGGER.info("finished: step %d of %d, best %s %.2f", self.progress.step, total, self.task.metric,
-                        self.progress.best if self.progress.best is not None else float("nan"))
+            LOGGER.info(
+                "finished: step %d of %d, best %s %.2f",
+                self.progress.step,
+                total,
+                self.task.metric,
+                self.progress.best if self.progress.best is not None else float("nan"),
+            )
 
     def _train_step(self, batches: StepBatches) -> bool:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
@@ -165,7 +183,7 @@ class Trainer:
         return StepContext(self.config, step, self.session.world_size, num_samples, self.engine.autocast)
 
     def _count(self, batches: StepBatches) -> int:
-        """Returns the images of the step over all ranks; asks the ranks only where broken ones may have been skipped."""
+        """Returns the images of the step over all ranks; asks them only where broken images may have been skipped."""
         if self.config.data.on_broken != "skip":
             return batches.num_samples
         count = torch.tensor(sum(len(batch["image"]) for batch in batches), device=self.device)
@@ -180,23 +198,30 @@ class Trainer:
             dist.all_gather(losses, local)
         else:
             losses = [local]
-        bad = [f"rank {r}: loss {t[0]:g}, auxiliary loss {t[1]:g}" for r, t in enumerate(losses)
-               if not torch.isfinite(t[:2]).all()]
+        bad = [
+            f"rank {r}: loss {t[0]:g}, auxiliary loss {t[1]:g}"
+            for r, t in enumerate(losses)
+            if not torch.isfinite(t[:2]).all()
+        ]
         raise ValueError(
             f"the loss is not finite at step {step} (epoch {step / self.loader.steps_per_epoch:.2f}), "
             f"{'; '.join(bad)}; nothing was updated or saved with it. Last checkpoint: "
-            f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, set optim.clip_norm, or use engine.precision=bf16 or fp32"
+            f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, set optim.clip_norm, or use engine.precision=fp32"
         )
 
     def _note_skip(self, step: int, stats: StepStats) -> None:
-        """Reports a skipped step with the parameter; gives up after too many in a row, except where fp16 searches its scale."""
+        """Reports a skipped step with the parameter; gives up after too many in a row (fp16 may search its scale)."""
         if not stats.skipped:
             self.progress.skipped = 0
             return
         self.progress.skipped += 1
         name = self.engine.discard_gradients()
-        LOGGER.warning("step %d skipped on all ranks: gradient norm %g%s", step, stats.grad_norm,
-                       f", first not finite here: {name}" if name else "")
+        LOGGER.warning(
+            "step %d skipped on all ranks: gradient norm %g%s",
+            step,
+            stats.grad_norm,
+            f", first not finite here: {name}" if name else "",
+        )
         limit = MAX_SKIPPED_STEPS * (5 if self.config.engine.precision == "fp16" else 1)
         if self.progress.skipped >= limit:
             raise ValueError(
@@ -223,16 +248,24 @@ class Trainer:
         # Forward and backward cost three forwards (two operations per multiply-accumulate).
         flops = 6 * self.engine.local_model.active_flops() * rate / self.session.world_size
         values = {
-            "train/loss": window["loss"] / steps, "train/aux": window["aux"] / steps, "train/lr": stats.lr,
-            "train/grad_norm": stats.grad_norm, "train/clip_factor": stats.clip_factor,
-            "train/loss_scale": stats.loss_scale, "train/epoch": step / self.loader.steps_per_epoch,
-            "speed/images_per_second": rate, "speed/mfu_percent": 100 * flops / self.peak,
+            "train/loss": window["loss"] / steps,
+            "train/aux": window["aux"] / steps,
+            "train/lr": stats.lr,
+            "train/grad_norm": stats.grad_norm,
+            "train/clip_factor": stats.clip_factor,
+            "train/loss_scale": stats.loss_scale,
+            "train/epoch": step / self.loader.steps_per_epoch,
+            "speed/images_per_second": rate,
+            "speed/mfu_percent": 100 * flops / self.peak,
             "memory/peak_bytes": peak_memory(self.device),
         }
         load, histograms = expert_load(self.engine.local_model, self.session.groups)
         self.writer.write(step, {**values, **load}, histograms=histograms)
-        self.bar.show(step, f"epoch {values['train/epoch']:.1f} | loss {values['train/loss']:.4f} | lr {stats.lr:.2e} "
-                            f"| {rate:.0f} img/s")
+        self.bar.show(
+            step,
+            f"epoch {values['train/epoch']:.1f} | loss {values['train/loss']:.4f} | lr {stats.lr:.2e} "
+            f"| {rate:.0f} img/s",
+        )
         self._reset_window()
 
     def _check_replicas(self) -> None:
@@ -240,7 +273,9 @@ class Trainer:
         if every and self.progress.step % every == 0:
             name = first_differing_replica(self.engine.local_model, self.session.groups)
             if name is not None:
-                raise ValueError(f"dense parameter {name} is not bit-identical on all ranks after step {self.progress.step}")
+                raise ValueError(
+                    f"dense parameter {name} is not bit-identical on all ranks after step {self.progress.step}"
+                )
 
     def _due(self, every: float) -> bool:
         """Returns whether a period of `every` epochs ends with this step."""
@@ -258,8 +293,11 @@ class Trainer:
             self._save(improved)
         if stopping:
             self.bar.clear()
-            LOGGER.info("stopped by %s at step %d; checkpoint saved, run the same command to continue",
-                        self.stop.name or "another rank", step)
+            LOGGER.info(
+                "stopped by %s at step %d; checkpoint saved, run the same command to continue",
+                self.stop.name or "another rank",
+                step,
+            )
 
     def _evaluate(self) -> bool:
         """Evaluates, writes the result, and returns whether it is the best so far."""
@@ -274,9 +312,14 @@ class Trainer:
         self.writer.write(self.progress.step, {f"eval/{k}": v for k, v in result.items()})
         self.bar.clear()
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
-        LOGGER.info("evaluation at step %d (epoch %.1f): %s%s (%s)", self.progress.step,
-                    self.progress.step / self.loader.steps_per_epoch, numbers, " - best so far" if improved else "",
-                    duration(time.monotonic() - started))
+        LOGGER.info(
+            "evaluation at step %d (epoch %.1f): %s%s (%s)",
+            self.progress.step,
+            self.progress.step / self.loader.steps_per_epoch,
+            numbers,
+            " - best so far" if improved else "",
+            duration(time.monotonic() - started),
+        )
         self._reset_window()
         return improved
 
@@ -284,8 +327,13 @@ class Trainer:
         saved = {k: getattr(self.progress, k) for k in ("step", "samples", "best", "skipped")}
         saved["global_batch"] = self.config.data.global_batch
         state = {"progress": saved, "engine": self.engine.state(), "seed": self.config.run.seed}
-        self.checkpoints.save(self.progress.step, self.engine.pieces(), state=state, config=self.config,
-                          best=self.progress.best if best else None)
+        self.checkpoints.save(
+            self.progress.step,
+            self.engine.pieces(),
+            state=state,
+            config=self.config,
+            best=self.progress.best if best else None,
+        )
         self._reset_window()
 
 

@@ -41,4 +41,3 @@ def _load_official_file(model: nn.Module, session: Session, path: Path) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"checkpoint.load={path} cannot be read as plain tensors: {reason}") from error
     return f"{path}: {load_official(model, state)}"
-

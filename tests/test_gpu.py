@@ -8,7 +8,9 @@ from swin_moe.randomness import RandomContext, keep_mask, normal, uniform
 
 pytestmark = pytest.mark.gpu
 
-SMALL = dict(img_size=64, patch_size=2, num_classes=11, embed_dim=32, depths=[2, 2, 2], num_heads=[1, 2, 4], window_size=8)
+SMALL = dict(
+    img_size=64, patch_size=2, num_classes=11, embed_dim=32, depths=[2, 2, 2], num_heads=[1, 2, 4], window_size=8
+)
 MODELS = {
     "swin": dict(),
     "swinv2": dict(),
@@ -51,8 +53,15 @@ def test_draws_equal_the_cpu():
 def test_training_saves_and_resumes(tmp_path, precision):
     from swin_moe.train import main
 
-    options = [f"run.output={tmp_path}", "engine.device=cuda", f"engine.precision={precision}", "data.name=synthetic",
-               "data.synthetic_samples=256", "log.tensorboard=false", "optim.warmup_epochs=0"]
+    options = [
+        f"run.output={tmp_path}",
+        "engine.device=cuda",
+        f"engine.precision={precision}",
+        "data.name=synthetic",
+        "data.synthetic_samples=256",
+        "log.tensorboard=false",
+        "optim.warmup_epochs=0",
+    ]
     main(["digits_swin_moe", *options, "optim.epochs=1"])
     main(["digits_swin_moe", *options, "optim.epochs=2"])
     steps = sorted(path.name for path in (tmp_path / "digits_swin_moe" / "checkpoints").glob("0*"))

@@ -26,30 +26,44 @@ def test_cosine_equals_official_numbers(prefix):
 
 
 def test_other_schedules_by_hand():
-    step = build_schedule(OptimConfig(lr=1.0, schedule="step", epochs=10, warmup_epochs=0, decay_epochs=2),
-                          steps_per_epoch=5, global_batch=1)
+    step = build_schedule(
+        OptimConfig(lr=1.0, schedule="step", epochs=10, warmup_epochs=0, decay_epochs=2),
+        steps_per_epoch=5,
+        global_batch=1,
+    )
     assert [step(t) for t in (0, 9, 10, 20)] == pytest.approx([1, 1, 0.1, 0.01])
-    multi = build_schedule(OptimConfig(lr=1.0, schedule="multistep", epochs=10, warmup_epochs=0, milestones=(4, 8)),
-                           steps_per_epoch=5, global_batch=1)
+    multi = build_schedule(
+        OptimConfig(lr=1.0, schedule="multistep", epochs=10, warmup_epochs=0, milestones=(4, 8)),
+        steps_per_epoch=5,
+        global_batch=1,
+    )
     assert [multi(t) for t in (19, 20, 40)] == pytest.approx([1, 0.1, 0.01])
-    linear = build_schedule(OptimConfig(lr=1.0, schedule="linear", epochs=10, warmup_epochs=2, warmup_lr=0.0),
-                            steps_per_epoch=5, global_batch=1)
+    linear = build_schedule(
+        OptimConfig(lr=1.0, schedule="linear", epochs=10, warmup_epochs=2, warmup_lr=0.0),
+        steps_per_epoch=5,
+        global_batch=1,
+    )
     assert [linear(t) for t in (0, 5, 10, 50)] == pytest.approx([0, 0.5, 1, 0.01])
 
 
 def test_milestone_inside_warmup_is_refused():
     with pytest.raises(ValueError, match="optim.milestones"):
-        build_schedule(OptimConfig(schedule="multistep", milestones=(5,), warmup_epochs=20), steps_per_epoch=1, global_batch=1)
+        build_schedule(
+            OptimConfig(schedule="multistep", milestones=(5,), warmup_epochs=20), steps_per_epoch=1, global_batch=1
+        )
 
 
-@pytest.mark.parametrize("name, shape, decays", [
-    ("layers.0.blocks.0.mlp.fc1.weight", (8, 4), True),
-    ("layers.0.blocks.0.mlp.fc1.bias", (8,), False),
-    ("layers.0.blocks.0.mlp.experts.fc1_bias", (8, 4), False),
-    ("layers.0.blocks.0.mlp.experts.fc1_weight", (8, 4, 4), True),
-    ("encoder.layers.0.blocks.0.attn.relative_position_bias_table", (169, 3), False),
-    ("encoder.absolute_pos_embed", (1, 4, 4), False),
-])
+@pytest.mark.parametrize(
+    "name, shape, decays",
+    [
+        ("layers.0.blocks.0.mlp.fc1.weight", (8, 4), True),
+        ("layers.0.blocks.0.mlp.fc1.bias", (8,), False),
+        ("layers.0.blocks.0.mlp.experts.fc1_bias", (8, 4), False),
+        ("layers.0.blocks.0.mlp.experts.fc1_weight", (8, 4, 4), True),
+        ("encoder.layers.0.blocks.0.attn.relative_position_bias_table", (169, 3), False),
+        ("encoder.absolute_pos_embed", (1, 4, 4), False),
+    ],
+)
 def test_weight_decay_rule(name, shape, decays):
     keywords = {"relative_position_bias_table", "fc1_bias", "fc2_bias"}
     assert has_decay(name, torch.empty(shape), {"absolute_pos_embed"}, keywords) is decays
@@ -57,9 +71,18 @@ def test_weight_decay_rule(name, shape, decays):
 
 def test_layer_ids_of_swin_base():
     depths = (2, 2, 18, 2)
-    assert [layer_id(n, depths) for n in (
-        "patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight", "layers.0.downsample.norm.weight",
-        "layers.2.blocks.17.mlp.fc1.bias", "layers.3.blocks.1.norm1.bias", "norm.weight", "head.bias")] == [0, 1, 2, 22, 24, 25, 25]
+    assert [
+        layer_id(n, depths)
+        for n in (
+            "patch_embed.proj.weight",
+            "layers.0.blocks.0.norm1.weight",
+            "layers.0.downsample.norm.weight",
+            "layers.2.blocks.17.mlp.fc1.bias",
+            "layers.3.blocks.1.norm1.bias",
+            "norm.weight",
+            "head.bias",
+        )
+    ] == [0, 1, 2, 22, 24, 25, 25]
     assert 0.8 ** (25 - 0) == pytest.approx(0.003778, abs=1e-6)
 
 

@@ -40,7 +40,9 @@ def test_uniform_moments_and_correlations(words):
 def test_keys_steps_layers_and_purposes_are_independent():
     context = RandomContext(7, 3, torch.arange(4))
     keys = [context.key(p, layer) for p in PURPOSES for layer in range(4)]
-    keys += [RandomContext(7, step, torch.arange(4)).key("dropout") for step in (4, 5)] + [RandomContext(8, 3, ROWS).key("dropout")]
+    keys += [RandomContext(7, step, torch.arange(4)).key("dropout") for step in (4, 5)] + [
+        RandomContext(8, 3, ROWS).key("dropout")
+    ]
     assert len(set(keys)) == len(keys)
     draws = torch.stack([uniform(k, ROWS, 1)[:, 0] for k in keys]).double()
     off_diagonal = torch.corrcoef(draws) - torch.eye(len(keys))

@@ -148,9 +148,10 @@ class CheckpointManager:
         """Returns the state of the checkpoint that `pieces` were filled from; None if the run has no checkpoint yet.
 
         Args:
-            source: Where a run that has no checkpoint of its own begins: a checkpoint, or a run directory for its newest
-                one; "" = from the start. A run's own come first, or starting the same command again would lose progress.
-                A corrupt newest one is reported and the one before it used; one that is named itself has no substitute.
+            source: Where a run that has no checkpoint of its own begins: a checkpoint, or a run directory for its
+                newest one; "" = from the start. A run's own come first, or starting the same command again would lose
+                progress. A corrupt newest one is reported and the one before it used; one that is named itself has no
+                substitute.
 
         Raises:
             CheckpointError: On every rank: `source` is no checkpoint, does not fit `pieces`, or nothing valid is left.

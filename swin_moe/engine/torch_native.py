@@ -28,9 +28,7 @@ def replicate(model: nn.Module, groups: Groups) -> nn.Module:
     ignored = [name for name, _ in expert_parameters(model)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     # init_sync off: initial weights are a function of the seed, equal on all ranks without a broadcast.
-    return DistributedDataParallel(
-        model, process_group=groups.world, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-    )
+    return DistributedDataParallel(model, process_group=groups.world, gradient_as_bucket_view=True, init_sync=False)
 
 
 class TorchEngine:

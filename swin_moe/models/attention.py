@@ -7,6 +7,7 @@ backbone (SwinTransformer/Swin-Transformer-Object-Detection).
 Shape legend: B images, H x W tokens, C channels, M windows of one image, N = window ** 2 tokens of a window.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -187,7 +188,8 @@ class WindowAttention(nn.Module):
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
         weight = self.cpb_mlp[0].weight
         coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
-        with torch.autocast(weight.device.type, enabled=False):
+        device = weight.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             table = self.cpb_mlp(coords)
         # Before the gather: N ** 2 / (2 * window - 1) ** 2, about a quarter, of the sigmoids of the official order.
         return 16.0 * torch.sigmoid(table) if self.bias_sigmoid else table

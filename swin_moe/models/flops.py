@@ -30,8 +30,11 @@ def active_flops(config: ModelConfig, *, spatial_mlp: bool, norm_after: bool) ->
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Returns the number of parameter elements, frozen ones included; works on meta."""
-    return sum(p.numel() for p in model.parameters())
+    """Returns the number of trained parameter elements, the official "number of params"; works on meta.
+
+    Frozen ones, such as the zero fc2 biases of experts without a trained bias, are not counted.
+    """
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _total(config: ModelConfig, capacity_factor: float, *, spatial_mlp: bool, norm_after: bool) -> float:

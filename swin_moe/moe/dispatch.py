@@ -1,7 +1,7 @@
 """Moves token rows to where their experts are and the results back.
 
-A dispatcher has no parameters; parallelize() replaces the local one by one that crosses ranks. Every row movement is a gather,
-forward and backward: no atomics, so results do not depend on the order of threads.
+A dispatcher has no parameters; parallelize() replaces the local one by one that crosses ranks. Every row movement is a
+gather, forward and backward: no atomics, so results do not depend on the order of threads.
 
 Shape legend: T tokens, D channels, k choices per token, E experts, G routing groups, N kept (token, choice) pairs.
 """
@@ -54,12 +54,12 @@ class Dispatcher(Protocol):
 
         Args:
             x: (T, D).
-            pair: (T, k) int64 global index of every pair, to travel along; None = not needed (decided alike on all ranks).
+            pair: (T, k) int64 global index of every pair, to travel along; None = not needed (alike on all ranks).
         """
         ...
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
-        """Returns (T, D), sum over choices of gate * y, of the experts' results y in the order of `dispatched.tokens`."""
+        """Returns (T, D), sum over choices of gate * y, of the experts' results y, ordered as `dispatched.tokens`."""
         ...
 
 
@@ -113,13 +113,13 @@ def _gather_choice(rows: Tensor, plan: Plan, choice: int) -> Tensor:
 class _TakeTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
+        ctx.save_for_backward(plan.position, plan.keep, plan.pair)
         return x.index_select(0, plan.pair.div(plan.top_k, rounding_mode="floor"))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple:
-        plan = ctx.plan
+        plan = Plan(*ctx.saved_tensors)
         grad_x = _gather_choice(grad_rows, plan, 0)
         for choice in range(1, plan.top_k):
             grad_x += _gather_choice(grad_rows, plan, choice)
@@ -129,8 +129,7 @@ class _TakeTokens(torch.autograd.Function):
 class _CombineTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(y, gate)
-        ctx.plan = plan
+        ctx.save_for_backward(y, gate, plan.position, plan.keep, plan.pair)
         out = _gather_choice(y, plan, 0) * gate[:, :1]
         for choice in range(1, plan.top_k):
             out.addcmul_(_gather_choice(y, plan, choice).to(out.dtype), gate[:, choice, None])
@@ -139,7 +138,8 @@ class _CombineTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple:
-        (y, gate), plan = ctx.saved_tensors, ctx.plan
+        y, gate, *rest = ctx.saved_tensors
+        plan = Plan(*rest)
         grad_y = grad_gate = None
         if ctx.needs_input_grad[0]:
             token = plan.pair.div(plan.top_k, rounding_mode="floor")
@@ -157,7 +157,7 @@ def take_tokens(x: Tensor, plan: Plan) -> Tensor:
 
 
 def combine_tokens(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
-    """Returns (T, D), sum over kept choices of gate * y, in the wider of the two dtypes; zeros for a fully dropped token."""
+    """Returns (T, D), sum over kept choices of gate * y, in the wider dtype; zeros for a fully dropped token."""
     return _CombineTokens.apply(y, gate, plan)
 
 

@@ -1,6 +1,6 @@
 """The Mixture-of-Experts layer: router -> dispatcher -> experts -> combine.
 
-Facts matched to the official Swin-MoE on Tutel (reference: microsoft/Swin-Transformer models/swin_transformer_moe.py:MoEMlp,
+Facts matched to the official Swin-MoE on Tutel (microsoft/Swin-Transformer models/swin_transformer_moe.py:MoEMlp,
 microsoft/Tutel tutel/impls/moe_layer.py). The output is sum_k gate_k * expert_k(x); a dropped pair adds nothing.
 
 Shape legend: B images, L tokens per image, T = B * L, D channels, E experts, k choices per token.
@@ -43,7 +43,9 @@ class MoELayer(nn.Module):
         init_std: Standard deviation of initial weights.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, config: MoEConfig, *, fc2_bias: bool, layer: int, init_std: float) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, config: MoEConfig, *, fc2_bias: bool, layer: int, init_std: float
+    ) -> None:
         super().__init__()
         self.config, self.layer, self.init_std = config, layer, init_std
         if config.router == "cosine":
@@ -106,7 +108,7 @@ class MoELayer(nn.Module):
                 threshold = noisy[part].gather(1, routing.expert[:, -1:]).squeeze(1)
                 aux = losses.load_importance(probabilities[part], threshold, noise_std=noise_std, group_size=size)
             routings.append(routing)
-            parts.append(aux if aux.numel() and len(noisy) == len(noisy[part]) else aux * (len(noisy[part]) / len(noisy)))
+            parts.append(aux * (len(noisy[part]) / max(len(noisy), 1)))  # a mean over tokens
         routing, aux = join(routings), sum(parts[1:], parts[0])
         self.stats = _statistics(routing, probabilities, aux)
         return routing, aux
@@ -126,7 +128,7 @@ class MoELayer(nn.Module):
         )
 
     def init_weights(self, seed: int, name: str) -> None:
-        """Fills all weights as a function of (seed, name, global expert number); `name` is the layer's in the network."""
+        """Fills all weights as a function of (seed, name, global expert number); `name` is the layer's in the net."""
         generator = torch.Generator().manual_seed(derive_key(seed, zlib.crc32(name.encode()), _ROUTER_WORD))
         self.router.init_weights(generator, self.init_std)
         self.experts.init_weights(seed, name, self.init_std)
@@ -135,7 +137,8 @@ class MoELayer(nn.Module):
 def group_slices(num_tokens: int, group_size: int) -> list[tuple[slice, int]]:
     """Returns (tokens, group size) of the full routing groups and, where tokens are left over, of the smaller last one.
 
-    A smaller group occurs in the last, uneven batch of an epoch or an evaluation; it competes for its own share of slots.
+    A smaller group occurs in the last, uneven batch of an epoch or an evaluation; it competes for its own share of
+    slots.
     """
     group_size = max(min(group_size, num_tokens), 1)
     full = num_tokens // group_size * group_size

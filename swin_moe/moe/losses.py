@@ -30,8 +30,8 @@ def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int) -> Tensor:
 def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: float, group_size: int) -> Tensor:
     """Returns (CV^2(importance) + CV^2(load)) / 2 (V-MoE, arXiv:2106.05974, as Tutel computes it).
 
-    importance_e = sum_t p_te; load_e = sum_t Phi((p_te - threshold_t) / noise_std). Tutel compares a probability with a logit
-    here (Tutel issue 240); Swin-MoE was trained so, and so do we.
+    importance_e = sum_t p_te; load_e = sum_t Phi((p_te - threshold_t) / noise_std). Tutel compares a probability with a
+    logit here (Tutel issue 240); Swin-MoE was trained so, and so do we.
 
     Args:
         probabilities: (T, E) softmax of the logits *without* noise.
@@ -53,7 +53,7 @@ def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: floa
 
 
 def _squared_variation(amount_GE: Tensor) -> Tensor:
-    """Returns (G,) unbiased variance / mean^2 over experts; 0 for a single expert, where the variance has no estimate."""
+    """Returns (G,) unbiased variance / mean^2 over experts; 0 for one expert, where the variance has no estimate."""
     mean = amount_GE.mean(dim=1, keepdim=True)
     variance = (amount_GE - mean).square().sum(dim=1) / max(amount_GE.shape[1] - 1, 1)
     return variance / (mean.squeeze(1).square() + 1e-10)

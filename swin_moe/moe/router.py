@@ -1,14 +1,14 @@
 """Which experts a token goes to and which slot it gets there: logits, choices, capacity, slots.
 
-Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/fast_dispatch.py:extract_critical and tutel/gates; differences are
-named where they are: ties are broken by rule, capacity is never rounded up, capacity by need never drops anything.
+Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/fast_dispatch.py:extract_critical and tutel/gates; differences
+are named where they are: ties are broken by rule, capacity is never rounded up, capacity by need never drops anything.
 
 Shape legend: T tokens, D model channels, E experts, k choices per token, P cosine projection, G routing groups,
 S tokens per routing group (T = G * S), N = T * k pairs of a token and a choice.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +45,10 @@ class Routing:
 def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float) -> int | None:
     """Returns how many pairs one expert accepts from one routing group, C; None: as many as there are.
 
-    factor > 0: C = k * int(factor * ceil(T / E)). factor = 0: by need. factor < 0: by need, but at most the same formula
-    with -factor; a cap above the need drops nothing, so the cap is all that routing has to know. Tutel then rounds C up to a
-    multiple of shards x overlap; we do not, or the layout of a run would change what is dropped. 0 is legal.
+    factor > 0: C = k * int(factor * ceil(T / E)). factor = 0: by need. factor < 0: by need, but at most the same
+    formula with -factor; a cap above the need drops nothing, so the cap is all that routing has to know. Tutel then
+    rounds C up to a multiple of shards x overlap; we do not, or the layout of a run would change what is dropped. 0 is
+    legal.
     """
     if factor == 0:
         return None
@@ -66,8 +67,9 @@ def route(
 ) -> Routing:
     """Returns the routing of T tokens by their (T, E) logits (noise already added).
 
-    Slots are choice-major: second choices start after the group's first choices, dropped ones included. Within a choice they
-    follow token order, or descending confidence (largest score) with ties in token order. Costs O(T (E + k log T)).
+    Slots are choice-major: second choices start after the group's first choices, dropped ones included. Within a
+    choice they follow token order, or descending confidence (largest score) with ties in token order. Costs O(T (E + k
+    log T)).
 
     Args:
         capacity: Slots per expert and group; None = by need, nothing is dropped.
@@ -105,14 +107,16 @@ def join(routings: Sequence[Routing]) -> Routing:
     """Returns one routing over the tokens of several, in order; all groups but the last one have the first's size."""
     if len(routings) == 1:
         return routings[0]
-    columns = {name: torch.cat([getattr(r, name) for r in routings]) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
+    names = ("expert", "slot", "gate", "keep", "demand", "kept")
+    columns = {name: torch.cat([getattr(r, name) for r in routings]) for name in names}
     return Routing(capacity=max(r.capacity for r in routings), group_size=routings[0].group_size, **columns)
 
 
 def choose_experts(scores: Tensor, top_k: int) -> Tensor:
     """Returns (T, k) int64, the experts with the largest scores, best first; equal scores go to the lower expert.
 
-    torch.topk leaves the order of ties open. max returns the first maximum and a stable sort keeps order; both are documented.
+    torch.topk leaves the order of ties open. max returns the first maximum and a stable sort keeps order; both are
+    documented.
     """
     if top_k > _MAX_PASSES:
         return scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
@@ -172,11 +176,11 @@ class LinearRouter(nn.Module):
 
     def init_weights(self, generator: torch.Generator, std: float) -> None:
         """Fills the weights: truncated normal, as every linear layer of the official model."""
-        _fill(self.weight, generator, lambda value, g: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=g))
+        _fill(self.weight, lambda value: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator))
 
 
 class CosineRouter(nn.Module):
-    """logits = cosine(W x + b, s_e) * exp(temperature): every expert has a direction s_e in a small space (Tutel, cosine_top)."""
+    """logits = cosine(W x + b, s_e) * exp(temperature): an expert is a direction s_e (Tutel, cosine_top)."""
 
     def __init__(self, dim: int, num_experts: int, *, projection_dim: int, init_t: float) -> None:
         super().__init__()
@@ -194,16 +198,17 @@ class CosineRouter(nn.Module):
 
     def init_weights(self, generator: torch.Generator, std: float) -> None:
         """Fills the weights: projector truncated normal, directions normal(0, 0.01), scale 1 / init_t."""
-        _fill(self.projector.weight, generator, lambda value, g: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=g))
-        _fill(self.sim_matrix, generator, lambda value, g: value.normal_(0.0, 0.01, generator=g))
+        weight = self.projector.weight
+        _fill(weight, lambda value: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator))
+        _fill(self.sim_matrix, lambda value: value.normal_(0.0, 0.01, generator=generator))
         with torch.no_grad():
             self.projector.bias.zero_()
             self.temperature.fill_(-math.log(self.init_t))
 
 
-def _fill(parameter: Tensor, generator: torch.Generator, rule) -> None:
+def _fill(parameter: Tensor, rule: Callable[[Tensor], object]) -> None:
     """Fills a parameter with float32 numbers drawn on the CPU, the same on every device."""
     with torch.no_grad():
         value = torch.empty(parameter.shape, dtype=torch.float32)
-        rule(value, generator)
+        rule(value)
         parameter.copy_(value)

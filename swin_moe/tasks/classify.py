@@ -67,8 +67,14 @@ class Classify:
             top_k = min(5, logits_BK.shape[1])
             hit_Bk = logits_BK.topk(top_k, dim=1).indices == target_B[:, None]
             loss = F.cross_entropy(logits_BK, target_B, reduction="sum").double()
-            sums = torch.stack([loss, hit_Bk[:, :1].sum().double(), hit_Bk.sum().double(),
-                                torch.tensor(float(len(target_B)), dtype=torch.float64, device=loss.device)])
+            sums = torch.stack(
+                [
+                    loss,
+                    hit_Bk[:, :1].sum().double(),
+                    hit_Bk.sum().double(),
+                    torch.tensor(float(len(target_B)), dtype=torch.float64, device=loss.device),
+                ]
+            )
             totals = sums if totals is None else totals + sums
         if context.world_size > 1:
             dist.all_reduce(totals)

@@ -13,11 +13,29 @@ from swin_moe.session import Session
 from swin_moe.train import Trainer
 
 TINY = [
-    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]", "model.num_heads=[1,2]",
-    "model.window_size=4", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.group_images=4",
-    "data.global_batch=32", "data.crop_scale=[0.8,1.0]", "data.eval_batch=30", "optim.epochs=0.13",
-    "optim.warmup_epochs=0.02", "optim.ema=0.9", "optim.clip_norm=0.5", "model.drop_path_rate=0.2", "task.mixup=0.4",
-    "log.every=1", "log.tensorboard=false", "log.eval_every=0", "checkpoint.every=1000", "checkpoint.keep=0",
+    "model.img_size=16",
+    "model.patch_size=2",
+    "model.embed_dim=8",
+    "model.depths=[1,2]",
+    "model.num_heads=[1,2]",
+    "model.window_size=4",
+    "model.moe.blocks=[[-1],[1]]",
+    "model.moe.num_experts=4",
+    "model.moe.group_images=4",
+    "data.global_batch=32",
+    "data.crop_scale=[0.8,1.0]",
+    "data.eval_batch=30",
+    "optim.epochs=0.13",
+    "optim.warmup_epochs=0.02",
+    "optim.ema=0.9",
+    "optim.clip_norm=0.5",
+    "model.drop_path_rate=0.2",
+    "task.mixup=0.4",
+    "log.every=1",
+    "log.tensorboard=false",
+    "log.eval_every=0",
+    "checkpoint.every=1000",
+    "checkpoint.keep=0",
 ]  # 1437 // 32 = 44 steps an epoch: 0.13 epochs are 5 steps
 
 
@@ -67,8 +85,10 @@ def local_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def full_weights(trainer: Trainer) -> dict[str, tuple]:
     """Returns name -> (global shape, offset, tensor) of this rank's parameters."""
     layout = parameter_layout(trainer.engine.local_model, trainer.session.groups)
-    return {n: (layout[n][0], layout[n][1].offset, p.detach().clone())
-            for n, p in trainer.engine.local_model.named_parameters()}
+    return {
+        n: (layout[n][0], layout[n][1].offset, p.detach().clone())
+        for n, p in trainer.engine.local_model.named_parameters()
+    }
 
 
 def run_world(root: str, world: int) -> dict:
@@ -89,10 +109,23 @@ def run_world(root: str, world: int) -> dict:
         result["tampered"] = first_differing_replica(second.engine.local_model, second.session.groups)
     result["double"] = _final(train(open_tiny(own / "double", "engine.precision=fp64")))
     result["accumulated"] = _final(train(open_tiny(own / "accumulated", "engine.precision=fp64", "data.micro_batch=4")))
-    result["recomputed"] = _final(train(open_tiny(own / "recomputed", "engine.precision=fp64", "parallel.recompute=block")))
-    result["uneven"] = _final(train(open_tiny(
-        own / "uneven", "engine.precision=fp64", "data.drop_last=false", "optim.epochs=1.0", "data.global_batch=300",
-        "data.micro_batch=0", "model.moe.group_images=1", "log.eval_every=1.0")))
+    result["recomputed"] = _final(
+        train(open_tiny(own / "recomputed", "engine.precision=fp64", "parallel.recompute=block"))
+    )
+    result["uneven"] = _final(
+        train(
+            open_tiny(
+                own / "uneven",
+                "engine.precision=fp64",
+                "data.drop_last=false",
+                "optim.epochs=1.0",
+                "data.global_batch=300",
+                "data.micro_batch=0",
+                "model.moe.group_images=1",
+                "log.eval_every=1.0",
+            )
+        )
+    )
     result["bf16"] = losses(train(open_tiny(own / "bf16", "engine.precision=bf16")).session)
     fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
     result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)

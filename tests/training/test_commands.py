@@ -22,7 +22,9 @@ def environment() -> dict[str, str]:
     return without_world(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def command(directory: Path, *options: str, ranks: int = 0, entry: str = "train", config: str = "digits_swin_moe") -> list[str]:
+def command(
+    directory: Path, *options: str, ranks: int = 0, entry: str = "train", config: str = "digits_swin_moe"
+) -> list[str]:
     """Returns the command line of an entry point, under the launcher with ranks > 0."""
     start = [PYTHON, "-m", "launcher", "-n", str(ranks), "--", "-m"] if ranks else [PYTHON, "-m"]
     return [*start, f"swin_moe.{entry}", config, *QUICK, f"run.output={directory}", *options]
@@ -110,7 +112,9 @@ def ranks_of(directory: Path) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_exits_cleanly(tmp_path, number):
     words = command(tmp_path, "optim.epochs=500", ranks=2)
-    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_step(process, tmp_path, 3)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -123,7 +127,9 @@ def test_signal_saves_and_exits_cleanly(tmp_path, number):
 @pytest.mark.parametrize("victim", ["launcher", "rank"])
 def test_kill_9_leaves_no_orphan_and_the_next_run_resumes(tmp_path, victim):
     words = command(tmp_path, "optim.epochs=500", "checkpoint.every=2", "checkpoint.keep=2", ranks=2)
-    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_step(process, tmp_path, 5)
     if victim == "launcher":
         process.kill()

@@ -1,0 +1,123 @@
+"""Process groups: the only place that starts torch.distributed, calls new_group or reads the launcher's variables."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from swin_moe.config import ParallelConfig
+from swin_moe.parallel.sharding import Coordinates, Degrees
+
+__all__ = ["Degrees", "Groups", "build_groups", "init_distributed", "single_process_groups"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the world and the groups it communicates in; a group of one rank is None."""
+
+    world_size: int
+    rank: int
+    degrees: Degrees
+    world: ProcessGroup | None = None
+    expert: ProcessGroup | None = None  # the expert x expert_shard consecutive ranks that exchange tokens
+    shard: ProcessGroup | None = None  # the consecutive ranks that hold parts of the same experts
+    expert_data: ProcessGroup | None = None  # the ranks that hold what I hold
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Groups":
+        """Returns itself: a copied model talks to the same ranks, and process groups cannot be copied."""
+        return self
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Axis -> (index, size) of this rank, as sharding.py wants it."""
+        return self.degrees.coordinates(self.rank)
+
+    @property
+    def expert_size(self) -> int:
+        """Ranks in the expert group."""
+        return self.degrees.expert * self.degrees.expert_shard
+
+    @property
+    def expert_rank(self) -> int:
+        """This rank's number in the expert group."""
+        return self.rank % self.expert_size
+
+
+def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[int, int]:
+    """Returns (rank, world size) after joining the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    gloo for the CPU, nccl (and gloo for CPU tensors) for CUDA. Without the variables, or in a world of one, nothing is
+    started.
+
+    Args:
+        timeout: Seconds until a collective that not all ranks joined fails.
+
+    Raises:
+        ValueError: Some of the variables are missing.
+    """
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return 0, 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set; start with python -m launcher")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" and device.index is not None else None,
+    )
+    return dist.get_rank(), world_size
+
+
+def single_process_groups() -> Groups:
+    """Returns the groups of a world of one rank, for which no process group is needed."""
+    return Groups(1, 0, Degrees(1, 1, 1))
+
+
+def build_groups(
+    parallel: ParallelConfig, num_experts: int, device: torch.device, *, timeout: float = 600.0
+) -> Groups:
+    """Returns this rank's groups. Every rank of the world has to call it, with the same arguments.
+
+    Args:
+        device: Where this rank computes. gloo and NCCL groups do not depend on it.
+        timeout: Seconds until a collective that not all ranks of a group joined fails; sub-groups do not inherit the
+            world's.
+
+    Raises:
+        ValueError: The world cannot hold the layout.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    degrees = Degrees.resolve(parallel, num_experts, world_size)
+    if not dist.is_initialized():
+        return single_process_groups()
+    rank = dist.get_rank()
+    span, shard = degrees.expert * degrees.expert_shard, degrees.expert_shard
+    expert = [list(range(start, start + span)) for start in range(0, world_size, span)]
+    shards = [list(range(start, start + shard)) for start in range(0, world_size, shard)]
+    replicas = [list(range(start, world_size, span)) for start in range(span)]
+    expert_group, shard_group, data_group = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas))
+    return Groups(world_size, rank, degrees, dist.group.WORLD, expert_group, shard_group, data_group)
+
+
+def _group_of(rank: int, rank_lists: list[list[int]], timeout: float) -> ProcessGroup | None:
+    """Returns the group that holds `rank`; every rank has to create every group, in one order."""
+    if len(rank_lists[0]) == 1:
+        return None
+    if len(rank_lists) == 1:
+        return dist.group.WORLD
+    mine = None
+    for ranks in rank_lists:
+        group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+        if rank in ranks:
+            mine = group
+    return mine
