@@ -113,6 +113,7 @@ class MetricsWriter:
         self.file, self.board = None, None
         if not enabled:
             return
+        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]

@@ -34,7 +34,7 @@ class RandomContext:
     @classmethod
     def fresh(cls, batch_size: int, device: torch.device) -> "RandomContext":
         """Returns a context seeded from torch's global generator, for models used outside the trainer."""
-        seed = int(torch.randint(0, 2**31 - 1, ()))
+        seed = int(torch.randint(0, 2**31 - 1, (), device="cpu"))
         return cls(seed, 0, torch.arange(batch_size, device=device))
 
     def key(self, purpose: str, layer: int = 0) -> int:

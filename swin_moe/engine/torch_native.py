@@ -1,5 +1,6 @@
 """The default engine: replicated dense parameters (DDP), expert-parallel experts, one optimizer."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -27,8 +28,17 @@ def replicate(model: nn.Module, groups: Groups) -> nn.Module:
         return model
     ignored = [name for name, _ in expert_parameters(model)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    # find_unused_parameters: not for unused ones, but because DDP otherwise rebuilds its buckets after the first step.
+    # With more than 2 ranks the order of a ring's sums depends on the bucket, so a resumed run would differ in bits.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     # init_sync off: initial weights are a function of the seed, equal on all ranks without a broadcast.
-    return DistributedDataParallel(model, process_group=groups.world, gradient_as_bucket_view=True, init_sync=False)
+    return DistributedDataParallel(
+        model,
+        process_group=groups.world,
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,
+        init_sync=False,
+    )
 
 
 class TorchEngine:

@@ -1,0 +1,197 @@
+"""What every rank runs to compare the spread layer with the same layer in one process, and the table of layouts."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from swin_moe.config import MoEConfig, ParallelConfig
+from swin_moe.moe import MoELayer
+from swin_moe.parallel.apply import (
+    dense_parameters,
+    expert_parameters,
+    parallelize,
+    parameter_layout,
+    reduce_expert_gradients,
+)
+from swin_moe.parallel.clip import clip_by_norm, global_grad_norm
+from swin_moe.parallel.groups import build_groups
+from swin_moe.randomness import RandomContext
+
+DIM, TOKENS, LAYER, NAME = 6, 4, 5, "layers.0.blocks.1.mlp"
+NOISY = {"dropout": 0.3, "gate_noise": 2.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout and one kind of layer; images: per rank."""
+
+    images: tuple[int, ...]
+    parallel: ParallelConfig = ParallelConfig()
+    experts: int = 4
+    options: dict = field(default_factory=dict)
+    hidden: int = 8
+    fc2_bias: bool = True
+    starve: int | None = None  # an expert that no token chooses
+    recompute: bool = False
+
+    @property
+    def config(self) -> MoEConfig:
+        return MoEConfig(**{"num_experts": self.experts, "cosine_dim": 5, "capacity_factor": 1.0, **self.options})
+
+
+def spread(expert: int = 0, shard: int = 0) -> ParallelConfig:
+    return ParallelConfig(expert=expert, expert_shard=shard)
+
+
+GROUPS = {"capacity_scope": "images", "group_images": 2}
+CASES = {
+    1: {
+        "one rank": Case((3,), options=NOISY),
+        "no tokens": Case((0,)),
+    },
+    2: {
+        "top-1": Case((2, 2), options=NOISY),
+        "top-2": Case((2, 2), options={"top_k": 2, "normalize_gate": True, **NOISY}),
+        "cosine, gshard": Case((2, 3), options={"router": "cosine", "balance_loss": "gshard", **NOISY}),
+        "token order": Case((3, 1), options={"batch_prioritized": False, "capacity_factor": 0.5}),
+        "data": Case((2, 1), spread(1), options=NOISY),
+        "shards": Case((2, 2), spread(1, 2), options={"top_k": 2, **NOISY}),
+        "one expert": Case((2, 1), experts=1),
+        "3 experts over 2 ranks": Case((2, 3), spread(2), experts=3, options={"top_k": 2, **NOISY}),
+        "a rank without tokens": Case((0, 3), options={"top_k": 2, **NOISY}),
+        "a rank without tokens, shards": Case((3, 0), spread(1, 2), hidden=9, fc2_bias=False),
+        "no tokens at all": Case((0, 0), options=NOISY),
+        "a starved expert": Case((2, 2), starve=3),
+        "recomputed": Case((2, 0), options={"top_k": 2, **NOISY}, recompute=True),
+        "groups of images": Case((4, 2), options={**GROUPS, **NOISY}),
+        "by need": Case((2, 1), options={"capacity_factor": 0.0, "top_k": 2, **NOISY}),
+        "nothing gets a slot": Case((2, 2), options={"capacity_factor": 0.1}),
+    },
+    4: {
+        "one expert a rank": Case((1, 2, 1, 1), options=NOISY),
+        "2 experts a rank, top-2": Case((2, 1, 3, 0), experts=8, options={"top_k": 2, **NOISY}),
+        "expert 2 x data 2": Case((2, 1, 0, 3), spread(2), options={"top_k": 2, **NOISY}),
+        "expert 2 x shard 2": Case((2, 1, 1, 1), spread(2, 2), options={"top_k": 2, **NOISY}),
+        "expert 2 x shard 2, automatic": Case((2, 1, 1, 1), experts=2, hidden=9, options=NOISY),
+        "shard 2 x data 2": Case((2, 1, 0, 1), spread(1, 2), experts=3, options=NOISY),
+        "shard 4": Case((1, 2, 0, 1), spread(1, 4), hidden=9, options=NOISY),  # 9 over 4 is 3, 3, 3, 0
+        "5 experts over 4 ranks": Case((1, 2, 1, 2), spread(4), experts=5, options={"top_k": 3, **NOISY}),  # 2, 2, 1, 0
+        "5 experts over 4 ranks, recomputed": Case((1, 0, 1, 2), spread(4), experts=5, options=NOISY, recompute=True),
+        "a starved rank": Case((1, 1, 1, 1), starve=2),
+        "groups of images": Case((2, 4, 2, 2), spread(2), options={**GROUPS, "top_k": 2, **NOISY}),
+        "3 experts": Case((1, 2, 1, 1), experts=3),  # automatic: data only
+    },
+}
+
+
+def build(case: Case) -> MoELayer:
+    return MoELayer(DIM, case.hidden, case.config, fc2_bias=case.fc2_bias, layer=LAYER, init_std=0.5)
+
+
+class Net(torch.nn.Module):
+    """A MoE layer at the name it has in a network, behind a dense layer."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.dense = torch.nn.Linear(DIM, DIM)
+        self.mlp = layer
+
+    def initialize(self, case: Case) -> "Net":
+        with torch.no_grad():
+            self.dense.weight.copy_(torch.eye(DIM))
+            self.dense.bias.zero_()
+        self.mlp.init_weights(3, NAME)
+        self.double()
+        if case.starve is not None:
+            with torch.no_grad():
+                self.mlp.router.weight[case.starve] = -50.0  # inputs are positive in such a case
+        return self
+
+    def run(self, x, seen, random, share, recompute=False):
+        """Returns (y, sum of y * seen + share * aux)."""
+        h = self.dense(x)
+        y, aux = checkpoint(self.mlp, h, random, use_reentrant=False) if recompute else self.mlp(h, random=random)
+        return y, (y * seen).sum() + share * aux
+
+
+def data(case: Case) -> tuple[list, list]:
+    """Returns per rank the inputs and the weights of the outputs in the loss."""
+    generator = torch.Generator().manual_seed(sum(case.images))
+    shape = (sum(case.images), TOKENS, DIM)
+    x, seen = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    return list((x.abs() if case.starve is not None else x).split(case.images)), list(seen.split(case.images))
+
+
+def run_alone(case: Case) -> dict:
+    """Returns outputs, gradients and norm of the whole layer, on every rank's batch by itself (images: all at once)."""
+    net = Net(build(case)).initialize(case)
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    xs, seens = data(case)
+    xs = [x.requires_grad_() for x in xs]
+    sample, total, world = torch.arange(sum(case.images)), max(sum(case.images), 1), len(case.images)
+    if case.config.capacity_scope == "images":
+        y, loss = net.run(torch.cat(xs), torch.cat(seens), RandomContext(7, 3, sample), world)
+        ys, losses = y.split(case.images), [loss]
+    else:
+        runs = [
+            net.run(x, seen, RandomContext(7, 3, part), len(x) * world / total)
+            for x, seen, part in zip(xs, seens, sample.split(case.images))
+        ]
+        ys, losses = zip(*runs)
+    (sum(losses) / world).backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+    return {"y": ys, "x_grad": [x.grad * world for x in xs], "weights": weights, "grads": grads, "norm": norm}
+
+
+def run_spread(case: Case) -> dict:
+    """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
+    expected = run_alone(case)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = build_groups(case.parallel, case.experts, torch.device("cpu"))
+    with torch.device("meta"):
+        net = Net(build(case))
+    net = parallelize(net, case.parallel, groups).to_empty(device="cpu").initialize(case)
+    layout = parameter_layout(net, groups)
+    own = {name: tuple(slice(o, o + n) for o, n in zip(c.offset, c.size)) for name, (_, c) in layout.items()}
+    assert all(layout[n][0] == tuple(w.shape) for n, w in expected["weights"].items())
+    errors = {"weights": max(error(p, expected["weights"][n][own[n]]) for n, p in net.named_parameters())}
+
+    xs, seens = data(case)
+    x, seen = xs[rank].requires_grad_(), seens[rank]
+    sample = torch.arange(sum(case.images)).split(case.images)[rank]
+    share = len(x) * world / max(sum(case.images), 1)
+    y, loss = net.run(x, seen, RandomContext(7, 3, sample), share, case.recompute)
+    loss.backward()
+    reduce_expert_gradients(net, groups, world)
+    for _, p in dense_parameters(net):
+        dist.all_reduce(p.grad)
+        p.grad /= world
+    errors |= {"y": error(y, expected["y"][rank]), "x_grad": error(x.grad, expected["x_grad"][rank])}
+    trained = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
+    assert trained.keys() == expected["grads"].keys() and all(g is not None for g in trained.values())
+    errors["expert_grads"] = max(error(trained[n], expected["grads"][n][own[n]])
+                                 for n, p in expert_parameters(net) if p.requires_grad)  # fmt: skip
+    errors["dense_grads"] = max(error(trained[n], expected["grads"][n]) for n, _ in dense_parameters(net))
+    norm = global_grad_norm(net, groups)
+    errors["norm"] = error(norm, expected["norm"])
+    clip_by_norm(net.parameters(), norm, 0.5 * float(norm))
+    errors["clip"] = error(global_grad_norm(net, groups), 0.5 * norm * (norm / (norm + 1e-6)))
+    twin = copy.deepcopy(net).eval()  # an averaged copy of the weights talks to the same ranks
+    errors["copy"] = error(twin.mlp(x)[0], net.eval().mlp(x)[0])
+    return {"errors": errors, "norm": float(norm).hex(), "degrees": groups.degrees,
+            "dispatcher": type(net.mlp.dispatcher).__name__, "kept": net.mlp.stats.kept.tolist()}  # fmt: skip
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns the largest difference; the shapes have to be equal."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).detach().abs().max()) if a.numel() else 0.0
+
+
+def run_world() -> dict:
+    """Returns case -> what run_spread found on this rank."""
+    return {name: run_spread(case) for name, case in CASES[dist.get_world_size()].items()}

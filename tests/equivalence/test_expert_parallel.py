@@ -1,0 +1,48 @@
+"""The layer spread over ranks equals the layer in one process: outputs, every gradient, norm, initial weights.
+
+One MPI start per world runs all of its layouts (expert_parallel_cases.py), in float64.
+"""
+
+import pytest
+
+from tests.equivalence.expert_parallel_cases import CASES, run_world
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.mpi
+_RESULTS = {}
+
+
+@pytest.fixture
+def results(request, tmp_path):
+    """Returns per rank what every case of a world gave; the world is started once."""
+    world = request.param
+    if world not in _RESULTS:
+        _RESULTS[world] = run_ranks(run_world, world, tmp_path)
+    return _RESULTS[world]
+
+
+@pytest.mark.parametrize(
+    ("results", "name"), [(world, name) for world, cases in CASES.items() for name in cases], indirect=["results"]
+)
+def test_equals_one_process(results, name):
+    ranks = [result[name] for result in results]
+    for rank, found in enumerate(ranks):
+        assert found["errors"]["weights"] == 0.0
+        wrong = {what: value for what, value in found["errors"].items() if not value < 1e-12}
+        assert not wrong, f"rank {rank}: {wrong}"
+    assert len({found["norm"] for found in ranks}) == 1, "the gradient norm differs between ranks"
+
+
+@pytest.mark.parametrize("results", [4], indirect=True)
+def test_the_layouts_are_what_they_are_called(results):
+    degrees = {name: (d.expert, d.expert_shard, d.expert_data) for name, d in
+               ((name, found["degrees"]) for name, found in results[0].items())}  # fmt: skip
+    assert degrees["one expert a rank"] == (4, 1, 1)
+    assert degrees["expert 2 x data 2"] == (2, 1, 2)
+    assert degrees["expert 2 x shard 2, automatic"] == (2, 2, 1)
+    assert degrees["shard 4"] == (1, 4, 1)
+    assert degrees["5 experts over 4 ranks"] == (4, 1, 1)
+    assert degrees["3 experts"] == (1, 1, 4)
+    assert results[0]["3 experts"]["dispatcher"] == "LocalDispatcher"
+    assert results[0]["shard 4"]["dispatcher"] == "AllToAllDispatcher"
+    assert all(result["a starved rank"]["kept"][2] == 0 for result in results)
