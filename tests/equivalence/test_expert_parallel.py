@@ -9,16 +9,12 @@ from tests.equivalence.expert_parallel_cases import CASES, run_world
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.mpi
-_RESULTS = {}
 
 
-@pytest.fixture
-def results(request, tmp_path):
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
     """Returns per rank what every case of a world gave; the world is started once."""
-    world = request.param
-    if world not in _RESULTS:
-        _RESULTS[world] = run_ranks(run_world, world, tmp_path)
-    return _RESULTS[world]
+    return run_ranks(run_world, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from tests.training.cases import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
-QUICK = [*TINY, "model.moe.group_images=2", "optim.epochs=0.13"]
+QUICK = [*TINY, "model.moe.group_images=2", "run.name=run"]
 
 
 def environment() -> dict[str, str]:
@@ -30,8 +31,14 @@ def command(
     return [*start, f"swin_moe.{entry}", config, *QUICK, f"run.output={directory}", *options]
 
 
-def run(words: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
+def run(words: list[str], timeout: float = 60) -> subprocess.CompletedProcess:
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def checkpoints(directory: Path) -> list[str]:
@@ -86,7 +93,7 @@ def test_finished_run_is_a_no_op(tmp_path):
 
 def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
     """Waits until the run has recorded a step."""
-    deadline, path = time.monotonic() + 90, directory / "run" / "metrics.jsonl"
+    deadline, path = time.monotonic() + 40, directory / "run" / "metrics.jsonl"
     while time.monotonic() < deadline:
         lines = path.read_text().splitlines() if path.exists() else []
         if lines and json.loads(lines[-1])["step"] >= step:
@@ -165,7 +172,7 @@ def test_other_launchers(tmp_path, start):
     if start == "mpirun":
         words = [str(Path(PYTHON).parent / "mpirun"), "-n", "2", PYTHON, *program]
     else:
-        words = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", *program]
+        words = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}", *program]
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert "2 ranks = 2 expert" in done.stdout

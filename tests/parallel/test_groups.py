@@ -1,0 +1,44 @@
+"""Groups of a single process and what the environment may say; groups over ranks: tests/equivalence."""
+
+import copy
+
+import pytest
+import torch
+
+from swin_moe.config import ParallelConfig
+from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, single_process_groups
+
+CPU = torch.device("cpu")
+
+
+def test_one_process_needs_no_process_group():
+    groups = build_groups(ParallelConfig(), 8, CPU)
+    assert groups == single_process_groups()
+    assert (groups.world_size, groups.rank, groups.expert_size, groups.expert_rank) == (1, 0, 1, 0)
+    assert groups.world is None and groups.expert is None and groups.shard is None and groups.expert_data is None
+
+
+def test_a_layout_for_more_ranks_is_refused():
+    with pytest.raises(ValueError, match="does not divide the world of 1 ranks"):
+        build_groups(ParallelConfig(expert=2), 8, CPU)
+
+
+def test_place_in_the_expert_group_by_hand():
+    groups = Groups(8, 6, Degrees(2, 2, 2))
+    assert groups.expert_size == 4 and groups.expert_rank == 2
+    assert groups.coordinates == {"expert": (1, 2), "expert_shard": (0, 2), "expert_data": (1, 2)}
+
+
+def test_a_copied_model_keeps_its_groups():
+    groups = single_process_groups()
+    assert copy.deepcopy({"groups": groups})["groups"] is groups
+
+
+def test_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert init_distributed(CPU) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set"):
+        init_distributed(CPU)
