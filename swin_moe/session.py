@@ -6,14 +6,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from swin_moe.config import Config
+from swin_moe.config import Config, ParallelConfig
 from swin_moe.config_io import load_config
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
@@ -69,6 +69,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def layout_of(config: Config) -> tuple[ParallelConfig, int]:
+    """Returns (degrees wanted, number of experts); a model without experts is plain data parallel."""
+    if config.model.moe.has_blocks:
+        return config.parallel, config.model.moe.num_experts
+    return replace(config.parallel, expert=1, expert_shard=1), 1
+
+
 def default_threads() -> int:
     """Returns OMP_NUM_THREADS if set, else the cores this rank is bound to; torch counted them before it was bound."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -86,14 +93,12 @@ def open_session(path: str, overrides: list[str]) -> Session:
     env = bootstrap()
     config = load_config(path, overrides)
     config.check(env.world_size)
-    if config.model.moe.has_blocks:
-        Degrees.resolve(config.parallel, config.model.moe.num_experts, env.world_size)
+    Degrees.resolve(*layout_of(config), env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
     if env.world_size > 1:
         init_distributed(device)
-    groups = build_groups(config.parallel, config.model.moe.num_experts if config.model.moe.has_blocks else 1, device)
-    return Session(config, groups, device)
+    return Session(config, build_groups(*layout_of(config), device), device)
 
 
 def build_local_model(session: Session) -> nn.Module:
@@ -104,7 +109,7 @@ def build_local_model(session: Session) -> nn.Module:
     config = session.config
     with torch.device("meta"):
         model = build_model(config.model, recompute=config.parallel.recompute)
-    model = parallelize(model, config.parallel, session.groups)
+    model = parallelize(model, layout_of(config)[0], session.groups)
     model = model.to_empty(device=session.device)
     if config.engine.precision == "fp64":
         model = model.double()

@@ -126,6 +126,13 @@ def run_world(root: str, world: int) -> dict:
             )
         )
     )
+    half = max(1, world // 2)
+    for name, options in {
+        "shared": ["model.moe.num_experts=2"],  # on 4 ranks, two of them share an expert
+        "replicated": [f"parallel.expert={half}"],  # experts twice, on 2 and 4 ranks
+        "odd": ["model.moe.num_experts=3", f"parallel.expert={min(2, world)}"],  # 2 experts on one rank, 1 on the other
+    }.items():
+        result[name] = _final(train(open_tiny(own / name, "engine.precision=fp64", *options)))
     result["bf16"] = losses(train(open_tiny(own / "bf16", "engine.precision=bf16")).session)
     fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
     result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)

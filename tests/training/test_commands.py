@@ -1,7 +1,10 @@
 """The commands as a user runs them: bad input, signals, kill -9, finished runs, other launchers."""
 
+import contextlib
+import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,8 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from launcher.env import without_world
+from swin_moe.config_io import load_config
+from swin_moe.models import build_model
+from swin_moe.session import run_main
 from tests.training.cases import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,22 +53,100 @@ def checkpoints(directory: Path) -> list[str]:
     return sorted(p.name for p in (directory / "run" / "checkpoints").glob("0*"))
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (["optim.lrr=1"], "optim.lr"),
-    (["optim.lr=fast"], "optim.lr"),
-    (["data.name=folder", "data.path=/nowhere/images"], "/nowhere/images"),
-    (["parallel.expert=3"], "parallel.expert"),
-    (["data.global_batch=33", "data.micro_batch=8"], "data.global_batch=33"),
-    (["checkpoint.load=/nowhere/run"], "/nowhere/run"),
-    (["model.moe.group_images=5"], "model.moe.group_images=5"),
-])  # fmt: skip
-def test_bad_input_is_one_sentence(tmp_path, options, sentence):
-    done = run(command(tmp_path, *options))
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1 and sentence in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["optim.lrr=1"], "optim.lr"),
+        (["optim.lr=fast"], "optim.lr"),
+        (["data.name=folder", "data.path=/nowhere/images"], "/nowhere/images"),
+        (["parallel.expert=3"], "parallel.expert"),
+        (["data.global_batch=33", "data.micro_batch=8"], "data.global_batch=33"),
+        (["checkpoint.load=/nowhere/run"], "/nowhere/run"),
+        (["model.moe.group_images=5"], "model.moe.group_images=5"),
+        (["task.name=clasify"], "classify"),
+        (["engine.name=torhc"], "torch"),
+        (["model.num_classes=5"], "model.num_classes=5"),
+        (["engine.device=cuda"], "engine.device=cuda"),
+        (["parallel.zero=9"], "parallel.zero"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capfd, options, sentence):
+    if "engine.device=cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    error = refused("train", tmp_path, capfd, *options)
+    assert sentence in error
     assert not checkpoints(tmp_path)
+
+
+def refused(entry: str, directory: Path, capfd: pytest.CaptureFixture, *options: str) -> str:
+    """Returns the one sentence with which an entry point, run in this process, ends; exit code 2."""
+    arguments = ["digits_swin_moe", *QUICK, f"run.output={directory}", *options]
+    with pytest.raises(SystemExit) as stop:
+        run_main(importlib.import_module(f"swin_moe.{entry}").main, arguments)
+    assert stop.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def perform(entry: str, directory: Path, capfd: pytest.CaptureFixture, *options: str, config="digits_swin_moe") -> str:
+    """Returns what an entry point, run in this process, prints."""
+    run_main(importlib.import_module(f"swin_moe.{entry}").main, [config, *QUICK, f"run.output={directory}", *options])
+    return capfd.readouterr().out
+
+
+def test_missing_config_is_one_sentence(capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_main(importlib.import_module("swin_moe.train").main, ["digits_swin_mo"])
+    assert stop.value.code == 2 and "digits_swin_moe" in capfd.readouterr().err
+
+
+def write_images(root: Path) -> Path:
+    """Makes an image folder of two classes with one truncated training image; returns the broken file."""
+    for split, count in (("train", 8), ("val", 3)):
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (20, 24, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(root / split / label / f"{i}.png")
+    broken = root / "train" / "cat" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    return broken
+
+
+FOLDER = ["data.name=folder", "model.num_classes=2", "data.global_batch=8", "optim.epochs=1", "optim.warmup_epochs=0",
+          "model.moe.group_images=1"]  # fmt: skip
+
+
+def test_corrupt_image_is_named_or_skipped(tmp_path, capfd):
+    broken = write_images(tmp_path / "images")
+    options = [*FOLDER, f"data.path={tmp_path / 'images'}"]
+    assert str(broken) in refused("train", tmp_path, capfd, *options)
+    out = perform("train", tmp_path, capfd, *options, "data.on_broken=skip")
+    assert "finished: step 2 of 2" in out and "skipping" in out and str(broken) in out
+
+
+def test_predict_throughput_and_official_weights(tmp_path, capfd, monkeypatch):
+    write_images(tmp_path / "images")
+    options = [*FOLDER, f"data.path={tmp_path / 'images'}", "data.on_broken=skip"]
+    perform("train", tmp_path, capfd, *options)
+    image = tmp_path / "images" / "val" / "dog" / "0.png"
+    lines = perform("predict", tmp_path, capfd, *options, str(image)).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{image}: ") and "cat" in lines[0] and "dog" in lines[0]
+    assert "nowhere.png" in refused("predict", tmp_path, capfd, *options, "/tmp/nowhere.png")
+
+    monkeypatch.setattr("swin_moe.throughput.WARMUP", 1)
+    monkeypatch.setattr("swin_moe.throughput.TIMED", 2)
+    assert "images/s (1 ranks, batch 6 a rank, fp32)" in perform("throughput", tmp_path, capfd, *options)
+
+    dense = [*options, "model.moe.blocks=[]", "run.name=dense"]
+    model = build_model(load_config("digits_swin_moe", [*QUICK, *dense]).model)
+    model.init_weights(3)
+    torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
+    out = perform("evaluate", tmp_path, capfd, *dense, f"checkpoint.load={tmp_path / 'official.pth'}")
+    assert "samples 6" in out
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    assert "bad.pth" in refused("evaluate", tmp_path, capfd, *dense, f"checkpoint.load={tmp_path / 'bad.pth'}")
 
 
 def test_bad_layout_is_one_sentence_under_mpi(tmp_path):
@@ -154,6 +240,32 @@ def test_kill_9_leaves_no_orphan_and_the_next_run_resumes(tmp_path, victim):
     assert f"resumed from step {step}" in resumed.stdout
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(12))
+def test_kill_9_at_a_random_moment(tmp_path, seed):
+    draw = random.Random(seed)
+    options = ("optim.epochs=1", "checkpoint.every=1", "checkpoint.keep=2")
+    words = command(tmp_path, *options, ranks=2)
+    for _ in range(2):
+        with subprocess.Popen(
+            words, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as job:
+            time.sleep(draw.uniform(0, 12))
+            victims = [job.pid, *ranks_of(tmp_path)]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(draw.choice(victims), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while ranks_of(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not ranks_of(tmp_path)
+    before = checkpoints(tmp_path)
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    if before:
+        assert f"resumed from step {int(before[-1])}" in done.stdout or "already finished" in done.stdout
+    assert checkpoints(tmp_path)[-1] == "0000000044"
+
+
 def test_corrupt_newest_checkpoint_is_named_and_the_one_before_used(tmp_path):
     assert run(command(tmp_path, "checkpoint.every=2")).returncode == 0
     newest = tmp_path / "run" / "checkpoints" / "0000000005"
@@ -172,7 +284,15 @@ def test_other_launchers(tmp_path, start):
     if start == "mpirun":
         words = [str(Path(PYTHON).parent / "mpirun"), "-n", "2", PYTHON, *program]
     else:
-        words = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}", *program]
+        words = [
+            PYTHON,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-addr=127.0.0.1",
+            f"--master-port={free_port()}",
+            *program,
+        ]
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert "2 ranks = 2 expert" in done.stdout

@@ -43,10 +43,10 @@ def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
     assert runs[world][0]["tampered"] == "head.bias"
 
 
-@pytest.mark.parametrize("case", ["double", "accumulated", "recomputed", "uneven"])
+@pytest.mark.parametrize("case", ["double", "accumulated", "recomputed", "uneven", "shared", "replicated", "odd"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_layout_accumulation_and_recomputation_change_nothing(runs, case, world):
-    reference = "uneven" if case == "uneven" else "double"
+    reference = case if case in ("uneven", "shared", "odd") else "double"
     expected, actual = runs[1][0][reference], runs[world][0][case]
     torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-10, atol=1e-12)
     weights = gathered(runs[1], reference)
@@ -76,10 +76,16 @@ def test_half_precisions_follow_float32(runs, world):
     assert all(r["fp16"][1:] == (scale, updates) for r in runs[world])
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A checkpoint of 2 ranks after 3 of 5 steps."""
+    root = tmp_path_factory.mktemp("half")
+    run_ranks(cases.leave_half, 2, root, str(root))
+    return root / "run" / "checkpoints" / "0000000003"
+
+
 @pytest.mark.parametrize("target", [1, 4])
-def test_another_world_continues_the_same_curve(runs, tmp_path, target):
-    run_ranks(cases.leave_half, 2, tmp_path, str(tmp_path / "half"))
-    checkpoint = tmp_path / "half" / "run" / "checkpoints" / "0000000003"
-    results = run_ranks(cases.resume_elsewhere, target, tmp_path, str(tmp_path / "rest"), str(checkpoint))
+def test_another_world_continues_the_same_curve(runs, half, tmp_path, target):
+    results = run_ranks(cases.resume_elsewhere, target, tmp_path, str(tmp_path / "rest"), str(half))
     expected = torch.tensor(runs[1][0]["double"][0][3:])
     torch.testing.assert_close(torch.tensor(results[0][0]), expected, rtol=1e-10, atol=1e-12)
