@@ -2,9 +2,9 @@
 
     python benchmarks/digits.py [--seeds 3] [--ranks 2] [--configs digits_swin_moe digits_dense]
 
-Every run is `python -m launcher -n RANKS -- -m swin_moe.train CONFIG run.seed=S`. The accuracy is that of the last epoch, not
-of the best one, because the 360 test images must not pick the checkpoint. CPU minutes are user + system time of all processes
-of a run, start-up included.
+Every run is `python -m launcher -n RANKS -- -m swin_moe.train CONFIG run.seed=S`. The accuracy is that of the last
+epoch, not of the best one, because the 360 test images must not pick the checkpoint. CPU minutes are user + system time
+of all processes of a run, start-up included.
 """
 
 import argparse

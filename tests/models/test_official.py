@@ -305,11 +305,6 @@ TAMPERING = {
         lambda s: s.update({f"{MOE_BLOCK}.experts.batched_fc1_w": torch.zeros(1, 128, 32)}),
         "a file of one rank",
     ),
-    "trained_bias": (
-        "linear",
-        lambda s: s.update({f"{MOE_BLOCK}.experts.batched_fc2_bias": torch.ones(4, 32)}),
-        "mlp_fc2_bias is false",
-    ),
     "both_names": (
         "swinv2",
         lambda s: s.update({f"{BLOCK}.attn.rpe_mlp.0.bias": torch.zeros(512)}),
@@ -369,3 +364,14 @@ def test_a_meta_model_and_an_unknown_rule_are_refused():
 def test_tables_of_a_tiny_window_have_no_geometric_rule():
     with pytest.raises(ValueError, match="window of at least 3, the file's is 2"):
         resize_bias_table_geometric(torch.zeros(9, 1), 4)
+
+
+def test_frozen_bias_that_is_not_zero_is_loaded_and_told():
+    """The official module keeps it frozen, but computes with what the file holds."""
+    key = f"{MOE_BLOCK}.experts.batched_fc2_bias"
+    state, options = tampered("linear", lambda s: s.update({key: torch.ones(4, 32)}))
+    model = tiny(seed=2, **options)
+    report = load_official(model, state)
+    assert any("fc2_bias is not zero" in note for note in report.notes)
+    bias = model.layers[1].blocks[1].mlp.experts.fc2_bias
+    assert torch.equal(bias, torch.ones(4, 32)) and not bias.requires_grad

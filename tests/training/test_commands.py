@@ -263,7 +263,7 @@ def test_kill_9_at_a_random_moment(tmp_path, seed):
     assert done.returncode == 0, done.stderr
     if before:
         assert f"resumed from step {int(before[-1])}" in done.stdout or "already finished" in done.stdout
-    assert checkpoints(tmp_path)[-1] == "0000000044"
+    assert checkpoints(tmp_path)[-1] == "0000000045"
 
 
 def test_corrupt_newest_checkpoint_is_named_and_the_one_before_used(tmp_path):
