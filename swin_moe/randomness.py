@@ -60,12 +60,13 @@ def derive_key(*words: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Returns the avalanche hash of int32 values; right shifts are made logical by masking."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _signed(0x7FEB352D)
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _signed(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
+    """Returns the avalanche hash of int32 values, in the memory of `x`; right shifts are made logical by masking."""
+    shifted = x >> 16
+    x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D))
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
+    torch.bitwise_right_shift(x, 16, out=shifted)
+    return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 
 
 def bits(key: int, rows: Tensor, units: int) -> Tensor:

@@ -36,7 +36,7 @@ class Dropout:
 
 
 class _ScaleKept(torch.autograd.Function):
-    """x * keep * scale; remembers one byte per element, and is twice as fast as torch.where on the CPU."""
+    """x * keep * scale; remembers one byte per element. torch.where and its backward cost twice a product's (CPU)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -52,8 +52,7 @@ class _ScaleKept(torch.autograd.Function):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """y[rows of e] = x[rows of e] @ weight_e + bias_e, as one matrix product per expert, or grouped_mm where it is
-    faster.
+    """y[rows of e] = x[rows of e] @ weight_e + bias_e, as one product per expert or one grouped_mm.
 
     A Function of its own: results go straight into the output (no cat, no stack of gradients), and every expert has a
     gradient, zeros if it got no rows. A loop over w[e] would make backward O(E^2) (361 against 120 ms, E = 32).
@@ -106,8 +105,8 @@ def grouped_linear(
         x: (N, I), rows sorted by expert.
         weight: (E, I, O), may be a transposed view. bias: (E, O).
         counts: Rows of each expert; their sum is N.
-        grouped: One grouped product instead of a loop; None = bfloat16 on CUDA only. On the CPU the loop
-            wins, because it adds the bias inside the product.
+        grouped: One grouped product instead of a loop; None = bfloat16 on CUDA only. On the CPU both take the same time
+            (75 ms forward and backward at N = 4096, I = 192, O = 768, E = 32, one thread).
     """
     if weight.shape[0] == 0:  # a rank without experts: no rows either, but its (empty) weights keep their gradients
         return x.new_zeros((0, weight.shape[2])) + x.sum() + weight.sum() + bias.sum()
