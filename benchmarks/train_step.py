@@ -5,7 +5,8 @@
 Swin-T and SwinV2-T against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks, against
 a timm SwinTransformerV2 of the same width, depths, size and window: ratio of active multiply-accumulates per second.
 A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that
-ours is faster. Ratios are medians of per-round ratios, so that a busy machine disturbs both sides alike.
+ours is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy
+machine disturbs both sides alike.
 """
 
 import argparse
@@ -113,14 +114,15 @@ class Side:
 
 
 def timed(call: Callable[[], None], device: torch.device) -> float:
-    """Returns the seconds of one call."""
+    """Returns the seconds of one call: wall time, or CPU time of this process where it computes in one CPU thread."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> None:
