@@ -298,20 +298,31 @@ class Config:
             )
         return micro, steps
 
-    def check(self, world_size: int) -> None:
-        """Raises ValueError where sections contradict each other in a world of this many ranks."""
+    def routing_ranks(self, world_size: int) -> int:
+        """Returns how many consecutive ranks one routing group of training spans; 1: a rank holds whole groups.
+
+        Raises:
+            ValueError: Groups would cut a micro-batch in two, or span accumulation steps.
+        """
         micro, _ = self.accumulation(world_size)
         moe = self.model.moe
-        if moe.has_blocks and moe.capacity_scope == "images" and micro % moe.group_images:
+        if not moe.has_blocks or moe.capacity_scope == "rank" or micro % moe.group_images == 0:
+            return 1
+        ranks, rest = divmod(moe.group_images, micro)
+        if rest or world_size % ranks:
+            multiples = [n * micro for n in range(2, world_size + 1) if world_size % n == 0]
+            also = f", or be {' or '.join(map(str, multiples))} (whole ranks)" if multiples else ""
             raise ValueError(
-                f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images "
-                f"(data.global_batch={self.data.global_batch} over {world_size} ranks)"
+                f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images{also}; "
+                f"data.global_batch={self.data.global_batch} over {world_size} ranks"
             )
-        if self.parallel.zero and self.engine.name == "torch":
+        if moe.eval_capacity_factor != 0:
             raise ValueError(
-                f"parallel.zero={self.parallel.zero} is not available yet with engine.name=torch; allowed: 0"
+                f"model.moe.eval_capacity_factor={moe.eval_capacity_factor} must be 0 (by need) where a routing group "
+                f"of {moe.group_images} images spans {ranks} ranks: evaluation deals images out one by one"
             )
-        if self.engine.offload != "none" and self.engine.name == "torch":
-            raise ValueError(
-                f"engine.offload={self.engine.offload} is not available with engine.name=torch; allowed: none"
-            )
+        return ranks
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError where sections contradict each other in a world of this many ranks."""
+        self.routing_ranks(world_size)

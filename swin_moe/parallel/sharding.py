@@ -98,6 +98,23 @@ def placement(name: str) -> Placement:
     return next((place for pattern, place in TABLE if re.search(pattern, name)), REPLICATED)
 
 
+def cut_dim(shape: tuple[int, ...], parts: int) -> int:
+    """Returns the dim along which a rank's expert tensor is cut over its replicas: the first that divides evenly.
+
+    FSDP2 cuts other dims than 0 only into equal parts; with one local expert dim 0 would leave ranks empty.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
+
+
+def sub_chunk(chunk: Chunk, dim: int, index: int, parts: int) -> Chunk:
+    """Returns part `index` of a box that is cut along `dim` as torch.chunk cuts; may be empty."""
+    start, length = even_split(chunk.size[dim], parts)[index]
+    offset, size = list(chunk.offset), list(chunk.size)
+    offset[dim] += start
+    size[dim] = length
+    return Chunk(tuple(offset), tuple(size))
+
+
 def local_chunk(name: str, shape: tuple[int, ...], coordinates: Coordinates) -> Chunk:
     """Returns the box of a parameter of this global shape that a rank holds; may be empty. Splits as torch.chunk does.
     """

@@ -1,0 +1,219 @@
+"""One table of engines, ZeRO stages and layouts, and what a rank runs: 20 clipped AdamW steps of a tiny Swin-MoE.
+
+A new engine or layout is a row of CASES. All rows of a world run in one MPI start; each is compared with the same run
+on one rank by engine torch without ZeRO (test_engines.py). Gate noise, drop path and expert dropout are on everywhere.
+"""
+
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from swin_moe.config_io import load_config
+from swin_moe.data.batch import to_device
+from swin_moe.engine.base import StepStats
+from swin_moe.parallel.groups import build_groups
+from swin_moe.session import Session
+from swin_moe.train import Trainer
+
+STEPS = 20
+BATCH = 16
+MODEL = (
+    "model.img_size=16",
+    "model.patch_size=2",
+    "model.embed_dim=8",
+    "model.depths=[1,2]",
+    "model.num_heads=[1,2]",
+    "model.window_size=4",
+    "model.drop_path_rate=0.2",
+    "model.moe.blocks=[[0],[1]]",
+    "model.moe.group_images=2",
+    "model.moe.gate_noise=1.0",
+    "model.moe.dropout=0.2",
+    "data.name=synthetic",
+    f"data.global_batch={BATCH}",
+    "data.eval_batch=2",
+    "data.crop_scale=[0.8,1.0]",
+    "data.erase_prob=0.0",
+    "optim.lr=0.002",
+    "optim.epochs=40",
+    "optim.warmup_epochs=0",
+    "optim.ema=0.9",
+    "optim.clip_norm=0.1",
+    "log.tensorboard=false",
+    "engine.device=cpu",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; what it is compared with depends only on `oracle`."""
+
+    engine: str
+    zero: int
+    world: int
+    expert: int = 0  # 0 = automatic, as in the config
+    expert_shard: int = 0
+    num_experts: int = 4
+    precision: str = "fp64"
+    accumulation: int = 1
+    recompute: bool = False
+    uneven: bool = False  # epochs of 33 images: the third step has one image, all ranks but the first have none
+    offload: bool = False
+    options: tuple[str, ...] = ()  # further key=value, of the oracle too
+    full: bool = False  # only with --full
+
+    @property
+    def name(self) -> str:
+        """Returns the test's name."""
+        parts = [self.engine, f"zero{self.zero}", f"w{self.world}"]
+        parts += [f"{key}{value}" for key, value in (("ep", self.expert), ("es", self.expert_shard)) if value]
+        parts += [f"{self.num_experts}x", self.precision]
+        parts += [f"acc{self.accumulation}"] if self.accumulation > 1 else []
+        parts += [word for word in ("recompute", "uneven", "offload") if getattr(self, word)]
+        return "-".join([*parts, *self.options])
+
+    @property
+    def oracle(self) -> "Case":
+        """Returns the same training on one rank."""
+        return Case("torch", 0, 1, num_experts=self.num_experts, precision=self.precision, uneven=self.uneven,
+                    options=self.options)  # fmt: skip
+
+    @property
+    def overrides(self) -> list[str]:
+        """Returns the configuration as key=value."""
+        return [
+            *MODEL,
+            f"engine.name={self.engine}",
+            f"parallel.zero={self.zero}",
+            f"parallel.expert={self.expert}",
+            f"parallel.expert_shard={self.expert_shard}",
+            f"model.moe.num_experts={self.num_experts}",
+            f"engine.precision={self.precision}",
+            f"data.micro_batch={BATCH // self.world // self.accumulation}",
+            f"parallel.recompute={'block' if self.recompute else 'none'}",
+            f"engine.offload={'optimizer' if self.offload else 'none'}",
+            f"data.synthetic_samples={33 if self.uneven else 64}",
+            f"data.drop_last={'false' if self.uneven else 'true'}",
+            *self.options,
+        ]
+
+
+TOP2 = ("model.moe.top_k=2",)
+COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
+
+# 32 experts, 16 or 64 tokens an image: in a step with one image most experts have no token.
+CASES = (
+    # Every stage in the layouts that differ: all experts apart, replicated experts, shards of experts, uneven experts.
+    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
+    *(Case("torch", zero, 2, expert=1, expert_shard=1) for zero in (1, 3)),
+    *(Case("torch", zero, 2, expert=2, num_experts=3, uneven=True) for zero in (1, 2, 3)),
+    Case("torch", 3, 2, expert=1, expert_shard=2, options=TOP2),
+    Case("torch", 2, 2, accumulation=4, options=TOP2),
+    Case("torch", 3, 2, accumulation=2, uneven=True, recompute=True, num_experts=32),
+    Case("torch", 1, 2, accumulation=2, offload=True),
+    Case("torch", 3, 2, offload=True, expert=1, expert_shard=1),
+    Case("torch", 3, 2, precision="fp32", recompute=True),
+    Case("torch", 2, 2, precision="bf16", expert=1, expert_shard=1),
+    Case("torch", 3, 2, precision="fp16"),
+    Case("torch", 0, 4, expert=2, expert_shard=2),
+    Case("torch", 1, 4, expert=2, uneven=True),
+    Case("torch", 2, 4, expert=2, options=TOP2),
+    Case("torch", 3, 4, expert=2, accumulation=2, uneven=True),
+    Case("torch", 3, 4, expert=4, num_experts=5, options=TOP2),
+    Case("torch", 3, 4, expert=1, expert_shard=2, num_experts=3),
+    Case("torch", 3, 4, expert=1, expert_shard=4),
+    Case("torch", 3, 4, expert=1, expert_shard=1, num_experts=3, recompute=True, options=COSINE),
+    Case("torch", 3, 4, expert=2, precision="fp32"),
+    # The rest of the matrix.
+    *(
+        Case("torch", zero, world, expert, shard, experts, precision, accumulation, recompute, uneven, full=True)
+        for zero in (0, 1, 2, 3)
+        for world, expert, shard, experts in (
+            (2, 2, 1, 4), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 4),
+            (4, 4, 1, 4), (4, 2, 1, 4), (4, 2, 2, 4), (4, 1, 2, 3), (4, 1, 4, 2), (4, 4, 1, 5), (4, 1, 1, 3),
+        )
+        for precision, accumulation, recompute, uneven in (
+            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 1, False, True), ("fp32", 2, True, False),
+        )
+    ),
+    *(
+        Case("torch", zero, world, expert, 1, precision=precision, accumulation=accumulation, full=True)
+        for zero in (0, 1, 2, 3)
+        for world, expert in ((2, 2), (4, 2))
+        for precision, accumulation in (("bf16", 1), ("bf16", 2), ("fp16", 1))
+    ),
+)  # fmt: skip
+
+
+def chosen(world: int, full: bool) -> list[Case]:
+    """Returns the rows of a world, without repetition."""
+    return list(dict.fromkeys(c for c in CASES if c.world == world and (full or not c.full)))
+
+
+def open_case(case: Case, directory: Path) -> Session:
+    """Returns a session of the case in this (already started) world; refuses as open_session does."""
+    config = load_config("digits_swin_moe", [*case.overrides, f"run.output={directory}"])
+    config.check(case.world)
+    groups = build_groups(
+        config.parallel,
+        config.model.moe.num_experts,
+        torch.device("cpu"),
+        routing_ranks=config.routing_ranks(case.world),
+    )
+    return Session(config, groups, torch.device("cpu"))
+
+
+def take_step(trainer: Trainer, step: int, batches: object) -> tuple[list[float], StepStats]:
+    """Returns ([task loss, auxiliary loss, pairs dropped], statistics) of one optimizer step, summed over ranks."""
+    context = trainer._context(step, trainer._count(batches))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for index, batch in enumerate(batches):
+        batch = to_device(batch, trainer.device, trainer.config.engine.precision)
+        with trainer.engine.micro_step(last=index == len(batches) - 1):
+            loss = trainer.task.loss(trainer.engine.model, batch, context)
+            trainer.engine.backward(loss.total)
+        sums[:2] += torch.stack([loss.task, loss.aux])
+        sums[2] += sum(int(m.stats.dropped) for m in trainer.engine.local_model.modules() if hasattr(m, "stats"))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    stats = trainer.engine.step(step)
+    if stats.skipped:
+        trainer.engine.discard_gradients()
+    return sums.tolist(), stats
+
+
+def saved(trainer: Trainer) -> list[tuple]:
+    """Returns (name, global shape, offset, tensor) of this rank's pieces."""
+    return [(p.name, p.shape, p.chunk.offset, torch.as_tensor(p.tensor).clone()) for p in trainer.engine.pieces()]
+
+
+def run_case(case: Case) -> dict:
+    """Returns numbers of every step, gradients of the first (as Adam's first moment) and the final weights."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(open_case(case, Path(directory)))
+    rows = []
+    for step, batches in enumerate(trainer.loader.batches(0, STEPS)):
+        sums, stats = take_step(trainer, step, batches)
+        rows.append([*sums, stats.grad_norm, stats.clip_factor, float(stats.skipped)])
+        if step == 0:
+            first = [piece for piece in saved(trainer) if piece[0].startswith("optim.exp_avg/")]
+    trainer.loader.close()
+    final = [piece for piece in saved(trainer) if not piece[0].startswith("optim.")]
+    return {"rows": rows, "first": first, "final": final, "seconds": time.perf_counter() - start}
+
+
+def run_cases(cases: list[Case]) -> dict[str, dict]:
+    """Returns what run_case gave for each; an error becomes {"error": text}, which all ranks have to meet alike."""
+    results = {}
+    for case in cases:
+        try:
+            results[case.name] = run_case(case)
+        except ValueError:
+            results[case.name] = {"error": traceback.format_exc()}
+    return results

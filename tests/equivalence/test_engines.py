@@ -1,0 +1,113 @@
+"""Every engine, ZeRO stage and layout trains as one rank does (table: engine_cases.py)."""
+
+import pytest
+import torch
+
+from tests.equivalence.engine_cases import CASES, Case, chosen, run_cases
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.mpi
+# Relative: losses, norm and clip factor of (first step, all steps); gradients of the first step and final weights, as
+# the norm of the difference over the norm.
+BOUNDS = {"fp64": (1e-10, 1e-10, 1e-10, 1e-10), "fp32": (2e-6, None, 2e-6, 1e-5)}
+HALF_FACTOR = 1.5  # bf16 and fp16: how much further from float64 than one rank in that precision
+
+
+def gathered(results: list[dict], part: str) -> dict[str, torch.Tensor]:
+    """Returns the global tensors, put together from every rank's pieces."""
+    tensors: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, shape, offset, tensor in result[part]:
+            whole = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=torch.float64))
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape))] = tensor.double()
+    for name, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"no rank holds all of {name}"
+        if name.endswith("qkv.bias"):  # the key third's true gradient is 0: Adam turns its rounding noise into steps
+            third = tensor.shape[0] // 3
+            tensor[third : 2 * third] = 0
+    return tensors
+
+
+def distances(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Returns name -> norm of the difference over the norm."""
+    assert actual.keys() == expected.keys()
+    return {n: float((actual[n] - e).norm() / e.norm().clamp_min(1e-30)) for n, e in expected.items()}
+
+
+def worst(found: dict[str, float]) -> tuple[float, str]:
+    return max((value, name) for name, value in found.items())
+
+
+def measure(case: Case, results: list[dict], oracle: list[dict]) -> dict[str, tuple[float, str]]:
+    """Returns what was compared -> (largest relative difference, where)."""
+    for result in results[1:]:
+        assert result["rows"] == results[0]["rows"], "ranks report different numbers"
+    actual, expected = (torch.tensor(r[0]["rows"], dtype=torch.float64) for r in (results, oracle))
+    assert torch.equal(actual[0, [2, 5]], expected[0, [2, 5]]), "dropped tokens or skipped steps differ"
+    relative = (actual - expected).abs() / expected.abs().clamp_min(1e-30)
+    numbers = relative[:, [0, 1, 3, 4]]
+    return {
+        "first": (float(numbers[0].max()), "loss, norm"),
+        "curve": (float(numbers.max()), "loss, norm"),
+        "dropped": (float((actual[:, 2] - expected[:, 2]).abs().max()), "pairs"),
+        "gradients": worst(distances(gathered(results, "first"), gathered(oracle, "first"))),
+        "weights": worst(distances(gathered(results, "final"), gathered(oracle, "final"))),
+    }
+
+
+def check(case: Case, results: list[dict], oracles: dict[str, list[dict]]) -> None:
+    oracle = oracles[case.oracle.name]
+    if case.precision in BOUNDS:
+        found = measure(case, results, oracle)
+        first, curve, gradients, weights = BOUNDS[case.precision]
+        bounds = {"first": first, "curve": curve, "gradients": gradients, "weights": weights}
+        bounds |= {"dropped": 0 if case.precision == "fp64" else None}
+        wrong = {what: found[what] for what, bound in bounds.items() if bound is not None and found[what][0] > bound}
+        print(case.name, {what: f"{value:.1e}" for what, (value, _) in found.items()})
+        assert not wrong, wrong
+        return
+    exact = gathered(oracles[exact_case(case).name], "final")
+    ours, alone = (
+        sum(value**2 for value in distances(gathered(r, "final"), exact).values()) ** 0.5 for r in (results, oracle)
+    )
+    print(case.name, f"{ours:.2e} from float64, one rank {alone:.2e}")
+    assert ours <= HALF_FACTOR * alone
+
+
+def exact_case(case: Case) -> Case:
+    """Returns the float64 run on one rank."""
+    return Case("torch", 0, 1, num_experts=case.num_experts, uneven=case.uneven, options=case.options)
+
+
+def oracles_of(cases: list[Case]) -> list[Case]:
+    return list(dict.fromkeys([c.oracle for c in cases] + [exact_case(c) for c in cases if c.precision not in BOUNDS]))
+
+
+@pytest.fixture(scope="module")
+def oracles(request, tmp_path_factory):
+    full = request.config.getoption("--full")
+    cases = oracles_of([case for world in (2, 4) for case in chosen(world, full)])
+    results = run_ranks(run_cases, 1, tmp_path_factory.mktemp("oracles"), cases, timeout=900)
+    return {name: [result] for name, result in results[0].items()}
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """Returns what every case of a world gave, per rank; the world is started once."""
+    cases = chosen(request.param, request.config.getoption("--full"))
+    return run_ranks(run_cases, request.param, tmp_path_factory.mktemp("ranks"), cases, timeout=3000)
+
+
+@pytest.mark.parametrize(
+    ("results", "case"),
+    [
+        pytest.param(case.world, case, id=case.name, marks=[pytest.mark.full] if case.full else [])
+        for world in (2, 4)
+        for case in dict.fromkeys(c for c in CASES if c.world == world)
+    ],
+    indirect=["results"],
+)
+def test_trains_as_one_rank_does(results, oracles, case):
+    ranks = [result[case.name] for result in results]
+    assert "error" not in ranks[0], ranks[0]["error"]
+    check(case, ranks, oracles)
