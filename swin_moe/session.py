@@ -15,6 +15,8 @@ from torch import nn
 
 from swin_moe.config import Config
 from swin_moe.config_io import load_config
+from swin_moe.engine.common import materialize
+from swin_moe.engine.limits import check_engine
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
 from swin_moe.parallel.apply import parallelize
@@ -86,34 +88,34 @@ def open_session(path: str, overrides: list[str]) -> Session:
     env = bootstrap()
     config = load_config(path, overrides)
     config.check(env.world_size)
+    check_engine(config, env.world_size)
     if config.model.moe.has_blocks:
         Degrees.resolve(config.parallel, config.model.moe.num_experts, env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
     if env.world_size > 1:
         init_distributed(device)
-    groups = build_groups(config.parallel, config.model.moe.num_experts if config.model.moe.has_blocks else 1, device)
+    groups = build_groups(
+        config.parallel,
+        config.model.moe.num_experts if config.model.moe.has_blocks else 1,
+        device,
+        routing_ranks=config.routing_ranks(env.world_size),
+    )
     return Session(config, groups, device)
 
 
-def build_local_model(session: Session) -> nn.Module:
-    """Returns this rank's part of the model, initialized from the seed.
-
-    Built on meta and cut first: a rank never allocates experts that are not its own.
-    """
+def build_meta_model(session: Session) -> nn.Module:
+    """Returns this rank's part of the model without memory: an engine shards and materializes it."""
     config = session.config
+    assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
     with torch.device("meta"):
         model = build_model(config.model, recompute=config.parallel.recompute)
-    model = parallelize(model, config.parallel, session.groups)
-    model = model.to_empty(device=session.device)
-    if config.engine.precision == "fp64":
-        model = model.double()
-    model.init_weights(config.run.seed)
-    if config.optim.freeze_experts:
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.requires_grad_(False)
-    return model
+    return parallelize(model, config.parallel, session.groups)
+
+
+def build_local_model(session: Session) -> nn.Module:
+    """Returns this rank's part of the model, initialized from the seed; a rank never allocates experts of others."""
+    return materialize(build_meta_model(session), session.config, session.device)
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

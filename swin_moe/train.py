@@ -18,7 +18,7 @@ from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flo
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
-from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
 from swin_moe.tasks.base import TASKS, StepContext, Task
 
@@ -61,13 +61,17 @@ class Trainer:
         config = session.config
         self.session, self.config, self.first_rank = session, config, session.rank == 0
         self.task: Task = lookup(TASKS, config.task.name, key="task.name")(config)
+        engine = lookup(ENGINES, config.engine.name, key="engine.name")  # a missing package is noticed before work is done
         self._build_loaders()
-        model = build_local_model(session)
         self.schedule = build_schedule(
             config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch
         )
-        self.engine: Engine = lookup(ENGINES, config.engine.name, key="engine.name")(
-            model, config=config, groups=session.groups, schedule=self.schedule
+        self.engine: Engine = engine(
+            build_meta_model(session),
+            config=config,
+            groups=session.groups,
+            schedule=self.schedule,
+            device=session.device,
         )
         self.checkpoints = CheckpointManager(
             session.directory / "checkpoints",
