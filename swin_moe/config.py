@@ -232,7 +232,7 @@ class EngineConfig:
     name: str = "torch"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU; parameters: the optimizer too
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
 
     def __post_init__(self) -> None:

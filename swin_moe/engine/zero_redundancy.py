@@ -46,7 +46,7 @@ class ZeroRedundancyEngine(ReplicatedEngine):
     def _allocate_state(self) -> None:
         self._state: dict[nn.Parameter, dict | None] = {part.leaf: None for part in self.trainable}
         for optimizer in self.optimizers:
-            local = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+            local = getattr(optimizer, "optim", optimizer)  # of a wrapper: the optimizer of this rank's share
             for group in local.param_groups:
                 for leaf in group["params"]:
                     self._state[leaf] = local.state[leaf]

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from swin_moe.config import ParallelConfig
 from swin_moe.parallel.sharding import Coordinates, Degrees
 
-__all__ = ["Degrees", "Groups", "build_groups", "init_distributed", "single_process_groups"]
+__all__ = ["Degrees", "Groups", "build_groups", "ensure_distributed", "init_distributed", "single_process_groups"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[i
         device_id=device if device.type == "cuda" and device.index is not None else None,
     )
     return dist.get_rank(), world_size
+
+
+def ensure_distributed(device: torch.device) -> None:
+    """Starts torch.distributed for one process alone, where nothing is started: libraries that want it always."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
 
 
 def single_process_groups() -> Groups:
