@@ -45,6 +45,8 @@ def describe(session: Session, model: nn.Module) -> Iterator[str]:
     if layers:
         moe, degrees = config.model.moe, groups.degrees
         scope = f"{moe.group_images} images" if moe.capacity_scope == "images" else "a rank's micro-batch"
+        ranks = config.routing_ranks(session.world_size)
+        scope += f" on {ranks} ranks" if ranks > 1 else ""
         yield (
             f"experts    {moe.num_experts} in {len(layers)} layers, top-{moe.top_k}, capacity factor "
             f"{moe.capacity_factor} within {scope}; evaluation {moe.eval_capacity_factor}"

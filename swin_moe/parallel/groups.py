@@ -26,6 +26,7 @@ class Groups:
     expert: ProcessGroup | None = None  # the expert x expert_shard consecutive ranks that exchange tokens
     shard: ProcessGroup | None = None  # the consecutive ranks that hold parts of the same experts
     expert_data: ProcessGroup | None = None  # the ranks that hold what I hold
+    routing: ProcessGroup | None = None  # the consecutive ranks whose images compete for slots
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Groups":
         """Returns itself: a copied model talks to the same ranks, and process groups cannot be copied."""
@@ -91,12 +92,13 @@ def single_process_groups() -> Groups:
 
 
 def build_groups(
-    parallel: ParallelConfig, num_experts: int, device: torch.device, *, timeout: float = 600.0
+    parallel: ParallelConfig, num_experts: int, device: torch.device, *, routing_ranks: int = 1, timeout: float = 600.0
 ) -> Groups:
     """Returns this rank's groups. Every rank of the world has to call it, with the same arguments.
 
     Args:
         device: Where this rank computes. gloo and NCCL groups do not depend on it.
+        routing_ranks: Consecutive ranks whose images form one routing group, Config.routing_ranks; divides the world.
         timeout: Seconds until a collective that not all ranks of a group joined fails; sub-groups do not inherit the
             world's.
 
@@ -112,8 +114,9 @@ def build_groups(
     expert = [list(range(start, start + span)) for start in range(0, world_size, span)]
     shards = [list(range(start, start + shard)) for start in range(0, world_size, shard)]
     replicas = [list(range(start, world_size, span)) for start in range(span)]
-    expert_group, shard_group, data_group = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas))
-    return Groups(world_size, rank, degrees, dist.group.WORLD, expert_group, shard_group, data_group)
+    routing = [list(range(start, start + routing_ranks)) for start in range(0, world_size, routing_ranks)]
+    own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing))
+    return Groups(world_size, rank, degrees, dist.group.WORLD, *own)
 
 
 def _group_of(rank: int, rank_lists: list[list[int]], timeout: float) -> ProcessGroup | None:

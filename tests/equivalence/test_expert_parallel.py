@@ -3,6 +3,8 @@
 One MPI start per world runs all of its layouts (expert_parallel_cases.py), in float64.
 """
 
+import functools
+
 import pytest
 
 from tests.equivalence.expert_parallel_cases import CASES, run_world
@@ -12,16 +14,14 @@ pytestmark = pytest.mark.mpi
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """Returns per rank what every case of a world gave; the world is started once."""
-    return run_ranks(run_world, request.param, tmp_path_factory.mktemp("ranks"))
+def results(tmp_path_factory):
+    """Returns world -> per rank what every case gave. A function: a parametrized fixture would start ranks per case."""
+    return functools.cache(lambda world: run_ranks(run_world, world, tmp_path_factory.mktemp("ranks")))
 
 
-@pytest.mark.parametrize(
-    ("results", "name"), [(world, name) for world, cases in CASES.items() for name in cases], indirect=["results"]
-)
-def test_equals_one_process(results, name):
-    ranks = [result[name] for result in results]
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, cases in CASES.items() for name in cases])
+def test_equals_one_process(results, world, name):
+    ranks = [result[name] for result in results(world)]
     for rank, found in enumerate(ranks):
         assert found["errors"]["weights"] == 0.0
         wrong = {what: value for what, value in found["errors"].items() if not value < 1e-12}
@@ -29,8 +29,8 @@ def test_equals_one_process(results, name):
     assert len({found["norm"] for found in ranks}) == 1, "the gradient norm differs between ranks"
 
 
-@pytest.mark.parametrize("results", [4], indirect=True)
 def test_the_layouts_are_what_they_are_called(results):
+    results = results(4)
     degrees = {name: (d.expert, d.expert_shard, d.expert_data) for name, d in
                ((name, found["degrees"]) for name, found in results[0].items())}  # fmt: skip
     assert degrees["one expert a rank"] == (4, 1, 1)

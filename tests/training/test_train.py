@@ -43,10 +43,10 @@ def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
     assert runs[world][0]["tampered"] == "head.bias"
 
 
-@pytest.mark.parametrize("case", ["double", "accumulated", "recomputed", "uneven"])
+@pytest.mark.parametrize("case", ["double", "accumulated", "recomputed", "uneven", "together", "together in parts"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_layout_accumulation_and_recomputation_change_nothing(runs, case, world):
-    reference = "uneven" if case == "uneven" else "double"
+    reference = "double" if case in ("accumulated", "recomputed") else case
     expected, actual = runs[1][0][reference], runs[world][0][case]
     torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-10, atol=1e-12)
     weights = gathered(runs[1], reference)
