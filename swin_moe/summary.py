@@ -7,6 +7,7 @@ from torch import nn
 
 from swin_moe.expert_load import moe_layers
 from swin_moe.parallel.apply import parameter_layout
+from swin_moe.parallel.sharding import describe_placement
 from swin_moe.session import Session
 
 
@@ -55,6 +56,8 @@ def describe(session: Session, model: nn.Module) -> Iterator[str]:
             f"layout     {session.world_size} ranks = {degrees.expert} expert x {degrees.expert_shard} shard x "
             f"{degrees.expert_data} data; dispatch: {type(layers[0][1].dispatcher).__name__}"
         )
+        if session.world_size > 1:
+            yield f"placement  {describe_placement(degrees, groups.hosts)}"
     else:
         yield f"layout     {session.world_size} ranks, data parallel"
     yield (

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import socket
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,8 @@ class Groups:
     shard: ProcessGroup | None = None  # the consecutive ranks that hold parts of the same experts
     expert_data: ProcessGroup | None = None  # the ranks that hold what I hold
     routing: ProcessGroup | None = None  # the consecutive ranks whose images compete for slots
+
+    hosts: tuple[int, ...] = (0,)  # per rank, the number of its node
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Groups":
         """Returns itself: a copied model talks to the same ranks, and process groups cannot be copied."""
@@ -116,7 +120,16 @@ def build_groups(
     replicas = [list(range(start, world_size, span)) for start in range(span)]
     routing = [list(range(start, start + routing_ranks)) for start in range(0, world_size, routing_ranks)]
     own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing))
-    return Groups(world_size, rank, degrees, dist.group.WORLD, *own)
+    return Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=_gather_hosts(world_size, device))
+
+
+def _gather_hosts(world_size: int, device: torch.device) -> tuple[int, ...]:
+    """Returns the number of every rank's node, counted in the order of ranks."""
+    mine = torch.tensor([zlib.crc32(socket.gethostname().encode())], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyone, mine)
+    names = [int(name) for name in everyone]
+    return tuple(list(dict.fromkeys(names)).index(name) for name in names)
 
 
 def _group_of(rank: int, rank_lists: list[list[int]], timeout: float) -> ProcessGroup | None:

@@ -9,7 +9,7 @@ rank = (expert_data_index * expert + expert_index) * expert_shard + shard_index.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swin_moe.config import ParallelConfig
@@ -72,6 +72,24 @@ class Degrees:
             "expert_shard": (shard, self.expert_shard),
             "expert_data": (data, self.expert_data),
         }
+
+
+def describe_placement(degrees: Degrees, hosts: Sequence[int]) -> str:
+    """Returns whether the ranks that exchange tokens share a node, and if not, why; rank r runs on node hosts[r]."""
+    size = degrees.expert * degrees.expert_shard
+    groups = [hosts[start : start + size] for start in range(0, len(hosts), size)]
+    most = max(len(set(group)) for group in groups)
+    ranks = f"{size} consecutive ranks" if size > 1 else "1 rank"
+    if most == 1:
+        return f"an expert group is {ranks} of one node"
+    room = min(hosts.count(node) for node in set(hosts))
+    if sum(a != b for a, b in zip(hosts, hosts[1:])) >= len(set(hosts)):
+        reason = "consecutive ranks are on different nodes: let the hostfile fill a node before the next"
+    elif size > room:
+        reason = f"it does not fit a node of {room} ranks"
+    else:
+        reason = f"nodes of {room} ranks are not a multiple of it: change parallel.expert or parallel.expert_shard"
+    return f"an expert group is {ranks} on up to {most} nodes, because {reason}"
 
 
 @dataclass(frozen=True)
