@@ -77,6 +77,14 @@ def default_threads() -> int:
     return int(threads) if threads.isdecimal() and int(threads) else len(os.sched_getaffinity(0))
 
 
+def check_layout(config: Config, world_size: int) -> None:
+    """Raises ValueError where a world of this many ranks cannot run the config; pure arithmetic, starts nothing."""
+    config.check(world_size)
+    check_engine(config, world_size)
+    if config.model.moe.has_blocks:
+        Degrees.resolve(config.parallel, config.model.moe.num_experts, world_size)
+
+
 def open_session(path: str, overrides: list[str]) -> Session:
     """Returns the session; everything that can be refused is refused here, before memory is allocated.
 
@@ -87,10 +95,7 @@ def open_session(path: str, overrides: list[str]) -> Session:
 
     env = bootstrap()
     config = load_config(path, overrides)
-    config.check(env.world_size)
-    check_engine(config, env.world_size)
-    if config.model.moe.has_blocks:
-        Degrees.resolve(config.parallel, config.model.moe.num_experts, env.world_size)
+    check_layout(config, env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
     if env.world_size > 1:
