@@ -4,6 +4,7 @@ A new engine or layout is a row of CASES. All rows of a world run in one MPI sta
 on one rank by engine torch without ZeRO (test_engines.py). Gate noise, drop path and expert dropout are on everywhere.
 """
 
+import hashlib
 import tempfile
 import time
 import traceback
@@ -36,7 +37,7 @@ MODEL = (
     "model.moe.dropout=0.2",
     "data.name=synthetic",
     f"data.global_batch={BATCH}",
-    "data.eval_batch=2",
+    "data.eval_batch=8",
     "data.crop_scale=[0.8,1.0]",
     "data.erase_prob=0.0",
     "optim.lr=0.002",
@@ -150,14 +151,25 @@ CASES = (
 )  # fmt: skip
 
 
+# Every one of these writes the same checkpoint for the same state, and continues every other's.
+CHECKPOINTS = (
+    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
+    *(Case("torch", zero, 2, expert=1, expert_shard=1) for zero in (1, 2)),
+    Case("torch", 3, 2, expert=1, expert_shard=2, offload=True),
+    *(Case("torch", zero, 4, expert=2) for zero in (1, 3)),
+    Case("torch", 3, 4, expert=1, expert_shard=1),
+    Case("torch", 2, 4, expert=2, expert_shard=2),
+)
+
+
 def chosen(world: int, full: bool) -> list[Case]:
     """Returns the rows of a world, without repetition."""
     return list(dict.fromkeys(c for c in CASES if c.world == world and (full or not c.full)))
 
 
-def open_case(case: Case, directory: Path) -> Session:
+def open_case(case: Case, directory: Path, *options: str) -> Session:
     """Returns a session of the case in this (already started) world; refuses as open_session does."""
-    config = load_config("digits_swin_moe", [*case.overrides, f"run.output={directory}"])
+    config = load_config("digits_swin_moe", [*case.overrides, f"run.output={directory}", *options])
     config.check(case.world)
     groups = build_groups(
         config.parallel,
@@ -217,3 +229,90 @@ def run_cases(cases: list[Case]) -> dict[str, dict]:
         except ValueError:
             results[case.name] = {"error": traceback.format_exc()}
     return results
+
+
+def train_and_save(case: Case, root: str, steps: int, source: str = "") -> str:
+    """Returns the checkpoint that a run writes `steps` after its start, or after the checkpoint `source`."""
+    extra = (f"checkpoint.load={source}",) if source else ()
+    trainer = Trainer(open_case(case, Path(root), *extra))
+    trainer.resume()
+    begin = trainer.progress.step
+    for step, batches in zip(range(begin, begin + steps), trainer.loader.batches(begin, begin + steps)):
+        take_step(trainer, step, batches)
+        trainer.progress.step, trainer.progress.samples = step + 1, trainer.progress.samples + BATCH
+    trainer._save(False)
+    return str(trainer.checkpoints.latest())
+
+
+def digests(path: str) -> dict[str, str]:
+    """Returns file -> sha256 of a checkpoint, without what says who wrote it when."""
+    files = [f for f in sorted(Path(path).iterdir()) if f.name != "provenance.json"]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def continue_from(case: Case, source: str, root: str) -> dict:
+    """Returns, for a run that starts from a checkpoint: what it saves at once, how it evaluates, and its next steps."""
+    trainer = Trainer(open_case(case, Path(root), f"checkpoint.load={source}"))
+    trainer.resume()
+    trainer._save(False)
+    files = digests(str(trainer.checkpoints.latest()))
+    evaluations, rows = [], []
+    begin = trainer.progress.step
+    for step, batches in zip(range(begin, begin + 3), trainer.loader.batches(begin, begin + 3)):
+        with trainer.engine.evaluation():
+            images = (to_device(b, trainer.device, trainer.config.engine.precision) for b in trainer.eval_loader)
+            result = trainer.task.evaluate(trainer.engine.local_model, images, trainer._context(step, 0))
+            evaluations.append(result["loss"])
+        sums, stats = take_step(trainer, step, batches)
+        rows.append([*sums, stats.grad_norm, stats.clip_factor, float(stats.skipped)])
+    return {"files": files, "rows": rows, "evaluations": evaluations}
+
+
+def poison(case: Case, root: str) -> dict:
+    """Returns what a step does in which the last rank's gradients are not numbers, and the step after it."""
+    trainer = Trainer(open_case(case, Path(root)))
+    before = saved(trainer)
+    factor = float("nan") if dist.get_rank() == dist.get_world_size() - 1 else 1.0
+    handle = trainer.engine.local_model.norm.register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda g: g * factor) and None
+    )
+    batches = trainer.loader.batches(0, 2)
+    _, skipped = take_step(trainer, 0, next(batches))
+    same = all(torch.equal(a[3], b[3]) for a, b in zip(before, saved(trainer)))
+    handle.remove()
+    _, good = take_step(trainer, 1, next(batches))
+    return {"skipped": skipped.skipped, "unchanged": same, "then": good.skipped, "norm": good.grad_norm}
+
+
+def run_alone(cases: list[Case], root: str) -> dict:
+    """Returns what one rank gives: cases, a checkpoint after 3 steps, what follows it, and one 2 steps later."""
+    alone = Case("torch", 0, 1)
+    source = train_and_save(alone, f"{root}/source", 3)
+    return {
+        "cases": run_cases(cases),
+        "source": source,
+        "continued": continue_from(alone, source, f"{root}/continued"),
+        "later": continue_from(alone, train_and_save(alone, f"{root}/later", 2, source), f"{root}/rest"),
+    }
+
+
+def run_world(cases: list[Case], source: str, root: str) -> dict:
+    """Returns what one rank of a world gives: cases, checkpoints, steps that are skipped."""
+    world = dist.get_world_size()
+    checkpoints = [case for case in CHECKPOINTS if case.world == world]
+    poisoned = [Case("torch", zero, world) for zero in (0, 1, 2, 3)] if world == 2 else []
+    return {
+        "cases": run_cases(cases),
+        "continued": {case.name: continue_from(case, source, f"{root}/{case.name}") for case in checkpoints},
+        "saved": {
+            case.name: train_and_save(case, f"{root}/saved-{case.name}", 2, source)
+            for case in checkpoints
+            if case.zero == 3
+        },
+        "poisoned": {case.name: poison(case, f"{root}/poisoned-{case.name}") for case in poisoned},
+    }
+
+
+def read_back(paths: dict[str, str], root: str) -> dict[str, dict]:
+    """Returns how one rank continues what others saved."""
+    return {name: continue_from(Case("torch", 0, 1), path, f"{root}/{name}") for name, path in paths.items()}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from tests.equivalence.engine_cases import CASES, Case, chosen, run_cases
+from tests.equivalence import engine_cases
+from tests.equivalence.engine_cases import CASES, CHECKPOINTS, Case, chosen
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.mpi
+WORLDS = (2, 4)
 # Relative: losses, norm and clip factor of (first step, all steps); gradients of the first step and final weights, as
 # the norm of the difference over the norm.
 BOUNDS = {"fp64": (1e-10, 1e-10, 1e-10, 1e-10), "fp32": (2e-6, None, 2e-6, 1e-5)}
@@ -84,30 +86,63 @@ def oracles_of(cases: list[Case]) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def oracles(request, tmp_path_factory):
-    full = request.config.getoption("--full")
-    cases = oracles_of([case for world in (2, 4) for case in chosen(world, full)])
-    results = run_ranks(run_cases, 1, tmp_path_factory.mktemp("oracles"), cases, timeout=900)
-    return {name: [result] for name, result in results[0].items()}
+def alone(request, tmp_path_factory):
+    """Returns what one rank gives for everything that is compared with it."""
+    cases = oracles_of([case for world in WORLDS for case in chosen(world, request.config.getoption("--full"))])
+    root = tmp_path_factory.mktemp("alone")
+    return run_ranks(engine_cases.run_alone, 1, root, cases, str(root), timeout=900)[0]
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """Returns what every case of a world gave, per rank; the world is started once."""
+def results(request, alone, tmp_path_factory):
+    """Returns what every rank of a world gave; the world is started once."""
     cases = chosen(request.param, request.config.getoption("--full"))
-    return run_ranks(run_cases, request.param, tmp_path_factory.mktemp("ranks"), cases, timeout=3000)
+    root = tmp_path_factory.mktemp("ranks")
+    return run_ranks(engine_cases.run_world, request.param, root, cases, alone["source"], str(root), timeout=3000)
 
 
 @pytest.mark.parametrize(
     ("results", "case"),
     [
         pytest.param(case.world, case, id=case.name, marks=[pytest.mark.full] if case.full else [])
-        for world in (2, 4)
+        for world in WORLDS
         for case in dict.fromkeys(c for c in CASES if c.world == world)
     ],
     indirect=["results"],
 )
-def test_trains_as_one_rank_does(results, oracles, case):
-    ranks = [result[case.name] for result in results]
+def test_trains_as_one_rank_does(results, alone, case):
+    ranks = [result["cases"][case.name] for result in results]
     assert "error" not in ranks[0], ranks[0]["error"]
-    check(case, ranks, oracles)
+    check(case, ranks, {name: [result] for name, result in alone["cases"].items()})
+
+
+def assert_alike(found: dict, expected: dict, name: str) -> None:
+    """Compares next steps in float64, evaluations in the float32 of their loss."""
+    for key, bound in (("rows", 1e-10), ("evaluations", 1e-6)):
+        ours, theirs = (torch.tensor(r[key], dtype=torch.float64) for r in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=0, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("results", WORLDS, indirect=True)
+def test_checkpoints_have_the_same_bytes_and_continue_alike(results, alone):
+    assert alone["continued"]["files"] == engine_cases.digests(alone["source"])
+    for case in (case for case in CHECKPOINTS if case.world == len(results)):
+        for result in results:
+            found = result["continued"][case.name]
+            assert found["files"] == alone["continued"]["files"], case.name
+            assert_alike(found, alone["continued"], case.name)
+
+
+@pytest.mark.parametrize("results", WORLDS, indirect=True)
+def test_one_rank_continues_what_shards_saved(results, alone, tmp_path):
+    found = run_ranks(engine_cases.read_back, 1, tmp_path, results[0]["saved"], str(tmp_path))[0]
+    assert found
+    for name, result in found.items():
+        assert_alike(result, alone["later"], name)
+
+
+@pytest.mark.parametrize("results", [2], indirect=True)
+def test_a_gradient_that_is_not_a_number_stops_no_rank_alone(results):
+    for name, first in results[0]["poisoned"].items():
+        assert first == results[1]["poisoned"][name], name
+        assert first["skipped"] and first["unchanged"] and not first["then"], name
