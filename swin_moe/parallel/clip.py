@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from swin_moe.parallel.apply import dense_parameters, expert_parameters
 from swin_moe.parallel.groups import Groups
 
+_NORM_RUN = 1 << 22  # elements: torch makes a float64 copy of what it takes a norm of, 32 MiB at a time
+
 
 @torch.no_grad()
 def global_grad_norm(model: nn.Module, groups: Groups) -> Tensor:
@@ -55,7 +57,8 @@ def norm_over_world(square: Tensor, groups: Groups) -> Tensor:
 
 
 def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Returns the sum of squares, a float64 scalar; norms are taken per tensor in float64, in the model's order."""
-    if not gradients:
+    """Returns the sum of squares, a float64 scalar; norms are taken per run of elements in float64, in order."""
+    runs = [run for gradient in gradients for run in gradient.reshape(-1).split(_NORM_RUN) if len(run)]
+    if not runs:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+    return torch.stack(torch._foreach_norm(runs, 2, torch.float64)).square().sum()
