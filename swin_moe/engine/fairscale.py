@@ -9,7 +9,6 @@ are not used; what else does not work is refused in limits.py.
 import logging
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +47,13 @@ class ShardedOptimizerEngine(ZeroRedundancyEngine):
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """See StepEngine. OSS moves parameters into buffers of its own, so their memory is another one afterwards."""
         optimizers = super().build_optimizers()
+        self._wrap(optimizers)
         for part in self.parts.values():
             part.local = part.parameter.detach()
         return optimizers
+
+    def _wrap(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Wraps the model where that needs the optimizers."""
 
     def _share_out(self, groups: list[dict], ranks: ProcessGroup | None) -> torch.optim.Optimizer | None:
         """See ZeroRedundancyEngine."""
@@ -66,23 +69,18 @@ class ShardedGradientEngine(ShardedOptimizerEngine):
     """OSS with ShardedDDP: a dense gradient is kept by the rank that updates the parameter, by no other."""
 
     def distribute(self, model: nn.Module) -> nn.Module:
-        """See StepEngine. ShardedDDP needs the optimizer, so `build_optimizers` wraps the model."""
+        """See StepEngine. ShardedDDP needs the optimizer, so `_wrap` does it."""
         return materialize(model, self.config, self.device)
 
-    def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """See StepEngine."""
-        optimizers = super().build_optimizers()
-        if self.groups.world_size > 1:
-            self.model = self._shard_gradients(self.local_model, optimizers[0])
-        return optimizers
-
-    def _shard_gradients(self, model: nn.Module, dense: Any) -> nn.Module:
-        """Returns the model wrapped; only parameters of the dense optimizer are reduced, experts are left alone."""
+    def _wrap(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """See ShardedOptimizerEngine. Only parameters of the dense optimizer are reduced, experts are left alone."""
         from fairscale.nn.data_parallel import ShardedDataParallel
 
-        return ShardedDataParallel(
-            model,
-            dense,
+        if self.groups.world_size == 1:
+            return
+        self.model = ShardedDataParallel(
+            self.local_model,
+            optimizers[0],
             process_group=self.groups.world,
             # Nothing is broadcast: initial weights are a function of the seed, and experts differ between ranks.
             sync_models_at_startup=False,
@@ -92,6 +90,7 @@ class ShardedGradientEngine(ShardedOptimizerEngine):
             reduce_buffer_size=0,
             auto_refresh_trainable=False,
         )
+        self.model.refresh_trainable()  # now, or the first forward moves parameters to yet other buffers
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """See Engine. Backward belongs inside, as with DDP."""
