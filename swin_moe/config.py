@@ -140,6 +140,7 @@ class ModelConfig:
     init_std: float = 0.02
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
     extra_norm_every: int = 0  # a LayerNorm on the main branch after every n-th block of a stage (SwinV2-G: 6)
+    attention_chunk: int = 0  # windows attended at once, over all images; less memory, one more forward; 0 = all
     post_norm_init: float = 0.0  # initial weight and bias of the res-post norms (swinv2; SwinV2-G: 1e-5)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -152,6 +153,7 @@ class ModelConfig:
             dim = self.embed_dim * 2**stage
             _check(heads >= 1 and dim % heads == 0, f"model.num_heads[{stage}]", heads, f"a divisor of {dim} channels")
         _check(self.window_size >= 1, "model.window_size", self.window_size, ">= 1")
+        _check(self.attention_chunk >= 0, "model.attention_chunk", self.attention_chunk, ">= 0 (0 = all windows)")
         _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
         _check(len(self.moe.blocks) <= stages, "model.moe.blocks", self.moe.blocks, f"at most {stages} lists")
         for stage, blocks in enumerate(self.moe.blocks):
