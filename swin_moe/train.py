@@ -61,7 +61,7 @@ class Trainer:
         config = session.config
         self.session, self.config, self.first_rank = session, config, session.rank == 0
         self.task: Task = lookup(TASKS, config.task.name, key="task.name")(config)
-        engine = lookup(ENGINES, config.engine.name, key="engine.name")  # a missing package is noticed before work is done
+        engine = lookup(ENGINES, config.engine.name, key="engine.name")  # first: a missing package costs no work
         self._build_loaders()
         self.schedule = build_schedule(
             config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch
@@ -349,7 +349,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(session)
     if session.rank == 0:
         dump_config(trainer.config, session.directory / "config.yaml")
-    for line in describe(trainer.session, trainer.engine.local_model):
+    for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)
     trainer.resume()
     trainer.run()

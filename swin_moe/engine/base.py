@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from swin_moe.checkpoint import Piece
+from swin_moe.layout import Chunk
 
 ENGINES = {
     "torch": "swin_moe.engine.torch_native:torch_engine",
@@ -39,6 +40,7 @@ class Engine(Protocol):
 
     model: nn.Module  # call this one in training
     local_model: nn.Module  # the network itself: call it in evaluation, read statistics from it
+    layout: dict[str, tuple[tuple[int, ...], Chunk]]  # parameter -> (global shape, this rank's box before ZeRO cuts it)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """Returns a context for forward and backward; gradients are communicated only in the last one of a step."""
