@@ -13,6 +13,7 @@ from swin_moe.config_io import dump_config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
+from swin_moe.engine.gradient_watch import GradientWatch
 from swin_moe.expert_load import expert_load
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
 from swin_moe.optim import build_schedule
@@ -73,6 +74,7 @@ class Trainer:
             schedule=self.schedule,
             device=session.device,
         )
+        self.gradients = GradientWatch(self.engine.local_model, session.groups)
         self.checkpoints = CheckpointManager(
             session.directory / "checkpoints",
             group=session.groups.world,
@@ -159,6 +161,7 @@ class Trainer:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
         context = self._context(step, self._count(batches))
+        self.gradients.clear()
         # task loss, auxiliary loss, images, stop request: everything the ranks must agree on, in one all-reduce
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
@@ -219,19 +222,18 @@ class Trainer:
             self.progress.skipped = 0
             return
         self.progress.skipped += 1
-        name = self.engine.discard_gradients()
+        # Before the reduction, so with the rank; an overflow in the reduction itself is seen only after it.
+        found = self.gradients.report()
+        after = self.engine.discard_gradients()
+        where = found or (f"{after} after the reduction, on rank {self.session.rank}" if after else "unknown")
         LOGGER.warning(
-            "step %d skipped on all ranks: gradient norm %g%s",
-            step,
-            stats.grad_norm,
-            f", first not finite here: {name}" if name else "",
+            "step %d skipped on all ranks: gradient norm %g; first not finite: %s", step, stats.grad_norm, where
         )
         limit = MAX_SKIPPED_STEPS * (5 if self.config.engine.precision == "fp16" else 1)
         if self.progress.skipped >= limit:
             raise ValueError(
-                f"{self.progress.skipped} steps in a row had gradients that are not finite, up to step {step}"
-                f"{f' (first parameter on this rank: {name})' if name else ''}; "
-                f"last checkpoint: {self.checkpoints.latest() or 'none'}"
+                f"{self.progress.skipped} steps in a row had gradients that are not finite, up to step {step} "
+                f"(first not finite: {where}); last checkpoint: {self.checkpoints.latest() or 'none'}"
             )
 
     def _reset_window(self) -> None:
