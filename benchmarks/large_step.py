@@ -96,9 +96,7 @@ def main(argv: list[str]) -> None:
                   f"largest change of a weight {moved:.1e}", flush=True)  # fmt: skip
     sampler.done.set()
     held = sum(piece.chunk.numel for piece in trainer.engine.pieces())
-    mine = torch.tensor(
-        [read_memory("status", "VmHWM:"), sampler.peak, baseline, 4 * held / GIB], dtype=torch.float64
-    )
+    mine = torch.tensor([read_memory("status", "VmHWM:"), sampler.peak, baseline, 4 * held / GIB], dtype=torch.float64)
     all_ranks = [torch.empty_like(mine) for _ in range(session.world_size)]
     if session.world_size > 1:
         dist.all_gather(all_ranks, mine)

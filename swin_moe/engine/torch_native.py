@@ -5,6 +5,7 @@ from torch import nn
 
 from swin_moe.config import Config
 from swin_moe.engine.base import Engine
+from swin_moe.metrics import LOGGER
 from swin_moe.optim import Schedule
 from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
@@ -21,6 +22,9 @@ def torch_engine(
     model: nn.Module, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device
 ) -> Engine:
     """Returns the engine of parallel.zero; one rank alone has nothing to shard and gets the replicated one."""
-    stage = config.parallel.zero if groups.world_size > 1 else 0
+    stage = config.parallel.zero
+    if stage and groups.world_size == 1:
+        LOGGER.info("parallel.zero=%d has no effect in a world of one rank: there is nobody to share with", stage)
+        stage = 0
     variant = lookup(VARIANTS, str(stage), key="parallel.zero")
     return variant(model, config=config, groups=groups, schedule=schedule, device=device)
