@@ -32,6 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     return supervise.run(command, environment, flavor=found.flavor, grace=options.grace)
 
 
+def parse(arguments: list[str]) -> tuple[int, list[str]]:
+    """Returns (ranks, program) that the arguments ask for, for a caller that checks the program's own arguments."""
+    own, program = _split_at_dashes(arguments)
+    return _parser().parse_args(own).ranks, program
+
+
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
     if "--" not in arguments:
         return arguments, []

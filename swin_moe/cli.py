@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from swin_moe.session import run_main
+from swin_moe.config_io import load_config
+from swin_moe.session import check_layout, run_main
 
 COMMANDS = {
     "train": ("swin_moe.train", "train a run, or continue it"),
@@ -28,8 +29,25 @@ def main() -> None:
         sys.exit(2)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
+        check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
     run_main(module.main, arguments)
+
+
+def check_before_launch(ranks: int, program: list[str]) -> None:
+    """Exits with one sentence and code 2 where every rank of a program of ours would refuse its config or layout.
+
+    `python -m launcher` knows nothing of us; under it each rank finds the same before it allocates or meets the others.
+    """
+    starts = [["-m", f"swin_moe.{name}"] for name in ("train", "evaluate", "throughput")]
+    options = program[2:]
+    if ranks < 1 or program[:2] not in starts or not options or options[0] in ("-h", "--help"):
+        return
+    try:
+        check_layout(load_config(options[0], options[1:]), ranks)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ class ModelConfig:
     init_std: float = 0.02
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
     extra_norm_every: int = 0  # a LayerNorm on the main branch after every n-th block of a stage (SwinV2-G: 6)
+    attention_chunk: int = 0  # windows attended at once, over all images; less memory, one more forward; 0 = all
     post_norm_init: float = 0.0  # initial weight and bias of the res-post norms (swinv2; SwinV2-G: 1e-5)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -152,6 +153,7 @@ class ModelConfig:
             dim = self.embed_dim * 2**stage
             _check(heads >= 1 and dim % heads == 0, f"model.num_heads[{stage}]", heads, f"a divisor of {dim} channels")
         _check(self.window_size >= 1, "model.window_size", self.window_size, ">= 1")
+        _check(self.attention_chunk >= 0, "model.attention_chunk", self.attention_chunk, ">= 0 (0 = all windows)")
         _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
         _check(len(self.moe.blocks) <= stages, "model.moe.blocks", self.moe.blocks, f"at most {stages} lists")
         for stage, blocks in enumerate(self.moe.blocks):
@@ -232,7 +234,7 @@ class EngineConfig:
     name: str = "torch"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU; parameters: the optimizer too
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
 
     def __post_init__(self) -> None:
@@ -298,20 +300,31 @@ class Config:
             )
         return micro, steps
 
-    def check(self, world_size: int) -> None:
-        """Raises ValueError where sections contradict each other in a world of this many ranks."""
+    def routing_ranks(self, world_size: int) -> int:
+        """Returns how many consecutive ranks one routing group of training spans; 1: a rank holds whole groups.
+
+        Raises:
+            ValueError: Groups would cut a micro-batch in two, or span accumulation steps.
+        """
         micro, _ = self.accumulation(world_size)
         moe = self.model.moe
-        if moe.has_blocks and moe.capacity_scope == "images" and micro % moe.group_images:
+        if not moe.has_blocks or moe.capacity_scope == "rank" or micro % moe.group_images == 0:
+            return 1
+        ranks, rest = divmod(moe.group_images, micro)
+        if rest or world_size % ranks:
+            multiples = [n * micro for n in range(2, world_size + 1) if world_size % n == 0]
+            also = f", or be {' or '.join(map(str, multiples))} (whole ranks)" if multiples else ""
             raise ValueError(
-                f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images "
-                f"(data.global_batch={self.data.global_batch} over {world_size} ranks)"
+                f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images{also}; "
+                f"data.global_batch={self.data.global_batch} over {world_size} ranks"
             )
-        if self.parallel.zero and self.engine.name == "torch":
+        if moe.eval_capacity_factor != 0:
             raise ValueError(
-                f"parallel.zero={self.parallel.zero} is not available yet with engine.name=torch; allowed: 0"
+                f"model.moe.eval_capacity_factor={moe.eval_capacity_factor} must be 0 (by need) where a routing group "
+                f"of {moe.group_images} images spans {ranks} ranks: evaluation deals images out one by one"
             )
-        if self.engine.offload != "none" and self.engine.name == "torch":
-            raise ValueError(
-                f"engine.offload={self.engine.offload} is not available with engine.name=torch; allowed: none"
-            )
+        return ranks
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError where sections contradict each other in a world of this many ranks."""
+        self.routing_ranks(world_size)

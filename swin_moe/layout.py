@@ -41,3 +41,27 @@ def even_split(length: int, parts: int) -> list[tuple[int, int]]:
     size = -(-length // parts)
     offsets = [min(i * size, length) for i in range(parts)]
     return [(o, min(size, length - o)) for o in offsets]
+
+
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Chunk]:
+    """Returns the boxes that cover elements [start, stop) of a contiguous tensor, in order, each contiguous in memory.
+
+    Engines that flatten parameters cut them anywhere: at most 2 * dims - 1 boxes, cut rows apart from whole ones.
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [Chunk((), ())]
+    row, rest = math.prod(shape[1:]), shape[1:]
+    boxes: list[Chunk] = []
+    while start < stop:
+        index, within = divmod(start, row)
+        rows = (stop - start) // row if within == 0 else 0
+        if rows:
+            boxes.append(Chunk((index, *(0 for _ in rest)), (rows, *rest)))
+            start += rows * row
+            continue
+        end = min(stop - index * row, row)
+        boxes += [Chunk((index, *b.offset), (1, *b.size)) for b in boxes_of_range(rest, within, end)]
+        start = index * row + end
+    return boxes

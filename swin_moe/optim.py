@@ -133,8 +133,15 @@ def parameter_groups(model: nn.Module, config: OptimConfig, depths: tuple[int, .
 
 def build_optimizer(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """Returns the optimizer over `parameter_groups`; its learning rates are set every step by the engine."""
-    lr = config.lr
+    kind, options = optimizer_class(config)
+    return kind(groups, **options)
+
+
+def optimizer_class(config: OptimConfig) -> tuple[type[torch.optim.Optimizer], dict]:
+    """Returns (class, its options), for wrappers that construct the optimizer themselves."""
+    # fused: one pass over the memory of all tensors, on CPU as on CUDA, and no temporaries; several times faster for
+    # many small tensors.
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    # fused: one pass over the memory of all tensors, on CPU as on CUDA; several times faster for many small tensors.
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+        momentum = {"momentum": config.momentum, "nesterov": config.momentum > 0}
+        return torch.optim.SGD, {"lr": config.lr, **momentum, "fused": True}
+    return torch.optim.AdamW, {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}

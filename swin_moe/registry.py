@@ -1,6 +1,7 @@
 """Tables of lazily imported backends: a name in a config stands for "module:attribute"."""
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 
@@ -28,3 +29,23 @@ def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
             f"{key}={name} needs the package {package!r}, which is not installed; "
             f"install it with: pip install 'swin-moe[{name}]'"
         ) from error
+
+
+def require(package: str, version: str) -> None:
+    """Raises at import of a backend whose package is imported only later; `lookup` turns a missing one into a sentence.
+
+    Args:
+        version: The only one the backend was checked with: it relies on what other versions may change silently.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+        ValueError: It is another version.
+    """
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModuleNotFoundError(f"no package {package}", name=package) from error
+    if found != version:
+        raise ValueError(
+            f"{package} {found} is installed, but only {version} was checked; pip install {package}=={version}"
+        )

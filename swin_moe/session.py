@@ -15,6 +15,8 @@ from torch import nn
 
 from swin_moe.config import Config, ParallelConfig
 from swin_moe.config_io import load_config
+from swin_moe.engine.common import materialize
+from swin_moe.engine.limits import check_engine
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
 from swin_moe.parallel.apply import parallelize
@@ -82,6 +84,13 @@ def default_threads() -> int:
     return int(threads) if threads.isdecimal() and int(threads) else len(os.sched_getaffinity(0))
 
 
+def check_layout(config: Config, world_size: int) -> None:
+    """Raises ValueError where a world of this many ranks cannot run the config; pure arithmetic, starts nothing."""
+    config.check(world_size)
+    check_engine(config, world_size)
+    Degrees.resolve(*layout_of(config), world_size)
+
+
 def open_session(path: str, overrides: list[str]) -> Session:
     """Returns the session; everything that can be refused is refused here, before memory is allocated.
 
@@ -92,33 +101,27 @@ def open_session(path: str, overrides: list[str]) -> Session:
 
     env = bootstrap()
     config = load_config(path, overrides)
-    config.check(env.world_size)
-    Degrees.resolve(*layout_of(config), env.world_size)
+    check_layout(config, env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
     if env.world_size > 1:
         init_distributed(device)
-    return Session(config, build_groups(*layout_of(config), device), device)
+    groups = build_groups(*layout_of(config), device, routing_ranks=config.routing_ranks(env.world_size))
+    return Session(config, groups, device)
+
+
+def build_meta_model(session: Session) -> nn.Module:
+    """Returns this rank's part of the model without memory: an engine shards and materializes it."""
+    config = session.config
+    assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
+    with torch.device("meta"):
+        model = build_model(config.model, recompute=config.parallel.recompute)
+    return parallelize(model, layout_of(config)[0], session.groups)
 
 
 def build_local_model(session: Session) -> nn.Module:
-    """Returns this rank's part of the model, initialized from the seed.
-
-    Built on meta and cut first: a rank never allocates experts that are not its own.
-    """
-    config = session.config
-    with torch.device("meta"):
-        model = build_model(config.model, recompute=config.parallel.recompute)
-    model = parallelize(model, layout_of(config)[0], session.groups)
-    model = model.to_empty(device=session.device)
-    if config.engine.precision == "fp64":
-        model = model.double()
-    model.init_weights(config.run.seed)
-    if config.optim.freeze_experts:
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.requires_grad_(False)
-    return model
+    """Returns this rank's part of the model, initialized from the seed; a rank never allocates experts of others."""
+    return materialize(build_meta_model(session), session.config, session.device)
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

@@ -1,50 +1,51 @@
 """The start-up summary: what will run, where, and why."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
 
+from swin_moe.engine.base import Engine
 from swin_moe.expert_load import moe_layers
-from swin_moe.parallel.apply import parameter_layout
+from swin_moe.layout import Chunk
+from swin_moe.parallel.sharding import describe_placement
 from swin_moe.session import Session
 
 
-def parameter_counts(model: nn.Module, session: Session) -> tuple[int, int, int]:
-    """Returns (total, active per image, held by this rank) numbers of parameters.
+def parameter_counts(layout: Mapping[str, tuple[tuple[int, ...], Chunk]], session: Session) -> tuple[int, int, int]:
+    """Returns (total, active per image, this rank's before ZeRO cuts them) numbers of parameters.
 
     Active counts top_k experts of every MoE layer, as the papers do. The expert bias that is frozen at zero
     (model.mlp_fc2_bias=false) is left out, as in the official counts.
     """
-    layout = parameter_layout(model, session.groups)
     total = active = local = 0
     moe = session.config.model.moe
-    for name, parameter in model.named_parameters():
+    for name, (shape, chunk) in layout.items():
         if name.endswith("experts.fc2_bias") and not session.config.model.mlp_fc2_bias:
             continue
-        shape, _ = layout[name]
-        numel = 1
-        for size in shape:
-            numel *= size
+        numel = math.prod(shape)
         total += numel
         active += numel * moe.top_k // moe.num_experts if ".experts." in name else numel
-        local += parameter.numel()
+        local += chunk.numel
     return total, active, local
 
 
-def describe(session: Session, model: nn.Module) -> Iterator[str]:
+def describe(session: Session, engine: Engine) -> Iterator[str]:
     """Yields the lines of the summary."""
-    config, groups = session.config, session.groups
-    total, active, local = parameter_counts(model, session)
+    config, groups, model = session.config, session.groups, engine.local_model
+    total, active, local = parameter_counts(engine.layout, session)
+    cut = " (before sharding)" if config.parallel.zero >= 2 and session.world_size > 1 else ""
     micro_batch, accumulation = config.accumulation(session.world_size)
     yield (
-        f"model      {config.model.name}, {total:,} parameters, {active:,} active, {local:,} on this rank, "
+        f"model      {config.model.name}, {total:,} parameters, {active:,} active, {local:,} on this rank{cut}, "
         f"{model.flops() / 1e9:.3f} GMACs per image ({model.active_flops() / 1e9:.3f} active)"
     )
     layers = moe_layers(model)
     if layers:
         moe, degrees = config.model.moe, groups.degrees
         scope = f"{moe.group_images} images" if moe.capacity_scope == "images" else "a rank's micro-batch"
+        ranks = config.routing_ranks(session.world_size)
+        scope += f" on {ranks} ranks" if ranks > 1 else ""
         yield (
             f"experts    {moe.num_experts} in {len(layers)} layers, top-{moe.top_k}, capacity factor "
             f"{moe.capacity_factor} within {scope}; evaluation {moe.eval_capacity_factor}"
@@ -53,6 +54,8 @@ def describe(session: Session, model: nn.Module) -> Iterator[str]:
             f"layout     {session.world_size} ranks = {degrees.expert} expert x {degrees.expert_shard} shard x "
             f"{degrees.expert_data} data; dispatch: {type(layers[0][1].dispatcher).__name__}"
         )
+        if session.world_size > 1:
+            yield f"placement  {describe_placement(degrees, groups.hosts)}"
     else:
         yield f"layout     {session.world_size} ranks, data parallel"
     yield (

@@ -13,12 +13,13 @@ from swin_moe.config_io import dump_config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
+from swin_moe.engine.gradient_watch import GradientWatch
 from swin_moe.expert_load import expert_load
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
-from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
 from swin_moe.tasks.base import TASKS, StepContext, Task
 
@@ -61,14 +62,19 @@ class Trainer:
         config = session.config
         self.session, self.config, self.first_rank = session, config, session.rank == 0
         self.task: Task = lookup(TASKS, config.task.name, key="task.name")(config)
+        engine = lookup(ENGINES, config.engine.name, key="engine.name")  # first: a missing package costs no work
         self._build_loaders()
-        model = build_local_model(session)
         self.schedule = build_schedule(
             config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch
         )
-        self.engine: Engine = lookup(ENGINES, config.engine.name, key="engine.name")(
-            model, config=config, groups=session.groups, schedule=self.schedule
+        self.engine: Engine = engine(
+            build_meta_model(session),
+            config=config,
+            groups=session.groups,
+            schedule=self.schedule,
+            device=session.device,
         )
+        self.gradients = GradientWatch(self.engine.local_model, session.groups)
         self.checkpoints = CheckpointManager(
             session.directory / "checkpoints",
             group=session.groups.world,
@@ -155,6 +161,7 @@ class Trainer:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
         context = self._context(step, self._count(batches))
+        self.gradients.clear()
         # task loss, auxiliary loss, images, stop request: everything the ranks must agree on, in one all-reduce
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
@@ -215,19 +222,18 @@ class Trainer:
             self.progress.skipped = 0
             return
         self.progress.skipped += 1
-        name = self.engine.discard_gradients()
+        # Before the reduction, so with the rank; an overflow in the reduction itself is seen only after it.
+        found = self.gradients.report()
+        after = self.engine.discard_gradients()
+        where = found or (f"{after} after the reduction, on rank {self.session.rank}" if after else "unknown")
         LOGGER.warning(
-            "step %d skipped on all ranks: gradient norm %g%s",
-            step,
-            stats.grad_norm,
-            f", first not finite here: {name}" if name else "",
+            "step %d skipped on all ranks: gradient norm %g; first not finite: %s", step, stats.grad_norm, where
         )
         limit = MAX_SKIPPED_STEPS * (5 if self.config.engine.precision == "fp16" else 1)
         if self.progress.skipped >= limit:
             raise ValueError(
-                f"{self.progress.skipped} steps in a row had gradients that are not finite, up to step {step}"
-                f"{f' (first parameter on this rank: {name})' if name else ''}; "
-                f"last checkpoint: {self.checkpoints.latest() or 'none'}"
+                f"{self.progress.skipped} steps in a row had gradients that are not finite, up to step {step} "
+                f"(first not finite: {where}); last checkpoint: {self.checkpoints.latest() or 'none'}"
             )
 
     def _reset_window(self) -> None:
@@ -345,7 +351,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(session)
     if session.rank == 0:
         dump_config(trainer.config, session.directory / "config.yaml")
-    for line in describe(trainer.session, trainer.engine.local_model):
+    for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)
     trainer.resume()
     trainer.run()

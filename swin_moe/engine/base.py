@@ -8,8 +8,13 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from swin_moe.checkpoint import Piece
+from swin_moe.layout import Chunk
 
-ENGINES = {"torch": "swin_moe.engine.torch_native:TorchEngine"}
+ENGINES = {
+    "torch": "swin_moe.engine.torch_native:torch_engine",
+    "deepspeed": "swin_moe.engine.deepspeed:DeepSpeedEngine",
+    "fairscale": "swin_moe.engine.fairscale:fairscale_engine",
+}
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,14 @@ class Engine(Protocol):
 
     A step is: `with engine.micro_step(last=...)`: forward, loss, `backward(loss)`, once per micro-batch, then `step`.
     Every rank calls every method the same number of times, also with no sample left.
+
+    A row of ENGINES is called as f(model, config=, groups=, schedule=, device=) with a parallelized model on meta:
+    the engine materializes it (common.materialize), so that it can shard before anything is allocated.
     """
 
-    model: nn.Module  # call this one
+    model: nn.Module  # call this one in training
+    local_model: nn.Module  # the network itself: call it in evaluation, read statistics from it
+    layout: dict[str, tuple[tuple[int, ...], Chunk]]  # parameter -> (global shape, this rank's box before ZeRO cuts it)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """Returns a context for forward and backward; gradients are communicated only in the last one of a step."""

@@ -1,44 +1,47 @@
 """Exponential moving average of the weights, sharded as the weights are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class WeightAverage:
     """Averages of all parameters: average = decay * average + (1 - decay) * weight, once per update.
 
     Frozen parameters are averaged too, so that the average is a complete set of weights.
+
+    Args:
+        weights: This rank's part of every parameter, by name, plain tensors that are updated in place.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, weights: Mapping[str, Tensor], decay: float):
         self.decay = decay
-        self.parameters = dict(model.named_parameters())
-        self.average: dict[str, Tensor] = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.average: dict[str, Tensor] = {name: weight.clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves every average toward its weight."""
         for name, average in self.average.items():
-            average.lerp_(self.parameters[name].detach(), 1 - self.decay)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Sets every average to its weight, as at the start of a run."""
-        for name, average in self.average.items():
-            average.copy_(self.parameters[name])
+            average.lerp_(self.weights[name], 1 - self.decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Puts the averages in the place of the weights; storage is exchanged, nothing is copied."""
+        """Puts the averages in the place of the weights.
+
+        In place, one tensor at a time: engines keep views of the weights' memory, so memory cannot be exchanged.
+        """
         self._exchange()
         try:
             yield
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+        for name, weight in self.weights.items():
+            kept = weight.clone()
+            weight.copy_(self.average[name])
+            self.average[name].copy_(kept)

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import ModelConfig
 from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropout_factor, pad_to_multiple, token_rows
@@ -100,6 +101,10 @@ class WindowAttention(nn.Module):
 
     Parameter names are the official ones. log_cpb: the bias is a small network of log-spaced coordinates instead of a
     table; bias_sigmoid: squashed to (0, 16); cosine: scores are cosines times a learned factor (SwinV2).
+
+    chunk: Windows attended at once; 0 = all. One chunk after the other, with their scores, queries, keys and values
+    forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
+    section 3.5).
     """
 
     def __init__(
@@ -117,9 +122,10 @@ class WindowAttention(nn.Module):
         drop: float,
         attn_drop: float,
         layer: int,
+        chunk: int = 0,
     ) -> None:
         super().__init__()
-        self.window, self.num_heads, self.layer = window, num_heads, layer
+        self.window, self.num_heads, self.layer, self.chunk = window, num_heads, layer, chunk
         self.pretrained_window = pretrained_window or window
         self.bias_sigmoid, self.drop, self.attn_drop = bias_sigmoid, drop, attn_drop
         self.scale = qk_scale or (dim // num_heads) ** -0.5
@@ -144,19 +150,55 @@ class WindowAttention(nn.Module):
         padded_height, padded_width = x.shape[1:3]
         if shift:
             x = torch.roll(x, shifts=(-shift, -shift), dims=(1, 2))
-        qkv = self._project(partition_windows(x, self.window))
+        windows = partition_windows(x, self.window)
         bias, mask = self.position_bias(), None
         if shift:
             mask = shift_mask(padded_height, padded_width, self.window, shift, bias.device, bias.dtype)
-        out = window_attention(
-            qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale,
-            dropout_WHNN=self._attention_dropout(qkv, batch, random), implementation=self.implementation,
-        )  # fmt: skip
-        x = merge_windows(self.proj(out), batch, padded_height, padded_width)
+        if 0 < self.chunk < len(windows):
+            out = self._attend_in_chunks(windows, bias, mask, batch, random)
+        else:
+            out = self._attend(windows, bias, mask, self._dropout_rows(windows, batch, random), random)
+        x = merge_windows(out, batch, padded_height, padded_width)
         if shift:
             x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))
         x = x[:, :height, :width]
         return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)
+
+    def _attend(
+        self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, rows: Tensor | None, random: RandomContext | None
+    ) -> Tensor:
+        """Returns what whole windows become, (W, N, C). rows: see _dropout_rows."""
+        qkv, factor = self._project(x_WNC), None
+        if rows is not None:
+            tokens = x_WNC.shape[1]
+            factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
+            factor = factor.view(len(x_WNC), self.num_heads, tokens, tokens)
+        out = window_attention(
+            qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale, dropout_WHNN=factor,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return self.proj(out)
+
+    def _attend_in_chunks(
+        self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, batch: int, random: RandomContext | None
+    ) -> Tensor:
+        """Returns what _attend does, holding the scores of one chunk at a time."""
+        rows, outputs = self._dropout_rows(x_WNC, batch, random), []
+        per_window = self.num_heads * x_WNC.shape[1]
+        for start in range(0, len(x_WNC), self.chunk):
+            x = x_WNC[start : start + self.chunk]
+            part_mask = part_rows = None
+            if mask is not None:
+                part_mask = mask[torch.arange(start, start + len(x), device=mask.device) % len(mask)]
+            if rows is not None:
+                part_rows = rows[start * per_window : (start + len(x)) * per_window]
+            arguments = x, bias, part_mask, part_rows, random
+            if torch.is_grad_enabled():
+                out = checkpoint(self._attend, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out = self._attend(*arguments)
+            outputs.append(out)
+        return torch.cat(outputs)
 
     def position_bias(self) -> Tensor:
         """Returns (heads, N, N), the bias of every (query, key) pair of a window."""
@@ -194,14 +236,11 @@ class WindowAttention(nn.Module):
         # Before the gather: N ** 2 / (2 * window - 1) ** 2, about a quarter, of the sigmoids of the official order.
         return 16.0 * torch.sigmoid(table) if self.bias_sigmoid else table
 
-    def _attention_dropout(self, qkv: Tensor, batch: int, random: RandomContext | None) -> Tensor | None:
-        """Returns the multiplier of the attention weights (W, heads, N, N), or None where nothing is dropped."""
+    def _dropout_rows(self, x_WNC: Tensor, batch: int, random: RandomContext | None) -> Tensor | None:
+        """Returns the global numbers of all rows of attention weights (W * heads * N,); None: nothing is dropped."""
         if random is None or self.attn_drop == 0.0:
             return None
-        tokens = qkv.shape[1]
-        rows = token_rows(random.sample, qkv.shape[0] // max(batch, 1) * self.num_heads * tokens)
-        factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
-        return factor.view(qkv.shape[0], self.num_heads, tokens, tokens)
+        return token_rows(random.sample, len(x_WNC) // max(batch, 1) * self.num_heads * x_WNC.shape[1])
 
 
 def resize_bias_table(table: Tensor, window: int) -> Tensor:

@@ -3,6 +3,8 @@
 Shape legend: B images, S channels of an image, height x width pixels, H x W patches.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,10 +35,13 @@ class MaskedImageModel(nn.Module):
         encoded = self.encoder.encode(image, random=random, mask=mask)
         return self.decoder(encoded.tokens.permute(0, 3, 1, 2)), encoded.aux
 
-    def init_weights(self, seed: int) -> None:
-        """Fills every parameter as a function of the seed and its name in the encoder or decoder."""
-        self.encoder.init_weights(seed)
-        initialize(self.decoder, seed, std=self.encoder.config.init_std)
+    def init_weights(self, seed: int, only: Collection[nn.Module] | None = None) -> None:
+        """Fills every parameter as a function of the seed and its name in the encoder or decoder.
+
+        only: Modules whose own parameters are filled; None = all.
+        """
+        self.encoder.init_weights(seed, only)
+        initialize(self.decoder, seed, std=self.encoder.config.init_std, only=only)
 
     def no_weight_decay(self) -> set[str]:
         """Returns full names of parameters without weight decay."""

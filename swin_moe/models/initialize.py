@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,19 @@ from swin_moe.moe import MoELayer
 from swin_moe.randomness import derive_key
 
 
-def initialize(model: nn.Module, seed: int, *, std: float) -> None:
+def initialize(model: nn.Module, seed: int, *, std: float, only: Collection[nn.Module] | None = None) -> None:
     """Fills the dense parameters of a model: linear layers and tables truncated normal, norms one, biases zero.
 
     Patch embedding and convolutional decoders keep torch's default rule for convolutions. The order of modules and the
     device have no influence. MoE layers fill theirs themselves; their sub-modules are skipped here.
+
+    only: Modules whose own parameters are filled; None = all.
     """
     experts = tuple(prefix for prefix, module in model.named_modules() if isinstance(module, MoELayer))
     with torch.no_grad():
         for prefix, module in model.named_modules():
+            if only is not None and module not in only:
+                continue
             if any(prefix == p or prefix.startswith(p + ".") for p in experts):
                 continue
             for name, parameter in module.named_parameters(prefix=prefix, recurse=False):

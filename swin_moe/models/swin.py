@@ -6,7 +6,7 @@ stage. Any variant takes MoE blocks, so SwinV2-MoE is name=swinv2 with moe.block
 Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -70,6 +70,7 @@ class Block(nn.Module):
                 dim, geometry.window, heads, layer=layer, pretrained_window=pretrained, qkv_bias=config.qkv_bias,
                 log_cpb=variant.bias == "log_cpb", bias_sigmoid=variant.bias_sigmoid, cosine=variant.scores == "cosine",
                 qk_scale=config.qk_scale, drop=config.drop_rate, attn_drop=config.attn_drop_rate,
+                chunk=config.attention_chunk,
             )  # fmt: skip
         self.norm2 = nn.LayerNorm(dim)
         hidden_dim = int(dim * config.mlp_ratio)
@@ -238,10 +239,15 @@ class SwinTransformer(nn.Module):
                 block.shrunk = geometry.shrunk
                 block.attn.set_window(geometry.window)
 
-    def init_weights(self, seed: int) -> None:
-        """Fills every parameter; a value depends on the seed, the parameter's name and the expert's global number."""
-        initialize(self, seed, std=self.config.init_std)
+    def init_weights(self, seed: int, only: Collection[nn.Module] | None = None) -> None:
+        """Fills every parameter; a value depends on the seed, the parameter's name and the expert's global number.
+
+        only: Modules whose own parameters are filled (a MoE layer: with all it contains); None = all.
+        """
+        initialize(self, seed, std=self.config.init_std, only=only)
         for name, module in self.named_modules():
+            if only is not None and module not in only:
+                continue
             if isinstance(module, MoELayer):
                 module.init_weights(seed, name)
             elif isinstance(module, Block) and module.post_norm:

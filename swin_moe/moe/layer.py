@@ -16,6 +16,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe import losses
 from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher
 from swin_moe.moe.experts import Dropout, GroupedExperts
+from swin_moe.moe.group_exchange import GroupExchange, route_across
 from swin_moe.moe.router import CosineRouter, LinearRouter, Routing, expert_capacity, join, route
 from swin_moe.randomness import RandomContext, derive_key, normal
 
@@ -55,6 +56,7 @@ class MoELayer(nn.Module):
             self.router = LinearRouter(dim, config.num_experts)
         self.experts = GroupedExperts(dim, hidden_dim, config.num_experts, fc2_bias=fc2_bias)
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.group_exchange: GroupExchange | None = None  # set where a routing group of training spans ranks
         self.stats: RoutingStats | None = None
 
     def forward(self, x_BLD: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor]:
@@ -98,6 +100,10 @@ class MoELayer(nn.Module):
             noisy = clean + noise_std * noise.to(clean.dtype)
         scores = torch.softmax(noisy, dim=1)
         probabilities = scores if noisy is clean else torch.softmax(clean, dim=1)
+        if self.group_exchange is not None and self.training:
+            routing, aux = self._route_across(self.group_exchange, noisy, scores, probabilities, noise_std)
+            self.stats = _statistics(routing, probabilities, aux)
+            return routing, aux
         group = x.shape[0] if config.capacity_scope == "rank" else config.group_images * tokens_per_image
         routings, parts = [], []
         for part, size in group_slices(x.shape[0], group):
@@ -113,14 +119,45 @@ class MoELayer(nn.Module):
         self.stats = _statistics(routing, probabilities, aux)
         return routing, aux
 
-    def _route_groups(self, noisy: Tensor, scores: Tensor, group_size: int) -> Routing:
+    def _capacity(self, group_size: int) -> int | None:
         config, factor = self.config, self.config.capacity_factor
         if not self.training and config.eval_capacity_factor is not None:
             factor = config.eval_capacity_factor
+        return expert_capacity(group_size, config.num_experts, top_k=config.top_k, factor=factor)
+
+    def _route_across(
+        self, exchange: GroupExchange, noisy: Tensor, scores: Tensor, probabilities: Tensor, noise_std: float
+    ) -> tuple[Routing, Tensor]:
+        """Returns the routing of this rank's tokens and the balance loss of the group that they are a part of.
+
+        The loss has the group's value on all its ranks, and weights that sum to the group's own weigh it later (the
+        task weighs a rank by its images), so it counts once.
+        """
+        config = self.config
+        routing, demand = route_across(
+            noisy,
+            exchange,
+            top_k=config.top_k,
+            capacity=self._capacity,
+            batch_prioritized=config.batch_prioritized,
+            normalize_gate=config.normalize_gate,
+            scores=scores,
+        )
+        if config.balance_loss == "gshard":
+            score_GE = exchange.sum(scores.sum(dim=0, keepdim=True))
+            first_GE = demand.count_RkE[:, :1].sum(dim=0)
+            return routing, losses.gshard_of_sums(score_GE, first_GE, demand.num_tokens)
+        threshold = noisy.gather(1, routing.expert[:, -1:]).squeeze(1)
+        chosen = losses.chosen_softly(probabilities, threshold, noise_std=noise_std)
+        sums = exchange.sum(torch.stack([probabilities.sum(dim=0), chosen.sum(dim=0)]))
+        return routing, losses.load_importance_of_sums(sums[:1], sums[1:])
+
+    def _route_groups(self, noisy: Tensor, scores: Tensor, group_size: int) -> Routing:
+        config = self.config
         return route(
             noisy,
             top_k=config.top_k,
-            capacity=expert_capacity(group_size, config.num_experts, top_k=config.top_k, factor=factor),
+            capacity=self._capacity(group_size),
             group_size=group_size,
             batch_prioritized=config.batch_prioritized,
             normalize_gate=config.normalize_gate,

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def gshard_of_sums(score_GE: Tensor, first_GE: Tensor, group_size: int) -> Tensor:
+    """Returns the mean over groups of E * sum_e P_e f_e from sums over a group's tokens: scores and first choices."""
+    return (score_GE * first_GE).sum(dim=1).mean() * (score_GE.shape[1] / max(group_size, 1) ** 2)
+
+
 def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int) -> Tensor:
     """Returns E * sum_e P_e f_e: 1 for a perfect balance, E if one expert gets everything (GShard, arXiv:2006.16668).
 
@@ -27,6 +32,20 @@ def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int) -> Tensor:
     return (mean_GE * count_GE).sum() * (num_experts / num_tokens)
 
 
+def chosen_softly(probabilities: Tensor, threshold: Tensor, *, noise_std: float) -> Tensor:
+    """Returns (T, E), Phi((p_te - threshold_t) / noise_std); its sum over tokens is the load. See load_importance."""
+    difference = probabilities - threshold[:, None]
+    if noise_std > 0:
+        # Phi(x) = erfc(-x / sqrt 2) / 2.
+        return torch.erfc(difference * (-1.0 / (noise_std * math.sqrt(2.0)))) * 0.5
+    return (difference > 0).to(probabilities.dtype)
+
+
+def load_importance_of_sums(importance_GE: Tensor, load_GE: Tensor) -> Tensor:
+    """Returns the mean over groups of (CV^2(importance) + CV^2(load)) / 2; 0 with a gradient for sums of nothing."""
+    return (_squared_variation(importance_GE) + _squared_variation(load_GE)).mean() * 0.5
+
+
 def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: float, group_size: int) -> Tensor:
     """Returns (CV^2(importance) + CV^2(load)) / 2 (V-MoE, arXiv:2106.05974, as Tutel computes it).
 
@@ -41,15 +60,9 @@ def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: floa
     num_tokens, num_experts = probabilities.shape
     if num_tokens == 0:
         return probabilities.sum() + threshold.sum()
-    difference = probabilities - threshold[:, None]
-    if noise_std > 0:
-        # Phi(x) = erfc(-x / sqrt 2) / 2.
-        chosen = torch.erfc(difference * (-1.0 / (noise_std * math.sqrt(2.0)))) * 0.5
-    else:
-        chosen = (difference > 0).to(probabilities.dtype)
-    importance = _squared_variation(probabilities.view(-1, group_size, num_experts).sum(dim=1))
-    load = _squared_variation(chosen.view(-1, group_size, num_experts).sum(dim=1))
-    return (importance + load).mean() * 0.5
+    chosen = chosen_softly(probabilities, threshold, noise_std=noise_std)
+    importance_GE, load_GE = (amount.view(-1, group_size, num_experts).sum(dim=1) for amount in (probabilities, chosen))
+    return load_importance_of_sums(importance_GE, load_GE)
 
 
 def _squared_variation(amount_GE: Tensor) -> Tensor:

@@ -24,11 +24,14 @@ from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
 from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.all_to_all import ShardGather
+from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import lookup
 
 DISPATCHERS = {"native": "swin_moe.parallel.all_to_all:AllToAllDispatcher"}
+# Backends that decide themselves who gets a slot, without the other ranks of a routing group. They are refused there.
+DECIDE_ALONE: frozenset[str] = frozenset()
 _BUCKET_BYTES = 32 * 2**20  # gradients reduced together: large enough to hide latency, small beside the experts
 
 
@@ -39,16 +42,20 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
 
 
 def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> nn.Module:
-    """Returns the model, changed in place: experts cut to this rank's part, rows dispatched over the expert group.
+    """Returns the model, changed in place: experts cut to this rank's part, rows dispatched over the expert group,
+    routing decided over the routing group.
 
     Works on meta, so that a rank never allocates experts of others; initialize or load afterwards or before.
 
     Raises:
-        ValueError: The backend is unknown, the groups were built for other degrees, or the model is parallel already.
+        ValueError: The backend is unknown or cannot do it, the groups were built for other degrees, or the model is
+            parallel already.
     """
     degrees = groups.degrees
     if parallel.expert not in (0, degrees.expert) or parallel.expert_shard not in (0, degrees.expert_shard):
         raise ValueError(f"groups of {degrees} do not fit {parallel}")
+    if groups.routing is not None:
+        _route_together(model, groups)
     if groups.expert_size == 1:
         return model
     for name, layer in _layers(model):
@@ -66,6 +73,17 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         dispatcher = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
         layer.dispatcher = dispatcher(groups, experts.num_experts)
     return model
+
+
+def _route_together(model: nn.Module, groups: Groups) -> None:
+    exchange = RankExchange(groups.routing)
+    for _, layer in _layers(model):
+        if layer.config.backend in DECIDE_ALONE:
+            raise ValueError(
+                f"model.moe.backend={layer.config.backend} cannot route {layer.config.group_images} images over "
+                f"{exchange.size} ranks; use model.moe.backend=native or a model.moe.group_images that fits one rank"
+            )
+        layer.group_exchange = exchange
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

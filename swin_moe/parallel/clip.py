@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from swin_moe.parallel.apply import dense_parameters, expert_parameters
 from swin_moe.parallel.groups import Groups
 
+_NORM_RUN = 1 << 22  # elements: torch makes a float64 copy of what it takes a norm of, 32 MiB at a time
+
 
 @torch.no_grad()
 def global_grad_norm(model: nn.Module, groups: Groups) -> Tensor:
@@ -24,9 +26,10 @@ def global_grad_norm(model: nn.Module, groups: Groups) -> Tensor:
     """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
-    dense = _squares([p.grad for _, p in dense_parameters(model) if p.grad is not None], device)
+    dense = sum_of_squares([p.grad for _, p in dense_parameters(model) if p.grad is not None], device)
     table = torch.zeros(groups.expert_size, dtype=torch.float64, device=device)
-    table[groups.expert_rank] = _squares([p.grad for _, p in expert_parameters(model) if p.grad is not None], device)
+    experts = [p.grad for _, p in expert_parameters(model) if p.grad is not None]
+    table[groups.expert_rank] = sum_of_squares(experts, device)
     if groups.expert is not None:
         dist.all_reduce(table, group=groups.expert)
     return (dense + table.sum()).sqrt()
@@ -40,8 +43,22 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor | float, max_n
         torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
 
-def _squares(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Returns the sum of squares, a float64 scalar; norms are taken per tensor in float64, in the model's order."""
-    if not gradients:
+@torch.no_grad()
+def norm_over_world(square: Tensor, groups: Groups) -> Tensor:
+    """Returns the L2 norm where no gradient element is on two ranks: the root of the sum of every rank's square.
+
+    The same bits on every rank, for the reason given at global_grad_norm. Collective.
+    """
+    table = torch.zeros(groups.world_size, dtype=torch.float64, device=square.device)
+    table[groups.rank] = square
+    if groups.world is not None:
+        dist.all_reduce(table, group=groups.world)
+    return table.sum().sqrt()
+
+
+def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Returns the sum of squares, a float64 scalar; norms are taken per run of elements in float64, in order."""
+    runs = [run for gradient in gradients for run in gradient.reshape(-1).split(_NORM_RUN) if len(run)]
+    if not runs:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+    return torch.stack(torch._foreach_norm(runs, 2, torch.float64)).square().sum()

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import socket
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.distributed import ProcessGroup
 from swin_moe.config import ParallelConfig
 from swin_moe.parallel.sharding import Coordinates, Degrees
 
-__all__ = ["Degrees", "Groups", "build_groups", "init_distributed", "single_process_groups"]
+__all__ = ["Degrees", "Groups", "build_groups", "ensure_distributed", "init_distributed", "single_process_groups"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Groups:
     expert: ProcessGroup | None = None  # the expert x expert_shard consecutive ranks that exchange tokens
     shard: ProcessGroup | None = None  # the consecutive ranks that hold parts of the same experts
     expert_data: ProcessGroup | None = None  # the ranks that hold what I hold
+    routing: ProcessGroup | None = None  # the consecutive ranks whose images compete for slots
+
+    hosts: tuple[int, ...] = (0,)  # per rank, the number of its node
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Groups":
         """Returns itself: a copied model talks to the same ranks, and process groups cannot be copied."""
@@ -78,18 +83,26 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[i
     return dist.get_rank(), world_size
 
 
+def ensure_distributed(device: torch.device) -> None:
+    """Starts torch.distributed for one process alone, where nothing is started: libraries that want it always."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+
+
 def single_process_groups() -> Groups:
     """Returns the groups of a world of one rank, for which no process group is needed."""
     return Groups(1, 0, Degrees(1, 1, 1))
 
 
 def build_groups(
-    parallel: ParallelConfig, num_experts: int, device: torch.device, *, timeout: float = 600.0
+    parallel: ParallelConfig, num_experts: int, device: torch.device, *, routing_ranks: int = 1, timeout: float = 600.0
 ) -> Groups:
     """Returns this rank's groups. Every rank of the world has to call it, with the same arguments.
 
     Args:
         device: Where this rank computes. gloo and NCCL groups do not depend on it.
+        routing_ranks: Consecutive ranks whose images form one routing group, Config.routing_ranks; divides the world.
         timeout: Seconds until a collective that not all ranks of a group joined fails; sub-groups do not inherit the
             world's.
 
@@ -105,8 +118,18 @@ def build_groups(
     expert = [list(range(start, start + span)) for start in range(0, world_size, span)]
     shards = [list(range(start, start + shard)) for start in range(0, world_size, shard)]
     replicas = [list(range(start, world_size, span)) for start in range(span)]
-    expert_group, shard_group, data_group = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas))
-    return Groups(world_size, rank, degrees, dist.group.WORLD, expert_group, shard_group, data_group)
+    routing = [list(range(start, start + routing_ranks)) for start in range(0, world_size, routing_ranks)]
+    own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing))
+    return Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=_gather_hosts(world_size, device))
+
+
+def _gather_hosts(world_size: int, device: torch.device) -> tuple[int, ...]:
+    """Returns the number of every rank's node, counted in the order of ranks."""
+    mine = torch.tensor([zlib.crc32(socket.gethostname().encode())], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyone, mine)
+    names = [int(name) for name in everyone]
+    return tuple(list(dict.fromkeys(names)).index(name) for name in names)
 
 
 def _group_of(rank: int, rank_lists: list[list[int]], timeout: float) -> ProcessGroup | None:

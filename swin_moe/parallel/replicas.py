@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from swin_moe.parallel.apply import dense_parameters
 from swin_moe.parallel.groups import Groups
@@ -28,8 +29,12 @@ def first_differing_replica(model: nn.Module, groups: Groups) -> str | None:
         return None
     names, values = [], []
     for name, parameter in dense_parameters(model):
+        if isinstance(parameter, DTensor):
+            continue  # cut over the world: no rank holds what another holds
         names.append(name)
         values.append(_fingerprint(parameter))
+    if not names:
+        return None
     low = torch.stack(values)
     both = torch.stack([low, ~low])  # the minimum of ~x is the complement of the maximum of x: one all-reduce for both
     dist.all_reduce(both, op=dist.ReduceOp.MIN, group=groups.world)

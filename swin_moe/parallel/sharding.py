@@ -9,7 +9,7 @@ rank = (expert_data_index * expert + expert_index) * expert_shard + shard_index.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swin_moe.config import ParallelConfig
@@ -74,6 +74,24 @@ class Degrees:
         }
 
 
+def describe_placement(degrees: Degrees, hosts: Sequence[int]) -> str:
+    """Returns whether the ranks that exchange tokens share a node, and if not, why; rank r runs on node hosts[r]."""
+    size = degrees.expert * degrees.expert_shard
+    groups = [hosts[start : start + size] for start in range(0, len(hosts), size)]
+    most = max(len(set(group)) for group in groups)
+    ranks = f"{size} consecutive ranks" if size > 1 else "1 rank"
+    if most == 1:
+        return f"an expert group is {ranks} of one node"
+    room = min(hosts.count(node) for node in set(hosts))
+    if sum(a != b for a, b in zip(hosts, hosts[1:])) >= len(set(hosts)):
+        reason = "consecutive ranks are on different nodes: let the hostfile fill a node before the next"
+    elif size > room:
+        reason = f"it does not fit a node of {room} ranks"
+    else:
+        reason = f"nodes of {room} ranks are not a multiple of it: change parallel.expert or parallel.expert_shard"
+    return f"an expert group is {ranks} on up to {most} nodes, because {reason}"
+
+
 @dataclass(frozen=True)
 class Placement:
     """The axis that each dim of a parameter is cut along; None or missing = not cut. Replicated over all other axes."""
@@ -96,6 +114,23 @@ TABLE: tuple[tuple[str, Placement], ...] = ((r"(^|[./])experts\.fc[12]_(weight|b
 def placement(name: str) -> Placement:
     """Returns the placement of a parameter; dense parameters are replicated."""
     return next((place for pattern, place in TABLE if re.search(pattern, name)), REPLICATED)
+
+
+def cut_dim(shape: tuple[int, ...], parts: int) -> int:
+    """Returns the dim along which a rank's expert tensor is cut over its replicas: the first that divides evenly.
+
+    FSDP2 cuts other dims than 0 only into equal parts; with one local expert dim 0 would leave ranks empty.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
+
+
+def sub_chunk(chunk: Chunk, dim: int, index: int, parts: int) -> Chunk:
+    """Returns part `index` of a box that is cut along `dim` as torch.chunk cuts; may be empty."""
+    start, length = even_split(chunk.size[dim], parts)[index]
+    offset, size = list(chunk.offset), list(chunk.size)
+    offset[dim] += start
+    size[dim] = length
+    return Chunk(tuple(offset), tuple(size))
 
 
 def local_chunk(name: str, shape: tuple[int, ...], coordinates: Coordinates) -> Chunk:

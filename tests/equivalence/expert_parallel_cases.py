@@ -1,6 +1,7 @@
 """What every rank runs to compare the spread layer with the same layer in one process, and the table of layouts."""
 
 import copy
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ class Case:
     fc2_bias: bool = True
     starve: int | None = None  # an expert that no token chooses
     recompute: bool = False
+    routing_ranks: int = 1  # consecutive ranks that hold one routing group
 
     @property
     def config(self) -> MoEConfig:
@@ -47,6 +49,26 @@ def spread(expert: int = 0, shard: int = 0) -> ParallelConfig:
 
 
 GROUPS = {"capacity_scope": "images", "group_images": 2}
+
+
+def together(images: tuple[int, ...], ranks: int, *, parallel: ParallelConfig | None = None, **options) -> Case:
+    """Returns a case of 2 images a rank (fewer at the end of the batch) whose groups span `ranks` ranks."""
+    recompute = options.pop("recompute", False)
+    options = {"capacity_scope": "images", "group_images": 2 * ranks, **NOISY, **options}
+    return Case(images, parallel or spread(), options=options, recompute=recompute, routing_ranks=ranks)
+
+
+def every_kind(images: tuple[int, ...], ranks: int) -> dict[str, Case]:
+    """Returns cases of every router option that a routing group over ranks has to get right."""
+    kinds = itertools.product((1, 2), (False, True), ("load_importance", "gshard"), (0.5, 1.25, 0.0, -0.5))
+    return {
+        f"group on {ranks} ranks: top-{k}, {loss}, capacity {factor}{', by confidence' if confident else ''}": together(
+            images, ranks, top_k=k, batch_prioritized=confident, balance_loss=loss, capacity_factor=factor
+        )
+        for k, confident, loss, factor in kinds
+    }
+
+
 CASES = {
     1: {
         "one rank": Case((3,), options=NOISY),
@@ -69,6 +91,12 @@ CASES = {
         "groups of images": Case((4, 2), options={**GROUPS, **NOISY}),
         "by need": Case((2, 1), options={"capacity_factor": 0.0, "top_k": 2, **NOISY}),
         "nothing gets a slot": Case((2, 2), options={"capacity_factor": 0.1}),
+        **every_kind((2, 1), 2),
+        "group with an empty rank": together((2, 0), 2, top_k=2, capacity_factor=0.5),
+        "group of nothing": together((0, 0), 2, top_k=2),
+        "group, recomputed": together((2, 1), 2, top_k=2, normalize_gate=True, capacity_factor=0.5, recompute=True),
+        "group without experts elsewhere": together((2, 2), 2, parallel=spread(1), capacity_factor=0.5),
+        "group, no slots": together((2, 2), 2, capacity_factor=0.1),
     },
     4: {
         "one expert a rank": Case((1, 2, 1, 1), options=NOISY),
@@ -83,6 +111,13 @@ CASES = {
         "a starved rank": Case((1, 1, 1, 1), starve=2),
         "groups of images": Case((2, 4, 2, 2), spread(2), options={**GROUPS, "top_k": 2, **NOISY}),
         "3 experts": Case((1, 2, 1, 1), experts=3),  # automatic: data only
+        **every_kind((2, 2, 2, 1), 2),
+        "group on 4 ranks": together((2, 2, 1, 0), 4, top_k=2, capacity_factor=0.5),
+        "group on 4 ranks, recomputed": together((2, 2, 2, 2), 4, router="cosine", top_k=2, recompute=True),
+        "group on 4 ranks, expert 2 x data 2": together(
+            (2, 2, 2, 1), 4, parallel=spread(2), balance_loss="gshard", capacity_factor=0.5
+        ),
+        "a group of nothing": together((2, 2, 0, 0), 2, parallel=spread(2, 2), top_k=2, capacity_factor=0.5),
     },
 }
 
@@ -144,14 +179,23 @@ def run_alone(case: Case) -> dict:
     (sum(losses) / world).backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-    return {"y": ys, "x_grad": [x.grad * world for x in xs], "weights": weights, "grads": grads, "norm": norm}
+    whole = {"aux": net.mlp.stats.aux, "dropped": net.mlp.stats.dropped}  # means something where all ran at once
+    return {
+        "whole": whole,
+        "y": ys,
+        "x_grad": [x.grad * world for x in xs],
+        "weights": weights,
+        "grads": grads,
+        "norm": norm,
+    }
 
 
 def run_spread(case: Case) -> dict:
     """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
     expected = run_alone(case)
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = build_groups(case.parallel, case.experts, torch.device("cpu"))
+    groups = build_groups(case.parallel, case.experts, torch.device("cpu"),
+                          routing_ranks=case.routing_ranks)  # fmt: skip
     with torch.device("meta"):
         net = Net(build(case))
     net = parallelize(net, case.parallel, groups).to_empty(device="cpu").initialize(case)
@@ -166,6 +210,11 @@ def run_spread(case: Case) -> dict:
     share = len(x) * world / max(sum(case.images), 1)
     y, loss = net.run(x, seen, RandomContext(7, 3, sample), share, case.recompute)
     loss.backward()
+    if case.config.capacity_scope == "images":
+        found = torch.stack([net.mlp.stats.aux * share / world, net.mlp.stats.dropped.double()])
+        dist.all_reduce(found)
+        wanted = expected["whole"]
+        errors |= {"aux": error(found[0], wanted["aux"]), "dropped": error(found[1], wanted["dropped"])}
     reduce_expert_gradients(net, groups, world)
     for _, p in dense_parameters(net):
         dist.all_reduce(p.grad)

@@ -260,3 +260,56 @@ def test_parameters_without_weight_decay():
     assert all(any(k in n for k in keywords) for n in names)
     names = [n for n, _ in tiny("swin_moe", **MOE).named_parameters() if ".mlp.router." in n]
     assert not any(k in n for k in keywords for n in names)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 12])  # 3 images have 12 windows in the first stage: 5 crosses images
+@pytest.mark.parametrize("arguments", [{}, DROPS], ids=["no drops", "drops"])
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
+def test_attention_in_chunks_changes_nothing(family, arguments, chunk, recompute):
+    moe = MOE if family == "swin_moe" else {}
+    whole = tiny(family, **arguments, **moe)
+    parts = tiny(family, **arguments, **moe, attention_chunk=chunk, use_checkpoint=recompute)
+    for x in (image(3, 3, 32, 32), image(1, 3, 50, 38)):  # the second is padded, and its small maps are shifted too
+        losses = [logits_of(model(x, random=context(*range(4, 4 + len(x))))).square().sum() for model in (whole, parts)]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+        expected, found = (torch.autograd.grad(loss, [*m.parameters()], allow_unused=True)
+                           for loss, m in zip(losses, (whole, parts)))  # fmt: skip
+        for name, a, b in zip(dict(whole.named_parameters()), expected, found):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        with torch.no_grad():
+            a, b = (logits_of(m.eval()(x)) for m in (whole, parts))
+        whole.train(), parts.train()
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_chunks_in_float32():
+    whole, parts = (create_model("swinv2", **TINY, attention_chunk=chunk) for chunk in (0, 5))
+    fill_by_rank(whole), fill_by_rank(parts)
+    x = image(3, 3, 32, 32).float()
+    torch.testing.assert_close(parts.eval()(x), whole.eval()(x), rtol=1e-6, atol=1e-6)
+
+
+def test_attention_in_chunks_of_no_image():
+    model = tiny("swin_moe", **MOE, attention_chunk=2)
+    logits_of(model(image(0, 3, 32, 32), random=context())).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_attention_in_chunks_keeps_no_scores_for_backward():
+    kept = []
+    for chunk in (0, 4):
+        storages = {}
+        model = create_model("swinv2", **{**TINY, "img_size": 128, "window_size": 8}, attention_chunk=chunk)
+
+        def remember(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            model(torch.randn(1, 3, 128, 128))
+        kept.append(sum(t.untyped_storage().nbytes() for t in storages.values()))
+    scores = 2 * 16 * 2 * 64 * 64 * 4  # bytes: 2 blocks of 16 windows, 2 heads, 64 tokens; the last stage is one chunk
+    assert kept[0] - kept[1] > 0.9 * scores, kept

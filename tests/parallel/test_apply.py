@@ -1,10 +1,13 @@
 """Cutting a model and describing what is held, for layouts that need no running ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import swin_moe
 from swin_moe.config import ParallelConfig
+from swin_moe.parallel import apply
 from swin_moe.parallel.apply import (
     dense_parameters,
     expert_parameters,
@@ -91,3 +94,12 @@ def test_expert_gradients_are_divided_and_dense_ones_left_alone():
     reduce_expert_gradients(model, single_process_groups(), 4)
     assert all((p.grad == 1.5).all() for _, p in expert_parameters(model) if p.grad is not None)
     assert all((p.grad == 6.0).all() for _, p in dense_parameters(model) if p.grad is not None)
+
+
+def test_a_backend_that_decides_alone_is_refused_where_groups_span_ranks(monkeypatch):
+    monkeypatch.setattr(apply, "DECIDE_ALONE", {"native"})
+    monkeypatch.setattr(apply, "RankExchange", lambda group: SimpleNamespace(size=2))
+    model = swin_moe.create_model("swin_moe", **TINY)
+    groups = Groups(2, 0, Degrees(1, 1, 2), routing=object())
+    with pytest.raises(ValueError, match="model.moe.backend=native cannot route 0 images over 2 ranks"):
+        parallelize(model, ParallelConfig(expert=1), groups)

@@ -8,7 +8,7 @@ import pytest
 
 from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
-from swin_moe.parallel.sharding import Degrees, local_chunk, placement
+from swin_moe.parallel.sharding import Degrees, cut_dim, describe_placement, local_chunk, placement, sub_chunk
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,32 @@ def test_every_element_is_held_once_per_replica(degrees, shape):
         for element in itertools.product(*(range(o, o + n) for o, n in zip(chunk.offset, chunk.size))):
             count[element] += 1
     assert set(count.values()) == {degrees.expert_data}
+
+
+@pytest.mark.parametrize(("degrees", "hosts", "sentence"), [
+    ((4, 1, 2), (0,) * 4 + (1,) * 4, "4 consecutive ranks of one node"),
+    ((2, 2, 2), (0,) * 4 + (1,) * 4, "4 consecutive ranks of one node"),
+    ((1, 1, 4), (0, 1, 0, 1), "1 rank of one node"),
+    ((8, 1, 1), (0,) * 4 + (1,) * 4, "on up to 2 nodes, because it does not fit a node of 4 ranks"),
+    ((2, 1, 3), (0,) * 3 + (1,) * 3, "on up to 2 nodes, because nodes of 3 ranks are not a multiple"),
+    ((2, 1, 2), (0, 1, 0, 1), "on up to 2 nodes, because consecutive ranks are on different nodes"),
+])  # fmt: skip
+def test_placement_of_expert_groups_on_nodes(degrees, hosts, sentence):
+    assert sentence in describe_placement(Degrees(*degrees), hosts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "expected"),
+    [((4, 8, 6), 2, 0), ((1, 8, 6), 2, 1), ((3, 9, 6), 2, 2), ((3, 9, 5), 2, 0), ((0, 8), 4, 0)],
+)
+def test_replicas_are_cut_where_parts_are_equal(shape, parts, expected):
+    assert cut_dim(shape, parts) == expected
+
+
+def test_parts_of_a_box_by_hand():
+    box = Chunk((4, 2), (3, 5))
+    assert [sub_chunk(box, 0, i, 2) for i in range(2)] == [Chunk((4, 2), (2, 5)), Chunk((6, 2), (1, 5))]
+    assert [sub_chunk(box, 1, i, 4).size for i in range(4)] == [(3, 2), (3, 2), (3, 1), (3, 0)]
 
 
 def test_needs_no_torch():

@@ -38,14 +38,19 @@ TINY = [
     "checkpoint.keep=0",
 ]  # 45 steps an epoch (the last one smaller): 0.13 epochs are 5 steps
 
+TOGETHER = ["engine.precision=fp64", "model.moe.capacity_factor=0.7", "model.moe.top_k=2"]  # routing groups over ranks
+
 
 def open_tiny(directory: Path, *options: str) -> Session:
     """Returns a session of the tiny digits run in this (already started) world."""
     overrides = [*TINY, f"run.output={directory}", "run.name=run", *options]
     config = load_config("digits_swin_moe", overrides)
     device = torch.device("cpu")
-    groups = build_groups(config.parallel, config.model.moe.num_experts, device)
-    config.check(groups.world_size)
+    world_size = torch.distributed.get_world_size()
+    config.check(world_size)
+    groups = build_groups(
+        config.parallel, config.model.moe.num_experts, device, routing_ranks=config.routing_ranks(world_size)
+    )
     return Session(config, groups, device)
 
 
@@ -133,6 +138,9 @@ def run_world(root: str, world: int) -> dict:
         "odd": ["model.moe.num_experts=3", f"parallel.expert={min(2, world)}"],  # 2 experts on one rank, 1 on the other
     }.items():
         result[name] = _final(train(open_tiny(own / name, "engine.precision=fp64", *options)))
+    result["together"] = _final(train(open_tiny(own / "together", *TOGETHER, "model.moe.group_images=32")))
+    micro = f"data.micro_batch={8 if world == 1 else 4}"  # the same groups of 8 images: on one rank, or on two
+    result["together in parts"] = _final(train(open_tiny(own / "parts8", *TOGETHER, "model.moe.group_images=8", micro)))
     result["bf16"] = losses(train(open_tiny(own / "bf16", "engine.precision=bf16")).session)
     fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
     result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)

@@ -7,6 +7,17 @@ from tests.ranks import run_ranks
 from tests.training import cases
 
 WORLDS = (1, 2, 4)
+CASES = (
+    "double",
+    "accumulated",
+    "recomputed",
+    "uneven",
+    "shared",
+    "replicated",
+    "odd",
+    "together",
+    "together in parts",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +54,10 @@ def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
     assert runs[world][0]["tampered"] == "head.bias"
 
 
-@pytest.mark.parametrize("case", ["double", "accumulated", "recomputed", "uneven", "shared", "replicated", "odd"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_layout_accumulation_and_recomputation_change_nothing(runs, case, world):
-    reference = case if case in ("uneven", "shared", "odd") else "double"
+    reference = "double" if case in ("accumulated", "recomputed", "replicated") else case
     expected, actual = runs[1][0][reference], runs[world][0][case]
     torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-10, atol=1e-12)
     weights = gathered(runs[1], reference)

@@ -1,0 +1,395 @@
+"""One table of engines, ZeRO stages and layouts, and what a rank runs: 20 clipped AdamW steps of a tiny Swin-MoE.
+
+A new engine or layout is a row of CASES. All rows of a world run in one MPI start; each is compared with the same run
+on one rank by engine torch without ZeRO (test_engines.py). Gate noise, drop path and expert dropout are on everywhere.
+"""
+
+import hashlib
+import importlib.util
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from swin_moe.config_io import load_config
+from swin_moe.data.batch import to_device
+from swin_moe.engine.base import StepStats
+from swin_moe.parallel.groups import build_groups
+from swin_moe.session import Session
+from swin_moe.train import Trainer
+
+STEPS = 20
+BATCH = 16
+MODEL = (
+    "model.img_size=16",
+    "model.patch_size=2",
+    "model.embed_dim=8",
+    "model.depths=[1,2]",
+    "model.num_heads=[1,2]",
+    "model.window_size=4",
+    "model.drop_path_rate=0.2",
+    "model.moe.blocks=[[0],[1]]",
+    "model.moe.group_images=2",
+    "model.moe.gate_noise=1.0",
+    "model.moe.dropout=0.2",
+    "data.name=synthetic",
+    f"data.global_batch={BATCH}",
+    "data.eval_batch=8",
+    "data.crop_scale=[0.8,1.0]",
+    "data.erase_prob=0.0",
+    "optim.lr=0.002",
+    "optim.epochs=40",
+    "optim.warmup_epochs=0",
+    "optim.ema=0.9",
+    "optim.clip_norm=0.1",
+    "log.tensorboard=false",
+    "engine.device=cpu",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; what it is compared with depends only on `oracle`."""
+
+    engine: str
+    zero: int
+    world: int
+    expert: int = 0  # 0 = automatic, as in the config
+    expert_shard: int = 0
+    num_experts: int = 4
+    precision: str = "fp64"
+    accumulation: int = 1
+    recompute: bool = False
+    uneven: bool = False  # epochs of 33 images: the third step has one image, all ranks but the first have none
+    offload: str = "none"
+    options: tuple[str, ...] = ()  # further key=value, of the oracle too
+    full: bool = False  # only with --full
+
+    @property
+    def name(self) -> str:
+        """Returns the test's name."""
+        parts = [self.engine, f"zero{self.zero}", f"w{self.world}"]
+        parts += [f"{key}{value}" for key, value in (("ep", self.expert), ("es", self.expert_shard)) if value]
+        parts += [f"{self.num_experts}x", self.precision]
+        parts += [f"acc{self.accumulation}"] if self.accumulation > 1 else []
+        parts += [word for word in ("recompute", "uneven") if getattr(self, word)]
+        parts += [f"offload={self.offload}"] if self.offload != "none" else []
+        return "-".join([*parts, *self.options])
+
+    @property
+    def missing(self) -> str:
+        """Returns the package this case needs and does not find, or nothing."""
+        return "" if self.engine == "torch" or importlib.util.find_spec(self.engine) else self.engine
+
+    @property
+    def oracle(self) -> "Case":
+        """Returns the same training on one rank."""
+        return Case("torch", 0, 1, num_experts=self.num_experts, precision=self.precision, uneven=self.uneven,
+                    options=self.options)  # fmt: skip
+
+    @property
+    def overrides(self) -> list[str]:
+        """Returns the configuration as key=value."""
+        return [
+            *MODEL,
+            f"engine.name={self.engine}",
+            f"parallel.zero={self.zero}",
+            f"parallel.expert={self.expert}",
+            f"parallel.expert_shard={self.expert_shard}",
+            f"model.moe.num_experts={self.num_experts}",
+            f"engine.precision={self.precision}",
+            f"data.micro_batch={BATCH // self.world // self.accumulation}",
+            f"parallel.recompute={'block' if self.recompute else 'none'}",
+            f"engine.offload={self.offload}",
+            f"data.synthetic_samples={33 if self.uneven else 64}",
+            f"data.drop_last={'false' if self.uneven else 'true'}",
+            *self.options,
+        ]
+
+
+TOP2 = ("model.moe.top_k=2",)
+COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
+
+# With seed 0 and 32 experts a ReLU of the position bias stands at 0: one rank in float32 is on the other side of it
+# than in float64, 1.2e-3 away in that bias, while two ranks in float32 (torch, DeepSpeed) are 2.7e-6 from float64.
+SEED = ("run.seed=1",)
+
+# 32 experts, 16 or 64 tokens an image: in a step with one image most experts have no token.
+CASES = (
+    # Every stage in the layouts that differ: all experts apart, replicated experts, shards of experts, uneven experts.
+    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
+    *(Case("torch", zero, 2, expert=1, expert_shard=1) for zero in (1, 3)),
+    *(Case("torch", zero, 2, expert=2, num_experts=3, uneven=True) for zero in (1, 2, 3)),
+    Case("torch", 3, 2, expert=1, expert_shard=2, options=TOP2),
+    Case("torch", 2, 2, accumulation=4, options=TOP2),
+    Case("torch", 3, 2, accumulation=2, uneven=True, recompute=True, num_experts=32),
+    Case("torch", 1, 2, accumulation=2, offload="optimizer"),
+    Case("torch", 3, 2, offload="optimizer", expert=1, expert_shard=1),
+    Case("torch", 3, 2, precision="fp32", recompute=True),
+    Case("torch", 2, 2, precision="bf16", expert=1, expert_shard=1),
+    Case("torch", 3, 2, precision="fp16"),
+    Case("torch", 0, 4, expert=2, expert_shard=2),
+    Case("torch", 1, 4, expert=2, uneven=True),
+    Case("torch", 2, 4, expert=2, options=TOP2),
+    Case("torch", 3, 4, expert=2, accumulation=2, uneven=True),
+    Case("torch", 3, 4, expert=4, num_experts=5, options=TOP2),
+    Case("torch", 3, 4, expert=1, expert_shard=2, num_experts=3),
+    Case("torch", 3, 4, expert=1, expert_shard=4),
+    Case("torch", 3, 4, expert=1, expert_shard=1, num_experts=3, recompute=True, options=COSINE),
+    Case("torch", 3, 4, expert=2, precision="fp32"),
+    # DeepSpeed: float32 at most, equal experts on every rank.
+    *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
+    Case("deepspeed", 1, 2, precision="fp32", expert=1, expert_shard=1, offload="optimizer"),
+    Case("deepspeed", 2, 2, precision="fp32", expert=1, expert_shard=2, accumulation=4, options=TOP2),
+    Case("deepspeed", 3, 2, 0, 0, 32, "fp32", accumulation=2, uneven=True, recompute=True, options=SEED),
+    Case("deepspeed", 3, 2, precision="fp32", accumulation=2, offload="parameters"),
+    Case("deepspeed", 2, 2, precision="bf16", expert=1, expert_shard=1),
+    Case("deepspeed", 3, 2, precision="fp16"),
+    Case("deepspeed", 1, 4, precision="fp32", expert=2, uneven=True, accumulation=2),
+    Case("deepspeed", 2, 4, precision="fp32", expert=2, expert_shard=2, recompute=True),
+    Case("deepspeed", 2, 4, precision="fp32", expert=4, accumulation=2, offload="optimizer"),
+    Case("deepspeed", 3, 4, precision="fp32", expert=2, accumulation=2, uneven=True),
+    Case("deepspeed", 3, 4, precision="fp32", expert=1, expert_shard=1, num_experts=3, options=COSINE),
+    # FairScale.
+    *(Case("fairscale", zero, 2) for zero in (1, 2)),
+    *(Case("fairscale", zero, 2, expert=2, num_experts=3, uneven=True, accumulation=2) for zero in (1, 2)),
+    Case("fairscale", 2, 2, expert=1, expert_shard=2, recompute=True, options=TOP2),
+    Case("fairscale", 2, 2, precision="fp16"),
+    Case("fairscale", 1, 4, expert=2, precision="fp32"),
+    Case("fairscale", 2, 4, expert=2, accumulation=2, uneven=True),
+    Case("fairscale", 2, 4, expert=4, num_experts=5, options=TOP2),
+    Case("fairscale", 2, 4, expert=1, expert_shard=2, num_experts=3),
+    # The rest of the matrix.
+    *(
+        Case("torch", zero, world, expert, shard, experts, precision, accumulation, recompute, uneven, full=True)
+        for zero in (0, 1, 2, 3)
+        for world, expert, shard, experts in (
+            (2, 2, 1, 4), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 4),
+            (4, 4, 1, 4), (4, 2, 1, 4), (4, 2, 2, 4), (4, 1, 2, 3), (4, 1, 4, 2), (4, 4, 1, 5), (4, 1, 1, 3),
+        )
+        for precision, accumulation, recompute, uneven in (
+            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 1, False, True), ("fp32", 2, True, False),
+        )
+    ),
+    *(
+        Case("torch", zero, world, expert, 1, precision=precision, accumulation=accumulation, full=True)
+        for zero in (0, 1, 2, 3)
+        for world, expert in ((2, 2), (4, 2))
+        for precision, accumulation in (("bf16", 1), ("bf16", 2), ("fp16", 1))
+    ),
+    *(
+        Case("deepspeed", zero, world, expert, shard, 4, "fp32", accumulation, recompute, uneven, offload, full=True)
+        for zero in (1, 2, 3)
+        for world, expert, shard in ((2, 2, 1), (2, 1, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 1, 4))
+        for accumulation, recompute, uneven, offload in (
+            (1, True, True, "none"), (2, False, True, "none"), (2, True, False, "optimizer"),
+        )
+    ),
+    *(
+        Case("fairscale", zero, world, expert, shard, experts, precision, accumulation, recompute, uneven, full=True)
+        for zero in (1, 2)
+        for world, expert, shard, experts in ((2, 2, 1, 4), (2, 1, 1, 3), (4, 2, 2, 4), (4, 4, 1, 5), (4, 1, 1, 3))
+        for precision, accumulation, recompute, uneven in (
+            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 2, True, True),
+        )
+    ),
+    *(
+        Case(engine, zero, 4, 2, 1, precision=precision, accumulation=2, full=True)
+        for engine, zero in (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fairscale", 1), ("fairscale", 2))
+        for precision in ("bf16", "fp16")
+    ),
+)  # fmt: skip
+
+
+# Every one of these writes the same checkpoint for the same state, and continues every other's.
+CHECKPOINTS = (
+    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
+    *(Case("torch", zero, 2, expert=1, expert_shard=1) for zero in (1, 2)),
+    Case("torch", 3, 2, expert=1, expert_shard=2, offload="optimizer"),
+    *(Case("torch", zero, 4, expert=2) for zero in (1, 3)),
+    Case("torch", 3, 4, expert=1, expert_shard=1),
+    Case("torch", 2, 4, expert=2, expert_shard=2),
+    *(Case("fairscale", zero, 2) for zero in (1, 2)),
+    Case("fairscale", 2, 4, expert=2),
+    *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
+    Case("deepspeed", 2, 2, expert=1, expert_shard=2, offload="optimizer", precision="fp32"),
+    Case("deepspeed", 3, 2, expert=1, expert_shard=1, offload="parameters", precision="fp32"),
+    *(Case("deepspeed", zero, 4, expert=2, precision="fp32") for zero in (1, 2, 3)),
+)
+# Steps that are skipped.
+POISONED = (
+    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
+    *(Case("fairscale", zero, 2) for zero in (1, 2)),
+    *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
+    *(Case("deepspeed", zero, 2, precision="fp32", offload="optimizer") for zero in (2, 3)),
+)
+
+
+def chosen(world: int, full: bool) -> list[Case]:
+    """Returns the rows of a world that can run here, without repetition."""
+    return list(dict.fromkeys(c for c in CASES if c.world == world and (full or not c.full) and not c.missing))
+
+
+def runnable(cases: tuple[Case, ...], world: int) -> list[Case]:
+    """Returns the cases of a world whose packages are installed."""
+    return [case for case in cases if case.world == world and not case.missing]
+
+
+def open_case(case: Case, directory: Path, *options: str) -> Session:
+    """Returns a session of the case in this (already started) world; refuses as open_session does."""
+    config = load_config("digits_swin_moe", [*case.overrides, f"run.output={directory}", *options])
+    config.check(case.world)
+    groups = build_groups(
+        config.parallel,
+        config.model.moe.num_experts,
+        torch.device("cpu"),
+        routing_ranks=config.routing_ranks(case.world),
+    )
+    return Session(config, groups, torch.device("cpu"))
+
+
+def take_step(trainer: Trainer, step: int, batches: object) -> tuple[list[float], StepStats]:
+    """Returns ([task loss, auxiliary loss, pairs dropped], statistics) of one optimizer step, summed over ranks."""
+    context = trainer._context(step, trainer._count(batches))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for index, batch in enumerate(batches):
+        batch = to_device(batch, trainer.device, trainer.config.engine.precision)
+        with trainer.engine.micro_step(last=index == len(batches) - 1):
+            loss = trainer.task.loss(trainer.engine.model, batch, context)
+            trainer.engine.backward(loss.total)
+        sums[:2] += torch.stack([loss.task, loss.aux])
+        sums[2] += sum(int(m.stats.dropped) for m in trainer.engine.local_model.modules() if hasattr(m, "stats"))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    stats = trainer.engine.step(step)
+    if stats.skipped:
+        trainer.engine.discard_gradients()
+    return sums.tolist(), stats
+
+
+def saved(trainer: Trainer) -> list[tuple]:
+    """Returns (name, global shape, offset, tensor) of this rank's pieces."""
+    return [(p.name, p.shape, p.chunk.offset, torch.as_tensor(p.tensor).clone()) for p in trainer.engine.pieces()]
+
+
+def run_case(case: Case) -> dict:
+    """Returns numbers of every step, gradients of the first (as Adam's first moment) and the final weights."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(open_case(case, Path(directory)))
+    rows = []
+    for step, batches in enumerate(trainer.loader.batches(0, STEPS)):
+        sums, stats = take_step(trainer, step, batches)
+        rows.append([*sums, stats.grad_norm, stats.clip_factor, float(stats.skipped)])
+        if step == 0:
+            first = [piece for piece in saved(trainer) if piece[0].startswith("optim.exp_avg/")]
+    trainer.loader.close()
+    final = [piece for piece in saved(trainer) if not piece[0].startswith("optim.")]
+    return {"rows": rows, "first": first, "final": final, "seconds": time.perf_counter() - start}
+
+
+def run_cases(cases: list[Case]) -> dict[str, dict]:
+    """Returns what run_case gave for each; an error becomes {"error": text}, which all ranks have to meet alike."""
+    results = {}
+    for case in cases:
+        try:
+            results[case.name] = run_case(case)
+        except ValueError:
+            results[case.name] = {"error": traceback.format_exc()}
+    return results
+
+
+def train_and_save(case: Case, root: str, steps: int, source: str = "") -> str:
+    """Returns the checkpoint that a run writes `steps` after its start, or after the checkpoint `source`."""
+    extra = (f"checkpoint.load={source}",) if source else ()
+    trainer = Trainer(open_case(case, Path(root), *extra))
+    trainer.resume()
+    begin = trainer.progress.step
+    for step, batches in zip(range(begin, begin + steps), trainer.loader.batches(begin, begin + steps)):
+        take_step(trainer, step, batches)
+        trainer.progress.step, trainer.progress.samples = step + 1, trainer.progress.samples + BATCH
+    trainer._save(False)
+    return str(trainer.checkpoints.latest())
+
+
+def digests(path: str) -> dict[str, str]:
+    """Returns file -> sha256 of a checkpoint, without what says who wrote it when."""
+    files = [f for f in sorted(Path(path).iterdir()) if f.name != "provenance.json"]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def continue_from(case: Case, source: str, root: str) -> dict:
+    """Returns, for a run that starts from a checkpoint: what it saves at once, how it evaluates, and its next steps."""
+    trainer = Trainer(open_case(case, Path(root), f"checkpoint.load={source}"))
+    trainer.resume()
+    trainer._save(False)
+    files = digests(str(trainer.checkpoints.latest()))
+    evaluations, rows = [], []
+    begin = trainer.progress.step
+    for step, batches in zip(range(begin, begin + 3), trainer.loader.batches(begin, begin + 3)):
+        with trainer.engine.evaluation():
+            images = (to_device(b, trainer.device, trainer.config.engine.precision) for b in trainer.eval_loader)
+            result = trainer.task.evaluate(trainer.engine.local_model, images, trainer._context(step, 0))
+            evaluations.append(result["loss"])
+        sums, stats = take_step(trainer, step, batches)
+        rows.append([*sums, stats.grad_norm, stats.clip_factor, float(stats.skipped)])
+    return {"files": files, "rows": rows, "evaluations": evaluations}
+
+
+def poison(case: Case, root: str) -> dict:
+    """Returns what a step does in which the last rank's gradients are not numbers, and the step after it."""
+    trainer = Trainer(open_case(case, Path(root)))
+    before = saved(trainer)
+    factor = float("nan") if dist.get_rank() == dist.get_world_size() - 1 else 1.0
+    handle = trainer.engine.local_model.norm.register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda g: g * factor) and None
+    )
+    batches = trainer.loader.batches(0, 2)
+    _, skipped = take_step(trainer, 0, next(batches))
+    same = all(torch.equal(a[3], b[3]) for a, b in zip(before, saved(trainer)))
+    handle.remove()
+    _, good = take_step(trainer, 1, next(batches))
+    return {"skipped": skipped.skipped, "unchanged": same, "then": good.skipped, "norm": good.grad_norm}
+
+
+def run_alone(cases: list[Case], root: str) -> dict:
+    """Returns what one rank gives: cases, and by precision a checkpoint, what follows it and a later one."""
+    result = {"cases": run_cases(cases)}
+    for precision in ("fp64", "fp32"):
+        alone, folder = Case("torch", 0, 1, precision=precision), f"{root}/{precision}"
+        source = train_and_save(alone, f"{folder}/source", 3)
+        later = train_and_save(alone, f"{folder}/later", 2, source)
+        result[precision] = {
+            "source": source,
+            "continued": continue_from(alone, source, f"{folder}/continued"),
+            "later": continue_from(alone, later, f"{folder}/rest"),
+        }
+    return result
+
+
+def run_world(cases: list[Case], sources: dict[str, str], root: str) -> dict:
+    """Returns what one rank of a world gives: cases, checkpoints, steps that are skipped. sources: By precision."""
+    world = dist.get_world_size()
+    checkpoints = runnable(CHECKPOINTS, world)
+    return {
+        "cases": run_cases(cases),
+        "continued": {c.name: continue_from(c, sources[c.precision], f"{root}/{c.name}") for c in checkpoints},
+        "saved": {
+            c.name: train_and_save(c, f"{root}/saved-{c.name}", 2, sources[c.precision])
+            for c in checkpoints
+            if c.zero == 3 or c.engine != "torch"
+        },
+        "poisoned": {c.name: poison(c, f"{root}/poisoned-{c.name}") for c in runnable(POISONED, world)},
+    }
+
+
+def read_back(cases: list[Case], paths: dict[str, str], root: str) -> dict[str, dict]:
+    """Returns how one rank continues what others saved."""
+    return {
+        c.name: continue_from(Case("torch", 0, 1, precision=c.precision), paths[c.name], f"{root}/{c.name}")
+        for c in cases
+    }

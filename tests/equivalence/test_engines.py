@@ -1,0 +1,164 @@
+"""Every engine, ZeRO stage and layout trains as one rank does (table: engine_cases.py)."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.equivalence import engine_cases
+from tests.equivalence.engine_cases import CASES, CHECKPOINTS, Case, chosen, runnable
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.mpi
+WORLDS = (2, 4)
+# Relative: losses, norm and clip factor of (first step, all steps); gradients of the first step and final weights, as
+# the norm of the difference over the norm.
+BOUNDS = {"fp64": (1e-10, 1e-10, 1e-10, 1e-10), "fp32": (2e-6, None, 2e-6, 1e-5)}
+CONTINUED = {"fp64": 1e-10, "fp32": 1e-5}  # steps after a checkpoint
+HALF_FACTOR = 1.5  # bf16 and fp16: how much further from float64 than one rank in that precision
+
+
+def gathered(results: list[dict], part: str) -> dict[str, torch.Tensor]:
+    """Returns the global tensors, put together from every rank's pieces."""
+    tensors: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, shape, offset, tensor in result[part]:
+            whole = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=torch.float64))
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape))] = tensor.double()
+    for name, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"no rank holds all of {name}"
+        if name.endswith("qkv.bias"):  # the key third's true gradient is 0: Adam turns its rounding noise into steps
+            third = tensor.shape[0] // 3
+            tensor[third : 2 * third] = 0
+    return tensors
+
+
+def distances(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Returns name -> norm of the difference over the norm."""
+    assert actual.keys() == expected.keys()
+    return {n: float((actual[n] - e).norm() / e.norm().clamp_min(1e-30)) for n, e in expected.items()}
+
+
+def worst(found: dict[str, float]) -> tuple[float, str]:
+    return max((value, name) for name, value in found.items())
+
+
+def measure(case: Case, results: list[dict], oracle: list[dict]) -> dict[str, tuple[float, str]]:
+    """Returns what was compared -> (largest relative difference, where)."""
+    for result in results[1:]:
+        assert result["rows"] == results[0]["rows"], "ranks report different numbers"
+    actual, expected = (torch.tensor(r[0]["rows"], dtype=torch.float64) for r in (results, oracle))
+    assert torch.equal(actual[0, [2, 5]], expected[0, [2, 5]]), "dropped tokens or skipped steps differ"
+    relative = (actual - expected).abs() / expected.abs().clamp_min(1e-30)
+    numbers = relative[:, [0, 1, 3, 4]]
+    return {
+        "first": (float(numbers[0].max()), "loss, norm"),
+        "curve": (float(numbers.max()), "loss, norm"),
+        "dropped": (float((actual[:, 2] - expected[:, 2]).abs().max()), "pairs"),
+        "gradients": worst(distances(gathered(results, "first"), gathered(oracle, "first"))),
+        "weights": worst(distances(gathered(results, "final"), gathered(oracle, "final"))),
+    }
+
+
+def check(case: Case, results: list[dict], oracles: dict[str, list[dict]]) -> None:
+    oracle = oracles[case.oracle.name]
+    if case.precision in BOUNDS:
+        found = measure(case, results, oracle)
+        first, curve, gradients, weights = BOUNDS[case.precision]
+        bounds = {"first": first, "curve": curve, "gradients": gradients, "weights": weights}
+        bounds |= {"dropped": 0 if case.precision == "fp64" else None}
+        wrong = {what: found[what] for what, bound in bounds.items() if bound is not None and found[what][0] > bound}
+        print(case.name, {what: f"{value:.1e}" for what, (value, _) in found.items()})
+        assert not wrong, wrong
+        return
+    exact = gathered(oracles[exact_case(case).name], "final")
+    ours, alone = (
+        sum(value**2 for value in distances(gathered(r, "final"), exact).values()) ** 0.5 for r in (results, oracle)
+    )
+    print(case.name, f"{ours:.2e} from float64, one rank {alone:.2e}")
+    assert ours <= HALF_FACTOR * alone
+
+
+def exact_case(case: Case) -> Case:
+    """Returns the float64 run on one rank."""
+    return Case("torch", 0, 1, num_experts=case.num_experts, uneven=case.uneven, options=case.options)
+
+
+def oracles_of(cases: list[Case]) -> list[Case]:
+    return list(dict.fromkeys([c.oracle for c in cases] + [exact_case(c) for c in cases if c.precision not in BOUNDS]))
+
+
+@pytest.fixture(scope="module")
+def alone(request, tmp_path_factory):
+    """Returns what one rank gives for everything that is compared with it."""
+    cases = oracles_of([case for world in WORLDS for case in chosen(world, request.config.getoption("--full"))])
+    root = tmp_path_factory.mktemp("alone")
+    return run_ranks(engine_cases.run_alone, 1, root, cases, str(root), timeout=900)[0]
+
+
+@pytest.fixture(scope="module")
+def results_of(request, alone, tmp_path_factory):
+    """Returns world -> what every rank of it gave; a world is started once.
+
+    A function and not a parametrized fixture: pytest sets those up again for every test.
+    """
+
+    @functools.cache
+    def start(world: int) -> list[dict]:
+        cases = chosen(world, request.config.getoption("--full"))
+        root = tmp_path_factory.mktemp("ranks")
+        sources = {precision: alone[precision]["source"] for precision in ("fp64", "fp32")}
+        return run_ranks(engine_cases.run_world, world, root, cases, sources, str(root), timeout=3000)
+
+    return start
+
+
+def parameter(case: Case):
+    """Returns the case as pytest wants it."""
+    missing = pytest.mark.skipif(bool(case.missing), reason=f"{case.missing} is not installed")
+    return pytest.param(case, id=case.name, marks=[missing, *[pytest.mark.full] * case.full])
+
+
+@pytest.mark.parametrize("case", [parameter(case) for case in sorted(dict.fromkeys(CASES), key=lambda c: c.world)])
+def test_trains_as_one_rank_does(results_of, alone, case):
+    ranks = [result["cases"][case.name] for result in results_of(case.world)]
+    assert "error" not in ranks[0], ranks[0]["error"]
+    check(case, ranks, {name: [result] for name, result in alone["cases"].items()})
+
+
+def assert_alike(found: dict, expected: dict, case: Case) -> None:
+    """Compares next steps in the precision of the case, evaluations in the float32 of their loss."""
+    for key, bound in (("rows", CONTINUED[case.precision]), ("evaluations", 1e-6)):
+        ours, theirs = (torch.tensor(r[key], dtype=torch.float64) for r in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=0, msg=lambda m: f"{case.name}: {m}")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_checkpoints_have_the_same_bytes_and_continue_alike(results_of, alone, world):
+    results = results_of(world)
+    for precision in ("fp64", "fp32"):
+        assert alone[precision]["continued"]["files"] == engine_cases.digests(alone[precision]["source"])
+    for case in runnable(CHECKPOINTS, len(results)):
+        expected = alone[case.precision]["continued"]
+        for result in results:
+            found = result["continued"][case.name]
+            assert found["files"] == expected["files"], case.name
+            assert_alike(found, expected, case)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_one_rank_continues_what_shards_saved(results_of, alone, tmp_path, world):
+    results = results_of(world)
+    saved = results[0]["saved"]
+    cases = [case for case in runnable(CHECKPOINTS, len(results)) if case.name in saved]
+    found = run_ranks(engine_cases.read_back, 1, tmp_path, cases, saved, str(tmp_path))[0]
+    assert cases
+    for case in cases:
+        assert_alike(found[case.name], alone[case.precision]["later"], case)
+
+
+def test_a_gradient_that_is_not_a_number_stops_no_rank_alone(results_of):
+    results = results_of(2)
+    for name, first in results[0]["poisoned"].items():
+        assert first == results[1]["poisoned"][name], name
+        assert first["skipped"] and first["unchanged"] and not first["then"], name

@@ -1,0 +1,52 @@
+"""`swin-moe launch`: what is refused before a single rank is started."""
+
+import sys
+
+import pytest
+
+from launcher import __main__ as launcher
+from swin_moe import cli
+
+TRAIN = ["-m", "swin_moe.train", "digits_swin_moe"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Returns the list of argument lists that reached the launcher."""
+    calls = []
+    monkeypatch.setattr(launcher, "main", lambda arguments: calls.append(arguments) or 0)
+    return calls
+
+
+def launch(monkeypatch, ranks, *program):
+    """Returns the exit code of `swin-moe launch -n ranks -- program`."""
+    monkeypatch.setattr(sys, "argv", ["swin-moe", "launch", "-n", str(ranks), "--", *program])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize(("ranks", "option", "sentence"), [
+    (2, "parallel.expert=3", "parallel.expert=3"),
+    (4, "parallel.expert_shard=3", "parallel.expert_shard=3 does not divide the world of 4 ranks"),
+    (3, "model.moe.num_experts=8", "nearest batches that are: 66"),  # 64 images over 3 ranks
+    (2, "model.moe.group_images=5", "model.moe.group_images=5 must divide"),
+    (2, "optim.lrr=1", "optim.lr"),
+    (2, "engine.name=fairscale", "parallel.zero"),
+])  # fmt: skip
+def test_a_bad_layout_starts_nothing(monkeypatch, capsys, started, ranks, option, sentence):
+    assert launch(monkeypatch, ranks, *TRAIN, option) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and sentence in errors[0]
+    assert not started
+
+
+def test_a_missing_config_starts_nothing(monkeypatch, capsys, started):
+    assert launch(monkeypatch, 2, "-m", "swin_moe.evaluate", "/nowhere.yaml") == 2
+    assert "/nowhere.yaml" in capsys.readouterr().err and not started
+
+
+@pytest.mark.parametrize("program", [TRAIN, ["-m", "swin_moe.train", "-h"], ["-m", "other.module", "x"], ["script.py"]])
+def test_everything_else_is_the_launchers(monkeypatch, started, program):
+    assert launch(monkeypatch, 2, *program) == 0
+    assert started == [["-n", "2", "--", *program]]

@@ -1,0 +1,40 @@
+"""What Config refuses about a batch in a world of so many ranks."""
+
+import pytest
+
+from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
+
+
+@pytest.mark.parametrize(("batch", "micro", "group", "world", "ranks"), [
+    (32, 0, 8, 4, 1),  # one group a rank
+    (32, 0, 4, 4, 1),
+    (32, 0, 16, 4, 2),
+    (32, 0, 32, 4, 4),
+    (32, 4, 8, 4, 2),  # two accumulation steps
+    (32, 0, 32, 1, 1),
+])  # fmt: skip
+def test_routing_groups_may_span_ranks(batch, micro, group, world, ranks):
+    moe = MoEConfig(blocks=((0,),), capacity_scope="images", group_images=group)
+    config = Config(data=DataConfig(global_batch=batch, micro_batch=micro), model=ModelConfig(moe=moe))
+    assert config.routing_ranks(world) == ranks
+
+
+@pytest.mark.parametrize(("batch", "micro", "group", "world", "sentence"), [
+    (32, 0, 5, 4, "group_images=5 must divide the micro-batch of 8 images, or be 16 or 32 "),
+    (24, 0, 16, 3, "group_images=16 must divide the micro-batch of 8 images, or be 24 "),  # 3 ranks are not whole pairs
+    (32, 4, 32, 4, "group_images=32 must divide the micro-batch of 4 images, or be 8 or 16 "),  # two accumulation steps
+    (32, 8, 16, 1, "group_images=16 must divide the micro-batch of 8 images; "),
+])  # fmt: skip
+def test_routing_groups_are_whole_ranks_of_one_micro_step(batch, micro, group, world, sentence):
+    moe = MoEConfig(blocks=((0,),), capacity_scope="images", group_images=group)
+    config = Config(data=DataConfig(global_batch=batch, micro_batch=micro), model=ModelConfig(moe=moe))
+    with pytest.raises(ValueError, match=sentence):
+        config.check(world)
+
+
+def test_evaluation_of_a_group_that_spans_ranks_is_by_need():
+    moe = MoEConfig(blocks=((0,),), capacity_scope="images", group_images=32, eval_capacity_factor=1.25)
+    config = Config(data=DataConfig(global_batch=32), model=ModelConfig(moe=moe))
+    config.check(1)
+    with pytest.raises(ValueError, match="eval_capacity_factor=1.25 must be 0"):
+        config.check(2)

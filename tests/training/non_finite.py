@@ -1,0 +1,99 @@
+"""What the ranks run in test_non_finite.py: one gradient of one rank is spoiled for one step."""
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from swin_moe.engine.gradient_watch import GradientWatch
+from swin_moe.metrics import LOGGER
+from swin_moe.train import Trainer
+from tests.training.cases import open_tiny
+
+EXPERT, DENSE = "layers.1.blocks.1.mlp.experts.fc1_weight", "layers.0.blocks.0.attn.qkv.weight"
+KINDS = (("nan", "fp32", 0), ("inf", "fp32", 0), ("nan", "fp16", 0), ("nan", "fp32", 1), ("nan", "fp32", 3))
+CASES = {
+    f"{value} in {kind}, {precision}, ZeRO-{zero}": (name, value, precision, zero)
+    for kind, name in {"expert": EXPERT, "dense": DENSE}.items()
+    for value, precision, zero in KINDS
+}
+BAD_RANK, BAD_STEP = 1, 1
+
+
+class Messages(logging.Handler):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def spoil(trainer: Trainer, name: str, value: str) -> None:
+    """Replaces one element of the parameter's gradient on this rank, in BAD_STEP."""
+    owner, _, key = name.rpartition(".")
+    module, done = trainer.engine.local_model.get_submodule(owner), []
+
+    def replace(gradient):
+        if trainer.progress.step == BAD_STEP:
+            gradient = gradient.clone()
+            gradient.view(-1)[3] = float(value)
+        return gradient
+
+    def attach(*_):
+        # In the forward, because FSDP2 exchanges the parameters then.
+        if not done:
+            done.append(getattr(module, key).register_hook(replace))
+
+    block = name.rpartition(".experts")[0] + ".experts" if ".experts." in name else name.split(".attn")[0]
+    trainer.engine.local_model.get_submodule(block).register_forward_pre_hook(attach)
+
+
+def take_away_watch_hooks(trainer: Trainer) -> list[tuple]:
+    """Returns (module, hook) of the trainer's watch, removed: hooks of a gradient run in the order they were set."""
+    taken = []
+    for module in trainer.engine.local_model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(getattr(getattr(hook, "func", None), "__self__", None), GradientWatch):
+                taken.append((module, hook))
+                del module._forward_pre_hooks[number]
+    return taken
+
+
+def run(root: Path, case: str) -> dict:
+    name, value, precision, zero = CASES[case]
+    options = [f"engine.precision={precision}", f"parallel.zero={zero}", "optim.epochs=0.1", "optim.warmup_epochs=0"]
+    trainer = Trainer(open_tiny(root / case.replace(" ", "-"), *options))
+    if precision == "fp16":
+        trainer.engine.loss_scale.value = 8.0  # no overflow of its own
+    if dist.get_rank() == BAD_RANK:
+        own = take_away_watch_hooks(trainer)
+        spoil(trainer, name, value)
+        for module, hook in own:
+            module.register_forward_pre_hook(hook)
+    updates, messages = [], Messages()
+    original = trainer.engine.step
+
+    def step(t):
+        weights = {n: torch.as_tensor(p.tensor).clone() for n, p in enumerate(trainer.engine.pieces())}
+        stats = original(t)
+        after = {n: torch.as_tensor(p.tensor) for n, p in enumerate(trainer.engine.pieces())}
+        updates.append((stats.skipped, all(torch.equal(weights[n], after[n]) for n in weights)))
+        return stats
+
+    trainer.engine.step = step
+    LOGGER.addHandler(messages)
+    try:
+        trainer.run()
+    finally:
+        LOGGER.removeHandler(messages)
+    scale = trainer.engine.loss_scale.value
+    return {"updates": updates, "messages": messages.texts, "scale": scale, "taken": trainer.engine.updates}
+
+
+def run_world(root: str) -> dict:
+    """Returns case -> what run gave on this rank."""
+    return {case: run(Path(root), case) for case in CASES}
