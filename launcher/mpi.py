@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
-from launcher import watch
+from launcher import guard, watch
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, world_size_of_mpi
 
 _LAST_WORDS_SECONDS = 1.0
@@ -58,6 +58,7 @@ def call(program: Callable[[], Any]) -> None:
     try:
         bootstrap()
     except ValueError as error:
+        guard.ended()
         sys.exit(f"launcher: {error}")
     try:
         program()
@@ -66,7 +67,9 @@ def call(program: Callable[[], Any]) -> None:
             if not isinstance(stop.code, int):
                 _say(f"{stop.code}\n")
             end_all_ranks(stop.code if isinstance(stop.code, int) else 1)
+        guard.ended()
         raise
+    guard.ended()
 
 
 def end_all_ranks(code: int) -> None:
@@ -78,6 +81,7 @@ def end_all_ranks(code: int) -> None:
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
         return
+    guard.ended()
     sys.stdout.flush()
     sys.stderr.flush()
     _wait_until_read(sys.stderr)

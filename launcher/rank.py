@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 
-from launcher import mpi
+from launcher import guard, mpi
 
 
 def run_program(arguments: list[str]) -> None:
@@ -19,4 +19,4 @@ def run_program(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    mpi.call(lambda: run_program(sys.argv[1:]))
+    guard.run(lambda: mpi.call(lambda: run_program(sys.argv[1:])))

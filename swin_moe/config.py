@@ -235,10 +235,12 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU; parameters: the optimizer too
+    timeout: float = 60.0  # seconds the ranks wait for one of them until the job ends with its name
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
 
     def __post_init__(self) -> None:
         _check_choices(self, "engine")
+        _check(self.timeout > 0, "engine.timeout", self.timeout, "> 0 seconds")
 
 
 @dataclass(frozen=True)

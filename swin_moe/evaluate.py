@@ -40,8 +40,10 @@ def main(argv: list[str]) -> None:
     config = session.config
     task = lookup(TASKS, config.task.name, key="task.name")(config)
     context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))
-    batches = (to_device(batch, session.device, config.engine.precision) for batch in loader)
-    result = task.evaluate(model.eval(), batches, context)
+    loaded = session.heartbeat.over(loader, "evaluation batch")
+    batches = (to_device(batch, session.device, config.engine.precision) for batch in loaded)
+    with session.watched():
+        result = task.evaluate(model.eval(), batches, context)
     LOGGER.info("%s", ", ".join(f"{k} {v:.6g}" for k, v in result.items()))
 
 

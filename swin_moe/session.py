@@ -2,11 +2,13 @@
 
 import logging
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +22,11 @@ from swin_moe.engine.limits import check_engine
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
 from swin_moe.parallel.apply import parallelize
-from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed
+from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
+from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
+
+# In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
+_BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Session:
     config: Config
     groups: Groups
     device: torch.device
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def rank(self) -> int:
@@ -45,6 +52,20 @@ class Session:
     def directory(self) -> Path:
         """The run directory, <output>/<name>."""
         return Path(self.config.run.output) / self.config.run.name
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turns a collective that fails because a rank is gone into a ConnectionError naming it; ends the heartbeat."""
+        try:
+            yield
+        except RuntimeError as error:
+            broken = isinstance(error, dist.DistError) or re.search(_BROKEN_COLLECTIVE, str(error))
+            sentence = self.heartbeat.find_lost() if broken and self.world_size > 1 else None
+            if sentence is None:
+                raise
+            raise ConnectionError(sentence) from error
+        finally:
+            self.heartbeat.stop()
 
 
 def parse_arguments(argv: list[str], usage: str) -> tuple[str, list[str]]:
@@ -97,17 +118,37 @@ def open_session(path: str, overrides: list[str]) -> Session:
     Raises:
         ValueError: Bad config, or a world that cannot hold the layout.
     """
-    from launcher.mpi import bootstrap  # entry points only: the package itself never needs the launcher
+    from launcher import guard, mpi  # entry points only: the package itself never needs the launcher
 
-    env = bootstrap()
+    env = mpi.bootstrap()
     config = load_config(path, overrides)
     check_layout(config, env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
+    heartbeat = Heartbeat(env.rank, env.world_size, timeout=config.engine.timeout, note=guard.note)
+    limit = LONG_SECONDS + config.engine.timeout  # the heartbeat is what ends a hang, long before a collective does
     if env.world_size > 1:
-        init_distributed(device)
-    groups = build_groups(*layout_of(config), device, routing_ranks=config.routing_ranks(env.world_size))
-    return Session(config, groups, device)
+        init_distributed(device, timeout=limit)
+        heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence))
+    routing_ranks = config.routing_ranks(env.world_size)
+    groups = build_groups(*layout_of(config), device, routing_ranks=routing_ranks, timeout=limit)
+    return Session(config, groups, device, heartbeat)
+
+
+def _end_job(rank: int, sentence: str) -> None:
+    """Prints why, on the console and in this rank's log, and ends every rank; for a thread beside a hanging one."""
+    from launcher import mpi
+
+    print(f"[rank {rank}] error: {sentence}", file=sys.stderr, flush=True)
+    _log_to_file(sentence)
+    mpi.end_all_ranks(2)
+    os._exit(2)
+
+
+def _log_to_file(text: str) -> None:
+    for handler in LOGGER.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text, (), None))
 
 
 def build_meta_model(session: Session) -> nn.Module:
@@ -147,9 +188,7 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # this rank's exit ends all: rank 0 has to say why first
-        for handler in LOGGER.handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, str(error), (), None))
+        _log_to_file(str(error))
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

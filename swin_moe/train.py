@@ -74,6 +74,8 @@ class Trainer:
             schedule=self.schedule,
             device=session.device,
         )
+        self.heartbeat = session.heartbeat
+        self.heartbeat.follow(self.engine.local_model)
         self.gradients = GradientWatch(self.engine.local_model, session.groups)
         self.checkpoints = CheckpointManager(
             session.directory / "checkpoints",
@@ -140,6 +142,7 @@ class Trainer:
         )
         self.peak = peak_flops(self.device, self.config.engine.precision)
         self._reset_window()
+        self.heartbeat.enter("loading data", step=self.progress.step, long=True)  # loader processes start
         try:
             for batches in self.loader.batches(self.progress.step, total):
                 if self._train_step(batches):
@@ -167,23 +170,28 @@ class Trainer:
         for index, batch in enumerate(batches):
             batch = to_device(batch, self.device, self.config.engine.precision)
             with self.engine.micro_step(last=index == len(batches) - 1):
+                self.heartbeat.enter("forward")
                 loss = self.task.loss(self.engine.model, batch, context)
+                self.heartbeat.enter("backward")
                 self.engine.backward(loss.total)
             sums[:2] += torch.stack([loss.task, loss.aux])
             sums[2] += len(batch["image"])
         sums[3] = float(bool(self.stop.name))
         local = sums.clone()
+        self.heartbeat.enter("sum of the losses")
         if self.session.world_size > 1:
             dist.all_reduce(sums)
         task_loss, aux_loss, images, stop = sums.tolist()
         if not math.isfinite(task_loss + aux_loss):
             self._refuse_loss(step, local)
+        self.heartbeat.enter("reduction of gradients and update")
         stats = self.engine.step(step)
         self._note_skip(step, stats)
         self.progress.step, self.progress.samples = step + 1, self.progress.samples + int(images)
         self._record(task_loss, aux_loss, images, stats)
         self._check_replicas()
         self._evaluate_and_save(stopping=stop > 0)
+        self.heartbeat.enter("loading data", step=step + 1)
         return stop > 0
 
     def _context(self, step: int, num_samples: int) -> StepContext:
@@ -309,7 +317,8 @@ class Trainer:
         """Evaluates, writes the result, and returns whether it is the best so far."""
         started = time.monotonic()
         with self.engine.evaluation():
-            batches = (to_device(b, self.device, self.config.engine.precision) for b in self.eval_loader)
+            loaded = self.heartbeat.over(self.eval_loader, "evaluation batch")
+            batches = (to_device(b, self.device, self.config.engine.precision) for b in loaded)
             result = self.task.evaluate(self.engine.local_model, batches, self._context(self.progress.step, 0))
         value = result[self.task.metric] * (1 if self.task.higher_is_better else -1)
         improved = self.progress.best is None or value > self.progress.best
@@ -332,6 +341,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         saved = {k: getattr(self.progress, k) for k in ("step", "samples", "best", "skipped")}
         saved["global_batch"] = self.config.data.global_batch
+        self.heartbeat.enter("saving a checkpoint", long=True)
         state = {"progress": saved, "engine": self.engine.state(), "seed": self.config.run.seed}
         self.checkpoints.save(
             self.progress.step,
@@ -348,6 +358,12 @@ def main(argv: list[str]) -> None:
     path, overrides = parse_arguments(argv, USAGE)
     session = open_session(path, overrides)
     start_logging(session.directory, session.rank)
+    with session.watched():
+        train(session)
+
+
+def train(session: Session) -> None:
+    """Trains a run to its end, or continues it."""
     trainer = Trainer(session)
     if session.rank == 0:
         dump_config(trainer.config, session.directory / "config.yaml")

@@ -90,6 +90,11 @@ def ensure_distributed(device: torch.device) -> None:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
 
 
+def meeting_store() -> dist.Store:
+    """Returns the store that the ranks of the started world met at, hosted by rank 0 (or by torchrun)."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def single_process_groups() -> Groups:
     """Returns the groups of a world of one rank, for which no process group is needed."""
     return Groups(1, 0, Degrees(1, 1, 1))

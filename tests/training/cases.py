@@ -158,6 +158,21 @@ def leave_half(root: str) -> None:
     train(open_tiny(Path(root), "engine.precision=fp64"), stop_after=3)
 
 
+def resume_sharded(root: str) -> dict[int, tuple]:
+    """Returns for ZeRO stages 1 to 3, with replicated experts: (equal numbers, tensors that differ) after a resume."""
+    result = {}
+    for zero in (1, 2, 3):
+        options = (f"parallel.zero={zero}", "parallel.expert=1", "parallel.expert_shard=1")
+        whole = train(open_tiny(Path(root) / f"whole{zero}", *options))
+        train(open_tiny(Path(root) / f"parts{zero}", *options), stop_after=3)
+        parts = train(open_tiny(Path(root) / f"parts{zero}", *options))
+        expected, actual = local_weights(whole), local_weights(parts)
+        assert expected.keys() == actual.keys()
+        different = [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])]
+        result[zero] = (losses(whole.session) == losses(parts.session), different)
+    return result
+
+
 def _final(trainer: Trainer) -> tuple:
     results = [r for r in records(trainer.session) if "eval/loss" in r]
     return losses(trainer.session), full_weights(trainer), results

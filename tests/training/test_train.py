@@ -48,6 +48,13 @@ def test_resume_is_bit_exact(runs, world):
             assert torch.equal(tensor, parts[name]), name
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 4])
+def test_resume_of_sharded_state_is_bit_exact(tmp_path, world):
+    for result in run_ranks(cases.resume_sharded, world, tmp_path, str(tmp_path), timeout=600):
+        assert result == {zero: (True, []) for zero in (1, 2, 3)}
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
     assert runs[world][0]["differs"] is None

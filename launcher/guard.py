@@ -1,0 +1,91 @@
+"""A small process above every rank that outlives it and says how it died and what it was doing.
+
+MPICH kills all other ranks within milliseconds after one ended, and names the wrong process; so the news has to come
+from a process that MPI does not know of. The rank is a fork of its guard: what it notes lies in memory they share.
+"""
+
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from launcher import watch
+from launcher.env import MPI
+
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_HEADER = struct.Struct("=?dH")  # the rank has ended by itself; time of the note; bytes of the note
+_PAGE_BYTES = 1024
+# A rank that is killed together with its job is not worth a word: its guard is killed within this time as well.
+_TOGETHER_SECONDS = 0.3
+
+_page: mmap.mmap | None = None  # in a guarded rank, what it shares with its guard
+
+
+def run(program: Callable[[], None]) -> None:
+    """Runs `program` in a child; returns there when it has ended. The guard itself exits with the child's code."""
+    global _page
+    watch.die_with_parent(os.getppid())
+    page, guard = mmap.mmap(-1, _PAGE_BYTES), os.getpid()
+    child = os.fork()
+    if child == 0:
+        watch.die_with_parent(guard)
+        _page = page
+        program()
+        return
+    code = _wait(child)
+    if not _HEADER.unpack_from(page)[0]:
+        time.sleep(_TOGETHER_SECONDS)
+        print(f"[rank {_rank()}] error: {_obituary(code, page)}", file=sys.stderr, flush=True)
+        time.sleep(_TOGETHER_SECONDS)  # hydra drops what it has not read when a process fails
+        code = code or 1
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def note(text: str) -> None:
+    """Remembers what this rank is doing, for its guard; costs a microsecond. Does nothing in a rank without one."""
+    if _page is not None:
+        data = text.encode()[: _PAGE_BYTES - _HEADER.size]
+        _page[_HEADER.size : _HEADER.size + len(data)] = data
+        _HEADER.pack_into(_page, 0, False, time.time(), len(data))
+
+
+def ended() -> None:
+    """To be called by a rank that ends by itself, with an error or without: its guard then stays silent."""
+    if _page is not None:
+        _page[0] = 1
+
+
+def _wait(child: int) -> int:
+    """Returns the child's exit code, -n for signal n, passing signals on meanwhile."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            pass
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _obituary(code: int, page: mmap.mmap) -> str:
+    _, noted, length = _HEADER.unpack_from(page)
+    how = f"exited with code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        how += " (kill -9, or the kernel for lack of memory)" if code == -signal.SIGKILL else ""
+    if not length:
+        return f"rank {_rank()} {how} without a word"
+    text = page[_HEADER.size : _HEADER.size + length].decode(errors="replace")
+    ago = time.time() - _TOGETHER_SECONDS - noted
+    return f"rank {_rank()} {how}; it was last seen in {text}, which it had begun {ago:.1f} s before"
+
+
+def _rank() -> str:
+    return next((os.environ[rank] for rank, _ in MPI if rank in os.environ), "?")

@@ -1,0 +1,95 @@
+"""Who is found to be behind, from what the ranks said last; jobs that really hang: tests/training/test_faults.py."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from swin_moe.parallel.heartbeat import LONG_SECONDS, Beat, Heartbeat
+
+
+def judge(own, *others, rank=0, ages=None):
+    """Returns what rank `rank` finds, having said `own`, with the other ranks' beats; beats are (order, collective)."""
+    heart = Heartbeat(rank, len(others) + 1, timeout=10)
+    now = time.monotonic()
+    heart._answered = now
+    everyone = [*others[:rank], own, *others[rank:]]
+    for number, beat in enumerate(everyone):
+        heart._seen[number] = beat, now - (ages or {}).get(number, 0)
+    return heart._culprit(own)
+
+
+def beat(order, *, collective=True, seconds=11.0, long=False, phase="forward"):
+    return Beat(1, 12, order, phase, seconds, long, collective)
+
+
+def test_the_rank_that_began_fewer_phases_is_behind():
+    rank, sentence = judge(beat(8, phase="backward"), beat(7), beat(5), beat(6))
+    assert rank == 2
+    assert sentence == (
+        "rank 2 keeps the others waiting in backward of step 12 (engine.timeout=10 s); "
+        "it was last seen 0 s ago in forward of step 12, 11 s after it began it"
+    )
+
+
+def test_among_equals_the_one_outside_a_collective_is_behind():
+    assert judge(beat(7), beat(7), beat(7, collective=False))[0] == 2
+    assert judge(beat(7, collective=False), beat(7))[0] == 0  # this rank itself: it says nothing about itself
+
+
+def test_nobody_is_behind_who_is_as_far_as_the_others():
+    assert judge(beat(7), beat(7), beat(7)) is None
+
+
+def test_a_rank_that_just_began_something_is_given_its_time():
+    assert judge(beat(7), beat(6, seconds=3.0)) is None
+
+
+def test_a_long_phase_is_waited_for():
+    assert judge(beat(7), beat(6, long=True)) is None
+    assert judge(beat(7), beat(6, long=True, seconds=LONG_SECONDS + 1))[0] == 1
+
+
+def test_a_rank_whose_beats_stopped_does_not_answer():
+    rank, sentence = judge(beat(7), beat(7), beat(9), ages={2: 9.0})
+    assert rank == 2 and "rank 2 does not answer any more" in sentence and "last seen 9 s ago" in sentence
+    assert judge(beat(7), beat(7), beat(7), ages={2: 7.0}) is None
+
+
+def test_a_store_that_does_not_answer_is_rank_0():
+    heart = Heartbeat(1, 2, timeout=10)
+    heart._answered = time.monotonic() - 9
+    assert heart._culprit(beat(7))[0] == 0
+
+
+def test_nothing_is_said_before_all_ranks_are_known():
+    heart = Heartbeat(0, 3, timeout=10)
+    heart._seen[1] = beat(3), time.monotonic()
+    assert heart._culprit(beat(7)) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_phases_follow_the_model_and_are_noted(training):
+    notes = []
+    heart = Heartbeat(note=notes.append)
+    net = nn.Module()
+    net.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    net.train(training)
+    heart.follow(net)
+    heart.enter("forward", step=4)
+    for block in net.blocks:
+        block(torch.zeros(1, 2))
+    heart.enter("backward")
+    net.blocks[0](torch.zeros(1, 2))
+    heart.enter("saving a checkpoint", long=True)
+    expected = ["forward", "forward of blocks.0", "forward of blocks.1", "backward", "backward, recomputing blocks.0"]
+    expected = [phase for phase in [*expected, "saving a checkpoint"] if training or "blocks" not in phase]
+    assert notes == ["start-up", *(f"{phase} of step 4" for phase in expected)]
+
+
+def test_a_loop_begins_a_phase_per_item():
+    notes = []
+    heart = Heartbeat(note=notes.append)
+    assert list(heart.over("ab", "evaluation batch")) == ["a", "b"]
+    assert notes[1:] == ["evaluation batch 0", "evaluation batch 1"]

@@ -1,0 +1,79 @@
+"""`python -m tests.training.faults FAULT CONFIG key=value ...`: a training run that goes wrong at step 3."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from swin_moe import train
+from swin_moe.moe.layer import MoELayer
+from swin_moe.session import run_main
+
+STEP, SLOW = 3, 8.0  # seconds, longer than the engine.timeout of the tests
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def in_forward(rank: int, act) -> None:
+    """Calls `act` on one rank in the forward of the MoE layer of step 3."""
+    original = MoELayer.forward
+
+    def forward(self, *arguments, **options):
+        if int(os.environ["RANK"]) == rank and TRAINER and TRAINER[0].progress.step == STEP:
+            act()
+        return original(self, *arguments, **options)
+
+    MoELayer.forward = forward
+
+
+def in_records(rank: int, act) -> None:
+    """Calls `act` on one rank before the record of step 3, which the ranks make together."""
+    original = train.Trainer._record
+
+    def record(self, *arguments):
+        if int(os.environ["RANK"]) == rank and self.progress.step == STEP + 1:
+            act()
+        return original(self, *arguments)
+
+    train.Trainer._record = record
+
+
+def save_slowly() -> None:
+    """Makes rank 0 late for every checkpoint."""
+    original = train.CheckpointManager.save
+
+    def save(self, *arguments, **options):
+        if int(os.environ["RANK"]) == 0:
+            time.sleep(SLOW)
+        return original(self, *arguments, **options)
+
+    train.CheckpointManager.save = save
+
+
+TRAINER: list[train.Trainer] = []
+FAULTS = {
+    "stop rank 1": lambda: in_forward(1, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "stop rank 0": lambda: in_forward(0, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "exit rank 1": lambda: in_forward(1, lambda: os._exit(7)),
+    "hang in forward": lambda: in_forward(1, sleep_for_ever),
+    "hang in records": lambda: in_records(1, sleep_for_ever),
+    "slow save": save_slowly,
+}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    original_run = train.Trainer.run
+
+    def run(self):
+        TRAINER.append(self)
+        original_run(self)
+
+    train.Trainer.run = run
+    FAULTS[sys.argv[1]]()
+    run_main(train.main, sys.argv[2:])
