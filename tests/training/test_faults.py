@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.test_commands import QUICK, ROOT, environment, ranks_of
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.full]  # limits of seconds: not beside other work
 TIMEOUT = 5.0
 # What the job may take besides: start-up of 2 ranks on a busy machine, three steps, the end of all processes.
 PATIENCE = 120.0
