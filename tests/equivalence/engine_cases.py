@@ -113,6 +113,8 @@ class Case:
 
 TOP2 = ("model.moe.top_k=2",)
 COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
+# One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
+SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
 # With seed 0 and 32 experts a ReLU of the position bias stands at 0: one rank in float32 is on the other side of it
 # than in float64, 1.2e-3 away in that bias, while two ranks in float32 (torch, DeepSpeed) are 2.7e-6 from float64.
@@ -141,6 +143,7 @@ CASES = (
     Case("torch", 3, 4, expert=1, expert_shard=4),
     Case("torch", 3, 4, expert=1, expert_shard=1, num_experts=3, recompute=True, options=COSINE),
     Case("torch", 3, 4, expert=2, precision="fp32"),
+    Case("torch", 3, 4, expert=2, options=SPANNING),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
     Case("deepspeed", 1, 2, precision="fp32", expert=1, expert_shard=1, offload="optimizer"),
@@ -154,6 +157,8 @@ CASES = (
     Case("deepspeed", 2, 4, precision="fp32", expert=4, accumulation=2, offload="optimizer"),
     Case("deepspeed", 3, 4, precision="fp32", expert=2, accumulation=2, uneven=True),
     Case("deepspeed", 3, 4, precision="fp32", expert=1, expert_shard=1, num_experts=3, options=COSINE),
+    Case("deepspeed", 2, 2, precision="fp32", options=SPANNING),
+    Case("deepspeed", 3, 4, precision="fp32", expert=2, options=SPANNING),
     # FairScale.
     *(Case("fairscale", zero, 2) for zero in (1, 2)),
     *(Case("fairscale", zero, 2, expert=2, num_experts=3, uneven=True, accumulation=2) for zero in (1, 2)),
@@ -163,7 +168,11 @@ CASES = (
     Case("fairscale", 2, 4, expert=2, accumulation=2, uneven=True),
     Case("fairscale", 2, 4, expert=4, num_experts=5, options=TOP2),
     Case("fairscale", 2, 4, expert=1, expert_shard=2, num_experts=3),
+    Case("fairscale", 2, 2, options=SPANNING),
     # The rest of the matrix.
+    *(Case("torch", zero, world, options=SPANNING, full=True) for zero in (0, 1, 2) for world in (2, 4)),
+    *(Case("deepspeed", zero, 2, precision="fp32", options=SPANNING, full=True) for zero in (1, 3)),
+    Case("fairscale", 1, 4, expert=2, options=SPANNING, full=True),
     *(
         Case("torch", zero, world, expert, shard, experts, precision, accumulation, recompute, uneven, full=True)
         for zero in (0, 1, 2, 3)

@@ -1,5 +1,6 @@
 """What the ranks run in test_non_finite.py: one gradient of one rank is spoiled for one step."""
 
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -12,11 +13,17 @@ from swin_moe.train import Trainer
 from tests.training.cases import open_tiny
 
 EXPERT, DENSE = "layers.1.blocks.1.mlp.experts.fc1_weight", "layers.0.blocks.0.attn.qkv.weight"
-KINDS = (("nan", "fp32", 0), ("inf", "fp32", 0), ("nan", "fp16", 0), ("nan", "fp32", 1), ("nan", "fp32", 3))
+KINDS = (
+    ("nan", "fp32", "torch", 0), ("inf", "fp32", "torch", 0), ("nan", "fp16", "torch", 0),
+    ("nan", "fp32", "torch", 1), ("nan", "fp32", "torch", 3),
+    ("nan", "fp32", "deepspeed", 1), ("inf", "fp32", "deepspeed", 2), ("nan", "fp16", "deepspeed", 3),
+    ("nan", "fp32", "fairscale", 1), ("inf", "fp16", "fairscale", 2),
+)  # fmt: skip
 CASES = {
-    f"{value} in {kind}, {precision}, ZeRO-{zero}": (name, value, precision, zero)
+    f"{value} in {kind}, {precision}, {engine} ZeRO-{zero}": (name, value, precision, engine, zero)
     for kind, name in {"expert": EXPERT, "dense": DENSE}.items()
-    for value, precision, zero in KINDS
+    for value, precision, engine, zero in KINDS
+    if engine == "torch" or importlib.util.find_spec(engine)
 }
 BAD_RANK, BAD_STEP = 1, 1
 
@@ -46,7 +53,8 @@ def spoil(trainer: Trainer, name: str, value: str) -> None:
     def attach(*_):
         # In the forward, because FSDP2 exchanges the parameters then.
         if not done:
-            done.append(getattr(module, key).register_hook(replace))
+            held = dict(module._parameters.items())[key]  # DeepSpeed would gather an attribute, on this rank only
+            done.append(held.register_hook(replace))
 
     block = name.rpartition(".experts")[0] + ".experts" if ".experts." in name else name.split(".attn")[0]
     trainer.engine.local_model.get_submodule(block).register_forward_pre_hook(attach)
@@ -64,8 +72,9 @@ def take_away_watch_hooks(trainer: Trainer) -> list[tuple]:
 
 
 def run(root: Path, case: str) -> dict:
-    name, value, precision, zero = CASES[case]
-    options = [f"engine.precision={precision}", f"parallel.zero={zero}", "optim.epochs=0.1", "optim.warmup_epochs=0"]
+    name, value, precision, engine, zero = CASES[case]
+    options = [f"engine.name={engine}", f"engine.precision={precision}", f"parallel.zero={zero}"]
+    options += ["optim.epochs=0.1", "optim.warmup_epochs=0"]
     trainer = Trainer(open_tiny(root / case.replace(" ", "-"), *options))
     if precision == "fp16":
         trainer.engine.loss_scale.value = 8.0  # no overflow of its own

@@ -18,7 +18,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_ranks_skip_and_name_the_rank(results, case):
-    name, _, precision, _ = CASES[case]
+    name, _, precision, _, _ = CASES[case]
     ranks = [result[case] for result in results()]
     for found in ranks:
         skipped = [skipped for skipped, _ in found["updates"]]
