@@ -11,9 +11,13 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.mpi
 WORLDS = (2, 4)
-# Relative: losses, norm and clip factor of (first step, all steps); gradients of the first step and final weights, as
-# the norm of the difference over the norm.
-BOUNDS = {"fp64": (1e-10, 1e-10, 1e-10, 1e-10), "fp32": (2e-6, None, 2e-6, 1e-5)}
+# Relative: task loss, norm and clip factor of (first step, all steps); gradients of the first step and final weights,
+# as the norm of the difference over the norm; balance loss of the first step. That is the square of a coefficient of
+# variation of 1e-2 here, a small difference of sums: one rank in float32 is 1.4e-6 to 7e-6 from float64.
+BOUNDS = {
+    "fp64": {"first": 1e-10, "curve": 1e-10, "gradients": 1e-10, "weights": 1e-10, "balance": 1e-10, "dropped": 0},
+    "fp32": {"first": 2e-6, "gradients": 2e-6, "weights": 1e-5, "balance": 2e-5},
+}
 CONTINUED = {"fp64": 1e-10, "fp32": 1e-5}  # steps after a checkpoint
 HALF_FACTOR = 1.5  # bf16 and fp16: how much further from float64 than one rank in that precision
 
@@ -50,10 +54,11 @@ def measure(case: Case, results: list[dict], oracle: list[dict]) -> dict[str, tu
     actual, expected = (torch.tensor(r[0]["rows"], dtype=torch.float64) for r in (results, oracle))
     assert torch.equal(actual[0, [2, 5]], expected[0, [2, 5]]), "dropped tokens or skipped steps differ"
     relative = (actual - expected).abs() / expected.abs().clamp_min(1e-30)
-    numbers = relative[:, [0, 1, 3, 4]]
+    numbers = relative[:, [0, 3, 4]]
     return {
-        "first": (float(numbers[0].max()), "loss, norm"),
-        "curve": (float(numbers.max()), "loss, norm"),
+        "first": (float(numbers[0].max()), "loss, norm, clip factor"),
+        "curve": (float(numbers.max()), "loss, norm, clip factor"),
+        "balance": (float(relative[0 if case.precision == "fp32" else slice(None), 1].max()), "auxiliary loss"),
         "dropped": (float((actual[:, 2] - expected[:, 2]).abs().max()), "pairs"),
         "gradients": worst(distances(gathered(results, "first"), gathered(oracle, "first"))),
         "weights": worst(distances(gathered(results, "final"), gathered(oracle, "final"))),
@@ -64,10 +69,7 @@ def check(case: Case, results: list[dict], oracles: dict[str, list[dict]]) -> No
     oracle = oracles[case.oracle.name]
     if case.precision in BOUNDS:
         found = measure(case, results, oracle)
-        first, curve, gradients, weights = BOUNDS[case.precision]
-        bounds = {"first": first, "curve": curve, "gradients": gradients, "weights": weights}
-        bounds |= {"dropped": 0 if case.precision == "fp64" else None}
-        wrong = {what: found[what] for what, bound in bounds.items() if bound is not None and found[what][0] > bound}
+        wrong = {what: found[what] for what, bound in BOUNDS[case.precision].items() if found[what][0] > bound}
         print(case.name, {what: f"{value:.1e}" for what, (value, _) in found.items()})
         assert not wrong, wrong
         return
