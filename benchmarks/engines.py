@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # not benchmarks.x: FairScale installs a package of that name
@@ -69,11 +69,13 @@ def sent_bytes() -> int:
 class SavedTensors:
     """Counts the bytes that autograd keeps from a forward, each memory once, parameters apart.
 
-    A gathered parameter has a memory of its own (FSDP2) or lies in one with all others (DeepSpeed), so it is known by
-    its size: what is as large as a large parameter, or as one expert of it, is left out.
+    A parameter may lie in one memory with others (DeepSpeed) or be gathered to a memory of its own during the forward.
+    The latter is known by its size: what is as large as a large parameter, or as one expert of it, is left out.
     """
 
-    def __init__(self, boxes: list[tuple[int, ...]]):
+    def __init__(self, model: "nn.Module", boxes: list[tuple[int, ...]]):
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+        self.held = {tensor.untyped_storage().data_ptr() for tensor in local}
         numels = {math.prod(box) for box in boxes} | {math.prod(box[1:]) for box in boxes}
         self.weights = {4 * numel for numel in numels if 4 * numel > 2**20}
         self.seen: dict[int, int] = {}
@@ -81,7 +83,7 @@ class SavedTensors:
     def pack(self, tensor: "Tensor") -> "Tensor":
         """Counts a tensor and returns it as it is."""
         storage = tensor.untyped_storage()
-        if self.weights.isdisjoint((storage.nbytes(), tensor.nbytes)):
+        if storage.data_ptr() not in self.held and self.weights.isdisjoint((storage.nbytes(), tensor.nbytes)):
             self.seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -107,7 +109,7 @@ def run_rank(argv: list[str]) -> None:
     sampler = PeakSampler(0.02)
     trainer = Trainer(session)
     sizes = {name: chunk.numel for name, (_, chunk) in trainer.engine.layout.items()}
-    saved = SavedTensors([chunk.size for _, chunk in trainer.engine.layout.values()])
+    saved = SavedTensors(trainer.engine.model, [chunk.size for _, chunk in trainer.engine.layout.values()])
     seconds, sent = [], []
     for step, batches in zip(range(STEPS), trainer.loader.batches(0, STEPS)):
         start, sent_before = time.perf_counter(), sent_bytes()

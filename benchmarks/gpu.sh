@@ -30,7 +30,7 @@ print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.p
 nvidia-smi --query-gpu=driver_version --format=csv,noheader | tee -a "$OUT/machine.txt"
 git rev-parse HEAD 2>/dev/null | tee -a "$OUT/machine.txt"
 
-has pytest "the GPU tests" && part tests 180 "$PYTHON" -m pytest -q -m gpu tests
+has pytest "the GPU tests" && part tests 240 "$PYTHON" -m pytest -q -m gpu tests
 data=digits
 has sklearn "training on the digits (synthetic images instead)" || data=synthetic
 part train 120 "$PYTHON" -m swin_moe.train configs/debug/digits_swin_moe.yaml data.name=$data engine.device=cuda \
@@ -40,4 +40,6 @@ if has timm "the comparison with timm"; then
         part "train_step_$precision" 100 "$PYTHON" benchmarks/train_step.py --device cuda --batch 64 --precision $precision
     done
 fi
+part swinv2_giant_step 200 "$PYTHON" benchmarks/large_step.py swinv2_giant_3b_patch4_window12_192_22k engine.device=cuda \
+    parallel.zero=0 data.global_batch=1
 exit $failed

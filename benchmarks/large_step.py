@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.data.batch import to_device
+from swin_moe.metrics import peak_memory
 from swin_moe.session import Session, open_session, run_main
 from swin_moe.train import Trainer
 
@@ -102,6 +103,8 @@ def main(argv: list[str]) -> None:
         dist.all_gather(all_ranks, mine)
     else:
         all_ranks = [mine]
+    if session.device.type == "cuda":
+        print(f"rank {session.rank}: peak on the device {peak_memory(session.device) / GIB:.2f} GiB")
     if session.rank == 0:
         for rank, (high, pss, start, state) in enumerate(torch.stack(all_ranks).tolist()):
             print(f"rank {rank}: peak {high:.2f} GiB resident, {pss:.2f} proportional; at start {start:.2f}; "

@@ -1,4 +1,11 @@
-"""The same checks on a CUDA device: the network and its gradients equal the CPU's; a run trains, saves and resumes."""
+"""The same checks on a CUDA device: the network and its gradients equal the CPU's; a run trains, saves and resumes;
+communication over NCCL (one rank) and over gloo (two ranks on one device) changes nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,3 +73,53 @@ def test_training_saves_and_resumes(tmp_path, precision):
     main(["digits_swin_moe", *options, "optim.epochs=2"])
     steps = sorted(path.name for path in (tmp_path / "digits_swin_moe" / "checkpoints").glob("0*"))
     assert steps[-1] == f"{2 * (256 // 64):010d}"
+
+
+ALONE = (
+    "import torch, sys; from swin_moe.parallel.groups import ensure_distributed; "
+    "{}from swin_moe.train import main; "
+)
+NCCL = "torch.cuda.set_device(0); ensure_distributed(torch.device('cuda', 0)); "
+LAYOUTS = {  # name -> (ranks, what runs before, options)
+    "one rank over NCCL": (1, NCCL, ["parallel.zero=0"]),
+    "one rank over NCCL, ZeRO-3": (1, NCCL, ["parallel.zero=3"]),
+    "two ranks, one device": (2, "", ["parallel.zero=0"]),
+    "two ranks, one device, ZeRO-1": (2, "", ["parallel.zero=1"]),
+    "two ranks, one device, ZeRO-3": (2, "", ["parallel.zero=3"]),
+}
+
+
+def train_records(directory, ranks: int, before: str, options: list[str]) -> list[dict]:
+    """Returns the step records of a short run of `ranks` processes, started by hand: a GPU machine may have no MPI."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-c", ALONE.format(before) + "main(sys.argv[1:])", "digits_swin_moe", *options]
+    command += [f"run.output={directory}", "engine.device=cuda", "data.name=synthetic", "data.synthetic_samples=256"]
+    command += ["log.tensorboard=false", "optim.warmup_epochs=0", "optim.epochs=1", "log.every=1", "data.workers=0"]
+    command += ["model.moe.capacity_factor=0", "engine.precision=fp32"]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+    started = [
+        subprocess.Popen(command, env=os.environ | world | ({"RANK": str(rank)} if world else {}))
+        for rank in range(ranks)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in started] == [0] * ranks
+    finally:
+        for process in started:
+            process.kill()
+    lines = (directory / "digits_swin_moe" / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "train/loss" in record]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train_records(tmp_path_factory.mktemp("alone"), 1, "", [])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_train_as_one_process(tmp_path, alone, name):
+    found = train_records(tmp_path, *LAYOUTS[name])
+    assert len(found) == len(alone) == 4
+    for ours, reference in zip(found, alone):
+        for key in ("train/loss", "train/grad_norm"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-4), (ours["step"], key)

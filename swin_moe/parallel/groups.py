@@ -55,8 +55,8 @@ class Groups:
 def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[int, int]:
     """Returns (rank, world size) after joining the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-    gloo for the CPU, nccl (and gloo for CPU tensors) for CUDA. Without the variables, or in a world of one, nothing is
-    started.
+    gloo for the CPU, nccl (and gloo for CPU tensors) for CUDA; gloo too where ranks share a CUDA device. Without the
+    variables, or in a world of one, nothing is started.
 
     Args:
         timeout: Seconds until a collective that not all ranks joined fails.
@@ -72,13 +72,13 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[i
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set; start with python -m launcher")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = communication_backend(device, int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
     dist.init_process_group(
         backend,
         rank=int(os.environ["RANK"]),
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout),
-        device_id=device if device.type == "cuda" and device.index is not None else None,
+        device_id=device if "nccl" in backend and device.index is not None else None,
     )
     return dist.get_rank(), world_size
 
@@ -86,8 +86,17 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[i
 def ensure_distributed(device: torch.device) -> None:
     """Starts torch.distributed for one process alone, where nothing is started: libraries that want it always."""
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(communication_backend(device, 1), rank=0, world_size=1, store=dist.HashStore())
+
+
+def communication_backend(device: torch.device, ranks_here: int) -> str:
+    """Returns what torch.distributed is started with; `ranks_here` is the number of ranks on this host.
+
+    NCCL refuses two ranks on one device; gloo carries tensors of a shared one through host memory.
+    """
+    if device.type != "cuda" or ranks_here > torch.cuda.device_count():
+        return "gloo"
+    return "cpu:gloo,cuda:nccl"
 
 
 def meeting_store() -> dist.Store:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from swin_moe.config import ParallelConfig
-from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, single_process_groups
+from swin_moe.parallel.groups import (
+    Degrees,
+    Groups,
+    build_groups,
+    communication_backend,
+    init_distributed,
+    single_process_groups,
+)
 
 CPU = torch.device("cpu")
 
@@ -42,3 +49,10 @@ def test_environment(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set"):
         init_distributed(CPU)
+
+
+def test_ranks_that_share_a_device_talk_over_gloo(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert communication_backend(CPU, 1) == "gloo"
+    assert communication_backend(torch.device("cuda", 1), 2) == "cpu:gloo,cuda:nccl"
+    assert communication_backend(torch.device("cuda", 1), 3) == "gloo"
