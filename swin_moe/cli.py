@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("swin_moe.train", "train a run, or continue it"),
     "evaluate": ("swin_moe.evaluate", "exact metrics of a checkpoint"),
     "predict": ("swin_moe.predict", "classes of image files"),
+    "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }

@@ -17,12 +17,12 @@ LAYERS = (
     ("ops",),
     ("moe",),
     ("models", "parallel"),
-    ("data", "optim", "checkpoint", "metrics", "expert_load"),
+    ("data", "optim", "checkpoint", "metrics", "expert_load", "routing_pictures"),
     ("engine", "tasks", "planner"),
     ("session",),
     ("summary", "weights"),
     ("evaluate",),
-    ("train", "throughput", "predict"),
+    ("train", "throughput", "predict", "inspect_routing"),
     ("cli",),
 )
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}

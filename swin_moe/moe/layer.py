@@ -7,6 +7,7 @@ Shape legend: B images, L tokens per image, T = B * L, D channels, E experts, k 
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.group_exchange: GroupExchange | None = None  # set where a routing group of training spans ranks
         self.stats: RoutingStats | None = None
+        self.observer: Callable[[Routing], None] | None = None  # sees the routing of every forward
 
     def forward(self, x_BLD: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor]:
         """Returns (y of x's shape and dtype, unweighted balance loss).
@@ -77,6 +79,8 @@ class MoELayer(nn.Module):
             token = (random.sample[:, None] * num_tokens + torch.arange(num_tokens, device=x.device)).flatten()
         with torch.autocast(device_type, enabled=False):
             routing, aux = self._route(x, num_tokens, random, token)
+            if self.observer is not None:
+                self.observer(routing)
             pair = dropout = None
             if random is not None and self.config.dropout > 0:
                 pair = token[:, None] * self.config.top_k + torch.arange(self.config.top_k, device=x.device)

@@ -135,6 +135,12 @@ def test_predict_throughput_and_official_weights(tmp_path, capfd, monkeypatch):
     assert len(lines) == 1 and lines[0].startswith(f"{image}: ") and "cat" in lines[0] and "dog" in lines[0]
     assert "nowhere.png" in refused("predict", tmp_path, capfd, *options, "/tmp/nowhere.png")
 
+    out = tmp_path / "drawn"
+    perform("inspect_routing", tmp_path, capfd, *options, "--out", str(out), "--images", "4", str(image))
+    assert {p.name for p in out.iterdir()} == {"0.png", "classes.png", "routing.json"}
+    assert "nowhere.png" in refused("inspect_routing", tmp_path, capfd, *options, "/tmp/nowhere.png")
+    assert "no MoE layer" in refused("inspect_routing", tmp_path, capfd, *options, "model.moe.blocks=[]", str(image))
+
     monkeypatch.setattr("swin_moe.throughput.WARMUP", 1)
     monkeypatch.setattr("swin_moe.throughput.TIMED", 2)
     assert "images/s (1 ranks, batch 6 a rank, fp32)" in perform("throughput", tmp_path, capfd, *options)

@@ -1,0 +1,206 @@
+"""`swin-moe inspect-routing CONFIG IMAGE ...`: which expert took which patch, and which experts serve which classes."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swin_moe.data.batch import to_device
+from swin_moe.data.datasets import build_dataset, decode
+from swin_moe.data.loader import EvalLoader
+from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
+from swin_moe.engine.precision import autocast
+from swin_moe.metrics import LOGGER, start_logging
+from swin_moe.models.swin import Block
+from swin_moe.moe.layer import MoELayer
+from swin_moe.moe.router import Routing
+from swin_moe.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
+from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.weights import load_weights
+
+USAGE = """usage: swin-moe inspect-routing CONFIG [key=value ...] [--out DIR] [--images N] IMAGE ...
+
+For every image file draws DIR/<name>.png: the image, and per MoE layer the image tinted by the expert that each patch
+chose first. From N validation images (default 256, 0: none) draws DIR/classes.png: which experts serve which classes.
+All numbers stand in DIR/routing.json. DIR is <run directory>/routing unless given. Weights are those of
+checkpoint.load=PATH, or of the run's newest checkpoint."""
+
+
+class RoutingRecorder:
+    """Remembers the last forward's routing of every MoE layer, with the map of tokens it belongs to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks = [(n.removesuffix(".mlp"), b) for n, b in model.named_modules() if isinstance(b, Block)]
+        self.blocks = [(name, block) for name, block in self.blocks if isinstance(block.mlp, MoELayer)]
+        self.grids: dict[str, tuple[int, int]] = {}
+        self.routings: dict[str, Routing] = {}
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer, E."""
+        return self.blocks[0][1].mlp.config.num_experts
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, forwards are remembered."""
+        handles = []
+        for name, block in self.blocks:
+            handles.append(block.register_forward_pre_hook(self._note_grid(name)))
+            block.mlp.observer = self._note_routing(name)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for _, block in self.blocks:
+                block.mlp.observer = None
+
+    def _note_grid(self, name: str):
+        def hook(_, arguments: tuple) -> None:
+            self.grids[name] = tuple(arguments[0].shape[1:3])
+
+        return hook
+
+    def _note_routing(self, name: str):
+        def observe(routing: Routing) -> None:
+            self.routings[name] = routing
+
+        return observe
+
+    def patch_maps(self, image: int) -> list[PatchMap]:
+        """Returns, per layer, what happened to the image of that place in the last batch."""
+        maps = []
+        for name, routing in self.routings.items():
+            height, width = self.grids[name]
+            rows = slice(image * height * width, (image + 1) * height * width)
+            expert = routing.expert[rows, 0].view(height, width).cpu().numpy()
+            maps.append(PatchMap(name, expert, routing.keep[rows, 0].view(height, width).cpu().numpy()))
+        return maps
+
+    def load_by_class(self, target: Tensor, num_classes: int) -> dict[str, np.ndarray]:
+        """Returns layer -> (E, K) pairs of the last batch by expert and class of the image; target (B,) int64."""
+        found = {}
+        for name, routing in self.routings.items():
+            tokens = routing.expert.shape[0] // max(1, len(target))
+            classes = target.to(routing.expert.device).repeat_interleave(tokens * routing.top_k)
+            cell = routing.expert.flatten() * num_classes + classes
+            count = torch.bincount(cell, minlength=self.num_experts * num_classes)
+            found[name] = count.view(self.num_experts, num_classes).cpu().numpy()
+        return found
+
+
+def main(argv: list[str]) -> None:
+    """Draws the routing of image files and of the validation set."""
+    path, rest = parse_arguments(argv, USAGE)
+    rest, out = _take_option(rest, "--out", None)
+    rest, count = _take_option(rest, "--images", "256")
+    if not count.isdecimal():
+        raise ValueError(f"--images must be a number of validation images, got {count!r}")
+    overrides = [word for word in rest if "=" in word and not Path(word).exists()]
+    images = [word for word in rest if word not in overrides]
+    missing = [name for name in images if not Path(name).is_file()]
+    if missing:
+        raise ValueError(f"no such image file: {', '.join(missing)}")
+    if not images and count == "0":
+        raise ValueError("nothing to draw: give image files, or --images above 0")
+    session = open_session(path, overrides)
+    if session.world_size > 1:
+        raise ValueError(f"inspect-routing runs in one process, got {session.world_size} ranks")
+    if not (session.config.model.name == "swin_moe" and session.config.model.moe.has_blocks):
+        raise ValueError(f"{path}: the model has no MoE layer (model.moe.blocks names none), so nothing is routed")
+    start_logging(None, 0)
+    directory = Path(out) if out else session.directory / "routing"
+    directory.mkdir(parents=True, exist_ok=True)
+    model = build_local_model(session)
+    LOGGER.info("weights: %s", load_weights(model, session))
+    recorder = RoutingRecorder(model.eval())
+    with recorder.recording():
+        drawn = _draw_images(recorder, session, model, images, directory)
+        numbers = {"num_experts": recorder.num_experts, "images": drawn}
+        if int(count):
+            numbers["classes"] = _draw_classes(recorder, session, model, int(count), directory)
+    (directory / "routing.json").write_text(json.dumps(numbers) + "\n")
+    LOGGER.info("%s", directory / "routing.json")
+
+
+def _take_option(words: list[str], name: str, default: str | None) -> tuple[list[str], str | None]:
+    """Returns (the other words, the value after `name` or the default)."""
+    if name not in words:
+        return words, default
+    place = words.index(name)
+    if place + 1 == len(words):
+        raise ValueError(f"{name} needs a value")
+    return words[:place] + words[place + 2 :], words[place + 1]
+
+
+@torch.inference_mode()
+def _forward(session: Session, model: nn.Module, images: Tensor) -> None:
+    with autocast(session.config.engine.precision, session.device):
+        model(images.to(session.device, next(model.parameters()).dtype))
+
+
+def _draw_images(
+    recorder: RoutingRecorder, session: Session, model: nn.Module, names: Sequence[str], directory: Path
+) -> dict[str, dict]:
+    """Writes a picture per file; returns file -> layer -> numbers of the experts per patch."""
+    config, numbers = session.config, {}
+    transform = build_transform(config.data, config.model.img_size, train=False)
+    targets = _picture_paths(names, directory)
+    for name, target in zip(names, targets):
+        pixels = transform(decode(Path(name).read_bytes(), name), 0)
+        _forward(session, model, pixels[None])
+        maps = recorder.patch_maps(0)
+        draw_patches(_to_rgb(pixels), maps, recorder.num_experts).save(target)
+        LOGGER.info("%s", target)
+        numbers[name] = {m.layer: {"expert": m.expert.tolist(), "kept": m.kept.tolist()} for m in maps}
+    return numbers
+
+
+def _picture_paths(names: Sequence[str], directory: Path) -> list[Path]:
+    """Returns a path per image: <stem>.png, numbered where two files share a stem or one is called classes."""
+    paths: list[Path] = []
+    for name in names:
+        path, number = directory / f"{Path(name).stem}.png", 2
+        while path in paths or path.name == "classes.png":
+            path, number = directory / f"{Path(name).stem}-{number}.png", number + 1
+        paths.append(path)
+    return paths
+
+
+def _to_rgb(pixels: Tensor) -> np.ndarray:
+    """Returns (H, W, 3) uint8 of a normalized image (3, H, W)."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _draw_classes(
+    recorder: RoutingRecorder, session: Session, model: nn.Module, count: int, directory: Path
+) -> dict[str, dict]:
+    """Writes classes.png from validation images spread over the set; returns layer -> the table it shows."""
+    config = session.config
+    batch = config.data.eval_batch or config.accumulation(1)[0]
+    num_classes = config.model.num_classes
+    shape = {"rank": 0, "batch": batch, "num_classes": num_classes}
+    total = len(build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=num_classes))
+    # Rank 0 of a larger world sees every n-th image, so all classes of a set that is sorted by class.
+    loader = EvalLoader(config.data, config.model.img_size, world_size=max(1, total // count), **shape)
+    tables: dict[str, np.ndarray] = {}
+    for item in loader:
+        item = to_device(item, session.device, config.engine.precision)
+        if len(item["image"]):
+            _forward(session, model, item["image"])
+            for name, table in recorder.load_by_class(item["target"], num_classes).items():
+                tables[name] = tables.get(name, 0) + table
+    classes = list(loader.dataset.classes) or [str(k) for k in range(num_classes)]
+    target = directory / "classes.png"
+    draw_classes([ClassLoad(name, table) for name, table in tables.items()], classes).save(target)
+    LOGGER.info("%s", target)
+    return {name: {"classes": classes, "tokens": table.tolist()} for name, table in tables.items()}
+
+
+if __name__ == "__main__":
+    run_main(main)
