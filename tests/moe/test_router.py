@@ -156,10 +156,12 @@ def random_case(seed):
     return logits, arguments | {"group_size": group_size if use_groups and groups else None}
 
 
-def test_300_random_cases_equal_the_slow_reference():
-    for seed in range(300):
+def test_1000_random_cases_equal_the_slow_reference():
+    seen = set()
+    for seed in range(1000):
         logits, arguments = random_case(seed)
         routing = route(logits, **arguments)
+        seen |= kinds(logits, **arguments)
         expert, slot, keep, capacity = route_slowly(logits, **arguments)
         message = f"seed {seed}: {tuple(logits.shape)} {arguments}"
         assert routing.expert.tolist() == expert, message
@@ -167,6 +169,24 @@ def test_300_random_cases_equal_the_slow_reference():
         assert routing.keep.tolist() == keep, message
         assert routing.capacity == capacity, message
         assert int(routing.kept.sum()) == int(routing.keep.sum()) and int(routing.demand.sum()) == routing.slot.numel()
+        gate = torch.softmax(logits, dim=1).gather(1, routing.expert)
+        torch.testing.assert_close(routing.gate, gate, msg=message)
+    assert seen == {"no tokens", "every expert", "one expert only", "ties", "nothing kept", "dropless", "groups"}
+
+
+def kinds(logits, *, top_k, capacity, batch_prioritized, group_size):
+    """Returns the edge cases that a random case is one of, so that none of them is lost from the generator."""
+    tokens, experts = logits.shape
+    checks = {
+        "no tokens": tokens == 0,
+        "every expert": top_k == experts > 1,
+        "one expert only": tokens > 1 < experts and len(logits.argmax(dim=1).unique()) == 1 and top_k == 1,
+        "ties": tokens > 0 and any(len(row.unique()) < experts for row in logits),
+        "nothing kept": tokens > 0 and capacity == 0,
+        "dropless": tokens > 0 and capacity is None,
+        "groups": group_size is not None and tokens > group_size and batch_prioritized,
+    }
+    return {name for name, is_so in checks.items() if is_so}
 
 
 def test_join_equals_routing_apart():
