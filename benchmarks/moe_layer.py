@@ -4,8 +4,9 @@
     python -m launcher -n 2 -- benchmarks/moe_layer.py [--all]
 
 Ours and the peers take turns in one process, so that a ratio holds on a busy machine; median over rounds of CPU time
-and of wall time, the slowest rank's. A peer that is not installed or cannot do a shape is named with the reason. Where a
-peer has our weights and semantics, its results are compared with ours before it is timed. Tutel may lie on PYTHONPATH.
+and of wall time, the slowest rank's. A peer that is not installed or cannot do a shape is named with the reason. Where
+a peer has our weights and semantics, its results are compared with ours before it is timed. Tutel may lie on
+PYTHONPATH.
 
 Balanced rows use a fresh router with capacity factor 1.25. Skewed rows are dropless: tokens lean toward one expert so
 far that it gets 5 times the mean load. --routing times routing alone at 128 experts with batch-prioritized slots.
