@@ -3,10 +3,10 @@
 A dispatcher has no parameters; parallelize() replaces the local one by one that crosses ranks. Every row movement is a
 gather, forward and backward: no atomics, so results do not depend on the order of threads.
 
-Shape legend: T tokens, D channels, k choices per token, E experts, G routing groups, N kept (token, choice) pairs.
+Shape legend: T tokens, D channels, k choices per token, E experts, G routing groups, N rows for experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +18,12 @@ from swin_moe.moe.router import Routing
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the kept pairs: by expert, then routing group, then slot."""
+    """The order of rows for experts: by expert, then routing group, then slot."""
 
     position: Tensor  # (T, k) int64, row of each pair; 0 where dropped
     keep: Tensor | None  # (T, k) bool; None = all
-    pair: Tensor  # (N,) int64, token * k + choice of each row
+    pair: Tensor  # (N,) int64, token * k + choice of each row; 0 where a row is vacant
+    vacant: Tensor | None = None  # (N,) bool, padding between experts; None = none
 
     @property
     def top_k(self) -> int:
@@ -31,7 +32,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Kept pairs, N."""
+        """Rows for experts, N."""
         return self.pair.shape[0]
 
 
@@ -40,7 +41,7 @@ class Dispatched:
     """Rows for the local experts."""
 
     tokens: Tensor  # (rows, D), sorted by local expert
-    counts: list[int]  # rows of each local expert
+    counts: Tensor | int  # rows of each local expert, int64; one number where all have as many
     pair: Tensor | None  # (rows,) int64, global pair index of each row, if it was asked for
     plan: Plan
     exchange: Any = None  # what a dispatcher across ranks has to remember for the way back
@@ -68,8 +69,9 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
-        counts = routing.kept.sum(dim=0).tolist()  # the one wait for the device in a layer
-        plan = make_plan(routing, sum(counts))
+        counts = routing.kept.sum(dim=0)
+        unknown = x.is_cuda or torch.compiler.is_compiling()  # to ask would wait for the device, or break a graph
+        plan = make_plan(routing, None if unknown else int(counts.sum()))
         return Dispatched(take_tokens(x, plan), counts, None if pair is None else pair.flatten()[plan.pair], plan)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
@@ -77,26 +79,69 @@ class LocalDispatcher:
         return combine_tokens(y, gate, dispatched.plan)
 
 
-def make_plan(routing: Routing, num_rows: int) -> Plan:
-    """Returns the order of rows. Slots already are positions within (group, expert), so nothing is sorted again.
+class PaddedDispatcher:
+    """All experts are here, and each gets equally many rows, as many as it has slots: shapes do not depend on the data.
 
-    num_rows: routing.kept.sum(), known to the caller on the host.
+    With capacity by need the number of rows is what the fullest expert needs; then the host waits for the device.
     """
+
+    def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
+        """See Dispatcher."""
+        rows = padded_rows(routing)
+        plan = make_padded_plan(routing, rows)
+        return Dispatched(take_tokens(x, plan), rows, None if pair is None else pair.flatten()[plan.pair], plan)
+
+    def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
+        """See Dispatcher."""
+        return combine_tokens(y, gate, dispatched.plan)
+
+
+def padded_rows(routing: Routing) -> int:
+    """Returns how many rows hold what any expert gets from these tokens: by the slots, or by need without a limit."""
+    num_tokens, num_groups = len(routing.expert), len(routing.kept)
+    if routing.capacity is None:
+        return int(routing.kept.sum(dim=0).max()) if num_tokens else 0
+    return min(num_groups * routing.capacity, num_tokens)  # a token chooses an expert once
+
+
+def make_plan(routing: Routing, num_rows: int | None) -> Plan:
+    """Returns the order of rows without padding. Slots already are positions within (group, expert), so nothing is
+    sorted again.
+
+    num_rows: routing.kept.sum(), if the host knows it; None = one row per pair, those left over at the end.
+    """
+    kept_EG, num_pairs = routing.kept.t().reshape(-1), routing.expert.numel()
+    all_kept = num_rows == num_pairs or routing.capacity is None
+    num_rows = num_pairs if num_rows is None else num_rows
+    return _place(routing, kept_EG.cumsum(0) - kept_EG, num_rows, keep=None if all_kept else routing.keep)
+
+
+def make_padded_plan(routing: Routing, rows: int) -> Plan:
+    """Returns the order of `rows` rows for every expert, the taken ones first."""
+    kept_EG = routing.kept.t()
+    num_experts = len(kept_EG)
+    base_E = torch.arange(num_experts, device=kept_EG.device)[:, None] * rows
+    plan = _place(
+        routing, (base_E + kept_EG.cumsum(dim=1) - kept_EG).reshape(-1), num_experts * rows, keep=routing.keep
+    )
+    vacant = torch.arange(rows, device=kept_EG.device) >= kept_EG.sum(dim=1, keepdim=True)
+    return replace(plan, vacant=vacant.flatten())
+
+
+def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | None) -> Plan:
+    """Returns the plan in which the pairs of an expert and a group start at row first_EG[expert * G + group]."""
     num_tokens, top_k = routing.expert.shape
-    num_groups, num_experts = routing.kept.shape
+    num_groups = len(routing.kept)
     device = routing.expert.device
-    kept_EG = routing.kept.t().reshape(-1)
-    first_EG = kept_EG.cumsum(0) - kept_EG
     if num_groups == 1:
         bucket = routing.expert
     else:
         group_T = torch.arange(num_tokens, device=device).div_(routing.group_size, rounding_mode="floor")
         bucket = routing.expert * num_groups + group_T[:, None]
     position = first_EG[bucket] + routing.slot if num_tokens else routing.expert
-    keep = None if num_rows == num_tokens * top_k else routing.keep
     # Dropped pairs are written to one row too many, which is cut off: a mask as index would wait for the device.
     target = position if keep is None else torch.where(keep, position, num_rows)
-    pair = torch.empty(num_rows + 1, dtype=torch.int64, device=device)
+    pair = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
     pair.scatter_(0, target.flatten(), torch.arange(num_tokens * top_k, device=device))
     return Plan(position if keep is None else position.masked_fill(~keep, 0), keep, pair[:num_rows])
 
@@ -113,7 +158,7 @@ def _gather_choice(rows: Tensor, plan: Plan, choice: int) -> Tensor:
 class _TakeTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(plan.position, plan.keep, plan.pair)
+        ctx.save_for_backward(plan.position, plan.keep, plan.pair, plan.vacant)
         return x.index_select(0, plan.pair.div(plan.top_k, rounding_mode="floor"))
 
     @staticmethod
@@ -129,7 +174,7 @@ class _TakeTokens(torch.autograd.Function):
 class _CombineTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(y, gate, plan.position, plan.keep, plan.pair)
+        ctx.save_for_backward(y, gate, plan.position, plan.keep, plan.pair, plan.vacant)
         out = _gather_choice(y, plan, 0) * gate[:, :1]
         for choice in range(1, plan.top_k):
             out.addcmul_(_gather_choice(y, plan, choice).to(out.dtype), gate[:, choice, None])
@@ -144,6 +189,8 @@ class _CombineTokens(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             token = plan.pair.div(plan.top_k, rounding_mode="floor")
             gate_N = gate.flatten().index_select(0, plan.pair)
+            if plan.vacant is not None:  # experts multiply padding too, and it must add nothing to their gradients
+                gate_N = gate_N.masked_fill(plan.vacant, 0)
             grad_y = grad_out.index_select(0, token).mul_(gate_N[:, None]).to(y.dtype)
         if ctx.needs_input_grad[1]:
             choices = range(plan.top_k)

@@ -1,9 +1,9 @@
-"""The experts: two-layer networks over ragged runs of tokens, without padding.
+"""The experts: two-layer networks over ragged runs of tokens, or over equally many padded rows each.
 
 Weights in Tutel's layout (tutel/experts/ffn.py): fc1 (E, H, D) is applied transposed, fc2 (E, H, D) as it is.
 
 Shape legend: N rows (token-choice pairs) sorted by expert, E local experts, D model channels, H hidden channels of an
-expert, I and O input and output channels of one product.
+expert.
 """
 
 import zlib
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.randomness import derive_key, keep_mask
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -51,77 +52,9 @@ class _ScaleKept(torch.autograd.Function):
         return grad * keep.to(grad.dtype).mul_(ctx.scale), None, None
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """y[rows of e] = x[rows of e] @ weight_e + bias_e, as one product per expert or one grouped_mm.
-
-    A Function of its own: results go straight into the output (no cat, no stack of gradients), and every expert has a
-    gradient, zeros if it got no rows. A loop over w[e] would make backward O(E^2) (361 against 120 ms, E = 32).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], grouped: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.grouped = counts, grouped
-        if grouped:
-            bias_N = bias.repeat_interleave(torch.tensor(counts, device=x.device), 0, output_size=x.shape[0])
-            return _grouped_mm(x, weight, counts).add_(bias_N)
-        y = x.new_empty((x.shape[0], weight.shape[2]))
-        for x_e, w_e, b_e, y_e in zip(x.split(counts), weight.unbind(0), bias.unbind(0), y.split(counts)):
-            torch.addmm(b_e, x_e, w_e, out=y_e)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        counts, grad_y = ctx.counts, grad_y.contiguous()
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            if ctx.grouped:
-                grad_x = _grouped_mm(grad_y, weight.transpose(1, 2), counts)
-            else:
-                grad_x = torch.empty_like(x)
-                for g_e, w_e, out in zip(grad_y.split(counts), weight.unbind(0), grad_x.split(counts)):
-                    torch.mm(g_e, w_e.t(), out=out)
-        if ctx.needs_input_grad[1]:
-            if ctx.grouped:
-                grad_weight = F.grouped_mm(x.t(), grad_y, offs=_offsets(counts, x))
-            else:
-                # Laid out as the weight lies in memory: fc1 comes transposed, and its gradient must not be copied.
-                grad_weight = torch.empty_like(weight)
-                for x_e, g_e, out in zip(x.split(counts), grad_y.split(counts), grad_weight.unbind(0)):
-                    torch.mm(x_e.t(), g_e, out=out)
-        if ctx.needs_input_grad[2]:
-            grad_bias = torch.stack([g_e.sum(dim=0) for g_e in grad_y.split(counts)])
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, counts: list[int], *, grouped: bool | None = None
-) -> Tensor:
-    """Returns (N, O): each run of rows times its expert's matrix plus its bias.
-
-    Args:
-        x: (N, I), rows sorted by expert.
-        weight: (E, I, O), may be a transposed view. bias: (E, O).
-        counts: Rows of each expert; their sum is N.
-        grouped: One grouped product instead of a loop; None = bfloat16 on CUDA only. On the CPU both take the same time
-            (75 ms forward and backward at N = 4096, I = 192, O = 768, E = 32, one thread).
-    """
-    if weight.shape[0] == 0:  # a rank without experts: no rows either, but its (empty) weights keep their gradients
-        return x.new_zeros((0, weight.shape[2])) + x.sum() + weight.sum() + bias.sum()
-    if grouped is None:
-        aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # grouped_mm wants strides of 16 bytes
-        grouped = x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
-    return _GroupedLinear.apply(x.contiguous(), weight, bias, counts, grouped)
-
-
-def _offsets(counts: list[int], x: Tensor) -> Tensor:
-    return torch.tensor(counts).cumsum(0).to(device=x.device, dtype=torch.int32)
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    return F.grouped_mm(x, weight, offs=_offsets(counts, x))
+def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
+    """Returns what grouped_linear does where every expert has `rows` rows: one batched product."""
+    return torch.baddbmm(bias[:, None], x.view(len(weight), rows, x.shape[1]), weight).flatten(0, 1)
 
 
 class GroupedExperts(nn.Module):
@@ -167,16 +100,17 @@ class GroupedExperts(nn.Module):
             setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         self.held = dict(boxes)
 
-    def forward(self, tokens: Tensor, counts: list[int], dropout: Dropout | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, counts: Tensor | int, dropout: Dropout | None = None) -> Tensor:
         """Returns (N, D), what each row's expert makes of it, in the dtype of `tokens`. To be called outside autocast.
 
-        counts: Rows of each local expert, in order.
+        counts: Rows of each local expert, in order: (E,) int64 for ragged runs, one number where all have as many.
         """
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (self._whole(name).to(tokens.dtype) for name in PARAMETERS)
-        hidden = F.gelu(grouped_linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
+        linear = _padded_linear if isinstance(counts, int) else grouped_linear
+        hidden = F.gelu(linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
         if dropout is not None:
             hidden = dropout.apply(hidden)
-        return grouped_linear(hidden, fc2_weight, fc2_bias, counts)
+        return linear(hidden, fc2_weight, fc2_bias, counts)
 
     def _whole(self, name: str) -> Tensor:
         parameter = getattr(self, name)

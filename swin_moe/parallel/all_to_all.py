@@ -109,7 +109,7 @@ class AllToAllDispatcher:
         y = all_to_all(y, exchange.receive, exchange.send, self.groups.expert)
         return combine_tokens(y, gate, dispatched.plan)
 
-    def _exchange(self, kept: list[int], arriving: list[int], device: torch.device) -> tuple[Exchange, list[int]]:
+    def _exchange(self, kept: list[int], arriving: list[int], device: torch.device) -> tuple[Exchange, Tensor]:
         """Returns how rows travel, and the rows of each local expert."""
         send = [sum(kept[e] for e in experts) for experts in self.destinations]
         receive, start = [], 0
@@ -117,9 +117,9 @@ class AllToAllDispatcher:
             receive.append(sum(arriving[start : start + count]))
             start += count
         if self.num_local <= 1:
-            return Exchange(send, receive, None, None), [sum(receive)] * self.num_local
+            return Exchange(send, receive, None, None), torch.tensor([sum(receive)] * self.num_local, dtype=torch.int64)
         count_SE = torch.tensor(arriving).view(-1, self.num_local)  # S: ranks that send here
-        counts = count_SE.sum(dim=0).tolist()
+        counts = count_SE.sum(dim=0)
         order = _by_expert(count_SE).to(device, non_blocking=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=device)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from swin_moe.moe import route
-from swin_moe.moe.dispatch import LocalDispatcher, combine_tokens, make_plan, take_tokens
+from swin_moe.moe.dispatch import (
+    LocalDispatcher,
+    PaddedDispatcher,
+    combine_tokens,
+    make_padded_plan,
+    make_plan,
+    padded_rows,
+    take_tokens,
+)
 
 
 def random_routing(tokens=12, experts=4, top_k=2, capacity=3, **arguments):
@@ -18,7 +26,7 @@ def test_by_hand():
     x = torch.tensor([[1.0], [2.0], [3.0]])
     dispatched = LocalDispatcher().dispatch(x, routing, torch.tensor([[10], [11], [12]]))
     assert dispatched.tokens.tolist() == [[2.0], [1.0]]
-    assert dispatched.counts == [1, 1] and dispatched.pair.tolist() == [11, 10]
+    assert dispatched.counts.tolist() == [1, 1] and dispatched.pair.tolist() == [11, 10]
     y = LocalDispatcher().combine(torch.tensor([[7.0], [9.0]]), dispatched, torch.tensor([[0.5], [1.0], [0.5]]))
     assert y.tolist() == [[4.5], [7.0], [0.0]]
 
@@ -44,9 +52,9 @@ def test_equals_a_loop(case):
     dispatcher = LocalDispatcher()
     pairs = torch.arange(num_tokens * top_k).view(num_tokens, top_k)
     dispatched = dispatcher.dispatch(x, routing, pairs)
-    assert dispatched.counts == [int((routing.keep & (routing.expert == e)).sum()) for e in range(4)]
+    assert dispatched.counts.tolist() == [int((routing.keep & (routing.expert == e)).sum()) for e in range(4)]
     start = 0
-    for e, count in enumerate(dispatched.counts):
+    for e, count in enumerate(dispatched.counts.tolist()):
         for row in range(start, start + count):
             t, choice = divmod(int(dispatched.pair[row]), top_k)
             assert routing.expert[t, choice] == e and routing.keep[t, choice]
@@ -54,7 +62,7 @@ def test_equals_a_loop(case):
         start += count
     assert dispatched.pair.unique().numel() == int(routing.keep.sum())
     factor = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-    y = dispatched.tokens * factor.repeat_interleave(torch.tensor(dispatched.counts))[:, None]
+    y = dispatched.tokens * factor.repeat_interleave(dispatched.counts)[:, None]
     out = dispatcher.combine(y, dispatched, gate)
     weight = (gate * routing.keep * factor[routing.expert]).sum(1, keepdim=True)
     torch.testing.assert_close(out, x * weight)
@@ -63,14 +71,57 @@ def test_equals_a_loop(case):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_gradcheck(case):
+def test_padding_changes_nothing(case):
     routing = random_routing(**case)
-    plan = make_plan(routing, int(routing.kept.sum()))
+    num_tokens, top_k = routing.expert.shape
+    pairs = torch.arange(num_tokens * top_k).view(num_tokens, top_k)
+    results = []
+    for dispatcher in (LocalDispatcher(), PaddedDispatcher()):
+        x = torch.randn(num_tokens, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        gate = torch.rand(num_tokens, top_k, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+        gate.requires_grad_()
+        dispatched = dispatcher.dispatch(x, routing, pairs)
+        counts = dispatched.counts
+        rows = counts if torch.is_tensor(counts) else torch.full((4,), counts)
+        y = dispatched.tokens * weight.repeat_interleave(rows)[:, None] + 1  # padding is computed as well
+        out = dispatcher.combine(y, dispatched, gate)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (x, gate, weight))))
+    torch.testing.assert_close(*results)
+
+
+def test_padding_by_hand():
+    # Tokens 0, 1, 2 choose experts 1, 0, 1; two slots each.
+    routing = route(torch.tensor([[0.0, 5.0], [5.0, 0.0], [0.0, 5.0]]), top_k=1, capacity=2)
+    dispatched = PaddedDispatcher().dispatch(torch.tensor([[1.0], [2.0], [3.0]]), routing, None)
+    assert dispatched.counts == 2 and dispatched.plan.vacant.tolist() == [False, True, False, False]
+    assert dispatched.tokens[[0, 2, 3]].tolist() == [[2.0], [1.0], [3.0]]
+
+
+def test_padding_holds_what_groups_need_together_and_no_more_than_all_tokens():
+    assert padded_rows(random_routing(group_size=3, capacity=1)) == 4
+    assert padded_rows(random_routing(capacity=99)) == 12
+    assert padded_rows(random_routing(tokens=0)) == 0
+
+
+def test_left_over_rows_belong_to_no_expert():
+    routing = random_routing()
+    exact, longer = make_plan(routing, int(routing.kept.sum())), make_plan(routing, None)
+    assert longer.num_rows == routing.expert.numel() > exact.num_rows
+    assert torch.equal(longer.pair[: exact.num_rows], exact.pair) and torch.equal(longer.position, exact.position)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradcheck(case, padded):
+    routing = random_routing(**case)
+    plan = make_padded_plan(routing, padded_rows(routing)) if padded else make_plan(routing, int(routing.kept.sum()))
     num_tokens, top_k = routing.expert.shape
     x = torch.randn(num_tokens, 3, dtype=torch.float64, requires_grad=True)
     y = torch.randn(plan.num_rows, 3, dtype=torch.float64, requires_grad=True)
     gate = torch.rand(num_tokens, top_k, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: take_tokens(a, plan), (x,))
+    rows = slice(None) if plan.vacant is None else ~plan.vacant  # what padding holds has no gradient, nor has it a use
+    assert torch.autograd.gradcheck(lambda a: take_tokens(a, plan)[rows], (x,))
     assert torch.autograd.gradcheck(lambda a, b: combine_tokens(a, b, plan), (y, gate))
 
 
