@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.ops.huge_pages import on_huge_pages
+
 _ALIGNED = 8  # grouped_mm wants row strides of 16 bytes
 _BIAS_ROWS = 8  # rows of ones that sum a bias gradient by a grouped product: as few as its alignment allows
 
@@ -66,6 +68,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias; an empty tensor for what is not needed."""
     grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs)
+    on_huge_pages(grad_weight)
     if grouped:
         ends = _ends(counts, x)
         if needs[0]:
