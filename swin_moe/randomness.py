@@ -12,6 +12,7 @@ Shape legend: N rows, U units.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +38,23 @@ class RandomContext:
         seed = int(torch.randint(0, 2**31 - 1, (), device="cpu"))
         return cls(seed, 0, torch.arange(batch_size, device=device))
 
-    def key(self, purpose: str, layer: int = 0) -> int:
-        """Returns the 64-bit key of one kind of draw in one layer of this step."""
-        return derive_key(self.seed, self.step, layer, PURPOSES.index(purpose))
+    def key(self, purpose: str, layer: int = 0) -> "Key":
+        """Returns the key of one kind of draw in one layer of this step."""
+        words = (self.seed, self.step, layer, PURPOSES.index(purpose))
+        return TracedKey(*words) if torch.compiler.is_compiling() else derive_key(*words)
+
+
+class TracedKey(NamedTuple):
+    """The words of a key in a traced graph, where they stay variables: a key computed there would be a constant, and
+    every step a new graph."""
+
+    seed: int
+    step: int
+    layer: int
+    purpose: int
+
+
+Key = int | TracedKey  # 64 bits
 
 
 def _signed(value: int) -> int:
@@ -69,11 +84,13 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 
 
-def bits(key: int, rows: Tensor, units: int) -> Tensor:
+def bits(key: Key, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) int32, uniform over all 2**32 values, for rows (N,) int64.
 
     Row and unit are hashed apart and mixed once together: the (N, U) part costs one hash.
     """
+    if isinstance(key, TracedKey):
+        return torch.ops.swin_moe.random_bits(rows, units, *key)
     low, high = _signed(key), _signed(key >> 32)
     # Truncation to int32 drops the upper half of a row; it is mixed back so that token 2**32 differs from token 0.
     row_low, row_high = rows.to(torch.int32), (rows >> 32).to(torch.int32)
@@ -82,19 +99,41 @@ def bits(key: int, rows: Tensor, units: int) -> Tensor:
     return _mix(row[:, None] + unit[None, :])
 
 
-def uniform(key: int, rows: Tensor, units: int) -> Tensor:
+def uniform(key: Key, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) float32 in the open interval (0, 1), on a grid of 2**-24 shifted by half a step."""
     return ((bits(key, rows, units) >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
 
 
-def normal(key: int, rows: Tensor, units: int) -> Tensor:
+def normal(key: Key, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) float32 standard normal (Box-Muller over two independent uniforms)."""
+    if isinstance(key, TracedKey):
+        return torch.ops.swin_moe.random_normal(rows, units, *key)
     radius = uniform(key, rows, units).double().log_().mul_(-2.0).sqrt_()
     angle = uniform(key ^ 0x5DEECE66D2545F49, rows, units).double().mul_(2.0 * math.pi).cos_()
     return (radius * angle).float()
 
 
-def keep_mask(key: int, rows: Tensor, units: int, *, drop: float) -> Tensor:
+def keep_mask(key: Key, rows: Tensor, units: int, *, drop: float) -> Tensor:
     """Returns (N, U) bool, True with probability 1 - drop."""
     threshold = round(drop * 2.0**32) - 2**31
     return bits(key, rows, units) >= threshold
+
+
+@torch.library.custom_op("swin_moe::random_bits", mutates_args=())
+def _random_bits(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
+    return bits(derive_key(seed, step, layer, purpose), rows, units)
+
+
+@torch.library.custom_op("swin_moe::random_normal", mutates_args=())
+def _random_normal(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
+    return normal(derive_key(seed, step, layer, purpose), rows, units)
+
+
+@_random_bits.register_fake
+def _(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], units), dtype=torch.int32)
+
+
+@_random_normal.register_fake
+def _(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], units), dtype=torch.float32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops.grouped_linear import grouped_linear
-from swin_moe.randomness import derive_key, keep_mask
+from swin_moe.randomness import Key, derive_key, keep_mask
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
@@ -27,7 +27,7 @@ class Dropout:
     """Which hidden units to drop: a function of the pair's global index (token index * k + choice) and the unit."""
 
     rate: float
-    key: int
+    key: Key
     pair: Tensor  # (N,) int64
 
     def apply(self, hidden: Tensor) -> Tensor:

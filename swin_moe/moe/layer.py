@@ -18,6 +18,7 @@ from swin_moe.moe import losses
 from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.group_exchange import GroupExchange, route_across
+from swin_moe.moe.phases import PhaseClock, mark
 from swin_moe.moe.router import CosineRouter, LinearRouter, Routing, expert_capacity, join, route
 from swin_moe.randomness import RandomContext, derive_key, normal
 
@@ -60,6 +61,7 @@ class MoELayer(nn.Module):
         self.group_exchange: GroupExchange | None = None  # set where a routing group of training spans ranks
         self.stats: RoutingStats | None = None
         self.observer: Callable[[Routing], None] | None = None  # sees the routing of every forward
+        self.clock: PhaseClock | None = None  # measures forward and backward while it is set
 
     def forward(self, x_BLD: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor]:
         """Returns (y of x's shape and dtype, unweighted balance loss).
@@ -67,7 +69,7 @@ class MoELayer(nn.Module):
         random: What training draws from; None in training makes a fresh one. Evaluation draws nothing.
         """
         batch, num_tokens, dim = x_BLD.shape
-        x = x_BLD.reshape(batch * num_tokens, dim)
+        x = mark(x_BLD.reshape(batch * num_tokens, dim), self.clock, forward="", backward="route")
         device_type = x.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
         if not self.training:
@@ -81,16 +83,19 @@ class MoELayer(nn.Module):
             routing, aux = self._route(x, num_tokens, random, token)
             if self.observer is not None:
                 self.observer(routing)
+            # Cast before the rows travel: half the bytes between ranks.
+            rows = mark(x.to(dtype), self.clock, forward="route", backward="dispatch")
             pair = dropout = None
             if random is not None and self.config.dropout > 0:
                 pair = token[:, None] * self.config.top_k + torch.arange(self.config.top_k, device=x.device)
-            # Cast before the rows travel: half the bytes between ranks.
-            dispatched = self.dispatcher.dispatch(x.to(dtype), routing, pair)
+            dispatched = self.dispatcher.dispatch(rows, routing, pair)
+            tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
             if pair is not None:
                 dropout = Dropout(self.config.dropout, random.key("expert_dropout", self.layer), dispatched.pair)
-            y = self.experts(dispatched.tokens, dispatched.counts, dropout)
+            y = self.experts(tokens, dispatched.counts, dropout)
+            y = mark(y, self.clock, forward="experts", backward="combine")
             y = self.dispatcher.combine(y, dispatched, routing.gate)
-        return y.to(x.dtype).view(x_BLD.shape), aux
+        return mark(y.to(x.dtype), self.clock, forward="combine", backward="").view(x_BLD.shape), aux
 
     def _route(
         self, x: Tensor, tokens_per_image: int, random: RandomContext | None, token: Tensor | None

@@ -14,8 +14,8 @@ _LIBRARY = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else Non
 def on_huge_pages(tensor: Tensor) -> Tensor:
     """Returns the tensor, just allocated and unwritten, after asking Linux for 2 MiB pages where it is large.
 
-    Writing the weight gradients of 128 experts of 768 x 192 takes 17 ms so, and 40 ms on 4 KiB pages (one thread). It is
-    advice: where it cannot be followed nothing changes. No byte more is used, pages the tensor shares are left alone.
+    Writing the weight gradients of 128 experts of 768 x 192 takes 17 ms so, and 40 ms on 4 KiB pages (one thread). It
+    is advice: where it cannot be followed nothing changes. Pages that the tensor shares with others are left alone.
     """
     if _LIBRARY is not None and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= _SMALLEST:
         storage = tensor.untyped_storage()

@@ -14,7 +14,15 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from swin_moe.layout import even_split
-from swin_moe.moe.dispatch import Dispatched, combine_tokens, make_plan, permute_rows, take_tokens
+from swin_moe.moe.dispatch import (
+    Dispatched,
+    Dispatcher,
+    LocalDispatcher,
+    combine_tokens,
+    make_plan,
+    permute_rows,
+    take_tokens,
+)
 from swin_moe.moe.router import Routing
 from swin_moe.parallel.groups import Groups
 
@@ -62,6 +70,26 @@ class Exchange:
     receive: list[int]  # rows from each rank
     order: Tensor | None  # (M,) turns rows by source into rows by expert; None = they are already
     inverse: Tensor | None
+
+
+def local(groups: Groups, num_experts: int) -> Dispatcher:
+    """Returns the dispatcher that needs every expert here.
+
+    Raises:
+        ValueError: Experts are on other ranks.
+    """
+    if groups.expert_size > 1:
+        raise ValueError(
+            f"model.moe.backend=local needs every expert on every rank, but parallel.expert={groups.degrees.expert} x "
+            f"parallel.expert_shard={groups.degrees.expert_shard} ranks share {num_experts}; set both to 1, or "
+            "model.moe.backend=native"
+        )
+    return LocalDispatcher()
+
+
+def native(groups: Groups, num_experts: int) -> Dispatcher:
+    """Returns the dispatcher that sends exactly the rows there are; nothing is sent where all experts are here."""
+    return AllToAllDispatcher(groups, num_experts) if groups.expert_size > 1 else LocalDispatcher()
 
 
 class AllToAllDispatcher:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
+from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.all_to_all import ShardGather
 from swin_moe.parallel.group_exchange import RankExchange
@@ -29,9 +30,12 @@ from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import lookup
 
-DISPATCHERS = {"native": "swin_moe.parallel.all_to_all:AllToAllDispatcher"}
-# Backends that decide themselves who gets a slot, without the other ranks of a routing group. They are refused there.
-DECIDE_ALONE: frozenset[str] = frozenset()
+# model.moe.backend -> builder(groups, number of experts) -> Dispatcher. All take our routing, so that a routing group
+# that spans ranks is nothing special to them.
+DISPATCHERS = {
+    "local": "swin_moe.parallel.all_to_all:local",
+    "native": "swin_moe.parallel.all_to_all:native",
+}
 _BUCKET_BYTES = 32 * 2**20  # gradients reduced together: large enough to hide latency, small beside the experts
 
 
@@ -54,36 +58,28 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
     degrees = groups.degrees
     if parallel.expert not in (0, degrees.expert) or parallel.expert_shard not in (0, degrees.expert_shard):
         raise ValueError(f"groups of {degrees} do not fit {parallel}")
-    if groups.routing is not None:
-        _route_together(model, groups)
-    if groups.expert_size == 1:
-        return model
+    exchange = None if groups.routing is None else RankExchange(groups.routing)
     for name, layer in _layers(model):
-        experts = layer.experts
-        if experts.fc1_weight.shape != experts.global_shapes()["fc1_weight"]:
-            shape = tuple(experts.fc1_weight.shape)
-            raise ValueError(f"{name}.experts is cut to {shape} already; parallelize a model only once")
-        chunks = {
-            key: local_chunk(f"{name}.experts.{key}", shape, groups.coordinates)
-            for key, shape in experts.global_shapes().items()
-        }
-        experts.keep({key: tuple(zip(chunk.offset, chunk.size)) for key, chunk in chunks.items()})
-        if groups.shard is not None:
-            experts.gather = ShardGather(groups, {key: shape[1] for key, shape in experts.global_shapes().items()})
-        dispatcher = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
-        layer.dispatcher = dispatcher(groups, experts.num_experts)
+        layer.group_exchange = exchange
+        build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
+        layer.dispatcher = build(groups, layer.experts.num_experts)
+        if groups.expert_size > 1:
+            _cut_experts(name, layer.experts, groups)
     return model
 
 
-def _route_together(model: nn.Module, groups: Groups) -> None:
-    exchange = RankExchange(groups.routing)
-    for _, layer in _layers(model):
-        if layer.config.backend in DECIDE_ALONE:
-            raise ValueError(
-                f"model.moe.backend={layer.config.backend} cannot route {layer.config.group_images} images over "
-                f"{exchange.size} ranks; use model.moe.backend=native or a model.moe.group_images that fits one rank"
-            )
-        layer.group_exchange = exchange
+def _cut_experts(name: str, experts: GroupedExperts, groups: Groups) -> None:
+    """Keeps of a layer's experts what the sharding table gives this rank."""
+    if experts.fc1_weight.shape != experts.global_shapes()["fc1_weight"]:
+        shape = tuple(experts.fc1_weight.shape)
+        raise ValueError(f"{name}.experts is cut to {shape} already; parallelize a model only once")
+    chunks = {
+        key: local_chunk(f"{name}.experts.{key}", shape, groups.coordinates)
+        for key, shape in experts.global_shapes().items()
+    }
+    experts.keep({key: tuple(zip(chunk.offset, chunk.size)) for key, chunk in chunks.items()})
+    if groups.shard is not None:
+        experts.gather = ShardGather(groups, {key: shape[1] for key, shape in experts.global_shapes().items()})
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,13 +1,10 @@
 """Cutting a model and describing what is held, for layouts that need no running ranks."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import swin_moe
 from swin_moe.config import ParallelConfig
-from swin_moe.parallel import apply
 from swin_moe.parallel.apply import (
     dense_parameters,
     expert_parameters,
@@ -83,7 +80,7 @@ def test_parallelizing_twice_or_for_another_layout_is_refused():
 
 def test_an_unknown_backend_is_named():
     model = swin_moe.create_model("swin_moe", **TINY, backend="carrier-pigeon")
-    with pytest.raises(ValueError, match="model.moe.backend: unknown choice 'carrier-pigeon'; allowed: native"):
+    with pytest.raises(ValueError, match="model.moe.backend: unknown choice 'carrier-pigeon'; allowed: local, native"):
         parallelize(model, ParallelConfig(), groups_of(0, 5, 1, 1))
 
 
@@ -96,10 +93,8 @@ def test_expert_gradients_are_divided_and_dense_ones_left_alone():
     assert all((p.grad == 6.0).all() for _, p in dense_parameters(model) if p.grad is not None)
 
 
-def test_a_backend_that_decides_alone_is_refused_where_groups_span_ranks(monkeypatch):
-    monkeypatch.setattr(apply, "DECIDE_ALONE", {"native"})
-    monkeypatch.setattr(apply, "RankExchange", lambda group: SimpleNamespace(size=2))
-    model = swin_moe.create_model("swin_moe", **TINY)
-    groups = Groups(2, 0, Degrees(1, 1, 2), routing=object())
-    with pytest.raises(ValueError, match="model.moe.backend=native cannot route 0 images over 2 ranks"):
-        parallelize(model, ParallelConfig(expert=1), groups)
+def test_a_backend_that_needs_all_experts_is_refused_where_it_has_not():
+    model = swin_moe.create_model("swin_moe", **TINY, backend="local")
+    with pytest.raises(ValueError, match="backend=local needs every expert on every rank, but parallel.expert=5 x"):
+        parallelize(model, ParallelConfig(), groups_of(0, 5, 1, 1))
+    parallelize(model, ParallelConfig(expert=1), groups_of(0, 1, 1, 5))
