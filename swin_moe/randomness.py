@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _MASK_32 = 0xFFFFFFFF
+_SECOND_DRAW = 0x5DEECE66D2545F49  # turns a key into that of an independent draw
 PURPOSES = ("gate_noise", "drop_path_mixer", "drop_path_ffn", "dropout", "expert_dropout", "mixup", "augment", "order")
 
 
@@ -84,14 +85,23 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 
 
+def _words(key: Key, near: Tensor | None = None) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """Returns the lower and the upper word of a key as int32 numbers, or tensors in a traced graph."""
+    if isinstance(key, TracedKey):
+        low, high = torch.ops.swin_moe.random_key(near, *key).unbind(0)
+        return low, high
+    return _signed(key), _signed(key >> 32)
+
+
 def bits(key: Key, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) int32, uniform over all 2**32 values, for rows (N,) int64.
 
     Row and unit are hashed apart and mixed once together: the (N, U) part costs one hash.
     """
-    if isinstance(key, TracedKey):
-        return torch.ops.swin_moe.random_bits(rows, units, *key)
-    low, high = _signed(key), _signed(key >> 32)
+    return _bits(*_words(key, rows), rows, units)
+
+
+def _bits(low: int | Tensor, high: int | Tensor, rows: Tensor, units: int) -> Tensor:
     # Truncation to int32 drops the upper half of a row; it is mixed back so that token 2**32 differs from token 0.
     row_low, row_high = rows.to(torch.int32), (rows >> 32).to(torch.int32)
     row = _mix(_mix(row_low ^ low) + row_high + high)
@@ -101,15 +111,19 @@ def bits(key: Key, rows: Tensor, units: int) -> Tensor:
 
 def uniform(key: Key, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) float32 in the open interval (0, 1), on a grid of 2**-24 shifted by half a step."""
-    return ((bits(key, rows, units) >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    return _to_uniform(bits(key, rows, units))
+
+
+def _to_uniform(drawn: Tensor) -> Tensor:
+    return ((drawn >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
 
 
 def normal(key: Key, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) float32 standard normal (Box-Muller over two independent uniforms)."""
-    if isinstance(key, TracedKey):
-        return torch.ops.swin_moe.random_normal(rows, units, *key)
-    radius = uniform(key, rows, units).double().log_().mul_(-2.0).sqrt_()
-    angle = uniform(key ^ 0x5DEECE66D2545F49, rows, units).double().mul_(2.0 * math.pi).cos_()
+    low, high = _words(key, rows)
+    second = (low ^ _signed(_SECOND_DRAW), high ^ _signed(_SECOND_DRAW >> 32))
+    radius = _to_uniform(_bits(low, high, rows, units)).double().log_().mul_(-2.0).sqrt_()
+    angle = _to_uniform(_bits(*second, rows, units)).double().mul_(2.0 * math.pi).cos_()
     return (radius * angle).float()
 
 
@@ -119,21 +133,12 @@ def keep_mask(key: Key, rows: Tensor, units: int, *, drop: float) -> Tensor:
     return bits(key, rows, units) >= threshold
 
 
-@torch.library.custom_op("swin_moe::random_bits", mutates_args=())
-def _random_bits(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
-    return bits(derive_key(seed, step, layer, purpose), rows, units)
+@torch.library.custom_op("swin_moe::random_key", mutates_args=())
+def _random_key(near: Tensor, seed: int, step: int, layer: int, purpose: int) -> Tensor:
+    """Returns (2,) int32, the lower and the upper word of a key, on the device of `near`."""
+    return torch.tensor(_words(derive_key(seed, step, layer, purpose)), dtype=torch.int32, device=near.device)
 
 
-@torch.library.custom_op("swin_moe::random_normal", mutates_args=())
-def _random_normal(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
-    return normal(derive_key(seed, step, layer, purpose), rows, units)
-
-
-@_random_bits.register_fake
-def _(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
-    return rows.new_empty((rows.shape[0], units), dtype=torch.int32)
-
-
-@_random_normal.register_fake
-def _(rows: Tensor, units: int, seed: int, step: int, layer: int, purpose: int) -> Tensor:
-    return rows.new_empty((rows.shape[0], units), dtype=torch.float32)
+@_random_key.register_fake
+def _(near: Tensor, seed: int, step: int, layer: int, purpose: int) -> Tensor:
+    return near.new_empty(2, dtype=torch.int32)
