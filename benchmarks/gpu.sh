@@ -40,6 +40,8 @@ if has timm "the comparison with timm"; then
         part "train_step_$precision" 100 "$PYTHON" benchmarks/train_step.py --device cuda --batch 64 --precision $precision
     done
 fi
+part moe_rate 60 "$PYTHON" benchmarks/moe_rate.py --device cuda
+part moe_rate_compiled 100 "$PYTHON" benchmarks/moe_rate.py --device cuda --compile
 part swinv2_giant_step 200 "$PYTHON" benchmarks/large_step.py swinv2_giant_3b_patch4_window12_192_22k engine.device=cuda \
     parallel.zero=0 data.global_batch=1
 exit $failed
