@@ -1,16 +1,22 @@
-"""What the experts of a model did in the last step, summed over ranks: load, drops, dead experts."""
+"""What the MoE layers of a model did in the last step, over all ranks: load, drops, dead experts, time per phase."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from swin_moe.moe import MoELayer
+from swin_moe.moe.phases import PHASES, PhaseClock
 from swin_moe.parallel.groups import Groups
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     """Returns (name, layer) of every MoE layer, in depth order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+def _prefix(name: str) -> str:
+    """Returns what the numbers of a layer begin with."""
+    return f"moe/{name.removesuffix('.mlp')}"
 
 
 @torch.no_grad()
@@ -44,7 +50,7 @@ def expert_load(model: nn.Module, groups: Groups) -> tuple[dict[str, float], dic
         count = layer.stats.demand.numel()
         demand, kept = row[:count], row[count : 2 * count]
         tokens = max(1.0, float(demand.sum()))
-        prefix = f"moe/{name.removesuffix('.mlp')}"
+        prefix = _prefix(name)
         numbers[f"{prefix}/load_cv"] = float(demand.std(correction=0) / demand.mean()) if demand.sum() else 0.0
         numbers[f"{prefix}/dropped_percent"] = 100 * (1 - float(kept.sum()) / tokens)
         numbers[f"{prefix}/dead_experts"] = int((demand == 0).sum())
@@ -52,3 +58,32 @@ def expert_load(model: nn.Module, groups: Groups) -> tuple[dict[str, float], dic
         numbers[f"{prefix}/aux"] = float(row[-1]) / tokens
         histograms[f"{prefix}/load"] = [int(v) for v in demand]
     return numbers, histograms
+
+
+def start_clocks(model: nn.Module, device: torch.device) -> None:
+    """Measures the phases of every MoE layer from now on, until phase_times() is asked."""
+    for _, layer in moe_layers(model):
+        layer.clock = PhaseClock(device)
+
+
+@torch.no_grad()
+def phase_times(model: nn.Module, groups: Groups) -> dict[str, float]:
+    """Returns moe/<layer>/ms_<phase>, milliseconds of forward and backward on the slowest rank; {} without clocks.
+
+    Collective: every rank calls it, after the backward, with clocks on all ranks or on none. Stops the clocks.
+    """
+    layers = [(name, layer) for name, layer in moe_layers(model) if layer.clock is not None]
+    if not layers:
+        return {}
+    measured = [layer.clock.seconds() for _, layer in layers]
+    table = torch.tensor([[seconds[phase] for phase in PHASES] for seconds in measured], dtype=torch.float64)
+    table = table.to(layers[0][1].clock.device)
+    if groups.world_size > 1:
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=groups.world)
+    for _, layer in layers:
+        layer.clock = None
+    return {
+        f"{_prefix(name)}/ms_{phase}": 1e3 * value
+        for (name, _), row in zip(layers, table.tolist())
+        for phase, value in zip(PHASES, row)
+    }

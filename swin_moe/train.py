@@ -14,7 +14,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.engine.gradient_watch import GradientWatch
-from swin_moe.expert_load import expert_load
+from swin_moe.expert_load import expert_load, phase_times, start_clocks
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
@@ -165,6 +165,8 @@ class Trainer:
         step = self.progress.step
         context = self._context(step, self._count(batches))
         self.gradients.clear()
+        if self._records(step + 1):
+            start_clocks(self.engine.local_model, self.device)
         # task loss, auxiliary loss, images, stop request: everything the ranks must agree on, in one all-reduce
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
@@ -247,6 +249,10 @@ class Trainer:
     def _reset_window(self) -> None:
         self.progress.window = {"start": time.monotonic(), "images": 0.0, "steps": 0, "loss": 0.0, "aux": 0.0}
 
+    def _records(self, step: int) -> bool:
+        """Returns whether a record is written after `step` steps of the run."""
+        return step % self.config.log.every == 0 or step == self.schedule.total
+
     def _record(self, task_loss: float, aux_loss: float, images: float, stats: StepStats) -> None:
         """Adds the step to the current window; at the end of one, writes the record and redraws the bar."""
         window, step = self.progress.window, self.progress.step
@@ -254,7 +260,7 @@ class Trainer:
         window["steps"] += 1
         window["loss"] += task_loss
         window["aux"] += aux_loss
-        if step % self.config.log.every and step != self.schedule.total:
+        if not self._records(step):
             return
         seconds = time.monotonic() - window["start"]
         rate = window["images"] / seconds
@@ -274,7 +280,8 @@ class Trainer:
             "memory/peak_bytes": peak_memory(self.device),
         }
         load, histograms = expert_load(self.engine.local_model, self.session.groups)
-        self.writer.write(step, {**values, **load}, histograms=histograms)
+        times = phase_times(self.engine.local_model, self.session.groups)
+        self.writer.write(step, {**values, **load, **times}, histograms=histograms)
         self.bar.show(
             step,
             f"epoch {values['train/epoch']:.1f} | loss {values['train/loss']:.4f} | lr {stats.lr:.2e} "

@@ -18,12 +18,12 @@ class PhaseClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stamps: list[tuple[str, float | torch.cuda.Event]] = []
 
     def end(self, phase: str) -> None:
         """A phase ends now; "" = what happened since the last stamp belongs to none."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             self._stamps.append((phase, time.perf_counter()))
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -32,7 +32,7 @@ class PhaseClock:
 
     def seconds(self) -> dict[str, float]:
         """Returns the seconds of every phase since the clock was made, 0 for those that did not occur."""
-        if self._device.type == "cuda" and self._stamps:
+        if self.device.type == "cuda" and self._stamps:
             self._stamps[-1][1].synchronize()
         total: dict[str, float] = defaultdict(float, dict.fromkeys(PHASES, 0.0))
         for (_, before), (phase, after) in zip(self._stamps, self._stamps[1:]):

@@ -103,6 +103,7 @@ def run_world(root: str, world: int) -> dict:
     result = {}
     whole = train(open_tiny(own / "whole"))
     result["whole"] = (losses(whole.session), local_weights(whole))
+    result["records"] = [r for r in records(whole.session) if "train/loss" in r]
     first = train(open_tiny(own / "parts"), stop_after=3)
     assert first.progress.step == 3
     second = train(open_tiny(own / "parts"))

@@ -55,6 +55,22 @@ def test_resume_of_sharded_state_is_bit_exact(tmp_path, world):
         assert result == {zero: (True, []) for zero in (1, 2, 3)}
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_record_says_what_the_experts_did(runs, world):
+    layer = "moe/layers.1.blocks.1"
+    records = runs[world][0]["records"]
+    assert len(records) == 5
+    for record in records:
+        load = torch.tensor(record[f"{layer}/load"], dtype=torch.float64)
+        assert len(load) == 4 and load.sum() == 32 * 4 * 4  # 32 images of 4 x 4 tokens, each with one choice
+        assert record[f"{layer}/load_cv"] == pytest.approx(float(load.std(correction=0) / load.mean()))
+        assert record[f"{layer}/dead_experts"] == int((load == 0).sum())
+        assert 0 <= record[f"{layer}/dropped_percent"] < 100 and 0 < record[f"{layer}/entropy"] <= 1.4
+        assert all(record[f"{layer}/ms_{phase}"] > 0 for phase in ("route", "dispatch", "experts", "combine"))
+    first = [runs[w][0]["records"][0][f"{layer}/load"] for w in WORLDS]
+    assert first[0] == first[1] == first[2]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
     assert runs[world][0]["differs"] is None
