@@ -60,7 +60,7 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         raise ValueError(f"groups of {degrees} do not fit {parallel}")
     exchange = None if groups.routing is None else RankExchange(groups.routing)
     for name, layer in _layers(model):
-        layer.group_exchange = exchange
+        layer.rule.exchange = exchange
         build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
         layer.dispatcher = build(groups, layer.experts.num_experts)
         if groups.expert_size > 1:

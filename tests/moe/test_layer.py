@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe import MoELayer
-from swin_moe.moe.layer import group_slices
 from swin_moe.moe.losses import load_importance
+from swin_moe.moe.routing import group_slices
 from swin_moe.randomness import RandomContext, normal
 from tests.moe.reference import gshard_slowly, layer_slowly
 
