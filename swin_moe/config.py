@@ -5,25 +5,15 @@ parallelism are options, the number of ranks is not. Model field names are the a
 constructors (microsoft/Swin-Transformer, models/*.py) where one exists.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
+
+from swin_moe.config_checks import check as _check
+from swin_moe.config_checks import check_choices as _check_choices
+from swin_moe.config_checks import check_routing
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
 DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
-
-
-def _check(condition: bool, key: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{key} must be {allowed}, got {value!r}")
-
-
-def _check_choices(section: object, prefix: str) -> None:
-    """Raises ValueError for a Literal field whose value is not one of its choices."""
-    for f in fields(section):
-        choices = get_args(f.type) if getattr(f.type, "__origin__", None) is Literal else ()
-        if choices and getattr(section, f.name) not in choices:
-            allowed = "one of " + ", ".join(map(str, choices))
-            _check(False, f"{prefix}.{f.name}", getattr(section, f.name), allowed)
 
 
 @dataclass(frozen=True)
@@ -76,20 +66,33 @@ class MoEConfig:
     capacity_factor: float = (
         1.25  # > 0: slack over an even load; 0: by need; < 0: by need, capped at its absolute value
     )
-    eval_capacity_factor: float | None = 0.0  # the same for evaluation; None = capacity_factor
+    eval_capacity_factor: float | None = 0.0  # the same for evaluation, may be lower; None = capacity_factor
     capacity_scope: Literal["rank", "images"] = (
         "rank"  # who competes for slots: a rank's micro-batch, or group_images images
     )
     group_images: int = 0  # images per routing group with capacity_scope=images
+    choice: Literal["token", "expert", "soft"] = (
+        "token"  # who chooses: tokens their top_k experts, experts their tokens (arXiv:2202.09368), or nobody: Soft MoE
+    )
+    slots: int = 1  # choice=soft (arXiv:2308.00951): slots of one expert for one image
     router: Literal["linear", "cosine"] = "linear"
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # over experts, or of each for itself (DeepSeek-V3)
+    bias_rate: float = 0.0  # scores=sigmoid: step of the bias that balances instead of a loss (arXiv:2408.15664: 1e-3)
+    expert_groups: int = 1  # groups of consecutive experts, for group_limit
+    group_limit: int = 0  # a token uses experts of its best group_limit groups (DeepSeek-V3: 4 of 8); 0 = no limit
     normalize_gate: bool = False  # gates of the k choices sum to 1 (k > 1)
     batch_prioritized: bool = True  # confident tokens take slots first (V-MoE, arXiv:2106.05974)
-    balance_loss: Literal["load_importance", "gshard"] = "load_importance"
-    aux_loss_weight: float = 0.01
+    balance_loss: Literal["load_importance", "gshard", "none"] = "load_importance"
+    balance_scope: Literal["group", "global"] = (
+        "group"  # what is balanced: a routing group, or the micro-batches of all ranks together (arXiv:2501.11873)
+    )
+    aux_loss_weight: float = 0.01  # of the balance loss
+    z_loss_weight: float = 0.0  # of the mean square of log sum exp of the logits (arXiv:2202.08906: 1e-3)
     gate_noise: float = 1.0  # standard deviation of the logit noise times num_experts, training only
     cosine_dim: int = 256
     cosine_init_t: float = 0.5
-    dropout: float = 0.0  # after GELU, inside the experts
+    shared_experts: int = 0  # experts that every token visits, as one dense network (arXiv:2401.06066)
+    dropout: float = 0.0  # after GELU, inside the experts, not inside the shared ones
     backend: str = "native"  # dispatcher, parallel/apply.py:DISPATCHERS
     overlap: int = 1  # chunks that dispatch, experts and combine are pipelined in
     tune: Literal["off", "measure"] = "off"
@@ -108,8 +111,14 @@ class MoEConfig:
             self.gate_noise,
             "> 0 with model.moe.balance_loss=load_importance (its load term divides by the noise)",
         )
+        check_routing(self)
         _check(0 <= self.dropout < 1, "model.moe.dropout", self.dropout, "in [0, 1)")
         _check(self.overlap >= 1, "model.moe.overlap", self.overlap, ">= 1")
+
+    @property
+    def eval_factor(self) -> float:
+        """The capacity factor of evaluation."""
+        return self.capacity_factor if self.eval_capacity_factor is None else self.eval_capacity_factor
 
     @property
     def has_blocks(self) -> bool:
@@ -310,7 +319,7 @@ class Config:
         """
         micro, _ = self.accumulation(world_size)
         moe = self.model.moe
-        if not moe.has_blocks or moe.capacity_scope == "rank" or micro % moe.group_images == 0:
+        if not moe.has_blocks or moe.capacity_scope == "rank" or moe.choice == "soft" or micro % moe.group_images == 0:
             return 1
         ranks, rest = divmod(moe.group_images, micro)
         if rest or world_size % ranks:
@@ -319,6 +328,11 @@ class Config:
             raise ValueError(
                 f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images{also}; "
                 f"data.global_batch={self.data.global_batch} over {world_size} ranks"
+            )
+        if moe.choice == "expert":
+            raise ValueError(
+                f"model.moe.group_images={moe.group_images} must fit one rank's micro-batch of {micro} images with "
+                f"model.moe.choice=expert: an expert compares the scores of all tokens of its group"
             )
         if moe.eval_capacity_factor != 0:
             raise ValueError(

@@ -1,31 +1,35 @@
 """The start-up summary: what will run, where, and why."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from swin_moe.config import MoEConfig
 from swin_moe.engine.base import Engine
 from swin_moe.expert_load import moe_layers
-from swin_moe.layout import Chunk
-from swin_moe.parallel.sharding import describe_placement
+from swin_moe.layout import Chunk, even_split
+from swin_moe.parallel.sharding import Degrees, describe_placement
 from swin_moe.session import Session
 
 
 def parameter_counts(layout: Mapping[str, tuple[tuple[int, ...], Chunk]], session: Session) -> tuple[int, int, int]:
     """Returns (total, active per image, this rank's before ZeRO cuts them) numbers of parameters.
 
-    Active counts top_k experts of every MoE layer, as the papers do. The expert bias that is frozen at zero
-    (model.mlp_fc2_bias=false) is left out, as in the official counts.
+    Active counts top_k experts of every MoE layer, as the papers do; all of them with soft MoE. What no gradient moves
+    is left out, as in the official counts: the expert bias frozen at zero (model.mlp_fc2_bias=false), and the bias that
+    balances.
     """
     total = active = local = 0
     moe = session.config.model.moe
+    used = moe.num_experts if moe.choice == "soft" else moe.top_k
     for name, (shape, chunk) in layout.items():
-        if name.endswith("experts.fc2_bias") and not session.config.model.mlp_fc2_bias:
+        frozen = name.endswith("experts.fc2_bias") and not session.config.model.mlp_fc2_bias
+        if frozen or name.endswith("router.balance.bias"):
             continue
         numel = math.prod(shape)
         total += numel
-        active += numel * moe.top_k // moe.num_experts if ".experts." in name else numel
+        active += numel * used // moe.num_experts if ".experts." in name else numel
         local += chunk.numel
     return total, active, local
 
@@ -46,10 +50,10 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         scope = f"{moe.group_images} images" if moe.capacity_scope == "images" else "a rank's micro-batch"
         ranks = config.routing_ranks(session.world_size)
         scope += f" on {ranks} ranks" if ranks > 1 else ""
-        yield (
-            f"experts    {moe.num_experts} in {len(layers)} layers, top-{moe.top_k}, capacity factor "
-            f"{moe.capacity_factor} within {scope}; evaluation {moe.eval_capacity_factor}"
-        )
+        yield f"experts    {moe.num_experts} in {len(layers)} layers, {describe_choice(moe, scope)}"
+        yield f"balance    {describe_balance(moe, micro_batch * session.world_size)}"
+        if moe.group_limit:
+            yield f"limit      {describe_limit(moe, degrees, groups.hosts)}"
         yield (
             f"layout     {session.world_size} ranks = {degrees.expert} expert x {degrees.expert_shard} shard x "
             f"{degrees.expert_data} data; dispatch: {type(layers[0][1].dispatcher).__name__}"
@@ -68,6 +72,53 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
     )
     yield f"kernels    {attention_path(session.device, config.engine.precision)}"
     yield f"run        {session.directory}"
+
+
+def describe_choice(moe: MoEConfig, scope: str) -> str:
+    """Returns how tokens and experts come together. scope: What a routing group is."""
+    shared = f", {moe.shared_experts} shared" if moe.shared_experts else ""
+    if moe.choice == "soft":
+        return f"soft: {moe.slots} slots an expert and image{shared}"
+    if moe.choice == "expert":
+        factor = moe.eval_factor or moe.capacity_factor
+        return (
+            f"every expert chooses its tokens, capacity factor {moe.capacity_factor} x {moe.top_k} within {scope}; "
+            f"evaluation {factor} x {moe.top_k} within an image{shared}"
+        )
+    return (
+        f"top-{moe.top_k} by {moe.scores}, capacity factor {moe.capacity_factor} within {scope}; evaluation "
+        f"{moe.eval_factor}{shared}"
+    )
+
+
+def describe_balance(moe: MoEConfig, images: int) -> str:
+    """Returns what keeps the load even. images: Of all ranks in one forward."""
+    scope = f" over the {images} images of a forward on all ranks" if moe.balance_scope == "global" else ""
+    parts = [] if moe.balance_loss == "none" else [f"{moe.balance_loss}{scope} x {moe.aux_loss_weight}"]
+    parts += [f"bias, {moe.bias_rate} a step"] if moe.bias_rate else []
+    parts += [f"z-loss x {moe.z_loss_weight}"] if moe.z_loss_weight else []
+    return ", ".join(parts) or "no loss"
+
+
+def describe_limit(moe: MoEConfig, degrees: Degrees, hosts: Sequence[int]) -> str:
+    """Returns how many expert groups a token uses, and whether those are nodes; rank r runs on node hosts[r]."""
+    size, span = moe.num_experts // moe.expert_groups, degrees.expert * degrees.expert_shard
+    text = f"a token uses {moe.group_limit} of {moe.expert_groups} groups of {size} experts, "
+    held = even_split(moe.num_experts, degrees.expert)
+    most, apart = 1, True  # the most nodes of one expert group; whether no node has experts of two of them
+    for start in range(0, len(hosts), span):
+        nodes: list[set[int]] = [set() for _ in range(moe.expert_groups)]
+        for rank in range(span):
+            first, count = held[rank // degrees.expert_shard]
+            for expert in range(first, first + count):
+                nodes[expert // size].add(hosts[start + rank])
+        most = max(most, *map(len, nodes))
+        apart &= sum(map(len, nodes)) == len(set.union(*nodes))
+    if len(set(hosts)) == 1:
+        return text + "all on one node"
+    if most == 1 and apart:
+        return text + f"each on a node of its own: its rows go to at most {moe.group_limit} nodes"
+    return text + f"which are not the nodes: a group is on up to {most}, and a node may hold several"
 
 
 def attention_path(device: torch.device, precision: str) -> str:

@@ -17,6 +17,7 @@ from swin_moe.config import Config, OptimConfig
 from swin_moe.engine.base import StepStats
 from swin_moe.engine.ema import WeightAverage
 from swin_moe.engine.precision import LossScale, autocast
+from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
 from swin_moe.optim import Schedule, build_optimizer, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
@@ -122,6 +123,7 @@ class StepEngine:
         self.loss_scale = LossScale(config.engine.precision == "fp16")
         average = config.optim.ema
         self.ema = WeightAverage({n: part.leaf for n, part in self.parts.items()}, average) if average else None
+        self.balance = RouterBalance(model, groups, lambda name: [self._weights_of(name)])
         self.updates = 0
         self._allocate_state()
 
@@ -171,6 +173,7 @@ class StepEngine:
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
         (loss * self.loss_scale.value).backward()
+        self.balance.count()
 
     @torch.no_grad()
     def step(self, t: int) -> StepStats:
@@ -186,6 +189,8 @@ class StepEngine:
             if factor < 1.0:
                 torch._foreach_mul_(gradients, factor)
             self._update(t)
+        else:
+            self.balance.clear()
         self.loss_scale.update(finite=finite)
         stats = StepStats(norm, factor, self.schedule(t), not finite, scale)
         if finite:
@@ -201,6 +206,7 @@ class StepEngine:
             for group in optimizer.param_groups:
                 group["lr"] = self.schedule(t, group["lr_scale"])
             optimizer.step()
+        self.balance.update()
         self._publish()
         self.updates += 1
         if self.ema:
@@ -275,7 +281,7 @@ class StepEngine:
 
     def pieces(self) -> Iterable[Piece]:
         """See Engine. The tensors are views: filling them loads the engine."""
-        pieces = [_piece(name, part, part.leaf.detach()) for name, part in self.parts.items()]
+        pieces = [self._weights_of(name) for name in self.parts]
         for part in self.trainable:
             state = self.state_of(part.leaf)
             for key in state_tensors(self.config.optim):
@@ -283,6 +289,10 @@ class StepEngine:
         if self.ema:
             pieces += [_piece(average_name(n), self.parts[n], average) for n, average in self.ema.average.items()]
         return pieces
+
+    def _weights_of(self, name: str) -> Piece:
+        part = self.parts[name]
+        return _piece(name, part, part.leaf.detach())
 
     def state(self) -> dict:
         """See Engine."""

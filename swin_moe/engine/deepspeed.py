@@ -5,7 +5,7 @@ scramble them (measured), and one rule for norm, clip and skip has to hold for a
 named pieces that are views of its flat buffers, so saving and loading communicate nothing and copy nothing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -21,6 +21,7 @@ from swin_moe.engine.ema import WeightAverage
 from swin_moe.engine.flat import flat_pieces
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import LossScale, autocast
+from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.optim import Schedule, build_optimizer, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.parallel.clip import norm_over_world, sum_of_squares
@@ -57,6 +58,7 @@ class DeepSpeedEngine:
         self.loss_scale = LossScale(config.engine.precision == "fp16")
         weights = {str(i): buffer for i, buffer in enumerate(self.shards.buffers)}
         self.ema = WeightAverage(weights, config.optim.ema) if config.optim.ema else None
+        self.balance = RouterBalance(model, groups, lambda name: self._pieces_of(name, name, self.shards.buffers))
         self.updates = 0
         self._accumulating = False
 
@@ -86,6 +88,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
         self.model.backward(loss * self.loss_scale.value, scale_wrt_gas=False)
+        self.balance.count()
 
     @torch.no_grad()
     def step(self, t: int) -> StepStats:
@@ -99,6 +102,8 @@ class DeepSpeedEngine:
             if factor != scale:
                 torch._foreach_mul_(gradients, factor / scale)
             finite = self._update(t)
+        if not finite:
+            self.balance.clear()
         self.loss_scale.update(finite=finite)
         return StepStats(norm, factor, self.schedule(t), not finite, scale)
 
@@ -109,6 +114,7 @@ class DeepSpeedEngine:
         self.model.step()
         if self.model.optimizer.overflow:
             return False
+        self.balance.update()
         self.updates += 1
         if self.ema:
             self.ema.update()
@@ -155,19 +161,21 @@ class DeepSpeedEngine:
 
     def pieces(self) -> Iterable[Piece]:
         """See Engine. Views of the flat buffers: filling them, and load_state, loads the engine."""
-        fragments, layout = self.shards.fragments, self.layout
         pieces = []
-        for name in layout:
-            pieces += flat_pieces(name, name, fragments[name], self.shards.buffers, layout)
+        for name in self.layout:
+            pieces += self._pieces_of(name, name, self.shards.buffers)
         for key in state_tensors(self.config.optim):
             moments = [self.optimizer.state[buffer][key] for buffer in self._updated]
             for name in self.trainable:
-                pieces += flat_pieces(state_name(key, name), name, fragments[name], moments, layout)
+                pieces += self._pieces_of(state_name(key, name), name, moments)
         if self.ema:
             averages = list(self.ema.average.values())
-            for name in layout:
-                pieces += flat_pieces(average_name(name), name, fragments[name], averages, layout)
+            for name in self.layout:
+                pieces += self._pieces_of(average_name(name), name, averages)
         return pieces
+
+    def _pieces_of(self, saved: str, name: str, buffers: Sequence[Tensor]) -> list[Piece]:
+        return flat_pieces(saved, name, self.shards.fragments[name], buffers, self.layout)
 
     def state(self) -> dict:
         """See Engine."""

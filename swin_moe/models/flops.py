@@ -14,7 +14,8 @@ from swin_moe.models.attention import StageGeometry, stage_geometry
 def official_flops(config: ModelConfig, *, spatial_mlp: bool, norm_after: bool) -> float:
     """Returns multiply-accumulates of one image at the nominal size; a MoE network counts capacity factor x top-k.
 
-    A capacity by need (factor <= 0) counts as factor 1: what every token then costs.
+    A capacity by need (factor <= 0) counts as factor 1: what every token then costs. What the official code does not
+    have (expert choice, soft MoE, shared experts) counts what it really costs, as in active_flops.
 
     Args:
         spatial_mlp: The mixer is Swin-MLP's.
@@ -25,7 +26,11 @@ def official_flops(config: ModelConfig, *, spatial_mlp: bool, norm_after: bool) 
 
 
 def active_flops(config: ModelConfig, *, spatial_mlp: bool, norm_after: bool) -> float:
-    """Returns multiply-accumulates one image really costs: official_flops with every token computed top-k times."""
+    """Returns multiply-accumulates one image really costs: official_flops with every token computed top-k times.
+
+    Where experts choose, capacity factor x top-k times on average; with soft MoE its slots, and the products that mix
+    tokens and slots; shared experts once each.
+    """
     return _total(config, 1.0, spatial_mlp=spatial_mlp, norm_after=norm_after)
 
 
@@ -49,7 +54,7 @@ def _total(config: ModelConfig, capacity_factor: float, *, spatial_mlp: bool, no
         moe_blocks = config.moe.blocks[stage] if stage < len(config.moe.blocks) else ()
         for block in range(depth):
             mixer = _spatial_mlp(geometry, block) if spatial_mlp else _attention(geometry, config.num_heads[stage])
-            experts = capacity_factor * config.moe.top_k if block in moe_blocks else 1.0
+            experts = _passes(config, geometry, capacity_factor) if block in moe_blocks else 1.0
             extra = config.extra_norm_every > 0 and (block + 1) % config.extra_norm_every == 0
             total += _block(geometry, mixer, config.mlp_ratio, experts) + extra * _norm(geometry)
         if stage < stages - 1:
@@ -67,6 +72,17 @@ def _norm(geometry: StageGeometry) -> int:
 def _block(geometry: StageGeometry, mixer: float, mlp_ratio: float, experts: float) -> float:
     height, width = geometry.resolution
     return 2 * _norm(geometry) + mixer + 2 * height * width * geometry.dim * geometry.dim * mlp_ratio * experts
+
+
+def _passes(config: ModelConfig, geometry: StageGeometry, capacity_factor: float) -> float:
+    """Returns what a MoE block's feed-forward network costs, in passes of all tokens through one expert."""
+    moe, tokens = config.moe, geometry.resolution[0] * geometry.resolution[1]
+    if moe.choice == "soft":
+        slots = moe.num_experts * moe.slots
+        mixing = slots / (geometry.dim * config.mlp_ratio)  # 2 x tokens x slots x dim, in passes
+        return slots / tokens + mixing + moe.shared_experts
+    factor = moe.capacity_factor if moe.choice == "expert" else capacity_factor
+    return factor * moe.top_k + moe.shared_experts
 
 
 def _attention(geometry: StageGeometry, heads: int) -> float:

@@ -95,7 +95,7 @@ class Block(nn.Module):
     def forward(
         self, x_BHWC: Tensor, random: RandomContext | None = None, nominal: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (x of the same shape, unweighted auxiliary loss or None).
+        """Returns (x of the same shape, auxiliary loss times its weight or None).
 
         nominal: The image has the size the model was built for; decides about the shift of a map of one window.
         """
@@ -212,7 +212,7 @@ class SwinTransformer(nn.Module):
                 maps.append(x.permute(0, 3, 1, 2).contiguous())
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        aux = torch.stack(losses).sum() * self.config.moe.aux_loss_weight if losses else None
+        aux = torch.stack(losses).sum() if losses else None
         return Encoded(x, maps, aux)
 
     def set_window_size(self, window: int, *, img_size: tuple[int, int] | None = None) -> None:

@@ -8,7 +8,7 @@ Shape legend: T tokens of this rank, E experts, k choices per token, R ranks of 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ def route_across(
     batch_prioritized: bool,
     normalize_gate: bool,
     scores: Tensor,
+    **choice: Any,
 ) -> tuple[Routing, GroupDemand]:
     """Returns (routing of this rank's tokens, demand of the group); drops what one process with all tokens would drop.
 
@@ -104,17 +105,17 @@ def route_across(
 
     Args:
         capacity: Tokens of the group -> slots per expert; None = by need.
-        logits, top_k, batch_prioritized, normalize_gate, scores: See route.
+        logits, top_k, batch_prioritized, normalize_gate, scores, choice: See route.
     """
     own = route(
         logits, top_k=top_k, capacity=None, batch_prioritized=batch_prioritized, normalize_gate=normalize_gate,
-        scores=scores,
+        scores=scores, **choice,
     )  # fmt: skip
     num_experts = logits.shape[1]
     demand = gather_demand(own.expert, num_experts, exchange)
     limit = capacity(demand.num_tokens)
     if limit is None:
-        return replace(own, capacity=int(demand.count_RkE.sum(dim=(0, 1)).max())), demand
+        return own, demand
     with torch.no_grad():
         if batch_prioritized:
             confidence = scores.gather(1, own.expert[:, :1]).squeeze(1)

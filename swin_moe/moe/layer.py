@@ -2,6 +2,7 @@
 
 Facts matched to the official Swin-MoE on Tutel (microsoft/Swin-Transformer models/swin_transformer_moe.py:MoEMlp,
 microsoft/Tutel tutel/impls/moe_layer.py). The output is sum_k gate_k * expert_k(x); a dropped pair adds nothing.
+Routers beyond the official ones: docs/moe.md.
 
 Shape legend: B images, L tokens per image, T = B * L, D channels, E experts, k choices per token.
 """
@@ -16,15 +17,18 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.phases import PhaseClock, mark
-from swin_moe.moe.router import CosineRouter, LinearRouter, Routing
+from swin_moe.moe.router import CosineRouter, LinearRouter, Router, Routing
 from swin_moe.moe.routing import RoutingRule, RoutingStats
+from swin_moe.moe.shared import SharedExpert
 from swin_moe.randomness import RandomContext, derive_key
 
-_ROUTER_WORD = -1  # stands where experts have their number, so that a router never shares an expert's numbers
+# Stand where experts have their number, so that a router or a shared expert never shares an expert's numbers.
+_ROUTER_WORD, _SHARED_WORD = -1, -2
 
 
 class MoELayer(nn.Module):
-    """E feed-forward networks of which each token visits k.
+    """E feed-forward networks of which each token visits k, or as many as choose it, or all a little (soft MoE); beside
+    them, if there is one, a shared network that all tokens visit.
 
     Args:
         dim: D. hidden_dim: Hidden channels of one expert.
@@ -38,12 +42,10 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layer, self.init_std = config, layer, init_std
-        if config.router == "cosine":
-            cosine = {"projection_dim": config.cosine_dim, "init_t": config.cosine_init_t}
-            self.router = CosineRouter(dim, config.num_experts, **cosine)
-        else:
-            self.router = LinearRouter(dim, config.num_experts)
+        self.router = build_router(dim, config)
         self.experts = GroupedExperts(dim, hidden_dim, config.num_experts, fc2_bias=fc2_bias)
+        shared_dim = config.shared_experts * hidden_dim
+        self.shared = SharedExpert(dim, shared_dim, fc2_bias=fc2_bias) if shared_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.rule = RoutingRule(config, layer)
         self.stats: RoutingStats | None = None
@@ -51,7 +53,7 @@ class MoELayer(nn.Module):
         self.clock: PhaseClock | None = None  # measures forward and backward while it is set
 
     def forward(self, x_BLD: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor]:
-        """Returns (y of x's shape and dtype, unweighted balance loss).
+        """Returns (y of x's shape and dtype, auxiliary losses times their weights).
 
         random: What training draws from; None in training makes a fresh one. Evaluation draws nothing.
         """
@@ -67,27 +69,44 @@ class MoELayer(nn.Module):
         if random is not None:
             token = (random.sample[:, None] * num_tokens + torch.arange(num_tokens, device=x.device)).flatten()
         with torch.autocast(device_type, enabled=False):
-            routing, aux, self.stats = self.rule.route(
-                self.router(x), tokens_per_image=num_tokens, training=self.training, random=random, token=token
+            routed = self.rule.route(
+                x, self.router, tokens_per_image=num_tokens, training=self.training, random=random, token=token
             )
+            routing, self.stats = routed.routing, routed.stats
             if self.observer is not None:
                 self.observer(routing)
             # Cast before the rows travel: half the bytes between ranks.
-            rows = mark(x.to(dtype), self.clock, forward="route", backward="dispatch")
+            rows = mark(routed.rows.to(dtype), self.clock, forward="route", backward="dispatch")
             pair = dropout = None
             if random is not None and self.config.dropout > 0:
-                pair = token[:, None] * self.config.top_k + torch.arange(self.config.top_k, device=x.device)
+                pair = self.rule.pairs(routing, random, token)
             dispatched = self.dispatcher.dispatch(rows, routing, pair)
             tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
             if pair is not None:
                 dropout = Dropout(self.config.dropout, random.key("expert_dropout", self.layer), dispatched.pair)
             y = self.experts(tokens, dispatched.counts, dropout)
             y = mark(y, self.clock, forward="experts", backward="combine")
-            y = self.dispatcher.combine(y, dispatched, routing.gate)
-        return mark(y.to(x.dtype), self.clock, forward="combine", backward="").view(x_BLD.shape), aux
+            y = routed.restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x.dtype)
+        y = mark(y, self.clock, forward="combine", backward="").view(x_BLD.shape)
+        if self.shared is not None:
+            y = y + self.shared(x_BLD).to(y.dtype)
+        return y, routed.aux
 
     def init_weights(self, seed: int, name: str) -> None:
         """Fills all weights as a function of (seed, name, global expert number); `name` is the layer's in the net."""
         generator = torch.Generator().manual_seed(derive_key(seed, zlib.crc32(name.encode()), _ROUTER_WORD))
         self.router.init_weights(generator, self.init_std)
         self.experts.init_weights(seed, name, self.init_std)
+        if self.shared is not None:
+            generator = torch.Generator().manual_seed(derive_key(seed, zlib.crc32(name.encode()), _SHARED_WORD))
+            self.shared.init_weights(generator, self.init_std)
+
+
+def build_router(dim: int, config: MoEConfig) -> Router:
+    """Returns the router of a layer: one output per expert, or per slot with soft MoE."""
+    outputs = config.num_experts * (config.slots if config.choice == "soft" else 1)
+    balanced = config.scores == "sigmoid" and config.choice == "token"
+    if config.router == "cosine":
+        cosine = {"projection_dim": config.cosine_dim, "init_t": config.cosine_init_t}
+        return CosineRouter(dim, outputs, balanced=balanced, **cosine)
+    return LinearRouter(dim, outputs, balanced=balanced)

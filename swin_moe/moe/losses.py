@@ -1,4 +1,5 @@
-"""Balance losses of one routing group, averaged over groups. Pure functions; 0 with a gradient for no tokens.
+"""Balance losses of one routing group, averaged over groups, and the z-loss. Pure functions; 0 with a gradient for no
+tokens.
 
 Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/losses.py.
 
@@ -6,39 +7,99 @@ Shape legend: T tokens, E experts, G routing groups, S tokens per group.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swin_moe.moe.router import row_chunks
 
 
-def gshard_of_sums(score_GE: Tensor, first_GE: Tensor, group_size: int) -> Tensor:
+def gshard_of_sums(score_GE: Tensor, first_GE: Tensor) -> Tensor:
     """Returns the mean over groups of E * sum_e P_e f_e from sums over a group's tokens: scores and first choices."""
-    return (score_GE * first_GE).sum(dim=1).mean() * (score_GE.shape[1] / max(group_size, 1) ** 2)
+    num_tokens_G = first_GE.sum(dim=1).clamp(min=1).to(score_GE.dtype)
+    return ((score_GE * first_GE).sum(dim=1) / num_tokens_G.square()).mean() * score_GE.shape[1]
+
+
+def count_first(first_choice: Tensor, num_experts: int, group_size: int) -> Tensor:
+    """Returns (G, E) int64, how many tokens of each group have each expert as their first choice, first_choice (T,)."""
+    chosen_GS = first_choice.view(-1, group_size)
+    count_GE = chosen_GS.new_zeros((len(chosen_GS), num_experts))
+    return count_GE.scatter_add_(1, chosen_GS, torch.ones_like(chosen_GS))
 
 
 def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int) -> Tensor:
     """Returns E * sum_e P_e f_e: 1 for a perfect balance, E if one expert gets everything (GShard, arXiv:2006.16668).
 
     Args:
-        scores: (T, E) softmax of the logits routed by (noise included); P_e is their mean.
+        scores: (T, E) softmax of the logits routed by (noise included), or other scores that sum to 1 over experts; P_e
+            is their mean.
         first_choice: (T,) int64; f_e is the fraction of tokens whose first choice is e, dropped ones included.
     """
     num_tokens, num_experts = scores.shape
     if num_tokens == 0:
         return scores.sum()
     mean_GE = scores.view(-1, group_size, num_experts).mean(dim=1)
-    chosen_GS = first_choice.view(-1, group_size)
-    count_GE = torch.zeros_like(mean_GE, dtype=torch.int64).scatter_add_(1, chosen_GS, torch.ones_like(chosen_GS))
-    return (mean_GE * count_GE).sum() * (num_experts / num_tokens)
+    return (mean_GE * count_first(first_choice, num_experts, group_size)).sum() * (num_experts / num_tokens)
 
 
-def chosen_softly(probabilities: Tensor, threshold: Tensor, *, noise_std: float) -> Tensor:
-    """Returns (T, E), Phi((p_te - threshold_t) / noise_std); its sum over tokens is the load. See load_importance."""
-    difference = probabilities - threshold[:, None]
-    if noise_std > 0:
-        # Phi(x) = erfc(-x / sqrt 2) / 2.
-        return torch.erfc(difference * (-1.0 / (noise_std * math.sqrt(2.0)))) * 0.5
-    return (difference > 0).to(probabilities.dtype)
+def _group_chunks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (groups, rows) of pieces of (T, E): some whole groups, or a part of one where it is large."""
+    limit = max(row_chunks(value)[0].stop, 1)
+    if group_size <= limit:
+        for first in range(0, len(value) // group_size, limit // group_size):
+            groups = slice(first, min(first + limit // group_size, len(value) // group_size))
+            yield groups, slice(groups.start * group_size, groups.stop * group_size)
+        return
+    for group in range(len(value) // group_size):
+        for start in range(0, group_size, limit):
+            begin = group * group_size
+            yield slice(group, group + 1), slice(begin + start, begin + min(start + limit, group_size))
+
+
+class _Load(torch.autograd.Function):
+    """Sums over each group of Phi((p - threshold) / std). Chunks of tokens: autograd would save four (T, E) tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, threshold: Tensor, noise_std: float, group_size: int) -> Tensor:
+        ctx.save_for_backward(probabilities, threshold)
+        ctx.noise_std, ctx.group_size = noise_std, group_size
+        load_GE = probabilities.new_zeros((len(probabilities) // group_size, probabilities.shape[1]))
+        for groups, rows in _group_chunks(probabilities, group_size):
+            chosen = probabilities[rows] - threshold[rows, None]
+            if noise_std > 0:  # Phi(x) = erfc(-x / sqrt 2) / 2
+                chosen = chosen.mul_(-1.0 / (noise_std * math.sqrt(2.0))).erfc_().mul_(0.5)
+            else:
+                chosen = (chosen > 0).to(probabilities.dtype)
+            load_GE[groups] += chosen.view(groups.stop - groups.start, -1, chosen.shape[1]).sum(dim=1)
+        return load_GE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GE: Tensor) -> tuple:
+        probabilities, threshold = ctx.saved_tensors
+        if ctx.noise_std == 0:  # a step function
+            return torch.zeros_like(probabilities), torch.zeros_like(threshold), None, None
+        grad, grad_threshold = torch.empty_like(probabilities), torch.empty_like(threshold)
+        for groups, rows in _group_chunks(probabilities, ctx.group_size):
+            # The normal density: exp(-x^2 / 2) / (std sqrt(2 pi)).
+            density = probabilities[rows] - threshold[rows, None]
+            density.mul_(1.0 / (ctx.noise_std * math.sqrt(2.0))).square_().neg_().exp_()
+            density.mul_(1.0 / (ctx.noise_std * math.sqrt(2.0 * math.pi)))
+            grouped = density.view(groups.stop - groups.start, -1, density.shape[1])
+            grouped.mul_(grad_GE[groups, None])
+            grad[rows] = density
+            grad_threshold[rows] = density.sum(dim=1).neg_()
+        return grad, grad_threshold, None, None
+
+
+def load_of(probabilities: Tensor, threshold: Tensor, *, noise_std: float, group_size: int) -> Tensor:
+    """Returns (G, E), the load of every group; zeros for no tokens. Arguments as load_importance."""
+    if not len(probabilities):
+        return probabilities.sum(dim=0, keepdim=True) + threshold.sum()
+    return _Load.apply(probabilities, threshold, noise_std, group_size)
 
 
 def load_importance_of_sums(importance_GE: Tensor, load_GE: Tensor) -> Tensor:
@@ -60,8 +121,8 @@ def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: floa
     num_tokens, num_experts = probabilities.shape
     if num_tokens == 0:
         return probabilities.sum() + threshold.sum()
-    chosen = chosen_softly(probabilities, threshold, noise_std=noise_std)
-    importance_GE, load_GE = (amount.view(-1, group_size, num_experts).sum(dim=1) for amount in (probabilities, chosen))
+    importance_GE = probabilities.view(-1, group_size, num_experts).sum(dim=1)
+    load_GE = load_of(probabilities, threshold, noise_std=noise_std, group_size=group_size)
     return load_importance_of_sums(importance_GE, load_GE)
 
 
@@ -70,3 +131,43 @@ def _squared_variation(amount_GE: Tensor) -> Tensor:
     mean = amount_GE.mean(dim=1, keepdim=True)
     variance = (amount_GE - mean).square().sum(dim=1) / max(amount_GE.shape[1] - 1, 1)
     return variance / (mean.squeeze(1).square() + 1e-10)
+
+
+class _MeanSquareLogSum(torch.autograd.Function):
+    """mean over tokens of log(sum_e exp(z_te))^2, keeping one number a token besides the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        log_sum = logits.new_empty(len(logits))
+        for rows in row_chunks(logits):
+            log_sum[rows] = torch.logsumexp(logits[rows], dim=1)
+        ctx.save_for_backward(logits, log_sum)
+        return log_sum.square().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        logits, log_sum = ctx.saved_tensors
+        grad_logits, scale = torch.empty_like(logits), log_sum * (grad * (2.0 / len(logits)))
+        for rows in row_chunks(logits):
+            grad_logits[rows] = (logits[rows] - log_sum[rows, None]).exp_().mul_(scale[rows, None])
+        return (grad_logits,)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Returns the mean over tokens of log(sum_e exp(z_te))^2 of logits z (T, E) (ST-MoE, arXiv:2202.08906, equation 5).
+
+    It keeps logits small, so that their rounding in low precision stays small.
+    """
+    return _MeanSquareLogSum.apply(logits) if len(logits) else logits.sum()
+
+
+@torch.no_grad()
+def mean_entropy(probabilities: Tensor) -> Tensor:
+    """Returns the mean over tokens of -sum_e p log p in nats, of (T, E); 0 for no tokens."""
+    tiny = torch.finfo(probabilities.dtype).tiny
+    total = probabilities.new_zeros(())
+    for rows in row_chunks(probabilities):
+        part = probabilities[rows]
+        total -= part.clamp(min=tiny).log_().mul_(part).sum()
+    return total / max(len(probabilities), 1)

@@ -1,5 +1,7 @@
 """Which experts a token goes to and which slot it gets there: logits, choices, capacity, slots.
 
+Nothing here allocates as much as the scores: what needs all experts of a token goes through chunks of tokens.
+
 Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/fast_dispatch.py:extract_critical and tutel/gates; differences
 are named where they are: ties are broken by rule, capacity is never rounded up, capacity by need never drops anything.
 
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 
 # Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
 _MAX_PASSES = 8
+# Elements of a chunk: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
+_CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
+FILLER_SLOT = 2**31 - 1  # of cells that stand for no pair, where tokens have unequally many
 _MAX_LOG_SCALE = math.log(100.0)  # cosine router: the logit scale never exceeds 100
 
 
@@ -24,14 +29,15 @@ _MAX_LOG_SCALE = math.log(100.0)  # cosine router: the logit scale never exceeds
 class Routing:
     """Where every (token, choice) pair goes. Only `gate` carries a gradient.
 
-    Within one (group, expert) the slots 0 ... demand - 1 are all taken, each once.
+    Within one (group, expert) the slots 0 ... demand - 1 are all taken, each once. Where tokens have unequally many
+    experts (expert choice), k is the most that one has; the other cells are not kept and have FILLER_SLOT.
     """
 
     expert: Tensor  # (T, k) int64
     slot: Tensor  # (T, k) int64, counts dropped pairs too
     gate: Tensor  # (T, k), weight of the expert's output
     keep: Tensor  # (T, k) bool: slot < capacity
-    capacity: int  # slots of one expert in one group (the largest group's, if groups differ)
+    capacity: int | None  # slots of one expert in one group (the largest group's, if groups differ); None = by need
     demand: Tensor  # (G, E) int64, pairs that chose the expert
     kept: Tensor  # (G, E) int64, those of them that got a slot
     group_size: int  # S; the last group may hold fewer tokens
@@ -40,6 +46,18 @@ class Routing:
     def top_k(self) -> int:
         """Choices per token, k."""
         return self.expert.shape[1]
+
+    @property
+    def is_pair(self) -> Tensor:
+        """(T, k) bool, False for cells that stand for no pair."""
+        return self.slot != FILLER_SLOT
+
+
+def row_chunks(value: Tensor) -> list[slice]:
+    """Returns slices of the rows of (rows, columns), each of a bounded number of elements; [] for no rows."""
+    num_rows, num_columns = value.shape
+    size = max((_CHUNK_CPU if value.device.type == "cpu" else _CHUNK_DEVICE) // num_columns, 1)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float) -> int | None:
@@ -64,6 +82,9 @@ def route(
     batch_prioritized: bool = False,
     normalize_gate: bool = False,
     scores: Tensor | None = None,
+    bias: Tensor | None = None,
+    expert_groups: int = 1,
+    group_limit: int = 1,
 ) -> Routing:
     """Returns the routing of T tokens by their (T, E) logits (noise already added).
 
@@ -76,7 +97,8 @@ def route(
         group_size: Tokens per routing group, consecutive; None = all tokens are one group.
         batch_prioritized: Confident tokens take slots first (arXiv:2106.05974).
         normalize_gate: The k gates of a token sum to 1 (before any drop); no effect for k = 1.
-        scores: softmax(logits) if the caller has it already.
+        scores: softmax(logits) if the caller has it already, or other scores than those. Gates are scores.
+        bias, expert_groups, group_limit: See choose_experts; they change who is chosen, not the gates.
 
     Raises:
         ValueError: top_k > E, or tokens that do not fill their groups.
@@ -89,11 +111,10 @@ def route(
         raise ValueError(f"{num_tokens} tokens do not fill routing groups of {size}")
     scores = torch.softmax(logits, dim=1) if scores is None else scores
     with torch.no_grad():
-        expert = choose_experts(scores, top_k)
+        expert = choose_experts(scores, top_k, bias=bias, expert_groups=expert_groups, group_limit=group_limit)
         confidence = scores.gather(1, expert[:, :1]).squeeze(1) if batch_prioritized else None
         slot, demand = assign_slots(expert, num_experts, max(size, 1), confidence)
         if capacity is None:
-            capacity = int(demand.max()) if num_tokens else 0
             keep, kept = torch.ones_like(slot, dtype=torch.bool), demand
         else:
             keep, kept = slot < capacity, demand.clamp(max=capacity)
@@ -107,25 +128,64 @@ def join(routings: Sequence[Routing]) -> Routing:
     """Returns one routing over the tokens of several, in order; all groups but the last one have the first's size."""
     if len(routings) == 1:
         return routings[0]
-    names = ("expert", "slot", "gate", "keep", "demand", "kept")
-    columns = {name: torch.cat([getattr(r, name) for r in routings]) for name in names}
-    return Routing(capacity=max(r.capacity for r in routings), group_size=routings[0].group_size, **columns)
+    width = max(r.top_k for r in routings)
+    fillers = {"expert": 0, "slot": FILLER_SLOT, "gate": 0.0, "keep": False}
+    columns = {
+        name: torch.cat([F.pad(getattr(r, name), (0, width - r.top_k), value=value) for r in routings])
+        for name, value in fillers.items()
+    }
+    columns |= {name: torch.cat([getattr(r, name) for r in routings]) for name in ("demand", "kept")}
+    capacities = [r.capacity for r in routings]
+    capacity = None if None in capacities else max(capacities)
+    return Routing(capacity=capacity, group_size=routings[0].group_size, **columns)
 
 
-def choose_experts(scores: Tensor, top_k: int) -> Tensor:
-    """Returns (T, k) int64, the experts with the largest scores, best first; equal scores go to the lower expert.
+@torch.no_grad()
+def choose_experts(
+    scores: Tensor, top_k: int, *, bias: Tensor | None = None, expert_groups: int = 1, group_limit: int = 1
+) -> Tensor:
+    """Returns (T, k) int64, the experts with the largest score + bias, best first; equal ones by lower number.
 
     torch.topk leaves the order of ties open. max returns the first maximum and a stable sort keeps order; both are
     documented.
+
+    Args:
+        bias: (E,) of each expert (arXiv:2408.15664, equation 3); None = 0.
+        expert_groups, group_limit: Experts are in groups of consecutive numbers, equal in size, and a token uses those
+            of its best `group_limit` groups only (DeepSeek-V3, arXiv:2412.19437, section 2.1.2, "node-limited").
     """
+    if top_k == 1 and bias is None and group_limit == expert_groups:
+        return scores.max(dim=1, keepdim=True).indices  # nothing to mask, so nothing to copy
+    chosen = scores.new_empty((scores.shape[0], top_k), dtype=torch.int64)
+    for rows in row_chunks(scores):
+        rest = scores[rows].clone() if bias is None else scores[rows] + bias.to(scores.dtype)
+        if group_limit < expert_groups:
+            _leave_groups(rest, top_k, expert_groups, group_limit)
+        _choose_in_place(rest, chosen[rows])
+    return chosen
+
+
+def _choose_in_place(rest: Tensor, chosen: Tensor) -> None:
+    """Fills chosen (n, k); overwrites rest (n, E)."""
+    top_k = chosen.shape[1]
     if top_k > _MAX_PASSES:
-        return scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    rest, chosen = scores, []
+        chosen.copy_(rest.sort(dim=1, descending=True, stable=True).indices[:, :top_k])
+        return
     for choice in range(top_k):
-        chosen.append(rest.max(dim=1, keepdim=True).indices)
+        best = rest.max(dim=1, keepdim=True).indices
+        chosen[:, choice : choice + 1] = best
         if choice + 1 < top_k:
-            rest = rest.scatter(1, chosen[-1], -torch.inf)
-    return torch.cat(chosen, dim=1)
+            rest.scatter_(1, best, -torch.inf)
+
+
+def _leave_groups(rest: Tensor, top_k: int, expert_groups: int, group_limit: int) -> None:
+    """Sets scores outside a token's best groups to -inf. A group counts with its k / limit largest scores, summed."""
+    grouped = rest.view(len(rest), expert_groups, -1)
+    count = min(max(top_k // group_limit, 1), grouped.shape[2])
+    strength = grouped.topk(count, dim=2).values.sum(dim=2)
+    allowed = strength.sort(dim=1, descending=True, stable=True).indices[:, :group_limit]
+    closed = torch.ones_like(strength, dtype=torch.bool).scatter_(1, allowed, False)
+    grouped.masked_fill_(closed[:, :, None], -torch.inf)
 
 
 def assign_slots(expert: Tensor, num_experts: int, group_size: int, confidence: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,27 +223,63 @@ def gate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class LinearRouter(nn.Module):
+class BalanceBias(nn.Module):
+    """One number per expert that is added to its score when tokens choose; moved after a step, never by a gradient.
+
+    Router state: a frozen parameter, so that it is saved, averaged and sharded as weights are. A module of its own, so
+    that an engine that gathers parameters per module gathers it too.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(num_experts), requires_grad=False)
+
+    def forward(self) -> Tensor:
+        """Returns (E,), a copy: the parameter's memory may be another's after the forward."""
+        return self.bias.detach().clone()
+
+
+class Router(nn.Module):
+    """What routers have in common: init_weights, and the bias of those that balance by it."""
+
+    balance: BalanceBias | None
+
+    def init_weights(self, generator: torch.Generator, std: float) -> None:
+        """Fills all parameters."""
+        self._init_projection(generator, std)
+        if self.balance is not None:
+            with torch.no_grad():
+                self.balance.bias.zero_()
+
+    def _init_projection(self, generator: torch.Generator, std: float) -> None:
+        raise NotImplementedError
+
+
+class LinearRouter(Router):
     """logits = x W^T, no bias."""
 
-    def __init__(self, dim: int, num_experts: int) -> None:
+    def __init__(self, dim: int, num_experts: int, *, balanced: bool = False) -> None:
         super().__init__()
+        self.balance = BalanceBias(num_experts) if balanced else None
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (T, E) logits of x (T, D). To be called outside autocast."""
         return F.linear(x.to(gate_dtype(x)), self.weight.to(gate_dtype(x)))
 
-    def init_weights(self, generator: torch.Generator, std: float) -> None:
-        """Fills the weights: truncated normal, as every linear layer of the official model."""
+    def _init_projection(self, generator: torch.Generator, std: float) -> None:
+        """Truncated normal, as every linear layer of the official model."""
         _fill(self.weight, lambda value: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator))
 
 
-class CosineRouter(nn.Module):
+class CosineRouter(Router):
     """logits = cosine(W x + b, s_e) * exp(temperature): an expert is a direction s_e (Tutel, cosine_top)."""
 
-    def __init__(self, dim: int, num_experts: int, *, projection_dim: int, init_t: float) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, *, projection_dim: int, init_t: float, balanced: bool = False
+    ) -> None:
         super().__init__()
+        self.balance = BalanceBias(num_experts) if balanced else None
         self.init_t = init_t
         self.temperature = nn.Parameter(torch.empty(1))
         self.projector = nn.Linear(dim, projection_dim)
@@ -196,8 +292,8 @@ class CosineRouter(nn.Module):
         cosine_TE = F.normalize(point_TP, dim=1) @ F.normalize(self.sim_matrix.to(dtype), dim=0)
         return cosine_TE * self.temperature.to(dtype).clamp(max=_MAX_LOG_SCALE).exp()
 
-    def init_weights(self, generator: torch.Generator, std: float) -> None:
-        """Fills the weights: projector truncated normal, directions normal(0, 0.01), scale 1 / init_t."""
+    def _init_projection(self, generator: torch.Generator, std: float) -> None:
+        """Projector truncated normal, directions normal(0, 0.01), scale 1 / init_t."""
         weight = self.projector.weight
         _fill(weight, lambda value: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator))
         _fill(self.sim_matrix, lambda value: value.normal_(0.0, 0.01, generator=generator))

@@ -61,6 +61,8 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
     exchange = None if groups.routing is None else RankExchange(groups.routing)
     for name, layer in _layers(model):
         layer.rule.exchange = exchange
+        if layer.config.balance_scope == "global" and groups.world is not None:
+            layer.rule.balance_exchange = RankExchange(groups.world)
         build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
         layer.dispatcher = build(groups, layer.experts.num_experts)
         if groups.expert_size > 1:

@@ -41,7 +41,8 @@ class Case:
 
     @property
     def config(self) -> MoEConfig:
-        return MoEConfig(**{"num_experts": self.experts, "cosine_dim": 5, "capacity_factor": 1.0, **self.options})
+        common = {"num_experts": self.experts, "cosine_dim": 5, "capacity_factor": 1.0, "aux_loss_weight": 1.0}
+        return MoEConfig(**{**common, **self.options})
 
 
 def spread(expert: int = 0, shard: int = 0) -> ParallelConfig:

@@ -13,13 +13,12 @@ def choose(scores_row, k):
 
 
 def route_slowly(logits, *, top_k, capacity, group_size=None, batch_prioritized=False):
-    """Returns (expert, slot, keep, capacity) as nested lists."""
+    """Returns (expert, slot, keep) as nested lists; capacity None = by need."""
     scores = torch.softmax(logits, dim=1).tolist()
     num_tokens, num_experts = logits.shape
     size = group_size or max(num_tokens, 1)
     expert = [choose(row, top_k) for row in scores]
     slot = [[None] * top_k for _ in range(num_tokens)]
-    largest = 0
     for start in range(0, num_tokens, size):
         tokens = list(range(start, start + size))
         if batch_prioritized:
@@ -30,10 +29,8 @@ def route_slowly(logits, *, top_k, capacity, group_size=None, batch_prioritized=
                 e = expert[t][choice]
                 slot[t][choice] = taken[e]
                 taken[e] += 1
-        largest = max(largest, *taken)
-    limit = largest if capacity is None else capacity
-    keep = [[s < limit for s in row] for row in slot]
-    return expert, slot, keep, limit
+    keep = [[capacity is None or s < capacity for s in row] for row in slot]
+    return expert, slot, keep
 
 
 def experts_slowly(x_row, expert, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -45,7 +42,7 @@ def experts_slowly(x_row, expert, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 def layer_slowly(x, logits, weights, *, normalize_gate=False, **routing):
     """Returns (y (T, D), number of dropped pairs) for x (T, D); weights: the four expert tensors."""
     scores = torch.softmax(logits, dim=1)
-    expert, _, keep, _ = route_slowly(logits.detach(), **routing)
+    expert, _, keep = route_slowly(logits.detach(), **routing)
     rows, dropped = [], 0
     for t in range(len(x)):
         gates = scores[t, expert[t]]

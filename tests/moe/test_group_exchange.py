@@ -82,14 +82,14 @@ def test_random_groups_drop_what_one_process_drops(factor, by_confidence):
 
         ranks = on_ranks(run, logits.split(tokens))
         limit = expert_capacity(len(logits), experts, top_k=k, factor=factor)
-        expert, slot, keep, capacity = route_slowly(
+        expert, slot, keep = route_slowly(
             logits, top_k=k, capacity=limit, batch_prioritized=by_confidence
         )  # fmt: skip
         assert [row for r, _ in ranks for row in r.expert.tolist()] == expert, seed
         assert [row for _, s in ranks for row in s.tolist()] == slot, seed
         assert [row for r, _ in ranks for row in r.keep.tolist()] == keep, seed
         for routing, _ in ranks:
-            assert routing.capacity == capacity
+            assert routing.capacity == limit
             assert routing.kept.sum() == routing.keep.sum()
             # What a dispatcher relies on: the kept pairs of an expert are the first of this rank's own.
             assert torch.equal(routing.keep, routing.slot < routing.kept.sum(dim=0)[routing.expert])

@@ -17,7 +17,7 @@ DIM, HIDDEN, LAYER = 6, 8, 5
 
 
 def build(*, seed=3, std=0.5, fc2_bias=True, **options):
-    config = MoEConfig(**{"num_experts": 4, "cosine_dim": 5, **options})
+    config = MoEConfig(**{"num_experts": 4, "cosine_dim": 5, "aux_loss_weight": 1.0, **options})
     layer = MoELayer(DIM, HIDDEN, config, fc2_bias=fc2_bias, layer=LAYER, init_std=std)
     layer.init_weights(seed, "layers.0.blocks.1.mlp")
     return layer.double()

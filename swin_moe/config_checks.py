@@ -1,0 +1,67 @@
+"""How options are refused, and which routing options contradict each other. Plain data; config.py is the schema."""
+
+from dataclasses import fields
+from typing import Any, Literal, get_args
+
+
+def check(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raises ValueError with key, value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+
+
+def check_choices(section: object, prefix: str) -> None:
+    """Raises ValueError for a Literal field whose value is not one of its choices."""
+    for f in fields(section):
+        choices = get_args(f.type) if getattr(f.type, "__origin__", None) is Literal else ()
+        if choices and getattr(section, f.name) not in choices:
+            allowed = "one of " + ", ".join(map(str, choices))
+            check(False, f"{prefix}.{f.name}", getattr(section, f.name), allowed)
+
+
+# (option, its value, other option, values of that which go with it, why).
+EXCLUSIONS: tuple[tuple[str, Any, str, tuple, str], ...] = (
+    ("scores", "sigmoid", "balance_loss", ("gshard", "none"), "load_importance is about the noise of softmax logits"),
+    ("choice", "expert", "balance_loss", ("none",), "every expert takes as many tokens as the others"),
+    ("choice", "expert", "normalize_gate", (False,), "a token may have any number of experts"),
+    ("choice", "expert", "group_limit", (0,), "it limits the experts that a token chooses"),
+    ("choice", "expert", "bias_rate", (0.0,), "loads are even by construction"),
+    ("choice", "soft", "balance_loss", ("none",), "every expert gets its slots filled"),
+    ("choice", "soft", "scores", ("softmax",), "its weights are means"),
+    ("choice", "soft", "normalize_gate", (False,), "its weights sum to 1 already"),
+    ("choice", "soft", "group_limit", (0,), "a token uses all experts"),
+    ("choice", "soft", "bias_rate", (0.0,), "nothing is chosen"),
+    ("choice", "soft", "top_k", (1,), "nothing is chosen; model.moe.slots sets the cost"),
+    ("choice", "token", "slots", (1,), "slots belong to model.moe.choice=soft"),
+    ("choice", "expert", "slots", (1,), "slots belong to model.moe.choice=soft"),
+    ("scores", "softmax", "bias_rate", (0.0,), "the bias is added to model.moe.scores=sigmoid"),
+    ("balance_loss", "none", "balance_scope", ("group",), "there is no loss to balance by"),
+)
+
+
+def check_routing(moe: Any) -> None:
+    """Raises ValueError where routing options of a MoEConfig are out of range or contradict each other."""
+    for option, value, other, allowed, why in EXCLUSIONS:
+        if getattr(moe, option) == value:
+            words = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in allowed)
+            reason = f"{words} with model.moe.{option}={value} ({why})"
+            check(getattr(moe, other) in allowed, f"model.moe.{other}", getattr(moe, other), reason)
+    for name in ("bias_rate", "z_loss_weight", "aux_loss_weight", "gate_noise"):
+        check(getattr(moe, name) >= 0, f"model.moe.{name}", getattr(moe, name), ">= 0")
+    check(moe.slots >= 1, "model.moe.slots", moe.slots, ">= 1")
+    check(moe.shared_experts >= 0, "model.moe.shared_experts", moe.shared_experts, ">= 0 (0 = none)")
+    groups, limit, experts = moe.expert_groups, moe.group_limit, moe.num_experts
+    divides = groups >= 1 and experts % groups == 0
+    check(divides, "model.moe.expert_groups", groups, f"a divisor of model.moe.num_experts={experts}")
+    check(0 <= limit <= groups, "model.moe.group_limit", limit, f"in [1, {groups}] groups, or 0 for no limit")
+    if limit:
+        most = limit * experts // groups
+        check(moe.top_k <= most, "model.moe.top_k", moe.top_k, f"at most {most}, the experts of {limit} expert groups")
+        estimate = limit == groups or moe.balance_loss != "load_importance"
+        allowed = "gshard or none with model.moe.group_limit (its load term knows no groups)"
+        check(estimate, "model.moe.balance_loss", moe.balance_loss, allowed)
+    if moe.choice == "expert":
+        factors = {"capacity_factor": moe.capacity_factor > 0, "eval_capacity_factor": moe.eval_factor >= 0}
+        for name, fits in factors.items():
+            allowed = "> 0 with model.moe.choice=expert (an expert that chooses has no need to go by)"
+            check(fits, f"model.moe.{name}", getattr(moe, name), allowed)

@@ -1,0 +1,74 @@
+"""Routing in which experts choose tokens ("Mixture-of-Experts with Expert Choice Routing", arXiv:2202.09368).
+
+Every expert takes the C tokens of a routing group that score highest for it, so the load is even by construction. A
+token may be taken by any number of experts; one that nobody took gets 0 from the layer.
+
+Shape legend: T tokens, E experts, G routing groups, S tokens per group, C tokens per expert and group, k the most
+experts that one token has, M = G * E * C pairs, in the order (expert, group, token).
+"""
+
+import torch
+from torch import Tensor
+
+from swin_moe.moe.router import FILLER_SLOT, Routing, row_chunks
+
+
+def route_by_expert(scores: Tensor, *, capacity: int, group_size: int) -> Routing:
+    """Returns the routing in which every expert takes its best tokens; the gates are the scores.
+
+    Equal scores go to the lower token. Slots are in token order. Every pair is kept; a token with fewer than k experts
+    has fillers (see Routing). Waits for the device once, for k.
+
+    Args:
+        scores: (T, E), softmax over experts of the logits (equation 1), or sigmoid.
+        capacity: C, the paper's k = n * c / e; at most S are taken.
+        group_size: S; consecutive tokens, T a multiple of it.
+    """
+    num_tokens, num_experts = scores.shape
+    num_groups = num_tokens // max(group_size, 1)
+    capacity = min(capacity, group_size)
+    with torch.no_grad():
+        token_M = _take_tokens(scores, num_groups, capacity)
+        expert, slot = _by_token(token_M, num_tokens, num_experts, num_groups, capacity)
+        keep = slot != FILLER_SLOT
+        demand = expert.new_full((num_groups, num_experts), capacity)
+    gate = scores.gather(1, expert).masked_fill(~keep, 0)
+    return Routing(expert, slot, gate, keep, capacity, demand, demand, max(group_size, 1))
+
+
+def _take_tokens(scores: Tensor, num_groups: int, capacity: int) -> Tensor:
+    """Returns (M,) int64, the tokens that every expert takes in every group, ascending within both."""
+    num_tokens, num_experts = scores.shape
+    if num_tokens * capacity == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    size = num_tokens // num_groups
+    first_G = torch.arange(num_groups, device=scores.device) * size
+    taken = []
+    for experts in row_chunks(scores.t()):
+        score_eGS = scores.t()[experts].reshape(-1, num_groups, size)
+        # The C-th largest score decides; among the tokens that have just that, the first ones fill up.
+        last = score_eGS.topk(capacity, dim=2, sorted=False).values.amin(dim=2, keepdim=True)
+        above, equal = score_eGS > last, score_eGS == last
+        missing = capacity - above.sum(dim=2, keepdim=True)
+        chosen = above | (equal & (equal.cumsum(dim=2) <= missing))
+        place = chosen.flatten().nonzero_static(size=chosen.shape[0] * num_groups * capacity).squeeze(1)
+        token_eGC = (place % size).view(-1, num_groups, capacity) + first_G[:, None]
+        taken.append(token_eGC.flatten())
+    return torch.cat(taken)
+
+
+def _by_token(
+    token_M: Tensor, num_tokens: int, num_experts: int, num_groups: int, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """Returns (expert (T, k), slot (T, k)) of pairs (M,); the experts of a token in ascending order, then fillers."""
+    sorted_M, pair_M = token_M.sort(stable=True)
+    start_T = torch.searchsorted(sorted_M, torch.arange(num_tokens + 1, device=token_M.device))
+    width = max(int(start_T.diff().max()), 1) if num_tokens else 1
+    choice_M = torch.arange(len(token_M), device=token_M.device) - start_T[sorted_M]
+    cell_M = sorted_M * width + choice_M
+    expert = token_M.new_zeros(num_tokens * width)
+    slot = token_M.new_full((num_tokens * width,), FILLER_SLOT)
+    if len(token_M):
+        expert[cell_M] = pair_M // (num_groups * capacity)
+        slot[cell_M] = pair_M % capacity
+    return expert.view(num_tokens, width), slot.view(num_tokens, width)
