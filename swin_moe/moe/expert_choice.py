@@ -10,7 +10,7 @@ experts that one token has, M = G * E * C pairs, in the order (expert, group, to
 import torch
 from torch import Tensor
 
-from swin_moe.moe.router import FILLER_SLOT, Routing, row_chunks
+from swin_moe.moe.router import FILLER_SLOT, Routing, pick, row_chunks
 
 
 def route_by_expert(scores: Tensor, *, capacity: int, group_size: int) -> Routing:
@@ -32,7 +32,7 @@ def route_by_expert(scores: Tensor, *, capacity: int, group_size: int) -> Routin
         expert, slot = _by_token(token_M, num_tokens, num_experts, num_groups, capacity)
         keep = slot != FILLER_SLOT
         demand = expert.new_full((num_groups, num_experts), capacity)
-    gate = scores.gather(1, expert).masked_fill(~keep, 0)
+    gate = pick(scores, expert).masked_fill(~keep, 0)
     return Routing(expert, slot, gate, keep, capacity, demand, demand, max(group_size, 1))
 
 

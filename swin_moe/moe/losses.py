@@ -30,19 +30,19 @@ def count_first(first_choice: Tensor, num_experts: int, group_size: int) -> Tens
     return count_GE.scatter_add_(1, chosen_GS, torch.ones_like(chosen_GS))
 
 
-def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int) -> Tensor:
+def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int, shares: bool = False) -> Tensor:
     """Returns E * sum_e P_e f_e: 1 for a perfect balance, E if one expert gets everything (GShard, arXiv:2006.16668).
 
     Args:
-        scores: (T, E) softmax of the logits routed by (noise included), or other scores that sum to 1 over experts; P_e
-            is their mean.
+        scores: (T, E) softmax of the logits routed by (noise included); P_e is their mean.
         first_choice: (T,) int64; f_e is the fraction of tokens whose first choice is e, dropped ones included.
+        shares: Scores do not sum to 1 over experts; P_e is the mean of a score over that sum (arXiv:2412.19437, equation
+            19).
     """
-    num_tokens, num_experts = scores.shape
-    if num_tokens == 0:
+    if not len(scores):
         return scores.sum()
-    mean_GE = scores.view(-1, group_size, num_experts).mean(dim=1)
-    return (mean_GE * count_first(first_choice, num_experts, group_size)).sum() * (num_experts / num_tokens)
+    score_GE = score_sums(scores, group_size, shares=shares)
+    return gshard_of_sums(score_GE, count_first(first_choice, scores.shape[1], group_size))
 
 
 def _group_chunks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice]]:
@@ -95,6 +95,46 @@ class _Load(torch.autograd.Function):
         return grad, grad_threshold, None, None
 
 
+class _ShareSums(torch.autograd.Function):
+    """Sums over each group of s_te / sum_e s_te, keeping the scores only."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, group_size: int) -> Tensor:
+        ctx.save_for_backward(scores)
+        ctx.group_size = group_size
+        sum_GE = scores.new_zeros((len(scores) // group_size, scores.shape[1]))
+        for groups, rows in _group_chunks(scores, group_size):
+            share = scores[rows] / _row_sums(scores[rows])
+            sum_GE[groups] += share.view(groups.stop - groups.start, -1, share.shape[1]).sum(dim=1)
+        return sum_GE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GE: Tensor) -> tuple:
+        (scores,) = ctx.saved_tensors
+        grad = torch.empty_like(scores)
+        for groups, rows in _group_chunks(scores, ctx.group_size):
+            total = _row_sums(scores[rows])
+            part = torch.empty_like(scores[rows])
+            part.view(groups.stop - groups.start, -1, part.shape[1]).copy_(grad_GE[groups, None])
+            part -= (part * scores[rows]).sum(dim=1, keepdim=True) / total
+            grad[rows] = part.div_(total)
+        return grad, None
+
+
+def _row_sums(scores: Tensor) -> Tensor:
+    return scores.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).tiny)
+
+
+def score_sums(scores: Tensor, group_size: int, *, shares: bool) -> Tensor:
+    """Returns (G, E), the sums over each group of (T, E) scores, or of their shares; zeros for no tokens."""
+    if not len(scores):
+        return scores.sum(dim=0, keepdim=True)
+    if shares:
+        return _ShareSums.apply(scores, group_size)
+    return scores.view(-1, group_size, scores.shape[1]).sum(dim=1)
+
+
 def load_of(probabilities: Tensor, threshold: Tensor, *, noise_std: float, group_size: int) -> Tensor:
     """Returns (G, E), the load of every group; zeros for no tokens. Arguments as load_importance."""
     if not len(probabilities):
@@ -118,10 +158,9 @@ def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: floa
         threshold: (T,) the k-th largest noisy *logit* (that of the last choice).
         noise_std: Standard deviation of the logit noise, gate_noise / E; 0 takes the limit, a step function.
     """
-    num_tokens, num_experts = probabilities.shape
-    if num_tokens == 0:
+    if not len(probabilities):
         return probabilities.sum() + threshold.sum()
-    importance_GE = probabilities.view(-1, group_size, num_experts).sum(dim=1)
+    importance_GE = score_sums(probabilities, group_size, shares=False)
     load_GE = load_of(probabilities, threshold, noise_std=noise_std, group_size=group_size)
     return load_importance_of_sums(importance_GE, load_GE)
 
@@ -163,11 +202,18 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_entropy(probabilities: Tensor) -> Tensor:
-    """Returns the mean over tokens of -sum_e p log p in nats, of (T, E); 0 for no tokens."""
-    tiny = torch.finfo(probabilities.dtype).tiny
-    total = probabilities.new_zeros(())
-    for rows in row_chunks(probabilities):
-        part = probabilities[rows]
+def mean_entropy(values: Tensor, *, logits: bool = False) -> Tensor:
+    """Returns the mean over tokens of -sum_e p log p in nats; 0 for no tokens.
+
+    Args:
+        values: (T, E), the probabilities p; or logits, and p are the shares of their sigmoids.
+    """
+    tiny = torch.finfo(values.dtype).tiny
+    total = values.new_zeros(())
+    for rows in row_chunks(values):
+        part = values[rows]
+        if logits:
+            part = torch.sigmoid(part)
+            part /= _row_sums(part)
         total -= part.clamp(min=tiny).log_().mul_(part).sum()
-    return total / max(len(probabilities), 1)
+    return total / max(len(values), 1)

@@ -12,10 +12,12 @@ S tokens per routing group (T = G * S), N = T * k pairs of a token and a choice.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
 _MAX_PASSES = 8
@@ -118,10 +120,31 @@ def route(
             keep, kept = torch.ones_like(slot, dtype=torch.bool), demand
         else:
             keep, kept = slot < capacity, demand.clamp(max=capacity)
-    gate = scores.gather(1, expert)
+    gate = pick(scores, expert)
     if normalize_gate and top_k > 1:
         gate = gate / gate.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate.dtype).eps)
     return Routing(expert, slot, gate, keep, capacity, demand, kept, max(size, 1))
+
+
+class _Pick(torch.autograd.Function):
+    """torch.gather along dim 1 keeps its whole input for the backward, which needs no more than the shape."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_columns = values.shape[1]
+        return values.gather(1, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros((len(grad), ctx.num_columns)).scatter_add_(1, index, grad), None
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Returns (T, k), the values (T, E) at the given columns (T, k)."""
+    return _Pick.apply(values, index)
 
 
 def join(routings: Sequence[Routing]) -> Routing:

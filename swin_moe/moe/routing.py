@@ -4,6 +4,7 @@ Shape legend: B images, L tokens per image, T = B * L, D channels, E experts (wi
 choices per token, G routing groups, R rows to dispatch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe import losses
 from swin_moe.moe.expert_choice import route_by_expert
 from swin_moe.moe.group_exchange import GroupDemand, GroupExchange, route_across
-from swin_moe.moe.router import Router, Routing, expert_capacity, join, route, row_chunks
+from swin_moe.moe.router import Router, Routing, expert_capacity, join, pick, route, row_chunks
 from swin_moe.moe.soft import SoftMix, route_slots
 from swin_moe.randomness import RandomContext, normal
 
@@ -37,8 +38,7 @@ class Scored:
     clean: Tensor
     noisy: Tensor  # clean in evaluation
     scores: Tensor  # of the noisy logits: who is chosen, and the gates
-    shares: Tensor  # the same, summing to 1 over experts
-    probabilities: Tensor  # of the clean logits, summing to 1 over experts
+    probabilities: Tensor | None  # softmax of the clean logits; None with sigmoid scores
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RoutingRule:
         config = self.config
         scored = self._score(router(x), random, token)
         mix = demand = None
-        parts = [(slice(None), len(x))]
+        parts = [(len(x), max(len(x), 1))]
         rows = x
         if config.choice == "soft":
             mix = SoftMix.of(scored.noisy.view(-1, tokens_per_image, scored.noisy.shape[1]))
@@ -98,13 +98,13 @@ class RoutingRule:
                 scored.noisy, self.exchange, capacity=self._capacity, **self._options(scored.scores, router)
             )
         else:
-            parts = group_slices(len(x), self._group_size(len(x), tokens_per_image, training))
-            routing = join([self._route_part(scored, router, part, size, training) for part, size in parts])
+            parts = group_parts(len(x), self._group_size(len(x), tokens_per_image, training))
+            routing = self._route_parts(scored, router, parts, training)
         balance = self._balance(scored, routing, parts, demand, training)
         aux = balance * config.aux_loss_weight
         if config.z_loss_weight:
             aux = aux + losses.z_loss(scored.clean) * config.z_loss_weight
-        return Routed(rows, routing, aux, _statistics(routing, scored.probabilities, balance), mix)
+        return Routed(rows, routing, aux, _statistics(routing, scored, balance), mix)
 
     def pairs(self, routing: Routing, random: RandomContext, token: Tensor) -> Tensor:
         """Returns (R, k) int64, a number for every pair that no layout of the run changes."""
@@ -126,12 +126,8 @@ class RoutingRule:
             noisy = noisy.add_(clean)  # into the memory of the noise
         if config.scores == "softmax":
             scores = torch.softmax(noisy, dim=1)
-            return Scored(clean, noisy, scores, scores, scores if noisy is clean else torch.softmax(clean, dim=1))
-        scores = torch.sigmoid(noisy)
-        shares = _shares(scores) if config.balance_loss == "gshard" or noisy is clean else scores
-        with torch.no_grad():
-            probabilities = shares if noisy is clean else _shares(torch.sigmoid(clean))
-        return Scored(clean, noisy, scores, shares, probabilities)
+            return Scored(clean, noisy, scores, scores if noisy is clean else torch.softmax(clean, dim=1))
+        return Scored(clean, noisy, torch.sigmoid(noisy), None)
 
     def _group_size(self, num_tokens: int, tokens_per_image: int, training: bool) -> int:
         """Returns the tokens of a full routing group.
@@ -161,19 +157,24 @@ class RoutingRule:
             "group_limit": config.group_limit or config.expert_groups,
         }
 
-    def _route_part(self, scored: Scored, router: Router, part: slice, group_size: int, training: bool) -> Routing:
-        capacity = self._capacity(group_size, training=training)
-        scores = scored.scores[part]
-        if self.config.choice == "expert":
-            return route_by_expert(scores, capacity=capacity, group_size=group_size)
-        options = self._options(scores, router)
-        return route(scored.noisy[part], capacity=capacity, group_size=group_size, **options)
+    def _route_parts(
+        self, scored: Scored, router: Router, parts: list[tuple[int, int]], training: bool
+    ) -> Routing:
+        routings = []
+        for scores, logits, (_, size) in zip(_cut(scored.scores, parts), _cut(scored.noisy, parts), parts):
+            capacity = self._capacity(size, training=training)
+            if self.config.choice == "expert":
+                routings.append(route_by_expert(scores, capacity=capacity, group_size=size))
+            else:
+                options = self._options(scores, router)
+                routings.append(route(logits, capacity=capacity, group_size=size, **options))
+        return join(routings)
 
     def _balance(
         self,
         scored: Scored,
         routing: Routing,
-        parts: list[tuple[slice, int]],
+        parts: list[tuple[int, int]],
         demand: GroupDemand | None,
         training: bool,
     ) -> Tensor:
@@ -189,16 +190,17 @@ class RoutingRule:
         if exchange is not None and training:
             return self._balance_across(exchange, scored, routing, demand)
         if config.balance_scope == "global":
-            parts = [(slice(None), max(num_tokens, 1))]
-        total = []
-        for part, size in parts:
-            if config.balance_loss == "gshard":
-                loss = losses.gshard(scored.shares[part], routing.expert[part, 0], group_size=size)
-            else:
-                threshold, std = _threshold(scored, routing)[part], config.gate_noise / config.num_experts
-                loss = losses.load_importance(scored.probabilities[part], threshold, noise_std=std, group_size=size)
-            total.append(loss * (len(scored.clean[part]) / max(num_tokens, 1)))
-        return sum(total[1:], total[0])
+            parts = [(num_tokens, max(num_tokens, 1))]
+        if config.balance_loss == "gshard":
+            inputs = [_cut(value, parts) for value in (scored.scores, routing.expert[:, 0])]
+            options = {"shares": config.scores == "sigmoid"}
+            groups = [losses.gshard(*part, group_size=size, **options) for *part, (_, size) in zip(*inputs, parts)]
+        else:
+            inputs = [_cut(value, parts) for value in (scored.probabilities, _threshold(scored, routing))]
+            options = {"noise_std": config.gate_noise / config.num_experts}
+            groups = [losses.load_importance(*p, group_size=size, **options) for *p, (_, size) in zip(*inputs, parts)]
+        weighted = [loss * (len(part) / max(num_tokens, 1)) for loss, part in zip(groups, inputs[0])]
+        return sum(weighted[1:], weighted[0])
 
     def _balance_across(
         self, exchange: GroupExchange, scored: Scored, routing: Routing, demand: GroupDemand | None
@@ -211,7 +213,8 @@ class RoutingRule:
             else:
                 own = losses.count_first(routing.expert[:, 0], config.num_experts, max(num_tokens, 1))
                 first_GE = exchange.gather(own.sum(dim=0)).sum(dim=0, keepdim=True)
-            return losses.gshard_of_sums(exchange.sum(scored.shares.sum(dim=0, keepdim=True)), first_GE)
+            own = losses.score_sums(scored.scores, max(num_tokens, 1), shares=config.scores == "sigmoid")
+            return losses.gshard_of_sums(exchange.sum(own), first_GE)
         std = config.gate_noise / config.num_experts
         load = losses.load_of(
             scored.probabilities, _threshold(scored, routing), noise_std=std, group_size=max(num_tokens, 1)
@@ -220,30 +223,32 @@ class RoutingRule:
         return losses.load_importance_of_sums(sums[:1], sums[1:])
 
 
-def _shares(scores: Tensor) -> Tensor:
-    """Returns (T, E) scores divided by their sum over experts (DeepSeek-V3, arXiv:2412.19437, equation 19)."""
-    return scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-
-
 def _threshold(scored: Scored, routing: Routing) -> Tensor:
     """Returns (T,), the noisy logit of every token's last choice."""
-    return scored.noisy.gather(1, routing.expert[:, -1:]).squeeze(1)
+    return pick(scored.noisy, routing.expert[:, -1:]).squeeze(1)
 
 
-def group_slices(num_tokens: int, group_size: int) -> list[tuple[slice, int]]:
+def group_parts(num_tokens: int, group_size: int) -> list[tuple[int, int]]:
     """Returns (tokens, group size) of the full routing groups and, where tokens are left over, of the smaller last one.
 
     A smaller group occurs in the last, uneven batch of an epoch or an evaluation; it competes for its own share of
     slots.
     """
     group_size = max(min(group_size, num_tokens), 1)
-    full = num_tokens // group_size * group_size
-    if full == num_tokens:
-        return [(slice(None), group_size)]
-    return [(slice(0, full), group_size), (slice(full, None), num_tokens - full)]
+    rest = num_tokens % group_size
+    return [(num_tokens - rest, group_size), (rest, rest)] if rest else [(num_tokens, group_size)]
+
+
+def _cut(value: Tensor, parts: list[tuple[int, int]]) -> Sequence[Tensor]:
+    """Returns the rows of every part; `value` itself where it is one, for a view would have a gradient of its own."""
+    return [value] if len(parts) == 1 else value.split([count for count, _ in parts])
 
 
 @torch.no_grad()
-def _statistics(routing: Routing, probabilities: Tensor, aux: Tensor) -> RoutingStats:
+def _statistics(routing: Routing, scored: Scored, aux: Tensor) -> RoutingStats:
     demand, kept = routing.demand.sum(dim=0), routing.kept.sum(dim=0)
-    return RoutingStats(demand, kept, (demand - kept).sum(), losses.mean_entropy(probabilities), aux.detach())
+    if scored.probabilities is None:
+        entropy = losses.mean_entropy(scored.clean, logits=True)
+    else:
+        entropy = losses.mean_entropy(scored.probabilities)
+    return RoutingStats(demand, kept, (demand - kept).sum(), entropy, aux.detach())

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from swin_moe.config import MoEConfig
 from swin_moe.moe import MoELayer
 from swin_moe.moe.losses import load_importance
-from swin_moe.moe.routing import group_slices
+from swin_moe.moe.routing import group_parts
 from swin_moe.randomness import RandomContext, normal
 from tests.moe.reference import gshard_slowly, layer_slowly
 
@@ -154,11 +154,11 @@ def test_an_incomplete_last_group_competes_for_its_own_share():
     torch.testing.assert_close(aux, (parts[0][1] * 4 + parts[1][1]) / 5)
 
 
-def test_group_slices():
-    assert group_slices(12, 4) == [(slice(None), 4)]
-    assert group_slices(14, 4) == [(slice(0, 12), 4), (slice(12, None), 2)]
-    assert group_slices(3, 4) == [(slice(None), 3)]
-    assert group_slices(0, 4) == [(slice(None), 1)]
+def test_group_parts():
+    assert group_parts(12, 4) == [(12, 4)]
+    assert group_parts(14, 4) == [(12, 4), (2, 2)]
+    assert group_parts(3, 4) == [(3, 3)]
+    assert group_parts(0, 4) == [(0, 1)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
