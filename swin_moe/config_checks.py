@@ -61,7 +61,7 @@ def check_routing(moe: Any) -> None:
         allowed = "gshard or none with model.moe.group_limit (its load term knows no groups)"
         check(estimate, "model.moe.balance_loss", moe.balance_loss, allowed)
     if moe.choice == "expert":
-        factors = {"capacity_factor": moe.capacity_factor > 0, "eval_capacity_factor": moe.eval_factor >= 0}
-        for name, fits in factors.items():
-            allowed = "> 0 with model.moe.choice=expert (an expert that chooses has no need to go by)"
-            check(fits, f"model.moe.{name}", getattr(moe, name), allowed)
+        needs = "with model.moe.choice=expert (an expert that chooses has no need to go by)"
+        check(moe.capacity_factor > 0, "model.moe.capacity_factor", moe.capacity_factor, f"> 0 {needs}")
+        allowed = f">= 0 {needs}; 0 = model.moe.capacity_factor"
+        check(moe.eval_factor >= 0, "model.moe.eval_capacity_factor", moe.eval_capacity_factor, allowed)

@@ -87,7 +87,7 @@ class RoutingRecorder:
         for name, routing in self.routings.items():
             tokens = routing.expert.shape[0] // max(1, len(target))
             classes = target.to(routing.expert.device).repeat_interleave(tokens * routing.top_k)
-            cell = routing.expert.flatten() * num_classes + classes
+            cell = (routing.expert.flatten() * num_classes + classes)[routing.is_pair.flatten()]
             count = torch.bincount(cell, minlength=self.num_experts * num_classes)
             found[name] = count.view(self.num_experts, num_classes).cpu().numpy()
         return found
@@ -112,6 +112,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"inspect-routing runs in one process, got {session.world_size} ranks")
     if not (session.config.model.name == "swin_moe" and session.config.model.moe.has_blocks):
         raise ValueError(f"{path}: the model has no MoE layer (model.moe.blocks names none), so nothing is routed")
+    if session.config.model.moe.choice == "soft":
+        raise ValueError("model.moe.choice=soft: every expert gets a mean of all patches, so none is an expert's own")
     start_logging(None, 0)
     directory = Path(out) if out else session.directory / "routing"
     directory.mkdir(parents=True, exist_ok=True)

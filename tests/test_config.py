@@ -38,3 +38,40 @@ def test_evaluation_of_a_group_that_spans_ranks_is_by_need():
     config.check(1)
     with pytest.raises(ValueError, match="eval_capacity_factor=1.25 must be 0"):
         config.check(2)
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"scores": "sigmoid"}, "balance_loss must be gshard or none with model.moe.scores=sigmoid .*'load_importance'"),
+    ({"choice": "expert"}, "balance_loss must be none with model.moe.choice=expert"),
+    ({"choice": "expert", "balance_loss": "none", "top_k": 2, "normalize_gate": True}, "normalize_gate must be false"),
+    ({"choice": "expert", "balance_loss": "none", "capacity_factor": 0.0}, "capacity_factor must be > 0 with"),
+    ({"choice": "expert", "balance_loss": "none", "eval_capacity_factor": -1.0}, "eval_capacity_factor must be >= 0"),
+    ({"choice": "soft", "balance_loss": "none", "top_k": 2}, "top_k must be 1 with model.moe.choice=soft .*slots sets"),
+    ({"choice": "soft", "balance_loss": "none", "scores": "sigmoid"}, "scores must be softmax with"),
+    ({"slots": 2}, "slots must be 1 with model.moe.choice=token"),
+    ({"bias_rate": 0.1}, "bias_rate must be 0.0 with model.moe.scores=softmax"),
+    ({"bias_rate": -0.1, "scores": "sigmoid", "balance_loss": "none"}, "bias_rate must be >= 0"),
+    ({"balance_loss": "none", "balance_scope": "global"}, "balance_scope must be group with model.moe.balance_loss=no"),
+    ({"expert_groups": 3}, "expert_groups must be a divisor of model.moe.num_experts=8, got 3"),
+    ({"expert_groups": 4, "group_limit": 5}, r"group_limit must be in \[1, 4\] groups, or 0 for no limit, got 5"),
+    ({"expert_groups": 4, "group_limit": 1, "top_k": 3, "balance_loss": "gshard"}, "top_k must be at most 2, the expe"),
+    ({"expert_groups": 4, "group_limit": 2}, "balance_loss must be gshard or none with model.moe.group_limit"),
+    ({"shared_experts": -1}, "shared_experts must be >= 0"),
+    ({"z_loss_weight": -1.0}, "z_loss_weight must be >= 0"),
+    ({"choice": "tokens"}, "choice must be one of token, expert, soft, got 'tokens'"),
+])  # fmt: skip
+def test_routing_options_that_contradict_each_other(options, sentence):
+    with pytest.raises(ValueError, match=f"model.moe.{sentence}"):
+        MoEConfig(**options)
+
+
+def test_groups_of_experts_that_choose_stay_on_a_rank_and_those_of_soft_moe_are_images():
+    groups = {"blocks": ((0,),), "balance_loss": "none", "capacity_scope": "images", "group_images": 16}
+    for choice in ("expert", "soft"):
+        config = Config(data=DataConfig(global_batch=32), model=ModelConfig(moe=MoEConfig(choice=choice, **groups)))
+        config.check(2)
+        if choice == "soft":
+            assert config.routing_ranks(4) == 1
+        else:
+            with pytest.raises(ValueError, match="group_images=16 must fit one rank's micro-batch of 8 images with"):
+                config.check(4)

@@ -84,3 +84,16 @@ def test_colours_of_experts_differ():
 def test_two_files_never_share_a_picture(tmp_path):
     paths = _picture_paths(["a/x.jpg", "b/x.jpg", "classes.jpg"], tmp_path)
     assert [p.name for p in paths] == ["x.png", "x-2.png", "classes-2.png"]
+
+
+def test_experts_that_choose_are_counted_for_their_patches_only():
+    model = swin_moe.create_model("swin_moe", **SMALL, choice="expert", balance_loss="none").eval()
+    recorder = RoutingRecorder(model)
+    images = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    with recorder.recording(), torch.inference_mode():
+        model(images)
+    for name, table in recorder.load_by_class(torch.tensor([2, 0, 2]), 3).items():
+        tokens = recorder.routings[name].expert.shape[0] // 3
+        each = int(1.25 * -(-tokens // 4))  # of every expert from every image
+        assert table.tolist() == [[each, 0, 2 * each]] * 4
+        assert not recorder.routings[name].is_pair.all()  # some patches have fewer experts than others

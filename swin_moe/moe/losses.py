@@ -36,8 +36,8 @@ def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int, shares: boo
     Args:
         scores: (T, E) softmax of the logits routed by (noise included); P_e is their mean.
         first_choice: (T,) int64; f_e is the fraction of tokens whose first choice is e, dropped ones included.
-        shares: Scores do not sum to 1 over experts; P_e is the mean of a score over that sum (arXiv:2412.19437, equation
-            19).
+        shares: Scores do not sum to 1 over experts; P_e is the mean of a score divided by that sum (DeepSeek-V3,
+            arXiv:2412.19437, equations 19 and 20).
     """
     if not len(scores):
         return scores.sum()

@@ -24,7 +24,7 @@ def config(*options: str):
 
 def on_meta(config):
     with torch.device("meta"):
-        return build_model(config.model)
+        return build_model(config.model, recompute=config.parallel.recompute)
 
 
 def engine(*options: str):

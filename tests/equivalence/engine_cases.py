@@ -78,7 +78,7 @@ class Case:
         parts += [f"acc{self.accumulation}"] if self.accumulation > 1 else []
         parts += [word for word in ("recompute", "uneven") if getattr(self, word)]
         parts += [f"offload={self.offload}"] if self.offload != "none" else []
-        return "-".join([*parts, *self.options])
+        return "-".join([*parts, *([LABELS[self.options]] if self.options in LABELS else self.options)])
 
     @property
     def missing(self) -> str:
@@ -116,6 +116,17 @@ COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capaci
 # One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
 SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
+# Router state that no gradient moves: a bias that follows the loads of all ranks and micro-batches. And what is dense.
+BALANCED = (
+    "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none", "model.moe.top_k=2",
+    "model.moe.normalize_gate=true", "model.moe.z_loss_weight=0.01", "model.moe.shared_experts=1",
+    "model.moe.expert_groups=4", "model.moe.group_limit=3",
+)  # fmt: skip
+GLOBAL = ("model.moe.balance_scope=global", "model.moe.top_k=2")
+EXPERTS_CHOOSE = ("model.moe.choice=expert", "model.moe.balance_loss=none", "model.moe.top_k=2")
+SOFT = ("model.moe.choice=soft", "model.moe.balance_loss=none", "model.moe.slots=3")
+LABELS = {BALANCED: "balanced", GLOBAL: "global", EXPERTS_CHOOSE: "experts-choose", SOFT: "soft"}
+
 # With seed 0 and 32 experts a ReLU of the position bias stands at 0: one rank in float32 is on the other side of it
 # than in float64, 1.2e-3 away in that bias, while two ranks in float32 (torch, DeepSpeed) are 2.7e-6 from float64.
 SEED = ("run.seed=1",)
@@ -144,6 +155,12 @@ CASES = (
     Case("torch", 3, 4, expert=1, expert_shard=1, num_experts=3, recompute=True, options=COSINE),
     Case("torch", 3, 4, expert=2, precision="fp32"),
     Case("torch", 3, 4, expert=2, options=SPANNING),
+    Case("torch", 1, 2, options=BALANCED),
+    Case("torch", 2, 2, expert=1, expert_shard=1, accumulation=2, recompute=True, uneven=True, options=BALANCED),
+    Case("torch", 3, 4, expert=2, accumulation=2, options=BALANCED),
+    Case("torch", 0, 2, uneven=True, options=GLOBAL),
+    Case("torch", 2, 2, accumulation=2, uneven=True, options=EXPERTS_CHOOSE),
+    Case("torch", 3, 2, accumulation=2, uneven=True, options=SOFT),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
     Case("deepspeed", 1, 2, precision="fp32", expert=1, expert_shard=1, offload="optimizer"),
@@ -159,6 +176,8 @@ CASES = (
     Case("deepspeed", 3, 4, precision="fp32", expert=1, expert_shard=1, num_experts=3, options=COSINE),
     Case("deepspeed", 2, 2, precision="fp32", options=SPANNING),
     Case("deepspeed", 3, 4, precision="fp32", expert=2, options=SPANNING),
+    Case("deepspeed", 2, 2, precision="fp32", accumulation=2, options=BALANCED),
+    Case("deepspeed", 3, 4, precision="fp32", expert=2, recompute=True, options=BALANCED),
     # FairScale.
     *(Case("fairscale", zero, 2) for zero in (1, 2)),
     *(Case("fairscale", zero, 2, expert=2, num_experts=3, uneven=True, accumulation=2) for zero in (1, 2)),
@@ -169,8 +188,16 @@ CASES = (
     Case("fairscale", 2, 4, expert=4, num_experts=5, options=TOP2),
     Case("fairscale", 2, 4, expert=1, expert_shard=2, num_experts=3),
     Case("fairscale", 2, 2, options=SPANNING),
+    Case("fairscale", 2, 4, expert=2, accumulation=2, options=BALANCED),
     # The rest of the matrix.
     *(Case("torch", zero, world, options=SPANNING, full=True) for zero in (0, 1, 2) for world in (2, 4)),
+    *(
+        Case("torch", zero, 4, expert=2, expert_shard=2, recompute=True, options=options, full=True)
+        for zero in (0, 3)
+        for options in (GLOBAL, EXPERTS_CHOOSE, SOFT)
+    ),
+    *(Case("torch", zero, world, options=BALANCED, full=True) for zero in (0, 1, 2, 3) for world in (2, 4)),
+    *(Case("deepspeed", zero, 2, precision="fp32", options=BALANCED, full=True) for zero in (1, 3)),
     *(Case("deepspeed", zero, 2, precision="fp32", options=SPANNING, full=True) for zero in (1, 3)),
     Case("fairscale", 1, 4, expert=2, options=SPANNING, full=True),
     *(
@@ -216,25 +243,25 @@ CASES = (
 
 # Every one of these writes the same checkpoint for the same state, and continues every other's.
 CHECKPOINTS = (
-    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
-    *(Case("torch", zero, 2, expert=1, expert_shard=1) for zero in (1, 2)),
-    Case("torch", 3, 2, expert=1, expert_shard=2, offload="optimizer"),
-    *(Case("torch", zero, 4, expert=2) for zero in (1, 3)),
-    Case("torch", 3, 4, expert=1, expert_shard=1),
-    Case("torch", 2, 4, expert=2, expert_shard=2),
-    *(Case("fairscale", zero, 2) for zero in (1, 2)),
-    Case("fairscale", 2, 4, expert=2),
-    *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
-    Case("deepspeed", 2, 2, expert=1, expert_shard=2, offload="optimizer", precision="fp32"),
-    Case("deepspeed", 3, 2, expert=1, expert_shard=1, offload="parameters", precision="fp32"),
-    *(Case("deepspeed", zero, 4, expert=2, precision="fp32") for zero in (1, 2, 3)),
+    *(Case("torch", zero, 2, options=BALANCED) for zero in (0, 1, 2, 3)),
+    *(Case("torch", zero, 2, expert=1, expert_shard=1, options=BALANCED) for zero in (1, 2)),
+    Case("torch", 3, 2, expert=1, expert_shard=2, offload="optimizer", options=BALANCED),
+    *(Case("torch", zero, 4, expert=2, options=BALANCED) for zero in (1, 3)),
+    Case("torch", 3, 4, expert=1, expert_shard=1, options=BALANCED),
+    Case("torch", 2, 4, expert=2, expert_shard=2, options=BALANCED),
+    *(Case("fairscale", zero, 2, options=BALANCED) for zero in (1, 2)),
+    Case("fairscale", 2, 4, expert=2, options=BALANCED),
+    *(Case("deepspeed", zero, 2, precision="fp32", options=BALANCED) for zero in (1, 2, 3)),
+    Case("deepspeed", 2, 2, expert=1, expert_shard=2, offload="optimizer", precision="fp32", options=BALANCED),
+    Case("deepspeed", 3, 2, expert=1, expert_shard=1, offload="parameters", precision="fp32", options=BALANCED),
+    *(Case("deepspeed", zero, 4, expert=2, precision="fp32", options=BALANCED) for zero in (1, 2, 3)),
 )
 # Steps that are skipped.
 POISONED = (
-    *(Case("torch", zero, 2) for zero in (0, 1, 2, 3)),
-    *(Case("fairscale", zero, 2) for zero in (1, 2)),
-    *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
-    *(Case("deepspeed", zero, 2, precision="fp32", offload="optimizer") for zero in (2, 3)),
+    *(Case("torch", zero, 2, options=BALANCED) for zero in (0, 1, 2, 3)),
+    *(Case("fairscale", zero, 2, options=BALANCED) for zero in (1, 2)),
+    *(Case("deepspeed", zero, 2, precision="fp32", options=BALANCED) for zero in (1, 2, 3)),
+    *(Case("deepspeed", zero, 2, precision="fp32", offload="optimizer", options=BALANCED) for zero in (2, 3)),
 )
 
 
@@ -369,7 +396,7 @@ def run_alone(cases: list[Case], root: str) -> dict:
     """Returns what one rank gives: cases, and by precision a checkpoint, what follows it and a later one."""
     result = {"cases": run_cases(cases)}
     for precision in ("fp64", "fp32"):
-        alone, folder = Case("torch", 0, 1, precision=precision), f"{root}/{precision}"
+        alone, folder = Case("torch", 0, 1, precision=precision, options=BALANCED), f"{root}/{precision}"
         source = train_and_save(alone, f"{folder}/source", 3)
         later = train_and_save(alone, f"{folder}/later", 2, source)
         result[precision] = {
@@ -399,6 +426,6 @@ def run_world(cases: list[Case], sources: dict[str, str], root: str) -> dict:
 def read_back(cases: list[Case], paths: dict[str, str], root: str) -> dict[str, dict]:
     """Returns how one rank continues what others saved."""
     return {
-        c.name: continue_from(Case("torch", 0, 1, precision=c.precision), paths[c.name], f"{root}/{c.name}")
+        c.name: continue_from(c.oracle, paths[c.name], f"{root}/{c.name}")
         for c in cases
     }

@@ -70,6 +70,12 @@ def every_kind(images: tuple[int, ...], ranks: int) -> dict[str, Case]:
     }
 
 
+SIGMOID = {"scores": "sigmoid", "balance_loss": "gshard", "top_k": 2, "normalize_gate": True, **NOISY}
+LIMITED = {**SIGMOID, "expert_groups": 2, "group_limit": 1, "z_loss_weight": 0.5}
+EXPERTS_CHOOSE = {"choice": "expert", "balance_loss": "none", "top_k": 2, **NOISY}
+SOFT = {"choice": "soft", "balance_loss": "none", "slots": 2, **NOISY}
+GLOBAL = {**GROUPS, "balance_scope": "global", "top_k": 2, **NOISY}
+
 CASES = {
     1: {
         "one rank": Case((3,), options=NOISY),
@@ -98,6 +104,15 @@ CASES = {
         "group, recomputed": together((2, 1), 2, top_k=2, normalize_gate=True, capacity_factor=0.5, recompute=True),
         "group without experts elsewhere": together((2, 2), 2, parallel=spread(1), capacity_factor=0.5),
         "group, no slots": together((2, 2), 2, capacity_factor=0.1),
+        "sigmoid with a bias": Case((2, 1), options=SIGMOID),
+        "sigmoid, group limit, group on 2 ranks": together((2, 1), 2, **LIMITED),
+        "experts choose": Case((2, 3), options=EXPERTS_CHOOSE),
+        "experts choose, shards, recomputed": Case((3, 0), spread(1, 2), options=EXPERTS_CHOOSE, recompute=True),
+        "soft": Case((2, 1), options=SOFT),
+        "soft, a rank without images": Case((0, 2), options={**SOFT, "router": "cosine"}, recompute=True),
+        "shared expert": Case((2, 1), options={"shared_experts": 2, **NOISY}),
+        "balance over all ranks": Case((4, 2), options=GLOBAL),
+        "balance over all ranks, gshard": Case((4, 0), options={**GLOBAL, "balance_loss": "gshard"}, recompute=True),
     },
     4: {
         "one expert a rank": Case((1, 2, 1, 1), options=NOISY),
@@ -118,6 +133,18 @@ CASES = {
         "group on 4 ranks, expert 2 x data 2": together(
             (2, 2, 2, 1), 4, parallel=spread(2), balance_loss="gshard", capacity_factor=0.5
         ),
+        "sigmoid, group limit": Case((1, 2, 0, 1), options=LIMITED),
+        "sigmoid, group on 2 of 4 ranks": together((2, 2, 2, 1), 2, parallel=spread(2), **SIGMOID),
+        "experts choose": Case((1, 2, 0, 1), options=EXPERTS_CHOOSE),
+        "experts choose, groups of images": Case((2, 4, 2, 1), spread(2), options={**EXPERTS_CHOOSE, **GROUPS}),
+        "soft": Case((1, 2, 0, 1), options=SOFT),
+        "soft, 5 experts over 2 x 2 ranks": Case((1, 2, 1, 1), spread(2, 2), experts=5, options=SOFT),
+        "shared expert, expert 2 x data 2": Case((1, 2, 0, 1), spread(2), options={"shared_experts": 1, **NOISY}),
+        "balance over all ranks": Case((2, 4, 2, 1), spread(2), options=GLOBAL),
+        "balance over all ranks, groups on 2": together(
+            (2, 2, 2, 1), 2, balance_scope="global", balance_loss="gshard", top_k=2, capacity_factor=0.5
+        ),
+        "balance of sigmoid shares over all ranks": Case((2, 4, 2, 0), options={**GLOBAL, **SIGMOID}),
         "a group of nothing": together((2, 2, 0, 0), 2, parallel=spread(2, 2), top_k=2, capacity_factor=0.5),
     },
 }
@@ -140,6 +167,9 @@ class Net(torch.nn.Module):
             self.dense.weight.copy_(torch.eye(DIM))
             self.dense.bias.zero_()
         self.mlp.init_weights(3, NAME)
+        if self.mlp.router.balance is not None:
+            with torch.no_grad():
+                self.mlp.router.balance.bias.copy_(torch.linspace(-0.2, 0.2, case.experts))
         self.double()
         if case.starve is not None:
             with torch.no_grad():
@@ -217,7 +247,8 @@ def run_spread(case: Case) -> dict:
         wanted = expected["whole"]
         errors |= {"aux": error(found[0], wanted["aux"]), "dropped": error(found[1], wanted["dropped"])}
     reduce_expert_gradients(net, groups, world)
-    for _, p in dense_parameters(net):
+    dense = [(n, p) for n, p in dense_parameters(net) if p.requires_grad]
+    for _, p in dense:
         dist.all_reduce(p.grad)
         p.grad /= world
     errors |= {"y": error(y, expected["y"][rank]), "x_grad": error(x.grad, expected["x_grad"][rank])}
@@ -225,7 +256,7 @@ def run_spread(case: Case) -> dict:
     assert trained.keys() == expected["grads"].keys() and all(g is not None for g in trained.values())
     errors["expert_grads"] = max(error(trained[n], expected["grads"][n][own[n]])
                                  for n, p in expert_parameters(net) if p.requires_grad)  # fmt: skip
-    errors["dense_grads"] = max(error(trained[n], expected["grads"][n]) for n, _ in dense_parameters(net))
+    errors["dense_grads"] = max(error(trained[n], expected["grads"][n]) for n, _ in dense)
     norm = global_grad_norm(net, groups)
     errors["norm"] = error(norm, expected["norm"])
     clip_by_norm(net.parameters(), norm, 0.5 * float(norm))

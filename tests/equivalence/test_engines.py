@@ -128,6 +128,15 @@ def test_trains_as_one_rank_does(results_of, alone, case):
     check(case, ranks, {name: [result] for name, result in alone["cases"].items()})
 
 
+def test_biases_follow_the_loads(alone):
+    """What the other tests compare is not all zeros: biases are multiples of the rate, and have moved apart."""
+    final = gathered([alone["cases"][Case("torch", 0, 1, options=engine_cases.BALANCED).name]], "final")
+    biases = [t for n, t in final.items() if n.endswith("router.balance.bias") and not n.startswith("ema/")]
+    moved = torch.stack(biases) / 0.01
+    torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-9)
+    assert any(row.unique().numel() > 1 for row in moved.round())
+
+
 def assert_alike(found: dict, expected: dict, case: Case) -> None:
     """Compares next steps in the precision of the case, evaluations in the float32 of their loss."""
     for key, bound in (("rows", CONTINUED[case.precision]), ("evaluations", 1e-6)):

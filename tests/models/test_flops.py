@@ -136,6 +136,23 @@ def test_capacity_factor_and_top_k_scale_the_experts(top_k, factor):
     assert round(model.active_flops() / 1e9, 2) == CAPACITIES[top_k, 1.0]
 
 
+def test_other_routers_cost_what_they_compute():
+    moe = {"moe_blocks": [[-1], [-1], [1], [-1]], "num_experts": 4, "top_value": 2, "img_size": 64, "window_size": 4}
+    plain = build("swin_moe", **moe)
+    one = 2 * 4 * 4 * 384 * 1536  # one pass of the 16 tokens of the third stage through one expert
+    active = plain.active_flops()
+    shared = build("swin_moe", **moe, shared_experts=3)
+    assert shared.active_flops() == active + 3 * one and shared.flops() == plain.flops() + 3 * one
+    assert count_parameters(shared) == count_parameters(plain) + 384 * 4608 * 2 + 4608 + 384
+    chosen = build("swin_moe", **moe, choice="expert", balance_loss="none", capacity_factor=1.5)
+    assert chosen.active_flops() == active + one and chosen.flops() == chosen.active_flops()
+    soft = build("swin_moe", **moe | {"top_value": 1}, choice="soft", balance_loss="none", slots=6)
+    # 24 slots for 16 tokens, and twice 24 x 16 x 384 to mix; plain has two passes.
+    assert soft.active_flops() == pytest.approx(active - 2 * one + one * 24 / 16 + 2 * 24 * 16 * 384, rel=1e-12)
+    balanced = build("swin_moe", **moe, scores="sigmoid", balance_loss="none")
+    assert count_parameters(balanced) == count_parameters(plain)  # a bias that no gradient moves is not counted
+
+
 @pytest.mark.parametrize(
     ("family", "window", "parameters", "gmacs"),
     [("swin", 6, 89_874_104, 11.282375), ("swinv2", 12, 90_042_744, 11.759874)],

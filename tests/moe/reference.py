@@ -6,23 +6,37 @@ import torch
 import torch.nn.functional as F
 
 
-def choose(scores_row, k):
-    """Returns the k experts with the largest scores, lower number first among equals."""
-    order = sorted(range(len(scores_row)), key=lambda e: (-scores_row[e], e))
-    return order[:k]
+def choose(scores_row, k, expert_groups=1, group_limit=1):
+    """Returns the k experts with the largest scores, lower number first among equals.
+
+    Only of the best groups, where a group's strength is the sum of its k / limit best.
+    """
+    size = len(scores_row) // expert_groups
+    count = max(k // group_limit, 1)
+
+    def strength(group):
+        return sum(sorted(scores_row[group * size : (group + 1) * size], reverse=True)[:count])
+
+    allowed = sorted(range(expert_groups), key=lambda g: (-strength(g), g))[:group_limit]
+    experts = [e for e in range(len(scores_row)) if e // size in allowed]
+    return sorted(experts, key=lambda e: (-scores_row[e], e))[:k]
 
 
-def route_slowly(logits, *, top_k, capacity, group_size=None, batch_prioritized=False):
+def route_slowly(
+    logits, *, top_k, capacity, group_size=None, batch_prioritized=False, scores=None, bias=None, expert_groups=1,
+    group_limit=1,
+):  # fmt: skip
     """Returns (expert, slot, keep) as nested lists; capacity None = by need."""
-    scores = torch.softmax(logits, dim=1).tolist()
+    scores = (torch.softmax(logits, dim=1) if scores is None else scores).tolist()
     num_tokens, num_experts = logits.shape
     size = group_size or max(num_tokens, 1)
-    expert = [choose(row, top_k) for row in scores]
+    offset = [0.0] * num_experts if bias is None else bias.tolist()
+    expert = [choose([s + b for s, b in zip(row, offset)], top_k, expert_groups, group_limit) for row in scores]
     slot = [[None] * top_k for _ in range(num_tokens)]
     for start in range(0, num_tokens, size):
         tokens = list(range(start, start + size))
         if batch_prioritized:
-            tokens.sort(key=lambda t: (-max(scores[t]), t))
+            tokens.sort(key=lambda t: (-scores[t][expert[t][0]], t))
         taken = [0] * num_experts
         for choice in range(top_k):
             for t in tokens:
@@ -31,6 +45,30 @@ def route_slowly(logits, *, top_k, capacity, group_size=None, batch_prioritized=
                 taken[e] += 1
     keep = [[capacity is None or s < capacity for s in row] for row in slot]
     return expert, slot, keep
+
+
+def experts_choose_slowly(scores, *, capacity, group_size):
+    """Returns, per token, the experts that took it as {expert: slot}."""
+    found = [{} for _ in scores]
+    rows = scores.tolist()
+    for start in range(0, len(rows), group_size):
+        tokens = range(start, start + group_size)
+        for e in range(scores.shape[1]):
+            best = sorted(tokens, key=lambda t: (-rows[t][e], t))[:capacity]
+            for slot, t in enumerate(sorted(best)):
+                found[t][e] = slot
+    return found
+
+
+def soft_slowly(x, logits, slots, weights):
+    """Returns (L, D), Soft MoE of one image x (L, D) by logits (L, E * slots); weights: the four expert tensors."""
+    rows = torch.zeros_like(x)
+    for number in range(logits.shape[1]):
+        dispatch = torch.exp(logits[:, number]) / torch.exp(logits[:, number]).sum()
+        result = experts_slowly((dispatch[:, None] * x).sum(0), number // slots, *weights)
+        combine = torch.exp(logits[:, number]) / torch.exp(logits).sum(1)
+        rows = rows + combine[:, None] * result
+    return rows
 
 
 def experts_slowly(x_row, expert, fc1_weight, fc1_bias, fc2_weight, fc2_bias):

@@ -8,10 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe import MoELayer
-from swin_moe.moe.losses import load_importance
+from swin_moe.moe.losses import load_importance, z_loss
 from swin_moe.moe.routing import group_parts
 from swin_moe.randomness import RandomContext, normal
-from tests.moe.reference import gshard_slowly, layer_slowly
+from tests.moe.reference import experts_choose_slowly, experts_slowly, gshard_slowly, layer_slowly
 
 DIM, HIDDEN, LAYER = 6, 8, 5
 
@@ -92,7 +92,95 @@ def test_evaluation_draws_nothing_and_has_its_own_capacity():
     assert not same(x)[0].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 2, "normalize_gate": True, "router": "cosine", "dropout": 0.3}])
+BALANCED = {"scores": "sigmoid", "bias_rate": 0.1, "balance_loss": "gshard", "top_k": 2, "normalize_gate": True}
+LIMITED = {"expert_groups": 4, "group_limit": 2, "top_k": 2, "balance_loss": "gshard", "z_loss_weight": 0.5}
+EXPERTS_CHOOSE = {"choice": "expert", "balance_loss": "none", "top_k": 2}
+SOFT = {"choice": "soft", "balance_loss": "none", "slots": 2}
+# Every way in which tokens and experts come together.
+KINDS = {
+    "token": {}, "sigmoid": BALANCED, "limited": LIMITED, "experts": EXPERTS_CHOOSE, "soft": SOFT,
+    "shared": {"shared_experts": 2}, "global": {"balance_scope": "global"},
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+
+
+def test_experts_choose_as_the_slow_reference():
+    layer, x = build(**EXPERTS_CHOOSE, capacity_factor=0.75), images()
+    random = RandomContext(7, 3, torch.tensor([20, 21, 22]))
+    y, _ = layer(x, random=random)
+    rows = x.view(-1, DIM)
+    noise = normal(random.key("gate_noise", LAYER), torch.arange(80, 92), 4).double() / 4
+    scores = torch.softmax(layer.router(rows) + noise, 1)
+    taken = experts_choose_slowly(scores, capacity=2 * int(0.75 * 3), group_size=12)
+    expected = torch.stack([
+        sum((scores[t, e] * experts_slowly(rows[t], e, *weights(layer)) for e in experts), torch.zeros(DIM).double())
+        for t, experts in enumerate(taken)
+    ])  # fmt: skip
+    torch.testing.assert_close(y.view(-1, DIM), expected)
+    assert layer.stats.demand.tolist() == [4] * 4 and any(not experts for experts in taken)
+
+
+def test_an_image_is_evaluated_by_itself_where_experts_choose():
+    layer, x = build(**EXPERTS_CHOOSE, capacity_factor=1.25).eval(), images()
+    torch.testing.assert_close(layer(x)[0][1:2], layer(x[1:2])[0])
+    assert layer.stats.demand.tolist() == [2] * 4  # by need has no meaning: 2 * int(1.25 * ceil(4 / 4))
+    low = build(**EXPERTS_CHOOSE, capacity_factor=1.25, eval_capacity_factor=2.0).eval()
+    low(x)
+    assert low.stats.demand.tolist() == [12] * 4  # all tokens of three images: no more than there are
+
+
+def test_a_bias_moves_the_choice_alone():
+    layer, x = build(**BALANCED).eval(), images()
+    x_rows = x.view(-1, DIM)
+    with torch.no_grad():
+        layer.router.balance.bias.copy_(torch.tensor([9.0, 0.0, 9.0, 0.0]))
+    layer(x)
+    assert layer.stats.demand.tolist() == [12, 0, 12, 0]
+    y, aux = layer(x)
+    scores = torch.sigmoid(layer.router(x_rows))[:, [0, 2]]
+    gates = scores / scores.sum(1, keepdim=True)
+    expected = [
+        gates[t, 0] * experts_slowly(x_rows[t], 0, *weights(layer))
+        + gates[t, 1] * experts_slowly(x_rows[t], 2, *weights(layer))
+        for t in range(12)
+    ]
+    torch.testing.assert_close(y.view(-1, DIM), torch.stack(expected))
+    assert not layer.router.balance.bias.requires_grad
+
+
+def test_a_shared_expert_is_added_and_changes_no_other_weight():
+    alone, layer, x = build(), build(shared_experts=3), images()
+    random = RandomContext(7, 3, torch.arange(3))
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(parameter, layer.state_dict()[name])
+    assert layer.shared.fc1.weight.shape == (3 * HIDDEN, DIM) and layer.shared.fc1.weight.std() > 0.2
+    torch.testing.assert_close(layer(x, random)[0], alone(x, random)[0] + layer.shared(x))
+
+
+def test_weights_of_the_losses():
+    x, random = images(), RandomContext(7, 3, torch.arange(3))
+    layer = build(aux_loss_weight=0.25, z_loss_weight=0.5, top_k=2)
+    _, aux = layer(x, random)
+    z = z_loss(layer.router(x.view(-1, DIM)))  # of the logits without noise
+    torch.testing.assert_close(aux.detach(), layer.stats.aux * 0.25 + z * 0.5)
+
+
+def test_global_balance_is_over_all_groups():
+    groups = {"capacity_scope": "images", "group_images": 1}
+    x, random = images(), RandomContext(7, 3, torch.arange(3))
+    for loss in ("gshard", "load_importance"):
+        whole = build(balance_loss=loss)(x, random)[1]
+        apart = build(balance_loss=loss, **groups)(x, random)[1]
+        torch.testing.assert_close(build(balance_loss=loss, balance_scope="global", **groups)(x, random)[1], whole)
+        assert not torch.allclose(apart, whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 2, "normalize_gate": True, "router": "cosine", "dropout": 0.3},
+     {**BALANCED, "dropout": 0.3}, LIMITED, {**EXPERTS_CHOOSE, "dropout": 0.3}, {**SOFT, "dropout": 0.3},
+     {"shared_experts": 2, "balance_scope": "global"}],
+)  # fmt: skip
 def test_gradcheck(options):
     layer, x = build(std=1.0, **options), images(batch=2).requires_grad_()
     random = RandomContext(7, 3, torch.arange(2))
@@ -100,8 +188,12 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x, random=random), (x, *parameters), atol=1e-5, rtol=1e-3)
 
 
-def test_draws_follow_the_sample_not_its_place():
-    layer, x = build(top_k=2, capacity_factor=0.0, dropout=0.5), images()
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 2, "capacity_factor": 0.0}, {**EXPERTS_CHOOSE, "capacity_scope": "images", "group_images": 1}, SOFT],
+)
+def test_draws_follow_the_sample_not_its_place(options):
+    layer, x = build(**options, dropout=0.5), images()
     sample = torch.tensor([5, 9, 2])
     y, _ = layer(x, random=RandomContext(1, 2, sample))
     again, _ = layer(x.flip(0), random=RandomContext(1, 2, sample.flip(0)))
@@ -124,14 +216,18 @@ def test_dropout_differs_between_choices():
     assert not torch.allclose(y, alone * 4)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 2, "balance_loss": "gshard"}, {"router": "cosine", "dropout": 0.2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 2, "balance_loss": "gshard"}, {"router": "cosine", "dropout": 0.2},
+     *({**options, "dropout": 0.2} for options in KINDS.values())],
+)  # fmt: skip
 def test_no_tokens(options):
     layer = build(**options)
     x = torch.zeros(0, 4, DIM, dtype=torch.float64, requires_grad=True)
     y, aux = layer(x, random=RandomContext(1, 2, torch.empty(0, dtype=torch.long)))
     assert y.shape == (0, 4, DIM) and aux.item() == 0.0
     (y.sum() + aux).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters() if p.requires_grad)
     assert layer.stats.demand.tolist() == [0] * 4 and layer.stats.entropy.item() == 0.0
 
 
@@ -162,8 +258,9 @@ def test_group_parts():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_autocast_reaches_the_experts_but_not_the_router(device):
-    layer, x = build(capacity_factor=0.0).float().to(device), images().float().to(device)
+@pytest.mark.parametrize("options", [{"capacity_factor": 0.0}, {**SOFT, "shared_experts": 1}])
+def test_autocast_reaches_the_experts_but_not_the_router(options, device):
+    layer, x = build(**options).float().to(device), images().float().to(device)
     random = RandomContext(1, 2, torch.arange(3, device=device))
     full, aux = layer(x, random=random)
     seen = []
@@ -178,12 +275,13 @@ def test_autocast_reaches_the_experts_but_not_the_router(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_runs_in_the_dtype_of_the_model(dtype):
-    layer, x = build().to(dtype), images().to(dtype)
+@every_kind
+def test_runs_in_the_dtype_of_the_model(options, dtype):
+    layer, x = build(**options).to(dtype), images().to(dtype)
     y, aux = layer(x)
     assert y.dtype == dtype and aux.dtype == torch.float32
     (y.float().sum() + aux).backward()
-    assert all(p.grad.dtype == dtype for p in layer.parameters())
+    assert all(p.grad.dtype == dtype for p in layer.parameters() if p.requires_grad)
 
 
 def test_statistics():
@@ -195,13 +293,16 @@ def test_statistics():
     torch.testing.assert_close(stats.entropy, -(p * p.log()).sum(1).mean())
 
 
-def test_recomputation_gives_the_same_gradients():
-    layer, x = build(top_k=2, dropout=0.5), images().requires_grad_()
+@every_kind
+def test_recomputation_gives_the_same_gradients(options):
+    layer, x = build(**{"top_k": 2, "dropout": 0.5, **options, **({"top_k": 1} if options is SOFT else {})}), images()
+    x.requires_grad_()
     random = RandomContext(1, 2, torch.arange(3))
+    trained = [p for p in layer.parameters() if p.requires_grad]
     grads = []
     for recompute in (False, True):
         y, aux = checkpoint(layer, x, random, use_reentrant=False) if recompute else layer(x, random)
-        grads.append(torch.autograd.grad(y.square().sum() + aux, [x, *layer.parameters()]))
+        grads.append(torch.autograd.grad(y.square().sum() + aux, [x, *trained]))
     for a, b in zip(*grads):
         assert torch.equal(a, b)
 

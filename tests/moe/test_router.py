@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from swin_moe.moe import expert_capacity, losses, route
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.experts import GroupedExperts
-from swin_moe.moe.router import CosineRouter, LinearRouter, choose_experts, join
+from swin_moe.moe.router import CosineRouter, LinearRouter, choose_experts, join, row_chunks
 from tests.moe.reference import route_slowly
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "numbers.json").read_text())["moe_routing"]
@@ -68,6 +68,27 @@ def test_normalized_gates_by_hand():
     routing = route(logits_of([[6, 3, 1]]), top_k=2, capacity=None, normalize_gate=True)
     torch.testing.assert_close(routing.gate, torch.tensor([[2 / 3, 1 / 3]], dtype=torch.float64))
     assert route(logits_of([[6, 3, 1]]), top_k=1, capacity=None, normalize_gate=True).gate.item() == pytest.approx(0.6)
+
+
+def test_a_bias_chooses_but_does_not_weigh_by_hand():
+    scores = torch.tensor([[0.6, 0.5, 0.2], [0.9, 0.1, 0.3]], dtype=torch.float64)
+    bias = torch.tensor([0.0, 0.2, 0.0])
+    routing = route(scores, top_k=2, capacity=None, scores=scores, bias=bias, normalize_gate=True)
+    assert routing.expert.tolist() == [[1, 0], [0, 1]]  # 0.5 + 0.2 before 0.6; 0.1 + 0.2 equals 0.3: the lower expert
+    expected = torch.tensor([[5 / 11, 6 / 11], [0.9, 0.1]], dtype=torch.float64)
+    torch.testing.assert_close(routing.gate, expected)
+
+
+def test_group_limit_by_hand():
+    scores = torch.tensor([[0.4, 0.1, 0.3, 0.29]])
+    options = {"expert_groups": 2, "group_limit": 1}
+    assert choose_experts(scores, 2, **options).tolist() == [[2, 3]]  # 0.59 in the second group, 0.5 in the first
+    assert choose_experts(scores, 1, **options).tolist() == [[0]]  # by the best expert alone
+    assert choose_experts(scores, 2, expert_groups=2, group_limit=2).tolist() == [[0, 2]]
+    even = torch.tensor([[0.2, 0.3, 0.3, 0.2]])
+    assert choose_experts(even, 2, **options).tolist() == [[1, 0]]  # equal groups: the lower
+    pushed = choose_experts(even, 2, bias=torch.tensor([0.0, 0.0, 0.0, 0.25]), **options)
+    assert pushed.tolist() == [[3, 2]]
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8, 9, 12])
@@ -153,7 +174,16 @@ def random_case(seed):
     capacity = pick([None, 0, 1, 2, group_size, 3 * group_size])
     use_groups = groups > 1 or pick([True, False])
     arguments = {"top_k": top_k, "capacity": capacity, "batch_prioritized": pick([True, False])}
-    return logits, arguments | {"group_size": group_size if use_groups and groups else None}
+    arguments["group_size"] = group_size if use_groups and groups else None
+    if pick([True, False]):
+        arguments["scores"] = torch.sigmoid(logits)
+        arguments["bias"] = torch.randint(-2, 3, (experts,), generator=generator).double() / 8
+    if pick([True, False]):
+        divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+        arguments["expert_groups"] = expert_groups = pick(divisors)
+        size = experts // expert_groups
+        arguments["group_limit"] = pick([n for n in range(1, expert_groups + 1) if n * size >= top_k])
+    return logits, arguments
 
 
 def test_1000_random_cases_equal_the_slow_reference():
@@ -169,12 +199,14 @@ def test_1000_random_cases_equal_the_slow_reference():
         assert routing.keep.tolist() == keep, message
         assert routing.capacity == arguments["capacity"], message
         assert int(routing.kept.sum()) == int(routing.keep.sum()) and int(routing.demand.sum()) == routing.slot.numel()
-        gate = torch.softmax(logits, dim=1).gather(1, routing.expert)
+        gate = arguments.get("scores", torch.softmax(logits, dim=1)).gather(1, routing.expert)
         torch.testing.assert_close(routing.gate, gate, msg=message)
-    assert seen == {"no tokens", "every expert", "one expert only", "ties", "nothing kept", "dropless", "groups"}
+    assert seen == {
+        "no tokens", "every expert", "one expert only", "ties", "nothing kept", "dropless", "groups", "bias", "limit",
+    }  # fmt: skip
 
 
-def kinds(logits, *, top_k, capacity, batch_prioritized, group_size):
+def kinds(logits, *, top_k, capacity, batch_prioritized, group_size, **options):
     """Returns the edge cases that a random case is one of, so that none of them is lost from the generator."""
     tokens, experts = logits.shape
     checks = {
@@ -185,6 +217,8 @@ def kinds(logits, *, top_k, capacity, batch_prioritized, group_size):
         "nothing kept": tokens > 0 and capacity == 0,
         "dropless": tokens > 0 and capacity is None,
         "groups": group_size is not None and tokens > group_size and batch_prioritized,
+        "bias": tokens > 0 and "bias" in options and batch_prioritized,
+        "limit": tokens > 0 and 1 <= options.get("group_limit", 1) < options.get("expert_groups", 1) and top_k > 1,
     }
     return {name for name, is_so in checks.items() if is_so}
 
@@ -196,6 +230,7 @@ def test_join_equals_routing_apart():
     assert torch.equal(whole.slot, torch.cat([r.slot for r in expected]))
     assert torch.equal(whole.kept, torch.cat([r.kept for r in expected]))
     assert whole.group_size == 4 and whole.capacity == 3
+    assert bool(whole.is_pair.all())
 
 
 def test_bad_arguments_are_named():
@@ -239,3 +274,20 @@ def test_gate_gradient_equals_autograd_of_softmax():
     picked = (one_hot * torch.softmax(logits, 1)[:, None]).sum(-1)
     (expected,) = torch.autograd.grad((picked / picked.sum(1, keepdim=True) * weight).sum(), logits)
     torch.testing.assert_close(grad, expected)
+
+
+def test_chunks_cover_all_rows_once():
+    for shape in ((0, 4), (5, 4), (1000, 128), (3, 10**6)):
+        value = torch.empty(shape, device="meta")
+        for size in (value, torch.empty(shape)):
+            chunks = row_chunks(size)
+            assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(shape[0]))
+    assert len(row_chunks(torch.empty(4096, 128))) > 4
+
+
+def test_a_choice_in_chunks_is_the_choice_of_every_row():
+    scores = torch.randint(0, 50, (3000, 64)).float()
+    by_sort = scores.sort(dim=1, descending=True, stable=True).indices
+    assert len(row_chunks(scores)) > 1
+    for top_k in (2, 9):
+        assert torch.equal(choose_experts(scores, top_k), by_sort[:, :top_k])

@@ -139,6 +139,8 @@ def test_predict_throughput_and_official_weights(tmp_path, capfd, monkeypatch):
     perform("inspect_routing", tmp_path, capfd, *options, "--out", str(out), "--images", "4", str(image))
     assert {p.name for p in out.iterdir()} == {"0.png", "classes.png", "routing.json"}
     assert "nowhere.png" in refused("inspect_routing", tmp_path, capfd, *options, "/tmp/nowhere.png")
+    soft = ["model.moe.choice=soft", "model.moe.balance_loss=none"]
+    assert "none is an expert's own" in refused("inspect_routing", tmp_path, capfd, *options, *soft, str(image))
     assert "no MoE layer" in refused("inspect_routing", tmp_path, capfd, *options, "model.moe.blocks=[]", str(image))
 
     monkeypatch.setattr("swin_moe.throughput.WARMUP", 1)
@@ -179,8 +181,12 @@ def test_finished_run_is_a_no_op(tmp_path):
     again = run(command(tmp_path))
     assert again.returncode == 0 and "already finished (step 5 of 5); nothing to do" in again.stdout
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    result = run(command(tmp_path, entry="evaluate"))
-    assert result.returncode == 0 and "samples 360" in result.stdout, result.stderr
+    losses = set()
+    for factor in (0, 0.625):  # by need, and with fewer slots than it was trained with
+        result = run(command(tmp_path, f"model.moe.eval_capacity_factor={factor}", entry="evaluate"))
+        assert result.returncode == 0 and "samples 360" in result.stdout, result.stderr
+        losses.add(result.stdout.partition("loss ")[2].partition(",")[0])
+    assert len(losses) == 2
 
 
 def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:

@@ -1,0 +1,46 @@
+"""What the start-up summary says about routing."""
+
+import pytest
+
+from swin_moe.config import MoEConfig
+from swin_moe.parallel.sharding import Degrees
+from swin_moe.summary import describe_balance, describe_choice, describe_limit
+
+LIMITED = MoEConfig(num_experts=8, expert_groups=4, group_limit=2, balance_loss="gshard")
+
+
+@pytest.mark.parametrize(("degrees", "hosts", "said"), [
+    ((4, 1, 1), (0, 0, 0, 0), "all on one node"),
+    ((4, 1, 1), (0, 1, 2, 3), "each on a node of its own: its rows go to at most 2 nodes"),
+    ((4, 2, 1), (0, 0, 1, 1, 2, 2, 3, 3), "each on a node of its own: its rows go to at most 2 nodes"),
+    ((4, 1, 2), (0, 1, 2, 3, 4, 5, 6, 7), "each on a node of its own: its rows go to at most 2 nodes"),
+    ((8, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), "each on a node of its own: its rows go to at most 2 nodes"),
+    ((8, 1, 1), (0, 1, 0, 1, 2, 2, 3, 3), "which are not the nodes: a group is on up to 2"),
+    ((4, 1, 1), (0, 0, 1, 1), "which are not the nodes: a group is on up to 1"),  # two groups on a node
+    ((4, 1, 2), (0, 1, 2, 3, 4, 4, 5, 6), "which are not the nodes: a group is on up to 1"),  # in one replica
+    ((2, 1, 1), (0, 1), "which are not the nodes: a group is on up to 1"),
+])  # fmt: skip
+def test_expert_groups_and_nodes(degrees, hosts, said):
+    text = describe_limit(LIMITED, Degrees(*degrees), hosts)
+    assert text.startswith("a token uses 2 of 4 groups of 2 experts, ") and said in text, text
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({}, "top-1 by softmax, capacity factor 1.25 within S; evaluation 0.0"),
+    ({"eval_capacity_factor": None, "shared_experts": 2}, "capacity factor 1.25 within S; evaluation 1.25, 2 shared"),
+    ({"choice": "expert", "balance_loss": "none", "top_k": 2}, "1.25 x 2 within S; evaluation 1.25 x 2 within an im"),
+    ({"choice": "soft", "balance_loss": "none", "slots": 3}, "soft: 3 slots an expert and image"),
+])  # fmt: skip
+def test_choice(options, said):
+    assert said in describe_choice(MoEConfig(**options), "S")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({}, "load_importance x 0.01"),
+    ({"balance_scope": "global", "z_loss_weight": 0.1},
+     "load_importance over the 24 images of a forward on all ranks x 0.01, z-loss x 0.1"),
+    ({"balance_loss": "none", "scores": "sigmoid", "bias_rate": 0.001}, "bias, 0.001 a step"),
+    ({"balance_loss": "none"}, "no loss"),
+])  # fmt: skip
+def test_balance(options, said):
+    assert describe_balance(MoEConfig(**options), 24) == said
