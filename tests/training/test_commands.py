@@ -175,15 +175,16 @@ def test_non_finite_loss_stops_all_ranks_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_finished_run_is_a_no_op(tmp_path):
-    first = run(command(tmp_path))
+    large = "model.init_std=0.3"  # experts that matter after 5 steps
+    first = run(command(tmp_path, large))
     assert first.returncode == 0, first.stderr
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    again = run(command(tmp_path))
+    again = run(command(tmp_path, large))
     assert again.returncode == 0 and "already finished (step 5 of 5); nothing to do" in again.stdout
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     losses = set()
     for factor in (0, 0.625):  # by need, and with fewer slots than it was trained with
-        result = run(command(tmp_path, f"model.moe.eval_capacity_factor={factor}", entry="evaluate"))
+        result = run(command(tmp_path, large, f"model.moe.eval_capacity_factor={factor}", entry="evaluate"))
         assert result.returncode == 0 and "samples 360" in result.stdout, result.stderr
         losses.add(result.stdout.partition("loss ")[2].partition(",")[0])
     assert len(losses) == 2
