@@ -114,6 +114,7 @@ class Case:
 TOP2 = ("model.moe.top_k=2",)
 COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
 # One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
+CHUNKS = (*TOP2, "model.moe.overlap=3")  # experts called once for several chunks, under every engine's hooks
 SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
 # With seed 0 and 32 experts a ReLU of the position bias stands at 0: one rank in float32 is on the other side of it
@@ -144,6 +145,11 @@ CASES = (
     Case("torch", 3, 4, expert=1, expert_shard=1, num_experts=3, recompute=True, options=COSINE),
     Case("torch", 3, 4, expert=2, precision="fp32"),
     Case("torch", 3, 4, expert=2, options=SPANNING),
+    Case("torch", 0, 2, options=CHUNKS),
+    Case("torch", 3, 4, expert=2, accumulation=2, recompute=True, options=CHUNKS),
+    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=CHUNKS),
+    Case("deepspeed", 3, 2, precision="fp32", options=CHUNKS),
+    Case("fairscale", 2, 2, options=CHUNKS),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
     Case("deepspeed", 1, 2, precision="fp32", expert=1, expert_shard=1, offload="optimizer"),
