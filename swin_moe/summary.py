@@ -1,6 +1,7 @@
 """The start-up summary: what will run, where, and why."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from swin_moe.engine.base import Engine
 from swin_moe.expert_load import moe_layers
 from swin_moe.layout import Chunk
+from swin_moe.moe import MoELayer
 from swin_moe.parallel.sharding import describe_placement
 from swin_moe.session import Session
 
@@ -56,6 +58,7 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         )
         if session.world_size > 1:
             yield f"placement  {describe_placement(degrees, groups.hosts)}"
+        yield from (f"exchange   {line}" for line in describe_links([layer for _, layer in layers]))
     else:
         yield f"layout     {session.world_size} ranks, data parallel"
     yield (
@@ -68,6 +71,13 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
     )
     yield f"kernels    {attention_path(session.device, config.engine.precision)}"
     yield f"run        {session.directory}"
+
+
+def describe_links(layers: list[MoELayer]) -> list[str]:
+    """Returns what rows between ranks travel through, and why: one line per choice; none where they do not travel."""
+    links = [link for link in (getattr(layer.dispatcher, "link", None) for layer in layers) if link is not None]
+    counted = Counter(f"{link}{f' ({link.reason})' if link.reason else ''}" for link in links)
+    return [line if len(counted) == 1 else f"{count} layers: {line}" for line, count in counted.items()]
 
 
 def attention_path(device: torch.device, precision: str) -> str:
