@@ -14,14 +14,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.engine.gradient_watch import GradientWatch
-from swin_moe.expert_load import (
-    exchange_cost,
-    expert_load,
-    links,
-    measure_payloads,
-    phase_times,
-    start_clocks,
-)
+from swin_moe.expert_load import exchange_cost, expert_load, links, phase_times, start_clocks
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
@@ -174,7 +167,6 @@ class Trainer:
         self.gradients.clear()
         if self._records(step + 1):
             start_clocks(self.engine.local_model, self.device)
-            measure_payloads(self.engine.local_model)
         # task loss, auxiliary loss, images, stop request: everything the ranks must agree on, in one all-reduce
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):

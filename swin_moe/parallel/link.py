@@ -6,6 +6,9 @@ nodes in the reverse order of their creation, so whatever was computed between t
 computed while gradients travel, and the order of collectives is the same on all ranks.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.config import MoEConfig
+from swin_moe.moe.phases import PhaseClock
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.payload import PAYLOADS, Codec, rounding_error
 from swin_moe.parallel.transport import Flight, Route, Transport, build_transport
+
+EXPOSED = "exposed"  # the phase of a link's clock: waiting for rows, with nothing computed meanwhile
 
 
 @dataclass
@@ -39,7 +45,8 @@ class Link:
     def __init__(self, transport: Transport, payload: str, overlap: int = 1, reason: str = "") -> None:
         self.transport, self.payload, self.overlap, self.reason = transport, payload, overlap, reason
         self.traffic = Traffic()
-        self.measuring = False  # whether the payload's error is summed up: costs one more encoding per trip
+        # While it is set, every wait for rows is stamped and the payload's error summed up (one more encoding).
+        self.clock: PhaseClock | None = None
         # (2,) each: sums of squares of the rounding error and of the rows, since the numbers were last taken.
         self.rounding: dict[str, Tensor] = {}
         self._flying: list[tuple[Flight, Codec | None, torch.dtype]] = []
@@ -56,28 +63,38 @@ class Link:
         codec = PAYLOADS[self.payload]
         codec = codec if codec is not None and codec.applies(rows) else None
         encoded = rows if codec is None else codec.encode(rows)
-        if self.measuring and codec is not None:
+        if self.clock is not None and codec is not None:
             self._measure("gradients" if gradient else "rows", codec, rows)
-        row_bytes = encoded[:1].numel() * encoded.element_size() if len(encoded) else 0
+        row_bytes = math.prod(encoded.shape[1:]) * encoded.element_size()
         self.traffic.sent_bytes += route.sent_rows * row_bytes
         self.traffic.crossing_bytes += route.crossing_rows * row_bytes
-        for flight, _, _ in self._flying:
-            flight.advance()
+        with self._waiting():
+            for flight, _, _ in self._flying:
+                flight.advance()
         self._flying.append((Flight(encoded, route), codec, rows.dtype))
         return self._flying[-1]
 
     def land(self, flying: tuple) -> Tensor:
         """Returns the rows that arrived; the flight behind this one goes on meanwhile."""
         assert flying is self._flying[0], "flights land in the order of their launches"
-        for flight, _, _ in self._flying[:2]:
-            flight.advance()
-        flight, codec, dtype = self._flying.pop(0)
-        rows = flight.wait()
+        with self._waiting():
+            for flight, _, _ in self._flying[:2]:
+                flight.advance()
+            flight, codec, dtype = self._flying.pop(0)
+            rows = flight.wait()
         return rows if codec is None else codec.decode(rows, dtype)
 
     def exchange(self, rows: Tensor, route: Route) -> Tensor:
         """Returns rows that travel at once and without a gradient, e.g. ids."""
         return self.land(self.launch(rows, route))
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        if self.clock is not None:
+            self.clock.end("")
+        yield
+        if self.clock is not None:
+            self.clock.end(EXPOSED)
 
     @torch.no_grad()
     def _measure(self, what: str, codec: Codec, rows: Tensor) -> None:

@@ -162,7 +162,7 @@ def even_routing(num_tokens: int, num_experts: int, top_k: int, device: torch.de
     return Routing(pair % num_experts, slot, gate, keep, capacity, demand, demand, max(num_tokens, 1))
 
 
-def _random_experts(experts: GroupedExperts, device: torch.device) -> GroupedExperts:
+def random_experts(experts: GroupedExperts, device: torch.device) -> GroupedExperts:
     """Returns a copy of this rank's part with random weights, also of experts on meta."""
     twin = copy.deepcopy(experts).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state is left alone
@@ -180,7 +180,7 @@ def _measure(
     dtype: torch.dtype,
 ) -> list[float]:
     """Returns the seconds of each candidate, the slowest rank's median; the same numbers on all ranks."""
-    experts = _random_experts(layer.experts, device)
+    experts = random_experts(layer.experts, device)
     routing = even_routing(shape.tokens, shape.num_experts, shape.top_k, device)
     generator = torch.Generator().manual_seed(groups.rank)
     x = torch.randn((shape.tokens, shape.dim), generator=generator).to(device=device, dtype=dtype)
@@ -192,7 +192,7 @@ def _measure(
             dispatcher.link = link
             dist.barrier(group=groups.world)
             start = time.perf_counter()
-            _pass(dispatcher, experts, x, routing)
+            layer_pass(dispatcher, experts, x, routing)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if number:
@@ -202,7 +202,7 @@ def _measure(
     return medians.tolist()
 
 
-def _pass(dispatcher: Any, experts: GroupedExperts, x: Tensor, routing: Routing) -> None:
+def layer_pass(dispatcher: Any, experts: GroupedExperts, x: Tensor, routing: Routing) -> None:
     """Runs what a layer does between its router and its output, and the backward of it."""
     x = x.detach().requires_grad_()
     dispatched = dispatcher.dispatch(x, routing, None)

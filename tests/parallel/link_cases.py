@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.config import ParallelConfig
+from swin_moe.moe.phases import PhaseClock
 from swin_moe.parallel.groups import build_groups
-from swin_moe.parallel.link import Link, Trip, arrive, depart, travel
+from swin_moe.parallel.link import EXPOSED, Link, Trip, arrive, depart, travel
 from swin_moe.parallel.payload import PAYLOADS
 from swin_moe.parallel.transport import build_transport
 
@@ -21,9 +22,9 @@ def open_link(kind, payload, hosts):
     return Link(build_transport(kind, groups)[0], payload)
 
 
-def counts(world, scale=1):
-    """Returns (R, R) rows from a rank to a rank, some of them none."""
-    return [[scale * ((3 * s + 2 * d) % 4) for d in range(world)] for s in range(world)]
+def counts(world, scale=1, silent=None):
+    """Returns (R, R) rows from a rank to a rank, some of them none; the rank `silent` sends none."""
+    return [[scale * ((3 * s + 2 * d) % 4) * (s != silent) for d in range(world)] for s in range(world)]
 
 
 def make_route(link, count_RR):
@@ -43,13 +44,13 @@ def carried(payload, rows):
     return rows if codec is None else codec.decode(codec.encode(rows), rows.dtype)
 
 
-def check_travel(kind, payload):
+def check_travel(kind, payload, silent=None):
     """Rows arrive as the codec leaves them, gradients likewise; counters and errors say what happened."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    hosts, count = HOSTS[world], counts(world)
+    hosts, count = HOSTS[world], counts(world, silent=silent)
     link = open_link(kind, payload, hosts)
     route = make_route(link, count)
-    link.measuring = True
+    link.clock = PhaseClock(torch.device("cpu"))
     rows = rows_of(rank, count).requires_grad_()
     arrived = travel(rows, link, route)
     sent = [carried(payload, rows_of(s, count)) for s in range(world)]
@@ -78,6 +79,7 @@ def check_travel(kind, payload):
         torch.testing.assert_close(rounding["rows"][0] / rounding["rows"][1], expected)
         assert rounding["gradients"].shape == (2,)
     assert link.take() == (type(traffic)(), {})
+    assert link.clock.seconds()[EXPOSED] > 0
 
 
 def check_ids(kind, payload):
@@ -121,5 +123,6 @@ def run_world():
     for kind in ("linear", "hierarchical"):
         for payload in PAYLOADS:
             check_travel(kind, payload)
+            check_travel(kind, payload, silent=0)  # it relays all the same
             check_ids(kind, payload)
             check_flights(kind, payload)

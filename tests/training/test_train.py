@@ -109,6 +109,7 @@ def test_choices_are_kept_and_what_travels_is_recorded(runs, world):
         most = 32 * 16 * 20 * 4
         assert 0.3 * most * (1 - 1 / world) < row[f"{layer}/sent_bytes"] <= most
         assert row[f"{layer}/crossing_bytes"] == 0
+        assert 0 < row[f"{layer}/ms_exposed"] < sum(row[f"{layer}/ms_{p}"] for p in ("dispatch", "experts", "combine"))
     exact = torch.tensor(runs[world][0]["whole"][0])[:, 0]
     torch.testing.assert_close(torch.tensor([row["train/loss"] for row in rows])[-1], exact[-1], rtol=1e-2, atol=0)
 
