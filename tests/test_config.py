@@ -3,6 +3,8 @@
 import pytest
 
 from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
+from swin_moe.parallel.payload import PAYLOADS
+from swin_moe.parallel.transport import TRANSPORTS
 
 
 @pytest.mark.parametrize(("batch", "micro", "group", "world", "ranks"), [
@@ -38,3 +40,21 @@ def test_evaluation_of_a_group_that_spans_ranks_is_by_need():
     config.check(1)
     with pytest.raises(ValueError, match="eval_capacity_factor=1.25 must be 0"):
         config.check(2)
+
+
+@pytest.mark.parametrize(("key", "value", "sentence"), [
+    ("transport", "pigeon", "model.moe.transport must be one of linear, hierarchical, got 'pigeon'"),
+    ("payload", "int4", "model.moe.payload must be one of none, bf16, fp8, got 'int4'"),
+    ("overlap", 0, "model.moe.overlap must be >= 1, got 0"),
+    ("tune", "guess", "model.moe.tune must be one of off, measure, got 'guess'"),
+])  # fmt: skip
+def test_what_rows_may_travel_through(key, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MoEConfig(**{key: value})
+
+
+def test_every_payload_of_the_table_can_be_asked_for():
+    for name in PAYLOADS:
+        MoEConfig(payload=name)
+    for name in TRANSPORTS:
+        MoEConfig(transport=name)
