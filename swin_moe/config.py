@@ -94,8 +94,11 @@ class MoEConfig:
     shared_experts: int = 0  # experts that every token visits, as one dense network (arXiv:2401.06066)
     dropout: float = 0.0  # after GELU, inside the experts, not inside the shared ones
     backend: str = "native"  # dispatcher, parallel/apply.py:DISPATCHERS
+    transport: Literal["linear", "hierarchical"] = "linear"  # one all-to-all, or inside nodes and then between them
+    payload: Literal["none", "bf16", "fp8"] = "none"  # what rows between ranks are rounded to; docs/communication.md
     overlap: int = 1  # chunks that dispatch, experts and combine are pipelined in
-    tune: Literal["off", "measure"] = "off"
+    tune: Literal["off", "measure"] = "off"  # measure: choose transport, overlap and payload (at most `payload`)
+    tune_cache: str = ""  # file of measured choices; "" = swin_moe/tuned.json in the user's cache directory
 
     def __post_init__(self) -> None:
         _check_choices(self, "model.moe")

@@ -1,4 +1,4 @@
-"""What the MoE layers of a model did in the last step, over all ranks: load, drops, dead experts, time per phase."""
+"""What the MoE layers of a model did, over all ranks: load, drops, dead experts, time per phase, bytes sent."""
 
 import torch
 import torch.distributed as dist
@@ -7,6 +7,7 @@ from torch import nn
 from swin_moe.moe import MoELayer
 from swin_moe.moe.phases import PHASES, PhaseClock
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.link import EXPOSED, Link
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -61,29 +62,72 @@ def expert_load(model: nn.Module, groups: Groups) -> tuple[dict[str, float], dic
 
 
 def start_clocks(model: nn.Module, device: torch.device) -> None:
-    """Measures the phases of every MoE layer from now on, until phase_times() is asked."""
+    """Measures the phases of every MoE layer, and what its rows wait and lose between ranks, until phase_times()."""
     for _, layer in moe_layers(model):
         layer.clock = PhaseClock(device)
+    for _, link in links(model):
+        link.clock = PhaseClock(device)
 
 
 @torch.no_grad()
 def phase_times(model: nn.Module, groups: Groups) -> dict[str, float]:
     """Returns moe/<layer>/ms_<phase>, milliseconds of forward and backward on the slowest rank; {} without clocks.
 
+    ms_exposed is the part of dispatch, experts and combine in which rows were waited for and nothing was computed.
     Collective: every rank calls it, after the backward, with clocks on all ranks or on none. Stops the clocks.
     """
     layers = [(name, layer) for name, layer in moe_layers(model) if layer.clock is not None]
     if not layers:
         return {}
+    travelling = dict(links(model))
     measured = [layer.clock.seconds() for _, layer in layers]
-    table = torch.tensor([[seconds[phase] for phase in PHASES] for seconds in measured], dtype=torch.float64)
+    for (name, _), seconds in zip(layers, measured):
+        seconds[EXPOSED] = travelling[name].clock.seconds().get(EXPOSED, 0.0) if name in travelling else 0.0
+    phases = (*PHASES, EXPOSED)
+    table = torch.tensor([[seconds[phase] for phase in phases] for seconds in measured], dtype=torch.float64)
     table = table.to(layers[0][1].clock.device)
     if groups.world_size > 1:
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=groups.world)
-    for _, layer in layers:
-        layer.clock = None
+    for _, timed in [*layers, *travelling.items()]:
+        timed.clock = None
     return {
         f"{_prefix(name)}/ms_{phase}": 1e3 * value
         for (name, _), row in zip(layers, table.tolist())
-        for phase, value in zip(PHASES, row)
+        for phase, value in zip(phases, row)
     }
+
+
+def links(model: nn.Module) -> list[tuple[str, Link]]:
+    """Returns (name, link) of every MoE layer whose rows travel between ranks, in depth order."""
+    found = ((name, getattr(layer.dispatcher, "link", None)) for name, layer in moe_layers(model))
+    return [(name, link) for name, link in found if link is not None]
+
+
+@torch.no_grad()
+def exchange_cost(model: nn.Module, groups: Groups, steps: int) -> dict[str, float]:
+    """Returns numbers since the last call, equal on all ranks; one all-reduce for all layers; starts again from zero.
+
+    Per layer: moe/<layer>/sent_bytes and crossing_bytes, what left a rank and what left a node, over all ranks, forward
+    and backward, mean of `steps` steps; and where a payload rounds and was measured, payload_error and
+    payload_gradient_error: the norm of the rounding error over the norm of the rows.
+    """
+    found = links(model)
+    if not found or steps == 0:
+        return {}
+    rows = []
+    for _, link in found:
+        traffic, rounding = link.take()
+        nothing = torch.zeros(2)
+        sums = [rounding.get(what, nothing).double().cpu() for what in ("rows", "gradients")]
+        rows.append(torch.cat([torch.tensor([traffic.sent_bytes, traffic.crossing_bytes]).double(), *sums]))
+    table = torch.stack(rows).to(next(model.parameters()).device)
+    dist.all_reduce(table, group=groups.world)
+    numbers = {}
+    for (name, _), (sent, crossing, *sums) in zip(found, table.tolist()):
+        prefix = _prefix(name)
+        numbers[f"{prefix}/sent_bytes"] = sent / steps
+        numbers[f"{prefix}/crossing_bytes"] = crossing / steps
+        for key, error, norm in (("payload_error", *sums[:2]), ("payload_gradient_error", *sums[2:])):
+            if norm > 0:
+                numbers[f"{prefix}/{key}"] = (error / norm) ** 0.5
+    return numbers

@@ -1,6 +1,7 @@
 """What every entry point sets up in the same order: configuration, ranks, device, model; and how errors end it."""
 
 import logging
+import math
 import os
 import re
 import sys
@@ -19,11 +20,16 @@ from swin_moe.config import Config, ParallelConfig
 from swin_moe.config_io import load_config
 from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
+from swin_moe.engine.precision import DTYPES
+from swin_moe.expert_load import moe_layers
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
+from swin_moe.models.attention import stage_geometry
+from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
+from swin_moe.parallel.tune import tune
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
 _BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
@@ -131,7 +137,9 @@ def open_session(path: str, overrides: list[str]) -> Session:
         init_distributed(device, timeout=limit)
         heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence))
     routing_ranks = config.routing_ranks(env.world_size)
-    groups = build_groups(*layout_of(config), device, routing_ranks=routing_ranks, timeout=limit)
+    moe = config.model.moe
+    two_hops = moe.has_blocks and (moe.transport == "hierarchical" or moe.tune == "measure")
+    groups = build_groups(*layout_of(config), device, routing_ranks=routing_ranks, timeout=limit, two_hops=two_hops)
     return Session(config, groups, device, heartbeat)
 
 
@@ -157,7 +165,20 @@ def build_meta_model(session: Session) -> nn.Module:
     assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
     with torch.device("meta"):
         model = build_model(config.model, recompute=config.parallel.recompute)
-    return parallelize(model, layout_of(config)[0], session.groups)
+    model = parallelize(model, layout_of(config)[0], session.groups)
+    if config.model.moe.tune == "measure":
+        session.heartbeat.enter("tuning the exchange of rows", long=True)
+        dtype = DTYPES[config.engine.precision]
+        tune(_tokens_of_layers(model, config, session.world_size), session.groups, dtype=dtype, device=session.device)
+    return model
+
+
+def _tokens_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterator[tuple[MoELayer, int]]:
+    """Yields every MoE layer with the tokens of a micro-batch that it gets on one rank."""
+    micro_batch, _ = config.accumulation(world_size)
+    stages = [stage for stage, depth in enumerate(config.model.depths) for _ in range(depth)]
+    for _, layer in moe_layers(model):
+        yield layer, micro_batch * math.prod(stage_geometry(config.model, stages[layer.layer]).resolution)
 
 
 def build_local_model(session: Session) -> nn.Module:

@@ -1,6 +1,7 @@
 """The start-up summary: what will run, where, and why."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.engine.base import Engine
 from swin_moe.expert_load import moe_layers
 from swin_moe.layout import Chunk, even_split
+from swin_moe.moe import MoELayer
 from swin_moe.parallel.sharding import Degrees, describe_placement
 from swin_moe.session import Session
 
@@ -60,6 +62,7 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         )
         if session.world_size > 1:
             yield f"placement  {describe_placement(degrees, groups.hosts)}"
+        yield from (f"exchange   {line}" for line in describe_links([layer for _, layer in layers]))
     else:
         yield f"layout     {session.world_size} ranks, data parallel"
     yield (
@@ -119,6 +122,13 @@ def describe_limit(moe: MoEConfig, degrees: Degrees, hosts: Sequence[int]) -> st
     if most == 1 and apart:
         return text + f"each on a node of its own: its rows go to at most {moe.group_limit} nodes"
     return text + f"which are not the nodes: a group is on up to {most}, and a node may hold several"
+
+
+def describe_links(layers: list[MoELayer]) -> list[str]:
+    """Returns what rows between ranks travel through, and why: one line per choice; none where they do not travel."""
+    links = [link for link in (getattr(layer.dispatcher, "link", None) for layer in layers) if link is not None]
+    counted = Counter(f"{link}{f' ({link.reason})' if link.reason else ''}" for link in links)
+    return [line if len(counted) == 1 else f"{count} layers: {line}" for line, count in counted.items()]
 
 
 def attention_path(device: torch.device, precision: str) -> str:

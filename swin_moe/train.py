@@ -14,7 +14,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.engine.gradient_watch import GradientWatch
-from swin_moe.expert_load import expert_load, phase_times, start_clocks
+from swin_moe.expert_load import exchange_cost, expert_load, links, phase_times, start_clocks
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
@@ -247,6 +247,8 @@ class Trainer:
             )
 
     def _reset_window(self) -> None:
+        for _, link in links(self.engine.local_model):
+            link.take()  # what an evaluation sent belongs to no step
         self.progress.window = {"start": time.monotonic(), "images": 0.0, "steps": 0, "loss": 0.0, "aux": 0.0}
 
     def _records(self, step: int) -> bool:
@@ -281,7 +283,8 @@ class Trainer:
         }
         load, histograms = expert_load(self.engine.local_model, self.session.groups)
         times = phase_times(self.engine.local_model, self.session.groups)
-        self.writer.write(step, {**values, **load, **times}, histograms=histograms)
+        cost = exchange_cost(self.engine.local_model, self.session.groups, steps)
+        self.writer.write(step, {**values, **load, **times, **cost}, histograms=histograms)
         self.bar.show(
             step,
             f"epoch {values['train/epoch']:.1f} | loss {values['train/loss']:.4f} | lr {stats.lr:.2e} "

@@ -3,6 +3,8 @@
 import pytest
 
 from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
+from swin_moe.parallel.payload import PAYLOADS
+from swin_moe.parallel.transport import TRANSPORTS
 
 
 @pytest.mark.parametrize(("batch", "micro", "group", "world", "ranks"), [
@@ -75,3 +77,21 @@ def test_groups_of_experts_that_choose_stay_on_a_rank_and_those_of_soft_moe_are_
         else:
             with pytest.raises(ValueError, match="group_images=16 must fit one rank's micro-batch of 8 images with"):
                 config.check(4)
+
+
+@pytest.mark.parametrize(("key", "value", "sentence"), [
+    ("transport", "pigeon", "model.moe.transport must be one of linear, hierarchical, got 'pigeon'"),
+    ("payload", "int4", "model.moe.payload must be one of none, bf16, fp8, got 'int4'"),
+    ("overlap", 0, "model.moe.overlap must be >= 1, got 0"),
+    ("tune", "guess", "model.moe.tune must be one of off, measure, got 'guess'"),
+])  # fmt: skip
+def test_what_rows_may_travel_through(key, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MoEConfig(**{key: value})
+
+
+def test_every_payload_of_the_table_can_be_asked_for():
+    for name in PAYLOADS:
+        MoEConfig(payload=name)
+    for name in TRANSPORTS:
+        MoEConfig(transport=name)

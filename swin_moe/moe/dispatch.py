@@ -36,15 +36,28 @@ class Plan:
         return self.pair.shape[0]
 
 
+class Chunks(Protocol):
+    """Rows that travel in chunks; where there are several, one is computed while others are under way."""
+
+    def arrive(self, chunk: int, departed: Tensor) -> Tensor:
+        """Returns (rows, D), the chunk's rows for the local experts; departed: what stands for them until then."""
+        ...
+
+    def depart(self, chunk: int, y: Tensor) -> Tensor:
+        """Returns what stands for the experts' results y of this chunk, on their way home."""
+        ...
+
+
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows for the local experts."""
+    """Rows for the local experts. Where they are still under way in chunks, the first three are lists, per chunk."""
 
-    tokens: Tensor  # (rows, D), sorted by local expert
-    counts: Tensor | int  # rows of each local expert, int64; one number where all have as many
-    pair: Tensor | None  # (rows,) int64, global pair index of each row, if it was asked for
+    tokens: Tensor | list[Tensor]  # (rows, D), sorted by local expert; or what stands for a chunk until it arrives
+    counts: Tensor | int | list[Tensor]  # rows of each local expert, int64; one number where all have as many
+    pair: Tensor | list[Tensor] | None  # (rows,) int64, global pair index of each row, if it was asked for
     plan: Plan
     exchange: Any = None  # what a dispatcher across ranks has to remember for the way back
+    chunks: Chunks | None = None
 
 
 class Dispatcher(Protocol):
@@ -59,8 +72,11 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
-        """Returns (T, D), sum over choices of gate * y, of the experts' results y, ordered as `dispatched.tokens`."""
+    def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
+        """Returns (T, D), sum over choices of gate * y, of the experts' results y, ordered as `dispatched.tokens`.
+
+        In chunks, y is a list of what Chunks.depart returned.
+        """
         ...
 
 
@@ -206,20 +222,3 @@ def take_tokens(x: Tensor, plan: Plan) -> Tensor:
 def combine_tokens(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
     """Returns (T, D), sum over kept choices of gate * y, in the wider dtype; zeros for a fully dropped token."""
     return _CombineTokens.apply(y, gate, plan)
-
-
-class _PermuteRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return x.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad.index_select(0, ctx.inverse), None, None
-
-
-def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Returns x[order], where inverse is the inverse permutation of order."""
-    return _PermuteRows.apply(x, order, inverse)

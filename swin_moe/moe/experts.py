@@ -8,7 +8,7 @@ expert.
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swin_moe.moe.dispatch import Chunks
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.randomness import Key, derive_key, keep_mask
 
@@ -28,7 +29,11 @@ class Dropout:
 
     rate: float
     key: Key
-    pair: Tensor  # (N,) int64
+    pair: Tensor | list[Tensor]  # (N,) int64; a list for rows in chunks
+
+    def of(self, chunk: int) -> "Dropout":
+        """Returns the dropout of one chunk's rows."""
+        return replace(self, pair=self.pair[chunk])
 
     def apply(self, hidden: Tensor) -> Tensor:
         """Returns the hidden layer (N, H) with units dropped and the others divided by 1 - rate."""
@@ -55,6 +60,22 @@ class _ScaleKept(torch.autograd.Function):
 def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
     """Returns what grouped_linear does where every expert has `rows` rows: one batched product."""
     return torch.baddbmm(bias[:, None], x.view(len(weight), rows, x.shape[1]), weight).flatten(0, 1)
+
+
+def _two_layers(
+    tokens: Tensor,
+    counts: Tensor | int,
+    dropout: Dropout | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+) -> Tensor:
+    linear = _padded_linear if isinstance(counts, int) else grouped_linear
+    hidden = F.gelu(linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
+    if dropout is not None:
+        hidden = dropout.apply(hidden)
+    return linear(hidden, fc2_weight, fc2_bias, counts)
 
 
 class GroupedExperts(nn.Module):
@@ -100,17 +121,28 @@ class GroupedExperts(nn.Module):
             setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         self.held = dict(boxes)
 
-    def forward(self, tokens: Tensor, counts: Tensor | int, dropout: Dropout | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | list[Tensor],
+        counts: Tensor | int | list[Tensor],
+        dropout: Dropout | None = None,
+        chunks: Chunks | None = None,
+    ) -> Tensor | list[Tensor]:
         """Returns (N, D), what each row's expert makes of it, in the dtype of `tokens`. To be called outside autocast.
 
-        counts: Rows of each local expert, in order: (E,) int64 for ragged runs, one number where all have as many.
+        Args:
+            counts: Rows of each local expert, in order: (E,) int64 for ragged runs, one number where all have as many.
+            chunks: Of rows that are still under way (dispatch.py:Dispatched); all with one copy of the weights.
         """
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (self._whole(name).to(tokens.dtype) for name in PARAMETERS)
-        linear = _padded_linear if isinstance(counts, int) else grouped_linear
-        hidden = F.gelu(linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
-        if dropout is not None:
-            hidden = dropout.apply(hidden)
-        return linear(hidden, fc2_weight, fc2_bias, counts)
+        dtype = tokens.dtype if chunks is None else tokens[0].dtype
+        weights = [self._whole(name).to(dtype) for name in PARAMETERS]
+        if chunks is None:
+            return _two_layers(tokens, counts, dropout, *weights)
+        results = []
+        for number, departed in enumerate(tokens):
+            rows, own = chunks.arrive(number, departed), dropout and dropout.of(number)
+            results.append(chunks.depart(number, _two_layers(rows, counts[number], own, *weights)))
+        return results
 
     def _whole(self, name: str) -> Tensor:
         parameter = getattr(self, name)

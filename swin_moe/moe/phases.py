@@ -43,22 +43,24 @@ class PhaseClock:
 
 class _Mark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: PhaseClock, backward: str) -> Tensor:
+    def forward(ctx: Any, clock: PhaseClock, backward: str, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.clock, ctx.phase = clock, backward
-        return x.view_as(x)
+        return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
         ctx.clock.end(ctx.phase)
-        return grad, None, None
+        return None, None, *grads
 
 
-def mark(x: Tensor, clock: PhaseClock | None, *, forward: str, backward: str) -> Tensor:
+def mark(x: Tensor | list[Tensor], clock: PhaseClock | None, *, forward: str, backward: str) -> Tensor | list[Tensor]:
     """Returns x, having ended a phase of the forward; `backward` ends when the gradient of x is there. "" = none.
 
-    Without a clock nothing happens at all.
+    Of a list, when all gradients are there. Without a clock nothing happens at all.
     """
     if clock is None:
         return x
     clock.end(forward)
-    return _Mark.apply(x, clock, backward)
+    if isinstance(x, list):
+        return list(_Mark.apply(clock, backward, *x))
+    return _Mark.apply(clock, backward, x)[0]

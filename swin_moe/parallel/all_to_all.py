@@ -1,84 +1,35 @@
 """Experts on other ranks: rows travel to them and back by all-to-all; experts cut over ranks are put together before
 use.
-
-Shape legend: N rows sent, M rows received, D channels, E experts of the layer, R ranks of the expert group.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from swin_moe.layout import even_split
-from swin_moe.moe.dispatch import (
-    Dispatched,
-    Dispatcher,
-    LocalDispatcher,
-    combine_tokens,
-    make_plan,
-    permute_rows,
-    take_tokens,
-)
+from swin_moe.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher, combine_tokens, make_plan, take_tokens
 from swin_moe.moe.router import Routing
+from swin_moe.parallel.chunks import ChunkTravel, chunk_counts, chunk_plan
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.link import Link, travel
+from swin_moe.parallel.transport import Route, exchange_rows
 
 # Renamed in torch 2.13; the old names warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
-    """Returns (M, ...), the rows the ranks of the group sent here, in rank order. No gradient.
-
-    send, receive: Rows to and from each rank. Contiguous first: an output made like a transposed input would scramble
-    rows.
-    """
-    output = torch.empty((sum(receive), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.all_to_all_single(output, x.contiguous(), receive, send, group=group)
-    return output
-
-
-class _AllToAll(torch.autograd.Function):
-    """Backward sends every gradient row back to where its row came from, in the same group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return exchange_rows(x, send, receive, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return exchange_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def all_to_all(x: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
-    """Returns what exchange_rows does, with a gradient. Every rank has to run forward and backward, also with 0 rows.
-    """
-    return _AllToAll.apply(x, send, receive, group)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """How rows travelled."""
-
-    send: list[int]  # rows to each rank
-    receive: list[int]  # rows from each rank
-    order: Tensor | None  # (M,) turns rows by source into rows by expert; None = they are already
-    inverse: Tensor | None
-
-
-def local(groups: Groups, num_experts: int) -> Dispatcher:
+def local(groups: Groups, num_experts: int, link: Link | None) -> Dispatcher:
     """Returns the dispatcher that needs every expert here.
 
     Raises:
         ValueError: Experts are on other ranks.
     """
-    if groups.expert_size > 1:
+    if link is not None:
         raise ValueError(
             f"model.moe.backend=local needs every expert on every rank, but parallel.expert={groups.degrees.expert} x "
             f"parallel.expert_shard={groups.degrees.expert_shard} ranks share {num_experts}; set both to 1, or "
@@ -87,9 +38,9 @@ def local(groups: Groups, num_experts: int) -> Dispatcher:
     return LocalDispatcher()
 
 
-def native(groups: Groups, num_experts: int) -> Dispatcher:
+def native(groups: Groups, num_experts: int, link: Link | None) -> Dispatcher:
     """Returns the dispatcher that sends exactly the rows there are; nothing is sent where all experts are here."""
-    return AllToAllDispatcher(groups, num_experts) if groups.expert_size > 1 else LocalDispatcher()
+    return LocalDispatcher() if link is None else AllToAllDispatcher(groups, num_experts, link)
 
 
 class AllToAllDispatcher:
@@ -99,8 +50,8 @@ class AllToAllDispatcher:
     An expert over several ranks: its rows from the group's rank i go to shard i % shards of the expert's owner.
     """
 
-    def __init__(self, groups: Groups, num_experts: int) -> None:
-        self.groups = groups
+    def __init__(self, groups: Groups, num_experts: int, link: Link) -> None:
+        self.groups, self.link = groups, link
         shards, rank = groups.degrees.expert_shard, groups.expert_rank
         held = even_split(num_experts, groups.degrees.expert)
         self.num_local = held[rank // shards][1]
@@ -117,49 +68,56 @@ class AllToAllDispatcher:
         # Experts are numbered in the order of ranks, so the counts for all destinations are the counts themselves.
         sizes = [len(experts) for experts in self.destinations]
         arriving = exchange_rows(kept, sizes, self.sources, self.groups.expert)
-        numbers = torch.cat([kept, arriving]).tolist()  # the one wait for the device in a layer
-        kept_list, arriving_list = numbers[: len(kept)], numbers[len(kept) :]
-        plan = make_plan(routing, sum(kept_list))
-        exchange, counts = self._exchange(kept_list, arriving_list, x.device)
-        tokens = all_to_all(take_tokens(x, plan), exchange.send, exchange.receive, self.groups.expert)
+        parts = chunk_counts(kept, self.link.overlap).split(sizes, dim=1)
+        relayed = self.link.transport.relayed(torch.stack([part.sum(dim=1) for part in parts], dim=1))
+        # The one wait for the device in a layer.
+        kept, arriving, relayed = _to_host(kept, arriving, relayed)
+        routes, counts = self._routes(kept, arriving, relayed, x.device)
+        plan = make_plan(routing, int(kept.sum()))
+        if self.link.overlap == 1:
+            pair = None if pair is None else self.link.exchange(pair.flatten()[plan.pair], routes[0])
+            tokens = travel(take_tokens(x, plan), self.link, routes[0])
+            return Dispatched(tokens, counts[0], pair, plan, routes[0])
+        plan, chunks = chunk_plan(plan, chunk_counts(kept, self.link.overlap)), ChunkTravel(self.link, routes)
         if pair is not None:
-            pair = exchange_rows(pair.flatten()[plan.pair], exchange.send, exchange.receive, self.groups.expert)
-        if exchange.order is not None:
-            tokens = permute_rows(tokens, exchange.order, exchange.inverse)
-            pair = None if pair is None else pair[exchange.order]
-        return Dispatched(tokens, counts, pair, plan, exchange)
+            pairs = pair.flatten()[plan.pair].split(chunks.sizes)
+            pair = [self.link.exchange(part, route) for part, route in zip(pairs, routes)]
+        return Dispatched(chunks.start(take_tokens(x, plan)), counts, pair, plan, chunks=chunks)
 
-    def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
+    def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        exchange: Exchange = dispatched.exchange
-        if exchange.order is not None:
-            y = permute_rows(y, exchange.inverse, exchange.order)
-        y = all_to_all(y, exchange.receive, exchange.send, self.groups.expert)
+        chunks = dispatched.chunks
+        y = chunks.finish(y) if chunks is not None else travel(y, self.link, dispatched.exchange.reverse)
         return combine_tokens(y, gate, dispatched.plan)
 
-    def _exchange(self, kept: list[int], arriving: list[int], device: torch.device) -> tuple[Exchange, Tensor]:
-        """Returns how rows travel, and the rows of each local expert."""
-        send = [sum(kept[e] for e in experts) for experts in self.destinations]
-        receive, start = [], 0
-        for count in self.sources:
-            receive.append(sum(arriving[start : start + count]))
-            start += count
-        if self.num_local <= 1:
-            return Exchange(send, receive, None, None), torch.tensor([sum(receive)] * self.num_local, dtype=torch.int64)
-        count_SE = torch.tensor(arriving).view(-1, self.num_local)  # S: ranks that send here
-        counts = count_SE.sum(dim=0)
-        order = _by_expert(count_SE).to(device, non_blocking=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=device)
-        return Exchange(send, receive, order, inverse), counts
+    def _routes(
+        self, kept: Tensor, arriving: Tensor, relayed: Tensor, device: torch.device
+    ) -> tuple[list[Route], list[Tensor]]:
+        """Returns per chunk how rows travel, and the rows of each local expert. Counts are on the host.
+
+        Args:
+            kept: (E) rows of this rank for every expert.
+            arriving: Rows that arrive here for every local expert, from every rank that sends.
+            relayed: (X, C, R), see Transport.
+        """
+        arriving_RL = torch.zeros((len(self.sources), self.num_local), dtype=torch.int64)
+        arriving_RL[torch.tensor(self.sources) > 0] = arriving.view(-1, self.num_local) if self.num_local else 0
+        sizes = [len(experts) for experts in self.destinations]
+        routes, counts = [], []
+        arriving_CRL = chunk_counts(arriving_RL, self.link.overlap)
+        for chunk, (kept_E, arriving_RL) in enumerate(zip(chunk_counts(kept, self.link.overlap), arriving_CRL)):
+            send = [int(part.sum()) for part in kept_E.split(sizes)]
+            known = relayed[:, chunk].tolist()
+            routes.append(self.link.transport.route(send, arriving_RL.tolist(), known, device))
+            counts.append(arriving_RL.sum(dim=0))
+        return routes, counts
 
 
-def _by_expert(count_SE: Tensor) -> Tensor:
-    """Returns (M,) int64: rows listed by (source, expert), in the order (expert, source)."""
-    first_SE = (count_SE.flatten().cumsum(0) - count_SE.flatten()).view_as(count_SE)
-    count_ES, first_ES = count_SE.t().flatten(), first_SE.t().flatten()
-    position_ES = count_ES.cumsum(0) - count_ES
-    return torch.arange(int(count_ES.sum())) + (first_ES - position_ES).repeat_interleave(count_ES)
+def _to_host(*tensors: Tensor) -> Iterator[Tensor]:
+    """Yields the int64 tensors on the host, after one transfer."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors):
+        yield part.view(tensor.shape)
 
 
 class _GatherShards(torch.autograd.Function):

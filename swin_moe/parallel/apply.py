@@ -27,11 +27,12 @@ from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.all_to_all import ShardGather
 from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.link import build_link
 from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import lookup
 
-# model.moe.backend -> builder(groups, number of experts) -> Dispatcher. All take our routing, so that a routing group
-# that spans ranks is nothing special to them.
+# model.moe.backend -> builder(groups, number of experts, link) -> Dispatcher; link: what rows travel through, None
+# where all experts are here. All take our routing, so that a routing group that spans ranks is nothing special to them.
 DISPATCHERS = {
     "local": "swin_moe.parallel.all_to_all:local",
     "native": "swin_moe.parallel.all_to_all:native",
@@ -64,7 +65,7 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         if layer.config.balance_scope == "global" and groups.world is not None:
             layer.rule.balance_exchange = RankExchange(groups.world)
         build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
-        layer.dispatcher = build(groups, layer.experts.num_experts)
+        layer.dispatcher = build(groups, layer.experts.num_experts, build_link(layer.config, groups))
         if groups.expert_size > 1:
             _cut_experts(name, layer.experts, groups)
     return model

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from swin_moe.config import ParallelConfig
 from swin_moe.parallel.sharding import Coordinates, Degrees
+from swin_moe.parallel.topology import Topology
 
 __all__ = ["Degrees", "Groups", "build_groups", "ensure_distributed", "init_distributed", "single_process_groups"]
 
@@ -29,6 +30,8 @@ class Groups:
     shard: ProcessGroup | None = None  # the consecutive ranks that hold parts of the same experts
     expert_data: ProcessGroup | None = None  # the ranks that hold what I hold
     routing: ProcessGroup | None = None  # the consecutive ranks whose images compete for slots
+    node: ProcessGroup | None = None  # the ranks of my expert group on my node, where built for two hops
+    crossing: ProcessGroup | None = None  # the ranks of my expert group that I exchange rows between nodes with
 
     hosts: tuple[int, ...] = (0,)  # per rank, the number of its node
 
@@ -50,6 +53,14 @@ class Groups:
     def expert_rank(self) -> int:
         """This rank's number in the expert group."""
         return self.rank % self.expert_size
+
+    @property
+    def topology(self) -> Topology:
+        """The nodes of the expert group."""
+        start, hosts = self.rank - self.expert_rank, self.hosts
+        if len(hosts) != self.world_size:  # built without ranks
+            hosts = (0,) * self.world_size
+        return Topology(hosts[start : start + self.expert_size])
 
 
 def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[int, int]:
@@ -110,7 +121,14 @@ def single_process_groups() -> Groups:
 
 
 def build_groups(
-    parallel: ParallelConfig, num_experts: int, device: torch.device, *, routing_ranks: int = 1, timeout: float = 600.0
+    parallel: ParallelConfig,
+    num_experts: int,
+    device: torch.device,
+    *,
+    routing_ranks: int = 1,
+    timeout: float = 600.0,
+    two_hops: bool = False,
+    hosts: tuple[int, ...] | None = None,
 ) -> Groups:
     """Returns this rank's groups. Every rank of the world has to call it, with the same arguments.
 
@@ -119,6 +137,8 @@ def build_groups(
         routing_ranks: Consecutive ranks whose images form one routing group, Config.routing_ranks; divides the world.
         timeout: Seconds until a collective that not all ranks of a group joined fails; sub-groups do not inherit the
             world's.
+        two_hops: Also build the groups of HierarchicalTransport, where an expert group spans nodes.
+        hosts: The number of every rank's node, instead of asking the ranks.
 
     Raises:
         ValueError: The world cannot hold the layout.
@@ -133,8 +153,21 @@ def build_groups(
     shards = [list(range(start, start + shard)) for start in range(0, world_size, shard)]
     replicas = [list(range(start, world_size, span)) for start in range(span)]
     routing = [list(range(start, start + routing_ranks)) for start in range(0, world_size, routing_ranks)]
-    own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing))
-    return Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=_gather_hosts(world_size, device))
+    hosts = hosts or _gather_hosts(world_size, device)
+    inside, between = _two_hops(expert, hosts) if two_hops else ([], [])
+    own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing, inside, between))
+    return Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=hosts)
+
+
+def _two_hops(expert: list[list[int]], hosts: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns the ranks that exchange rows inside nodes, and those that do between nodes, of all expert groups."""
+    inside, between = [], []
+    for ranks in expert:
+        topology = Topology(tuple(hosts[rank] for rank in ranks))
+        if not topology.is_flat:
+            inside += [[ranks[0] + r for r in node] for node in topology.nodes]
+            between += [[ranks[0] + r for r in crossing] for crossing in topology.crossings]
+    return inside, between
 
 
 def _gather_hosts(world_size: int, device: torch.device) -> tuple[int, ...]:
@@ -147,14 +180,13 @@ def _gather_hosts(world_size: int, device: torch.device) -> tuple[int, ...]:
 
 
 def _group_of(rank: int, rank_lists: list[list[int]], timeout: float) -> ProcessGroup | None:
-    """Returns the group that holds `rank`; every rank has to create every group, in one order."""
-    if len(rank_lists[0]) == 1:
-        return None
-    if len(rank_lists) == 1:
-        return dist.group.WORLD
+    """Returns the group that holds `rank`, None if it is alone; every rank has to create every group, in one order."""
     mine = None
     for ranks in rank_lists:
-        group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+        if len(ranks) == 1:
+            continue
+        whole = len(ranks) == dist.get_world_size()
+        group = dist.group.WORLD if whole else dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
         if rank in ranks:
             mine = group
     return mine

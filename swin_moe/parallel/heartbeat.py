@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from swin_moe.moe.layer import MoELayer
+from swin_moe.parallel.transport import Flight
 
 T = TypeVar("T")
 
@@ -212,12 +213,12 @@ class Heartbeat:
 
 
 def _in_collective(thread: int) -> bool:
-    """Returns whether the thread is inside a call of torch.distributed."""
+    """Returns whether the thread is inside a call of torch.distributed, or waits for one that it started."""
     frame = sys._current_frames().get(thread)
     for _ in range(4):
         if frame is None:
             return False
-        if frame.f_code.co_filename.endswith("distributed_c10d.py"):
+        if frame.f_code.co_filename.endswith("distributed_c10d.py") or frame.f_code is Flight.finish.__code__:
             return True
         frame = frame.f_back
     return False

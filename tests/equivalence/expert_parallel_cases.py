@@ -38,6 +38,7 @@ class Case:
     starve: int | None = None  # an expert that no token chooses
     recompute: bool = False
     routing_ranks: int = 1  # consecutive ranks that hold one routing group
+    hosts: tuple[int, ...] | None = None  # nodes that the ranks pretend to be on
 
     @property
     def config(self) -> MoEConfig:
@@ -76,6 +77,18 @@ EXPERTS_CHOOSE = {"choice": "expert", "balance_loss": "none", "top_k": 2, **NOIS
 SOFT = {"choice": "soft", "balance_loss": "none", "slots": 2, **NOISY}
 GLOBAL = {**GROUPS, "balance_scope": "global", "top_k": 2, **NOISY}
 
+
+def two_hops(hosts: tuple[int, ...], images: tuple[int, ...], *layout: int, **fields) -> Case:
+    """Returns a case on ranks that pretend to be on these nodes, with rows sent inside nodes and then between them."""
+    options = {"transport": "hierarchical", "overlap": fields.pop("overlap", 1), "top_k": 2, **NOISY}
+    return Case(images, spread(*layout), options=options, hosts=hosts, **{"experts": 8, **fields})
+
+
+def chunked(images: tuple[int, ...], *layout: int, overlap: int = 2, **fields) -> Case:
+    """Returns a case whose rows travel in chunks."""
+    return Case(images, spread(*layout), options={"overlap": overlap, "top_k": 2, **NOISY}, **{"experts": 8, **fields})
+
+
 CASES = {
     1: {
         "one rank": Case((3,), options=NOISY),
@@ -98,6 +111,13 @@ CASES = {
         "groups of images": Case((4, 2), options={**GROUPS, **NOISY}),
         "by need": Case((2, 1), options={"capacity_factor": 0.0, "top_k": 2, **NOISY}),
         "nothing gets a slot": Case((2, 2), options={"capacity_factor": 0.1}),
+        "two hops without levels": two_hops((0, 1), (2, 1)),
+        "chunks": chunked((2, 1)),
+        "chunks, more than rows": chunked((1, 0), overlap=9),
+        "chunks, no tokens at all": chunked((0, 0)),
+        "chunks, 3 experts over 2 ranks": chunked((2, 3), 2, experts=3, overlap=3),
+        "chunks, shards": chunked((2, 1), 1, 2, hidden=9),
+        "chunks, recomputed": chunked((2, 1), overlap=3, recompute=True),
         **every_kind((2, 1), 2),
         "group with an empty rank": together((2, 0), 2, top_k=2, capacity_factor=0.5),
         "group of nothing": together((0, 0), 2, top_k=2),
@@ -127,6 +147,18 @@ CASES = {
         "a starved rank": Case((1, 1, 1, 1), starve=2),
         "groups of images": Case((2, 4, 2, 2), spread(2), options={**GROUPS, "top_k": 2, **NOISY}),
         "3 experts": Case((1, 2, 1, 1), experts=3),  # automatic: data only
+        "two hops, 2 + 2 ranks": two_hops((0, 0, 1, 1), (2, 1, 3, 0)),
+        "two hops, 3 + 1 ranks": two_hops((0, 0, 0, 1), (2, 1, 0, 1)),
+        "two hops, 1 + 3 ranks": two_hops((0, 1, 1, 1), (0, 1, 2, 1), 4, experts=5),
+        "two hops, ranks in turn": two_hops((0, 1, 0, 1), (1, 2, 1, 1), recompute=True),
+        "two hops, 1 + 2 + 1 ranks": two_hops((0, 1, 1, 2), (1, 2, 1, 1), experts=4),
+        "two hops, shards": two_hops((0, 0, 0, 1), (1, 2, 1, 1), 2, 2, hidden=9),
+        "two hops in groups of two": two_hops((0, 1, 1, 1), (1, 2, 1, 1), 2),
+        "two hops, no tokens at all": two_hops((0, 0, 0, 1), (0, 0, 0, 0)),
+        "chunks, two hops, 3 + 1 ranks": two_hops((0, 0, 0, 1), (2, 1, 0, 1), overlap=3),
+        "chunks, two hops, recomputed": two_hops((0, 1, 1, 1), (2, 1, 0, 1), overlap=2, recompute=True),
+        "chunks, 5 experts over 4 ranks": chunked((1, 2, 1, 2), 4, experts=5),
+        "chunks, expert 2 x data 2": chunked((2, 1, 0, 3), 2, overlap=4),
         **every_kind((2, 2, 2, 1), 2),
         "group on 4 ranks": together((2, 2, 1, 0), 4, top_k=2, capacity_factor=0.5),
         "group on 4 ranks, recomputed": together((2, 2, 2, 2), 4, router="cosine", top_k=2, recompute=True),
@@ -225,8 +257,8 @@ def run_spread(case: Case) -> dict:
     """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
     expected = run_alone(case)
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = build_groups(case.parallel, case.experts, torch.device("cpu"),
-                          routing_ranks=case.routing_ranks)  # fmt: skip
+    groups = build_groups(case.parallel, case.experts, torch.device("cpu"), routing_ranks=case.routing_ranks,
+                          two_hops=case.config.transport == "hierarchical", hosts=case.hosts)  # fmt: skip
     with torch.device("meta"):
         net = Net(build(case))
     net = parallelize(net, case.parallel, groups).to_empty(device="cpu").initialize(case)
@@ -264,7 +296,14 @@ def run_spread(case: Case) -> dict:
     twin = copy.deepcopy(net).eval()  # an averaged copy of the weights talks to the same ranks
     errors["copy"] = error(twin.mlp(x)[0], net.eval().mlp(x)[0])
     return {"errors": errors, "norm": float(norm).hex(), "degrees": groups.degrees,
-            "dispatcher": type(net.mlp.dispatcher).__name__, "kept": net.mlp.stats.kept.tolist()}  # fmt: skip
+            "dispatcher": type(net.mlp.dispatcher).__name__, "transport": transport_of(net.mlp),
+            "kept": net.mlp.stats.kept.tolist()}  # fmt: skip
+
+
+def transport_of(layer: MoELayer) -> str:
+    """Returns the transport's name, "" for a layer whose rows do not travel."""
+    link = getattr(layer.dispatcher, "link", None)
+    return link.transport.name if link else ""
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:

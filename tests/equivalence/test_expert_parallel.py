@@ -43,3 +43,12 @@ def test_the_layouts_are_what_they_are_called(results_of):
     assert results[0]["3 experts"]["dispatcher"] == "LocalDispatcher"
     assert results[0]["shard 4"]["dispatcher"] == "AllToAllDispatcher"
     assert all(result["a starved rank"]["kept"][2] == 0 for result in results)
+
+
+def test_transports_are_what_was_asked_for_where_ranks_are_on_several_nodes(results_of):
+    for result in results_of(4):
+        assert all(result[name]["transport"] == "linear" for name in ("5 experts over 4 ranks", "a starved rank"))
+        for name in (name for name in CASES[4] if name.startswith("two hops")):
+            expected = "linear" if name.endswith("in groups of two") else "hierarchical"
+            assert result[name]["transport"] == expected, name
+    assert results_of(2)[0]["two hops without levels"]["transport"] == "linear"

@@ -1,12 +1,15 @@
 """Who is found to be behind, from what the ranks said last; jobs that really hang: tests/training/test_faults.py."""
 
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from swin_moe.parallel.heartbeat import LONG_SECONDS, Beat, Heartbeat
+from swin_moe.parallel.heartbeat import LONG_SECONDS, Beat, Heartbeat, _in_collective
+from swin_moe.parallel.transport import Flight, Hop, Route
 
 
 def judge(own, *others, rank=0, ages=None):
@@ -93,3 +96,20 @@ def test_a_loop_begins_a_phase_per_item():
     heart = Heartbeat(note=notes.append)
     assert list(heart.over("ab", "evaluation batch")) == ["a", "b"]
     assert notes[1:] == ["evaluation batch 0", "evaluation batch 1"]
+
+
+def test_a_rank_that_waits_for_rows_under_way_is_in_a_collective():
+    flight = Flight(torch.zeros(1, 1), Route((Hop(None, [1], [1], (False,), 0),), (None, None)))
+    arrived, waiting = threading.Event(), threading.Event()
+    flight._work = SimpleNamespace(wait=lambda: waiting.set() or arrived.wait(10))
+    thread = threading.Thread(target=flight.wait)
+    thread.start()
+    assert waiting.wait(10) and not _in_collective(threading.get_ident())
+    try:
+        deadline = time.monotonic() + 5
+        while not _in_collective(thread.ident) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert _in_collective(thread.ident)
+    finally:
+        arrived.set()
+        thread.join()

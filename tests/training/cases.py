@@ -142,6 +142,12 @@ def run_world(root: str, world: int) -> dict:
     result["together"] = _final(train(open_tiny(own / "together", *TOGETHER, "model.moe.group_images=32")))
     micro = f"data.micro_batch={8 if world == 1 else 4}"  # the same groups of 8 images: on one rank, or on two
     result["together in parts"] = _final(train(open_tiny(own / "parts8", *TOGETHER, "model.moe.group_images=8", micro)))
+    tuned = ("model.moe.tune=measure", f"model.moe.tune_cache={own / 'tuned-choices'}")
+    result["tuned"] = _final(train(open_tiny(own / "tuned", "engine.precision=fp64", *tuned)))
+    result["choices"] = [path.name for path in sorted((own / "tuned-choices").glob("*.json"))]
+    result["rounded"] = records(
+        train(open_tiny(own / "rounded", "model.moe.payload=fp8", "model.moe.overlap=2", "log.every=2")).session
+    )
     result["bf16"] = losses(train(open_tiny(own / "bf16", "engine.precision=bf16")).session)
     fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
     result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)

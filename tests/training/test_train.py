@@ -15,6 +15,7 @@ CASES = (
     "shared",
     "replicated",
     "odd",
+    "tuned",
     "together",
     "together in parts",
 )
@@ -80,7 +81,7 @@ def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_layout_accumulation_and_recomputation_change_nothing(runs, case, world):
-    reference = "double" if case in ("accumulated", "recomputed", "replicated") else case
+    reference = "double" if case in ("accumulated", "recomputed", "replicated", "tuned") else case
     expected, actual = runs[1][0][reference], runs[world][0][case]
     torch.testing.assert_close(torch.tensor(actual[0]), torch.tensor(expected[0]), rtol=1e-10, atol=1e-12)
     weights = gathered(runs[1], reference)
@@ -91,6 +92,26 @@ def test_layout_accumulation_and_recomputation_change_nothing(runs, case, world)
             tensor, weights[name] = tensor.clone(), weights[name].clone()
             tensor[third : 2 * third] = weights[name][third : 2 * third] = 0
         torch.testing.assert_close(tensor, weights[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_choices_are_kept_and_what_travels_is_recorded(runs, world):
+    assert len(runs[world][0]["choices"]) == (world > 1)  # one MoE layer; its rows travel only between ranks
+    rows = [row for row in runs[world][0]["rounded"] if "train/loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    layer = "moe/layers.1.blocks.1"
+    for row in rows:
+        if world == 1:
+            assert not [key for key in row if "bytes" in key and key.startswith(layer) or "payload" in key]
+            continue
+        assert 0.01 < row[f"{layer}/payload_error"] < 0.04 and 0.01 < row[f"{layer}/payload_gradient_error"] < 0.04
+        # 32 images of 16 tokens; a row of 16 channels is 20 bytes, sent out and home, forward and backward.
+        most = 32 * 16 * 20 * 4
+        assert 0.3 * most * (1 - 1 / world) < row[f"{layer}/sent_bytes"] <= most
+        assert row[f"{layer}/crossing_bytes"] == 0
+        assert 0 < row[f"{layer}/ms_exposed"] < sum(row[f"{layer}/ms_{p}"] for p in ("dispatch", "experts", "combine"))
+    exact = torch.tensor(runs[world][0]["whole"][0])[:, 0]
+    torch.testing.assert_close(torch.tensor([row["train/loss"] for row in rows])[-1], exact[-1], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("world", [2, 4])

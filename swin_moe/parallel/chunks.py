@@ -1,0 +1,58 @@
+"""Overlap: rows travel to the experts and back in chunks, and each is computed while others are under way.
+
+Every expert's rows are cut into equally many runs, so a chunk holds a part of every expert's. All chunks set out for
+the experts at once; each is computed as it arrives and sets out for home; at the end all are awaited. In backward the
+same happens from the last chunk to the first (link.py).
+
+Shape legend: C chunks, E experts, R ranks, N rows.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from swin_moe.moe.dispatch import Plan
+from swin_moe.parallel.link import Link, Trip, arrive, depart
+from swin_moe.parallel.transport import Route, block_order
+
+
+def chunk_counts(counts: Tensor, chunks: int) -> Tensor:
+    """Returns (C, ...), the rows of every chunk, of rows counted by (...); known to sender and receiver alike."""
+    edges = torch.arange(chunks + 1, device=counts.device).view(-1, *[1] * counts.dim())
+    return (counts * edges).div(chunks, rounding_mode="floor").diff(dim=0)
+
+
+def chunk_plan(plan: Plan, kept_CE: Tensor) -> Plan:
+    """Returns the plan with its rows by (chunk, expert) instead of by expert. kept_CE: on the host."""
+    chunks, experts = kept_CE.shape
+    wanted = torch.arange(chunks * experts).view(experts, chunks).t().flatten()
+    order = block_order(kept_CE.t().flatten().tolist(), wanted.tolist(), plan.pair.device)
+    if order is None:
+        return plan
+    return replace(plan, position=order.inverse[plan.position], pair=plan.pair[order.index])
+
+
+class ChunkTravel:
+    """See swin_moe/moe/dispatch.py:Chunks. One route per chunk."""
+
+    def __init__(self, link: Link, routes: list[Route]) -> None:
+        self.out = [Trip(link, route) for route in routes]
+        self.home = [Trip(link, route.reverse) for route in routes]
+        self.sizes = [sum(route.hops[0].send) for route in routes]
+
+    def start(self, tokens: Tensor) -> list[Tensor]:
+        """Returns what stands for every chunk of the rows (N, D), which lie by chunk and are under way."""
+        return [depart(rows, trip) for rows, trip in zip(tokens.split(self.sizes), self.out)]
+
+    def arrive(self, chunk: int, departed: Tensor) -> Tensor:
+        """See Chunks."""
+        return arrive(departed, self.out[chunk])
+
+    def depart(self, chunk: int, y: Tensor) -> Tensor:
+        """See Chunks."""
+        return depart(y, self.home[chunk])
+
+    def finish(self, departed: list[Tensor]) -> Tensor:
+        """Returns (N, D), the experts' results of all chunks, once they are home."""
+        return torch.cat([arrive(y, trip) for y, trip in zip(departed, self.home)])

@@ -1,0 +1,142 @@
+"""Routes, without ranks: every rank's route is made here, and the all-to-alls between them are done on lists."""
+
+import random
+
+import pytest
+import torch
+
+from swin_moe.parallel.groups import Degrees, Groups
+from swin_moe.parallel.hierarchical import HierarchicalTransport
+from swin_moe.parallel.topology import Topology
+from swin_moe.parallel.transport import (
+    Flight,
+    Hop,
+    LinearTransport,
+    Order,
+    Route,
+    block_order,
+    build_transport,
+    by_expert,
+    even_route,
+)
+
+CPU = torch.device("cpu")
+
+
+def groups_of(rank, hosts, **groups):
+    degrees = Degrees(len(hosts), 1, 1)
+    return Groups(len(hosts), rank, degrees, expert="all", hosts=tuple(hosts), **groups)
+
+
+def transports(kind, hosts):
+    """Returns one transport per rank; a group is the tuple of its ranks."""
+    topology = Topology(tuple(hosts))
+    found = []
+    for rank in range(len(hosts)):
+        node, crossing = topology.node(rank), next(c for c in topology.crossings if rank in c)
+        node = tuple(node) if len(node) > 1 else None
+        found.append(kind(groups_of(rank, hosts, node=node, crossing=tuple(crossing))))
+    return found
+
+
+def routes(kind, hosts, count_RRE):
+    """Returns one route per rank; count_RRE: rows from a rank to a rank for each of its experts."""
+    ranks = range(len(hosts))
+    send_RR = [[sum(count_RRE[r][d]) for d in ranks] for r in ranks]
+    found = []
+    for rank, transport in enumerate(transports(kind, hosts)):
+        node = Topology(tuple(hosts)).node(rank)
+        relayed = [send_RR[r] for r in node][: transport.num_relayed]
+        found.append(transport.route(send_RR[rank], [count_RRE[s][rank] for s in ranks], relayed, CPU))
+    return found
+
+
+def carry(all_routes, rows):
+    """Returns every rank's rows after the hops, as Flight moves them."""
+    for number in range(len(all_routes[0].hops)):
+        rows = [reordered(r, route.orders[number]) for r, route in zip(rows, all_routes)]
+        arrived = []
+        for rank, route in enumerate(all_routes):
+            hop = route.hops[number]
+            members = {None: (rank,), "all": tuple(range(len(rows)))}.get(hop.group, hop.group)
+            assert members[hop.me] == rank
+            parts = []
+            for member, expected in zip(members, hop.receive):
+                other = all_routes[member].hops[number]
+                start = sum(other.send[: members.index(rank)])
+                part = rows[member][start : start + other.send[members.index(rank)]]
+                assert len(part) == expected
+                parts += part
+            arrived.append(parts)
+        rows = arrived
+    return [reordered(r, route.orders[-1]) for r, route in zip(rows, all_routes)]
+
+
+def reordered(rows, order):
+    return rows if order is None else [rows[i] for i in order.index.tolist()]
+
+
+def test_block_order_by_hand():
+    # a | b b | c c, wanted as a c c | b b.
+    order = block_order([1, 2, 2], [0, 2, 1], CPU)
+    assert order.index.tolist() == [0, 3, 4, 1, 2] and order.inverse.tolist() == [0, 3, 4, 1, 2]
+    assert block_order([1, 0, 2], [1, 0, 2], CPU) is None  # an empty block may stand anywhere
+    assert block_order([], [], CPU) is None
+    assert by_expert([[1, 2], [2, 0]], [1, 0]) == ([2, 0, 1, 2], [2, 0, 3, 1])
+
+
+def test_two_hops_by_hand():
+    # Nodes {0, 1, 2} and {3}; rank r sends one row to every rank. Rank 0 relays its node's rows for 3, and 3 relays.
+    made = routes(HierarchicalTransport, (0, 0, 0, 1), [[[1]] * 4] * 4)
+    inside, between = made[0].hops
+    assert inside.send == [2, 1, 1] and inside.receive == [2, 2, 2]
+    assert between.send == [3, 0, 0, 3] and between.receive == [3, 0, 0, 1]
+    assert (made[0].sent_rows, made[0].crossing_rows) == (5, 3)
+    assert (made[1].sent_rows, made[1].crossing_rows) == (3, 0)
+    assert made[3].hops[0].group is None and (made[3].sent_rows, made[3].crossing_rows) == (3, 3)
+
+
+@pytest.mark.parametrize("kind", [LinearTransport, HierarchicalTransport])
+def test_random_rows_arrive_by_expert_and_source_and_find_their_way_back(kind):
+    draw = random.Random(1)
+    for _ in range(150):
+        hosts = [draw.randrange(3) for _ in range(draw.randrange(2, 9))]
+        experts = [draw.randrange(4) for _ in hosts]
+        sparse = draw.random()
+        count = [[[draw.randrange(4) * (draw.random() < sparse) for _ in range(experts[d])] for d in range(len(hosts))]
+                 for _ in hosts]  # fmt: skip
+        made = routes(kind, hosts, count)
+        rows = [[(s, d, e, i) for d, per_expert in enumerate(count[s]) for e, n in enumerate(per_expert)
+                 for i in range(n)] for s in range(len(hosts))]  # fmt: skip
+        arrived = carry(made, rows)
+        for rank, found in enumerate(arrived):
+            wanted = [row for sent in rows for row in sent if row[1] == rank]
+            assert found == sorted(wanted, key=lambda row: (row[2], row[0], row[3]))
+        assert carry([route.reverse for route in made], arrived) == rows
+        away = [sum(sum(n) for d, n in enumerate(count[s]) if hosts[d] != hosts[s]) for s in range(len(hosts))]
+        assert sum(route.crossing_rows for route in made) == sum(away)  # no row crosses twice
+
+
+def test_even_rows_need_no_counts():
+    hosts = (0, 1, 1, 1)
+    expected = routes(HierarchicalTransport, hosts, [[[2, 2]] * 4] * 4)
+    for rank, transport in enumerate(transports(HierarchicalTransport, hosts)):
+        made = even_route(transport, groups_of(rank, hosts), 2, 2, CPU)
+        assert made.hops == expected[rank].hops
+
+
+def test_a_hierarchy_without_levels_is_linear():
+    for hosts, why in (((0, 0), "its ranks share a node"), ((0, 1), "every rank of it has a node of its own")):
+        transport, reason = build_transport("hierarchical", groups_of(0, hosts))
+        assert transport.name == "linear" and why in reason
+    assert build_transport("linear", groups_of(0, (0, 1)))[1] == ""
+    with pytest.raises(ValueError, match="model.moe.transport: unknown choice 'pigeon'; allowed: hierarchical, linear"):
+        build_transport("pigeon", groups_of(0, (0, 0)))
+
+
+def test_a_flight_alone_reorders_and_a_transposed_input_is_not_scrambled():
+    order = Order(torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
+    route = Route((Hop(None, [3], [3], (False,), 0),), (order, order))
+    rows = torch.arange(6.0).view(2, 3).t()
+    assert torch.equal(Flight(rows, route).wait(), rows[[1, 2, 0]])
+    assert torch.equal(Flight(Flight(rows, route).wait(), route.reverse).wait(), rows)

@@ -1,0 +1,130 @@
+"""Choosing by measurement: candidates, the choice, the files it is kept in; on ranks: tune_cases.py."""
+
+import json
+import logging
+import threading
+
+import pytest
+import torch
+
+from swin_moe.config import MoEConfig
+from swin_moe.moe.dispatch import make_plan
+from swin_moe.parallel import tune_cache
+from swin_moe.parallel.groups import Degrees, Groups
+from swin_moe.parallel.tune import candidates, choose, even_routing, tune
+from tests.parallel.tune_cases import run_world
+from tests.ranks import run_ranks
+
+KEY = {"tokens": 12, "hosts": [0, 0, 1]}
+
+
+def names(payload, hosts, dtype):
+    groups = Groups(len(hosts), 0, Degrees(len(hosts), 1, 1), hosts=hosts)
+    return [str(c) for c in candidates(MoEConfig(payload=payload), groups, dtype)]
+
+
+def test_candidates_by_hand():
+    plain = [f"linear, payload none, overlap {n}" for n in (1, 2, 4)]
+    assert names("none", (0, 0), torch.float32) == plain
+    two_levels = names("none", (0, 0, 1), torch.float32)
+    assert two_levels == [*plain, *(name.replace("linear", "hierarchical") for name in plain)]
+    assert names("bf16", (0, 0), torch.float32)[3:] == [name.replace("none", "bf16") for name in plain]
+    assert names("bf16", (0, 0), torch.bfloat16) == plain  # rounds nothing that is not rounded already
+    assert {name.split(", ")[1] for name in names("fp8", (0, 0), torch.bfloat16)} == {"payload none", "payload fp8"}
+    assert len(names("fp8", (0, 0, 1), torch.float32)) == 3 * 2 * 3
+
+
+def test_the_simplest_within_the_margin_is_chosen():
+    assert choose([1.02, 1.0, 1.5]) == 0
+    assert choose([1.04, 1.0, 1.0]) == 1
+    assert choose([2.0]) == 0
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (7, 4, 2), (16, 8, 1), (5, 8, 3)])
+def test_an_even_routing_keeps_every_pair_once(tokens, experts, top_k):
+    routing = even_routing(tokens, experts, top_k, torch.device("cpu"))
+    assert int(routing.kept.sum()) == tokens * top_k and int(routing.kept.max() - routing.kept.min()) <= 1
+    plan = make_plan(routing, tokens * top_k)
+    assert sorted(plan.pair.tolist()) == list(range(tokens * top_k))
+
+
+def test_nothing_is_tuned_where_rows_do_not_travel():
+    tune([(None, 4)], Groups(2, 0, Degrees(1, 1, 2)), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_a_choice_is_kept_per_key(tmp_path, caplog):
+    assert tune_cache.read(tmp_path / "new", KEY) is None
+    tune_cache.write(tmp_path / "new", KEY, {"choice": "a"})
+    tune_cache.write(tmp_path / "new", KEY | {"tokens": 13}, {"choice": "b"})
+    assert tune_cache.read(tmp_path / "new", KEY) == {"choice": "a"}
+    assert tune_cache.read(tmp_path / "new", KEY | {"tokens": 13}) == {"choice": "b"}
+    assert tune_cache.read(tmp_path / "new", KEY | {"hosts": [0, 1, 1]}) is None
+    assert not caplog.records and not list((tmp_path / "new").glob(".new-*"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', '{"format": "other"}', None, b"\xff\xfe"])
+def test_a_broken_or_foreign_file_is_ignored_with_one_line(tmp_path, caplog, text):
+    path = tune_cache.path_of(tmp_path, KEY)
+    if text is None:  # a file under the wrong name
+        tune_cache.write(tmp_path, KEY | {"tokens": 1}, {"choice": "b"})
+        tune_cache.path_of(tmp_path, KEY | {"tokens": 1}).rename(path)
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    logger = logging.getLogger("swin_moe")
+    logger.addHandler(caplog.handler)
+    try:
+        assert tune_cache.read(tmp_path, KEY) is None
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert len({record.getMessage() for record in caplog.records}) == 1
+    assert f"{path} is ignored and measured anew" in caplog.text
+    tune_cache.write(tmp_path, KEY, {"choice": "c"})
+    assert tune_cache.read(tmp_path, KEY) == {"choice": "c"}
+
+
+def test_a_directory_that_cannot_be_written_to_ends_no_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    logger = logging.getLogger("swin_moe")
+    logger.addHandler(caplog.handler)
+    try:
+        tune_cache.write(tmp_path / "file" / "below", KEY, {"choice": "a"})
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "could not be kept in" in caplog.text
+
+
+def test_writers_and_readers_at_the_same_time_see_whole_files(tmp_path, monkeypatch):
+    big = {"choice": "x" * 20000}
+    tune_cache.write(tmp_path, KEY, big)
+    monkeypatch.setattr(tune_cache.LOGGER, "warning", lambda *a: pytest.fail(a[0] % a[1:]))
+    writers = [threading.Thread(target=lambda: [tune_cache.write(tmp_path, KEY, big) for _ in range(50)])
+               for _ in range(3)]  # fmt: skip
+    for thread in writers:
+        thread.start()
+    while any(thread.is_alive() for thread in writers):
+        assert tune_cache.read(tmp_path, KEY) == big
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    assert json.loads(tune_cache.path_of(tmp_path, KEY).read_text())["key"] == KEY
+
+
+def test_the_default_directory_is_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tune_cache.default_directory() == tmp_path / "swin_moe" / "tuned"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/invalid")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tune_cache.default_directory() == tmp_path / "home" / ".cache" / "swin_moe" / "tuned"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_choose_alike_and_a_second_start_measures_nothing(tmp_path, world):
+    results = run_ranks(run_world, world, tmp_path, str(tmp_path / "cache"))
+    assert all(result == results[0] for result in results)
+    first, second, third, *exact = results[0]
+    assert first == second and third  # the third start found a broken file
+    transports = ("linear", "hierarchical") if world == 4 else ("linear", "linear")
+    wanted = [f"{t}, payload none, overlap {n}" for n in (1, 2, 4) for t in transports]
+    # Where there is no hierarchy no candidate has that name: all are equally fast, and the first is chosen.
+    if world == 2:
+        wanted[1::2] = ["linear, payload none, overlap 1"] * 3
+    assert exact == wanted
