@@ -85,6 +85,8 @@ class RoutingRule:
         """
         config = self.config
         scored = self._score(router(x), random, token)
+        # Once, however many parts follow: where an engine gathers parameters per module this is a collective.
+        bias = None if router.balance is None else router.balance()
         mix = demand = None
         parts = [(len(x), max(len(x), 1))]
         rows = x
@@ -95,11 +97,11 @@ class RoutingRule:
         elif self.exchange is not None and training:
             # The ranks of the group decide together, each for its own tokens.
             routing, demand = route_across(
-                scored.noisy, self.exchange, capacity=self._capacity, **self._options(scored.scores, router)
+                scored.noisy, self.exchange, capacity=self._capacity, **self._options(scored.scores, bias)
             )
         else:
             parts = group_parts(len(x), self._group_size(len(x), tokens_per_image, training))
-            routing = self._route_parts(scored, router, parts, training)
+            routing = self._route_parts(scored, bias, parts, training)
         balance = self._balance(scored, routing, parts, demand, training)
         aux = balance * config.aux_loss_weight
         if config.z_loss_weight:
@@ -145,20 +147,20 @@ class RoutingRule:
             factor = config.capacity_factor  # experts that choose have no need to go by: on as in training
         return expert_capacity(group_size, config.num_experts, top_k=config.top_k, factor=factor)
 
-    def _options(self, scores: Tensor, router: Router) -> dict[str, Any]:
+    def _options(self, scores: Tensor, bias: Tensor | None) -> dict[str, Any]:
         config = self.config
         return {
             "top_k": config.top_k,
             "batch_prioritized": config.batch_prioritized,
             "normalize_gate": config.normalize_gate,
             "scores": scores,
-            "bias": None if router.balance is None else router.balance(),
+            "bias": bias,
             "expert_groups": config.expert_groups,
             "group_limit": config.group_limit or config.expert_groups,
         }
 
     def _route_parts(
-        self, scored: Scored, router: Router, parts: list[tuple[int, int]], training: bool
+        self, scored: Scored, bias: Tensor | None, parts: list[tuple[int, int]], training: bool
     ) -> Routing:
         routings = []
         for scores, logits, (_, size) in zip(_cut(scored.scores, parts), _cut(scored.noisy, parts), parts):
@@ -166,7 +168,7 @@ class RoutingRule:
             if self.config.choice == "expert":
                 routings.append(route_by_expert(scores, capacity=capacity, group_size=size))
             else:
-                options = self._options(scores, router)
+                options = self._options(scores, bias)
                 routings.append(route(logits, capacity=capacity, group_size=size, **options))
         return join(routings)
 

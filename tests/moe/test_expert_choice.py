@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swin_moe.moe.dispatch import LocalDispatcher
+from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.expert_choice import route_by_expert
 from swin_moe.moe.router import FILLER_SLOT, join, row_chunks
 from tests.moe.reference import experts_choose_slowly
@@ -91,3 +91,20 @@ def test_every_expert_is_full_whatever_the_scores(dtype):
     routing = route_by_expert(torch.randn(64, 8).softmax(1).to(dtype), capacity=10, group_size=32)
     for e in range(8):
         assert int((routing.keep & (routing.expert == e)).sum()) == 20
+
+
+@pytest.mark.parametrize("group_size", [5, 15])
+def test_dispatchers_take_fillers_for_nothing(group_size):
+    scores = torch.rand(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(group_size))
+    routing = route_by_expert(scores, capacity=group_size // 2, group_size=group_size)
+    assert not routing.keep.all() and routing.keep.any(dim=1).sum() < 30
+    factor = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    taken = experts_choose_slowly(scores, capacity=group_size // 2, group_size=group_size)
+    weight = torch.tensor(
+        [sum(float(scores[t, e] * factor[e]) for e in taken[t]) for t in range(30)], dtype=torch.float64
+    )
+    x = torch.randn(30, 3, dtype=torch.float64)
+    for dispatcher in (LocalDispatcher(), PaddedDispatcher()):
+        dispatched = dispatcher.dispatch(x, routing, routing.expert)
+        rows = dispatched.tokens * factor[dispatched.pair][:, None]
+        torch.testing.assert_close(dispatcher.combine(rows, dispatched, routing.gate), x * weight[:, None])

@@ -98,3 +98,13 @@ def test_evaluation_draws_nothing_and_pairs_have_numbers_of_their_own(options):
     assert pairs.shape == one.routing.expert.shape
     kept = pairs[one.routing.is_pair]
     assert kept.unique().numel() == kept.numel()
+
+
+def test_the_bias_is_asked_for_once_a_forward():
+    """An engine may gather it over ranks then, and ranks have unequally many parts at the end of an epoch."""
+    rule, router = rule_and_router(8, **BALANCED, capacity_scope="images", group_images=3)
+    calls = []
+    router.balance.register_forward_hook(lambda *_: calls.append(1))
+    for images in (4, 3, 0):  # two parts, one, none
+        routed(rule, router, torch.randn(images * PER_IMAGE, DIM))
+    assert len(calls) == 3
