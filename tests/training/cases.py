@@ -38,6 +38,12 @@ TINY = [
     "checkpoint.keep=0",
 ]  # 45 steps an epoch (the last one smaller): 0.13 epochs are 5 steps
 
+# A bias that follows the loads of all micro-batches and ranks, choices limited to groups of experts, a shared expert.
+BALANCED = [
+    "engine.precision=fp64", "data.micro_batch=4", "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01",
+    "model.moe.balance_loss=none", "model.moe.top_k=2", "model.moe.normalize_gate=true",
+    "model.moe.expert_groups=4", "model.moe.group_limit=3", "model.moe.shared_experts=1",
+]  # fmt: skip
 TOGETHER = ["engine.precision=fp64", "model.moe.capacity_factor=0.7", "model.moe.top_k=2"]  # routing groups over ranks
 
 
@@ -132,6 +138,7 @@ def run_world(root: str, world: int) -> dict:
             )
         )
     )
+    result["balanced"] = _final(train(open_tiny(own / "balanced", *BALANCED)))
     half = max(1, world // 2)
     for name, options in {
         "shared": ["model.moe.num_experts=2"],  # on 4 ranks, two of them share an expert

@@ -18,6 +18,7 @@ CASES = (
     "tuned",
     "together",
     "together in parts",
+    "balanced",
 )
 
 
