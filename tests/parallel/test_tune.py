@@ -60,6 +60,8 @@ def test_a_choice_is_kept_per_key(tmp_path, caplog):
     assert tune_cache.read(tmp_path / "new", KEY | {"tokens": 13}) == {"choice": "b"}
     assert tune_cache.read(tmp_path / "new", KEY | {"hosts": [0, 1, 1]}) is None
     assert not caplog.records and not list((tmp_path / "new").glob(".new-*"))
+    tune_cache.write(tmp_path, KEY, ["not a choice"])
+    assert tune_cache.read(tmp_path, KEY) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', '{"format": "other"}', None, b"\xff\xfe"])
