@@ -33,7 +33,7 @@ from swin_moe.parallel.tune import even_routing, layer_pass, random_experts  # n
 CPU = torch.device("cpu")
 # tokens a rank, channels, hidden channels, experts, choices
 SHAPES = ((4096, 192, 768, 8, 1), (4096, 192, 768, 32, 2), (2048, 384, 1536, 8, 1))
-NODES = {2: {"one node": (0, 0)}, 4: {"2 + 2": (0, 0, 1, 1), "3 + 1": (0, 0, 0, 1)}}
+NODES = {2: {"1 + 1": (0, 1)}, 4: {"2 + 2": (0, 0, 1, 1), "3 + 1": (0, 0, 0, 1)}}
 
 
 def candidates(ranks: int) -> list[tuple[str, str, int, str]]:
@@ -71,7 +71,7 @@ def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict) -> None:
                          init_std=0.02)  # fmt: skip
     layer = parallelize(torch.nn.Sequential(layer), ParallelConfig(), some)[0]
     experts = random_experts(layer.experts, CPU)
-    routing = even_routing(tokens, num_experts, top_k, CPU)
+    routing = even_routing(tokens, num_experts, top_k=top_k, device=CPU)
     x = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(rank))
     options = candidates(ranks)
     dispatchers = []

@@ -169,16 +169,18 @@ def build_meta_model(session: Session) -> nn.Module:
     if config.model.moe.tune == "measure":
         session.heartbeat.enter("tuning the exchange of rows", long=True)
         dtype = DTYPES[config.engine.precision]
-        tune(_tokens_of_layers(model, config, session.world_size), session.groups, dtype=dtype, device=session.device)
+        tune(_rows_of_layers(model, config, session.world_size), session.groups, dtype=dtype, device=session.device)
     return model
 
 
-def _tokens_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterator[tuple[MoELayer, int]]:
-    """Yields every MoE layer with the tokens of a micro-batch that it gets on one rank."""
+def _rows_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterator[tuple[MoELayer, int]]:
+    """Yields every MoE layer with the rows that one rank sends to experts in one micro-batch, if none is dropped."""
     micro_batch, _ = config.accumulation(world_size)
+    moe = config.model.moe
     stages = [stage for stage, depth in enumerate(config.model.depths) for _ in range(depth)]
     for _, layer in moe_layers(model):
-        yield layer, micro_batch * math.prod(stage_geometry(config.model, stages[layer.layer]).resolution)
+        tokens = math.prod(stage_geometry(config.model, stages[layer.layer]).resolution)
+        yield layer, micro_batch * (moe.num_experts * moe.slots if moe.choice == "soft" else tokens * moe.top_k)
 
 
 def build_local_model(session: Session) -> nn.Module:

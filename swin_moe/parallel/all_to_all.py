@@ -2,7 +2,6 @@
 use.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from swin_moe.layout import even_split
 from swin_moe.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher, combine_tokens, make_plan, take_tokens
 from swin_moe.moe.router import Routing
-from swin_moe.parallel.chunks import ChunkTravel, chunk_counts, chunk_plan
+from swin_moe.parallel.chunks import ChunkTravel, chunk_plan, rows_in_chunk
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.link import Link, travel
 from swin_moe.parallel.transport import Route, exchange_rows
@@ -60,25 +59,24 @@ class AllToAllDispatcher:
             range(first, first + count) if r % shards == rank % shards else range(0)
             for r, (first, count) in ((r, held[r // shards]) for r in range(groups.expert_size))
         ]
+        self.num_sent = [len(experts) for experts in self.destinations]
         self.sources = [self.num_local if r % shards == rank % shards else 0 for r in range(groups.expert_size)]
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
-        kept = routing.kept.sum(dim=0)
+        kept, overlap = routing.kept.sum(dim=0), self.link.overlap
         # Experts are numbered in the order of ranks, so the counts for all destinations are the counts themselves.
-        sizes = [len(experts) for experts in self.destinations]
-        arriving = exchange_rows(kept, sizes, self.sources, self.groups.expert)
-        parts = chunk_counts(kept, self.link.overlap).split(sizes, dim=1)
-        relayed = self.link.transport.relayed(torch.stack([part.sum(dim=1) for part in parts], dim=1))
-        # The one wait for the device in a layer.
-        kept, arriving, relayed = _to_host(kept, arriving, relayed)
-        routes, counts = self._routes(kept, arriving, relayed, x.device)
-        plan = make_plan(routing, int(kept.sum()))
-        if self.link.overlap == 1:
+        arriving = exchange_rows(kept, self.num_sent, self.sources, self.groups.expert)
+        relayed = self._relayed(kept)
+        numbers = torch.cat([kept, arriving, relayed.flatten()]).tolist()  # the one wait for the device in a layer
+        kept_list, numbers = numbers[: len(kept)], numbers[len(kept) :]
+        routes, counts = self._routes(kept_list, numbers, x.device)
+        plan = make_plan(routing, sum(kept_list))
+        if overlap == 1:
             pair = None if pair is None else self.link.exchange(pair.flatten()[plan.pair], routes[0])
             tokens = travel(take_tokens(x, plan), self.link, routes[0])
             return Dispatched(tokens, counts[0], pair, plan, routes[0])
-        plan, chunks = chunk_plan(plan, chunk_counts(kept, self.link.overlap)), ChunkTravel(self.link, routes)
+        plan, chunks = chunk_plan(plan, kept_list, overlap), ChunkTravel(self.link, routes)
         if pair is not None:
             pairs = pair.flatten()[plan.pair].split(chunks.sizes)
             pair = [self.link.exchange(part, route) for part, route in zip(pairs, routes)]
@@ -90,34 +88,34 @@ class AllToAllDispatcher:
         y = chunks.finish(y) if chunks is not None else travel(y, self.link, dispatched.exchange.reverse)
         return combine_tokens(y, gate, dispatched.plan)
 
-    def _routes(
-        self, kept: Tensor, arriving: Tensor, relayed: Tensor, device: torch.device
-    ) -> tuple[list[Route], list[Tensor]]:
-        """Returns per chunk how rows travel, and the rows of each local expert. Counts are on the host.
+    def _relayed(self, kept: Tensor) -> Tensor:
+        """Returns what the transport has to know of others' rows, (X, C, R); see Transport.relayed."""
+        chunks = self.link.overlap
+        if not self.link.transport.num_relayed:
+            return kept.new_empty((0, chunks, self.groups.expert_size))
+        parts = [rows_in_chunk(kept, chunk, chunks).split(self.num_sent) for chunk in range(chunks)]
+        return self.link.transport.relayed(torch.stack([torch.stack([p.sum() for p in part]) for part in parts]))
+
+    def _routes(self, kept: list[int], numbers: list[int], device: torch.device) -> tuple[list[Route], list[Tensor]]:
+        """Returns per chunk how rows travel, and the rows of each local expert.
 
         Args:
             kept: (E) rows of this rank for every expert.
-            arriving: Rows that arrive here for every local expert, from every rank that sends.
-            relayed: (X, C, R), see Transport.
+            numbers: Rows that arrive for every local expert, from every rank that sends; then (X, C, R) relayed.
         """
-        arriving_RL = torch.zeros((len(self.sources), self.num_local), dtype=torch.int64)
-        arriving_RL[torch.tensor(self.sources) > 0] = arriving.view(-1, self.num_local) if self.num_local else 0
-        sizes = [len(experts) for experts in self.destinations]
+        chunks, ranks = self.link.overlap, self.groups.expert_size
+        arriving, start = [], 0
+        for count in self.sources:
+            arriving.append(numbers[start : start + count] if count else [0] * self.num_local)
+            start += count
+        relayed = [numbers[i : i + ranks] for i in range(start, len(numbers), ranks)]
         routes, counts = [], []
-        arriving_CRL = chunk_counts(arriving_RL, self.link.overlap)
-        for chunk, (kept_E, arriving_RL) in enumerate(zip(chunk_counts(kept, self.link.overlap), arriving_CRL)):
-            send = [int(part.sum()) for part in kept_E.split(sizes)]
-            known = relayed[:, chunk].tolist()
-            routes.append(self.link.transport.route(send, arriving_RL.tolist(), known, device))
-            counts.append(arriving_RL.sum(dim=0))
+        for chunk in range(chunks):
+            send = [sum(rows_in_chunk(kept[e], chunk, chunks) for e in experts) for experts in self.destinations]
+            arriving_here = [[rows_in_chunk(rows, chunk, chunks) for rows in row] for row in arriving]
+            routes.append(self.link.transport.route(send, arriving_here, relayed[chunk::chunks], device))
+            counts.append(torch.tensor([sum(rows) for rows in zip(*arriving_here)], dtype=torch.int64))
         return routes, counts
-
-
-def _to_host(*tensors: Tensor) -> Iterator[Tensor]:
-    """Yields the int64 tensors on the host, after one transfer."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-    for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors):
-        yield part.view(tensor.shape)
 
 
 class _GatherShards(torch.autograd.Function):

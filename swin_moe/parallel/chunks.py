@@ -4,10 +4,11 @@ Every expert's rows are cut into equally many runs, so a chunk holds a part of e
 the experts at once; each is computed as it arrives and sets out for home; at the end all are awaited. In backward the
 same happens from the last chunk to the first (link.py).
 
-Shape legend: C chunks, E experts, R ranks, N rows.
+Shape legend: N rows, D channels.
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +17,19 @@ from swin_moe.moe.dispatch import Plan
 from swin_moe.parallel.link import Link, Trip, arrive, depart
 from swin_moe.parallel.transport import Route, block_order
 
-
-def chunk_counts(counts: Tensor, chunks: int) -> Tensor:
-    """Returns (C, ...), the rows of every chunk, of rows counted by (...); known to sender and receiver alike."""
-    edges = torch.arange(chunks + 1, device=counts.device).view(-1, *[1] * counts.dim())
-    return (counts * edges).div(chunks, rounding_mode="floor").diff(dim=0)
+Rows = TypeVar("Rows", int, Tensor)
 
 
-def chunk_plan(plan: Plan, kept_CE: Tensor) -> Plan:
-    """Returns the plan with its rows by (chunk, expert) instead of by expert. kept_CE: on the host."""
-    chunks, experts = kept_CE.shape
-    wanted = torch.arange(chunks * experts).view(experts, chunks).t().flatten()
-    order = block_order(kept_CE.t().flatten().tolist(), wanted.tolist(), plan.pair.device)
+def rows_in_chunk(rows: Rows, chunk: int, chunks: int) -> Rows:
+    """Returns how many of an expert's rows are in this chunk; sender and receiver agree without asking."""
+    return rows * (chunk + 1) // chunks - rows * chunk // chunks
+
+
+def chunk_plan(plan: Plan, kept: list[int], chunks: int) -> Plan:
+    """Returns the plan with its rows by (chunk, expert) instead of by expert. kept: Rows of every expert."""
+    sizes = [rows_in_chunk(rows, chunk, chunks) for rows in kept for chunk in range(chunks)]
+    wanted = [expert * chunks + chunk for chunk in range(chunks) for expert in range(len(kept))]
+    order = block_order(sizes, wanted, plan.pair.device)
     if order is None:
         return plan
     return replace(plan, position=order.inverse[plan.position], pair=plan.pair[order.index])

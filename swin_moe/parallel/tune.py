@@ -4,7 +4,7 @@ The dictionary of Tutel's paper (arXiv:2206.03382, section 3.3: shape -> paralle
 which its published code never had. Every distinct layer shape is measured once per machine and layout: the candidates
 take turns on random rows, spread evenly over the experts, with real exchanges and products, forward and backward.
 
-Shape legend: T tokens of a rank in one forward, D channels, k choices per token, E experts.
+Shape legend: N rows that a rank sends to experts in one forward, D channels, E experts.
 """
 
 import copy
@@ -53,11 +53,10 @@ class Candidate:
 class LayerShape:
     """What tells the cost of one layer from another's."""
 
-    tokens: int  # T
+    rows: int  # N
     dim: int
     hidden_dim: int
     num_experts: int
-    top_k: int
     dtype: str  # of the rows
 
 
@@ -76,16 +75,16 @@ def tune(layers: Iterable[tuple[MoELayer, int]], groups: Groups, *, dtype: torch
     Nothing is measured where all experts are here, or where rank 0 finds the choice on disk.
 
     Args:
-        layers: (layer of a parallelized model, T); parameters may be on meta. Needs memory for one more layer's experts
+        layers: (layer of a parallelized model, N); parameters may be on meta. Needs memory for one more layer's experts
             of this rank and their gradients.
         dtype: Of the rows, as autocast makes them.
     """
     if groups.expert_size == 1:
         return
     shapes: dict[LayerShape, list[MoELayer]] = {}
-    for layer, tokens in layers:
+    for layer, rows in layers:
         experts = layer.experts
-        sizes = (tokens, experts.dim, experts.hidden_dim, experts.num_experts, layer.config.top_k)
+        sizes = (rows, experts.dim, experts.hidden_dim, experts.num_experts)
         shapes.setdefault(LayerShape(*sizes, str(dtype).removeprefix("torch.")), []).append(layer)
     for shape, alike in shapes.items():
         config = alike[0].config
@@ -151,7 +150,7 @@ def _agree(number: int, groups: Groups, device: torch.device) -> int:
     return int(found)
 
 
-def even_routing(num_tokens: int, num_experts: int, top_k: int, device: torch.device) -> Routing:
+def even_routing(num_tokens: int, num_experts: int, *, top_k: int = 1, device: torch.device) -> Routing:
     """Returns a routing that keeps every pair and gives experts equally many, but for the remainder."""
     pair = torch.arange(num_tokens * top_k, device=device).view(top_k, num_tokens).t()
     demand = torch.bincount(pair.flatten() % num_experts, minlength=num_experts)[None]
@@ -181,9 +180,9 @@ def _measure(
 ) -> list[float]:
     """Returns the seconds of each candidate, the slowest rank's median; the same numbers on all ranks."""
     experts = random_experts(layer.experts, device)
-    routing = even_routing(shape.tokens, shape.num_experts, shape.top_k, device)
+    routing = even_routing(shape.rows, shape.num_experts, device=device)
     generator = torch.Generator().manual_seed(groups.rank)
-    x = torch.randn((shape.tokens, shape.dim), generator=generator).to(device=device, dtype=dtype)
+    x = torch.randn((shape.rows, shape.dim), generator=generator).to(device=device, dtype=dtype)
     dispatcher = copy.deepcopy(layer.dispatcher)
     links = [_link(option, groups, "") for option in options]
     seconds: list[list[float]] = [[] for _ in options]

@@ -32,7 +32,7 @@ def read(directory: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     path = path_of(directory, key)
     try:
         stored = json.loads(path.read_text())
-        if stored["format"] == FORMAT and stored["key"] == key:
+        if stored["format"] == FORMAT and stored["key"] == key and isinstance(stored["value"], dict):
             return stored["value"]
         problem = "it was written for something else"
     except FileNotFoundError:

@@ -42,7 +42,7 @@ def test_the_simplest_within_the_margin_is_chosen():
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (7, 4, 2), (16, 8, 1), (5, 8, 3)])
 def test_an_even_routing_keeps_every_pair_once(tokens, experts, top_k):
-    routing = even_routing(tokens, experts, top_k, torch.device("cpu"))
+    routing = even_routing(tokens, experts, top_k=top_k, device=torch.device("cpu"))
     assert int(routing.kept.sum()) == tokens * top_k and int(routing.kept.max() - routing.kept.min()) <= 1
     plan = make_plan(routing, tokens * top_k)
     assert sorted(plan.pair.tolist()) == list(range(tokens * top_k))
@@ -60,6 +60,8 @@ def test_a_choice_is_kept_per_key(tmp_path, caplog):
     assert tune_cache.read(tmp_path / "new", KEY | {"tokens": 13}) == {"choice": "b"}
     assert tune_cache.read(tmp_path / "new", KEY | {"hosts": [0, 1, 1]}) is None
     assert not caplog.records and not list((tmp_path / "new").glob(".new-*"))
+    tune_cache.write(tmp_path, KEY, ["not a choice"])
+    assert tune_cache.read(tmp_path, KEY) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"text"', '{"format": "other"}', None, b"\xff\xfe"])
