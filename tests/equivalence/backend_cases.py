@@ -109,7 +109,10 @@ def compare_backends(case: Case) -> dict[tuple[str, str], dict]:
 
 
 def run_world() -> dict:
-    """Returns what one MPI start finds out: "spread" and "backends", each case -> what it gave on this rank."""
+    """Returns what one MPI start finds out: "spread" and "backends", each case -> what it gave on this rank; and
+    "tutel", whether it was the real one.
+    """
+    real = tutel_stand_in.is_importable()
     tutel_stand_in.install_if_missing()
     backends = {name: compare_backends(case) for name, case in cases_of(dist.get_world_size()).items()}
-    return {"spread": spread_cases.run_world(), "backends": backends}
+    return {"spread": spread_cases.run_world(), "backends": backends, "tutel": real}

@@ -7,6 +7,7 @@ stand-in where the real one is not importable.
 import pytest
 
 from tests.equivalence.backend_cases import cases_of
+from tests.parallel.tutel_stand_in import is_importable
 
 pytestmark = pytest.mark.mpi
 
@@ -28,6 +29,7 @@ def test_equals_native(world_results, world, name):
 def test_every_backend_was_what_it_is_called(world_results):
     for world in WORLDS:
         for result in world_results(world):
+            assert result["tutel"] == is_importable()
             for name, compared in result["backends"].items():
                 kinds = {backend: found["dispatcher"] for (backend, _), found in compared.items()}
                 if "local" in kinds:
