@@ -115,6 +115,7 @@ TOP2 = ("model.moe.top_k=2",)
 COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
 # One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
 CHUNKS = (*TOP2, "model.moe.overlap=3")  # experts called once for several chunks, under every engine's hooks
+PADDED = (*TOP2, "model.moe.backend=padded")
 SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
 # Router state that no gradient moves: a bias that follows the loads of all ranks and micro-batches. And what is dense.

@@ -103,7 +103,7 @@ def test_a_layout_that_is_not_contiguous_is_no_matter(installed):
 
 
 def test_by_need_and_confidence_drops_nothing(installed):
-    """Tutel's own routing took the need from the wrong row and dropped 136 of 512 tokens."""
+    """Tutel's own routing takes the need from the wrong row and drops tokens, 57 of 512 in one try."""
     x, logits = torch.ones(512, DIM), numbers(3, 512, 8)
     routing = route(logits, top_k=1, capacity=None, batch_prioritized=True)
     plan = make_padded_plan(routing, padded_rows(routing))
@@ -151,7 +151,7 @@ def test_weights_are_ours_and_loaded_strictly(installed):
 def test_variables_that_change_numerics_are_refused(installed, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match=f"backend=tutel: Tutel computes something else where {name} is set in the en"):
-        tutel(single_process_groups(), 4, MoEConfig())
+        tutel(single_process_groups(), 4, None)
 
 
 def test_nothing_is_registered_to_run_at_exit(installed):
@@ -181,7 +181,7 @@ def test_a_missing_tutel_is_explained(monkeypatch):
     for name in ("tutel", "tutel.moe"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"NO_CUDA=1 .* NO_NCCL=1") as caught:
-        tutel(single_process_groups(), 4, MoEConfig())
+        tutel(single_process_groups(), 4, None)
     assert "pip install --no-build-isolation 'swin-moe[tutel]'" in str(caught.value)
     assert "git+https://github.com/microsoft/tutel@main" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -192,4 +192,4 @@ def test_a_tutel_without_its_compiled_part_is_explained_too(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(ValueError, match=r"which cannot be imported \(cannot import name 'fast_encode'"):
-        tutel(single_process_groups(), 4, MoEConfig())
+        tutel(single_process_groups(), 4, None)
