@@ -169,6 +169,7 @@ CASES = (
     Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=CHUNKS),
     Case("deepspeed", 3, 2, precision="fp32", options=(*CHUNKS, *SEED)),
     Case("fairscale", 2, 2, options=CHUNKS),
+    Case("torch", 3, 4, expert=2, uneven=True, recompute=True, options=PADDED),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
     Case("deepspeed", 1, 2, precision="fp32", expert=1, expert_shard=1, offload="optimizer"),

@@ -61,6 +61,7 @@ def draw(number: int, world: int, backend: str) -> Drawn:
         normalize_gate=rng.random() < 0.5,
         batch_prioritized=confident,
         balance_loss="gshard" if gshard else "load_importance",
+        aux_loss_weight=1.0,
         gate_noise=rng.choice((0.0, 1.0)) if gshard else 1.0,
         backend=backend,
     )
