@@ -10,7 +10,7 @@ from swin_moe.moe.dispatch import VERBS, LocalDispatcher, PaddedDispatcher, make
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import route
 from swin_moe.parallel.apply import parallelize
-from swin_moe.parallel.chunks import chunk_counts, chunk_plan
+from swin_moe.parallel.chunks import chunk_plan
 from swin_moe.parallel.groups import Degrees, Groups, single_process_groups
 from swin_moe.parallel.link import Link
 from swin_moe.parallel.padded import PaddedAllToAll
@@ -31,7 +31,7 @@ def test_chunks_of_padded_rows_by_hand():
     routing = route(torch.tensor([[5.0, 0.0], [0.0, 5.0], [0.0, 5.0]]), top_k=1, capacity=3)
     plan = make_padded_plan(routing, 3)
     assert plan.vacant.tolist() == [False, True, True, False, False, True]
-    chunked = chunk_plan(plan, chunk_counts(torch.tensor([3, 3]), 2))  # a | b  and then  . . | c .
+    chunked = chunk_plan(plan, [3, 3], 2)  # a | b  and then  . . | c .
     assert chunked.vacant.tolist() == [False, False, True, True, False, True]
     assert chunked.position.flatten().tolist() == [0, 1, 4] and chunked.pair[[0, 1, 4]].tolist() == [0, 1, 2]
 
