@@ -6,6 +6,7 @@ gather, forward and backward: no atomics, so results do not depend on the order 
 Shape legend: T tokens, D channels, k choices per token, E experts, G routing groups, N rows for experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -101,15 +102,18 @@ class PaddedDispatcher:
     With capacity by need the number of rows is what the fullest expert needs; then the host waits for the device.
     """
 
+    def __init__(self, verbs: "Verbs | None" = None) -> None:
+        self.verbs = verbs or VERBS
+
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
         rows = padded_rows(routing)
         plan = make_padded_plan(routing, rows)
-        return Dispatched(take_tokens(x, plan), rows, None if pair is None else pair.flatten()[plan.pair], plan)
+        return Dispatched(self.verbs.take(x, plan), rows, None if pair is None else pair.flatten()[plan.pair], plan)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        return combine_tokens(y, gate, dispatched.plan)
+        return self.verbs.combine(y, gate, dispatched.plan)
 
 
 def padded_rows(routing: Routing) -> int:
@@ -162,11 +166,14 @@ def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | 
     return Plan(position if keep is None else position.masked_fill(~keep, 0), keep, pair[:num_rows])
 
 
+def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Returns rows[index]; zeros where there are no rows at all, of which a plan's 0 stands for none."""
+    return rows.index_select(0, index) if rows.shape[0] else rows.new_zeros((len(index), *rows.shape[1:]))
+
+
 def _gather_choice(rows: Tensor, plan: Plan, choice: int) -> Tensor:
     """Returns (T, D), for each token the row of its choice, zeros where dropped."""
-    if rows.shape[0] == 0:
-        return rows.new_zeros((plan.position.shape[0], rows.shape[1]))
-    taken = rows.index_select(0, plan.position[:, choice])
+    taken = pick_rows(rows, plan.position[:, choice])
     # Not a product with the mask: row 0 stands in for dropped pairs and may hold inf or nan.
     return taken if plan.keep is None else taken.masked_fill_(~plan.keep[:, choice, None], 0)
 
@@ -175,7 +182,7 @@ class _TakeTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(plan.position, plan.keep, plan.pair, plan.vacant)
-        return x.index_select(0, plan.pair.div(plan.top_k, rounding_mode="floor"))
+        return pick_rows(x, plan.pair.div(plan.top_k, rounding_mode="floor"))
 
     @staticmethod
     @once_differentiable
@@ -204,10 +211,10 @@ class _CombineTokens(torch.autograd.Function):
         grad_y = grad_gate = None
         if ctx.needs_input_grad[0]:
             token = plan.pair.div(plan.top_k, rounding_mode="floor")
-            gate_N = gate.flatten().index_select(0, plan.pair)
+            gate_N = pick_rows(gate.flatten(), plan.pair)
             if plan.vacant is not None:  # experts multiply padding too, and it must add nothing to their gradients
                 gate_N = gate_N.masked_fill(plan.vacant, 0)
-            grad_y = grad_out.index_select(0, token).mul_(gate_N[:, None]).to(y.dtype)
+            grad_y = pick_rows(grad_out, token).mul_(gate_N[:, None]).to(y.dtype)
         if ctx.needs_input_grad[1]:
             choices = range(plan.top_k)
             grad_gate = torch.stack([(_gather_choice(y, plan, c) * grad_out).sum(dim=1) for c in choices], dim=1)
@@ -222,3 +229,14 @@ def take_tokens(x: Tensor, plan: Plan) -> Tensor:
 def combine_tokens(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
     """Returns (T, D), sum over kept choices of gate * y, in the wider dtype; zeros for a fully dropped token."""
     return _CombineTokens.apply(y, gate, plan)
+
+
+@dataclass(frozen=True)
+class Verbs:
+    """How rows are made of tokens and results are put together; others do what ours do."""
+
+    take: Callable[[Tensor, Plan], Tensor]  # see take_tokens; a vacant row may hold anything finite
+    combine: Callable[[Tensor, Tensor, Plan], Tensor]  # see combine_tokens; vacant rows get no gradient
+
+
+VERBS = Verbs(take_tokens, combine_tokens)

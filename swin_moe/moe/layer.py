@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher
+from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.phases import PhaseClock, mark
 from swin_moe.moe.router import CosineRouter, LinearRouter, Router, Routing
@@ -46,7 +46,7 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(dim, hidden_dim, config.num_experts, fc2_bias=fc2_bias)
         shared_dim = config.shared_experts * hidden_dim
         self.shared = SharedExpert(dim, shared_dim, fc2_bias=fc2_bias) if shared_dim else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = PaddedDispatcher() if config.backend == "padded" else LocalDispatcher()
         self.rule = RoutingRule(config, layer)
         self.stats: RoutingStats | None = None
         self.observer: Callable[[Routing], None] | None = None  # sees the routing of every forward

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swin_moe.layout import even_split
 from swin_moe.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher, combine_tokens, make_plan, take_tokens
 from swin_moe.moe.router import Routing
-from swin_moe.parallel.chunks import ChunkTravel, chunk_plan, rows_in_chunk
+from swin_moe.parallel.chunks import chunk_plan, come_home, rows_in_chunk, set_out
 from swin_moe.parallel.groups import Groups
-from swin_moe.parallel.link import Link, travel
+from swin_moe.parallel.link import Link
+from swin_moe.parallel.owners import Owners
 from swin_moe.parallel.transport import Route, exchange_rows
 
 # Renamed in torch 2.13; the old names warn there.
@@ -45,22 +45,15 @@ def native(groups: Groups, num_experts: int, link: Link | None) -> Dispatcher:
 class AllToAllDispatcher:
     """Dispatcher over the expert group (see moe/dispatch.py). Nothing is padded: counts travel first, then just the
     rows.
-
-    An expert over several ranks: its rows from the group's rank i go to shard i % shards of the expert's owner.
     """
 
     def __init__(self, groups: Groups, num_experts: int, link: Link) -> None:
         self.groups, self.link = groups, link
-        shards, rank = groups.degrees.expert_shard, groups.expert_rank
-        held = even_split(num_experts, groups.degrees.expert)
-        self.num_local = held[rank // shards][1]
-        # For each rank, the experts whose rows it gets from me, and those whose rows I get from it; possibly none.
-        self.destinations = [
-            range(first, first + count) if r % shards == rank % shards else range(0)
-            for r, (first, count) in ((r, held[r // shards]) for r in range(groups.expert_size))
-        ]
+        owners = Owners(groups.degrees, num_experts)
+        self.num_local = owners.num_local(groups.expert_rank)
+        self.destinations = owners.destinations(groups.expert_rank)
         self.num_sent = [len(experts) for experts in self.destinations]
-        self.sources = [self.num_local if r % shards == rank % shards else 0 for r in range(groups.expert_size)]
+        self.sources = owners.sources(groups.expert_rank)
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
@@ -72,26 +65,18 @@ class AllToAllDispatcher:
         kept_list, numbers = numbers[: len(kept)], numbers[len(kept) :]
         routes, counts = self._routes(kept_list, numbers, x.device)
         plan = make_plan(routing, sum(kept_list))
-        if overlap == 1:
-            pair = None if pair is None else self.link.exchange(pair.flatten()[plan.pair], routes[0])
-            tokens = travel(take_tokens(x, plan), self.link, routes[0])
-            return Dispatched(tokens, counts[0], pair, plan, routes[0])
-        plan, chunks = chunk_plan(plan, kept_list, overlap), ChunkTravel(self.link, routes)
-        if pair is not None:
-            pairs = pair.flatten()[plan.pair].split(chunks.sizes)
-            pair = [self.link.exchange(part, route) for part, route in zip(pairs, routes)]
-        return Dispatched(chunks.start(take_tokens(x, plan)), counts, pair, plan, chunks=chunks)
+        if overlap > 1:
+            plan = chunk_plan(plan, kept_list, overlap)
+        return set_out(take_tokens(x, plan), pair, plan, counts, routes, self.link)
 
     def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        chunks = dispatched.chunks
-        y = chunks.finish(y) if chunks is not None else travel(y, self.link, dispatched.exchange.reverse)
-        return combine_tokens(y, gate, dispatched.plan)
+        return combine_tokens(come_home(y, dispatched, self.link), gate, dispatched.plan)
 
     def _relayed(self, kept: Tensor) -> Tensor:
         """Returns what the transport has to know of others' rows, (X, C, R); see Transport.relayed."""
         chunks = self.link.overlap
-        if not self.link.transport.num_relayed:
+        if not self.link.transport.relayed_ranks:
             return kept.new_empty((0, chunks, self.groups.expert_size))
         parts = [rows_in_chunk(kept, chunk, chunks).split(self.num_sent) for chunk in range(chunks)]
         return self.link.transport.relayed(torch.stack([torch.stack([p.sum() for p in part]) for part in parts]))

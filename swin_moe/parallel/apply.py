@@ -36,6 +36,8 @@ from swin_moe.registry import lookup
 DISPATCHERS = {
     "local": "swin_moe.parallel.all_to_all:local",
     "native": "swin_moe.parallel.all_to_all:native",
+    "padded": "swin_moe.parallel.padded:padded",
+    "tutel": "swin_moe.parallel.tutel:tutel",
 }
 _BUCKET_BYTES = 32 * 2**20  # gradients reduced together: large enough to hide latency, small beside the experts
 

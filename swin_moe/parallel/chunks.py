@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from swin_moe.moe.dispatch import Plan
-from swin_moe.parallel.link import Link, Trip, arrive, depart
+from swin_moe.moe.dispatch import Dispatched, Plan, pick_rows
+from swin_moe.parallel.link import Link, Trip, arrive, depart, travel
 from swin_moe.parallel.transport import Route, block_order
 
 Rows = TypeVar("Rows", int, Tensor)
@@ -32,7 +32,8 @@ def chunk_plan(plan: Plan, kept: list[int], chunks: int) -> Plan:
     order = block_order(sizes, wanted, plan.pair.device)
     if order is None:
         return plan
-    return replace(plan, position=order.inverse[plan.position], pair=plan.pair[order.index])
+    vacant = None if plan.vacant is None else plan.vacant[order.index]
+    return replace(plan, position=order.inverse[plan.position], pair=plan.pair[order.index], vacant=vacant)
 
 
 class ChunkTravel:
@@ -58,3 +59,32 @@ class ChunkTravel:
     def finish(self, departed: list[Tensor]) -> Tensor:
         """Returns (N, D), the experts' results of all chunks, once they are home."""
         return torch.cat([arrive(y, trip) for y, trip in zip(departed, self.home)])
+
+
+def set_out(
+    tokens: Tensor, pair: Tensor | None, plan: Plan, counts: list, routes: list[Route], link: Link
+) -> Dispatched:
+    """Returns the rows for this rank's experts, from the rows (N, D) that this rank has for all of them.
+
+    Args:
+        tokens: In the plan's order; by chunk where there are several.
+        pair: See Dispatcher.
+        counts: Per chunk, the rows of the local experts.
+        routes: Per chunk.
+    """
+    if len(routes) == 1:
+        (route,) = routes
+        pair = None if pair is None else link.exchange(pick_rows(pair.flatten(), plan.pair), route)
+        return Dispatched(travel(tokens, link, route), counts[0], pair, plan, route)
+    chunks = ChunkTravel(link, routes)
+    if pair is not None:
+        pairs = pick_rows(pair.flatten(), plan.pair).split(chunks.sizes)
+        pair = [link.exchange(part, route) for part, route in zip(pairs, routes)]
+    return Dispatched(chunks.start(tokens), counts, pair, plan, chunks=chunks)
+
+
+def come_home(y: Tensor | list[Tensor], dispatched: Dispatched, link: Link) -> Tensor:
+    """Returns (N, D), the experts' results of the rows that set out, in the plan's order."""
+    if dispatched.chunks is not None:
+        return dispatched.chunks.finish(y)
+    return travel(y, link, dispatched.exchange.reverse)

@@ -42,9 +42,9 @@ class HierarchicalTransport:
         assert sorted(self.sources) == list(range(len(topology.hosts)))
 
     @property
-    def num_relayed(self) -> int:
+    def relayed_ranks(self) -> list[int]:
         """N: the ranks of this node tell each other what they send."""
-        return len(self.node)
+        return self.node
 
     def relayed(self, send_CR: Tensor) -> Tensor:
         """See Transport: what every rank of the node sends, (N, C, R)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.owners import Owners
 from swin_moe.parallel.topology import Topology
 from swin_moe.registry import lookup
 
@@ -177,7 +178,7 @@ class Transport(Protocol):
     """Makes routes between the ranks of the expert group."""
 
     name: str
-    num_relayed: int  # X
+    relayed_ranks: list[int]  # X of them: the ranks of whose rows this rank has to know
 
     def __init__(self, groups: Groups) -> None: ...
 
@@ -203,9 +204,9 @@ class LinearTransport:
     """One all-to-all over the whole group."""
 
     name = "linear"
-    num_relayed = 0
 
     def __init__(self, groups: Groups) -> None:
+        self.relayed_ranks: list[int] = []
         self.group, self.me = groups.expert, groups.expert_rank
         hosts = groups.topology.hosts
         self.away = tuple(host != hosts[self.me] for host in hosts)
@@ -220,14 +221,15 @@ class LinearTransport:
         return Route((hop,), (None, block_order(*by_expert(arriving, list(range(len(send)))), device)))
 
 
-def even_route(transport: Transport, groups: Groups, rows: int, num_local: int, device: torch.device) -> Route:
-    """Returns the route along which every rank sends `rows` rows for each of num_local experts to every rank.
+def even_route(transport: Transport, owners: Owners, rank: int, rows: int, device: torch.device) -> Route:
+    """Returns the route along which every rank of the group sends `rows` rows for each expert.
 
     Nothing is exchanged to make it: for dispatchers that pad.
     """
-    ranks = groups.expert_size
-    send = [rows * num_local] * ranks
-    return transport.route(send, [[rows] * num_local] * ranks, [send] * transport.num_relayed, device)
+    sends = {r: [rows * len(experts) for experts in owners.destinations(r)] for r in (rank, *transport.relayed_ranks)}
+    num_local = owners.num_local(rank)
+    arriving = [[rows if experts else 0] * num_local for experts in owners.sources(rank)]
+    return transport.route(sends[rank], arriving, [sends[r] for r in transport.relayed_ranks], device)
 
 
 def build_transport(name: str, groups: Groups) -> tuple[Transport, str]:

@@ -90,7 +90,8 @@ def tune(layers: Iterable[tuple[MoELayer, int]], groups: Groups, *, dtype: torch
         config = alike[0].config
         directory = Path(config.tune_cache) if config.tune_cache else tune_cache.default_directory()
         options = candidates(config, groups, dtype)
-        key = {**asdict(shape), **_setting(groups, device), "candidates": [str(c) for c in options]}
+        key = {**asdict(shape), "dispatcher": config.backend, **_setting(groups, device)}
+        key["candidates"] = [str(c) for c in options]
         number = _agree(_stored(directory, key, options) if groups.rank == 0 else -1, groups, device)
         how = "kept from an earlier start"
         if number < 0:

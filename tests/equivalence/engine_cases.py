@@ -115,6 +115,7 @@ TOP2 = ("model.moe.top_k=2",)
 COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
 # One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
 CHUNKS = (*TOP2, "model.moe.overlap=3")  # experts called once for several chunks, under every engine's hooks
+PADDED = (*TOP2, "model.moe.backend=padded")
 SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
 # Router state that no gradient moves: a bias that follows the loads of all ranks and micro-batches. And what is dense.
@@ -168,6 +169,7 @@ CASES = (
     Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=CHUNKS),
     Case("deepspeed", 3, 2, precision="fp32", options=(*CHUNKS, *SEED)),
     Case("fairscale", 2, 2, options=CHUNKS),
+    Case("torch", 3, 4, expert=2, uneven=True, recompute=True, options=PADDED),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
     Case("deepspeed", 1, 2, precision="fp32", expert=1, expert_shard=1, offload="optimizer"),

@@ -3,20 +3,17 @@
 One MPI start per world runs all of its layouts (expert_parallel_cases.py), in float64.
 """
 
-import functools
-
 import pytest
 
-from tests.equivalence.expert_parallel_cases import CASES, run_world
-from tests.ranks import run_ranks
+from tests.equivalence.expert_parallel_cases import CASES
 
 pytestmark = pytest.mark.mpi
 
 
-@pytest.fixture(scope="module")
-def results_of(tmp_path_factory):
-    """Returns world -> what every case gave, per rank; every world is started once."""
-    return functools.cache(lambda world: run_ranks(run_world, world, tmp_path_factory.mktemp("ranks")))
+@pytest.fixture
+def results_of(world_results):
+    """Returns world -> what every case gave, per rank."""
+    return lambda world: [result["spread"] for result in world_results(world)]
 
 
 @pytest.mark.parametrize(("world", "name"), [(world, name) for world, cases in CASES.items() for name in cases])

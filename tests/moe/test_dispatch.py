@@ -98,6 +98,18 @@ def test_padding_by_hand():
     assert dispatched.tokens[[0, 2, 3]].tolist() == [[2.0], [1.0], [3.0]]
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_rows_of_no_tokens_are_padding_and_have_a_gradient(top_k):
+    """Other ranks may have tokens, and all send equally many rows."""
+    routing = random_routing(tokens=0, top_k=top_k)
+    plan = make_padded_plan(routing, 3)
+    x, y, gate = (torch.randn(n, d, requires_grad=True) for n, d in ((0, 5), (12, 5), (0, top_k)))
+    rows, out = take_tokens(x, plan), combine_tokens(y, gate, plan)
+    assert rows.shape == (12, 5) and out.shape == (0, 5) and plan.vacant.all()
+    (rows.sum() + out.sum()).backward()
+    assert x.grad.shape == x.shape and gate.grad.shape == gate.shape and torch.equal(y.grad, torch.zeros(12, 5))
+
+
 def test_padding_holds_what_groups_need_together_and_no_more_than_all_tokens():
     assert padded_rows(random_routing(group_size=3, capacity=1)) == 4
     assert padded_rows(random_routing(capacity=99)) == 12

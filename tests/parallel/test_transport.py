@@ -7,6 +7,7 @@ import torch
 
 from swin_moe.parallel.groups import Degrees, Groups
 from swin_moe.parallel.hierarchical import HierarchicalTransport
+from swin_moe.parallel.owners import Owners
 from swin_moe.parallel.topology import Topology
 from swin_moe.parallel.transport import (
     Flight,
@@ -45,8 +46,7 @@ def routes(kind, hosts, count_RRE):
     send_RR = [[sum(count_RRE[r][d]) for d in ranks] for r in ranks]
     found = []
     for rank, transport in enumerate(transports(kind, hosts)):
-        node = Topology(tuple(hosts)).node(rank)
-        relayed = [send_RR[r] for r in node][: transport.num_relayed]
+        relayed = [send_RR[r] for r in transport.relayed_ranks]
         found.append(transport.route(send_RR[rank], [count_RRE[s][rank] for s in ranks], relayed, CPU))
     return found
 
@@ -117,12 +117,18 @@ def test_random_rows_arrive_by_expert_and_source_and_find_their_way_back(kind):
         assert sum(route.crossing_rows for route in made) == sum(away)  # no row crosses twice
 
 
-def test_even_rows_need_no_counts():
-    hosts = (0, 1, 1, 1)
-    expected = routes(HierarchicalTransport, hosts, [[[2, 2]] * 4] * 4)
-    for rank, transport in enumerate(transports(HierarchicalTransport, hosts)):
-        made = even_route(transport, groups_of(rank, hosts), 2, 2, CPU)
+@pytest.mark.parametrize("kind", [LinearTransport, HierarchicalTransport])
+@pytest.mark.parametrize(("degrees", "experts"), [((4, 1, 1), 8), ((4, 1, 1), 5), ((2, 2, 1), 3), ((1, 4, 1), 2)])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_even_rows_need_no_counts(kind, degrees, experts, rows):
+    hosts, owners = (0, 1, 1, 1), Owners(Degrees(*degrees), experts)
+    count = [[[rows if owners.sources(d)[s] else 0] * owners.num_local(d) for d in range(4)] for s in range(4)]
+    expected = routes(kind, hosts, count)
+    for rank, transport in enumerate(transports(kind, hosts)):
+        made = even_route(transport, owners, rank, rows, CPU)
         assert made.hops == expected[rank].hops
+        for order, wanted in zip(made.orders, expected[rank].orders):
+            assert (order is None) == (wanted is None) and (order is None or torch.equal(order.index, wanted.index))
 
 
 def test_a_hierarchy_without_levels_is_linear():

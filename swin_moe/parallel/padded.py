@@ -1,0 +1,73 @@
+"""Experts on other ranks with static shapes: equally many rows for every expert from every rank.
+
+(E, C, D) on every rank becomes (E_local, S * C, D) at the owners, and the experts' products are batched ones. All that
+is sent is known beforehand, but for C: tokens may differ between ranks, which agree on the largest.
+
+Shape legend: E experts, C rows of one expert from one rank, S ranks that send to this one, D channels.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swin_moe.moe.dispatch import VERBS, Dispatched, Dispatcher, PaddedDispatcher, Verbs, make_padded_plan, padded_rows
+from swin_moe.moe.router import Routing
+from swin_moe.parallel.chunks import chunk_plan, come_home, rows_in_chunk, set_out
+from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.link import Link
+from swin_moe.parallel.owners import Owners
+from swin_moe.parallel.transport import Route, even_route
+
+
+def padded(groups: Groups, num_experts: int, link: Link | None) -> Dispatcher:
+    """Returns the dispatcher that sends equally many rows to every expert."""
+    return pad_with(VERBS, groups, num_experts, link)
+
+
+def pad_with(verbs: Verbs, groups: Groups, num_experts: int, link: Link | None) -> Dispatcher:
+    """Returns the dispatcher that pads and moves rows within a rank by these verbs; between ranks by the link."""
+    return PaddedDispatcher(verbs) if link is None else PaddedAllToAll(verbs, groups, num_experts, link)
+
+
+class PaddedAllToAll:
+    """Dispatcher over the expert group (see moe/dispatch.py)."""
+
+    def __init__(self, verbs: Verbs, groups: Groups, num_experts: int, link: Link) -> None:
+        self.verbs, self.groups, self.link = verbs, groups, link
+        self.owners = Owners(groups.degrees, num_experts)
+        self._made: tuple[tuple, list[Route]] | None = None  # the last routes and what for: C rarely changes
+
+    def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
+        """See Dispatcher."""
+        rows, overlap = self._agree(padded_rows(routing), x.device), self.link.overlap
+        plan = make_padded_plan(routing, rows)
+        if overlap > 1:
+            plan = chunk_plan(plan, [rows] * self.owners.num_experts, overlap)
+        parts = tuple(rows_in_chunk(rows, chunk, overlap) for chunk in range(overlap))
+        counts = [self.groups.degrees.expert * part for part in parts]
+        return set_out(self.verbs.take(x, plan), pair, plan, counts, self._routes(parts, x.device), self.link)
+
+    def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
+        """See Dispatcher."""
+        return self.verbs.combine(come_home(y, dispatched, self.link), gate, dispatched.plan)
+
+    def _agree(self, rows: int, device: torch.device) -> int:
+        """Returns C, the rows of the rank that needs most."""
+        most = torch.tensor(rows, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.groups.expert)
+        return int(most)
+
+    def _routes(self, parts: tuple[int, ...], device: torch.device) -> list[Route]:
+        """Returns the route of each chunk, of which every expert has so many rows from every rank."""
+        transport, rank = self.link.transport, self.groups.expert_rank
+        wanted = (transport, parts, device)
+        if self._made is None or self._made[0] != wanted:
+            self._made = wanted, [even_route(transport, self.owners, rank, rows, device) for rows in parts]
+        return self._made[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PaddedAllToAll":
+        """Returns a dispatcher with a link of its own; routes hold process groups, which cannot be copied."""
+        return PaddedAllToAll(self.verbs, self.groups, self.owners.num_experts, copy.deepcopy(self.link, memo))

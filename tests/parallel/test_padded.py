@@ -1,0 +1,50 @@
+"""The padded backend without ranks; on ranks: tests/equivalence/test_backend_vs_backend.py."""
+
+import copy
+
+import pytest
+import torch
+
+from swin_moe.config import MoEConfig, ParallelConfig
+from swin_moe.moe.dispatch import VERBS, LocalDispatcher, PaddedDispatcher, make_padded_plan
+from swin_moe.moe.layer import MoELayer
+from swin_moe.moe.router import route
+from swin_moe.parallel.apply import parallelize
+from swin_moe.parallel.chunks import chunk_plan
+from swin_moe.parallel.groups import Degrees, Groups, single_process_groups
+from swin_moe.parallel.link import Link
+from swin_moe.parallel.padded import PaddedAllToAll
+from swin_moe.parallel.transport import LinearTransport
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("padded", PaddedDispatcher), ("native", LocalDispatcher)])
+def test_one_rank_pads_before_and_after_parallelize(backend, kind):
+    layer = MoELayer(4, 8, MoEConfig(num_experts=3, backend=backend), fc2_bias=True, layer=0, init_std=0.5)
+    assert type(layer.dispatcher) is kind
+    assert type(parallelize(layer, ParallelConfig(), single_process_groups()).dispatcher) is kind
+
+
+def test_chunks_of_padded_rows_by_hand():
+    # Token 0 chooses expert 0, tokens 1 and 2 expert 1; three rows each:  a . . | b c .
+    routing = route(torch.tensor([[5.0, 0.0], [0.0, 5.0], [0.0, 5.0]]), top_k=1, capacity=3)
+    plan = make_padded_plan(routing, 3)
+    assert plan.vacant.tolist() == [False, True, True, False, False, True]
+    chunked = chunk_plan(plan, [3, 3], 2)  # a | b  and then  . . | c .
+    assert chunked.vacant.tolist() == [False, False, True, True, False, True]
+    assert chunked.position.flatten().tolist() == [0, 1, 4] and chunked.pair[[0, 1, 4]].tolist() == [0, 1, 2]
+
+
+def test_routes_are_made_once_while_shapes_and_the_link_stay():
+    groups = Groups(2, 0, Degrees(2, 1, 1))
+    dispatcher = PaddedAllToAll(VERBS, groups, 3, Link(LinearTransport(groups), "none"))
+    first = dispatcher._routes((2,), CPU)
+    assert first[0].hops[0].send == [4, 2] and first[0].hops[0].receive == [4, 4]  # experts 0, 1 and 2
+    assert dispatcher._routes((2,), CPU) is first
+    assert [route.hops[0].send for route in dispatcher._routes((2, 1), CPU)] == [[4, 2], [2, 1]]
+    again = dispatcher._routes((2,), CPU)
+    dispatcher.link = Link(LinearTransport(groups), "none")  # as tuning does
+    assert dispatcher._routes((2,), CPU) is not again
+    twin = copy.deepcopy(dispatcher)
+    assert twin.link is not dispatcher.link and twin._routes((2,), CPU)[0].hops == first[0].hops
