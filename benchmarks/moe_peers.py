@@ -67,7 +67,7 @@ def ours(shape: Shape) -> tuple[MoELayer, Contender]:
     """Returns our layer, experts spread over all ranks, and the contender."""
     config = MoEConfig(
         num_experts=shape.experts, top_k=shape.top_k, capacity_factor=shape.factor, gate_noise=0.0,
-        balance_loss="gshard", batch_prioritized=shape.prioritized,
+        balance_loss="gshard", batch_prioritized=shape.prioritized, aux_loss_weight=1.0,
     )  # fmt: skip
     layer = MoELayer(shape.dim, 4 * shape.dim, config, fc2_bias=True, layer=0, init_std=0.02)
     layer.init_weights(0, "layer")

@@ -72,7 +72,7 @@ def layer_steps(
         layer.dispatcher = dispatcher
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             y, aux = forward(x, random)
-        torch.autograd.backward([y, aux], [seen.to(y.dtype), torch.full_like(aux, 0.01)])
+        torch.autograd.backward([y, aux], [seen.to(y.dtype), torch.ones_like(aux)])
 
     ragged, padded = LocalDispatcher(), PaddedDispatcher()
     steps = {"experts": only_experts, "layer": lambda: whole(ragged), "layer, padded": lambda: whole(padded)}
