@@ -1,0 +1,58 @@
+"""The table of formats. A format is one module here and one row: how to recognize, read and write it.
+
+    detect(path: Path) -> bool                                    looks at names and headers only, never raises
+    open(path: Path, options: Options) -> Source                  raises CheckpointError or CorruptionError
+    write(source: Source, path: Path, options: Options) -> None   through publish.publish_files, so that a kill leaves
+                                                                  nothing or all; every rank of options.comm calls it
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoint_tools.publish import finish_publishing
+from checkpoint_tools.source import Options, Source
+from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.registry import lookup
+
+
+class Format(NamedTuple):
+    """Lazy "module:attribute" of the three functions above; "" where there is none."""
+
+    detect: str
+    open: str
+    write: str
+
+
+# In the order of detection: the first whose `detect` is true is taken.
+FORMATS: dict[str, Format] = {
+    "native": Format(
+        "checkpoint_tools.formats.native:detect",
+        "checkpoint_tools.formats.native:open_native",
+        "checkpoint_tools.formats.native:write_native",
+    ),
+}
+
+
+def find_format(path: Path) -> str:
+    """Returns the name of the format that recognizes `path`.
+
+    Raises:
+        CheckpointError: None does.
+    """
+    for name, row in FORMATS.items():
+        if row.detect and lookup({name: row.detect}, name, key="--from")(path):
+            return name
+    kind = "is no checkpoint of a known format" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path}: {kind}; name one with --from ({', '.join(FORMATS)})")
+
+
+def open_source(path: Path, options: Options, name: str = "") -> Source:
+    """Returns the opened checkpoint at `path`; the format is guessed where `name` is empty."""
+    finish_publishing(path)
+    name = name or find_format(path)
+    return lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)
+
+
+def write_checkpoint(source: Source, path: Path, options: Options, name: str = "native") -> None:
+    """Writes any source as a new checkpoint of the format `name`; nothing may be at `path` yet."""
+    lookup({key: row.write for key, row in FORMATS.items() if row.write}, name, key="--to")(source, path, options)
