@@ -7,10 +7,12 @@ The rename of the first to the second is the commit: a kill before it leaves not
 any verb looks at the path again.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from swin_moe.checkpoint.communicator import Communicator, SingleProcess, together
 from swin_moe.checkpoint.errors import CheckpointError
@@ -39,24 +41,61 @@ def publish_files(
     """
     comm = comm or SingleProcess()
     staging = hidden(path, "tmp")
-    on_first(comm, lambda: _prepare(path, staging, num_bytes))
-    try:
-        together(comm, lambda: write(staging))
-        on_first(comm, lambda: _commit(path, staging))
-    except BaseException:
-        if comm.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with Lock(staging) as lock:
+        on_first(comm, lambda: _prepare(path, staging, num_bytes, lock))
+        try:
+            together(comm, lambda: write(staging))
+            on_first(comm, lambda: _commit(path, staging))
+        except BaseException:
+            if comm.rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
-def _prepare(path: Path, staging: Path, num_bytes: int) -> None:
+class Lock:
+    """Keeps a second run from touching a staging directory; ends with the process, also by kill -9."""
+
+    def __init__(self, staging: Path) -> None:
+        self._staging, self._fd = staging, -1
+
+    def take(self) -> None:
+        """Locks the staging directory, if it exists; again after it was made anew.
+
+        Raises:
+            CheckpointError: Another process holds it.
+        """
+        self.release()
+        if not self._staging.is_dir():
+            return
+        self._fd = os.open(self._staging, os.O_RDONLY)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{self._staging}: another run is writing it now") from error
+
+    def release(self) -> None:
+        """Unlocks."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _prepare(path: Path, staging: Path, num_bytes: int, lock: Lock) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     finish_publishing(path)
     refuse_existing(path)
+    lock.take()
     if staging.exists():
         shutil.rmtree(staging)
     check_space(path.parent, num_bytes)
     staging.mkdir()
+    lock.take()
 
 
 def refuse_existing(path: Path) -> None:

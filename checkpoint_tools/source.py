@@ -4,6 +4,7 @@ A format is a subclass of Source that knows where each tensor's bytes lie. Verbs
 Options.box_bytes, in the order of `locate`, so that copying walks through each file once with bounded memory.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from swin_moe.checkpoint.communicator import Communicator, SingleProcess
-from swin_moe.checkpoint.digest import DEFAULT
+from swin_moe.checkpoint.digest import BLOCK_BYTES, DEFAULT
 from swin_moe.checkpoint.pieces import DTYPE_BYTES
 from swin_moe.checkpoint.save import FILE_SIZE
 from swin_moe.layout import Chunk
@@ -30,9 +31,14 @@ class SourceTensor(NamedTuple):
     dtype: str  # safetensors name
 
     @property
+    def num_elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all elements."""
-        return Chunk.whole(self.shape).numel * DTYPE_BYTES[self.dtype]
+        return self.num_elements * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class Options:
 
     @property
     def box_bytes(self) -> int:
-        """Bytes of the largest box that is read at once; a reader's own buffers may take eight times as much."""
-        return min(BOX_BYTES, self.max_memory // 32)
+        """Bytes of the largest box that is read at once, whole digest blocks; a reader's own buffers may take 8 times it."""
+        return max(BLOCK_BYTES, min(BOX_BYTES, self.max_memory // 32) // BLOCK_BYTES * BLOCK_BYTES)
 
 
 class Source:
@@ -75,7 +81,8 @@ class Source:
     format: str  # its row in FORMATS
     path: Path  # as the user gave it
     files: list[Path]  # every file that holds something of it
-    tensors: dict[str, SourceTensor]  # under our names: parameters, optim.<state>/, master/, ema/ (checkpoint_format.md)
+    tensors: dict[str, SourceTensor]  # under our names: parameters, optim.<state>/, ... (docs/checkpoint_format.md)
+    has_digests: bool = False  # whether `read` would notice a flipped bit
     step: int = 0  # optimizer steps done
     state: dict[str, Any]  # JSON as train.py saves it, or {} where the format holds none of it
     config: dict[str, Any]  # JSON, our option names, without entries of layout and host; {} where unknown
@@ -97,15 +104,21 @@ class Source:
         return "", 0
 
     def read_bytes(self, name: str, box: Chunk) -> int:
-        """Returns the bytes of the files that reading this box takes; more than it holds where replicas are compared.
-        """
+        """Returns the bytes of the files that reading this box takes; more than it holds where replicas are compared."""
         return box.numel * DTYPE_BYTES[self.tensors[name].dtype]
 
     def identity(self) -> Any:
-        """Returns JSON that differs once a file of the source was changed; a journal of another one is not continued.
-        """
+        """Returns JSON that differs once a file of the source was changed; a journal of another one is not continued."""
         stats = ((str(path), os.stat(path)) for path in self.files)
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats, key=lambda item: item[0])]
+
+    def num_chunks(self, name: str) -> int:
+        """Returns in how many parts a tensor is stored."""
+        return 1
+
+    def find_problems(self) -> list[str]:
+        """Returns a sentence for each thing that is wrong outside the tensors' data."""
+        return []
 
     def close(self) -> None:
         """Closes files."""

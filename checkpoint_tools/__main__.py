@@ -1,0 +1,104 @@
+"""`swin-moe checkpoint VERB ...` = `python -m checkpoint_tools VERB ...`, also after `python -m launcher -n K --`.
+
+A verb is a module with two functions, `configure(parser)` and `run(arguments, options) -> exit code`, and a row here.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+
+from checkpoint_tools.ranks import join_ranks
+from checkpoint_tools.source import MAX_MEMORY, Options
+from checkpoint_tools.text import parse_bytes
+from swin_moe.checkpoint.communicator import Communicator
+from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT
+from swin_moe.checkpoint.save import FILE_SIZE
+
+PROGRAM = "swin-moe checkpoint"
+VERBS = {
+    "inspect": ("checkpoint_tools.inspect", "what a checkpoint holds, and where"),
+    "verify": ("checkpoint_tools.verify", "compare every byte with its digest; every element is there exactly once"),
+    "diff": ("checkpoint_tools.diff", "what differs between two checkpoints of any formats"),
+    "plan": ("checkpoint_tools.plan", "what a conversion would read and write; touches nothing"),
+    "reshard": ("checkpoint_tools.reshard", "write a checkpoint anew, checked against another number of ranks"),
+    "convert": ("checkpoint_tools.convert", "from any format to any format"),
+    "average": ("checkpoint_tools.average", "the weighted mean of several checkpoints' parameters"),
+    "export": ("checkpoint_tools.export", "to safetensors, ONNX or a torch.export program"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code of a verb: 0, 1 where it found differences, 2 after an error of the user's."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print(f"usage: {PROGRAM} VERB [arguments]; {PROGRAM} VERB --help says more\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items()))
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(f"error: unknown verb {argv[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        module, text = VERBS[argv[0]]
+        verb = importlib.import_module(module)
+        parser = argparse.ArgumentParser(prog=f"{PROGRAM} {argv[0]}", description=text + ".")
+        verb.configure(parser)
+        _add_common(parser)
+        arguments = parser.parse_args(argv[1:])
+        return verb.run(arguments, build_options(arguments, join_ranks()))
+    except (ValueError, OSError) as error:
+        if os.environ.get("SWIN_MOE_TRACEBACK"):
+            traceback.print_exc()
+        if rank:
+            time.sleep(3)  # all ranks raise the same, and this one's exit ends them: rank 0 has to say it first
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-memory", type=parse_bytes, default=MAX_MEMORY, metavar="SIZE",
+        help="resident memory of each process beyond the interpreter and its modules (default 512M)",
+    )  # fmt: skip
+    parser.add_argument("--no-verify", action="store_true", help="do not compare what is read with its digests")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of verbs that write a checkpoint."""
+    add = parser.add_argument
+    add("--file-size", type=parse_bytes, default=FILE_SIZE, metavar="SIZE", help="data per shard file (default 1G)")
+    add("--digest", choices=sorted(ALGORITHMS), default=DEFAULT, help=f"of native output (default {DEFAULT})")
+    add("--on-drift", choices=("error", "first", "mean"), default="error", help="where replicas in rank files differ")
+    add("--dry-run", action="store_true", help="say what would be read and written, and stop")
+
+
+def build_options(arguments: argparse.Namespace, comm: Communicator) -> Options:
+    """Returns what the arguments ask for; ranks other than 0 are silent."""
+    settings = dict(text.partition("=")[::2] for text in getattr(arguments, "set", None) or [])
+    return Options(
+        max_memory=arguments.max_memory,
+        file_size=getattr(arguments, "file_size", FILE_SIZE),
+        algorithm=getattr(arguments, "digest", DEFAULT),
+        verify=not arguments.no_verify,
+        on_drift=getattr(arguments, "on_drift", "error"),
+        world=getattr(arguments, "world", 0),
+        extra=settings,
+        comm=comm,
+        report=print if comm.rank == 0 else lambda text: None,
+    )
+
+
+def run() -> None:
+    """Runs the command line on this rank: alone, or as one of mpirun's."""
+    from launcher import mpi
+
+    mpi.call(lambda: sys.exit(main()))
+
+
+if __name__ == "__main__":
+    run()
