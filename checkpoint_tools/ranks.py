@@ -34,5 +34,5 @@ def join_ranks() -> Communicator:
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
         return MpiRanks(mpi.COMM_WORLD)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("checkpoint tools are parallel under MPI only: python -m launcher -n K -- -m checkpoint_tools ...")
+        raise ValueError("checkpoint tools are parallel only under MPI: python -m launcher -n K -- -m checkpoint_tools")
     return SingleProcess()

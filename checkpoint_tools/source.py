@@ -66,7 +66,7 @@ class Options:
 
     @property
     def box_bytes(self) -> int:
-        """Bytes of the largest box that is read at once, whole digest blocks; a reader's own buffers may take 8 times it."""
+        """Bytes of the largest box read at once, whole blocks; a reader's own buffers may take 8 times as much."""
         return max(BLOCK_BYTES, min(BOX_BYTES, self.max_memory // 32) // BLOCK_BYTES * BLOCK_BYTES)
 
 
@@ -104,11 +104,11 @@ class Source:
         return "", 0
 
     def read_bytes(self, name: str, box: Chunk) -> int:
-        """Returns the bytes of the files that reading this box takes; more than it holds where replicas are compared."""
+        """Returns the bytes that reading this box takes from files; more than it holds where replicas are compared."""
         return box.numel * DTYPE_BYTES[self.tensors[name].dtype]
 
     def identity(self) -> Any:
-        """Returns JSON that differs once a file of the source was changed; a journal of another one is not continued."""
+        """Returns JSON that differs once a file of the source was changed; another one's journal is not continued."""
         stats = ((str(path), os.stat(path)) for path in self.files)
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in sorted(stats, key=lambda item: item[0])]
 

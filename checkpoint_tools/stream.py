@@ -24,7 +24,7 @@ from swin_moe.checkpoint.communicator import collect, together
 from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, num_blocks
 from swin_moe.checkpoint.directory import publish
 from swin_moe.checkpoint.errors import CheckpointError, describe
-from swin_moe.checkpoint.index import FILE_NAME, Index, StoredChunk
+from swin_moe.checkpoint.index import FILE_NAME, Index
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.checkpoint.plan import FilePlan, plan_files
 from swin_moe.checkpoint.save import PROVENANCE, add_digests, check_arguments, check_name, on_first

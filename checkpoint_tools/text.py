@@ -10,13 +10,10 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def format_bytes(number: float) -> str:
     """Returns a number of bytes for people: "512 B", "1.21 GiB"."""
-    for unit in _UNITS[:-1]:
-        if number < 1000:
-            break
-        number /= 1024
-    else:
-        unit = _UNITS[-1]
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+    power = 0
+    while number >= 1000 and power < len(_UNITS) - 1:
+        number, power = number / 1024, power + 1
+    return f"{number:.3g} {_UNITS[power]}"
 
 
 def parse_bytes(text: str) -> int:

@@ -1,4 +1,4 @@
-"""`verify PATH`: every byte against its digest, every element exactly once; formats without digests are read through."""
+"""`verify PATH`: every byte against its digest, every element exactly once; without digests, that all can be read."""
 
 import argparse
 from pathlib import Path
