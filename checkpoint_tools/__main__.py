@@ -10,12 +10,8 @@ import sys
 import time
 import traceback
 
+from checkpoint_tools.arguments import add_common_arguments, build_options
 from checkpoint_tools.ranks import join_ranks
-from checkpoint_tools.source import MAX_MEMORY, Options
-from checkpoint_tools.text import parse_bytes
-from swin_moe.checkpoint.communicator import Communicator
-from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT
-from swin_moe.checkpoint.save import FILE_SIZE
 
 PROGRAM = "swin-moe checkpoint"
 VERBS = {
@@ -47,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         verb = importlib.import_module(module)
         parser = argparse.ArgumentParser(prog=f"{PROGRAM} {argv[0]}", description=text + ".")
         verb.configure(parser)
-        _add_common(parser)
+        add_common_arguments(parser)
         arguments = parser.parse_args(argv[1:])
         return verb.run(arguments, build_options(arguments, join_ranks()))
     except (ValueError, OSError) as error:
@@ -60,44 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-memory", type=parse_bytes, default=MAX_MEMORY, metavar="SIZE",
-        help="resident memory of each process beyond the interpreter and its modules (default 512M)",
-    )  # fmt: skip
-    parser.add_argument("--no-verify", action="store_true", help="do not compare what is read with its digests")
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of verbs that write a checkpoint."""
-    add = parser.add_argument
-    add("--file-size", type=parse_bytes, default=FILE_SIZE, metavar="SIZE", help="data per shard file (default 1G)")
-    add("--digest", choices=sorted(ALGORITHMS), default=DEFAULT, help=f"of native output (default {DEFAULT})")
-    add("--on-drift", choices=("error", "first", "mean"), default="error", help="where replicas in rank files differ")
-    add("--dry-run", action="store_true", help="say what would be read and written, and stop")
-
-
-def build_options(arguments: argparse.Namespace, comm: Communicator) -> Options:
-    """Returns what the arguments ask for; ranks other than 0 are silent."""
-    settings = dict(text.partition("=")[::2] for text in getattr(arguments, "set", None) or [])
-    return Options(
-        max_memory=arguments.max_memory,
-        file_size=getattr(arguments, "file_size", FILE_SIZE),
-        algorithm=getattr(arguments, "digest", DEFAULT),
-        verify=not arguments.no_verify,
-        on_drift=getattr(arguments, "on_drift", "error"),
-        world=getattr(arguments, "world", 0),
-        extra=settings,
-        comm=comm,
-        report=print if comm.rank == 0 else lambda text: None,
-    )
-
-
-def run() -> None:
+def run(argv: list[str] | None = None) -> None:
     """Runs the command line on this rank: alone, or as one of mpirun's."""
     from launcher import mpi
 
-    mpi.call(lambda: sys.exit(main()))
+    mpi.call(lambda: sys.exit(main(argv)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from checkpoint_tools.source import Options
 from checkpoint_tools.text import format_bytes
 
 
@@ -33,3 +36,13 @@ class ProgressBar:
         """Ends the redrawn line."""
         if self._enabled:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_of(options: Options, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yields what counts the bytes of a long work of this rank; drawn as a bar on rank 0."""
+    bar = ProgressBar(num_bytes, enabled=options.comm.rank == 0)
+    try:
+        yield bar.advance
+    finally:
+        bar.clear()

@@ -80,14 +80,7 @@ def plan_job(source: Source, options: Options) -> Job:
     )
     specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in source.tensors.items()}
     plan = plan_files(specs, options.file_size, options.algorithm)
-    keyed = sorted(
-        (source.locate(name, stored.chunk), Unit(name, i, begin, min(begin + options.box_bytes, length)))
-        for name, tensor in plan.tensors.items()
-        for i, stored in enumerate(tensor.chunks)
-        for length in (stored.end - stored.begin,)
-        for begin in range(0, length, options.box_bytes)
-    )
-    units = [unit for _, unit in keyed]
+    units = list_units(source, plan, options.box_bytes)
     reads = [sum(source.read_bytes(unit.name, box) for box, _, _ in unit_boxes(plan, unit)) for unit in units]
     identity = {
         "source": source.identity(), "format": source.format, "step": source.step, "state": source.state,
@@ -95,6 +88,16 @@ def plan_job(source: Source, options: Options) -> Job:
         "on_drift": options.on_drift, "tensors": {name: [list(shape), dtype] for name, (shape, dtype) in specs.items()},
     }  # fmt: skip
     return Job(plan, units, reads, fingerprint(canonical_json(identity)))
+
+
+def list_units(source: Source, plan: FilePlan, box_bytes: int) -> list[Unit]:
+    """Returns the units of a plan in the order of the source's files; each holds at most `box_bytes`."""
+    keyed = []
+    for name, tensor in plan.tensors.items():
+        for i, stored in enumerate(tensor.chunks):
+            place, length = source.locate(name, stored.chunk), stored.end - stored.begin
+            keyed += [(place, Unit(name, i, b, min(b + box_bytes, length))) for b in range(0, length, box_bytes)]
+    return [unit for _, unit in sorted(keyed)]
 
 
 def unit_boxes(plan: FilePlan, unit: Unit) -> Iterator[tuple[Chunk, int, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint_tools.formats import FORMATS, open_source
-from checkpoint_tools.progress import ProgressBar
+from checkpoint_tools.progress import progress_of
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.stream import plan_job, read_unit, split_units
 from checkpoint_tools.text import format_bytes
@@ -46,13 +46,12 @@ def find_problems(source: Source, options: Options) -> list[str]:
     problems = source.find_problems() if options.comm.rank == 0 else []
     job = plan_job(source, options)
     units = split_units(job, options.comm.size)[options.comm.rank]
-    bar = ProgressBar(sum(unit.num_bytes for unit in units), enabled=options.comm.rank == 0)
     buffer = np.empty(options.box_bytes, np.uint8)
-    for unit in units:
-        try:
-            read_unit(source, job, unit, buffer)
-        except CorruptionError as error:
-            problems.append(str(error))
-        bar.advance(unit.num_bytes)
-    bar.clear()
+    with progress_of(options, sum(unit.num_bytes for unit in units)) as advance:
+        for unit in units:
+            try:
+                read_unit(source, job, unit, buffer)
+            except CorruptionError as error:
+                problems.append(str(error))
+            advance(unit.num_bytes)
     return problems

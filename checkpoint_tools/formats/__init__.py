@@ -4,6 +4,8 @@
     open(path: Path, options: Options) -> Source                  raises CheckpointError or CorruptionError
     write(source: Source, path: Path, options: Options) -> None   through publish.publish_files, so that a kill leaves
                                                                   nothing or all; every rank of options.comm calls it
+    plan(source: Source, path: Path, options: Options)            optional, for --dry-run: the files that `write` would
+        -> dict[str, int]                                         make, with their bytes
 """
 
 from pathlib import Path
@@ -16,11 +18,12 @@ from swin_moe.registry import lookup
 
 
 class Format(NamedTuple):
-    """Lazy "module:attribute" of the three functions above; "" where there is none."""
+    """Lazy "module:attribute" of the functions above; "" where there is none."""
 
     detect: str
     open: str
     write: str
+    plan: str = ""
 
 
 # In the order of detection: the first whose `detect` is true is taken.
@@ -29,6 +32,7 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.native:detect",
         "checkpoint_tools.formats.native:open_native",
         "checkpoint_tools.formats.native:write_native",
+        "checkpoint_tools.formats.native:plan_native",
     ),
 }
 
@@ -51,6 +55,12 @@ def open_source(path: Path, options: Options, name: str = "") -> Source:
     finish_publishing(path)
     name = name or find_format(path)
     return lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)
+
+
+def plan_output(source: Source, path: Path, options: Options, name: str = "native") -> dict[str, int] | None:
+    """Returns the files that write_checkpoint would make, with their bytes; None where the format cannot tell."""
+    row = FORMATS[name].plan
+    return lookup({name: row}, name, key="--to")(source, path, options) if row else None
 
 
 def write_checkpoint(source: Source, path: Path, options: Options, name: str = "native") -> None:

@@ -92,6 +92,12 @@ def resolve_checkpoint(path: Path, options: Options) -> Path:
     return found
 
 
+def plan_native(source: Source, path: Path, options: Options) -> dict[str, int]:
+    """Returns the shard files of the output and their bytes."""
+    plan = stream.plan_job(source, options).plan
+    return {f"{path.name}/{name}": file.size for name, file in plan.files.items()}
+
+
 def write_native(source: Source, path: Path, options: Options) -> None:
     """Writes `source` in canonical form; see stream.write_native."""
     stream.write_native(source, path, options)
