@@ -5,6 +5,7 @@ computes every token here, and the gates, zero where an expert was not chosen or
 function, at experts / top_k times the multiply-accumulates of the MoE layers.
 """
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from checkpoint_tools.export import read_parts
 from checkpoint_tools.publish import publish_files
 from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.config import MoEConfig
 from swin_moe.config_io import config_from_tree
 from swin_moe.models.build import build_model
 from swin_moe.moe.dispatch import Dispatched
@@ -68,7 +70,7 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
         raise CheckpointError(f"{source.path}: does not say which network it holds (no config); convert it with one")
     config = config_from_tree(source.config, source=str(source.path)).model
     with torch.device("meta"):
-        network = build_model(config)
+        network = build_model(dataclasses.replace(config, moe=with_fixed_capacity(config.moe)))
     parameters = dict(network.named_parameters())
     for name in sorted(parameters.keys() ^ stored.keys()):
         where = "the network of its config does not have" if name in stored else "is missing, which its network needs"
@@ -83,6 +85,12 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
             module.dispatcher = EveryExpert(config.moe.num_experts)
     size = config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
     return LogitsOnly(network).eval(), size
+
+
+def with_fixed_capacity(moe: MoEConfig) -> MoEConfig:
+    """Returns the config with capacity by need, a number that depends on the data, as one that is always enough."""
+    factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
+    return moe if factor else dataclasses.replace(moe, eval_capacity_factor=float(moe.num_experts))
 
 
 def read_tensor(source: Source, name: str, options: Options) -> Tensor:
@@ -101,8 +109,21 @@ def read_tensor(source: Source, name: str, options: Options) -> Tensor:
 def export_program(source: Source, stored: dict[str, str], options: Options, batch: int) -> Any:
     """Returns the ExportedProgram: (batch, 3, H, W) images to logits, at the size of the config."""
     network, (height, width) = build_network(source, stored, options)
+    image = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=dtype_of(network))
     with torch.no_grad():
-        return torch.export.export(network, (torch.zeros(batch, 3, height, width),))
+        # First the network itself: its tables of positions are cached, and must not be those of a traced one.
+        expected = network(image)
+        program = torch.export.export(network, (image,))
+        found = program.module()(image)
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        delta = float((found - expected).abs().max())
+        raise CheckpointError(f"{source.path}: the exported program differs from the network by {delta:.3g}")
+    return program
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Returns the dtype of a network's parameters."""
+    return next(network.parameters()).dtype
 
 
 def write_program(source: Source, stored: dict[str, str], path: Path, options: Options, batch: int) -> None:
