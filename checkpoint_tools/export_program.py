@@ -31,8 +31,8 @@ _RAW = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 class EveryExpert:
     """A Dispatcher whose shapes do not depend on the data: every expert sees every token."""
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
+    def __init__(self, num_experts: int, *, drops: bool) -> None:
+        self._num_experts, self._drops = num_experts, drops  # without drops no slot has to be counted
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See swin_moe.moe.dispatch.Dispatcher."""
@@ -42,7 +42,7 @@ class EveryExpert:
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See swin_moe.moe.dispatch.Dispatcher."""
         routing = dispatched.exchange
-        kept = gate * routing.keep.to(gate.dtype)
+        kept = gate * routing.keep.to(gate.dtype) if self._drops else gate
         weight_TE = kept.new_zeros((kept.shape[0], self._num_experts)).scatter_add(1, routing.expert, kept)
         return torch.einsum("te,etd->td", weight_TE, y.view(self._num_experts, -1, y.shape[1]).to(gate.dtype))
 
@@ -69,8 +69,9 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     if "model" not in source.config:
         raise CheckpointError(f"{source.path}: does not say which network it holds (no config); convert it with one")
     config = config_from_tree(source.config, source=str(source.path)).model
+    moe = with_fixed_capacity(config.moe)
     with torch.device("meta"):
-        network = build_model(dataclasses.replace(config, moe=with_fixed_capacity(config.moe)))
+        network = build_model(dataclasses.replace(config, moe=moe))
     parameters = dict(network.named_parameters())
     for name in sorted(parameters.keys() ^ stored.keys()):
         where = "the network of its config does not have" if name in stored else "is missing, which its network needs"
@@ -82,7 +83,9 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     network.load_state_dict(values, strict=False, assign=True)
     for module in network.modules():
         if isinstance(module, MoELayer):
-            module.dispatcher = EveryExpert(config.moe.num_experts)
+            module.dispatcher = EveryExpert(moe.num_experts, drops=moe == config.moe)
+        if hasattr(module, "implementation"):
+            module.implementation = "eager"  # plain operations, which ONNX has too
     size = config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
     return LogitsOnly(network).eval(), size
 
@@ -142,6 +145,19 @@ def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Opti
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--to onnx needs {' and '.join(missing)}; install with: pip install {' '.join(missing)}")
-    program: Any = torch.onnx.export(export_program(source, stored, options, batch), dynamo=True)
+    program = export_program(source, stored, options, batch).run_decompositions({})
+    graph = program.graph_module.graph
+    # Without assertions on them, slots that nobody asks for go; ONNX has no stable sort to count them with.
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    stable_sorts = [node for node in graph.nodes if node.target is torch.ops.aten.sort.stable]
+    if stable_sorts:
+        raise ValueError(
+            "--to onnx cannot hold experts of limited capacity; export a checkpoint whose config has "
+            "model.moe.eval_capacity_factor=0, or use --to torch-export"
+        )
+    onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False)
     size = sum(source.tensors[name].num_bytes for name in stored.values())
-    publish_files(path, size, lambda staging: program.save(staging / path.name))
+    publish_files(path, size, lambda staging: onnx.save(staging / path.name))
