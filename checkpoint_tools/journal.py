@@ -58,8 +58,9 @@ class Journal:
     def remove(self) -> None:
         """Deletes the journal, if there is one."""
         if self.directory.exists():
-            (self.directory / "job.json").unlink(missing_ok=True)  # first: without it the rest means nothing
-            shutil.rmtree(self.directory)
+            for log in self.directory.glob("rank-*.log"):
+                log.unlink()
+            shutil.rmtree(self.directory)  # the job last: until then a finished run is known to be finished
 
 
 class JournalWriter:

@@ -159,9 +159,11 @@ def _run(source: Source, job: Job, path: Path, options: Options, done: Done) -> 
 def _prepare(job: Job, path: Path, options: Options, lock: Lock) -> Done | None:
     """Returns what earlier runs of this job did, with the staging directory ready; None if they did all of it."""
     staging, journal = hidden(path, "tmp"), Journal(path)
-    if path.exists() and journal.job() == job.key:
+    if path.exists():
+        finished = journal.job() == job.key
         journal.remove()
-        return None
+        if finished:
+            return None
     refuse_existing(path)
     lock.take()
     if staging.is_dir() and journal.job() == job.key:

@@ -52,6 +52,17 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+def test_a_reshard_killed_at_any_moment_is_continued_to_the_same_bytes(tmp_path, count):
+    command = [sys.executable, "-m", "tests.checkpoint.crash", str(tmp_path), str(count), "0", "reshard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["torch"] is False
+    assert sum(result["outcomes"].values()) == count
+    assert {"there", "continued"} <= set(result["outcomes"]) <= {"there", "continued", "anew"}
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_flipped_bits_in_any_file_are_found_and_named(tmp_path, count):
     path = save(tmp_path, 1)
     index, draw = Index.read(path), random.Random(0)
