@@ -13,10 +13,11 @@ WRITABLE = ("F64", "F32", "F16", "BF16")
 
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Returns raw elements as float64; exact for all but integers above 2**53."""
-    if dtype in _NUMPY:
-        return raw.view(_NUMPY[dtype]).astype(np.float64)
-    if dtype == "BF16":
-        return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling nans
+        if dtype in _NUMPY:
+            return raw.view(_NUMPY[dtype]).astype(np.float64)
+        if dtype == "BF16":
+            return (raw.view("<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
     return _FLOAT8[dtype][raw.view("u1")]
 
 

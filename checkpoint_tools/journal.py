@@ -9,12 +9,11 @@ and compared with the digests it has for them. So a line may reach the disk befo
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import xxhash
 
-from checkpoint_tools.publish import hidden
+from checkpoint_tools.publish import hidden, remove_tree
 from swin_moe.checkpoint.errors import CorruptionError
 from swin_moe.checkpoint.sealed_json import read_sealed, seal, write_durably
 
@@ -57,10 +56,10 @@ class Journal:
 
     def remove(self) -> None:
         """Deletes the journal, if there is one."""
-        if self.directory.exists():
+        if not self.directory.is_symlink():
             for log in self.directory.glob("rank-*.log"):
                 log.unlink()
-            shutil.rmtree(self.directory)  # the job last: until then a finished run is known to be finished
+        remove_tree(self.directory)  # the job last: until then a finished run is known to be finished
 
 
 class JournalWriter:

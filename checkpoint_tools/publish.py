@@ -67,7 +67,7 @@ class Lock:
         self.release()
         if not self._staging.is_dir():
             return
-        self._fd = os.open(self._staging, os.O_RDONLY)
+        self._fd = os.open(self._staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -91,11 +91,18 @@ def _prepare(path: Path, staging: Path, num_bytes: int, lock: Lock) -> None:
     finish_publishing(path)
     refuse_existing(path)
     lock.take()
-    if staging.exists():
-        shutil.rmtree(staging)
+    remove_tree(staging)
     check_space(path.parent, num_bytes)
     staging.mkdir()
     lock.take()
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a directory of ours, if it is there; raises CheckpointError for a link, which is none of ours."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: is a link, in the place of a directory of this tool; remove it first")
+    if path.exists():
+        shutil.rmtree(path)
 
 
 def refuse_existing(path: Path) -> None:

@@ -7,7 +7,6 @@ into place and noted in the journal. Ranks share the units by the bytes they rea
 import datetime
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import xxhash
 
 import swin_moe
 from checkpoint_tools.journal import Done, Journal
-from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing
+from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing, remove_tree
 from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.communicator import collect, together
 from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, num_blocks
@@ -185,9 +184,7 @@ def _prepare(job: Job, path: Path, options: Options, lock: Lock) -> Done | None:
 def _discard(path: Path) -> None:
     """Removes staging directory and journal of an unfinished run."""
     Journal(path).remove()
-    staging = hidden(path, "tmp")
-    if staging.exists():
-        shutil.rmtree(staging)
+    remove_tree(hidden(path, "tmp"))
 
 
 def _copy_or_stop(source: Source, job: Job, path: Path, options: Options, done: Done) -> tuple[Done, str]:

@@ -65,7 +65,12 @@ class NativeSource(Source):
 
 def detect(path: Path) -> bool:
     """True for a checkpoint, or a run or directory of checkpoints."""
-    return (path / FILE_NAME).is_file() or bool(find_checkpoints(path))
+    return is_checkpoint(path) or bool(find_checkpoints(path))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True for the directory of one checkpoint, also where its index is lost."""
+    return (path / FILE_NAME).exists() or any(path.glob("shard-[0-9]*.safetensors"))
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -84,7 +89,7 @@ def resolve_checkpoint(path: Path, options: Options) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if (path / FILE_NAME).is_file():
+    if is_checkpoint(path):
         return path
     found = next((c for c in find_checkpoints(path) if is_complete(c, options.report)), None)
     if found is None:
