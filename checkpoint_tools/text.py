@@ -13,7 +13,7 @@ def format_bytes(number: float) -> str:
     power = 0
     while number >= 1000 and power < len(_UNITS) - 1:
         number, power = number / 1024, power + 1
-    return f"{number:.3g} {_UNITS[power]}"
+    return f"{number:.3g} {_UNITS[power]}" if number < 1000 else f"{number:.0f} {_UNITS[power]}"
 
 
 def parse_bytes(text: str) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from checkpoint_tools import stream
 from checkpoint_tools.source import Options, Source, SourceTensor
 from swin_moe.checkpoint.directory import is_complete, list_checkpoints
-from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import FILE_NAME, Index
 from swin_moe.checkpoint.save import PROVENANCE
 from swin_moe.checkpoint.sealed_json import read_sealed
@@ -91,9 +91,14 @@ def resolve_checkpoint(path: Path, options: Options) -> Path:
     """
     if is_checkpoint(path):
         return path
-    found = next((c for c in find_checkpoints(path) if is_complete(c, options.report)), None)
+    reasons: list[str] = []
+    found = next((c for c in find_checkpoints(path) if is_complete(c, reasons.append)), None)
+    if found is None and reasons:
+        raise CorruptionError(f"{path}: none of its {len(reasons)} checkpoints is complete; {reasons[0]}")
     if found is None:
-        raise CheckpointError(f"{path}: is neither a checkpoint (no {FILE_NAME}) nor a run that holds a complete one")
+        raise CheckpointError(f"{path}: is neither a checkpoint (no {FILE_NAME}) nor a run that holds one")
+    for reason in reasons:
+        options.report(reason)
     return found
 
 
