@@ -37,7 +37,7 @@ class EveryExpert:
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See swin_moe.moe.dispatch.Dispatcher."""
         tokens = x.repeat(self._num_experts, 1)
-        return Dispatched(tokens, [x.shape[0]] * self._num_experts, None, None, exchange=routing)
+        return Dispatched(tokens, x.shape[0], None, None, exchange=routing)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See swin_moe.moe.dispatch.Dispatcher."""

@@ -1,6 +1,6 @@
 """Kills saves, or reshards, with SIGKILL at chosen system calls and checks what is left.
 
-    python -m tests.checkpoint.crash ROOT COUNT SEED [reshard]
+    python -m tests.checkpoint.crash ROOT COUNT SEED [save | background | reshard]
 
 A program of its own, because the byte path needs no torch and forking is quick without it.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from checkpoint_tools.formats import open_source
 from checkpoint_tools.source import Options
 from checkpoint_tools.stream import write_native
+from swin_moe.checkpoint.background import BackgroundSaver
 from swin_moe.checkpoint.directory import find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.load import verify
@@ -34,9 +35,17 @@ from tests.checkpoint.samples import (
 CALLS = ("open", "mkdir", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir", "close")
 
 
-def save(root: Path, step: int, seed: int, **options) -> Path:
+def save(root: Path, step: int, seed: int, *, background: bool = False, **options) -> Path:
     pieces = whole_pieces(sample_state(seed))
-    return write_checkpoint(root, step, pieces, state=STATE, config=CONFIG, file_size=FILE_SIZE, **options)
+    options |= {"state": STATE, "config": CONFIG, "file_size": FILE_SIZE}
+    if not background:
+        return write_checkpoint(root, step, pieces, **options)
+    saver = BackgroundSaver()
+    path = saver.start(root, step, pieces, **options)
+    for piece in pieces:
+        piece.tensor.fill(0)  # as training would
+    saver.wait()
+    return path
 
 
 class Killer:
@@ -105,13 +114,13 @@ def prepare(root: Path, step: int) -> None:
         save(root, 3, 103)  # the save that will be killed replaces this one
 
 
-def kill_saves(root: Path, count: int, seed: int) -> list[str]:
+def kill_saves(root: Path, count: int, seed: int, *, background: bool) -> list[str]:
     """Returns what was there after each kill."""
     outcomes = []
     for step in (2, 3):
 
         def work(here: Path, step: int = step) -> None:
-            save(here, step, step, keep=1, best=1.0)
+            save(here, step, step, keep=1, best=1.0, background=background)
 
         prepare(root / f"dry{step}", step)
         assert run_killed(lambda: work(root / f"dry{step}"), -1, root / "count") == 0  # noqa: B023 - runs now
@@ -164,7 +173,10 @@ def reshard_again(source: Path, target: Path, reports: list[str]) -> None:
 
 
 def main(root: Path, count: int, seed: int, what: str = "save") -> None:
-    outcomes = (kill_reshards if what == "reshard" else kill_saves)(root, count, seed)
+    if what == "reshard":
+        outcomes = kill_reshards(root, count, seed)
+    else:
+        outcomes = kill_saves(root, count, seed, background=what == "background")
     counted = {text: outcomes.count(text) for text in outcomes}
     print(json.dumps({"outcomes": counted, "torch": "torch" in sys.modules}))
 

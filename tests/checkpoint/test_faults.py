@@ -39,9 +39,10 @@ def save(root, step, **options):
     )
 
 
+@pytest.mark.parametrize("how", ["save", "background"])
 @pytest.mark.parametrize("count", COUNTS)
-def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, count):
-    command = [sys.executable, "-m", "tests.checkpoint.crash", str(tmp_path), str(count), "0"]
+def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, count, how):
+    command = [sys.executable, "-m", "tests.checkpoint.crash", str(tmp_path), str(count), "0", how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
