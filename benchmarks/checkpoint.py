@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,36 +35,46 @@ LARGE = "swinv2_moe_base_patch4_window12_192_32expert_22k"
 RANKS = 32
 LAYERS = 18  # of its third stage
 TURNS = 3
-STEPS = 8  # training steps simulated beside a save
 
 
-def run_measured(*command: str) -> tuple[float, int]:
-    """Returns (seconds, peak resident bytes) of a command, which has to succeed."""
+class Cost(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    cpu: float  # seconds in user and system mode
+    peak: int  # resident bytes
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.seconds + other.seconds, self.cpu + other.cpu, max(self.peak, other.peak))
+
+
+def run_measured(*command: str) -> Cost:
+    """Returns what a command took, which has to succeed."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - begin, usage.ru_maxrss << 10
+    return Cost(time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
 
 
-def tool(*arguments: object) -> tuple[float, int]:
-    """Returns (seconds, peak resident bytes) of a verb of the checkpoint tools."""
+def tool(*arguments: object) -> Cost:
+    """Returns what a verb of the checkpoint tools took."""
     return run_measured(sys.executable, "-m", "checkpoint_tools", *map(str, arguments))
 
 
 def idle_peak() -> int:
     """Returns the resident bytes of the interpreter with the tool's modules, before it does anything."""
     code = "import checkpoint_tools.__main__, checkpoint_tools.convert, checkpoint_tools.formats.native"
-    return run_measured(sys.executable, "-c", code)[1]
+    return run_measured(sys.executable, "-c", code).peak
 
 
-def copy(paths: list[Path], target: Path) -> float:
-    """Returns the seconds of a `cp` of files into a new directory, which is removed again."""
+def copy(paths: list[Path], target: Path) -> Cost:
+    """Returns what a `cp` of files into a new directory took, which is removed again."""
     target.mkdir()
-    seconds, _ = run_measured("cp", *map(str, paths), str(target))
+    cost = run_measured("cp", *map(str, paths), str(target))
     shutil.rmtree(target)
-    return seconds
+    return cost
 
 
 def files_of(path: Path) -> list[Path]:
@@ -132,29 +143,30 @@ def measure_official(directory: Path) -> None:
     source.mkdir()
     run_measured(sys.executable, __file__, "write-rank-files", "--directory", str(source))
     files = files_of(source)
-    seconds, ratios, peaks = [], [], []
+    tools, plains = [], []
     for turn in range(TURNS + 1):
         run_measured("cat", *map(str, files))  # warm
         target = directory / "out"
-        took, peak = tool("convert", source / "ckpt_epoch_0.pth", target, "--from", "official-moe", "--to", "native")
+        took = tool("convert", source / "ckpt_epoch_0.pth", target, "--from", "official-moe", "--to", "native")
         os.sync()  # what cp leaves to the system is not charged to the next measurement
         plain = copy(files, directory / "copy")
-        plain += copy(files_of(target), directory / "copy")
+        plain = plain + copy(files_of(target), directory / "copy")
         os.sync()
         read, written = size_of(files), size_of(files_of(target))
         shutil.rmtree(target)
         if turn:  # the first turn warms up
-            seconds.append(took)
-            ratios.append(took / plain)
-            peaks.append(peak)
+            tools.append(took)
+            plains.append(plain)
+    ratios = [a.seconds / b.seconds for a, b in zip(tools, plains)]
     print_row({
         "what": "32 official rank files to native",
         "read": f"{read / GB:.2f} GB",
         "written": f"{written / GB:.2f} GB",
-        "peak resident": f"{max(peaks) / MIB:.0f} MiB",
+        "peak resident": f"{max(cost.peak for cost in tools) / MIB:.0f} MiB",
         "idle": f"{idle_peak() / MIB:.0f} MiB",
-        "seconds": f"{statistics.median(seconds):.1f}",
+        "seconds": f"{statistics.median(cost.seconds for cost in tools):.1f}",
         "over cp": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        "CPU over cp": f"{statistics.median(a.cpu / b.cpu for a, b in zip(tools, plains)):.2f}",
     })  # fmt: skip
 
 
@@ -206,7 +218,7 @@ def measure_large(directory: Path) -> None:
     run_measured(sys.executable, __file__, "write-large", "--directory", str(directory), "--layers", str(layers))
     files = files_of(directory / "source")
     forget(files)
-    took, peak = tool("reshard", directory / "source", directory / "out", "--world", 16, "--file-size", "2G")
+    took = tool("reshard", directory / "source", directory / "out", "--world", 16, "--file-size", "2G")
     read, written = size_of(files), size_of(files_of(directory / "out"))
     shutil.rmtree(directory / "out")
     forget(files)
@@ -217,10 +229,10 @@ def measure_large(directory: Path) -> None:
         "parameters": f"{count_large(layers) / 1e9:.2f} B",
         "read": f"{read / GB:.1f} GB",
         "written": f"{written / GB:.1f} GB",
-        "peak resident": f"{peak / MIB:.0f} MiB",
+        "peak resident": f"{took.peak / MIB:.0f} MiB",
         "idle": f"{idle_peak() / MIB:.0f} MiB",
-        "seconds": f"{took:.0f}",
-        "cp of it, cold": f"{plain:.0f} s",
+        "seconds": f"{took.seconds:.0f}",
+        "cp of it, cold": f"{plain.seconds:.0f} s",
     })  # fmt: skip
 
 
@@ -247,27 +259,28 @@ def measure_save(directory: Path) -> None:
         return time.perf_counter() - begin
 
     plain = CheckpointManager(directory / "plain", keep=1)
-    background = CheckpointManager(directory / "background", keep=1, asynchronous=True)
-    blocked, synchronous = [], []
-    before, after = resident(), 0
+    synchronous, first, later, held = [], [], [], []
     for number in range(1, TURNS + 2):
         step()
         os.sync()
         synchronous.append(timed(plain, number))
-        os.sync()
-        blocked.append(timed(background, number))
-        for _ in range(STEPS):
+        # A new one allocates its copy; its second save does not.
+        background = CheckpointManager(directory / f"background{number}", keep=1, asynchronous=True)
+        before = resident()
+        for blocked in (first, later):
+            os.sync()
+            blocked.append(timed(background, len(blocked) + 1))
             step()
-            after = max(after, resident())
-        background.wait()
-    first, rest = blocked[0] / synchronous[0], [b / s for b, s in zip(blocked[1:], synchronous[1:])]
+            held.append(resident() - before)
+            background.wait()
+    usual = statistics.median(synchronous)
     print_row({
         "what": "save in the background of training",
         "bytes": f"{size / GB:.2f} GB",
-        "synchronous": f"{statistics.median(synchronous):.2f} s",
-        "blocked, first save": f"{100 * first:.0f} %",
-        "blocked, later ones": f"{100 * statistics.median(rest):.0f} % (at most {100 * max(rest):.0f} %)",
-        "host memory": f"{(after - before) / size:.2f} copies of the state",
+        "synchronous": f"{usual:.2f} s ({min(synchronous):.2f} to {max(synchronous):.2f})",
+        "blocked, first save": f"{statistics.median(first):.2f} s, {100 * statistics.median(first) / usual:.0f} %",
+        "blocked, later ones": f"{statistics.median(later):.2f} s, {100 * statistics.median(later) / usual:.0f} %",
+        "host memory": f"{max(held) / size:.2f} copies of the state",
     })  # fmt: skip
 
 

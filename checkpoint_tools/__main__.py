@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         add_common_arguments(parser)
         arguments = parser.parse_args(argv[1:])
         return verb.run(arguments, build_options(arguments, join_ranks()))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if os.environ.get("SWIN_MOE_TRACEBACK"):
             traceback.print_exc()
