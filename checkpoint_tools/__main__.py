@@ -27,7 +27,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code of a verb: 0, 1 where it found differences, 2 after an error of the user's."""
+    """Returns the exit code: 0, 1 where a verb found differences, 2 after an error of the user's, 130 for control-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         add_common_arguments(parser)
         arguments = parser.parse_args(argv[1:])
         return verb.run(arguments, build_options(arguments, join_ranks()))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues what it can", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -134,14 +134,23 @@ def _commit(path: Path, staging: Path) -> None:
         sync_directory(Path(directory))
     os.rename(staging, hidden(path, "ready"))
     sync_directory(path.parent)
-    finish_publishing(path)
+    _move_into_place(path, hidden(path, "ready"))
 
 
 def finish_publishing(path: Path) -> None:
-    """Completes moves into place that a kill interrupted; does nothing where none was."""
+    """Completes moves into place that a kill interrupted; does nothing where none was.
+
+    Raises:
+        CheckpointError: They are going on now; or something else came into the place of a file.
+    """
     ready = hidden(path, "ready")
-    if not ready.is_dir():
-        return
+    if ready.is_dir():
+        with Lock(ready) as lock:
+            lock.take()
+            _move_into_place(path, ready)
+
+
+def _move_into_place(path: Path, ready: Path) -> None:
     for entry in sorted(ready.iterdir()):
         target = path.with_name(entry.name)
         refuse_existing(target)

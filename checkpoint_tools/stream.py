@@ -21,13 +21,12 @@ from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing,
 from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.communicator import collect, together
 from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, num_blocks
-from swin_moe.checkpoint.directory import publish
 from swin_moe.checkpoint.errors import CheckpointError, describe
 from swin_moe.checkpoint.index import FILE_NAME, Index
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.checkpoint.plan import FilePlan, plan_files
 from swin_moe.checkpoint.save import PROVENANCE, add_digests, check_arguments, check_name, on_first
-from swin_moe.checkpoint.sealed_json import canonical_json, seal, write_durably
+from swin_moe.checkpoint.sealed_json import canonical_json, seal, sync_directory, write_durably
 from swin_moe.checkpoint.shards import ShardWriter, create_files, open_checked
 from swin_moe.layout import Chunk, boxes_of_range
 
@@ -84,7 +83,8 @@ def plan_job(source: Source, options: Options) -> Job:
     identity = {
         "source": source.identity(), "format": source.format, "step": source.step, "state": source.state,
         "config": source.config, "file_size": options.file_size, "digest": options.algorithm,
-        "on_drift": options.on_drift, "tensors": {name: [list(shape), dtype] for name, (shape, dtype) in specs.items()},
+        "on_drift": options.on_drift, "extra": dict(options.extra),
+        "tensors": {name: [list(shape), dtype] for name, (shape, dtype) in specs.items()},
     }  # fmt: skip
     return Job(plan, units, reads, fingerprint(canonical_json(identity)))
 
@@ -262,7 +262,9 @@ def _finish(source: Source, job: Job, path: Path, options: Options, done: Done) 
     staging = hidden(path, "tmp")
     write_durably(staging / FILE_NAME, index.encode())
     write_durably(staging / PROVENANCE, seal(_provenance(source)))
-    publish(staging, path)
+    sync_directory(staging)
+    os.rename(staging, path)  # which fails where something came to be meanwhile
+    sync_directory(path.parent)
     Journal(path).remove()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from swin_moe.checkpoint import load as reading
 from swin_moe.checkpoint.background import BackgroundSaver
-from swin_moe.checkpoint.communicator import collect, resolve, together
+from swin_moe.checkpoint.communicator import SingleProcess, collect, resolve, together
 from swin_moe.checkpoint.directory import find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import FILE_NAME as INDEX_NAME
@@ -146,8 +146,12 @@ class CheckpointManager:
         what its thread talks to other ranks with."""
         self.root = Path(root)
         self._group, self._keep, self._file_size = group, keep, file_size
-        self._save_group = save_group if asynchronous else group
         self._background = BackgroundSaver() if asynchronous else None
+        self._save_group = group
+        if asynchronous:
+            if save_group is None and resolve(group).size > 1:
+                raise ValueError("saving in the background on several ranks needs a process group of its own")
+            self._save_group = SingleProcess() if save_group is None else save_group
 
     @property
     def failed(self) -> bool:

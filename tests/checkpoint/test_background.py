@@ -1,4 +1,4 @@
-"""Saving in the background: the state at the call whatever happens to the tensors, one copy, errors at the next call."""
+"""Saving in the background: the state at the call whatever happens to the tensors, one copy, errors at the next."""
 
 import sys
 import threading
@@ -152,3 +152,9 @@ def test_the_manager_saves_torch_tensors_either_way(tmp_path, asynchronous):
     manager.resume([Piece.of(n, t) for n, t in tensors.items()])
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_several_ranks_need_a_group_of_their_own(tmp_path):
+    group = type("Group", (), {"rank": 0, "size": 2, "all_gather": lambda self, value: [value] * 2})()
+    with pytest.raises(ValueError, match="a process group of its own"):
+        CheckpointManager(tmp_path, group=group, asynchronous=True)

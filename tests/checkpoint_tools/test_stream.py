@@ -161,6 +161,21 @@ def test_what_exists_is_not_overwritten_and_two_runs_do_not_mix(tmp_path, monkey
     assert directory_bytes(tmp_path / "out") == before
 
 
+def test_what_came_into_the_place_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    source, real = save(tmp_path / "source"), stream.read_unit
+
+    def read(*arguments):
+        save(tmp_path / "out", 3)
+        monkeypatch.setattr(stream, "read_unit", real)
+        return real(*arguments)
+
+    monkeypatch.setattr(stream, "read_unit", read)
+    with pytest.raises(CheckpointError, match="out: Directory not empty|out.tmp: Directory not empty"):
+        convert(source, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["0000000001"]
+    verify(tmp_path / "out" / "0000000001")
+
+
 def test_too_small_a_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     source = save(tmp_path / "source")
     usage = type("Usage", (), {"free": 10})
