@@ -13,6 +13,8 @@ removed at the end; `large` is scaled to the space there is, and says so.
 """
 
 import argparse
+import json
+import math
 import os
 import re
 import resource
@@ -49,7 +51,11 @@ class Cost(NamedTuple):
 
 
 def run_measured(*command: str) -> Cost:
-    """Returns what a command took, which has to succeed."""
+    """Returns what a command took, which has to succeed.
+
+    The peak of a process includes that of the one it was forked from, so this one must not load torch.
+    """
+    assert "torch" not in sys.modules
     begin = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -61,6 +67,12 @@ def run_measured(*command: str) -> Cost:
 def tool(*arguments: object) -> Cost:
     """Returns what a verb of the checkpoint tools took."""
     return run_measured(sys.executable, "-m", "checkpoint_tools", *map(str, arguments))
+
+
+def run_output(*arguments: object) -> str:
+    """Returns what a verb of the checkpoint tools prints."""
+    command = [sys.executable, "-m", "checkpoint_tools", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def idle_peak() -> int:
@@ -176,19 +188,22 @@ def print_row(row: dict[str, str]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def write_large(directory: Path, layers: int) -> None:
-    """Writes a native checkpoint of a large network with masters and moments, streamed."""
+def write_large(directory: Path) -> None:
+    """Writes a native checkpoint of a large network with masters and moments, streamed; as large as the disk allows."""
     import numpy as np
 
     from checkpoint_tools.source import Options, Source, SourceTensor
     from checkpoint_tools.stream import write_native
 
-    shapes, config = shapes_of(LARGE, f"model.depths=[2,2,{layers},2]", f"model.moe.blocks={moe_blocks(layers)}")
+    room = shutil.disk_usage(directory).free
+    layers = next(n for n in range(LAYERS, 0, -2) if 2.2 * 16 * count_large(n) < room)
+    shapes, network = shapes_of(LARGE, f"model.depths=[2,2,{layers},2]", f"model.moe.blocks={moe_blocks(layers)}")
     kinds = ("", "master/", "optim.exp_avg/", "optim.exp_avg_sq/")
 
     class Numbers(Source):
-        format, path, files, state, config, provenance = "random", directory, [], {}, {}, {}
+        format, path, files, state, provenance = "random", directory, [], {}, {}
         tensors = {kind + name: SourceTensor(shape, "F32") for name, shape in shapes.items() for kind in kinds}
+        config = network
         noise = np.random.default_rng(0).integers(-(1 << 30), 1 << 30, 1 << 22, dtype="i4")
 
         def read(self, name: str, box: object, destination: np.ndarray) -> None:
@@ -205,18 +220,16 @@ def moe_blocks(layers: int) -> str:
 
 def count_large(layers: int) -> int:
     """Returns the parameters of the large network."""
-    import math
-
     shapes, _ = shapes_of(LARGE, f"model.depths=[2,2,{layers},2]", f"model.moe.blocks={moe_blocks(layers)}")
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def measure_large(directory: Path) -> None:
     """Prints the row of the large checkpoint."""
-    room = shutil.disk_usage(directory).free
-    layers = next(n for n in range(LAYERS, 0, -2) if 2.2 * 16 * count_large(n) < room)
-    run_measured(sys.executable, __file__, "write-large", "--directory", str(directory), "--layers", str(layers))
+    run_measured(sys.executable, __file__, "write-large", "--directory", str(directory))
     files = files_of(directory / "source")
+    layers = json.loads(run_output("inspect", directory / "source", "--json"))["config"]["model"]["depths"][2]
+    parameters = size_of(files) / 16
     forget(files)
     took = tool("reshard", directory / "source", directory / "out", "--world", 16, "--file-size", "2G")
     read, written = size_of(files), size_of(files_of(directory / "out"))
@@ -226,7 +239,7 @@ def measure_large(directory: Path) -> None:
     os.sync()
     print_row({
         "what": "SwinV2-MoE, masters and moments, cold" + (" (scaled to the disk)" if layers < LAYERS else ""),
-        "parameters": f"{count_large(layers) / 1e9:.2f} B",
+        "parameters": f"{parameters / 1e9:.2f} B",
         "read": f"{read / GB:.1f} GB",
         "written": f"{written / GB:.1f} GB",
         "peak resident": f"{took.peak / MIB:.0f} MiB",
@@ -301,12 +314,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("official", "large", "save", "write-rank-files", "write-large"))
     parser.add_argument("--directory", default=str(ROOT / "benchmarks"))
-    parser.add_argument("--layers", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.what == "write-rank-files":
         write_rank_files(Path(arguments.directory))
     elif arguments.what == "write-large":
-        write_large(Path(arguments.directory), arguments.layers)
+        write_large(Path(arguments.directory))
     else:
         measure = {"official": measure_official, "large": measure_large, "save": measure_save}[arguments.what]
         with working_directory(arguments.directory) as directory:
