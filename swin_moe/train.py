@@ -153,7 +153,7 @@ class Trainer:
             self.bar.clear()
             self.loader.close()
             self.writer.close()
-            self._end_saving()
+            self.checkpoints.close()
         if self.progress.step >= total:
             LOGGER.info(
                 "finished: step %d of %d, best %s %.2f",
@@ -354,13 +354,6 @@ class Trainer:
         )
         self._reset_window()
         return improved
-
-    def _end_saving(self) -> None:
-        """Lets a save in the background come to its end while another error ends the run."""
-        try:
-            self.checkpoints.wait()
-        except ValueError as error:
-            LOGGER.warning("the last checkpoint could not be saved: %s", error)
 
     def _save(self, best: bool) -> None:
         saved = {k: getattr(self.progress, k) for k in ("step", "samples", "best", "skipped")}

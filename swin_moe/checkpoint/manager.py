@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import logging
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from swin_moe.checkpoint import load as reading
 from swin_moe.checkpoint.background import BackgroundSaver
 from swin_moe.checkpoint.communicator import SingleProcess, collect, resolve, together
-from swin_moe.checkpoint.directory import find_latest, list_checkpoints
+from swin_moe.checkpoint.directory import Report, find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import FILE_NAME as INDEX_NAME
 from swin_moe.checkpoint.index import Index
@@ -22,6 +23,7 @@ from swin_moe.checkpoint.save import FILE_SIZE, write_checkpoint
 from swin_moe.checkpoint.shards import ShardReader
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 # Config entries of layout, host and schedule of I/O: the same state has the same bytes whatever they say. The full
 # config stands in provenance.json. "section" drops all of it, "section.key" one entry.
 _NOT_STATE = (
@@ -162,6 +164,13 @@ class CheckpointManager:
         """Returns when no save is running; raises the CheckpointError of one that failed, on every rank."""
         if self._background is not None:
             self._background.wait()
+
+    def close(self, *, report: Report = _log.warning) -> None:
+        """Lets a save in the background come to its end; for a run that another error ends, so this one is reported."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            report(f"the last checkpoint could not be saved: {error}")
 
     def latest(self) -> Path | None:
         """Returns the newest complete checkpoint of the run, or None; for this rank alone."""

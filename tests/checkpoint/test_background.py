@@ -158,3 +158,13 @@ def test_several_ranks_need_a_group_of_their_own(tmp_path):
     group = type("Group", (), {"rank": 0, "size": 2, "all_gather": lambda self, value: [value] * 2})()
     with pytest.raises(ValueError, match="a process group of its own"):
         CheckpointManager(tmp_path, group=group, asynchronous=True)
+
+
+def test_closing_reports_a_failure_and_hides_no_other_error(tmp_path, monkeypatch):
+    fail_on_rank(monkeypatch, lambda held: True)
+    manager, said = CheckpointManager(tmp_path, asynchronous=True), []
+    manager.save(1, whole_pieces(sample_state()), state={}, config={})
+    manager.close(report=said.append)
+    assert len(said) == 1 and "could not be saved" in said[0] and "No space left" in said[0]
+    manager.close(report=said.append)
+    assert len(said) == 1
