@@ -69,6 +69,10 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     if "model" not in source.config:
         raise CheckpointError(f"{source.path}: does not say which network it holds (no config); convert it with one")
     config = config_from_tree(source.config, source=str(source.path)).model
+    if config.moe.has_blocks and config.moe.choice == "expert":
+        raise CheckpointError(
+            f"{source.path}: model.moe.choice=expert cannot be exported, as tokens have any number of experts"
+        )
     moe = with_fixed_capacity(config.moe)
     with torch.device("meta"):
         network = build_model(dataclasses.replace(config, moe=moe))
@@ -92,8 +96,7 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
 
 def with_fixed_capacity(moe: MoEConfig) -> MoEConfig:
     """Returns the config with capacity by need, a number that depends on the data, as one that is always enough."""
-    factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
-    return moe if factor else dataclasses.replace(moe, eval_capacity_factor=float(moe.num_experts))
+    return moe if moe.eval_factor else dataclasses.replace(moe, eval_capacity_factor=float(moe.num_experts))
 
 
 def read_tensor(source: Source, name: str, options: Options) -> Tensor:

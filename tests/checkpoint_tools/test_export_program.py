@@ -21,6 +21,17 @@ MODELS = {
         name="swin_moe", **SMALL, moe=MoEConfig(blocks=((), (1,)), num_experts=4, eval_capacity_factor=0.75)
     ),
 }
+MODELS |= {
+    "soft": ModelConfig(
+        name="swin_moe", **SMALL,
+        moe=MoEConfig(blocks=((), (1,)), num_experts=3, choice="soft", slots=2, balance_loss="none"),
+    ),
+    "sigmoid, shared": ModelConfig(
+        name="swin_moe", **SMALL,
+        moe=MoEConfig(blocks=((), (1,)), num_experts=4, top_k=2, scores="sigmoid", normalize_gate=True,
+                      shared_experts=1, balance_loss="none", bias_rate=1e-3),
+    ),
+}  # fmt: skip
 
 
 def saved(root, model):
@@ -64,6 +75,14 @@ def test_onnx_names_the_packages_it_needs_or_gives_the_networks_logits(tmp_path,
     found = evaluator.run(None, {evaluator.input_names[0]: image.numpy()})[0]
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), network(image)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_routing_whose_shapes_are_data_is_refused(tmp_path, capsys):
+    moe = MoEConfig(blocks=((), (1,)), num_experts=4, choice="expert", capacity_scope="images", group_images=1,
+                    balance_loss="none", capacity_factor=1.0, eval_capacity_factor=None)  # fmt: skip
+    path, _ = saved(tmp_path, ModelConfig(name="swin_moe", **SMALL, moe=moe))
+    assert main(["export", str(path), str(tmp_path / "net"), "--to", "torch-export"]) == 2
+    assert "model.moe.choice=expert cannot be exported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "no config"])
