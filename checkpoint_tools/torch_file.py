@@ -1,0 +1,337 @@
+"""Files of torch.save as named byte ranges: read without torch, executing nothing, any box with bounded memory.
+
+Layout: torch/serialization.py and caffe2/serialize/inline_container.h (pytorch): a zip of stored records
+<prefix>/data.pkl, <prefix>/data/<key>, one per storage. Files from before torch 1.6 are read by torch_legacy.py.
+"""
+
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from checkpoint_tools.pickle_reader import BUILDERS, MAX_PICKLE_BYTES, Global, read_pickle
+from swin_moe.checkpoint.digest import read_exactly
+from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
+from swin_moe.checkpoint.index import MAX_DIMS
+from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
+from swin_moe.layout import Chunk
+
+MAX_RECORDS = 1 << 20
+MAX_COUNT = 1 << 62
+VERIFY_BYTES = 1 << 20  # read at once for a CRC; stays in the cache of a core
+SPAN_BYTES = 16 << 20  # read at once where a box is not one run of the file
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+DTYPES = {
+    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
+    "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "long": "I64",
+    "int32": "I32", "int": "I32", "int16": "I16", "short": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32",
+    "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+class Storage(NamedTuple):
+    """The bytes that tensors are views of."""
+
+    key: str
+    dtype: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor of a file: where its elements lie. Strides and offset in elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class OpenFiles:
+    """Descriptors of files read in turn; the least recently used ones are closed, as ranks may outnumber what is legal.
+    """
+
+    def __init__(self, limit: int = 128) -> None:
+        self._limit = limit
+        self._open: dict[Path, int] = {}
+
+    def get(self, path: Path) -> int:
+        """Returns a descriptor for reading, valid until `limit` other files were asked for."""
+        fd = self._open.pop(path, -1)
+        if fd < 0:
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CorruptionError(f"{path}: cannot be read ({error.strerror})") from error
+            while len(self._open) >= self._limit:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[path] = fd
+        return fd
+
+    def close(self) -> None:
+        """Closes all."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+class TorchFile:
+    """A file of torch.save: `content` is its object with TensorRecords for tensors.
+
+    Args:
+        path: The file.
+        files: Where descriptors are kept; shared by the files of one checkpoint.
+        inert: Further classes whose objects become Instances.
+
+    Raises:
+        CheckpointError: It is no such file, or asks for what is refused; names the file, and the global or tensor.
+        CorruptionError: It is cut off or contradicts itself.
+    """
+
+    def __init__(self, path: Path, files: OpenFiles | None = None, *, inert: Collection[str] = ()) -> None:
+        self.path, self.files = path, files or OpenFiles()
+        self._begin: dict[str, tuple[int, int]] = {}  # storage key -> first byte, bytes
+        self._unverified: dict[str, int] = {}  # storage key -> CRC-32 of its bytes, until they were compared with it
+        builders = tensor_builders()
+        if not zipfile.is_zipfile(path):
+            from checkpoint_tools.torch_legacy import read_legacy
+
+            self.content, self._begin = read_legacy(path, builders, inert)
+        else:
+            pickled = self._read_directory()
+            self.content = read_pickle(pickled, path, builders=builders, inert=inert, persistent=storage_of)
+        for name, record in named_records(self.content):
+            self._check(name, record)
+
+    def _read_directory(self) -> bytes:
+        """Returns data.pkl after checking every record of the zip; fills the places of the storages."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, open(self.path, "rb") as stream:
+                entries = archive.infolist()
+                records = {entry.filename: self._place(entry, stream) for entry in entries}
+                sums = {entry.filename: entry.CRC for entry in entries}
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CorruptionError(f"{self.path}: is no readable zip file ({error})") from error
+        if len(records) != len(entries) or len(entries) > MAX_RECORDS:
+            raise CorruptionError(f"{self.path}: a record stands twice in it, or there are over {MAX_RECORDS}")
+        end = 0
+        for name, (begin, length) in sorted(records.items(), key=lambda item: item[1]):
+            if begin < end:
+                raise CorruptionError(f"{self.path}: record {name} overlaps the one before it")
+            end = begin + length
+        pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"{self.path}: is no file of torch.save: {len(pickles)} records data.pkl")
+        prefix = pickles[0].removesuffix("data.pkl")
+        order = records.get(f"{prefix}byteorder")
+        if order is not None and self._bytes(*order, limit=16) != b"little":
+            raise CheckpointError(f"{self.path}: was written on a big-endian machine, which is not supported")
+        data = f"{prefix}data/"
+        self._begin = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
+        # 0: torch.serialization.set_crc32_options(False) was on.
+        self._unverified = {key: sums[f"{data}{key}"] for key in self._begin if sums[f"{data}{key}"]}
+        return self._bytes(*records[pickles[0]], limit=MAX_PICKLE_BYTES)
+
+    def _place(self, entry: zipfile.ZipInfo, stream: Any) -> tuple[int, int]:
+        """Returns (first byte, bytes) of a record; refuses what torch.save never writes."""
+        name, where = entry.filename, f"{self.path}: record {entry.filename[:100]!r}"
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise CheckpointError(f"{where} leaves its directory, which is refused")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+            raise CheckpointError(f"{where} is compressed or encrypted, which torch.save never does; it is refused")
+        stream.seek(entry.header_offset)
+        header = stream.read(30)
+        if len(header) != 30 or header[:4] != b"PK\x03\x04":
+            raise CorruptionError(f"{where} has no header where the directory says")
+        begin = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if begin + entry.file_size > os.fstat(stream.fileno()).st_size:
+            raise CorruptionError(f"{where} reaches beyond the end of the file")
+        return begin, entry.file_size
+
+    def _bytes(self, begin: int, length: int, *, limit: int) -> bytes:
+        if length > limit:
+            raise CheckpointError(f"{self.path}: a record of {length} bytes where at most {limit} are allowed")
+        data = bytearray(length)
+        read_exactly(self.files.get(self.path), memoryview(data), begin, self.path)
+        return bytes(data)
+
+    def _check(self, name: str, record: TensorRecord) -> None:
+        """Raises CorruptionError unless every element of the tensor lies in its storage and that in its record."""
+        where, storage = f"{self.path}: tensor {name}", record.storage
+        if storage.key not in self._begin:
+            raise CorruptionError(f"{where}: its storage {storage.key!r} is missing")
+        if storage.numel * DTYPE_BYTES[storage.dtype] > self._begin[storage.key][1]:
+            raise CorruptionError(f"{where}: its storage {storage.key!r} is cut off")
+        item = DTYPE_BYTES[record.dtype]
+        held, count = storage.numel * DTYPE_BYTES[storage.dtype], math.prod(record.shape)
+        last = record.offset + sum((n - 1) * s for n, s in zip(record.shape, record.stride)) + 1
+        if count and (last * item > held or count * item > held):
+            raise CorruptionError(f"{where}: shape {record.shape} needs more than the {held} bytes of its storage")
+
+    def locate(self, record: TensorRecord, box: Chunk) -> int:
+        """Returns the byte of the file where reading a box begins."""
+        first = record.offset + sum(o * s for o, s in zip(box.offset, record.stride))
+        return self._begin[record.storage.key][0] + first * DTYPE_BYTES[record.dtype]
+
+    def read(self, record: TensorRecord, box: Chunk, destination: np.ndarray) -> None:
+        """Fills `destination`, raw integers of shape box.size and any strides, with a box of a tensor."""
+        if box.numel == 0:
+            return
+        item, fd = DTYPE_BYTES[record.dtype], self.files.get(self.path)
+        whole = Chunk((0,) * len(box.size), box.size)
+        for part in split_spans(whole, record.stride, SPAN_BYTES // item):
+            target = destination[(*part.within(whole), ...)]
+            shifted = Chunk(tuple(a + b for a, b in zip(part.offset, box.offset)), part.size)
+            begin = self.locate(record, shifted)
+            strides = tuple(s if n > 1 else 0 for n, s in zip(part.size, record.stride))
+            count = sum((n - 1) * s for n, s in zip(part.size, strides)) + 1
+            if count == part.numel and target.flags.c_contiguous and is_row_major(part.size, record.stride):
+                read_exactly(fd, memoryview(target.reshape(-1).view(np.uint8)), begin, self.path)
+                continue
+            data = np.empty(count * item, np.uint8)
+            read_exactly(fd, memoryview(data), begin, self.path)
+            target[...] = np.ndarray(part.size, RAW[item], data, strides=tuple(s * item for s in strides))
+
+
+    def verify(self, name: str, record: TensorRecord) -> None:
+        """Compares the storage of a tensor with its CRC-32, the first time; files without one pass.
+
+        Raises:
+            CorruptionError: They differ; names the file and the tensor.
+        """
+        wanted = self._unverified.pop(record.storage.key, None)
+        if wanted is None:
+            return
+        begin, length = self._begin[record.storage.key]
+        fd, found = self.files.get(self.path), 0
+        buffer = memoryview(np.empty(min(VERIFY_BYTES, length), np.uint8))
+        for start in range(0, length, VERIFY_BYTES):
+            data = buffer[: min(VERIFY_BYTES, length - start)]
+            read_exactly(fd, data, begin + start, self.path)
+            found = zlib.crc32(data, found)
+        if found != wanted:
+            raise CorruptionError(f"{self.path}: tensor {name}: its bytes do not match their CRC-32")
+
+
+def is_row_major(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Returns whether a box of this size with these strides is one run of elements in row-major order."""
+    want = 1
+    for n, s in zip(reversed(size), reversed(stride)):
+        if n > 1 and s != want:
+            return False
+        want *= n
+    return True
+
+
+def split_spans(box: Chunk, stride: tuple[int, ...], limit: int) -> list[Chunk]:
+    """Returns boxes that make up `box`, each spanning at most `limit` elements of a storage with these strides."""
+    span = sum((n - 1) * s for n, s in zip(box.size, stride)) + 1
+    if span <= limit or box.numel == 1:
+        return [box]
+    dim = max((d for d, n in enumerate(box.size) if n > 1), key=lambda d: (box.size[d] - 1) * stride[d])
+    # Whole rows of the widest dim that fit together, so that a contiguous tensor is cut into few long runs.
+    inner = span - (box.size[dim] - 1) * stride[dim]
+    step = max(1, (limit - inner) // max(1, stride[dim]) + 1)
+    parts = []
+    for start in range(0, box.size[dim], step):
+        offset = (*box.offset[:dim], box.offset[dim] + start, *box.offset[dim + 1 :])
+        size = (*box.size[:dim], min(step, box.size[dim] - start), *box.size[dim + 1 :])
+        part = Chunk(offset, size)
+        parts += split_spans(part, stride, limit) if step == 1 else [part]
+    return parts
+
+
+def named_records(content: Any) -> list[tuple[str, TensorRecord]]:
+    """Returns every tensor in nested dicts and lists with its path; each container is visited once."""
+    found, seen, waiting = [], set(), [("", content)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, TensorRecord):
+            found.append((name, value))
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}" if name else str(key), inner) for key, inner in items]
+        elif hasattr(value, "state") and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(name, value.state), (name, value.args)]
+    return found
+
+
+def storage_of(reference: Any) -> Storage:
+    """Returns the storage that a persistent id of torch.save names; raises ValueError for any other."""
+    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
+        raise ValueError("a reference to something that is no storage")
+    _, kind, key, _, numel = reference[:5]
+    name = kind.name if isinstance(kind, Global) else ""
+    if name not in STORAGES or not isinstance(key, str) or not _counts((numel,)):
+        raise ValueError(f"a storage of kind {kind}")
+    if len(reference) > 5 and reference[5] is not None:
+        raise ValueError("a storage that is a view of another one")
+    return Storage(key, STORAGES[name], numel)
+
+
+def tensor_builders() -> dict[str, Any]:
+    """Returns the builders of pickles that hold tensors."""
+    storages = {f"{module}.{name}": _no_call for name in STORAGES for module in ("torch", "torch.storage")}
+    return {
+        **BUILDERS,
+        **storages,
+        **{f"torch.{name}": _no_call for name in DTYPES},
+        "torch._utils._rebuild_tensor": _tensor,
+        "torch._utils._rebuild_tensor_v2": _tensor,
+        "torch._utils._rebuild_tensor_v3": _tensor_v3,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch._utils._rebuild_parameter_with_state": _parameter,
+        "torch.Size": lambda sizes=(): tuple(sizes) if _counts(sizes) else _no_call(),
+        "torch.device": lambda *where: ":".join(map(str, where)),
+    }
+
+
+def _no_call(*_: Any) -> Any:
+    raise ValueError("a call of something that only names a kind of data")
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, tuple | list) and all(type(n) is int and 0 <= n <= MAX_COUNT for n in values)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRecord:
+    """Builds what torch._utils._rebuild_tensor_v2 builds; also called for parameters and older files."""
+    dtype = storage.dtype if isinstance(storage, Storage) else ""
+    return _record(storage, offset, shape, stride, dtype)
+
+
+def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:
+    return _record(storage, offset, shape, stride, DTYPES.get(getattr(dtype, "name", ""), ""))
+
+
+def _record(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str) -> TensorRecord:
+    good = isinstance(storage, Storage) and dtype and _counts(shape) and _counts(stride) and _counts((offset,))
+    if not good or len(shape) != len(stride) or len(shape) > MAX_DIMS:
+        raise ValueError("a tensor with an impossible shape, stride or storage")
+    if math.prod(shape) > MAX_COUNT:
+        raise ValueError(f"a tensor of shape {tuple(shape)}, which is impossible")
+    return TensorRecord(storage, offset, tuple(shape), tuple(stride), dtype)
+
+
+def _parameter(tensor: Any, *_: Any) -> TensorRecord:
+    return tensor if isinstance(tensor, TensorRecord) else _no_call()
