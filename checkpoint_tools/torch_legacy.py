@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.pickle_reader import read_pickle
-from checkpoint_tools.torch_file import MAX_COUNT, Storage, storage_of
+from checkpoint_tools.record_file import Storage
+from checkpoint_tools.torch_file import MAX_COUNT, storage_of
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES
 

@@ -7,16 +7,17 @@ stored records whose data begins at multiples of 64 bytes. The same content has 
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from checkpoint_tools.record_file import contiguous_boxes
 from swin_moe.checkpoint.boxes import row_strides
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
-from swin_moe.layout import Chunk, boxes_of_range
+from swin_moe.layout import Chunk
 
 _ALIGNMENT = 64
 _STORAGE = {
@@ -124,13 +125,6 @@ class _Emitter:
             self._global("torch", _UNTYPED[tensor.dtype])
         self.out += b"tR"
         self.tensors.append(tensor)
-
-
-def contiguous_boxes(shape: tuple[int, ...], limit: int) -> Iterator[Chunk]:
-    """Yields the boxes of at most `limit` elements that make up a tensor, in row-major order."""
-    count = math.prod(shape)
-    for start in range(0, count, limit):
-        yield from boxes_of_range(shape, start, min(start + limit, count))
 
 
 def num_bytes(content: Any) -> int:

@@ -12,7 +12,7 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
     ("config_checks",),
-    ("layout", "registry", "config", "randomness"),
+    ("layout", "registry", "config", "randomness", "official_names"),
     ("config_official",),
     ("config_io",),
     ("ops",),
@@ -28,7 +28,9 @@ LAYERS = (
 )
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
 # swin_moe modules that checkpoint_tools may use; prefixes.
-TOOLS_MAY_IMPORT = ("layout", "registry", "config", "config_io", "config_official", "checkpoint", "parallel.sharding")
+TOOLS_MAY_IMPORT = (
+    "layout", "registry", "config", "config_io", "config_official", "official_names", "checkpoint", "parallel.sharding",
+)  # fmt: skip
 # What single tools need beyond that: they build a network, so they load torch, when they are chosen.
 TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.export_program": ("models", "moe")}
 # Programs may start as a rank of plain mpirun, so they call launcher.mpi; nothing else knows the launcher.
