@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from checkpoint_tools.floats import decode, encode
 from checkpoint_tools.record_file import RecordFile, TensorRecord, contiguous_boxes
 from checkpoint_tools.rules import Place
 from checkpoint_tools.source import Options, Source, SourceTensor
@@ -18,8 +19,6 @@ from swin_moe.checkpoint.boxes import find_gap, find_overlap
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, place_text
 from swin_moe.layout import Chunk
-
-FLOAT_TYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
 class Leaf(NamedTuple):
@@ -61,6 +60,7 @@ class AssembledSource(Source):
         self.files = sorted(files)
         self._open = list(files.values())
         self.tensors = {name: _whole(path, name, parts[name]) for name in sorted(parts)}
+        self.has_digests = all(file.has_digests for file in self._open)
         self._told: set[str] = set()
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
@@ -105,7 +105,7 @@ class AssembledSource(Source):
         for part in self.parts[name]:
             for leaf in part.copies[1:]:
                 for box in contiguous_boxes(part.box.size, self.options.box_bytes // DTYPE_BYTES[dtype]):
-                    first, other = (_as_float(_load(copy, box), dtype) for copy in (part.copies[0], leaf))
+                    first, other = (decode(_load(copy, box), dtype) for copy in (part.copies[0], leaf))
                     difference = np.abs(first - other)
                     largest = float(np.max(np.where(np.isnan(difference), np.inf, difference), initial=0.0))
                     if largest > worst:
@@ -116,8 +116,8 @@ class AssembledSource(Source):
         dtype = self.tensors[name].dtype
         total = np.zeros(inner.size, np.float64)
         for leaf in part.copies:
-            total += _as_float(_load(leaf, inner), dtype)
-        destination[...] = _from_float(total / len(part.copies), dtype)
+            total += decode(_load(leaf, inner), dtype)
+        encode(total / len(part.copies), dtype, destination)
 
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:
         """See Source."""
@@ -149,25 +149,6 @@ def _load(leaf: Leaf, box: Chunk) -> np.ndarray:
     data = np.empty(box.size, RAW[DTYPE_BYTES[leaf.record.dtype]])
     leaf.file.read(leaf.record, box, data)
     return data
-
-
-def _as_float(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns raw elements as float64; integers and eight-bit floats by their code, which tells at least that they
-    differ.
-    """
-    if dtype == "BF16":
-        return (raw.astype(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return (raw.view(FLOAT_TYPES[dtype]) if dtype in FLOAT_TYPES else raw).astype(np.float64)
-
-
-def _from_float(value: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns float64 as raw elements, rounded to nearest even."""
-    if dtype == "BF16":
-        bits = value.astype(np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.int16)
-    if dtype not in FLOAT_TYPES:
-        raise CheckpointError(f"--on-drift mean: copies of a {dtype} tensor differ, which has no mean here")
-    return value.astype(FLOAT_TYPES[dtype]).view(RAW[DTYPE_BYTES[dtype]])
 
 
 def _whole(path: Path, name: str, parts: list[Part]) -> SourceTensor:

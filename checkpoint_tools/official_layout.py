@@ -148,25 +148,36 @@ def layer_number(name: str, depths: list[int]) -> int:
     return sum(depths[:stage]) + int(match[2]) + 1
 
 
+def plan_groups(
+    parameters: Mapping[str, tuple[int, ...]], *, layered: bool, family: str, depths: list[int]
+) -> dict[str, list[str]]:
+    """Returns the names of each group of an official optimizer, in its order, by the group's name.
+
+    Args:
+        parameters: Official name -> shape of the trainable parameters, in module order.
+        layered: With layer-wise decay (SimMIM fine-tuning): a group per layer, in the order of their first parameters.
+    """
+    named: dict[str, list[str]] = {} if layered else {"decay": [], "no_decay": []}
+    for name, shape in parameters.items():
+        kind = "decay" if has_decay(name, len(shape), family=family) else "no_decay"
+        named.setdefault(f"layer_{layer_number(name, depths)}_{kind}" if layered else kind, []).append(name)
+    return named
+
+
 def group_names(
-    groups: list[Mapping[str, Any]], parameters: Mapping[str, tuple[int, ...]], *, family: str, depths: list[int]
+    groups: list[Mapping[str, Any]], parameters: Mapping[str, tuple[int, ...]], *, family: str
 ) -> list[list[str]]:
     """Returns, for each group of an official optimizer, the names of its parameters in order.
 
     Args:
         groups: `param_groups` of its state dict.
-        parameters: Official name -> shape of the trainable parameters, in module order.
+        parameters: As for plan_groups.
 
     Raises:
         CheckpointError: The groups do not have as many parameters as the rule gives them.
     """
     layered = all("group_name" in group for group in groups)
-    named: dict[str, list[str]] = {} if layered else {"decay": [], "no_decay": []}
-    for name, shape in parameters.items():
-        kind = "decay" if has_decay(name, len(shape), family=family) else "no_decay"
-        key = f"layer_{layer_number(name, depths)}_{kind}" if layered else kind
-        named.setdefault(key, []).append(name)
-    found = list(named.values())
+    found = list(plan_groups(parameters, layered=layered, family=family, depths=stage_depths(parameters)).values())
     if not layered and len(groups) == 1:
         found = [list(parameters)]
     counts, wanted = [len(names) for names in found], [len(group["params"]) for group in groups]
@@ -176,6 +187,16 @@ def group_names(
             f"told apart"
         )
     return found
+
+
+def stage_depths(names: Iterable[str]) -> list[int]:
+    """Returns the number of blocks of each stage that official names speak of."""
+    depths: dict[int, int] = {}
+    for name in names:
+        match = re.search(r"(?:^|\.)layers\.(\d+)\.blocks\.(\d+)\.", name)
+        if match:
+            depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
+    return [depths[stage] for stage in sorted(depths)]
 
 
 def in_module_order(names: Iterable[str]) -> list[str]:

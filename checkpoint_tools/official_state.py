@@ -21,7 +21,9 @@ from swin_moe.config_io import config_from_tree
 from swin_moe.config_official import OFFICIAL, convert_official
 from swin_moe.layout import Chunk
 
-KEPT = ("epoch", "max_accuracy", "lr_scheduler", "scaler")  # copied to state["official"] and back
+KEPT = ("lr_scheduler", "max_accuracy", "scaler", "epoch")  # copied to state["official"] and back, in this order
+
+_LOCAL_EXPERTS, _LOCAL_BATCH = "MODEL.SWIN_MOE.NUM_LOCAL_EXPERTS", "DATA.BATCH_SIZE"
 
 
 class Moments(NamedTuple):
@@ -74,9 +76,8 @@ def read_moments(
     order = [name for name in in_module_order(shapes) if not is_buffer(name)]
     if sum(len(group["params"]) for group in groups) < len(order):
         order = [name for name in order if not frozen_bias(name)]
-    depths = _depths(order)
     try:
-        named = group_names(groups, {name: shapes[name] for name in order}, family=family, depths=depths)
+        named = group_names(groups, {name: shapes[name] for name in order}, family=family)
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from None
     tensors: dict[str, dict[str, TensorRecord]] = {}
@@ -97,15 +98,6 @@ def read_moments(
     return Moments(tensors, step, plain(options, file.path))
 
 
-def _depths(names: list[str]) -> list[int]:
-    depths: dict[int, int] = {}
-    for name in names:
-        parts = name.removeprefix("encoder.").split(".")
-        if parts[0] == "layers" and parts[2] == "blocks":
-            depths[int(parts[1])] = max(depths.get(int(parts[1]), 0), int(parts[3]) + 1)
-    return [depths[stage] for stage in sorted(depths)]
-
-
 def _whole_number(value: Any, file: RecordFile) -> int:
     """Returns a step: a number, or since torch 1.12 a scalar tensor."""
     if isinstance(value, TensorRecord) and value.shape in ((), (1,)) and value.dtype in ("F32", "I64"):
@@ -124,7 +116,7 @@ def training_state(content: Mapping[str, Any], moments: Moments | None, config: 
         kept["param_groups"] = moments.groups
     options = content.get("config")
     if isinstance(options, OptionDict | dict):
-        kept["config"] = plain(options, path)
+        kept["config"] = _without_ranks(plain(options, path))
     state: dict[str, Any] = {"official": kept} if kept else {}
     batch = config.get("data", {}).get("global_batch")
     if moments is None or not batch:
@@ -142,6 +134,23 @@ def training_state(content: Mapping[str, Any], moments: Moments | None, config: 
     name = "adamw" if "exp_avg" in moments.tensors else "sgd"
     engine = {"updates": moments.step, "loss_scale": scale, "optimizer": name}
     return state | {"progress": progress, "engine": engine, "seed": config.get("run", {}).get("seed", 0)}
+
+
+def _without_ranks(tree: dict) -> dict:
+    """Returns official options without those that depend on the number of ranks; with_ranks puts them back."""
+    return _nested({key: value for key, value in _leaves(tree) if key not in (_LOCAL_EXPERTS, _LOCAL_BATCH)})
+
+
+def with_ranks(tree: dict, config: Mapping[str, Any], world: int) -> dict:
+    """Returns official options for this many ranks, so that experts and global batch stay what they are in `config`."""
+    flat = dict(_leaves(tree))
+    experts = config.get("model", {}).get("moe", {}).get("num_experts", 0)
+    if experts and config["model"].get("moe", {}).get("blocks"):
+        flat[_LOCAL_EXPERTS] = experts // world if world <= experts else -(world // experts)
+    batch, steps = config.get("data", {}).get("global_batch", 0), flat.get("TRAIN.ACCUMULATION_STEPS", 1)
+    if batch and batch % (world * steps) == 0:
+        flat[_LOCAL_BATCH] = batch // (world * steps)
+    return _nested(flat)
 
 
 def native_config(

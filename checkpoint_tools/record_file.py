@@ -92,6 +92,12 @@ class RecordFile:
         self.path, self.files = path, files or OpenFiles()
         self._begin: dict[str, tuple[int, int]] = {}  # storage key -> first byte, bytes
         self._unverified: dict[str, int] = {}  # storage key -> CRC-32 of its bytes, until they were compared with it
+        self._has_sums = False
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether `verify` compares anything."""
+        return self._has_sums
 
     def locate(self, record: TensorRecord, box: Chunk) -> int:
         """Returns the byte of the file where reading a box begins."""

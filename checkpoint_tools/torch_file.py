@@ -89,6 +89,7 @@ class TorchFile(RecordFile):
         self._begin = {name.removeprefix(data): place for name, place in records.items() if name.startswith(data)}
         # 0: torch.serialization.set_crc32_options(False) was on.
         self._unverified = {key: sums[f"{data}{key}"] for key in self._begin if sums[f"{data}{key}"]}
+        self._has_sums = len(self._unverified) == sum(1 for _, length in self._begin.values() if length)
         return self._bytes(*records[pickles[0]], limit=MAX_PICKLE_BYTES)
 
     def _place(self, entry: zipfile.ZipInfo, stream: Any) -> tuple[int, int]:

@@ -34,6 +34,12 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.native:write_native",
         "checkpoint_tools.formats.native:plan_native",
     ),
+    "official-moe": Format(
+        "checkpoint_tools.formats.official_moe:detect",
+        "checkpoint_tools.formats.official_moe:open_official_moe",
+        "checkpoint_tools.formats.official_moe:write_official_moe",
+        "checkpoint_tools.formats.official_moe:plan_official_moe",
+    ),
 }
 
 

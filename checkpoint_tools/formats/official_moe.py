@@ -5,21 +5,27 @@ trained experts and `.master`, by rank 0, all else (microsoft/Swin-Transformer, 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from checkpoint_tools.assembled import AssembledSource, Leaf, Part, join_parts
 from checkpoint_tools.expert_files import Layer, expert_parts, layer_sizes
 from checkpoint_tools.infer import infer_model
 from checkpoint_tools.official_layout import is_buffer
 from checkpoint_tools.official_state import model_records, native_config, read_moments, training_state
+from checkpoint_tools.official_write import OfficialContent
+from checkpoint_tools.publish import publish_files
 from checkpoint_tools.record_file import OpenFiles, TensorRecord
 from checkpoint_tools.rules import FROM_OFFICIAL, Place, to_ours
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.torch_writer import NewTensor, num_bytes, write_torch
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.checkpoint.pieces import is_expert_tensor
+from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, is_expert_tensor
+from swin_moe.layout import Chunk
 
 Model = dict[str, TensorRecord]
 
@@ -162,3 +168,71 @@ def _shape(parts: list[Part]) -> tuple[int, ...]:
 
 def _buffers(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: record.shape for name, record in model.items() if is_buffer(name)}
+
+
+def write_official_moe(source: Source, path: Path, options: Options) -> None:
+    """Writes rank files; see formats/__init__.py.
+
+    --world: ranks, default as many as experts. --set form=epoch (each rank's whole model and optimizer; the default
+    where there is optimizer state), form=final (experts, and `.master`) or form=global (one file, SAVE_MASTER).
+    --set counts=no: without `_num_global_experts`, as the files released in 2022.
+    """
+    contents = _contents(source, options)
+    total = sum(num_bytes(make()) for make in contents.values())
+
+    def write(staging: Path) -> None:
+        for number, (ending, make) in enumerate(contents.items()):
+            if number % options.comm.size == options.comm.rank:
+                target = staging / f"{path.name}{ending}"
+                write_torch(target, make(), box_bytes=options.box_bytes, progress=options.progress)
+
+    publish_files(path, total, write, comm=options.comm)
+
+
+def plan_official_moe(source: Source, path: Path, options: Options) -> dict[str, int]:
+    """Returns the files that write_official_moe would make, with about their bytes."""
+    return {f"{path.name}{ending}": num_bytes(make()) for ending, make in _contents(source, options).items()}
+
+
+def _contents(source: Source, options: Options) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Returns what makes the content of each file, by its ending."""
+    experts = [t.shape[0] for name, t in source.tensors.items() if name.endswith(".experts.fc1_weight")]
+    world = options.world or max(experts, default=1)
+    content = OfficialContent(source, options, world=world)
+    form = options.extra.get("form", "epoch" if content.kinds else "final")
+    if form == "epoch":
+        return {f".rank{r}": lambda r=r: {"model": content.model(r), **content.training(r)} for r in range(world)}
+    if form == "global":
+        if world > 1 and experts:
+            raise CheckpointError("--set form=global: one file holds the experts of one rank only; give --world 1")
+        return {".global": lambda: {"model": content.model(0), **content.training(0)}}
+    if form != "final":
+        raise CheckpointError(f"--set form must be epoch, final or global, got {form!r}")
+    _check_frozen(content)
+    trained = content.trained_experts(0)
+
+    def part(rank: int, *, own: bool) -> dict[str, Any]:
+        return {"model": {n: t for n, t in content.model(rank).items() if (n in trained) == own}}
+
+    ranks = {f".rank{r}": lambda r=r: part(r, own=True) for r in range(world)}
+    return {".master": lambda: part(0, own=False), **ranks}
+
+
+def _check_frozen(content: OfficialContent) -> None:
+    """Raises CheckpointError where ranks would lose their frozen second biases: the final form keeps rank 0's."""
+    if content.world == 1 or content.network.get("mlp_fc2_bias", True):
+        return
+    for name in content.names:
+        if is_expert_tensor(name) and name.endswith(".fc2_bias"):
+            first = _load(content.tensor(name, 0))
+            if any(not np.array_equal(first, _load(content.tensor(name, r))) for r in range(1, content.world)):
+                raise CheckpointError(
+                    f"{content.source.path}: tensor {name} differs between experts, but the final form keeps the frozen "
+                    f"biases of rank 0 alone; use --set form=epoch"
+                )
+
+
+def _load(tensor: NewTensor) -> np.ndarray:
+    data = np.empty(tensor.shape, RAW[DTYPE_BYTES[tensor.dtype]])
+    tensor.fill(Chunk.whole(tensor.shape), data)
+    return data
