@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from swin_moe.checkpoint.errors import CheckpointError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -124,3 +126,14 @@ def merge_model(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[
     moe = {**model.get("moe", {}), **inferred.get("moe", {})}
     model |= {key: value for key, value in inferred.items() if key != "moe"}
     return {**config, "model": model | ({"moe": moe} if moe else {})}
+
+
+def given_sizes(extra: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the sizes given with --set, for sources that do not tell them."""
+    sizes: dict[str, Any] = {}
+    for key in ("img_size", "window_size"):
+        if key in extra:
+            if not extra[key].isdecimal() or not int(extra[key]):
+                raise CheckpointError(f"--set {key} must be a number of {'pixels' if key == 'img_size' else 'tokens'}")
+            sizes[key] = [int(extra[key])] * 2 if key == "img_size" else int(extra[key])
+    return sizes

@@ -34,25 +34,6 @@ class Moments(NamedTuple):
     groups: list[dict[str, Any]]  # options of each group, without its parameters
 
 
-def model_records(content: Any, path: Path) -> dict[str, TensorRecord]:
-    """Returns the tensors of an official file by official name: its "model", or the whole file.
-
-    Raises:
-        CheckpointError: It holds something else; names it.
-    """
-    model = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not model:
-        raise CheckpointError(f"{path}: holds no state dict, neither itself nor as 'model'")
-    result = {}
-    for name, value in model.items():
-        # Tutel's gather stores the number of experts as a plain number.
-        if isinstance(value, TensorRecord):
-            result[str(name)] = value
-        elif not (isinstance(value, int) and str(name).endswith("_num_global_experts")):
-            raise CheckpointError(f"{path}: {str(name)[:100]!r} is a {type(value).__name__}, not a tensor")
-    return result
-
-
 def read_moments(
     content: Mapping[str, Any], file: RecordFile, shapes: Mapping[str, tuple[int, ...]], *, family: str
 ) -> Moments | None:

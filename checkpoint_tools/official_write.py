@@ -1,13 +1,13 @@
-"""Any source as official files: what each rank's file holds, in the order and with the buffers of the official model."""
+"""Any source as official files: what each rank's file holds, in the order and with the buffers of the official model.
+"""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from checkpoint_tools.expert_files import Spread, expert_kind, local_box, padded_share
-from checkpoint_tools.infer import infer_model, merge_model
+from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.official_layout import (
     frozen_bias,
     in_module_order,
@@ -34,21 +34,30 @@ class OfficialContent:
         source: What to write.
         world: Rank files that experts are spread over.
         prefix: "encoder." for SimMIM.
+        optimizer: Whether its state is written where there is any.
 
     Raises:
         CheckpointError: Rank files cannot hold this layout, or the image size or window is unknown.
     """
 
     def __init__(
-        self, source: Source, options: Options, *, world: int = 1, rules: tuple[Rule, ...] = TO_OFFICIAL,
+        self,
+        source: Source,
+        options: Options,
+        *,
+        world: int = 1,
+        rules: tuple[Rule, ...] = TO_OFFICIAL,
         prefix: str = "",
-    ) -> None:  # fmt: skip
+        optimizer: bool = True,
+    ) -> None:
         self.source, self.world, self.rules, self.prefix = source, world, rules, prefix
+        kinds = {split_kind(name)[0] for name in source.tensors if name.startswith("optim.")}
+        self.kinds = sorted(kinds) if optimizer else []  # of optimizer state: exp_avg, exp_avg_sq, ...
         self.names = _weights(source, options)
         shapes = {name: source.tensors[name].shape for name in self.names}
         inferred = infer_model({name.removeprefix("encoder."): shape for name, shape in shapes.items()})
         self.network = merge_model(source.config, inferred).get("model", {})
-        self.network |= _sizes(options.extra)
+        self.network |= given_sizes(options.extra)
         self.spreads = {
             name.rpartition(".experts.")[0]: Spread(shape[0], world)
             for name, shape in shapes.items()
@@ -112,11 +121,6 @@ class OfficialContent:
                 self.source.read(name, place, destination[(*inner.within(box), ...)])
 
         return NewTensor(local, dtype, fill)
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of optimizer state that the source holds: exp_avg, exp_avg_sq, ..."""
-        return sorted({split_kind(name)[0] for name in self.source.tensors if name.startswith("optim.")})
 
     def training(self, rank: int) -> dict[str, Any]:
         """Returns what a rank's file holds beside its model; {} where the source has no optimizer state."""
@@ -182,17 +186,6 @@ def _weights(source: Source, options: Options) -> list[str]:
     if not names:
         raise CheckpointError(f"{source.path}: holds no parameters")
     return names
-
-
-def _sizes(extra: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the sizes given with --set, for sources that do not tell them."""
-    sizes: dict[str, Any] = {}
-    for key in ("img_size", "window_size"):
-        if key in extra:
-            if not extra[key].isdecimal() or not int(extra[key]):
-                raise CheckpointError(f"--set {key} must be a number of {'pixels' if key == 'img_size' else 'tokens'}")
-            sizes[key] = [int(extra[key])] * 2 if key == "img_size" else int(extra[key])
-    return sizes
 
 
 def _group_options(config: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ query, key and value) says which by its group `part`; the way back has `{part}` 
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
+from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.official_names import DROPPED, RENAMED, SIMMIM_DROPPED
 
 
@@ -57,6 +59,27 @@ def from_ours(name: str, rules: Iterable[Rule]) -> list[str]:
         renamed = [re.sub(rule.pattern, rule.replacement, name) for name in names]
         names = [name.replace("{part}", part) for name in renamed for part in rule.parts or ("",)]
     return names
+
+
+# What a parameter of one of our networks is called; a name that no rule brings here belongs to another network.
+_OURS = re.compile(
+    r"(encoder\.)?(absolute_pos_embed|mask_token|patch_embed\.(proj|norm)\.\w+|norm\.\w+|head\.\w+"
+    r"|layers\.\d+\.downsample\.(reduction|norm)\.\w+"
+    r"|layers\.\d+\.blocks\.\d+\.(norm1|norm2|enorm|spatial_mlp|mlp\.fc1|mlp\.fc2|mlp\.experts|mlp\.router)\.[\w.]+"
+    r"|layers\.\d+\.blocks\.\d+\.attn\.(qkv|proj|cpb_mlp|q_bias|v_bias|logit_scale|relative_position_bias_table)"
+    r"[\w.]*)|decoder\.0\.\w+"
+)
+
+
+def check_ours(name: str, foreign: str, path: Path) -> str:
+    """Returns a name of ours that rules made from a foreign one.
+
+    Raises:
+        CheckpointError: No network of ours has such a parameter; names the foreign one.
+    """
+    if not _OURS.fullmatch(name):
+        raise CheckpointError(f"{path}: tensor {foreign[:100]!r} has no place in a Swin network, and no rule drops it")
+    return name
 
 
 OFFICIAL_BUFFERS = tuple(Rule(pattern, None) for pattern, _ in DROPPED)

@@ -40,6 +40,32 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official_moe:write_official_moe",
         "checkpoint_tools.formats.official_moe:plan_official_moe",
     ),
+    "simmim": Format(
+        "checkpoint_tools.formats.simmim:detect",
+        "checkpoint_tools.formats.simmim:open_simmim",
+        "checkpoint_tools.formats.simmim:write_simmim",
+    ),
+    "tutel": Format(
+        "checkpoint_tools.formats.tutel:detect",
+        "checkpoint_tools.formats.tutel:open_tutel",
+        "checkpoint_tools.formats.tutel:write_tutel",
+    ),
+    "timm": Format(
+        "checkpoint_tools.formats.timm:detect",
+        "checkpoint_tools.formats.timm:open_timm",
+        "checkpoint_tools.formats.timm:write_timm",
+    ),
+    "hf": Format(
+        "checkpoint_tools.formats.hf:detect",
+        "checkpoint_tools.formats.hf:open_hf",
+        "checkpoint_tools.formats.hf:write_hf",
+    ),
+    "official": Format(
+        "checkpoint_tools.formats.official:detect",
+        "checkpoint_tools.formats.official:open_official",
+        "checkpoint_tools.formats.official:write_official",
+        "checkpoint_tools.formats.official:plan_official",
+    ),
 }
 
 
