@@ -4,13 +4,14 @@ Layout: torch/serialization.py and caffe2/serialize/inline_container.h (pytorch)
 <prefix>/data.pkl, <prefix>/data/<key>, one per storage. Files from before torch 1.6 are read by torch_legacy.py.
 """
 
+import io
 import math
 import os
 import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from checkpoint_tools.pickle_reader import BUILDERS, MAX_PICKLE_BYTES, Global, read_pickle
 from checkpoint_tools.record_file import OpenFiles, RecordFile, Storage, TensorRecord
@@ -34,6 +35,48 @@ DTYPES = {
 }  # fmt: skip
 
 
+class Window(io.RawIOBase):
+    """Part of a file as a file of its own, for reading or for writing at its end.
+
+    Args:
+        stream: The whole file. first: Byte where the part begins. length: Its bytes, for reading.
+    """
+
+    def __init__(self, stream: IO[bytes], first: int, length: int = 0) -> None:
+        self._stream, self._first, self._length, self._at = stream, first, length, 0
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Returns the position in the part."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Moves to a position; returns it."""
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            raise ValueError("a position before the beginning")
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns the next bytes of the part."""
+        left = max(0, self._length - self._at)
+        self._stream.seek(self._first + self._at)
+        data = self._stream.read(left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def write(self, data: Any) -> int:
+        """Writes bytes at the position; returns their number."""
+        self._stream.seek(self._first + self._at)
+        count = self._stream.write(data)
+        self._at += count
+        self._length = max(self._length, self._at)
+        return count
+
+
 class TorchFile(RecordFile):
     """A file of torch.save: `content` is its object with TensorRecords for tensors.
 
@@ -41,31 +84,40 @@ class TorchFile(RecordFile):
         path: The file.
         files: Where descriptors are kept; shared by the files of one checkpoint.
         inert: Further classes whose objects become Instances.
+        window: (first byte, bytes) of the part of the file that torch.save wrote; None = all of it.
 
     Raises:
         CheckpointError: It is no such file, or asks for what is refused; names the file, and the global or tensor.
         CorruptionError: It is cut off or contradicts itself.
     """
 
-    def __init__(self, path: Path, files: OpenFiles | None = None, *, inert: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: OpenFiles | None = None,
+        *,
+        inert: Collection[str] = (),
+        window: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(path, files)
         builders = tensor_builders()
-        if not zipfile.is_zipfile(path):
+        if window is None and not zipfile.is_zipfile(path):
             from checkpoint_tools.torch_legacy import read_legacy
 
             self.content, self._begin = read_legacy(path, builders, inert)
         else:
-            pickled = self._read_directory()
+            pickled = self._read_directory(window)
             self.content = read_pickle(pickled, path, builders=builders, inert=inert, persistent=storage_of)
         for name, record in named_records(self.content):
             self._check(name, record)
 
-    def _read_directory(self) -> bytes:
+    def _read_directory(self, window: tuple[int, int] | None) -> bytes:
         """Returns data.pkl after checking every record of the zip; fills the places of the storages."""
         try:
-            with zipfile.ZipFile(self.path) as archive, open(self.path, "rb") as stream:
-                entries = archive.infolist()
-                records = {entry.filename: self._place(entry, stream) for entry in entries}
+            with open(self.path, "rb") as stream:
+                first, length = window or (0, os.fstat(stream.fileno()).st_size)
+                entries = zipfile.ZipFile(Window(stream, first, length)).infolist()
+                records = {entry.filename: self._place(entry, stream, first, length) for entry in entries}
                 sums = {entry.filename: entry.CRC for entry in entries}
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             if isinstance(error, CheckpointError):
@@ -92,21 +144,21 @@ class TorchFile(RecordFile):
         self._has_sums = len(self._unverified) == sum(1 for _, length in self._begin.values() if length)
         return self._bytes(*records[pickles[0]], limit=MAX_PICKLE_BYTES)
 
-    def _place(self, entry: zipfile.ZipInfo, stream: Any) -> tuple[int, int]:
+    def _place(self, entry: zipfile.ZipInfo, stream: IO[bytes], first: int, length: int) -> tuple[int, int]:
         """Returns (first byte, bytes) of a record; refuses what torch.save never writes."""
         name, where = entry.filename, f"{self.path}: record {entry.filename[:100]!r}"
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise CheckpointError(f"{where} leaves its directory, which is refused")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise CheckpointError(f"{where} is compressed or encrypted, which torch.save never does; it is refused")
-        stream.seek(entry.header_offset)
+        stream.seek(first + entry.header_offset)
         header = stream.read(30)
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
             raise CorruptionError(f"{where} has no header where the directory says")
         begin = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if begin + entry.file_size > os.fstat(stream.fileno()).st_size:
+        if begin + entry.file_size > length:
             raise CorruptionError(f"{where} reaches beyond the end of the file")
-        return begin, entry.file_size
+        return first + begin, entry.file_size
 
     def _bytes(self, begin: int, length: int, *, limit: int) -> bytes:
         if length > limit:

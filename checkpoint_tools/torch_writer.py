@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,26 @@ class NewTensor:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
+class NewGlobal(NamedTuple):
+    """A global to write by name."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)  # objects are keys of dicts, whatever their state
+class NewObject:
+    """An object to write: the global that makes it, its arguments, and its state (None = no state).
+
+    A state that is a dict becomes attributes; any other is what its class understands.
+    """
+
+    kind: NewGlobal
+    args: tuple = ()
+    state: Any = None
+    call: bool = False  # a function, instead of a class
+
+
 def constant(array: np.ndarray, dtype: str) -> NewTensor:
     """Returns a tensor that is in memory: counters, masks and tables."""
     raw = np.ascontiguousarray(array).view(RAW[DTYPE_BYTES[dtype]]).reshape(array.shape)
@@ -63,6 +83,10 @@ class _Emitter:
         """Appends a value; raises ValueError for one that is not plain."""
         if isinstance(value, NewTensor):
             self._tensor(value)
+        elif isinstance(value, NewGlobal):
+            self._global(*value)
+        elif isinstance(value, NewObject):
+            self._object(value)
         elif value is None:
             self.out += b"N"
         elif isinstance(value, bool):
@@ -92,6 +116,14 @@ class _Emitter:
             self.out += b"u"
         else:
             raise ValueError(f"a file of torch.save for weights holds no {type(value).__name__}")
+
+    def _object(self, value: NewObject) -> None:
+        self._global(value.kind.module, value.kind.name)
+        self.emit(value.args)
+        self.out += b"R" if value.call else b"\x81"
+        if value.state is not None:
+            self.emit(value.state)
+            self.out += b"b"
 
     def _integer(self, value: int) -> None:
         if -(1 << 31) <= value < 1 << 31:
@@ -143,30 +175,46 @@ def write_torch(
         content: Dicts, lists, tuples, numbers, text, None and NewTensors.
         progress: Gets the bytes just written.
     """
+    with open(path, "wb") as stream:
+        write_torch_stream(stream, path.name, content, box_bytes=box_bytes, progress=progress)
+
+
+def write_torch_stream(
+    stream: Any, prefix: str, content: Any, *, box_bytes: int, progress: Callable[[int], None]
+) -> None:
+    """Writes what write_torch does to an open file; `prefix` is the directory that the records of the zip lie in."""
     emitter = _Emitter()
     emitter.emit(content)
     emitter.out += b"."
-    with zipfile.ZipFile(path, "w") as archive:
-        _write_record(archive, path, "data.pkl", bytes(emitter.out))
-        _write_record(archive, path, "byteorder", b"little")
+    with zipfile.ZipFile(stream, "w") as archive:
+        _write_record(archive, prefix, "data.pkl", bytes(emitter.out))
+        _write_record(archive, prefix, "byteorder", b"little")
         for key, tensor in enumerate(emitter.tensors):
-            with archive.open(_entry(archive, path, f"data/{key}", tensor.num_bytes), "w") as record:
+            with archive.open(_entry(archive, prefix, f"data/{key}", tensor.num_bytes), "w") as record:
                 for box in contiguous_boxes(tensor.shape, max(1, box_bytes // DTYPE_BYTES[tensor.dtype])):
                     data = np.empty(box.size, RAW[DTYPE_BYTES[tensor.dtype]])
                     tensor.fill(box, data)
                     record.write(memoryview(data.reshape(-1).view(np.uint8)))
                     progress(data.nbytes)
-        _write_record(archive, path, "version", b"3\n")
+        _write_record(archive, prefix, "version", b"3\n")
 
 
-def _write_record(archive: zipfile.ZipFile, path: Path, name: str, data: bytes) -> None:
-    with archive.open(_entry(archive, path, name, len(data)), "w") as record:
+def pickled(value: Any) -> bytes:
+    """Returns the pickle of plain values, NewObjects and NewGlobals, without tensors."""
+    emitter = _Emitter()
+    emitter.emit(value)
+    assert not emitter.tensors
+    return bytes(emitter.out) + b"."
+
+
+def _write_record(archive: zipfile.ZipFile, prefix: str, name: str, data: bytes) -> None:
+    with archive.open(_entry(archive, prefix, name, len(data)), "w") as record:
         record.write(data)
 
 
-def _entry(archive: zipfile.ZipFile, path: Path, name: str, size: int) -> zipfile.ZipInfo:
+def _entry(archive: zipfile.ZipFile, prefix: str, name: str, size: int) -> zipfile.ZipInfo:
     """Returns the entry of a record of known size, with the padding that puts its data at a multiple of 64 bytes."""
-    entry = zipfile.ZipInfo(f"{path.name}/{name}", (1980, 1, 1, 0, 0, 0))
+    entry = zipfile.ZipInfo(f"{prefix}/{name}", (1980, 1, 1, 0, 0, 0))
     entry.file_size = size
     large = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile puts sizes over 4 GiB before our padding
     begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + large + 4

@@ -40,6 +40,11 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official_moe:write_official_moe",
         "checkpoint_tools.formats.official_moe:plan_official_moe",
     ),
+    "dcp": Format(
+        "checkpoint_tools.formats.dcp:detect",
+        "checkpoint_tools.formats.dcp:open_dcp",
+        "checkpoint_tools.formats.dcp:write_dcp",
+    ),
     "simmim": Format(
         "checkpoint_tools.formats.simmim:detect",
         "checkpoint_tools.formats.simmim:open_simmim",
