@@ -21,6 +21,8 @@ VERBS = {
     "plan": ("checkpoint_tools.plan", "what a conversion would read and write; touches nothing"),
     "reshard": ("checkpoint_tools.reshard", "write a checkpoint anew, checked against another number of ranks"),
     "convert": ("checkpoint_tools.convert", "from any format to any format"),
+    "upcycle": ("checkpoint_tools.upcycle", "a dense network as one with experts"),
+    "experts": ("checkpoint_tools.experts", "another number of experts: duplicate, split, merge or prune them"),
     "average": ("checkpoint_tools.average", "the weighted mean of several checkpoints' parameters"),
     "export": ("checkpoint_tools.export", "to safetensors, ONNX or a torch.export program"),
 }

@@ -1,8 +1,8 @@
 """torch.distributed.checkpoint: a directory with `.metadata`, a pickle, and files of chunks that are torch.save zips.
 
 Names: `model.<name>` and `optim.state.<name>.<kind>`, as torch's get_state_dict and dcp.save flatten them; a bare name
-is a parameter. Parameter names may be ours or official. Values that are no tensors (options of parameter groups, numbers)
-are passed over and told (pytorch, torch/distributed/checkpoint/{metadata,filesystem}.py).
+is a parameter. Parameter names may be ours or official. Values that are no tensors (options of parameter groups,
+numbers) are passed over and told (pytorch, torch/distributed/checkpoint/{metadata,filesystem}.py).
 """
 
 import re
