@@ -18,10 +18,11 @@ from swin_moe.checkpoint.errors import CheckpointError
 _ORDER = (
     "absolute_pos_embed", "mask_token", "encoder", "patch_embed", "layers", "blocks", "attn_mask", "norm1",
     "logit_scale", "q_bias", "v_bias", "relative_position_bias_table", "relative_coords_table",
-    "relative_position_index", "cpb_mlp", "qkv", "attn", "spatial_mlp", "norm2", "mlp", "fc1", "fc2", "_moe_layer",
-    "_num_global_experts", "experts", "gates", "batched_fc1_w", "batched_fc2_w", "batched_fc1_bias", "batched_fc2_bias",
-    "temperature", "sim_matrix", "cosine_projector", "wg", "enorm", "proj", "reduction", "weight", "bias", "downsample",
-    "norm", "head", "decoder",
+    "relative_position_index", "cpb_mlp", "qkv", "attn", "spatial_mlp", "norm2", "mlp", "fc1", "fc2", "router",
+    "_moe_layer", "_num_global_experts", "experts", "gates", "batched_fc1_w", "batched_fc2_w", "batched_fc1_bias",
+    "batched_fc2_bias", "temperature", "sim_matrix", "projector", "cosine_projector", "wg", "fc1_weight",
+    "fc1_bias", "fc2_weight", "fc2_bias", "enorm", "proj", "reduction", "weight", "bias", "downsample", "norm", "head",
+    "decoder",
 )  # fmt: skip
 _BUFFERS = ("attn_mask", "relative_coords_table", "relative_position_index", "_num_global_experts")
 _MASKED = -100.0  # what the official mask adds instead of minus infinity
@@ -42,8 +43,8 @@ def is_buffer(name: str) -> bool:
 
 
 def frozen_bias(name: str) -> bool:
-    """Returns whether a parameter is one that MLP_FC2_BIAS=False freezes."""
-    return name.endswith("batched_fc2_bias")
+    """Returns whether a parameter, by its official name or ours, is one that MLP_FC2_BIAS=False freezes."""
+    return name.endswith(("experts.batched_fc2_bias", "experts.fc2_bias"))
 
 
 class StageGeometry(NamedTuple):
@@ -120,20 +121,23 @@ def shift_mask(geometry: StageGeometry) -> np.ndarray | None:
     return np.where(tiles[:, :, None] == tiles[:, None, :], 0.0, _MASKED).astype(np.float32)
 
 
-_KEYWORDS = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
-_MOE_KEYWORDS = ("fc1_bias", "fc2_bias", "temperature", "cosine_projector", "sim_matrix")
+# Of all families: no family has a parameter that only another one excludes. Ours: router.projector.
+_KEYWORDS = (
+    "cpb_mlp", "logit_scale", "relative_position_bias_table", "fc1_bias", "fc2_bias", "temperature",
+    "cosine_projector", "router.projector", "sim_matrix",
+)  # fmt: skip
 
 
-def has_decay(name: str, num_dims: int, *, family: str) -> bool:
-    """Returns whether weight decay applies to an official parameter; optimizer.py:set_weight_decay there.
+def has_decay(name: str, num_dims: int) -> bool:
+    """Returns whether weight decay applies to a parameter of an official name, or of ours.
 
-    SimMIM's names begin with "encoder.", which the official rule forgets for keywords: those parameters do decay.
+    The rule of optimizer.py:set_weight_decay there. SimMIM's names begin with "encoder.", which that rule forgets for
+    keywords: those parameters do decay.
     """
     inner = name.removeprefix("encoder.")
     if num_dims == 1 or name.endswith(".bias") or inner in ("absolute_pos_embed", "mask_token"):
         return False
-    keywords = _KEYWORDS + (_MOE_KEYWORDS if family == "swin_moe" else ())
-    return inner != name or not any(keyword in name for keyword in keywords)
+    return inner != name or not any(keyword in name for keyword in _KEYWORDS)
 
 
 def layer_number(name: str, depths: list[int]) -> int:
@@ -149,7 +153,7 @@ def layer_number(name: str, depths: list[int]) -> int:
 
 
 def plan_groups(
-    parameters: Mapping[str, tuple[int, ...]], *, layered: bool, family: str, depths: list[int]
+    parameters: Mapping[str, tuple[int, ...]], *, layered: bool
 ) -> dict[str, list[str]]:
     """Returns the names of each group of an official optimizer, in its order, by the group's name.
 
@@ -158,14 +162,15 @@ def plan_groups(
         layered: With layer-wise decay (SimMIM fine-tuning): a group per layer, in the order of their first parameters.
     """
     named: dict[str, list[str]] = {} if layered else {"decay": [], "no_decay": []}
+    depths = stage_depths(parameters)
     for name, shape in parameters.items():
-        kind = "decay" if has_decay(name, len(shape), family=family) else "no_decay"
+        kind = "decay" if has_decay(name, len(shape)) else "no_decay"
         named.setdefault(f"layer_{layer_number(name, depths)}_{kind}" if layered else kind, []).append(name)
     return named
 
 
 def group_names(
-    groups: list[Mapping[str, Any]], parameters: Mapping[str, tuple[int, ...]], *, family: str
+    groups: list[Mapping[str, Any]], parameters: Mapping[str, tuple[int, ...]]
 ) -> list[list[str]]:
     """Returns, for each group of an official optimizer, the names of its parameters in order.
 
@@ -177,7 +182,7 @@ def group_names(
         CheckpointError: The groups do not have as many parameters as the rule gives them.
     """
     layered = all("group_name" in group for group in groups)
-    found = list(plan_groups(parameters, layered=layered, family=family, depths=stage_depths(parameters)).values())
+    found = list(plan_groups(parameters, layered=layered).values())
     if not layered and len(groups) == 1:
         found = [list(parameters)]
     counts, wanted = [len(names) for names in found], [len(group["params"]) for group in groups]

@@ -50,7 +50,7 @@ def assemble(
     parts = _parts(path, leaves, layers)
     sizes = {name.removeprefix("encoder."): _shape(part) for name, part in parts.items()}
     inferred = infer_model(sizes, _buffers(models[0] | rest))
-    moments = _read_moments(path, ranks, models, inferred.get("name", ""), options) if optimizer else []
+    moments = _read_moments(path, ranks, models, options) if optimizer else []
     if moments:
         states = [
             {f"optim.{kind}/{name}": r for kind, named in found.tensors.items() for name, r in named.items()}
@@ -74,7 +74,7 @@ def assemble(
 
 
 def _read_moments(
-    path: Path, ranks: list[TorchFile], models: list[Model], family: str, options: Options
+    path: Path, ranks: list[TorchFile], models: list[Model], options: Options
 ) -> list[Moments]:
     """Returns each rank's optimizer state; [] where there is none.
 
@@ -82,7 +82,7 @@ def _read_moments(
         CheckpointError: Only some ranks have one.
     """
     found = [
-        read_moments(file.content, file, {name: record.shape for name, record in model.items()}, family=family)
+        read_moments(file.content, file, {name: record.shape for name, record in model.items()})
         for file, model in zip(ranks, models)
     ]
     moments = [one for one in found if one is not None]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoint_tools.infer import merge_model
-from checkpoint_tools.official_layout import frozen_bias, group_names, in_module_order, is_buffer
+from checkpoint_tools.official_layout import frozen_bias, group_names, is_buffer
 from checkpoint_tools.pickle_reader import Options as OptionDict
 from checkpoint_tools.pickle_reader import plain
 from checkpoint_tools.record_file import RecordFile, TensorRecord
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 
 def read_moments(
-    content: Mapping[str, Any], file: RecordFile, shapes: Mapping[str, tuple[int, ...]], *, family: str
+    content: Mapping[str, Any], file: RecordFile, shapes: Mapping[str, tuple[int, ...]]
 ) -> Moments | None:
     """Returns the optimizer state of an official file, or None where it has none.
 
@@ -43,7 +43,7 @@ def read_moments(
     compared with its parameter's.
 
     Args:
-        shapes: Official name -> shape of the model's tensors in this file.
+        shapes: Name -> shape of the model's tensors in this file, in its order, which is that of the parameters.
 
     Raises:
         CheckpointError: Numbers and names do not fit together; names the file and the parameter.
@@ -54,11 +54,11 @@ def read_moments(
     groups, states = optimizer.get("param_groups"), optimizer.get("state")
     if not isinstance(groups, list) or not isinstance(states, dict):
         raise CheckpointError(f"{file.path}: its optimizer has no param_groups or no state")
-    order = [name for name in in_module_order(shapes) if not is_buffer(name)]
+    order = [name for name in shapes if not is_buffer(name)]
     if sum(len(group["params"]) for group in groups) < len(order):
         order = [name for name in order if not frozen_bias(name)]
     try:
-        named = group_names(groups, {name: shapes[name] for name in order}, family=family)
+        named = group_names(groups, {name: shapes[name] for name in order})
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from None
     tensors: dict[str, dict[str, TensorRecord]] = {}

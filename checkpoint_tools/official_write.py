@@ -13,7 +13,6 @@ from checkpoint_tools.official_layout import (
     in_module_order,
     official_buffers,
     plan_groups,
-    stage_depths,
 )
 from checkpoint_tools.official_state import KEPT, with_ranks
 from checkpoint_tools.rules import TO_OFFICIAL, Rule, from_ours
@@ -35,6 +34,7 @@ class OfficialContent:
         world: Rank files that experts are spread over.
         prefix: "encoder." for SimMIM.
         optimizer: Whether its state is written where there is any.
+        buffers: Whether masks, indices, tables and numbers of experts are.
 
     Raises:
         CheckpointError: Rank files cannot hold this layout, or the image size or window is unknown.
@@ -49,6 +49,7 @@ class OfficialContent:
         rules: tuple[Rule, ...] = TO_OFFICIAL,
         prefix: str = "",
         optimizer: bool = True,
+        buffers: bool = True,
     ) -> None:
         self.source, self.world, self.rules, self.prefix = source, world, rules, prefix
         kinds = {split_kind(name)[0] for name in source.tensors if name.startswith("optim.")}
@@ -72,7 +73,7 @@ class OfficialContent:
                     f"{spread.shards} ranks, as Tutel needs"
                 )
         self.has_counts = options.extra.get("counts", "yes") != "no"
-        self.buffers = self._buffers()
+        self.buffers = self._buffers() if buffers else {}
 
     def _buffers(self) -> dict[str, NewTensor]:
         missing = [key for key in ("img_size", "window_size") if key not in self.network]
@@ -152,8 +153,7 @@ class OfficialContent:
         shapes = {name: self.source.tensors[ours[name]].shape for name in order}
         saved = saved if isinstance(saved, list) and saved else [{}, {"weight_decay": 0.0}]
         layered = all("group_name" in group for group in saved)
-        family, depths = self.network.get("name", ""), stage_depths(order)
-        groups = list(plan_groups(shapes, layered=layered, family=family, depths=depths).values())
+        groups = list(plan_groups(shapes, layered=layered).values())
         if len(saved) == 1:
             groups = [order]
         if len(groups) != len(saved):

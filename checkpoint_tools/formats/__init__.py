@@ -45,6 +45,11 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.dcp:open_dcp",
         "checkpoint_tools.formats.dcp:write_dcp",
     ),
+    "fairscale": Format(
+        "checkpoint_tools.formats.fairscale:detect",
+        "checkpoint_tools.formats.fairscale:open_fairscale",
+        "checkpoint_tools.formats.fairscale:write_fairscale",
+    ),
     "simmim": Format(
         "checkpoint_tools.formats.simmim:detect",
         "checkpoint_tools.formats.simmim:open_simmim",
