@@ -127,7 +127,9 @@ class _Machine:
             elif name in _GETS:
                 self.stack.append(self.memo[arg])
             elif name == "STOP":
-                return self.stack[-1]
+                if len(self.stack) != 1 or self.stack[0] is _MARK:
+                    raise ValueError("a pickle that ends in the middle of a value")
+                return self.stack[0]
             elif name not in _IGNORED:
                 step = getattr(self, f"_{name.lower()}", None)
                 if step is None:
