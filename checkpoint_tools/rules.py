@@ -124,6 +124,12 @@ FROM_HF = (
     Rule(r"^embeddings\.mask_token$", None),
     Rule(r"^decoder\.", None),
     Rule(r"^encoder\.layers\.", "layers."),
+    # transformers 5 renames Swin's modules in memory; from_pretrained and save_pretrained map to the names below.
+    Rule(r"\.attention\.q_proj\.", ".attention.self.query."),
+    Rule(r"\.attention\.k_proj\.", ".attention.self.key."),
+    Rule(r"\.attention\.v_proj\.", ".attention.self.value."),
+    Rule(r"\.attention\.o_proj\.", ".attention.output.dense."),
+    Rule(r"\.attention\.relative_position_bias\.", ".attention.self."),
     Rule(r"\.layernorm_before\.", ".norm1."),
     Rule(r"\.layernorm_after\.", ".norm2."),
     Rule(r"\.attention\.self\.(?P<part>query|key|value)\.weight$", ".attn.qkv.weight", _QKV),
