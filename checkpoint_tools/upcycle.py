@@ -8,7 +8,8 @@ of the gates) gives f(x) back. That sum is known, so the new network is the dens
     router weights all zero       k / E: every score is 1 / E
 
 with capacity by need (no token dropped) and in evaluation (no gate noise). With --router-std > 0 and none of the first
-two, or with --reinit > 0, the networks differ. Both are run on random images in every case, and the difference is told.
+two, or with --reinit > 0, the networks differ (SwinV2's only little by the router: the norm behind a branch undoes any
+scale). Both are run on random images in every case, and the difference is told.
 "Is" means up to rounding; the factor itself is exact where it is a power of two.
 
 Shape legend: E experts, H hidden channels, D model channels, k choices per token.
