@@ -67,7 +67,7 @@ def read_moments(
         for number, name in zip(group["params"], names):
             for kind, value in states.get(number, {}).items():
                 if kind == "step":
-                    step = max(step, _whole_number(value, file))
+                    step = max(step, whole_number(value, file))
                 elif isinstance(value, TensorRecord):
                     if value.shape != shapes[name]:
                         raise CheckpointError(
@@ -79,7 +79,7 @@ def read_moments(
     return Moments(tensors, step, plain(options, file.path))
 
 
-def _whole_number(value: Any, file: RecordFile) -> int:
+def whole_number(value: Any, file: RecordFile) -> int:
     """Returns a step: a number, or since torch 1.12 a scalar tensor."""
     if isinstance(value, TensorRecord) and value.shape in ((), (1,)) and value.dtype in ("F32", "I64"):
         data = np.empty(value.shape, RAW[DTYPE_BYTES[value.dtype]])

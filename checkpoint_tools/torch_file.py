@@ -220,6 +220,8 @@ def tensor_builders() -> dict[str, Any]:
         "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_tensor_v3": _tensor_v3,
+        "torch.Tensor": _no_call,
+        "torch._tensor._rebuild_from_type_v2": _from_type,
         "torch._utils._rebuild_parameter": _parameter,
         "torch._utils._rebuild_parameter_with_state": _parameter,
         "torch.Size": lambda sizes=(): tuple(sizes) if _counts(sizes) else _no_call(),
@@ -239,6 +241,12 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tens
     """Builds what torch._utils._rebuild_tensor_v2 builds; also called for parameters and older files."""
     dtype = storage.dtype if isinstance(storage, Storage) else ""
     return _record(storage, offset, shape, stride, dtype)
+
+
+def _from_type(rebuild: Any, kind: Any, arguments: Any, *_: Any) -> TensorRecord:
+    """Builds a tensor that had attributes of its own when it was saved; they are left out."""
+    plain = rebuild == Global("torch._utils", "_rebuild_tensor_v2") and kind == Global("torch", "Tensor")
+    return _tensor(*arguments) if plain and isinstance(arguments, tuple) else _no_call()
 
 
 def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:

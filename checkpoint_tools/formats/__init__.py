@@ -40,6 +40,9 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official_moe:write_official_moe",
         "checkpoint_tools.formats.official_moe:plan_official_moe",
     ),
+    "deepspeed": Format(
+        "checkpoint_tools.formats.deepspeed:detect", "checkpoint_tools.formats.deepspeed:open_deepspeed", ""
+    ),
     "dcp": Format(
         "checkpoint_tools.formats.dcp:detect",
         "checkpoint_tools.formats.dcp:open_dcp",
