@@ -16,6 +16,8 @@ from checkpoint_tools.assembled import Leaf, Part
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.layout import Chunk
 
+MAX_EXPERTS = 1 << 16
+
 
 class Spread(NamedTuple):
     """How E experts are spread over the ranks."""
@@ -131,10 +133,12 @@ def layer_sizes(
         experts, channels = matrix[1], projector[1]
     else:
         raise CheckpointError(f"{path}: {prefix} has experts but no router, which tells how many there are")
+    if not 1 <= experts <= MAX_EXPERTS or channels < 1:
+        raise CheckpointError(f"{path}: {prefix}: a router of {experts} experts and {channels} channels is impossible")
     spread = Spread(experts, world)
     spread.check(path)
     dense = next((shapes[n] for n in sorted(shapes) if n.endswith(".mlp.fc1.weight")), None)
-    expected = channels * dense[0] // dense[1] if dense else None
+    expected = channels * dense[0] // dense[1] if dense and len(dense) == 2 and dense[1] else None
     if len(local) == 3 and local[2] == channels:
         hidden = local[1] * spread.shards
         fits = local[0] == spread.local and expected in (None, hidden)

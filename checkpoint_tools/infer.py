@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from swin_moe.checkpoint.errors import CheckpointError
@@ -10,16 +11,26 @@ from swin_moe.checkpoint.errors import CheckpointError
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def infer_model(shapes: Shapes, buffers: Shapes | None = None) -> dict[str, Any]:
+def infer_model(path: Path, shapes: Shapes, buffers: Shapes | None = None) -> dict[str, Any]:
     """Returns the options of config.model that the shapes determine, as JSON; `moe` holds those of config.model.moe.
 
     Args:
+        path: Of the checkpoint, for errors.
         shapes: Our name -> shape, of parameters; other tensors are passed over.
         buffers: The same of an official file's masks, tables and indices, which tell window and image size.
+
+    Raises:
+        CheckpointError: A shape is none of a Swin network's.
     """
-    buffers = buffers or {}
     if "patch_embed.proj.weight" not in shapes:
         return {}
+    try:
+        return _infer(shapes, buffers or {})
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise CheckpointError(f"{path}: the shapes of its tensors are not those of a Swin network") from None
+
+
+def _infer(shapes: Shapes, buffers: Shapes) -> dict[str, Any]:
     embed_dim, channels, *patch = shapes["patch_embed.proj.weight"]
     depths = _depths(shapes)
     model: dict[str, Any] = {
@@ -45,7 +56,7 @@ def infer_model(shapes: Shapes, buffers: Shapes | None = None) -> dict[str, Any]
     side = _image_side(shapes, buffers)
     if side:
         model["img_size"] = [side * n for n in patch]
-    every = [int(m[1]) + 1 for name in shapes if (m := re.search(r"blocks\.(\d+)\.enorm\.weight$", name))]
+    every = [int(m[1]) + 1 for name in shapes if (m := re.search(r"blocks\.(\d{1,4})\.enorm\.weight$", name))]
     if every:
         model["extra_norm_every"] = min(every)
     moe = _infer_moe(shapes, len(depths))
@@ -53,7 +64,7 @@ def infer_model(shapes: Shapes, buffers: Shapes | None = None) -> dict[str, Any]
 
 
 def _depths(shapes: Shapes) -> list[int]:
-    blocks = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in shapes]
+    blocks = [re.match(r"layers\.(\d{1,2})\.blocks\.(\d{1,4})\.", name) for name in shapes]
     found: dict[int, int] = {}
     for match in filter(None, blocks):
         found[int(match[1])] = max(found.get(int(match[1]), 0), int(match[2]) + 1)
@@ -97,7 +108,7 @@ def _image_side(shapes: Shapes, buffers: Shapes) -> int:
     if "absolute_pos_embed" in shapes:
         return math.isqrt(shapes["absolute_pos_embed"][1])
     for name, shape in sorted(buffers.items()):
-        match = re.match(r"layers\.(\d+)\.blocks\.\d+\.attn_mask$", name)
+        match = re.match(r"layers\.(\d{1,2})\.blocks\.\d{1,4}\.attn_mask$", name)
         if match:
             return math.isqrt(shape[0] * shape[1]) << int(match[1])
     return 0
@@ -107,7 +118,7 @@ def _infer_moe(shapes: Shapes, stages: int) -> dict[str, Any]:
     blocks: list[list[int]] = [[] for _ in range(stages)]
     moe: dict[str, Any] = {}
     for name, shape in shapes.items():
-        match = re.match(r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.experts\.fc1_weight$", name)
+        match = re.match(r"layers\.(\d{1,2})\.blocks\.(\d{1,4})\.mlp\.experts\.fc1_weight$", name)
         if match:
             blocks[int(match[1])].append(int(match[2]))
             moe["num_experts"] = shape[0]

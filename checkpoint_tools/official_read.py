@@ -49,7 +49,7 @@ def assemble(
     }
     parts = _parts(path, leaves, layers)
     sizes = {name.removeprefix("encoder."): _shape(part) for name, part in parts.items()}
-    inferred = infer_model(sizes, _buffers(models[0] | rest))
+    inferred = infer_model(path, sizes, _buffers(models[0] | rest))
     moments = _read_moments(path, ranks, models, options) if optimizer else []
     if moments:
         states = [

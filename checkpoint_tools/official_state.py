@@ -52,8 +52,15 @@ def read_moments(
     if not isinstance(optimizer, dict):
         return None
     groups, states = optimizer.get("param_groups"), optimizer.get("state")
-    if not isinstance(groups, list) or not isinstance(states, dict):
-        raise CheckpointError(f"{file.path}: its optimizer has no param_groups or no state")
+    numbered = isinstance(groups, list) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(type(number) is int and isinstance(states.get(number, {}), dict) for number in group["params"])
+        for group in groups
+        if isinstance(states, dict)
+    )
+    if not numbered or not isinstance(states, dict):
+        raise CheckpointError(f"{file.path}: its optimizer is not that of torch: param_groups and state by number")
     order = [name for name in shapes if not is_buffer(name)]
     if sum(len(group["params"]) for group in groups) < len(order):
         order = [name for name in order if not frozen_bias(name)]
@@ -102,8 +109,10 @@ def training_state(content: Mapping[str, Any], moments: Moments | None, config: 
     batch = config.get("data", {}).get("global_batch")
     if moments is None or not batch:
         return state
-    scaler = kept.get("scaler") or {}
-    scale = {"value": float(scaler.get("scale", 1.0)), "good_steps": int(scaler.get("_growth_tracker", 0))}
+    scaler = kept["scaler"] if isinstance(kept.get("scaler"), dict) else {}
+    value, good_steps = scaler.get("scale", 1.0), scaler.get("_growth_tracker", 0)
+    known = isinstance(value, int | float) and isinstance(good_steps, int)
+    scale = {"value": float(value) if known else 1.0, "good_steps": good_steps if known else 0}
     best = kept.get("max_accuracy")
     progress = {
         "step": moments.step,
@@ -148,7 +157,7 @@ def native_config(
         try:
             converted = convert_official(_nested(known), path=path, world_size=world or None)
             config = canonical_config(dataclasses.asdict(config_from_tree(converted, source=str(path))))
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             options.report(f"its options are kept as they are, but not as ours: {error}")
     return json.loads(json.dumps(merge_model(config, inferred)))
 

@@ -56,7 +56,9 @@ class OfficialContent:
         self.kinds = sorted(kinds) if optimizer else []  # of optimizer state: exp_avg, exp_avg_sq, ...
         self.names = _weights(source, options)
         shapes = {name: source.tensors[name].shape for name in self.names}
-        inferred = infer_model({name.removeprefix("encoder."): shape for name, shape in shapes.items()})
+        if not prefix and rules and any(name.startswith("encoder.") for name in shapes):
+            raise CheckpointError(f"{source.path}: is a SimMIM pre-training checkpoint; write it with --to simmim")
+        inferred = infer_model(source.path, {name.removeprefix("encoder."): shape for name, shape in shapes.items()})
         self.network = merge_model(source.config, inferred).get("model", {})
         self.network |= given_sizes(options.extra)
         self.spreads = {

@@ -34,7 +34,7 @@ def plain_tensors(
     """
     names = [tensor for tensor in source.tensors if split_kind(tensor)[0] == "weight"]
     shapes = {tensor: source.tensors[tensor].shape for tensor in names}
-    network = merge_model(source.config, infer_model(shapes)).get("model", {}) | given_sizes(options.extra)
+    network = merge_model(source.config, infer_model(source.path, shapes)).get("model", {}) | given_sizes(options.extra)
     family = network.get("name")
     experts = next((tensor for tensor in names if is_expert_tensor(tensor)), None)
     if experts is not None:

@@ -87,7 +87,7 @@ class Upcycling:
         shapes = {name: tensor.shape for name, tensor in dense.tensors.items() if split_kind(name)[0] == "weight"}
         if any(is_expert_tensor(name) for name in shapes):
             raise CheckpointError(f"{dense.path}: has experts already; `experts` changes their number")
-        self.dense_config = merge_model(dense.config, infer_model(shapes))
+        self.dense_config = merge_model(dense.config, infer_model(dense.path, shapes))
         depths = self.dense_config["model"].get("depths", [])
         self.blocks = parse_blocks(arguments.blocks, depths)
         self.experts, self.top_k = arguments.experts, arguments.top_k

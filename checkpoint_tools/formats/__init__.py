@@ -82,6 +82,17 @@ FORMATS: dict[str, Format] = {
 }
 
 
+# What --set may say; each format's module tells what it means there.
+SETTINGS = ("counts", "encoder", "form", "img_size", "window_size")
+
+
+def check_settings(options: Options) -> None:
+    """Raises ValueError for a --set that no format knows: a typo would have no effect."""
+    unknown = sorted(options.extra.keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"--set {unknown[0]} is unknown; allowed: {', '.join(SETTINGS)}")
+
+
 def find_format(path: Path) -> str:
     """Returns the name of the format that recognizes `path`.
 
@@ -97,6 +108,7 @@ def find_format(path: Path) -> str:
 
 def open_source(path: Path, options: Options, name: str = "") -> Source:
     """Returns the opened checkpoint at `path`; the format is guessed where `name` is empty."""
+    check_settings(options)
     finish_publishing(path)
     name = name or find_format(path)
     return lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)

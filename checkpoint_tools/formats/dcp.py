@@ -72,7 +72,7 @@ def open_dcp(path: Path, options: Options) -> Source:
     if others:
         options.report(f"{path}: {len(others)} values are no tensors and are left out: {', '.join(others[:3])}, ...")
     shapes = sizes_of(parts)
-    config = {"model": infer_model(shapes)} if "patch_embed.proj.weight" in shapes else {}
+    config = {"model": infer_model(path, shapes)} if "patch_embed.proj.weight" in shapes else {}
     return AssembledSource(
         "dcp", path, parts, options, step=max(steps, default=0), config=config, provenance={"source": {"format": "dcp"}}
     )
@@ -126,9 +126,13 @@ def _tensors(path: Path, content: Instance) -> tuple[dict[str, Chunks], list[str
             continue
         dtype = DTYPES[kind.state["properties"].state[0].name]
         sizes = {tuple(c.state["offsets"]): tuple(c.state["sizes"]) for c in kind.state["chunks"]}
+        size = tuple(kind.state["size"])
+        numbers = [size, *sizes, *sizes.values()]
+        if any(len(n) != len(size) or not all(type(v) is int and 0 <= v <= 1 << 62 for v in n) for n in numbers):
+            raise CorruptionError(f"{path}: tensor {name}: a chunk has an impossible shape or offset")
         if stored.get(name, {}).keys() != sizes.keys():
             raise CorruptionError(f"{path}: tensor {name}: a chunk has no place, or is listed twice")
-        tensors[name] = Chunks(tuple(kind.state["size"]), dtype, stored[name], sizes)
+        tensors[name] = Chunks(size, dtype, stored[name], sizes)
     return tensors, others
 
 

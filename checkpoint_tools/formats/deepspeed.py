@@ -70,7 +70,24 @@ def open_deepspeed(path: Path, options: Options) -> Source:
         raise CheckpointError(f"{path}: holds neither `latest` nor the model states of DeepSpeed")
     if any(directory.glob("*_expert_*_model_states.pt")):
         raise CheckpointError(f"{path}: holds experts of deepspeed.moe, which are no experts of a Swin network")
-    reading = _Reading(directory)
+    try:
+        reading = _Reading(directory)
+        parts = _parts(reading, path)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CorruptionError(f"{directory}: is no checkpoint of ZeRO 1, 2 or 3 ({error!r})") from None
+    shapes = sizes_of(parts)
+    for name, shape in shapes.items():
+        rows = shapes.get(f"{name.rpartition('/')[2].partition('.experts.')[0]}.router.weight")
+        if is_expert_tensor(name) and rows and shape[0] != rows[0]:
+            raise CheckpointError(f"{path}: tensor {name}: {shape[0]} of {rows[0]} experts are here, the rest is lost")
+    config = {"model": infer_model(path, {name: shape for name, shape in shapes.items() if "/" not in name})}
+    provenance = {"source": {"format": "deepspeed", "stage": reading.stage, "ranks": len(reading.optim)}}
+    return AssembledSource("deepspeed", path, parts, options, step=reading.step, config=config, provenance=provenance)
+
+
+def _parts(reading: "_Reading", path: Path) -> dict[str, list[Part]]:
     parts: dict[str, list[Part]] = {}
     for group, shapes in enumerate(reading.groups):
         for foreign, shape in shapes.items():
@@ -78,15 +95,7 @@ def open_deepspeed(path: Path, options: Options) -> Source:
             if place is not None:
                 name = check_ours(place.name, foreign, path)
                 parts |= reading.parts_of(name, foreign, group, shape)
-    parts |= reading.untrained(parts, path)
-    shapes = sizes_of(parts)
-    for name, shape in shapes.items():
-        rows = shapes.get(f"{name.rpartition('/')[2].partition('.experts.')[0]}.router.weight")
-        if is_expert_tensor(name) and rows and shape[0] != rows[0]:
-            raise CheckpointError(f"{path}: tensor {name}: {shape[0]} of {rows[0]} experts are here, the rest is lost")
-    config = {"model": infer_model({name: shape for name, shape in shapes.items() if "/" not in name})}
-    provenance = {"source": {"format": "deepspeed", "stage": reading.stage, "ranks": len(reading.optim)}}
-    return AssembledSource("deepspeed", path, parts, options, step=reading.step, config=config, provenance=provenance)
+    return parts | reading.untrained(parts, path)
 
 
 class _Reading:
@@ -117,14 +126,11 @@ class _Reading:
         if missing:
             raise CorruptionError(f"{directory}: the optimizer states of rank {missing[0]} are missing")
         self.optim = [TorchFile(found[rank], files, inert=_INERT) for rank in sorted(found)]
-        try:
-            self.states = [file.content["optimizer_state_dict"] for file in self.optim]
-            self.stage = int(self.states[0]["zero_stage"].args[0])
-            self.groups = [dict(shapes) for shapes in content["param_shapes"]]
-            self.step = int(content.get("global_steps", 0))
-            self.counts = [self._count(group) for group in range(len(self.groups))]
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise CorruptionError(f"{directory}: is no checkpoint of ZeRO 1, 2 or 3 ({error!r})") from None
+        self.states = [file.content["optimizer_state_dict"] for file in self.optim]
+        self.stage = int(self.states[0]["zero_stage"].args[0])
+        self.groups = [dict(shapes) for shapes in content["param_shapes"]]
+        self.step = int(content.get("global_steps", 0))
+        self.counts = [self._count(group) for group in range(len(self.groups))]
 
     def _count(self, group: int) -> int:
         """Returns how many parts a group is cut in."""
@@ -171,6 +177,8 @@ class _Reading:
     def parts_of(self, name: str, foreign: str, group: int, shape: Any) -> dict[str, list[Part]]:
         """Returns the parts of a parameter and of its moments."""
         shape, spread = tuple(shape), len(self.states) // self.counts[group]
+        if not all(type(n) is int and 0 <= n <= 1 << 62 for n in shape):
+            raise ValueError(f"a shape {shape}")
         if spread > 1 and not is_expert_tensor(name):
             raise CorruptionError(f"{self.directory}: tensor {name}: dense, but cut over some ranks only")
         kinds = [key for key, value in self._state(group).items() if key != "step" and isinstance(value, TensorRecord)]
@@ -191,7 +199,8 @@ class _Reading:
     def _parts(self, name: str, piece: Piece, kind: str, shape: tuple[int, ...], share: int) -> Iterator[Part]:
         """Yields the boxes of the global tensor that a piece makes; experts of share s follow those of share s - 1."""
         flat, at = self.flat(piece.rank, piece.group, kind), piece.at
-        if len(flat.shape) != 1 or at + piece.stop - piece.start > flat.shape[0]:
+        inside = 0 <= piece.start <= piece.stop and 0 <= at and at + piece.stop - piece.start <= flat.shape[0]
+        if len(flat.shape) != 1 or not inside:
             raise CorruptionError(f"{self.optim[piece.rank].path}: tensor {name}: reaches beyond its flat buffer")
         for box in boxes_of_range(shape, piece.start, piece.stop):
             offset = (box.offset[0] + share * shape[0], *box.offset[1:]) if shape and share else box.offset

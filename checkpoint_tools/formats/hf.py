@@ -49,7 +49,7 @@ def open_hf(path: Path, options: Options) -> Source:
     stated = {ours: given[key] for key, ours in _SHARED.items() if key in given}
     stated |= {key: [stated[key]] * 2 for key in _PAIRS if isinstance(stated.get(key), int)}
     buffers = {name: record.shape for name, (_, record) in records.items()}
-    inferred = infer_model(sizes_of(parts), buffers) | given_sizes(options.extra)
+    inferred = infer_model(path, sizes_of(parts), buffers) | given_sizes(options.extra)
     config = merge_model({"model": stated}, inferred)
     return AssembledSource("hf", path, parts, options, config=config, provenance={"source": {"format": "hf"}})
 

@@ -25,7 +25,7 @@ from swin_moe.layout import Chunk
 
 def detect(path: Path) -> bool:
     """See formats/__init__.py: the path is that of the files without its ".rank<r>"."""
-    return any(path.with_name(f"{path.name}{end}").is_file() for end in (".rank0", ".global"))
+    return bool(path.name) and any(path.with_name(f"{path.name}{end}").is_file() for end in (".rank0", ".global"))
 
 
 def open_official_moe(path: Path, options: Options) -> Source:

@@ -35,7 +35,7 @@ def open_timm(path: Path, options: Options) -> Source:
     closing = any(name.startswith("layers.0.downsample.") for name in records)
     parts = place_records(path, {name: (file, record) for name, record in records.items()}, FROM_TIMM[closing:])
     buffers = {name: record.shape for name, record in records.items()}
-    config = {"model": infer_model(sizes_of(parts), buffers) | given_sizes(options.extra)}
+    config = {"model": infer_model(path, sizes_of(parts), buffers) | given_sizes(options.extra)}
     return AssembledSource("timm", path, parts, options, config=config, provenance={"source": {"format": "timm"}})
 
 

@@ -30,7 +30,7 @@ def cases(world: int) -> dict[str, Case]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)])
 def saved(request, tmp_path_factory):
     pytest.importorskip("deepspeed")
     root = tmp_path_factory.mktemp(f"world{request.param}")

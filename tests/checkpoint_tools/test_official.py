@@ -1,7 +1,9 @@
 """Rank files as the official loop wrote them (tests/golden/official_moe): into our format, into runs, and back."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from checkpoint_tools.formats import open_source, write_checkpoint
 from checkpoint_tools.official_layout import coordinates, in_module_order, official_buffers, position_index
 from checkpoint_tools.source import Options
+from launcher import mpi
+from launcher.env import without_world
 from swin_moe import create_model
 from swin_moe.checkpoint import CheckpointError, CorruptionError, Piece, load
 from swin_moe.checkpoint.index import Index
@@ -22,7 +26,7 @@ from swin_moe.layout import Chunk
 from swin_moe.parallel.apply import parallelize, parameter_layout
 from swin_moe.parallel.groups import build_groups
 from tests.models.reference import GOLDEN, normal, relative_error
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 
 FILES = GOLDEN / "official_moe"
 NAMES = json.loads((GOLDEN / "state_dict_keys.json").read_text())
@@ -380,3 +384,33 @@ def test_tables_against_their_formulas(window, pretrained):
         for b in range(0, window * window, 7):
             down, right = a // window - b // window, a % window - b % window
             assert index[a, b] == (down + window - 1) * (2 * window - 1) + right + window - 1
+
+
+PROGRAM = """
+import sys
+from checkpoint_tools.__main__ import main
+from launcher import mpi
+def run():
+    source, work = sys.argv[1:]
+    for to in ("official-moe", "official", "dcp", "native"):
+        assert main(["convert", source, f"{work}/{to}", "--to", to, "--set", "form=epoch"]) == 0
+    assert "torch" not in sys.modules
+mpi.call(run)
+"""
+
+
+@pytest.mark.mpi
+def test_ranks_write_the_files_of_one_process(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environ = without_world(os.environ) | {mpi.NO_BIND: "1", "PYTHONPATH": str(ROOT)}
+    written = []
+    for world in (1, 3):
+        work = tmp_path / f"by{world}"
+        work.mkdir()
+        program = ["-n", str(world), "--", str(tmp_path / "program.py"), str(FILES / FORMS["epoch"]), str(work)]
+        command = [sys.executable, "-m", "launcher", *program]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        files = sorted(path for path in work.rglob("*") if path.is_file() and path.name != "provenance.json")
+        written.append({str(path.relative_to(work)): path.read_bytes() for path in files})
+    assert written[0] == written[1] and len(written[0]) == 8 + 1 + 2 + 2
