@@ -144,6 +144,16 @@ def test_more_experts_compute_the_same(tmp_path, moe, operation, count, capsys):
     torch.testing.assert_close(logits(again), logits(moe), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("operation", ["duplicate", "split"])
+@pytest.mark.parametrize("gates", [[], ["--top-k", "2"], ["--top-k", "2", "--normalize-gate"]], ids=str)
+def test_more_experts_with_second_biases_and_a_router_that_chooses(tmp_path, dense, operation, gates):
+    source, target = tmp_path / "a", tmp_path / "b"
+    options = ["--experts", "4", "--blocks", BLOCKS, "--router-std", "1", "--reinit", "0.5", "--no-check", *gates]
+    assert main(["upcycle", str(dense), str(source), *options]) == 0
+    assert main(["experts", str(source), str(target), f"--{operation}", "8", "--no-check"]) == 0
+    torch.testing.assert_close(logits(target), logits(source), rtol=1e-5, atol=1e-5)
+
+
 def test_experts_routers_and_moments_follow(tmp_path, moe):
     old, name = tensors_of(moe), "layers.2.blocks.1.mlp"
     loads = {"layers.1.blocks.1": [1] * 8, "layers.2.blocks.1": [5, 0, 9, 1, 2, 8, 3, 7]}
