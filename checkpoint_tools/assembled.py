@@ -192,6 +192,10 @@ def join_parts(path: Path, placed: Iterable[tuple[Place, tuple[Leaf, ...]]]) -> 
         row, parts = 0, []
         for _, copies in sorted(group.items()):
             shape = copies[0].record.shape
+            other = next((leaf for leaf in copies if leaf.record.shape != shape), None)
+            if other is not None:
+                where = f"{other.file.path}: tensor {name}"
+                raise CheckpointError(f"{where} has shape {other.record.shape}, {shape} in {copies[0].file.path.name}")
             parts.append(Part(Chunk((row, *(0 for _ in shape[1:])) if shape else (), shape), copies))
             row += shape[0] if shape else 0
         result[name] = parts

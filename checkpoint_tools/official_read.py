@@ -9,6 +9,7 @@ from checkpoint_tools.expert_files import Layer, expert_parts, layer_sizes
 from checkpoint_tools.infer import infer_model
 from checkpoint_tools.official_layout import is_buffer
 from checkpoint_tools.official_state import Moments, native_config, read_moments, training_state
+from checkpoint_tools.plain_read import sizes_of
 from checkpoint_tools.record_file import TensorRecord
 from checkpoint_tools.rules import FROM_OFFICIAL, Place, Rule, check_ours, to_ours
 from checkpoint_tools.source import Options, Source
@@ -48,7 +49,7 @@ def assemble(
         if name.endswith(".experts.fc1_weight")
     }
     parts = _parts(path, leaves, layers)
-    sizes = {name.removeprefix("encoder."): _shape(part) for name, part in parts.items()}
+    sizes = {name.removeprefix("encoder."): shape for name, shape in sizes_of(parts).items()}
     inferred = infer_model(path, sizes, _buffers(models[0] | rest))
     moments = _read_moments(path, ranks, models, options) if optimizer else []
     if moments:
@@ -73,9 +74,7 @@ def assemble(
     )
 
 
-def _read_moments(
-    path: Path, ranks: list[TorchFile], models: list[Model], options: Options
-) -> list[Moments]:
+def _read_moments(path: Path, ranks: list[TorchFile], models: list[Model], options: Options) -> list[Moments]:
     """Returns each rank's optimizer state; [] where there is none.
 
     Raises:
@@ -104,15 +103,12 @@ def _gather(
     """
     leaves: dict[str, list[Leaf]] = {}
     for file, model in zip(ranks, models):
-        for official, record in model.items():
-            name = _our_name(official, file.path, rules)
-            if name is not None:
-                leaves.setdefault(name, []).append(Leaf(file, record))
-    for official, record in rest.items():
-        name = _our_name(official, shared.path, rules)
-        if name is not None and name not in leaves:
-            copies = len(ranks) if is_expert_tensor(name) else 1
-            leaves[name] = [Leaf(shared, record)] * copies
+        for name, record in _renamed(file, model, rules).items():
+            leaves.setdefault(name, []).append(Leaf(file, record))
+    for name, record in (_renamed(shared, rest, rules) if shared is not None else {}).items():
+        if name in leaves:
+            raise CheckpointError(f"{shared.path}: tensor {name} is in {leaves[name][0].file.path.name} too")
+        leaves[name] = [Leaf(shared, record)] * (len(ranks) if is_expert_tensor(name) else 1)
     for name, found in leaves.items():
         if len(found) != len(ranks) and found[0].file is not shared:
             holders = {leaf.file.path for leaf in found}
@@ -121,11 +117,23 @@ def _gather(
     return leaves
 
 
-def _our_name(official: str, path: Path, rules: Rules) -> str | None:
-    """Returns our name of an official tensor or of its optimizer state; None for what a rule drops."""
-    kind, slash, name = official.rpartition("/")
-    place = to_ours(name, rules)
-    return None if place is None else f"{kind}{slash}{check_ours(place.name, name, path)}"
+def _renamed(file: TorchFile, model: Model, rules: Rules) -> Model:
+    """Returns tensors, or optimizer state (`optim.<kind>/<name>`), under our names, without what a rule drops.
+
+    Raises:
+        CheckpointError: Two tensors of the file stand for one of ours.
+    """
+    result: Model = {}
+    for official, record in model.items():
+        kind, slash, foreign = official.rpartition("/")
+        place = to_ours(foreign, rules)
+        if place is None:
+            continue
+        name = f"{kind}{slash}{check_ours(place.name, foreign, file.path)}"
+        if name in result:
+            raise CheckpointError(f"{file.path}: two tensors stand for {name}, one of them {foreign}")
+        result[name] = record
+    return result
 
 
 def _parts(path: Path, leaves: Mapping[str, list[Leaf]], layers: Mapping[str, Layer]) -> dict[str, list[Part]]:
@@ -138,11 +146,6 @@ def _parts(path: Path, leaves: Mapping[str, list[Leaf]], layers: Mapping[str, La
             raise CheckpointError(f"{path}: tensor {name} belongs to experts without fc1_weight")
         parts[name] = expert_parts(name, found, layer)
     return parts
-
-
-def _shape(parts: list[Part]) -> tuple[int, ...]:
-    boxes = [part.box for part in parts]
-    return tuple(max(ends) for ends in zip(*(map(sum, zip(box.offset, box.size)) for box in boxes)))
 
 
 def _buffers(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -241,6 +241,23 @@ def test_dense_weights_that_drifted_apart_are_told(tmp_path, policy):
     assert torch.equal(tensors_of(tmp_path / "native", name)[name], wanted.float())
 
 
+def test_copies_of_other_shapes_and_names_that_stand_twice(tmp_path):
+    path, name = copy_files(tmp_path), "layers.0.blocks.1.norm1.bias"
+    change(tmp_path / f"{path.name}.rank2", lambda content: content["model"].update({name: torch.zeros(7)}))
+    with pytest.raises(CheckpointError, match=rf"rank2: tensor {name} has shape \(7,\), \(8,\) in .*rank0"):
+        convert(path, tmp_path / "never", start="tutel")
+    path, name = copy_files(tmp_path), "layers.0.blocks.1.attn.cpb_mlp.0.bias"
+    for rank in range(4):
+        old = {name.replace("cpb", "rpe"): torch.zeros(512)}
+        change(tmp_path / f"{path.name}.rank{rank}", lambda content, old=old: content["model"].update(old))
+    with pytest.raises(CheckpointError, match=rf"rank0: two tensors stand for {name}"):
+        convert(path, tmp_path / "never", start="tutel")
+    path = copy_files(tmp_path, "final")
+    change(tmp_path / f"{path.name}.rank1", lambda content: content["model"].update({"norm.bias": torch.zeros(32)}))
+    with pytest.raises(CheckpointError, match="rank0: holds no tensor norm.bias|master: tensor norm.bias is in .*rank1"):
+        convert(path, tmp_path / "never")
+
+
 def test_early_biases_and_files_without_the_number_of_experts(tmp_path):
     path = copy_files(tmp_path)
     for rank in range(4):
