@@ -254,7 +254,7 @@ def test_copies_of_other_shapes_and_names_that_stand_twice(tmp_path):
         convert(path, tmp_path / "never", start="tutel")
     path = copy_files(tmp_path, "final")
     change(tmp_path / f"{path.name}.rank1", lambda content: content["model"].update({"norm.bias": torch.zeros(32)}))
-    with pytest.raises(CheckpointError, match="rank0: holds no tensor norm.bias|master: tensor norm.bias is in .*rank1"):
+    with pytest.raises(CheckpointError, match=r"master: tensor norm\.bias is in .*rank1 too"):
         convert(path, tmp_path / "never")
 
 
@@ -322,7 +322,7 @@ def test_missing_swapped_and_damaged_files_are_named(tmp_path, form):
         convert(path, tmp_path / "never")
     other = FILES / f"{FORMS['final' if form == 'epoch' else 'epoch']}.rank2"
     second.write_bytes(other.read_bytes())
-    with pytest.raises(CheckpointError, match=r"rank[023]: holds no tensor|some rank files hold an optimizer"):
+    with pytest.raises(CheckpointError, match=r"rank[023]: holds no tensor|is in .*rank2 too"):
         convert(path, tmp_path / "never")
     damaged, name = bytearray(saved), "layers.2.blocks.1.mlp.experts.fc1_weight"
     with open_source(FILES / FORMS[form], Options(**QUIET)) as source:
