@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import pickle
+import random
 import struct
 import zipfile
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from checkpoint_tools.__main__ import main
+from checkpoint_tools.formats import open_source, write_checkpoint
 from checkpoint_tools.pickle_reader import plain, read_pickle
 from checkpoint_tools.safetensors_file import SafetensorsFile
+from checkpoint_tools.source import Options
 from checkpoint_tools.torch_file import TorchFile
 from swin_moe.checkpoint.errors import CheckpointError
+from tests.models.reference import GOLDEN
 
 
 class Calls:
@@ -247,3 +251,26 @@ def test_options_that_are_none_are_kept_as_they_are(tmp_path, options, capsys):
 def test_a_setting_that_no_format_knows_is_refused(tmp_path, capsys):
     assert main(["convert", str(tmp_path), str(tmp_path / "out"), "--to", "native", "--set", "image_size=3"]) == 2
     assert "--set image_size is unknown; allowed: counts, encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.full)])
+def test_changed_bytes_are_one_sentence_or_harmless(tmp_path, count):
+    choose = random.Random(count)
+    source, quiet = GOLDEN / "official_moe" / "ckpt_epoch_7.pth", Options(report=lambda text: None)
+    with open_source(source, quiet) as opened:
+        write_checkpoint(opened, tmp_path / "one.pth", quiet, "official")
+        write_checkpoint(opened, tmp_path / "dcp", quiet, "dcp")
+    targets = {"official": tmp_path / "one.pth", "dcp": tmp_path / "dcp" / ".metadata"}
+    whole = {name: path.read_bytes() for name, path in targets.items()}
+    ends = {"official": whole["official"].index(b"byteorder"), "dcp": len(whole["dcp"])}
+    for _ in range(count):
+        name = choose.choice(list(targets))
+        data = bytearray(whole[name])
+        for _ in range(choose.choice((1, 1, 2, 5))):
+            data[choose.randrange(ends[name])] = choose.choice((choose.randrange(256), *b"(.]}RbuesaQq\x85\x86"))
+        targets[name].write_bytes(data)
+        try:
+            open_source(targets[name].parent if name == "dcp" else targets[name], quiet, name).close()
+        except CheckpointError as error:
+            assert str(targets[name].parent) in str(error)
+        targets[name].write_bytes(whole[name])
