@@ -3,15 +3,14 @@
 import importlib
 import sys
 
-from swin_moe.config_io import load_config
-from swin_moe.session import check_layout, run_main
-
+# Each command is imported when chosen: `checkpoint` needs no torch, and must not load it.
 COMMANDS = {
     "train": ("swin_moe.train", "train a run, or continue it"),
     "evaluate": ("swin_moe.evaluate", "exact metrics of a checkpoint"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
+    "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
 
@@ -32,7 +31,12 @@ def main() -> None:
     if name == "launch":
         check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    run_main(module.main, arguments)
+    if name == "checkpoint":
+        module.run(arguments)
+    else:
+        from swin_moe.session import run_main
+
+        run_main(module.main, arguments)
 
 
 def check_before_launch(ranks: int, program: list[str]) -> None:
@@ -40,6 +44,9 @@ def check_before_launch(ranks: int, program: list[str]) -> None:
 
     `python -m launcher` knows nothing of us; under it each rank finds the same before it allocates or meets the others.
     """
+    from swin_moe.config_io import load_config
+    from swin_moe.session import check_layout
+
     starts = [["-m", f"swin_moe.{name}"] for name in ("train", "evaluate", "throughput")]
     options = program[2:]
     if ranks < 1 or program[:2] not in starts or not options or options[0] in ("-h", "--help"):

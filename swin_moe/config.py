@@ -259,7 +259,7 @@ class EngineConfig:
 class CheckpointConfig:
     every: int = 0  # optimizer steps between checkpoints; 0 = once per epoch
     keep: int = 2  # newest checkpoints kept, besides the best; 0 = all
-    asynchronous: bool = False
+    asynchronous: bool = False  # training goes on from a copy of the rank's share while a thread writes it
     load: str = ""  # checkpoint to start from or to evaluate; "" = newest of the run
     file_size: int = 1 << 30  # target bytes per shard file
 

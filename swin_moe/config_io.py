@@ -86,6 +86,21 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     return _build(Config, merge(_tree_of(config), _parse_overrides(overrides)))
 
 
+def config_from_tree(tree: dict, *, source: str) -> Config:
+    """Returns the checked config of nested JSON, such as a checkpoint holds; what it leaves out has its default.
+
+    Args:
+        source: What the tree came from, for errors.
+
+    Raises:
+        ValueError: With source, key and what is allowed.
+    """
+    try:
+        return _build(Config, _coerce_tree(tree, Config, source=source))
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
+
+
 def dump_config(config: Config, path: str | Path) -> None:
     """Writes every option as YAML that load_config reads back equal."""
     text = yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)

@@ -82,6 +82,8 @@ class Trainer:
             group=session.groups.world,
             keep=config.checkpoint.keep,
             file_size=config.checkpoint.file_size,
+            asynchronous=config.checkpoint.asynchronous,
+            save_group=session.groups.checkpoint,
         )
         self.progress = Progressed()
         self.stop = StopRequest()
@@ -151,6 +153,7 @@ class Trainer:
             self.bar.clear()
             self.loader.close()
             self.writer.close()
+            self.checkpoints.close()
         if self.progress.step >= total:
             LOGGER.info(
                 "finished: step %d of %d, best %s %.2f",
@@ -167,8 +170,8 @@ class Trainer:
         self.gradients.clear()
         if self._records(step + 1):
             start_clocks(self.engine.local_model, self.device)
-        # task loss, auxiliary loss, images, stop request: everything the ranks must agree on, in one all-reduce
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on, in one all-reduce.
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             batch = to_device(batch, self.device, self.config.engine.precision)
             with self.engine.micro_step(last=index == len(batches) - 1):
@@ -178,12 +181,14 @@ class Trainer:
                 self.engine.backward(loss.total)
             sums[:2] += torch.stack([loss.task, loss.aux])
             sums[2] += len(batch["image"])
-        sums[3] = float(bool(self.stop.name))
+        sums[3], sums[4] = float(bool(self.stop.name)), float(self.checkpoints.failed)
         local = sums.clone()
         self.heartbeat.enter("sum of the losses")
         if self.session.world_size > 1:
             dist.all_reduce(sums)
-        task_loss, aux_loss, images, stop = sums.tolist()
+        task_loss, aux_loss, images, stop, save_failed = sums.tolist()
+        if save_failed:
+            self.checkpoints.wait()  # raises, on every rank
         if not math.isfinite(task_loss + aux_loss):
             self._refuse_loss(step, local)
         self.heartbeat.enter("reduction of gradients and update")
@@ -315,6 +320,8 @@ class Trainer:
         due = step % every == 0 if every else self._due(1.0)
         if due or finished or stopping or improved:
             self._save(improved)
+        if stopping or finished:
+            self.checkpoints.wait()
         if stopping:
             self.bar.clear()
             LOGGER.info(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import logging
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from swin_moe.checkpoint import load as reading
-from swin_moe.checkpoint.communicator import collect, resolve, together
-from swin_moe.checkpoint.directory import find_latest, list_checkpoints
+from swin_moe.checkpoint.background import BackgroundSaver
+from swin_moe.checkpoint.communicator import SingleProcess, collect, resolve, together
+from swin_moe.checkpoint.directory import Report, find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import FILE_NAME as INDEX_NAME
 from swin_moe.checkpoint.index import Index
@@ -21,6 +23,7 @@ from swin_moe.checkpoint.save import FILE_SIZE, write_checkpoint
 from swin_moe.checkpoint.shards import ShardReader
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 # Config entries of layout, host and schedule of I/O: the same state has the same bytes whatever they say. The full
 # config stands in provenance.json. "section" drops all of it, "section.key" one entry.
 _NOT_STATE = (
@@ -40,6 +43,7 @@ def save(
     file_size: int = FILE_SIZE,
     keep: int = 0,
     best: float | None = None,
+    background: BackgroundSaver | None = None,
     **options: Any,
 ) -> Path:
     """Returns the path of the published checkpoint; every rank calls it with the pieces it holds.
@@ -51,6 +55,8 @@ def save(
         state: JSON of rank 0: seed, samples seen, loss scale, ...
         config: JSON; entries of layout and host are left out of the index and kept in provenance.json.
         group: torch process group or Communicator; None = the default group, or one process without one.
+        background: Saves in its thread; the path is that of a checkpoint still to be published. `group` must then be
+            no group of training's.
         file_size, keep, best, options: As for write_checkpoint.
 
     Raises:
@@ -59,7 +65,8 @@ def save(
     comm = resolve(group)
     provenance = {"config": config, "time": _now(), "versions": _versions(), "world_size": comm.size}
     provenance |= options.pop("provenance", None) or {}
-    return write_checkpoint(
+    write = write_checkpoint if background is None else background.start
+    return write(
         root,
         step,
         pieces,
@@ -127,9 +134,43 @@ def load_newest_valid(
 class CheckpointManager:
     """The checkpoints of one run: saving with retention, resuming with fallback, weights for evaluation."""
 
-    def __init__(self, root: str | Path, *, group: Any = None, keep: int = 0, file_size: int = FILE_SIZE) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        group: Any = None,
+        keep: int = 0,
+        file_size: int = FILE_SIZE,
+        asynchronous: bool = False,
+        save_group: Any = None,
+    ) -> None:
+        """asynchronous: `save` returns once the tensors are copied; save_group, gloo's and used by nothing else, is
+        what its thread talks to other ranks with."""
         self.root = Path(root)
         self._group, self._keep, self._file_size = group, keep, file_size
+        self._background = BackgroundSaver() if asynchronous else None
+        self._save_group = group
+        if asynchronous:
+            if save_group is None and resolve(group).size > 1:
+                raise ValueError("saving in the background on several ranks needs a process group of its own")
+            self._save_group = SingleProcess() if save_group is None else save_group
+
+    @property
+    def failed(self) -> bool:
+        """True on a rank whose save in the background has failed; then every rank calls `wait`, which says why."""
+        return self._background is not None and self._background.failed
+
+    def wait(self) -> None:
+        """Returns when no save is running; raises the CheckpointError of one that failed, on every rank."""
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self, *, report: Report = _log.warning) -> None:
+        """Lets a save in the background come to its end; for a run that another error ends, so this one is reported."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            report(f"the last checkpoint could not be saved: {error}")
 
     def latest(self) -> Path | None:
         """Returns the newest complete checkpoint of the run, or None; for this rank alone."""
@@ -138,11 +179,16 @@ class CheckpointManager:
     def save(
         self, step: int, pieces: Iterable[Piece], *, state: dict[str, Any], config: Any, best: float | None = None
     ) -> Path:
-        """Returns the published checkpoint; see save. `config` is a dict or a dataclass of options."""
+        """Returns the published checkpoint; see save. `config` is a dict or a dataclass of options.
+
+        An asynchronous save first waits for the one before it, and raises what that met.
+        """
         if dataclasses.is_dataclass(config):
             config = dataclasses.asdict(config)
-        options = {"group": self._group, "file_size": self._file_size, "keep": self._keep, "best": best}
-        return save(self.root, step, pieces, state=state, config=config, **options)
+        return save(
+            self.root, step, pieces, state=state, config=config, group=self._save_group, file_size=self._file_size,
+            keep=self._keep, best=best, background=self._background,
+        )  # fmt: skip
 
     def resume(self, pieces: Iterable[Piece], *, source: str = "") -> dict[str, Any] | None:
         """Returns the state of the checkpoint that `pieces` were filled from; None if the run has no checkpoint yet.

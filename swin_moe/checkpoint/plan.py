@@ -117,9 +117,9 @@ def _plan_file(
     return encode_header(entries), places
 
 
-def encode_header(entries: dict[str, dict]) -> bytes:
+def encode_header(entries: dict[str, dict], metadata: dict[str, str] = METADATA) -> bytes:
     """Returns the safetensors header: 8 bytes of length, JSON with sorted keys, spaces up to a multiple of 64 bytes."""
-    content = {**entries, "__metadata__": METADATA}
+    content = {**entries, "__metadata__": metadata}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,54 @@ FILE_SIZE = 1 << 30
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PlannedSave:
+    """A checkpoint that all ranks agreed on and nobody has written yet."""
+
+    root: Path
+    index: Index  # without digests
+    plan: FilePlan
+    shares: list[Share]  # of this rank
+    comm: Communicator
+    provenance: dict[str, Any] | None
+    keep: int
+    best: float | None
+    report: Report
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint will be published."""
+        return step_path(self.root, self.index.step)
+
+
 def write_checkpoint(
     root: str | Path,
     step: int,
     pieces: Iterable[Piece],
+    *,
+    to_raw: Callable[[Any], np.ndarray] = array_to_raw,
+    **options: Any,
+) -> Path:
+    """Returns the path of the checkpoint, after it is published: complete, durable, digested.
+
+    Every rank calls it with the pieces it holds; together they cover each tensor. A kill at any moment leaves the
+    checkpoints that were there, or these and the new one.
+
+    Args:
+        to_raw: Turns a piece's array into raw integers of its element size, on the CPU, without a copy where it can.
+        options: As for plan_save.
+
+    Raises:
+        CheckpointError: On every rank, if any rank failed; names the path or the tensor. Older checkpoints stay.
+    """
+    pieces = list(pieces)
+    return complete_save(plan_save(root, step, pieces, **options), pieces, to_raw)
+
+
+def plan_save(
+    root: str | Path,
+    step: int,
+    pieces: list[Piece],
     *,
     state: dict[str, Any],
     config: dict[str, Any],
@@ -47,13 +92,9 @@ def write_checkpoint(
     best: float | None = None,
     provenance: dict[str, Any] | None = None,
     algorithm: str = DEFAULT,
-    to_raw: Callable[[Any], np.ndarray] = array_to_raw,
     report: Report = _log.warning,
-) -> Path:
-    """Returns the path of the checkpoint, after it is published: complete, durable, digested.
-
-    Every rank calls it with the pieces it holds; together they cover each tensor. A kill at any moment leaves the
-    checkpoints that were there, or these and the new one.
+) -> PlannedSave:
+    """Returns what a save will write, and this rank's share of it; every rank calls it. Touches no file.
 
     Args:
         root: Directory of the run's checkpoints, on storage that all ranks share.
@@ -62,12 +103,11 @@ def write_checkpoint(
         keep: Newest checkpoints that stay; 0 = all.
         best: The metric, if this is the best checkpoint so far; it then stays until a better one comes.
         provenance: JSON written beside the index (time, versions, ...); no part of the checkpoint's identity.
-        to_raw: Turns a piece's array into raw integers of its element size, on the CPU, without a copy where it can.
 
     Raises:
-        CheckpointError: On every rank, if any rank failed; names the path or the tensor. Older checkpoints stay.
+        CheckpointError: On every rank; names the tensor or the argument.
     """
-    root, comm, pieces = Path(root), comm or SingleProcess(), list(pieces)
+    root, comm = Path(root), comm or SingleProcess()
 
     def describe() -> tuple[int, list[Spec]]:
         check_arguments(root, step, state, config, provenance, file_size, keep, algorithm, best)
@@ -80,17 +120,27 @@ def write_checkpoint(
     shares = assign_shares(specs, ranks)[comm.rank]
     plan = plan_files(specs, file_size, algorithm)
     index = Index(step, file_size, plan.tensors, plan.files, state, config, algorithm)
-    final, staging = step_path(root, step), staging_path(root, step)
+    return PlannedSave(root, index, plan, shares, comm, provenance, keep, best, report)
+
+
+def complete_save(planned: PlannedSave, pieces: list[Piece], to_raw: Callable[[Any], np.ndarray]) -> Path:
+    """Returns the path of the planned checkpoint after writing it; every rank calls it with the pieces of its shares.
+
+    Raises:
+        CheckpointError: As write_checkpoint.
+    """
+    root, comm, plan, step = planned.root, planned.comm, planned.plan, planned.index.step
+    final, staging = planned.path, staging_path(root, step)
     try:
         on_first(comm, lambda: create_files(create_staging(root, step, plan.num_bytes), plan))
-        together(comm, lambda: write_shares(staging, plan, pieces, shares, to_raw))
-        digests = collect(comm, lambda: digest_share(staging, plan, comm, algorithm))
-        on_first(comm, lambda: finish(staging, final, index, digests, provenance))
+        together(comm, lambda: write_shares(staging, plan, pieces, planned.shares, to_raw))
+        digests = collect(comm, lambda: digest_share(staging, plan, comm, planned.index.algorithm))
+        on_first(comm, lambda: finish(staging, final, planned.index, digests, planned.provenance))
     except BaseException:
         if comm.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-    on_first(comm, lambda: tidy(root, final, step, best, keep, report))
+    on_first(comm, lambda: tidy(root, final, step, planned.best, planned.keep, planned.report))
     return final
 
 

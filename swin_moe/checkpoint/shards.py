@@ -57,15 +57,22 @@ class ShardWriter:
         """
         if part.numel == 0:
             return
-        path = self._directory / stored.file
+        starts, length = split_runs(part, stored.chunk)
+        rows = np.ascontiguousarray(raw).reshape(len(starts), length).view(np.uint8)
+        for start, row in zip(starts.tolist(), rows):
+            self.write_bytes(stored.file, stored.begin + start * raw.dtype.itemsize, memoryview(row))
+
+    def write_bytes(self, file: str, offset: int, data: memoryview) -> None:
+        """Writes bytes into a file at an offset; without any, `close` still makes the file durable.
+
+        Raises:
+            OSError: With the path of the file.
+        """
+        path = self._directory / file
         try:
-            if stored.file not in self._open:
-                self._open[stored.file] = os.open(path, os.O_WRONLY)
-            fd, item = self._open[stored.file], raw.dtype.itemsize
-            starts, length = split_runs(part, stored.chunk)
-            rows = np.ascontiguousarray(raw).reshape(len(starts), length).view(np.uint8)
-            for start, row in zip(starts.tolist(), rows):
-                _write_all(fd, memoryview(row), stored.begin + start * item)
+            if file not in self._open:
+                self._open[file] = os.open(path, os.O_WRONLY)
+            _write_all(self._open[file], data, offset)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -189,12 +196,16 @@ def block_error(path: Path, name: str, stored: StoredChunk, block: int) -> str:
     return f"{path}: {place_text(name, stored.chunk)}: bytes {begin} to {end} do not match their digest"
 
 
-def find_corruption(index: Index) -> list[str]:
-    """Returns one sentence for each thing on disk that is not what was written; empty if all is. Reads every byte."""
+def find_corruption(index: Index, *, data: bool = True) -> list[str]:
+    """Returns one sentence for each thing on disk that is not what was written; empty if all is. Reads every byte.
+
+    Args:
+        data: False: only the files' headers are read.
+    """
     problems = []
     headers = expected_headers(index)
     chunks: dict[str, list[tuple[StoredChunk, str]]] = {file: [] for file in index.files}
-    for name, tensor in index.tensors.items():
+    for name, tensor in index.tensors.items() if data else ():
         for stored in tensor.chunks:
             chunks[stored.file].append((stored, name))
     for file, content in chunks.items():

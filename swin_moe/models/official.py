@@ -18,22 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
+from swin_moe.official_names import DROPPED, RENAMED, SIMMIM_DROPPED
 
 Named = list[tuple[str, str]]  # (parameter name, reason)
 
-RENAMED = (  # official -> ours
-    (r"rpe_mlp", "cpb_mlp"),
-    (r"mlp\._moe_layer\.experts\.batched_fc(\d)_w$", r"mlp.experts.fc\1_weight"),
-    (r"mlp\._moe_layer\.experts\.batched_fc(\d)_bias$", r"mlp.experts.fc\1_bias"),
-    (r"mlp\._moe_layer\.gates\.0\.wg\.weight$", "mlp.router.weight"),
-    (r"mlp\._moe_layer\.gates\.0\.cosine_projector\.", "mlp.router.projector."),
-    (r"mlp\._moe_layer\.gates\.0\.(temperature|sim_matrix)$", r"mlp.router.\1"),
-)
-DROPPED = (  # where the model has no parameter of that name
-    (r"\b(relative_position_index|relative_coords_table|attn_mask)$", "computed by the model"),
-    (r"\b_num_global_experts$", "checked against the model"),
-)
-SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)
 CLASSES_22K, CLASSES_1K = 21841, 1000
 
 

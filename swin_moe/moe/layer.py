@@ -9,6 +9,7 @@ Shape legend: B images, L tokens per image, T = B * L, D channels, E experts, k 
 
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class MoELayer(nn.Module):
         batch, num_tokens, dim = x_BLD.shape
         x = mark(x_BLD.reshape(batch * num_tokens, dim), self.clock, forward="", backward="route")
         device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        is_mixed = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_mixed else x.dtype
         if not self.training:
             random = None
         elif random is None:
@@ -68,7 +70,8 @@ class MoELayer(nn.Module):
         token = None
         if random is not None:
             token = (random.sample[:, None] * num_tokens + torch.arange(num_tokens, device=x.device)).flatten()
-        with torch.autocast(device_type, enabled=False):
+        # Only where there is something to switch off: torch.export cannot hold a region with these results.
+        with torch.autocast(device_type, enabled=False) if is_mixed else nullcontext():
             routed = self.rule.route(
                 x, self.router, tokens_per_image=num_tokens, training=self.training, random=random, token=token
             )

@@ -4,7 +4,7 @@ import datetime
 import os
 import socket
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Groups:
     routing: ProcessGroup | None = None  # the consecutive ranks whose images compete for slots
     node: ProcessGroup | None = None  # the ranks of my expert group on my node, where built for two hops
     crossing: ProcessGroup | None = None  # the ranks of my expert group that I exchange rows between nodes with
+    checkpoint: ProcessGroup | None = None  # the world again, gloo: for the thread that saves while training goes on
 
     hosts: tuple[int, ...] = (0,)  # per rank, the number of its node
 
@@ -129,6 +130,7 @@ def build_groups(
     timeout: float = 600.0,
     two_hops: bool = False,
     hosts: tuple[int, ...] | None = None,
+    saves_in_background: bool = False,
 ) -> Groups:
     """Returns this rank's groups. Every rank of the world has to call it, with the same arguments.
 
@@ -139,6 +141,7 @@ def build_groups(
             world's.
         two_hops: Also build the groups of HierarchicalTransport, where an expert group spans nodes.
         hosts: The number of every rank's node, instead of asking the ranks.
+        saves_in_background: Checkpoints are saved by a thread, whose collectives must not mix with training's.
 
     Raises:
         ValueError: The world cannot hold the layout.
@@ -156,7 +159,11 @@ def build_groups(
     hosts = hosts or _gather_hosts(world_size, device)
     inside, between = _two_hops(expert, hosts) if two_hops else ([], [])
     own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing, inside, between))
-    return Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=hosts)
+    groups = Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=hosts)
+    if saves_in_background:
+        saving = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        groups = replace(groups, checkpoint=saving)
+    return groups
 
 
 def _two_hops(expert: list[list[int]], hosts: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:

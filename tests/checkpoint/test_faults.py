@@ -39,9 +39,10 @@ def save(root, step, **options):
     )
 
 
+@pytest.mark.parametrize("how", ["save", "background"])
 @pytest.mark.parametrize("count", COUNTS)
-def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, count):
-    command = [sys.executable, "-m", "tests.checkpoint.crash", str(tmp_path), str(count), "0"]
+def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, count, how):
+    command = [sys.executable, "-m", "tests.checkpoint.crash", str(tmp_path), str(count), "0", how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -49,6 +50,17 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, count):
     assert sum(result["outcomes"].values()) == count
     assert {"1:old", "2:new", "3:old", "3:new"} >= set(result["outcomes"])
     assert len(result["outcomes"]) >= 3
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_reshard_killed_at_any_moment_is_continued_to_the_same_bytes(tmp_path, count):
+    command = [sys.executable, "-m", "tests.checkpoint.crash", str(tmp_path), str(count), "0", "reshard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["torch"] is False
+    assert sum(result["outcomes"].values()) == count
+    assert {"there", "continued"} <= set(result["outcomes"]) <= {"there", "continued", "anew"}
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -293,6 +293,7 @@ def open_case(case: Case, directory: Path, *options: str) -> Session:
         config.model.moe.num_experts,
         torch.device("cpu"),
         routing_ranks=config.routing_ranks(case.world),
+        saves_in_background=config.checkpoint.asynchronous,
     )
     return Session(config, groups, torch.device("cpu"))
 
@@ -368,11 +369,14 @@ def digests(path: str) -> dict[str, str]:
 
 
 def continue_from(case: Case, source: str, root: str) -> dict:
-    """Returns, for a run that starts from a checkpoint: what it saves at once, how it evaluates, and its next steps."""
-    trainer = Trainer(open_case(case, Path(root), f"checkpoint.load={source}"))
+    """Returns, for a run that starts from a checkpoint: what it saves at once, how it evaluates, and its next steps.
+
+    On several ranks the save goes on in the background of these steps, which must change nothing of it.
+    """
+    background = f"checkpoint.asynchronous={dist.get_world_size() > 1}"
+    trainer = Trainer(open_case(case, Path(root), f"checkpoint.load={source}", background))
     trainer.resume()
     trainer._save(False)
-    files = digests(str(trainer.checkpoints.latest()))
     evaluations, rows = [], []
     begin = trainer.progress.step
     for step, batches in zip(range(begin, begin + 3), trainer.loader.batches(begin, begin + 3)):
@@ -382,7 +386,8 @@ def continue_from(case: Case, source: str, root: str) -> dict:
             evaluations.append(result["loss"])
         sums, stats = take_step(trainer, step, batches)
         rows.append([*sums, stats.grad_norm, stats.clip_factor, float(stats.skipped)])
-    return {"files": files, "rows": rows, "evaluations": evaluations}
+    trainer.checkpoints.wait()
+    return {"files": digests(str(trainer.checkpoints.latest())), "rows": rows, "evaluations": evaluations}
 
 
 def poison(case: Case, root: str) -> dict:

@@ -1,6 +1,7 @@
 """What the ranks run in the training tests: small runs of the real trainer, in one MPI start per world."""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -55,8 +56,9 @@ def open_tiny(directory: Path, *options: str) -> Session:
     world_size = torch.distributed.get_world_size()
     config.check(world_size)
     groups = build_groups(
-        config.parallel, config.model.moe.num_experts, device, routing_ranks=config.routing_ranks(world_size)
-    )
+        config.parallel, config.model.moe.num_experts, device, routing_ranks=config.routing_ranks(world_size),
+        saves_in_background=config.checkpoint.asynchronous,
+    )  # fmt: skip
     return Session(config, groups, device)
 
 
@@ -110,12 +112,13 @@ def run_world(root: str, world: int) -> dict:
     whole = train(open_tiny(own / "whole"))
     result["whole"] = (losses(whole.session), local_weights(whole))
     result["records"] = [r for r in records(whole.session) if "train/loss" in r]
-    first = train(open_tiny(own / "parts"), stop_after=3)
+    first = train(open_tiny(own / "parts", "checkpoint.asynchronous=true"), stop_after=3)
     assert first.progress.step == 3
     second = train(open_tiny(own / "parts"))
     result["parts"] = (losses(second.session), local_weights(second))
     result["differs"] = first_differing_replica(second.engine.local_model, second.session.groups)
     if world > 1:
+        result["failed save"] = fail_in_background(own / "failed")
         with torch.no_grad():
             second.engine.local_model.head.bias[0] += whole.session.rank * 1e-7
         result["tampered"] = first_differing_replica(second.engine.local_model, second.session.groups)
@@ -159,6 +162,28 @@ def run_world(root: str, world: int) -> dict:
     fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
     result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)
     return result
+
+
+def fail_in_background(directory: Path) -> tuple:
+    """Returns (error, steps taken, checkpoints left) of a run whose last rank cannot write its second checkpoint."""
+    trainer = Trainer(open_tiny(directory, "checkpoint.every=10", "checkpoint.asynchronous=true", "optim.epochs=50"))
+    save = sys.modules["swin_moe.checkpoint.save"]  # the package has a function of this name
+    real = save.write_shares
+
+    def write(staging: Path, *arguments: object) -> None:
+        if staging.name.startswith(".0000000020") and trainer.session.rank == trainer.session.world_size - 1:
+            raise OSError(28, "No space left on device", str(staging))
+        real(staging, *arguments)
+
+    save.write_shares = write
+    try:
+        trainer.run()
+    except ValueError as error:
+        left = sorted(path.name for path in trainer.checkpoints.root.iterdir())
+        return type(error).__name__, str(error), trainer.progress.step, left
+    finally:
+        save.write_shares = real
+    return ("none",)
 
 
 def resume_elsewhere(root: str, source: str) -> list:

@@ -74,6 +74,15 @@ def test_every_record_says_what_the_experts_did(runs, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_a_save_that_fails_in_the_background_ends_the_run_on_every_rank(runs, world):
+    for result in runs[world]:
+        kind, message, step, left = result["failed save"]
+        assert kind == "CheckpointError" and message.startswith(f"rank {world - 1}: ") and "No space left" in message
+        assert 20 <= step < 30, "before the save after it"
+        assert left == ["0000000010"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_replicas_stay_identical_and_a_difference_is_named(runs, world):
     assert runs[world][0]["differs"] is None
     assert runs[world][0]["tampered"] == "head.bias"

@@ -1,0 +1,75 @@
+"""`swin-moe checkpoint VERB ...` = `python -m checkpoint_tools VERB ...`, also after `python -m launcher -n K --`.
+
+A verb is a module with two functions, `configure(parser)` and `run(arguments, options) -> exit code`, and a row here.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+
+from checkpoint_tools.arguments import add_common_arguments, build_options
+from checkpoint_tools.ranks import join_ranks
+
+PROGRAM = "swin-moe checkpoint"
+VERBS = {
+    "inspect": ("checkpoint_tools.inspect", "what a checkpoint holds, and where"),
+    "verify": ("checkpoint_tools.verify", "compare every byte with its digest; every element is there exactly once"),
+    "diff": ("checkpoint_tools.diff", "what differs between two checkpoints of any formats"),
+    "plan": ("checkpoint_tools.plan", "what a conversion would read and write; touches nothing"),
+    "reshard": ("checkpoint_tools.reshard", "write a checkpoint anew, checked against another number of ranks"),
+    "convert": ("checkpoint_tools.convert", "from any format to any format"),
+    "upcycle": ("checkpoint_tools.upcycle", "a dense network as one with experts"),
+    "experts": ("checkpoint_tools.experts", "another number of experts: duplicate, split, merge or prune them"),
+    "average": ("checkpoint_tools.average", "the weighted mean of several checkpoints' parameters"),
+    "export": ("checkpoint_tools.export", "to safetensors, ONNX or a torch.export program"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 where a verb found differences, 2 after an error of the user's, 130 for control-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print(f"usage: {PROGRAM} VERB [arguments]; {PROGRAM} VERB --help says more\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items()))
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(f"error: unknown verb {argv[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        module, text = VERBS[argv[0]]
+        verb = importlib.import_module(module)
+        parser = argparse.ArgumentParser(prog=f"{PROGRAM} {argv[0]}", description=text + ".")
+        verb.configure(parser)
+        add_common_arguments(parser)
+        arguments = parser.parse_args(argv[1:])
+        return verb.run(arguments, build_options(arguments, join_ranks()))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues what it can", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("SWIN_MOE_TRACEBACK"):
+            traceback.print_exc()
+        if rank:
+            time.sleep(3)  # all ranks raise the same, and this one's exit ends them: rank 0 has to say it first
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Runs the command line on this rank: alone, or as one of mpirun's."""
+    from launcher import mpi
+
+    mpi.call(lambda: sys.exit(main(argv)))
+
+
+if __name__ == "__main__":
+    run()

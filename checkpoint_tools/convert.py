@@ -1,0 +1,44 @@
+"""`convert SRC DST --from F --to F`: any format to any format."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from checkpoint_tools.arguments import add_output_arguments
+from checkpoint_tools.formats import FORMATS, open_source, write_checkpoint
+from checkpoint_tools.plan import describe_plan
+from checkpoint_tools.progress import progress_of
+from checkpoint_tools.source import Options, Source
+from checkpoint_tools.text import format_bytes
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's arguments."""
+    add = parser.add_argument
+    add("source", type=Path, help="a checkpoint; for rank files the path without .rank0")
+    add("destination", type=Path, help="what to write; nothing may be there yet")
+    readable, writable = (sorted(n for n, row in FORMATS.items() if getattr(row, what)) for what in ("open", "write"))
+    add("--from", dest="format", default="", choices=readable, help="default: guessed")
+    add("--to", required=True, choices=writable)
+    add("--world", type=int, default=0, help="rank files to write, for formats that have them")
+    add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, options: Options) -> int:
+    """Converts, or says what that would do."""
+    with open_source(arguments.source, options, arguments.format) as source:
+        write_or_plan(source, arguments.destination, options, arguments.to, dry_run=arguments.dry_run)
+    return 0
+
+
+def write_or_plan(source: Source, path: Path, options: Options, to: str = "native", *, dry_run: bool) -> None:
+    """Writes a source as a new checkpoint, with a progress bar, or prints what that would read and write."""
+    if dry_run:
+        options.report(describe_plan(source, path, options, to))
+        return
+    total = sum(tensor.num_bytes for tensor in source.tensors.values())
+    with progress_of(options, total // options.comm.size) as advance:
+        write_checkpoint(source, path, dataclasses.replace(options, progress=advance), to)
+    size = f"{len(source.tensors)} tensors, {format_bytes(total)}"
+    options.report(f"{path}: {to}, {size}, from {source.path} ({source.format})")

@@ -1,0 +1,125 @@
+"""The table of formats. A format is one module here and one row: how to recognize, read and write it.
+
+    detect(path: Path) -> bool                                    looks at names and headers only, never raises
+    open(path: Path, options: Options) -> Source                  raises CheckpointError or CorruptionError
+    write(source: Source, path: Path, options: Options) -> None   through publish.publish_files, so that a kill leaves
+                                                                  nothing or all; every rank of options.comm calls it
+    plan(source: Source, path: Path, options: Options)            optional, for --dry-run: the files that `write` would
+        -> dict[str, int]                                         make, with their bytes
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoint_tools.publish import finish_publishing
+from checkpoint_tools.source import Options, Source
+from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.registry import lookup
+
+
+class Format(NamedTuple):
+    """Lazy "module:attribute" of the functions above; "" where there is none."""
+
+    detect: str
+    open: str
+    write: str
+    plan: str = ""
+
+
+# In the order of detection: the first whose `detect` is true is taken.
+FORMATS: dict[str, Format] = {
+    "native": Format(
+        "checkpoint_tools.formats.native:detect",
+        "checkpoint_tools.formats.native:open_native",
+        "checkpoint_tools.formats.native:write_native",
+        "checkpoint_tools.formats.native:plan_native",
+    ),
+    "official-moe": Format(
+        "checkpoint_tools.formats.official_moe:detect",
+        "checkpoint_tools.formats.official_moe:open_official_moe",
+        "checkpoint_tools.formats.official_moe:write_official_moe",
+        "checkpoint_tools.formats.official_moe:plan_official_moe",
+    ),
+    "deepspeed": Format(
+        "checkpoint_tools.formats.deepspeed:detect", "checkpoint_tools.formats.deepspeed:open_deepspeed", ""
+    ),
+    "dcp": Format(
+        "checkpoint_tools.formats.dcp:detect",
+        "checkpoint_tools.formats.dcp:open_dcp",
+        "checkpoint_tools.formats.dcp:write_dcp",
+    ),
+    "fairscale": Format(
+        "checkpoint_tools.formats.fairscale:detect",
+        "checkpoint_tools.formats.fairscale:open_fairscale",
+        "checkpoint_tools.formats.fairscale:write_fairscale",
+    ),
+    "simmim": Format(
+        "checkpoint_tools.formats.simmim:detect",
+        "checkpoint_tools.formats.simmim:open_simmim",
+        "checkpoint_tools.formats.simmim:write_simmim",
+    ),
+    "tutel": Format(
+        "checkpoint_tools.formats.tutel:detect",
+        "checkpoint_tools.formats.tutel:open_tutel",
+        "checkpoint_tools.formats.tutel:write_tutel",
+    ),
+    "timm": Format(
+        "checkpoint_tools.formats.timm:detect",
+        "checkpoint_tools.formats.timm:open_timm",
+        "checkpoint_tools.formats.timm:write_timm",
+    ),
+    "hf": Format(
+        "checkpoint_tools.formats.hf:detect",
+        "checkpoint_tools.formats.hf:open_hf",
+        "checkpoint_tools.formats.hf:write_hf",
+    ),
+    "official": Format(
+        "checkpoint_tools.formats.official:detect",
+        "checkpoint_tools.formats.official:open_official",
+        "checkpoint_tools.formats.official:write_official",
+        "checkpoint_tools.formats.official:plan_official",
+    ),
+}
+
+
+# What --set may say; each format's module tells what it means there.
+SETTINGS = ("counts", "encoder", "form", "img_size", "window_size")
+
+
+def check_settings(options: Options) -> None:
+    """Raises ValueError for a --set that no format knows: a typo would have no effect."""
+    unknown = sorted(options.extra.keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"--set {unknown[0]} is unknown; allowed: {', '.join(SETTINGS)}")
+
+
+def find_format(path: Path) -> str:
+    """Returns the name of the format that recognizes `path`.
+
+    Raises:
+        CheckpointError: None does.
+    """
+    for name, row in FORMATS.items():
+        if row.detect and lookup({name: row.detect}, name, key="--from")(path):
+            return name
+    kind = "is no checkpoint of a known format" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path}: {kind}; name one with --from ({', '.join(FORMATS)})")
+
+
+def open_source(path: Path, options: Options, name: str = "") -> Source:
+    """Returns the opened checkpoint at `path`; the format is guessed where `name` is empty."""
+    check_settings(options)
+    finish_publishing(path)
+    name = name or find_format(path)
+    return lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)
+
+
+def plan_output(source: Source, path: Path, options: Options, name: str = "native") -> dict[str, int] | None:
+    """Returns the files that write_checkpoint would make, with their bytes; None where the format cannot tell."""
+    row = FORMATS[name].plan
+    return lookup({name: row}, name, key="--to")(source, path, options) if row else None
+
+
+def write_checkpoint(source: Source, path: Path, options: Options, name: str = "native") -> None:
+    """Writes any source as a new checkpoint of the format `name`; nothing may be at `path` yet."""
+    lookup({key: row.write for key, row in FORMATS.items() if row.write}, name, key="--to")(source, path, options)

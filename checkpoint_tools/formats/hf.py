@@ -1,0 +1,130 @@
+"""transformers' Swin and Swinv2: a directory with config.json and its weights, or one file of weights.
+
+Query, key and value are tensors of their own there; the rows of our qkv. Names: huggingface/transformers,
+models/swin/modeling_swin.py and models/swinv2/modeling_swinv2.py. The pre-training decoder and mask token are dropped.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.assembled import AssembledSource
+from checkpoint_tools.infer import given_sizes, infer_model, merge_model
+from checkpoint_tools.plain_read import place_records, sizes_of
+from checkpoint_tools.plain_write import plain_tensors
+from checkpoint_tools.publish import publish_files
+from checkpoint_tools.record_file import OpenFiles, RecordFile, TensorRecord
+from checkpoint_tools.rules import FROM_HF, FROM_HF_V2, to_hf
+from checkpoint_tools.source import Options, Source
+from checkpoint_tools.state_dict_files import open_file, peek, state_dict, stream_safetensors, write_state_dict
+from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.sealed_json import MAX_BYTES
+
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+# transformers' option -> ours.
+_SHARED = {
+    "patch_size": "patch_size", "num_channels": "in_chans", "embed_dim": "embed_dim", "depths": "depths",
+    "num_heads": "num_heads", "window_size": "window_size", "mlp_ratio": "mlp_ratio", "qkv_bias": "qkv_bias",
+    "drop_path_rate": "drop_path_rate", "image_size": "img_size", "pretrained_window_sizes": "pretrained_window_sizes",
+}  # fmt: skip
+_PAIRS = ("img_size", "patch_size")
+
+
+def detect(path: Path) -> bool:
+    """See formats/__init__.py."""
+    if path.is_dir():
+        return _options(path).get("model_type") in ("swin", "swinv2")
+    return any("embeddings.patch_embeddings.projection.weight" in name for name in peek(path))
+
+
+def open_hf(path: Path, options: Options) -> Source:
+    """Returns the checkpoint in the directory or file `path`; see formats/__init__.py."""
+    records = _records(path)
+    if any(name.endswith("embeddings.position_embeddings") for name in records):
+        raise CheckpointError(f"{path}: has absolute positions with one row more than patches, which no other Swin has")
+    second = any(name.endswith("attention.self.logit_scale") for name in records)
+    parts = place_records(path, records, FROM_HF_V2 if second else FROM_HF)
+    given = _options(path if path.is_dir() else path.parent)
+    stated = {ours: given[key] for key, ours in _SHARED.items() if key in given}
+    stated |= {key: [stated[key]] * 2 for key in _PAIRS if isinstance(stated.get(key), int)}
+    buffers = {name: record.shape for name, (_, record) in records.items()}
+    inferred = infer_model(path, sizes_of(parts), buffers) | given_sizes(options.extra)
+    config = merge_model({"model": stated}, inferred)
+    return AssembledSource("hf", path, parts, options, config=config, provenance={"source": {"format": "hf"}})
+
+
+def write_hf(source: Source, path: Path, options: Options) -> None:
+    """Writes a directory that from_pretrained loads, or one file of weights where the path ends like one.
+
+    --set img_size=N, window_size=N: where the source does not tell them, for config.json.
+    """
+    tensors, network = plain_tensors(source, options, to_hf, families=("swin", "swinv2"), name="transformers")
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        write_state_dict(path, tensors, options)
+        return
+    config = json.dumps(_config(source, network), indent=2, sort_keys=True).encode() + b"\n"
+
+    def write(staging: Path) -> None:
+        if options.comm.rank == 0:
+            directory = staging / path.name
+            directory.mkdir()
+            (directory / CONFIG).write_bytes(config)
+            stream_safetensors(directory / WEIGHTS[0], tensors, options)
+
+    publish_files(path, sum(t.num_bytes + 256 for t in tensors.values()) + 4096, write, comm=options.comm)
+
+
+def _config(source: Source, network: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [key for key in ("img_size", "window_size") if key not in network]
+    if missing:
+        raise CheckpointError(f"{source.path}: {' and '.join(missing)} are unknown, which config.json states")
+    values = {key: network[ours] for key, ours in _SHARED.items() if ours in network}
+    for key in ("image_size", "patch_size"):
+        values[key] = values[key][0] if len(set(values[key])) == 1 else values[key]
+    family, classes = network["name"], network.get("num_classes", 0)
+    architecture = "ForImageClassification" if classes else "Model"
+    labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(classes)}} if classes else {}
+    return {
+        **values, **labels, "model_type": family, "architectures": [f"{family.capitalize()}{architecture}"],
+        "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_absolute_embeddings": False,
+    }  # fmt: skip
+
+
+def _options(directory: Path) -> dict[str, Any]:
+    """Returns config.json of a directory; {} where there is none that can be read."""
+    path = directory / CONFIG
+    try:
+        content = json.loads(path.read_text()) if path.is_file() and path.stat().st_size < MAX_BYTES else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _records(path: Path) -> dict[str, tuple[RecordFile, TensorRecord]]:
+    """Returns every tensor of the file, or of the files that a directory's index names."""
+    files = OpenFiles()
+    paths = [path]
+    if path.is_dir():
+        whole = [path / name for name in WEIGHTS if (path / name).is_file()]
+        paths = whole[:1] or _listed(path)
+    found: dict[str, tuple[RecordFile, TensorRecord]] = {}
+    for one in paths:
+        file = open_file(one, files)
+        found |= {name: (file, record) for name, record in state_dict(file.content, one).items()}
+    return found
+
+
+def _listed(directory: Path) -> list[Path]:
+    """Returns the weight files that an index names; raises CheckpointError for a missing one or a path elsewhere."""
+    for name in WEIGHTS:
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                raise CheckpointError(f"{index}: is no index of weight files") from None
+            if not all(isinstance(one, str) and Path(one).name == one for one in names):
+                raise CheckpointError(f"{index}: names a file outside its directory, which is refused")
+            return [directory / one for one in sorted(names)]
+    raise CheckpointError(f"{directory}: holds neither {' nor '.join(WEIGHTS)}")
