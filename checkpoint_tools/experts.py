@@ -98,6 +98,11 @@ class Change:
         self.moe = source.config.get("model", {}).get("moe", {})
         if "top_k" not in self.moe:
             raise CheckpointError(f"{source.path}: does not say its model.moe.top_k (no config); convert it with one")
+        for key, only in (("choice", "token"), ("scores", "softmax"), ("group_limit", 0)):
+            if self.moe.get(key, only) != only:
+                raise CheckpointError(
+                    f"{source.path}: model.moe.{key}={self.moe[key]}: experts are changed only where it is {only}"
+                )
         self.before = next(iter(layers.values()))[0]
         self.top_k = self.moe["top_k"]
         self.origins = {layer: self._origins(layer, shape[0], loads) for layer, shape in layers.items()}

@@ -58,6 +58,9 @@ class OfficialContent:
         shapes = {name: source.tensors[name].shape for name in self.names}
         if not prefix and rules and any(name.startswith("encoder.") for name in shapes):
             raise CheckpointError(f"{source.path}: is a SimMIM pre-training checkpoint; write it with --to simmim")
+        beyond = next((name for name in shapes if ".mlp.shared." in name or ".router.balance." in name), None)
+        if beyond is not None and rules:
+            raise CheckpointError(f"{source.path}: tensor {beyond}: the official network has no such thing")
         inferred = infer_model(source.path, {name.removeprefix("encoder."): shape for name, shape in shapes.items()})
         self.network = merge_model(source.config, inferred).get("model", {})
         self.network |= given_sizes(options.extra)

@@ -65,7 +65,8 @@ def from_ours(name: str, rules: Iterable[Rule]) -> list[str]:
 _OURS = re.compile(
     r"(encoder\.)?(absolute_pos_embed|mask_token|patch_embed\.(proj|norm)\.\w+|norm\.\w+|head\.\w+"
     r"|layers\.\d{1,2}\.downsample\.(reduction|norm)\.\w+"
-    r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.(norm1|norm2|enorm|spatial_mlp|mlp\.fc1|mlp\.fc2|mlp\.experts|mlp\.router)\.[\w.]+"
+    r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.(norm1|norm2|enorm|spatial_mlp|mlp\.fc1|mlp\.fc2|mlp\.experts|mlp\.router"
+    r"|mlp\.shared)\.[\w.]+"
     r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.attn\.(qkv|proj|cpb_mlp|q_bias|v_bias|logit_scale|relative_position_bias_table)"
     r"[\w.]*)|decoder\.0\.\w+"
 )

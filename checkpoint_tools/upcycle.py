@@ -204,6 +204,10 @@ class Upcycling:
             "num_experts": self.experts,
             "top_k": self.top_k,
             "router": "linear",
+            "choice": "token",
+            "scores": "softmax",
+            "group_limit": 0,
+            "shared_experts": 0,
             "normalize_gate": bool(self.arguments.normalize_gate),
             "eval_capacity_factor": 0.0,  # by need: a dropped token has no feed-forward at all
             "blocks": [blocks or [-1] for blocks in self.blocks],

@@ -196,6 +196,21 @@ def test_shares_and_weights():
     assert merge_weights((0, 1), [3, 1]) == (0.75, 0.25) and merge_weights((0, 1), [0, 0]) == (0.5, 0.5)
 
 
+def test_what_other_routers_have_is_told(tmp_path, moe, capsys):
+    pieces = [Piece.of(name, tensor) for name, tensor in tensors_of(moe).items() if "/" not in name]
+    pieces.append(Piece.of("layers.1.blocks.1.mlp.router.balance.bias", torch.zeros(8)))
+    config = Index.read(moe).config
+    config["model"]["moe"]["scores"] = "sigmoid"
+    path = save(tmp_path / "run", 1, pieces, state={}, config=config)
+    assert main(["experts", str(path), str(tmp_path / "x"), "--duplicate", "16"]) == 2
+    assert "model.moe.scores=sigmoid: experts are changed only where it is softmax" in capsys.readouterr().err
+    assert main(["convert", str(path), str(tmp_path / "x.pth"), "--to", "official"]) == 2
+    assert "router.balance.bias: the official network has no such thing" in capsys.readouterr().err
+    assert main(["convert", str(path), str(tmp_path / "dcp"), "--to", "dcp"]) == 0
+    assert main(["convert", str(tmp_path / "dcp"), str(tmp_path / "back"), "--to", "native"]) == 0
+    assert tensors_of(tmp_path / "back").keys() == {piece.name for piece in pieces}
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
