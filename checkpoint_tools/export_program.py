@@ -68,7 +68,8 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     """
     if "model" not in source.config:
         raise CheckpointError(f"{source.path}: does not say which network it holds (no config); convert it with one")
-    config = config_from_tree(source.config, source=str(source.path)).model
+    described = {"model": source.config["model"]}  # other sections need what checkpoints leave out, as data.path
+    config = config_from_tree(described, source=str(source.path)).model
     if config.moe.has_blocks and config.moe.choice == "expert":
         raise CheckpointError(
             f"{source.path}: model.moe.choice=expert cannot be exported, as tokens have any number of experts"

@@ -57,7 +57,7 @@ def compare(
     for source, own in ((before, config), (after, after.config)):
         names = {name: name for name in source.tensors if split_kind(name)[0] == "weight"}
         described = copy.copy(source)
-        described.config = {"model": own["model"]}  # others need what checkpoints leave out, as data.path
+        described.config = {"model": own["model"]}
         network, size = build_network(described, names, options)
         generator = torch.Generator().manual_seed(0)
         image = torch.randn((IMAGES, own["model"].get("in_chans", 3), *size), generator=generator)

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint_tools.__main__ import main
 from swin_moe.checkpoint import Piece, save
-from swin_moe.config import Config, ModelConfig, MoEConfig
+from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
 from swin_moe.models.build import build_model
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
@@ -20,8 +20,6 @@ MODELS = {
     "experts of limited capacity": ModelConfig(
         name="swin_moe", **SMALL, moe=MoEConfig(blocks=((), (1,)), num_experts=4, eval_capacity_factor=0.75)
     ),
-}
-MODELS |= {
     "soft": ModelConfig(
         name="swin_moe", **SMALL,
         moe=MoEConfig(blocks=((), (1,)), num_experts=3, choice="soft", slots=2, balance_loss="none"),
@@ -36,7 +34,8 @@ MODELS |= {
 
 def saved(root, model):
     """Returns (checkpoint, network) of a model with random weights, router included."""
-    config = dataclasses.replace(Config(), model=model)
+    # Of images in folders, whose place a checkpoint does not keep.
+    config = dataclasses.replace(Config(), model=model, data=DataConfig(name="folder", path="images"))
     network = build_model(model).eval()
     network.init_weights(0)
     generator = torch.Generator().manual_seed(1)
