@@ -11,6 +11,7 @@ from swin_moe.engine.base import Engine
 from swin_moe.expert_load import moe_layers
 from swin_moe.layout import Chunk, even_split
 from swin_moe.moe import MoELayer
+from swin_moe.ops.grouped_linear import use_grouped
 from swin_moe.parallel.sharding import Degrees, describe_placement
 from swin_moe.session import Session
 
@@ -74,6 +75,8 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         f"{accumulation} accumulated"
     )
     yield f"kernels    {attention_path(session.device, config.engine.precision)}"
+    if layers:
+        yield f"           {product_path(layers[0][1], session.device, config.engine.precision)}"
     yield f"run        {session.directory}"
 
 
@@ -138,3 +141,15 @@ def attention_path(device: torch.device, precision: str) -> str:
     if precision in ("bf16", "fp16"):
         return "window attention: eager (half precision on CPU, where torch's fused kernel is slower)"
     return "window attention: analytic backward in training, scaled_dot_product_attention in evaluation (CPU)"
+
+
+def product_path(layer: MoELayer, device: torch.device, precision: str) -> str:
+    """Returns how the experts' matrix products are computed, and why."""
+    if layer.config.backend in ("padded", "tutel"):
+        return f"experts: one batched product over padded rows (model.moe.backend={layer.config.backend})"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if use_grouped(device, dtype, layer.experts.dim, layer.experts.hidden_dim):
+        return "experts: one grouped product (grouped_mm, bfloat16 on CUDA)"
+    if device.type == "cuda":
+        return "experts: one product per expert (grouped_mm wants bfloat16 and channels in multiples of 8)"
+    return "experts: one product per expert (grouped_mm takes the same time on a CPU)"

@@ -1,10 +1,12 @@
 """What the start-up summary says about routing."""
 
 import pytest
+import torch
 
 from swin_moe.config import MoEConfig
+from swin_moe.moe import MoELayer
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.summary import describe_balance, describe_choice, describe_limit
+from swin_moe.summary import describe_balance, describe_choice, describe_limit, product_path
 
 LIMITED = MoEConfig(num_experts=8, expert_groups=4, group_limit=2, balance_loss="gshard")
 
@@ -44,3 +46,15 @@ def test_choice(options, said):
 ])  # fmt: skip
 def test_balance(options, said):
     assert describe_balance(MoEConfig(**options), 24) == said
+
+
+@pytest.mark.parametrize(("dim", "backend", "device", "precision", "said"), [
+    (16, "native", "cuda", "bf16", "one grouped product"),
+    (12, "native", "cuda", "bf16", "one product per expert (grouped_mm wants bfloat16 and channels in multiples of 8)"),
+    (16, "native", "cuda", "fp16", "one product per expert (grouped_mm wants bfloat16"),
+    (16, "native", "cpu", "bf16", "one product per expert (grouped_mm takes the same time on a CPU)"),
+    (16, "padded", "cuda", "bf16", "one batched product over padded rows (model.moe.backend=padded)"),
+])  # fmt: skip
+def test_how_experts_multiply(dim, backend, device, precision, said):
+    layer = MoELayer(dim, 2 * dim, MoEConfig(backend=backend), fc2_bias=True, layer=0, init_std=0.02)
+    assert product_path(layer, torch.device(device), precision).startswith(f"experts: {said}")

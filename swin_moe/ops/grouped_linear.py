@@ -29,18 +29,18 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, *, g
         grouped: One grouped product instead of a loop over experts; None = `use_grouped`.
     """
     if grouped is None:
-        grouped = use_grouped(x, weight)
+        grouped = x.shape[0] > 0 and use_grouped(x.device, x.dtype, *weight.shape[1:])
     return torch.ops.swin_moe.grouped_linear(x, weight, bias, counts, grouped)
 
 
-def use_grouped(x: Tensor, weight: Tensor) -> bool:
+def use_grouped(device: torch.device, dtype: torch.dtype, num_inputs: int, num_outputs: int) -> bool:
     """Returns whether one grouped product serves: bfloat16 on CUDA with aligned rows.
 
     On the CPU grouped_mm is a loop itself and takes the same time (75 ms forward and backward at N = 4096, I = 192, O =
     768, E = 32, one thread); other dtypes it does not know on CUDA.
     """
-    aligned = weight.shape[1] % _ALIGNED == 0 and weight.shape[2] % _ALIGNED == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+    aligned = num_inputs % _ALIGNED == 0 and num_outputs % _ALIGNED == 0
+    return device.type == "cuda" and dtype == torch.bfloat16 and aligned
 
 
 @torch.library.custom_op("swin_moe::grouped_linear", mutates_args=())
