@@ -4,13 +4,14 @@ Shape legend: N rows sorted by expert (rows beyond the counts belong to none), E
 channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops.huge_pages import on_huge_pages
+from swin_moe.ops.reused_memory import empty_like_reused
 
 _ALIGNED = 8  # grouped_mm wants row strides of 16 bytes
 _BIAS_ROWS = 8  # rows of ones that sum a bias gradient by a grouped product: as few as its alignment allows
@@ -67,8 +68,7 @@ def _backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, counts: Tensor, grouped: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias; an empty tensor for what is not needed."""
-    grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs)
-    on_huge_pages(grad_weight)
+    grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs, empty_like=empty_like_reused)
     if grouped:
         ends = _ends(counts, x)
         if needs[0]:
@@ -114,14 +114,21 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _empty_gradients(grad_y: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: list[bool],
+    *,
+    empty_like: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (grad_x, grad_weight, grad_bias) to be filled. A weight gradient lies in memory as the weight does: fc1
     comes transposed, and its gradient must not be copied when it is accumulated."""
     none = x.new_empty(0)
     grad_bias = grad_y.new_empty((weight.shape[0], grad_y.shape[1])) if needs[2] else none.clone()
     return (
         torch.empty_like(x) if needs[0] else none,
-        torch.empty_like(weight) if needs[1] else none.clone(),
+        empty_like(weight) if needs[1] else none.clone(),
         grad_bias,
     )
 
