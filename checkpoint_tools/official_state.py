@@ -18,7 +18,7 @@ from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.manager import canonical_config
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.config_io import config_from_tree
-from swin_moe.config_official import OFFICIAL, convert_official
+from swin_moe.config_official import OFFICIAL, convert_official, leaves, nest
 from swin_moe.layout import Chunk
 
 KEPT = ("lr_scheduler", "max_accuracy", "scaler", "epoch")  # copied to state["official"] and back, in this order
@@ -128,19 +128,19 @@ def training_state(content: Mapping[str, Any], moments: Moments | None, config: 
 
 def _without_ranks(tree: dict) -> dict:
     """Returns official options without those that depend on the number of ranks; with_ranks puts them back."""
-    return _nested({key: value for key, value in _leaves(tree) if key not in (_LOCAL_EXPERTS, _LOCAL_BATCH)})
+    return nest({key: value for key, value in leaves(tree) if key not in (_LOCAL_EXPERTS, _LOCAL_BATCH)})
 
 
 def with_ranks(tree: dict, config: Mapping[str, Any], world: int) -> dict:
     """Returns official options for this many ranks, so that experts and global batch stay what they are in `config`."""
-    flat = dict(_leaves(tree))
+    flat = dict(leaves(tree))
     experts = config.get("model", {}).get("moe", {}).get("num_experts", 0)
     if experts and config["model"].get("moe", {}).get("blocks"):
         flat[_LOCAL_EXPERTS] = experts // world if world <= experts else -(world // experts)
     batch, steps = config.get("data", {}).get("global_batch", 0), flat.get("TRAIN.ACCUMULATION_STEPS", 1)
     if batch and batch % (world * steps) == 0:
         flat[_LOCAL_BATCH] = batch // (world * steps)
-    return _nested(flat)
+    return nest(flat)
 
 
 def native_config(
@@ -153,9 +153,9 @@ def native_config(
     tree = content.get("config") if isinstance(content, Mapping) else None
     config: dict[str, Any] = {}
     if isinstance(tree, dict):
-        known = {key: value for key, value in _leaves(plain(tree, path)) if _is_usable(key)}
+        known = {key: value for key, value in leaves(plain(tree, path)) if _is_usable(key)}
         try:
-            converted = convert_official(_nested(known), path=path, world_size=world or None)
+            converted = convert_official(nest(known), path=path, world_size=world or None)
             config = canonical_config(dataclasses.asdict(config_from_tree(converted, source=str(path))))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             options.report(f"its options are kept as they are, but not as ours: {error}")
@@ -164,21 +164,3 @@ def native_config(
 
 def _is_usable(key: str) -> bool:
     return key in OFFICIAL and not OFFICIAL[key].only
-
-
-def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
-
-
-def _nested(flat: Mapping[str, Any]) -> dict:
-    tree: dict = {}
-    for key, value in flat.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree

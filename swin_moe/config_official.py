@@ -212,7 +212,7 @@ def convert_official(
         ValueError: An unknown key, a wrong type, a value not offered here, or a number of experts that is not known.
     """
     notes = [] if notes is None else notes
-    stated = {key: _decode(key, value) for key, value in _leaves(tree)}
+    stated = {key: _decode(key, value) for key, value in leaves(tree)}
     _check(stated, path)
     values = {key: rule.default for key, rule in OFFICIAL.items()} | stated
     family = FAMILIES.get(values["MODEL.TYPE"], "")
@@ -239,7 +239,7 @@ def convert_official(
         flat |= _batch(values, stated, world, named is not None, path, notes)
     if family == "SWIN_MOE" and "model.moe.num_experts" not in given:
         flat["model.moe.num_experts"] = _experts(values, world, path)
-    return _nest(flat)
+    return nest(flat)
 
 
 def _decode(key: str, value: Any) -> Any:
@@ -328,15 +328,15 @@ def _experts(values: dict[str, Any], world: int | None, path: Path) -> int:
     return world * local if local > 0 else world // -local
 
 
-def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
     """Returns (dotted key, value) of every leaf."""
     out: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        out += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        out += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return out
 
 
-def _nest(flat: dict[str, Any]) -> dict:
+def nest(flat: dict[str, Any]) -> dict:
     """Returns dotted keys as a tree."""
     tree: dict = {}
     for key, value in flat.items():
