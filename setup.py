@@ -1,10 +1,90 @@
-"""Lists the packages; everything else stands in pyproject.toml."""
+"""Lists the packages and builds the compiled kernels, swin_moe/_C.so, where torch and a C++ compiler are found.
+
+Everything else stands in pyproject.toml. SWIN_MOE_NO_EXT=1 does not build them; SWIN_MOE_REQUIRE_EXT=1 makes it an
+error if they cannot be built, which otherwise is said and leaves a package that uses PyTorch's operators.
+"""
+
+import os
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# What runs on machines that do not have the newest GPU: two generations by name, the newest also as PTX for later ones.
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+def sources(*patterns: str) -> list[str]:
+    """Returns files below csrc/, relative to this file."""
+    return sorted(str(path.relative_to(HERE)) for pattern in patterns for path in (HERE / "csrc").glob(pattern))
+
+
+def nvcc_flags() -> list[str]:
+    """Returns how the CUDA kernels are compiled."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    newest = CUDA_ARCHITECTURES[-1]
+    return [
+        "-O3",
+        "-std=c++17",
+        "--expt-relaxed-constexpr",
+        *codes,
+        f"-gencode=arch=compute_{newest},code=compute_{newest}",
+    ]
+
+
+def extension_arguments() -> dict:
+    """Returns the arguments of setup() that build the library; none where it cannot be, and says why."""
+    if os.environ.get("SWIN_MOE_NO_EXT") == "1":
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError as error:
+        return without_extension(f"torch cannot be imported at build time ({error}); use --no-build-isolation")
+
+    class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
+        """Builds the library, or says why not."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # whatever a compiler may do: the package works without
+                without_extension(f"{type(error).__name__}: {error}")
+                self.extensions = []
+
+    with_cuda = bool(torch.version.cuda and CUDA_HOME)
+    kind, flags = CppExtension, {"cxx": CXX_FLAGS}
+    files = sources("*.cpp", "cpu/*.cpp")
+    if with_cuda:
+        kind, flags = CUDAExtension, {"cxx": CXX_FLAGS, "nvcc": nvcc_flags()}
+        files += sources("cuda/*.cpp", "cuda/*.cu")
+    elif torch.version.cuda:
+        print("swin_moe: no nvcc was found (CUDA_HOME): the kernels are built for the CPU only", file=sys.stderr)
+    # Not optional=True: setuptools would swallow the error, and with it the reason.
+    library = kind(
+        "swin_moe._C", files, include_dirs=[str(HERE / "csrc")], extra_compile_args=flags, py_limited_api=True
+    )
+    return {"ext_modules": [library], "cmdclass": {"build_ext": Build}}
+
+
+def without_extension(reason: str) -> dict:
+    """Says that the package is built without compiled kernels, or ends the build if they are required."""
+    if REQUIRED:
+        raise SystemExit(f"error: SWIN_MOE_REQUIRE_EXT=1, but the compiled kernels cannot be built: {reason}")
+    print(
+        f"WARNING: swin_moe is built without its compiled kernels and will use PyTorch's operators: {reason}",
+        file=sys.stderr,
+    )
+    return {}
+
 
 setup(
     packages=[*find_packages(include=["swin_moe*", "launcher*", "checkpoint_tools*"]), "swin_moe.configs"],
     # The configs live at the top of the repository, where users look for them, and are installed inside the package.
     package_dir={"swin_moe.configs": "configs"},
     package_data={"swin_moe": ["**/*.txt"], "swin_moe.configs": ["**/*.yaml"]},
+    **extension_arguments(),
 )

@@ -1,0 +1,191 @@
+// What forward and backward share: the sizes of a window's matrices, its rows of factors, and one row of scores.
+//
+// Shape legend: N tokens of a window, Np = N in whole vectors, D = head_dim, Dp = D in whole vectors. Columns from N to
+// Np hold scores of -1e30, so that their weights are 0.
+#pragma once
+
+#include "product.h"
+
+namespace swin_moe {
+namespace SWIN_MOE_CAPABILITY {
+
+constexpr double kNoToken = -1e30;   // bias of the columns behind the last token
+constexpr double kNormEps = 1e-12;   // smallest length a query or key is divided by, as torch's normalize
+
+SWIN_MOE_INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+template <class Operand>
+struct Sizes {
+  using F = typename Operand::Factor;
+  using A = typename Operand::Sum;
+  int tokens, padded_tokens;   // N, Np
+  int head_dim, padded_dim;    // D, Dp
+  int row;                     // factors of a row of D elements, in whole vectors
+  int dim_depth, token_depth;  // factors along D and along N
+  int block;                   // rows of scores held at once, even
+
+  explicit Sizes(const WindowAttention& p)
+      : tokens(p.geometry.tokens()),
+        padded_tokens(round_up(tokens, kLanes<A>)),
+        head_dim(p.head_dim),
+        padded_dim(round_up(head_dim, kLanes<A>)),
+        dim_depth((head_dim + Operand::kPerFactor - 1) / Operand::kPerFactor),
+        token_depth((tokens + Operand::kPerFactor - 1) / Operand::kPerFactor) {
+    row = round_up(dim_depth, kLanes<F>);
+    constexpr int kBlockBytes = 32 << 10;  // a block of scores stays in the first-level cache or close to it
+    int fitting = kBlockBytes / (padded_tokens * int(sizeof(A)));
+    block = std::min(round_up(tokens, 2), std::max(24, fitting / 2 * 2));
+  }
+
+  int rows_of_vectors() const { return padded_tokens / kLanes<A>; }
+  int dim_vectors() const { return padded_dim / kLanes<A>; }
+};
+
+// Hands out aligned pieces of one allocation; with base = null it only adds up what is needed.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 127) / 64 * 64;  // a vector may be read past the end
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Memory of one thread. Not a class of the standard library: this file is compiled for several sets of instructions, and
+// the linker would keep the code of any one of them for the whole program.
+struct ThreadMemory {
+  char* data = nullptr;
+  int64_t size = 0;
+  ~ThreadMemory() { std::free(data); }
+};
+
+// Returns zeroed memory of this thread, which is kept until the thread ends: fresh pages cost more than the work.
+inline char* thread_memory(int64_t bytes) {
+  static thread_local ThreadMemory memory;
+  if (memory.size < bytes) {
+    std::free(memory.data);
+    memory.size = (bytes + 63) / 64 * 64;
+    memory.data = static_cast<char*>(std::aligned_alloc(64, memory.size));
+    if (!memory.data) {
+      memory.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  std::memset(memory.data, 0, bytes);
+  return memory.data;
+}
+
+// Where the tokens of the current window are.
+template <class A>
+struct WindowTokens {
+  int64_t* source;        // (N), token of the whole batch, or kPadding
+  IntegerOf<A>* side;     // (Np), side of the seam
+  bool masked = false;
+
+  void take(Arena& arena, int tokens, int padded_tokens) {
+    source = arena.take<int64_t>(tokens);
+    side = arena.take<IntegerOf<A>>(padded_tokens);
+  }
+  void enter(const WindowGeometry& g, int64_t window_of_batch) {
+    int64_t image = window_of_batch / g.windows(), window = window_of_batch % g.windows();
+    masked = crosses_seam(g, window);
+    for (int t = 0; t < g.tokens(); ++t) {
+      int64_t token = source_token(g, window, t);
+      source[t] = token == kPadding ? kPadding : image * g.height * g.width + token;
+      side[t] = seam_side(g, window, t);
+    }
+  }
+};
+
+// Copies the part of every token that starts at `channel` into rows of factors; padding reads `pad`.
+template <class Operand, class S>
+SWIN_MOE_INLINE void read_rows(const S* map, int64_t channels, int64_t channel, const S* pad, const int64_t* source,
+                               const Sizes<Operand>& n, typename Operand::Factor* rows) {
+  for (int t = 0; t < n.tokens; ++t) {
+    const S* token = source[t] == kPadding ? pad : map + source[t] * channels;
+    Operand::read(token + channel, rows + t * n.row, n.head_dim);
+  }
+}
+
+// Writes the transpose of rows: (factors of a row, Np).
+template <class Operand>
+__attribute__((noinline)) void transpose_rows(const typename Operand::Factor* rows, const Sizes<Operand>& n,
+                                              typename Operand::Factor* columns) {
+  using F = typename Operand::Factor;
+  for (int t = 0; t < n.padded_tokens; t += kLanes<F>)
+    for (int c = 0; c < n.row; c += kLanes<F>)
+      transpose_square<F>(rows + t * n.row + c, n.row, n.tokens - t, columns + c * n.padded_tokens + t,
+                          n.padded_tokens);
+}
+
+// Writes 1 / max(length, eps) of every row.
+template <class Operand>
+SWIN_MOE_INLINE void inverse_lengths(const typename Operand::Factor* rows, const Sizes<Operand>& n,
+                                     typename Operand::Sum* space, typename Operand::Sum* inverse) {
+  using A = typename Operand::Sum;
+  for (int t = 0; t < n.tokens; ++t) {
+    const A* x = Operand::numbers(rows + t * n.row, space, n.padded_dim);
+    Vector<A> squares = {};
+    for (int c = 0; c < n.padded_dim; c += kLanes<A>) squares += load(x + c) * load(x + c);
+    inverse[t] = A(1) / std::max(std::sqrt(sum_of_lanes<A>(squares)), A(kNormEps));
+  }
+}
+
+// Writes the bias of every (query, key) pair of one head: (N, Np).
+template <class A>
+void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A* bias) {
+  for (int query = 0; query < g.tokens(); ++query, bias += padded_tokens) {
+    for (int key_y = 0; key_y < g.window_h; ++key_y) {
+      const A* last = table + bias_row(g, query, key_y * g.window_w);
+      for (int key_x = 0; key_x < g.window_w; ++key_x) bias[key_y * g.window_w + key_x] = last[-key_x];
+    }
+    for (int key = g.tokens(); key < padded_tokens; ++key) bias[key] = A(kNoToken);
+  }
+}
+
+// What one row of plain products is turned into scores with.
+template <class A>
+struct ScoreRow {
+  A factor;                    // on the whole row
+  const A* key_factors;        // (Np), or null: 1
+  const A* bias;               // (Np)
+  const IntegerOf<A>* sides;   // (Np), or null: not masked
+  IntegerOf<A> side;           // of the query
+  A mask_value;
+
+  SWIN_MOE_INLINE Vector<A> scaled(const ScoreRow& row, Vector<A> x, int at) {
+    x *= row.factor;
+    return row.key_factors ? x * load(row.key_factors + at) : x;
+  }
+};
+
+// Turns a row of plain products into exp(score - largest score), handed to put(index, vector); returns their sum.
+template <class A, class Put>
+SWIN_MOE_INLINE A exponentials(A* products, const ScoreRow<A>& row, int vectors, Put put) {
+  Vector<A> largest = broadcast(A(kNoToken));
+  for (int i = 0; i < vectors; ++i) {
+    int at = i * kLanes<A>;
+    Vector<A> x = ScoreRow<A>::scaled(row, load(products + at), at) + load(row.bias + at);
+    if (row.sides) x = load(row.sides + at) == row.side ? x : x + row.mask_value;
+    store(products + at, x);
+    largest = larger<A>(largest, x);
+  }
+  A most = largest_lane<A>(largest);
+  Vector<A> sum = {};
+  for (int i = 0; i < vectors; ++i) {
+    Vector<A> x = exp_of(load(products + i * kLanes<A>) - most);
+    sum += x;
+    put(i, x);
+  }
+  return sum_of_lanes<A>(sum);
+}
+
+}  // namespace SWIN_MOE_CAPABILITY
+}  // namespace swin_moe
