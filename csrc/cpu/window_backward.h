@@ -16,7 +16,7 @@ template <class Operand>
 struct BackwardMemory {
   using F = typename Operand::Factor;
   using A = typename Operand::Sum;
-  WindowTokens<A> tokens;
+  WindowTokens<A> tokens[2];                          // of the current window and the next
   A *bias, *grad_bias;                                // (heads of the task, N, Np)
   F *queries, *keys, *values, *grad_out;              // (N, row)
   F *key_columns, *value_columns;                     // (row, Np)
@@ -30,7 +30,7 @@ struct BackwardMemory {
 
   BackwardMemory(Arena& arena, const Sizes<Operand>& n, int heads) {
     constexpr bool kConverted = Operand::kPerFactor > 1;
-    tokens.take(arena, n.tokens, n.padded_tokens);
+    for (auto& window : tokens) window.take(arena, n.tokens, n.padded_tokens);
     for (A** matrix : {&bias, &grad_bias}) *matrix = arena.take<A>(int64_t(heads) * n.tokens * n.padded_tokens);
     for (F** rows : {&queries, &keys, &values, &grad_out}) *rows = arena.take<F>(n.tokens * n.row);
     for (F** columns : {&key_columns, &value_columns}) *columns = arena.take<F>(n.row * n.padded_tokens);
@@ -60,8 +60,8 @@ class HeadBackward {
 
  public:
   HeadBackward(const WindowAttention& p, const Sizes<Operand>& n, BackwardMemory<Operand>& m, const WindowTask& task,
-               int head)
-      : p_(p), n_(n), m_(m), head_(head), channel_(int64_t(head) * p.head_dim) {
+               const WindowTokens<A>& tokens, int head, const Upcoming& upcoming)
+      : p_(p), n_(n), m_(m), tokens_(tokens), upcoming_(upcoming), channel_(int64_t(head) * p.head_dim) {
     const int64_t matrix = int64_t(head - task.head_begin) * n.tokens * n.padded_tokens;
     bias_ = m.bias + matrix;
     grad_bias_ = m.grad_bias + matrix;
@@ -99,7 +99,7 @@ class HeadBackward {
   void read() {
     auto* qkv = static_cast<const S*>(p_.qkv);
     auto* pad = static_cast<const S*>(p_.pad_qkv);
-    const int64_t* source = m_.tokens.source;
+    const int64_t* source = tokens_.source;
     read_rows(qkv, 3 * p_.channels, channel_, pad, source, n_, m_.queries);
     read_rows(qkv, 3 * p_.channels, channel_ + p_.channels, pad, source, n_, m_.keys);
     read_rows(qkv, 3 * p_.channels, channel_ + 2 * p_.channels, pad, source, n_, m_.values);
@@ -126,8 +126,8 @@ class HeadBackward {
       ScoreRow<A> row{cosine ? factor_ * m_.query_factors[query] : factor_,
                       cosine ? m_.key_factors : nullptr,
                       bias_ + int64_t(query) * Np,
-                      m_.tokens.masked ? m_.tokens.side : nullptr,
-                      m_.tokens.side[query],
+                      tokens_.masked ? tokens_.side : nullptr,
+                      tokens_.side[query],
                       A(p_.mask_value)};
       A *weights = m_.weights + i * Np, *grads = m_.grad_scores + i * Np;
       Vector<A> along = {};
@@ -136,6 +136,7 @@ class HeadBackward {
         along += x * load(grads + index * kLanes<A>);
       });
       softmax_gradient(row, A(1) / sum, sum_of_lanes<A>(along) / sum, i, grad_bias_ + int64_t(query) * Np);
+      prefetch_rows(query);
     }
   }
 
@@ -151,6 +152,18 @@ class HeadBackward {
       Operand::put(m_.weight_rows + i * factors, index, weight);
       Operand::put(m_.grad_score_rows + i * factors, index, ScoreRow<A>::scaled(row, grad, at));
     }
+  }
+
+  // Asks for what the next window and head read, and for where this one writes.
+  void prefetch_rows(int t) {
+    prefetch_qkv<S>(upcoming_, p_, t);
+    if (upcoming_.source && upcoming_.source[t] != kPadding)
+      prefetch<false>(static_cast<const S*>(p_.grad_out) + upcoming_.source[t] * p_.channels +
+                          int64_t(upcoming_.head) * p_.head_dim,
+                      p_.head_dim);
+    if (tokens_.source[t] == kPadding) return;
+    const S* to = static_cast<const S*>(p_.grad_qkv) + tokens_.source[t] * 3 * p_.channels + channel_;
+    for (int part = 0; part < 3; ++part) prefetch<true>(to + part * p_.channels, p_.head_dim);
   }
 
   // sum[N x D] (+)= rows^T x, over queries from `first`; set rather than added to for the first ones.
@@ -169,7 +182,7 @@ class HeadBackward {
   // are null where nothing was normalized.
   void write(A* grad, int t, int part, const F* vectors, const A* inverse) {
     if (vectors && p_.logit_scale) take_off_length(grad, vectors + t * n_.row, inverse[t], part == 0);
-    const int64_t token = m_.tokens.source[t], channel = part * p_.channels;
+    const int64_t token = tokens_.source[t], channel = part * p_.channels;
     if (token != kPadding) {
       auto* to = static_cast<S*>(p_.grad_qkv) + token * 3 * p_.channels + channel_ + channel;
       store_row(to, grad, n_.head_dim);
@@ -192,7 +205,8 @@ class HeadBackward {
   const WindowAttention& p_;
   const Sizes<Operand>& n_;
   BackwardMemory<Operand>& m_;
-  const int head_;
+  const WindowTokens<A>& tokens_;
+  const Upcoming& upcoming_;
   const int64_t channel_;
   A *bias_, *grad_bias_;
   double *grad_pad_ = nullptr, *grad_logit_scale_ = nullptr;
@@ -223,10 +237,9 @@ void backward(const WindowAttention& p, const WindowTask& task) {
     auto* head_table = static_cast<const A*>(p.bias_table) + (task.head_begin + h) * table;
     spread_bias(p.geometry, head_table, n.padded_tokens, memory.bias + h * bias_size);
   }
-  for (int64_t window = task.window_begin; window < task.window_end; ++window) {
-    memory.tokens.enter(p.geometry, window);
-    for (int h = 0; h < heads; ++h) HeadBackward<S, Operand>(p, n, memory, task, task.head_begin + h).window();
-  }
+  for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
+    HeadBackward<S, Operand>(p, n, memory, task, tokens, head, upcoming).window();
+  });
   for (int h = 0; h < heads; ++h) {
     double* grad_table = p.grad_bias_table + (task.chunk * p.num_heads + task.head_begin + h) * table;
     gather_bias(p.geometry, memory.grad_bias + h * bias_size, n.padded_tokens, grad_table);

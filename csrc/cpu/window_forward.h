@@ -10,7 +10,7 @@ template <class Operand>
 struct ForwardMemory {
   using F = typename Operand::Factor;
   using A = typename Operand::Sum;
-  WindowTokens<A> tokens;
+  WindowTokens<A> tokens[2];            // of the current window and the next
   A* bias;                              // (heads of the task, N, Np)
   F *queries, *keys, *values;           // (N, row)
   F *key_columns, *stacked_values;      // (row, Np), (token_depth, Dp)
@@ -20,7 +20,7 @@ struct ForwardMemory {
   A* numbers;                           // (Dp)
 
   ForwardMemory(Arena& arena, const Sizes<Operand>& n, int heads) {
-    tokens.take(arena, n.tokens, n.padded_tokens);
+    for (auto& window : tokens) window.take(arena, n.tokens, n.padded_tokens);
     bias = arena.take<A>(int64_t(heads) * n.tokens * n.padded_tokens);
     for (F** rows : {&queries, &keys, &values}) *rows = arena.take<F>(n.tokens * n.row);
     key_columns = arena.take<F>(n.row * n.padded_tokens);
@@ -38,13 +38,13 @@ struct ForwardMemory {
 
 // Attends in one window with one head, whose bias is given, and writes the results of the tokens that exist.
 template <class S, class Operand>
-void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Operand>& m, int head,
-            const typename Operand::Sum* bias) {
+void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Operand>& m,
+            const WindowTokens<typename Operand::Sum>& tokens, int head, const typename Operand::Sum* bias,
+            const Upcoming& upcoming) {
   using A = typename Operand::Sum;
   auto* qkv = static_cast<const S*>(p.qkv);
   auto* pad = static_cast<const S*>(p.pad_qkv);
   const int64_t channel = int64_t(head) * p.head_dim;
-  const WindowTokens<A>& tokens = m.tokens;
   read_rows(qkv, 3 * p.channels, channel, pad, tokens.source, n, m.queries);
   read_rows(qkv, 3 * p.channels, channel + p.channels, pad, tokens.source, n, m.keys);
   read_rows(qkv, 3 * p.channels, channel + 2 * p.channels, pad, tokens.source, n, m.values);
@@ -72,6 +72,7 @@ void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Ope
       auto* weights = m.weights + i * weights_row;
       m.sums[i] = exponentials(m.scores + i * n.padded_tokens, row, n.rows_of_vectors(),
                                [&](int index, Vector<A> x) { Operand::put(weights, index, x); });
+      prefetch_qkv<S>(upcoming, p, query);
     }
     product<Operand>(rows, n.dim_vectors(), n.token_depth, {m.weights, weights_row, 1}, {values, n.padded_dim},
                      {m.out, n.padded_dim});
@@ -100,10 +101,9 @@ void forward(const WindowAttention& p, const WindowTask& task) {
     auto* table = static_cast<const A*>(p.bias_table) + int64_t(task.head_begin + h) * p.geometry.table_rows();
     spread_bias(p.geometry, table, n.padded_tokens, memory.bias + h * bias_size);
   }
-  for (int64_t window = task.window_begin; window < task.window_end; ++window) {
-    memory.tokens.enter(p.geometry, window);
-    for (int h = 0; h < heads; ++h) attend<S>(p, n, memory, task.head_begin + h, memory.bias + h * bias_size);
-  }
+  for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
+    attend<S>(p, n, memory, tokens, head, memory.bias + (head - task.head_begin) * bias_size, upcoming);
+  });
 }
 
 }  // namespace SWIN_MOE_CAPABILITY

@@ -82,7 +82,7 @@ inline char* thread_memory(int64_t bytes) {
   return memory.data;
 }
 
-// Where the tokens of the current window are.
+// Where the tokens of a window are.
 template <class A>
 struct WindowTokens {
   int64_t* source;        // (N), token of the whole batch, or kPadding
@@ -111,6 +111,49 @@ SWIN_MOE_INLINE void read_rows(const S* map, int64_t channels, int64_t channel, 
   for (int t = 0; t < n.tokens; ++t) {
     const S* token = source[t] == kPadding ? pad : map + source[t] * channels;
     Operand::read(token + channel, rows + t * n.row, n.head_dim);
+  }
+}
+
+// Asks for the elements of one token to be brought near, of which `from` points to the first.
+template <bool kToWrite, class S>
+SWIN_MOE_INLINE void prefetch(const S* from, int count) {
+  auto* byte = reinterpret_cast<const char*>(from);
+  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += 64)
+    __builtin_prefetch(byte + at, kToWrite ? 1 : 0, kToWrite ? 3 : 2);
+}
+
+// The window and head that come after the current ones. Their rows are asked for one token at a time between rows of
+// scores: reading them waits for memory otherwise, two thirds of the time of small windows.
+struct Upcoming {
+  const int64_t* source = nullptr;  // null: nothing comes
+  int head = 0;
+};
+
+template <class S>
+SWIN_MOE_INLINE void prefetch_qkv(const Upcoming& next, const WindowAttention& p, int token) {
+  if (!next.source || next.source[token] == kPadding) return;
+  const S* q = static_cast<const S*>(p.qkv) + next.source[token] * 3 * p.channels + int64_t(next.head) * p.head_dim;
+  for (int part = 0; part < 3; ++part) prefetch<false>(q + part * p.channels, p.head_dim);
+}
+
+// Runs visit(tokens, head, upcoming) for all windows and heads of a task.
+template <class A, class Visit>
+SWIN_MOE_INLINE void for_each_window(const WindowAttention& p, const WindowTask& task, WindowTokens<A>* tokens,
+                                     Visit visit) {
+  tokens[0].enter(p.geometry, task.window_begin);
+  for (int64_t window = task.window_begin; window < task.window_end; ++window) {
+    WindowTokens<A>& current = tokens[(window - task.window_begin) % 2];
+    WindowTokens<A>& next = tokens[(window - task.window_begin + 1) % 2];
+    const bool last = window + 1 == task.window_end;
+    if (!last) next.enter(p.geometry, window + 1);
+    for (int head = task.head_begin; head < task.head_end; ++head) {
+      Upcoming upcoming;
+      if (head + 1 < task.head_end)
+        upcoming = {current.source, head + 1};
+      else if (!last)
+        upcoming = {next.source, task.head_begin};
+      visit(current, head, upcoming);
+    }
   }
 }
 
