@@ -14,7 +14,6 @@ from tests.ops.window_attention_cases import (
     Case,
     check_against_eager,
     formula,
-    random_case,
     relative_error,
     value_and_gradients,
 )
@@ -46,15 +45,13 @@ def test_reference_and_operator_equal_the_formula(name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_shapes_are_as_exact_as_eager(dtype):
-    for number in range(60):
-        check_against_eager(random_case(number), dtype, seed=number)
+    check_against_eager(range(60), dtype)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_random_shapes_are_as_exact_as_eager(dtype):
-    for number in range(60, 560):
-        check_against_eager(random_case(number), dtype, seed=number)
+    check_against_eager(range(60, 560), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -72,9 +69,11 @@ def test_zero_queries_and_keys_are_divided_by_the_smallest_length(dtype):
     for part, index in parts.items():
         error = relative_error(ours["qkv"][index], exact["qkv"][index])
         assert error <= 1.5 * relative_error(eager["qkv"][index], exact["qkv"][index]) + 1e-6, part
-    for name in ("out", "bias_table", "logit_scale"):
+    for name in ("out", "bias_table"):
         error = relative_error(ours[name], exact[name])
         assert error <= 1.5 * relative_error(eager[name], exact[name]) + 1e-6, name
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-1}[dtype]  # a sum that cancels
+    assert relative_error(ours["logit_scale"], exact["logit_scale"]) <= rounding
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -244,11 +243,10 @@ def test_what_compiled_kernels_do_not_compute(monkeypatch):
 PROGRAM = """
 import torch
 from swin_moe.ops import extension
-from tests.ops.window_attention_cases import check_against_eager, random_case
+from tests.ops.window_attention_cases import check_against_eager
 assert not extension.available("cpu") and extension.why_not("cpu") == "SWIN_MOE_NO_EXT=1 is set"
-for number in range(12):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        check_against_eager(random_case(number), dtype, seed=number)
+for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    check_against_eager(range(8), dtype)
 """
 
 
