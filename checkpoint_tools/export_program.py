@@ -19,6 +19,7 @@ from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.config import MoEConfig
 from swin_moe.config_io import config_from_tree
+from swin_moe.models.attention import WindowAttention
 from swin_moe.models.build import build_model
 from swin_moe.moe.dispatch import Dispatched
 from swin_moe.moe.layer import MoELayer
@@ -89,8 +90,8 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     for module in network.modules():
         if isinstance(module, MoELayer):
             module.dispatcher = EveryExpert(moe.num_experts, drops=moe == config.moe)
-        if hasattr(module, "implementation"):
-            module.implementation = "eager"  # plain operations, which ONNX has too
+        if isinstance(module, WindowAttention):
+            module.path = "reference"  # plain operations, which ONNX has too
     size = config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
     return LogitsOnly(network).eval(), size
 

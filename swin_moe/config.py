@@ -152,6 +152,9 @@ class ModelConfig:
     init_std: float = 0.02
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
     extra_norm_every: int = 0  # a LayerNorm on the main branch after every n-th block of a stage (SwinV2-G: 6)
+    attention: Literal["auto", "fused", "sdpa", "analytic", "reference"] = (
+        "auto"  # how window attention is computed: what measures fastest, or always one way; docs/attention.md
+    )
     attention_chunk: int = 0  # windows attended at once, over all images; less memory, one more forward; 0 = all
     post_norm_init: float = 0.0  # initial weight and bias of the res-post norms (swinv2; SwinV2-G: 1e-5)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -166,6 +169,9 @@ class ModelConfig:
             _check(heads >= 1 and dim % heads == 0, f"model.num_heads[{stage}]", heads, f"a divisor of {dim} channels")
         _check(self.window_size >= 1, "model.window_size", self.window_size, ">= 1")
         _check(self.attention_chunk >= 0, "model.attention_chunk", self.attention_chunk, ">= 0 (0 = all windows)")
+        whole = self.attention != "fused" or (self.attention_chunk == 0 and self.attn_drop_rate == 0)
+        allowed = "not fused with model.attention_chunk or model.attn_drop_rate, which are computed window by window"
+        _check(whole, "model.attention", self.attention, allowed)
         _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
         _check(len(self.moe.blocks) <= stages, "model.moe.blocks", self.moe.blocks, f"at most {stages} lists")
         for stage, blocks in enumerate(self.moe.blocks):

@@ -24,7 +24,7 @@ from swin_moe.engine.precision import DTYPES
 from swin_moe.expert_load import moe_layers
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
-from swin_moe.models.attention import stage_geometry
+from swin_moe.models.attention import check_attention, stage_geometry
 from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
@@ -166,6 +166,7 @@ def build_meta_model(session: Session) -> nn.Module:
     """Returns this rank's part of the model without memory: an engine shards and materializes it."""
     config = session.config
     assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
+    check_attention(config.model, device_type=session.device.type, dtype=DTYPES[config.engine.precision])
     with torch.device("meta"):
         model = build_model(config.model, recompute=config.parallel.recompute)
     model = parallelize(model, layout_of(config)[0], session.groups)

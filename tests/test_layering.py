@@ -12,7 +12,7 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
     ("config_checks",),
-    ("layout", "registry", "config", "randomness", "official_names"),
+    ("layout", "registry", "choice_cache", "config", "randomness", "official_names"),
     ("config_official",),
     ("config_io",),
     ("ops",),

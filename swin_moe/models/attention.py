@@ -18,11 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import ModelConfig
 from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropout_factor, pad_to_multiple, token_rows
-from swin_moe.ops.window_attention import window_attention
+from swin_moe.ops.attention_choice import choose_path, fused_refusal
+from swin_moe.ops.attention_half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
+from swin_moe.ops.attention_in_windows import attend_windows
+from swin_moe.ops.window_attention import unsupported, unsupported_shape
+from swin_moe.ops.window_geometry import gather_bias, merge_windows, partition_windows
 from swin_moe.randomness import RandomContext
 
 CPB_HIDDEN = 512  # width of the network behind the log-spaced continuous position bias, SwinV2
-MASKED = -100.0  # added to scores across the seam of a cyclic shift; finite as in the official code
 
 
 @dataclass(frozen=True)
@@ -43,32 +46,6 @@ def stage_geometry(config: ModelConfig, stage: int) -> StageGeometry:
     return StageGeometry(config.embed_dim * 2**stage, (height, width), window, shrunk)
 
 
-def partition_windows(x_BHWC: Tensor, window: int) -> Tensor:
-    """Returns (B * M, N, C), the windows of every image in row order; H and W are multiples of the window."""
-    batch, height, width, channels = x_BHWC.shape
-    rows, columns = height // window, width // window
-    x = x_BHWC.view(batch, rows, window, columns, window, channels).transpose(2, 3)
-    return x.reshape(batch * rows * columns, window * window, channels)
-
-
-def merge_windows(windows: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """Returns (B, H, W, C), the inverse of partition_windows."""
-    window, channels = round(windows.shape[1] ** 0.5), windows.shape[2]
-    x = windows.view(batch, height // window, width // window, window, window, channels).transpose(2, 3)
-    return x.reshape(batch, height, width, channels)
-
-
-@lru_cache(maxsize=256)
-def relative_position_index(window: int, device: torch.device) -> Tensor:
-    """Returns (N * N,) int64: the row of the bias table for every (query, key) pair of a window."""
-    # Cached tensors must be ordinary ones even where the first caller is in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        y = torch.arange(window, device=device).repeat_interleave(window)
-        x = torch.arange(window, device=device).repeat(window)
-        rows = (y[:, None] - y[None, :] + window - 1) * (2 * window - 1)
-        return (rows + x[:, None] - x[None, :] + window - 1).flatten()
-
-
 @lru_cache(maxsize=256)
 def relative_coords_table(window: int, pretrained: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns ((2 * window - 1) ** 2, 2): log-spaced offsets in units of the window the bias was trained with.
@@ -82,18 +59,23 @@ def relative_coords_table(window: int, pretrained: int, device: torch.device, dt
         return torch.cartesian_prod(spaced, spaced).to(dtype)
 
 
-@lru_cache(maxsize=256)
-def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns (M, N, N): 0 between tokens that were neighbours before the cyclic shift, MASKED across its seam."""
-    with torch.inference_mode(False), torch.no_grad():
-        region_y, region_x = (
-            (torch.arange(n, device=device) >= n - window).long() + (torch.arange(n, device=device) >= n - shift).long()
-            for n in (height, width)
-        )
-        region = (region_y[:, None] * 3 + region_x[None, :]).view(1, height, width, 1)
-        region_MN = partition_windows(region, window)[..., 0]
-        across = region_MN[:, :, None] != region_MN[:, None, :]
-        return torch.zeros(across.shape, dtype=dtype, device=device).masked_fill_(across, MASKED)
+def check_attention(config: ModelConfig, *, device_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError where model.attention=fused cannot run a stage of the model, with the reason.
+
+    Args:
+        device_type, dtype: What will run, as autocast makes it; None = not known yet, so that only shapes are checked.
+    """
+    if config.attention != "fused" or config.name == "swin_mlp":
+        return
+    for stage, heads in enumerate(config.num_heads):
+        geometry = stage_geometry(config, stage)
+        head_dim, window = geometry.dim // heads, (geometry.window,) * 2
+        if device_type is None:
+            problem = unsupported_shape(head_dim=head_dim, window=window)
+        else:
+            problem = unsupported(device_type=device_type, dtype=dtype, head_dim=head_dim, window=window)
+        if problem:
+            raise ValueError(f"stage {stage}: {fused_refusal(problem)}")
 
 
 class WindowAttention(nn.Module):
@@ -105,6 +87,9 @@ class WindowAttention(nn.Module):
     chunk: Windows attended at once; 0 = all. One chunk after the other, with their scores, queries, keys and values
     forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
     section 3.5).
+
+    path: Which implementation runs (swin_moe/ops/attention_half.py), or auto. Chunks, and weights that are dropped in
+    training, are computed window by window whatever it says.
     """
 
     def __init__(
@@ -123,13 +108,14 @@ class WindowAttention(nn.Module):
         attn_drop: float,
         layer: int,
         chunk: int = 0,
+        path: str = "auto",
     ) -> None:
         super().__init__()
         self.window, self.num_heads, self.layer, self.chunk = window, num_heads, layer, chunk
         self.pretrained_window = pretrained_window or window
         self.bias_sigmoid, self.drop, self.attn_drop = bias_sigmoid, drop, attn_drop
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.implementation = "auto"
+        self.path = path
         if log_cpb:
             # Index 1 is the activation: the official names are cpb_mlp.0 and cpb_mlp.2.
             hidden, out = nn.Linear(2, CPB_HIDDEN), nn.Linear(CPB_HIDDEN, num_heads, bias=False)
@@ -144,38 +130,44 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BHWC: Tensor, *, shift: int = 0, random: RandomContext | None = None) -> Tensor:
-        """Returns (B, H, W, C). shift: tokens the windows are displaced by; random: None in evaluation."""
-        batch, height, width, _ = x_BHWC.shape
-        x = pad_to_multiple(x_BHWC, self.window, self.window)
-        padded_height, padded_width = x.shape[1:3]
-        if shift:
-            x = torch.roll(x, shifts=(-shift, -shift), dims=(1, 2))
-        windows = partition_windows(x, self.window)
-        bias, mask = self.position_bias(), None
-        if shift:
-            mask = shift_mask(padded_height, padded_width, self.window, shift, bias.device, bias.dtype)
-        if 0 < self.chunk < len(windows):
-            out = self._attend_in_chunks(windows, bias, mask, batch, random)
+        """Returns (B, H, W, C). shift: tokens the windows are displaced by; random: None in evaluation.
+
+        Raises:
+            ValueError: path=fused, and the compiled kernels do not compute this.
+        """
+        shape = HalfShape(self.num_heads, (self.window,) * 2, (shift,) * 2, self.scale)
+        drops = random is not None and self.attn_drop > 0.0
+        if self.chunk or drops:
+            x = self._attend_cut(x_BHWC, shape, random)
         else:
-            out = self._attend(windows, bias, mask, self._dropout_rows(windows, batch, random), random)
-        x = merge_windows(out, batch, padded_height, padded_width)
-        if shift:
-            x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))
-        x = x[:, :height, :width]
+            tensors = self._half_tensors()
+            x = attention_half(x_BHWC, tensors, shape, choose_path(self.path, x_BHWC, tensors, shape))
         return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)
+
+    def _attend_cut(self, x_BHWC: Tensor, shape: HalfShape, random: RandomContext | None) -> Tensor:
+        """Returns (B, H, W, C), window by window: in chunks, or with weights dropped."""
+        windows, full = cut(x_BHWC, shape)
+        bias = self.position_bias()
+        mask = seam_mask(full, shape, bias)
+        if 0 < self.chunk < len(windows):
+            out = self._attend_in_chunks(windows, bias, mask, len(x_BHWC), random)
+        else:
+            rows = self._dropout_rows(windows, len(x_BHWC), random)
+            out = self._attend(windows, bias, mask, rows, random)
+        return join(out, x_BHWC, full, shape)
 
     def _attend(
         self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, rows: Tensor | None, random: RandomContext | None
     ) -> Tensor:
         """Returns what whole windows become, (W, N, C). rows: see _dropout_rows."""
-        qkv, factor = self._project(x_WNC), None
+        qkv, factor = F.linear(x_WNC, self.qkv.weight, self._qkv_bias()), None
         if rows is not None:
             tokens = x_WNC.shape[1]
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
             factor = factor.view(len(x_WNC), self.num_heads, tokens, tokens)
-        out = window_attention(
+        out = attend_windows(
             qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale, dropout_WHNN=factor,
-            implementation=self.implementation,
+            implementation="auto" if self.path == "fused" else self.path,
         )  # fmt: skip
         return self.proj(out)
 
@@ -202,14 +194,11 @@ class WindowAttention(nn.Module):
 
     def position_bias(self) -> Tensor:
         """Returns (heads, N, N), the bias of every (query, key) pair of a window."""
-        if hasattr(self, "cpb_mlp"):
-            table = self._cpb_table()
-        else:
-            table = self.relative_position_bias_table
-        index = relative_position_index(self.window, table.device)
-        # F.embedding: its backward adds rows in parallel, that of table[index] element by element.
-        bias = F.embedding(index, table).view(self.window**2, self.window**2, self.num_heads)
-        return bias.permute(2, 0, 1).contiguous()
+        return gather_bias(self.bias_table(), (self.window,) * 2)
+
+    def bias_table(self) -> Tensor:
+        """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads)."""
+        return self._cpb_table() if hasattr(self, "cpb_mlp") else self.relative_position_bias_table
 
     def set_window(self, window: int) -> None:
         """Changes the window of a trained layer: a table is resized, a bias network keeps its value per offset."""
@@ -219,12 +208,15 @@ class WindowAttention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.window = window
 
-    def _project(self, x_WNC: Tensor) -> Tensor:
-        """Returns queries, keys and values (W, N, 3C)."""
-        bias = self.qkv.bias
-        if self.q_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return F.linear(x_WNC, self.qkv.weight, bias)
+    def _half_tensors(self) -> HalfTensors:
+        table = self.bias_table()
+        return HalfTensors(self.qkv.weight, self._qkv_bias(), self.proj.weight, self.proj.bias, table, self.logit_scale)
+
+    def _qkv_bias(self) -> Tensor | None:
+        """Returns the bias of queries, keys and values, (3C,)."""
+        if self.q_bias is None:
+            return self.qkv.bias
+        return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
 
     def _cpb_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
@@ -268,7 +260,7 @@ class SpatialMLP(nn.Conv1d):
         before = self.window - shift if shift else 0
         if shift:
             x = F.pad(x, (0, 0, before, shift, before, shift))
-        windows = partition_windows(x, self.window)
+        windows = partition_windows(x, (self.window,) * 2)
         tokens, head_dim = windows.shape[1], channels // self.num_heads
         heads = windows.view(len(windows), tokens, self.num_heads, head_dim).permute(2, 1, 0, 3)
         heads = heads.reshape(self.num_heads, tokens, len(windows) * head_dim)
@@ -276,6 +268,6 @@ class SpatialMLP(nn.Conv1d):
         # One product per head over all windows at once; the grouped convolution itself is slower on CPU.
         mixed = torch.baddbmm(self.bias.view(self.num_heads, tokens, 1), weight, heads)
         mixed = mixed.view(self.num_heads, tokens, len(windows), head_dim).permute(2, 1, 0, 3)
-        x = merge_windows(mixed.reshape(windows.shape), batch, x.shape[1], x.shape[2])
+        x = merge_windows(mixed.reshape(windows.shape), (self.window,) * 2, batch, x.shape[1], x.shape[2])
         x = x[:, before : before + height, before : before + width]
         return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)

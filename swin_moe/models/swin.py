@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import ModelConfig
 from swin_moe.models import flops
-from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, stage_geometry
+from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
 from swin_moe.models.initialize import initialize
 from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_branch, dropout
 from swin_moe.moe import MoELayer
@@ -70,7 +70,7 @@ class Block(nn.Module):
                 dim, geometry.window, heads, layer=layer, pretrained_window=pretrained, qkv_bias=config.qkv_bias,
                 log_cpb=variant.bias == "log_cpb", bias_sigmoid=variant.bias_sigmoid, cosine=variant.scores == "cosine",
                 qk_scale=config.qk_scale, drop=config.drop_rate, attn_drop=config.attn_drop_rate,
-                chunk=config.attention_chunk,
+                chunk=config.attention_chunk, path=config.attention,
             )  # fmt: skip
         self.norm2 = nn.LayerNorm(dim)
         hidden_dim = int(dim * config.mlp_ratio)
@@ -153,6 +153,7 @@ class SwinTransformer(nn.Module):
         super().__init__()
         if recompute not in ("none", "block"):
             raise ValueError(f"recompute must be none or block, got {recompute!r}")
+        check_attention(config)
         self.config, self.variant, self.recompute = config, VARIANTS[config.name], recompute
         self.img_size = config.img_size
         self.num_classes = config.num_classes

@@ -1,192 +1,134 @@
-"""Attention inside windows with a position bias per head and a mask per window.
+"""Window attention of a whole map as one operator: from queries, keys and values (B, H, W, 3C) to (B, H, W, C).
 
-Three implementations with one meaning: `eager`, autograd over the official order of operations; `analytic`, the same
-products with a hand-written backward; `sdpa`, torch's fused kernel. `choose` says which one `auto` takes, and why.
-
-Shape legend: B images, M windows of one image, W = B * M windows (image-major), N tokens of a window, C channels,
-H heads, D = C / H.
+Shift, padding, partition, position bias, mask, softmax and reverse happen inside; backward computes the weights again,
+so nothing of the size of a score matrix is kept. Compiled kernels are in csrc/; where a device has none the operator
+runs its reference (window_attention_reference.py), so traced graphs are the same everywhere.
 """
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-IMPLEMENTATIONS = ("auto", "eager", "analytic", "sdpa")
-MAX_LOGIT_SCALE = math.log(100.0)  # clamp of the learned log-scale of cosine scores, SwinV2 (arXiv:2111.09883, 3.3)
-NORM_EPS = 1e-12  # smallest length a query or key is divided by, as F.normalize
+from swin_moe.ops import extension
+from swin_moe.ops.window_attention_reference import attend_map, attend_map_backward
+from swin_moe.ops.window_geometry import MASKED, Pair
+
+_ARGUMENTS = (
+    "Tensor qkv, Tensor bias_table, Tensor? logit_scale, Tensor? pad_qkv, int num_heads, int window_h, int window_w, "
+    "int shift_h, int shift_w, float scale, float mask_value"
+)
+SCHEMAS = {
+    "window_attention": f"window_attention({_ARGUMENTS}) -> Tensor",
+    "window_attention_backward": (
+        f"window_attention_backward(Tensor grad_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+# Limits of the compiled kernels, csrc/window_geometry.h.
+HEAD_DIMS = (8, 64)
+MAX_WINDOW_TOKENS = 1024
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
-def window_attention(
-    qkv_WNC: Tensor,
-    bias_HNN: Tensor,
-    mask_MNN: Tensor | None = None,
+def fused_window_attention(
+    qkv_BHWC: Tensor,
+    bias_table: Tensor,
     *,
+    num_heads: int,
+    window: Pair,
+    shift: Pair = (0, 0),
     scale: float = 1.0,
     logit_scale: Tensor | None = None,
-    dropout_WHNN: Tensor | None = None,
-    implementation: str = "auto",
+    pad_qkv: Tensor | None = None,
+    mask_value: float = MASKED,
 ) -> Tensor:
-    """Returns the attended values (W, N, C): softmax(scores + bias + mask) v in every window and head.
+    """Returns the attended values (B, H, W, C), contiguous, in the dtype of qkv.
 
     Args:
-        qkv_WNC: (W, N, 3C), queries, keys and values side by side, heads inside each.
-        bias_HNN: (H, N, N), added to the scores of every window.
-        mask_MNN: (M, N, N), added to the scores of window m of every image; None = no mask.
-        scale: Factor on the queries; dot-product scores only.
-        logit_scale: (H, 1, 1) log of the factor on cosine scores, clamped at log 100; None = dot-product scores.
-        dropout_WHNN: Multiplier of the attention weights (0 or 1 / keep probability); computed by `eager`.
-        implementation: One of IMPLEMENTATIONS.
-
-    Raises:
-        ValueError: Unknown implementation.
+        qkv_BHWC: (B, H, W, 3C), channel = part * C + head * D + i. Any H and W: the map is padded at the bottom and
+            right to whole windows, padded tokens are attended, and their outputs dropped.
+        bias_table: ((2h - 1) * (2w - 1), heads), float32 or the dtype of qkv.
+        window, shift: (height, width) in tokens; 0 <= shift < window.
+        scale: Factor on dot-product scores; unused with logit_scale.
+        logit_scale: (heads,) factor on cosine scores, already clamped and exponentiated; None = dot-product scores.
+        pad_qkv: (3C,), what a padded token has in qkv, in its dtype; None = zeros.
+        mask_value: Added to scores across the seam of the shift.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    if dropout_WHNN is not None or len(qkv_WNC) == 0:
-        implementation = "eager"  # sdpa of no windows returns a constant: the bias would have no gradient
-    elif implementation == "auto":
-        implementation = choose(qkv_WNC, bias_HNN)
-    # Merged once per call: the score matrix is then read and written once less than with two additions.
-    bias = bias_HNN[None] if mask_MNN is None else bias_HNN[None] + mask_MNN[:, None]
-    if implementation == "analytic":
-        return _Analytic.apply(qkv_WNC, bias, scale, logit_scale)
-    if implementation == "sdpa":
-        out_WHND = _sdpa(qkv_WNC, bias, scale, logit_scale)
-    else:
-        out_WHND = _eager(qkv_WNC, bias, scale, logit_scale, dropout_WHNN)
-    return out_WHND.transpose(1, 2).reshape(*qkv_WNC.shape[:2], qkv_WNC.shape[2] // 3)
+    return torch.ops.swin_moe.window_attention(
+        qkv_BHWC.contiguous(), bias_table, logit_scale, pad_qkv, num_heads, *window, *shift, scale, mask_value
+    )
 
 
-def choose(qkv: Tensor, bias: Tensor) -> str:
-    """Returns the implementation that `auto` stands for with these tensors.
+def unsupported(
+    *, device_type: str, dtype: torch.dtype, head_dim: int, window: Pair, table_dtype: torch.dtype | None = None
+) -> str | None:
+    """Returns why the compiled kernels do not compute a case, one clause, or None where they do.
 
-    CUDA: sdpa. CPU in float32 and float64: sdpa without gradients (1.3 times as fast as eager); analytic with them (1.1
-    times, 1.9 with cosine scores), because a bias that needs a gradient sends sdpa to its unfused path (0.7 to 0.9).
-    CPU in half precision: eager, whose sum of scores and bias is float32 under autocast; sdpa gains nothing there and
-    takes 1.25 to 2.4 times as long in training.
+    Args:
+        dtype: Of queries, keys and values, as autocast makes them.
+        table_dtype: Of the bias table and the factor on cosine scores; None = not asked.
     """
-    if qkv.is_cuda:
-        return "sdpa"
-    if qkv.dtype not in (torch.float32, torch.float64) or bias.dtype != qkv.dtype:
-        return "eager"
-    needs_grad = torch.is_grad_enabled() and (qkv.requires_grad or bias.requires_grad)
-    return "analytic" if needs_grad else "sdpa"
+    if device_type not in extension.COMPILED:
+        return f"no compiled kernels: {extension.why_not(device_type)}"
+    allowed = DTYPES[device_type]
+    if dtype not in allowed:
+        return f"{_name(dtype)} is none of {', '.join(map(_name, allowed))} on {device_type}"
+    if table_dtype not in (None, dtype, torch.float32):
+        return f"the position bias is {_name(table_dtype)}, neither float32 nor {_name(dtype)}"
+    return unsupported_shape(head_dim=head_dim, window=window)
 
 
-def _split_heads(qkv_WNC: Tensor, heads: int) -> Tensor:
-    """Returns a (3, W, H, N, D) view of queries, keys and values."""
-    windows, tokens, width = qkv_WNC.shape
-    return qkv_WNC.view(windows, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
+def unsupported_shape(*, head_dim: int, window: Pair) -> str | None:
+    """Returns what of a shape no compiled kernel computes, one clause, or None."""
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
+        return f"{head_dim} channels a head are not in [{HEAD_DIMS[0]}, {HEAD_DIMS[1]}]"
+    if window[0] * window[1] > MAX_WINDOW_TOKENS:
+        return f"a window of {window[0]} x {window[1]} has more than {MAX_WINDOW_TOKENS} tokens"
+    return None
 
 
-def _factor(logit_scale: Tensor) -> Tensor:
-    """Returns what cosine scores are multiplied by, (H, 1, 1), at most 100."""
-    return logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _scaled(q: Tensor, k: Tensor, scale: float, logit_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns queries and keys whose plain products are the scores."""
-    if logit_scale is None:
-        return q * scale, k
-    # The factor goes onto the queries: D columns instead of the N of the scores.
-    return F.normalize(q, dim=-1, eps=NORM_EPS) * _factor(logit_scale), F.normalize(k, dim=-1, eps=NORM_EPS)
+def _fake(qkv: Tensor, bias_table: Tensor, *_: Any) -> Tensor:
+    batch, height, width, channels = qkv.shape
+    return qkv.new_empty((batch, height, width, channels // 3))
 
 
-def _lengths(x: Tensor) -> Tensor:
-    """Returns the length of every row, kept as a last dim of 1, never below NORM_EPS."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(NORM_EPS)
+def _fake_backward(
+    grad_out: Tensor, qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None, pad_qkv: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    tensors = (qkv, bias_table, logit_scale, pad_qkv)
+    return tuple(qkv.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-def _eager(qkv: Tensor, bias: Tensor, scale: float, logit_scale: Tensor | None, dropout: Tensor | None) -> Tensor:
-    """Returns (W, H, N, D) through an explicit score matrix; bias is (1 or M, H, N, N)."""
-    q, k, v = _split_heads(qkv, bias.shape[1]).unbind(0)
-    q, k = _scaled(q, k, scale, logit_scale)
-    scores = q @ k.transpose(-2, -1)
-    shape = scores.shape
-    weights = (scores.view(shape[0] // bias.shape[0], *bias.shape) + bias).view(shape).softmax(dim=-1)
-    if dropout is not None:
-        weights = weights * dropout
-    return weights.to(v.dtype) @ v
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.numbers = inputs[4:]
 
 
-def _sdpa(qkv: Tensor, bias: Tensor, scale: float, logit_scale: Tensor | None) -> Tensor:
-    """Returns (W, H, N, D) through scaled_dot_product_attention; bias is (1 or M, H, N, N)."""
-    split = _split_heads(qkv, bias.shape[1])
-    if logit_scale is not None and qkv.dtype == bias.dtype and not torch.is_grad_enabled():
-        # A copy scaled in place takes 0.7 of the time of two F.normalize.
-        split = split.clone(memory_format=torch.contiguous_format)
-        split[:2].div_(_lengths(split[:2]))
-        split[0].mul_(_factor(logit_scale))
-        scale, logit_scale = 1.0, None
-    q, k, v = split.unbind(0)
-    if logit_scale is not None:
-        q, k = _scaled(q, k, scale, logit_scale)
-        scale = 1.0
-    if bias.shape[0] > 1:
-        bias = bias.expand(q.shape[0] // bias.shape[0], *bias.shape).reshape(q.shape[0], *bias.shape[1:])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.swin_moe.window_attention_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4]))
+    return *needed, *(None for _ in ctx.numbers)
 
 
-class _Analytic(torch.autograd.Function):
-    """Explicit scores with a hand-written backward, (W, N, 3C) -> (W, N, C); float32 and float64.
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("fused window attention has no second derivatives; model.attention=reference has")
 
-    Queries, keys and values are copied into head order once and their gradients written into one buffer of that order;
-    unit vectors take one reduction and one product. Autograd over F.normalize alone costs more than the attention.
-    """
 
-    @staticmethod
-    def forward(ctx, qkv: Tensor, bias: Tensor, scale: float, logit_scale: Tensor | None) -> Tensor:
-        heads, tokens = bias.shape[1], bias.shape[2]
-        windows, width = qkv.shape[0], qkv.shape[2] // 3
-        packed = _split_heads(qkv, heads).clone(memory_format=torch.contiguous_format)
-        ctx.scale, ctx.bias_shape = scale, bias.shape
-        if logit_scale is None:
-            norm = packed.new_empty(0)
-            q = packed[0].mul_(scale)
-        else:
-            norm = _lengths(packed[:2])
-            packed[:2].div_(norm)
-            q = packed[0] * _factor(logit_scale)
-        flat = (windows * heads, tokens, width // heads)
-        scores = torch.bmm(q.view(flat), packed[1].view(flat).transpose(1, 2))
-        scores.view(windows // bias.shape[0], *bias.shape).add_(bias)
-        weights = scores.softmax(dim=-1)
-        out = torch.bmm(weights, packed[2].view(flat))
-        ctx.save_for_backward(packed, norm, weights, logit_scale)
-        return out.view(windows, heads, tokens, width // heads).transpose(1, 2).reshape(windows, tokens, width)
+def _register(name: str, kernel: Callable, fake: Callable, differentiate: Callable, save: Callable | None) -> None:
+    library, qualified = extension.define(SCHEMAS[name]), f"{extension.NAMESPACE}::{name}"
+    # A kernel of a device type takes precedence over this one, which serves the rest.
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=library)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_WNC: Tensor) -> tuple[Tensor | None, ...]:
-        packed, norm, weights, logit_scale = ctx.saved_tensors
-        _, windows, heads, tokens, head_dim = packed.shape
-        flat = (windows * heads, tokens, head_dim)
-        q, k, v = (t.view(flat) for t in packed.unbind(0))
-        grad_out = grad_WNC.reshape(windows, tokens, heads, head_dim).transpose(1, 2).reshape(flat)
-        grads = torch.empty_like(packed)
-        grad_q, grad_k, grad_v = (t.view(flat) for t in grads.unbind(0))
-        torch.bmm(weights.transpose(1, 2), grad_out, out=grad_v)
-        grad_weights = torch.bmm(grad_out, v.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad_scores.view(windows // ctx.bias_shape[0], *ctx.bias_shape).sum(0)
-        torch.bmm(grad_scores, k, out=grad_q)
-        grad_logit_scale = None
-        if logit_scale is None:
-            grad_q.mul_(ctx.scale)
-            torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
-        else:
-            factor = _factor(logit_scale)
-            torch.bmm(grad_scores.transpose(1, 2), (packed[0] * factor).view(flat), out=grad_k)
-            grads[0].mul_(factor)
-            # d(x / |x|): the part along the unit vector is removed; along the queries it is the factor's gradient.
-            along = (grads[:2] * packed[:2]).sum(dim=-1, keepdim=True)
-            grads[:2].addcmul_(packed[:2], along, value=-1.0).div_(norm)
-            inside = (logit_scale <= MAX_LOGIT_SCALE).to(along.dtype)
-            grad_logit_scale = along[0].sum(dim=(0, 2)).view_as(logit_scale) * inside
-        grad_qkv = grads.permute(1, 3, 0, 2, 4).reshape(windows, tokens, 3 * heads * head_dim)
-        return grad_qkv, grad_bias, None, grad_logit_scale
+
+_register("window_attention", attend_map, _fake, _differentiate, _save)
+_register("window_attention_backward", attend_map_backward, _fake_backward, _refuse_second_derivative, None)

@@ -9,7 +9,6 @@ Shape legend: N rows that a rank sends to experts in one forward, D channels, E 
 
 import copy
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Iterable
@@ -21,17 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from swin_moe import choice_cache
 from swin_moe.config import MoEConfig
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import Routing
-from swin_moe.parallel import tune_cache
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.link import Link
 from swin_moe.parallel.payload import PAYLOADS
 from swin_moe.parallel.transport import build_transport
 
 LOGGER = logging.getLogger("swin_moe")
+OPTION = "model.moe.tune"
 OVERLAPS = (1, 2, 4)
 ROUNDS = 5  # after one to warm up
 MARGIN = 0.03  # a candidate has to be this much faster than a simpler one: noise must not cost exactness
@@ -88,7 +88,7 @@ def tune(layers: Iterable[tuple[MoELayer, int]], groups: Groups, *, dtype: torch
         shapes.setdefault(LayerShape(*sizes, str(dtype).removeprefix("torch.")), []).append(layer)
     for shape, alike in shapes.items():
         config = alike[0].config
-        directory = Path(config.tune_cache) if config.tune_cache else tune_cache.default_directory()
+        directory = Path(config.tune_cache) if config.tune_cache else choice_cache.default_directory()
         options = candidates(config, groups, dtype)
         key = {**asdict(shape), "dispatcher": config.backend, **_setting(groups, device)}
         key["candidates"] = [str(c) for c in options]
@@ -100,7 +100,7 @@ def tune(layers: Iterable[tuple[MoELayer, int]], groups: Groups, *, dtype: torch
             if groups.rank == 0:
                 _report(shape, options, seconds, number)
                 value = {"choice": str(options[number]), "seconds": dict(zip(map(str, options), seconds))}
-                tune_cache.write(directory, key, value)
+                choice_cache.write(directory, key, value, option=OPTION)
         for layer in alike:
             layer.dispatcher.link = _link(options[number], groups, f"model.moe.tune=measure: {how}")
 
@@ -122,24 +122,15 @@ def _setting(groups: Groups, device: torch.device) -> dict[str, Any]:
         "layout": [degrees.expert, degrees.expert_shard, degrees.expert_data],
         "hosts": list(groups.hosts),
         "backend": str(dist.get_backend(groups.expert)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else choice_cache.cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _stored(directory: Path, key: dict[str, Any], options: list[Candidate]) -> int:
     """Returns the number of the candidate on disk, or -1."""
-    value = tune_cache.read(directory, key)
+    value = choice_cache.read(directory, key, option=OPTION)
     names = [str(option) for option in options]
     return names.index(value["choice"]) if value and value.get("choice") in names else -1
 
@@ -212,6 +203,6 @@ def layer_pass(dispatcher: Any, experts: GroupedExperts, x: Tensor, routing: Rou
 
 
 def _report(shape: LayerShape, options: list[Candidate], seconds: list[float], number: int) -> None:
-    LOGGER.info("model.moe.tune: %s", ", ".join(f"{name} {value}" for name, value in asdict(shape).items()))
+    LOGGER.info(OPTION + ": %s", ", ".join(f"{name} {value}" for name, value in asdict(shape).items()))
     for i, (option, s) in enumerate(zip(options, seconds)):
         LOGGER.info("  %8.2f ms  %s%s", 1e3 * s, option, "  <- chosen" if i == number else "")

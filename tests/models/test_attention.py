@@ -1,41 +1,12 @@
-"""Geometry of windows, and bias tables resized as the official loader does."""
+"""Coordinates of position biases, and bias tables resized as the official loader does."""
 
 import pytest
 import torch
 
-from swin_moe.models.attention import (
-    merge_windows,
-    partition_windows,
-    relative_coords_table,
-    relative_position_index,
-    resize_bias_table,
-    shift_mask,
-)
+from swin_moe.models.attention import relative_coords_table, resize_bias_table
 from tests.models.reference import NUMBERS
 
 CPU = torch.device("cpu")
-
-
-def test_relative_positions_of_a_window_of_two():
-    expected = [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    assert relative_position_index(2, CPU).view(4, 4).tolist() == expected
-
-
-def test_windows_in_row_order():
-    x = torch.arange(2 * 4 * 6).view(2, 4, 6, 1)
-    windows = partition_windows(x, 2)
-    assert windows[1, :, 0].tolist() == [2, 3, 8, 9]
-    assert windows.shape == (12, 4, 1)
-    assert torch.equal(merge_windows(windows, 2, 4, 6), x)
-
-
-def test_mask_of_a_shifted_map_of_two_by_two_windows():
-    mask = shift_mask(4, 4, 2, 1, CPU, torch.float32)
-    assert mask.shape == (4, 4, 4)
-    assert not mask[0].any()
-    across = [[0.0, -100.0, 0.0, -100.0], [-100.0, 0.0, -100.0, 0.0]]
-    assert mask[1].tolist() == across * 2
-    assert mask[3].tolist() == (torch.eye(4) * 100 - 100).tolist()
 
 
 def test_log_spaced_coordinates():

@@ -8,6 +8,7 @@ import torch
 from swin_moe import create_model
 from swin_moe.models.heads import MaskedImageModel, masked_l1, normalize_targets
 from swin_moe.models.swin import SwinTransformer
+from swin_moe.ops.extension import available
 from tests.models.reference import (
     GOLDEN,
     NUMBERS,
@@ -22,6 +23,10 @@ from tests.models.reference import (
 
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "_num_global_experts")
 TOLERANCE = 1e-5
+ATTENTION = [
+    "auto", "sdpa", "analytic", "reference",
+    pytest.param("fused", marks=pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")),
+]  # fmt: skip
 
 DENSE = {
     "swin_tiny_patch4_window7_224": ("swin", {}),
@@ -36,9 +41,26 @@ DENSE = {
 
 @pytest.mark.parametrize("case", DENSE)
 def test_dense_logits_and_gradients(case):
+    check_dense(case, "auto")
+
+
+@pytest.mark.parametrize("attention", ATTENTION[1:])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.full),
+        pytest.param("swinv2_tiny_patch4_window8_256", marks=pytest.mark.full),
+        "swin_micro_ape_nobias",
+    ],
+)
+def test_dense_logits_and_gradients_with_every_attention(case, attention):
+    check_dense(case, attention)
+
+
+def check_dense(case, attention):
     family, arguments = DENSE[case]
     golden = torch.load(GOLDEN / "dense" / f"{case}.pt", weights_only=True)
-    model = create_model(family, **arguments).eval()
+    model = create_model(family, **arguments, attention=attention).eval()
     fill_by_name(model)
     assert {n: list(t.shape) for n, t in model.state_dict().items()} == golden["keys"]
     image = normal(case, (golden["batch"], 3, golden["size"], golden["size"])).float().requires_grad_()
@@ -55,13 +77,14 @@ def test_dense_logits_and_gradients(case):
     assert sum(p.numel() for p in model.parameters()) == golden["params"]
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("routing", ["nodrop", "top1"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_moe_logits_auxiliary_loss_and_gradients(routing, world):
+def test_moe_logits_auxiliary_loss_and_gradients(routing, world, attention):
     """Ranks are run one after the other: capacity and balance loss are a rank's own, expert gradients add up."""
     case = f"moe_linear_8e_{routing}"
     golden = torch.load(GOLDEN / "moe" / f"{case}_w{world}.pt", weights_only=True)
-    model = create_model("swin_moe", num_experts=golden["experts"], **golden["cfg"]).eval()
+    model = create_model("swin_moe", num_experts=golden["experts"], **golden["cfg"], attention=attention).eval()
     fill_by_name(model)
     images = normal(case, (8, 3, 64, 64)).float().chunk(world)
     experts: dict[str, torch.Tensor] = {}
@@ -87,10 +110,11 @@ def test_moe_logits_auxiliary_loss_and_gradients(routing, world):
                 assert mine.norm().item() == pytest.approx(expected, rel=TOLERANCE), (rank, name)
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(("family", "key"), [("swin", "v1"), ("swinv2", "v2"), ("swin_mlp", "mlp")])
-def test_small_models_in_float64(family, key):
+def test_small_models_in_float64(family, key, attention):
     golden = NUMBERS[f"{key}_small_img64_w4"]
-    model = create_model(family, num_classes=5, **SMALL).double().eval()
+    model = create_model(family, num_classes=5, **SMALL, attention=attention).double().eval()
     fill_by_rank(model)
     logits = model(_input((2, 3, 64, 64)))
     assert logits.dtype == torch.float64

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from swin_moe import create_model
-from swin_moe.models.attention import relative_position_index, shift_mask
 from swin_moe.models.swin import VARIANTS
+from swin_moe.ops.window_geometry import relative_position_index, shift_mask
 from swin_moe.randomness import RandomContext
 from tests.models.reference import SMALL, fill_by_rank, gradient_norms, slow_v1_block
 
@@ -302,7 +302,8 @@ def test_attention_in_chunks_keeps_no_scores_for_backward():
     kept = []
     for chunk in (0, 4):
         storages = {}
-        model = create_model("swinv2", **{**TINY, "img_size": 128, "window_size": 8}, attention_chunk=chunk)
+        options = {**TINY, "img_size": 128, "window_size": 8, "attention": "reference"}
+        model = create_model("swinv2", **options, attention_chunk=chunk)
 
         def remember(tensor, storages=storages):
             storages[tensor.untyped_storage().data_ptr()] = tensor

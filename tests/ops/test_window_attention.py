@@ -1,107 +1,256 @@
-"""All implementations of window attention compute the same values and gradients."""
+"""The map operator: values and gradients against float64, its schema, fake kernels, tracing, autocast."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from swin_moe.ops.window_attention import IMPLEMENTATIONS, choose, window_attention
+from swin_moe.ops import extension
+from swin_moe.ops.window_attention import SCHEMAS, fused_window_attention, unsupported
+from swin_moe.ops.window_attention_reference import attend_map
+from tests.ops.window_attention_cases import (
+    Case,
+    check_against_eager,
+    formula,
+    relative_error,
+    value_and_gradients,
+)
 
-IMAGES, MASKS, TOKENS, HEADS, DIM = 2, 3, 9, 2, 8
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPERATOR = torch.ops.swin_moe.window_attention
+SMALL = {
+    "dot": Case(2, 4, 6, 2, 8, (2, 3), (1, 1), cosine=False, pad=False),
+    "cosine": Case(2, 4, 6, 2, 8, (2, 3), (1, 2), cosine=True, pad=False),
+    "padded": Case(1, 5, 7, 1, 8, (3, 4), (1, 2), cosine=False, pad=True),
+    "padded_cosine": Case(1, 5, 4, 2, 9, (3, 3), (0, 1), cosine=True, pad=True),
+    "padded_with_zeros": Case(1, 3, 3, 1, 8, (2, 2), (1, 0), cosine=True, pad=False),
+    "one_window_shifted": Case(2, 4, 4, 1, 8, (4, 4), (2, 2), cosine=False, pad=False),
+    "window_beyond_the_map": Case(1, 2, 3, 1, 8, (4, 5), (0, 0), cosine=False, pad=True),
+    "one_token": Case(1, 1, 2, 2, 8, (1, 1), (0, 0), cosine=True, pad=False),
+}
 
 
-def arguments(scores: str, masked: bool, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], dict]:
+@pytest.mark.parametrize("name", SMALL)
+def test_reference_and_operator_equal_the_formula(name):
+    case = SMALL[name]
+    tensors = case.tensors()
+    weight = torch.randn(case.batch, case.height, case.width, case.heads * case.head_dim, dtype=torch.float64)
+    expected = value_and_gradients(lambda *t: formula(case, *t), tensors, weight)
+    for attend in (attend_map, OPERATOR):
+        found = value_and_gradients(lambda *t, attend=attend: attend(*t, *case.numbers), tensors, weight)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_shapes_are_as_exact_as_eager(dtype):
+    check_against_eager(range(60), dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_random_shapes_are_as_exact_as_eager(dtype):
+    check_against_eager(range(60, 560), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_zero_queries_and_keys_are_divided_by_the_smallest_length(dtype):
+    case = Case(1, 4, 4, 2, 16, (4, 4), (0, 0), cosine=True, pad=False)
+    tensors = case.tensors(dtype=dtype)
+    tensors[0][0, 1] = 0.0  # a row of four tokens without queries, keys and values
+    weight = torch.randn(1, 4, 4, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = value_and_gradients(lambda *t: OPERATOR(*t, *case.numbers), tensors, weight)
+    eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, weight)
+    wide = [None if t is None else t.double() for t in tensors]
+    exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, weight.double())
+    # Gradients of zero rows are 1e12 times as long as the others, so each kind is compared for itself.
+    parts = {"zero": (0, 1), "rest": (0, [0, 2, 3])}
+    for part, index in parts.items():
+        error = relative_error(ours["qkv"][index], exact["qkv"][index])
+        assert error <= 1.5 * relative_error(eager["qkv"][index], exact["qkv"][index]) + 1e-6, part
+    for name in ("out", "bias_table"):
+        error = relative_error(ours[name], exact[name])
+        assert error <= 1.5 * relative_error(eager[name], exact[name]) + 1e-6, name
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-1}[dtype]  # a sum that cancels
+    assert relative_error(ours["logit_scale"], exact["logit_scale"]) <= rounding
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_no_image_gives_an_empty_map_and_zero_gradients(batch):
+    case = Case(batch, 4, 4, 2, 8, (2, 2), (1, 1), cosine=True, pad=True)
+    found = value_and_gradients(lambda *t: OPERATOR(*t, *case.numbers), case.tensors(), torch.zeros(batch, 4, 4, 16))
+    assert found.pop("out").shape == (batch, 4, 4, 16)
+    assert not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_python_and_library_agree_about_the_schema(name):
+    ours = str(torch._C.parse_schema(f"swin_moe::{SCHEMAS[name]}"))
+    assert str(getattr(torch.ops.swin_moe, name).default._schema) == ours
+
+
+@pytest.mark.parametrize("name", ["dot", "cosine", "padded", "padded_cosine"])
+def test_gradcheck(name):
+    case = SMALL[name]
+    tensors = [None if t is None else t.requires_grad_() for t in case.tensors()]
+    given = [t for t in tensors if t is not None]
+
+    def attend(*values):
+        values = iter(values)
+        return OPERATOR(*(None if t is None else next(values) for t in tensors), *case.numbers)
+
+    assert torch.autograd.gradcheck(attend, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dot", "padded_cosine"])
+def test_opcheck(name, dtype):
+    case = SMALL[name]
+    tensors = [None if t is None else t.requires_grad_() for t in case.tensors(dtype=dtype)]
+    torch.library.opcheck(OPERATOR, (*tensors, *case.numbers), atol=1e-2, rtol=1e-2)
+    plain = [None if t is None else t.detach() for t in tensors]
+    grad = torch.ones(case.batch, case.height, case.width, case.heads * case.head_dim, dtype=dtype)
+    utilities = ("test_schema", "test_faketensor")  # it has no second derivative
+    torch.library.opcheck(
+        torch.ops.swin_moe.window_attention_backward, (grad, *plain, *case.numbers), test_utils=utilities
+    )
+
+
+def test_second_derivatives_are_refused():
+    case = SMALL["dot"]
+    tensors = case.tensors()
+    tensors[0].requires_grad_()
+    out = OPERATOR(*tensors, *case.numbers)
+    (gradient,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
+def test_meta_tensors_have_the_shapes_of_results():
+    case = SMALL["padded_cosine"]
+    tensors = [None if t is None else t.to("meta").requires_grad_() for t in case.tensors()]
+    out = OPERATOR(*tensors, *case.numbers)
+    out.sum().backward()
+    assert out.shape == (1, 5, 4, 18)
+    assert all(t.grad.shape == t.shape for t in tensors)
+
+
+def attend_with_linear(x, weight, bias, table):
+    qkv = torch.nn.functional.linear(x, weight, bias)
+    out = fused_window_attention(
+        qkv, table, num_heads=2, window=(4, 4), shift=(2, 2), scale=0.3, pad_qkv=bias.to(qkv.dtype)
+    )
+    return torch.nn.functional.gelu(out)
+
+
+def linear_tensors() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(IMAGES * MASKS, TOKENS, 3 * DIM, generator=generator, dtype=dtype)
-    bias = torch.randn(HEADS, TOKENS, TOKENS, generator=generator, dtype=dtype)
-    # The second head is above the clamp at log 100: its gradient is zero.
-    logit_scale = torch.tensor([1.0, 9.0], dtype=dtype).view(HEADS, 1, 1)
-    mask = torch.randn(MASKS, TOKENS, TOKENS, generator=generator, dtype=dtype) if masked else None
-    inputs = [t.requires_grad_() for t in ([qkv, bias, logit_scale] if scores == "cosine" else [qkv, bias])]
-    return inputs, {"mask_MNN": mask, "scale": 0.3, "logit_scale": logit_scale if scores == "cosine" else None}
+    sizes = ((48, 16), (48,), (49, 2))
+    return [torch.randn(size, generator=generator).mul_(0.1).requires_grad_() for size in sizes]
 
 
-def slow(qkv: torch.Tensor, bias: torch.Tensor, *, mask_MNN, scale, logit_scale) -> torch.Tensor:
-    """Returns the output window by window and head by head, as the formula reads."""
-    out = torch.empty(*qkv.shape[:2], DIM, dtype=qkv.dtype)
-    width = DIM // HEADS
-    for window in range(len(qkv)):
-        for head in range(HEADS):
-            q, k, v = (qkv[window, :, part * DIM + head * width :][:, :width] for part in range(3))
-            if logit_scale is None:
-                scores = q @ k.T * scale
-            else:
-                scores = (q / q.norm(dim=1, keepdim=True)) @ (k / k.norm(dim=1, keepdim=True)).T
-                scores = scores * logit_scale[head].exp().clamp(max=100.0)
-            scores = scores + bias[head] + (0 if mask_MNN is None else mask_MNN[window % MASKS])
-            out[window, :, head * width :][:, :width] = scores.softmax(-1) @ v
-    return out
+def test_one_program_for_five_resolutions_is_compiled_few_times():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend_with_linear, backend=backend, fullgraph=True)
+    weights = linear_tensors()
+    for height, width in ((8, 8), (12, 8), (9, 14), (16, 16), (5, 7)):
+        x = torch.randn(2, height, width, 16, generator=torch.Generator().manual_seed(height))
+        torch.testing.assert_close(compiled(x, *weights), attend_with_linear(x, *weights))
+    assert 1 <= len(graphs) <= 3  # one static, one dynamic, one more for square maps
+    torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scores", ["dot", "cosine"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_values_and_gradients_equal_the_formula(scores, masked, implementation):
-    inputs, options = arguments(scores, masked)
-    expected = slow(*inputs[:2], **options)
-    weight = torch.arange(1.0, DIM + 1, dtype=torch.float64)
-    gradients = torch.autograd.grad((expected * weight).square().sum(), inputs)
-    ours = window_attention(*inputs[:2], **options, implementation=implementation)
-    torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(torch.autograd.grad((ours * weight).square().sum(), inputs), gradients)
-    with torch.no_grad():
-        torch.testing.assert_close(window_attention(*inputs[:2], **options, implementation=implementation), expected)
+def test_forward_and_backward_compile_without_a_break():
+    torch._dynamo.reset()
+    compiled = torch.compile(attend_with_linear, backend="aot_eager", fullgraph=True)
+    weights, x = linear_tensors(), torch.randn(2, 9, 14, 16, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(attend_with_linear(x, *weights).square().sum(), weights)
+    found = torch.autograd.grad(compiled(x, *weights).square().sum(), weights)
+    torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scores", ["dot", "cosine"])
-def test_analytic_gradients_pass_gradcheck(scores):
-    inputs, options = arguments(scores, masked=True)
-    del options["logit_scale"]
-    inputs = inputs[:2] + [torch.tensor([1.0, 2.0], dtype=torch.float64).view(HEADS, 1, 1).requires_grad_()]
+class Attend(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        weights = map(torch.nn.Parameter, linear_tensors())
+        self.weight, self.bias, self.table = weights
 
-    def attend(qkv, bias, logit_scale):
-        factor = logit_scale if scores == "cosine" else None
-        return window_attention(qkv, bias, **options, logit_scale=factor, implementation="analytic")
-
-    assert torch.autograd.gradcheck(attend, inputs if scores == "cosine" else [*inputs[:2], torch.zeros(1)])
+    def forward(self, x):
+        return attend_with_linear(x, self.weight, self.bias, self.table)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("scores", ["dot", "cosine"])
-def test_no_windows_give_zero_gradients(implementation, scores):
-    inputs, options = arguments(scores, masked=True)
-    inputs[0] = torch.zeros(0, TOKENS, 3 * DIM, dtype=torch.float64, requires_grad=True)
-    out = window_attention(*inputs[:2], **options, implementation=implementation)
-    assert out.shape == (0, TOKENS, DIM)
-    for gradient in torch.autograd.grad(out.sum(), inputs):
-        assert not gradient.any()
+def test_export_keeps_the_operator_with_dynamic_sizes():
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+    module, x = Attend(), torch.randn(2, 8, 12, 16)
+    program = torch.export.export(module, (x,), dynamic_shapes=(sizes,))
+    assert any(node.target is OPERATOR.default for node in program.graph.nodes)
+    other = torch.randn(3, 9, 7, 16)
+    torch.testing.assert_close(program.module()(other), module(other))
 
 
-def test_a_zero_query_is_not_divided_by_zero():
-    inputs, options = arguments("cosine", masked=False)
-    qkv = inputs[0].detach().clone()
-    qkv[0, 0] = 0.0
-    for implementation in IMPLEMENTATIONS:
-        assert window_attention(qkv, inputs[1], **options, implementation=implementation).isfinite().all()
+def test_autocast_gives_half_precision_and_float32_gradients_of_parameters():
+    weights, x = linear_tensors(), torch.randn(2, 8, 8, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend_with_linear(x, *weights)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attend_with_linear(x, *weights), rtol=0.05, atol=0.02)
+    out.float().sum().backward()
+    assert all(weight.grad.dtype == torch.float32 for weight in weights)
 
 
-def test_half_precision_adds_a_float32_bias_in_float32():
-    inputs, options = arguments("dot", masked=True, dtype=torch.float32)
-    expected = window_attention(*inputs, **options)
-    with torch.no_grad():
-        half = window_attention(inputs[0].bfloat16(), inputs[1], **options)
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), expected.detach(), rtol=0.05, atol=0.05)
+def test_float32_stays_float32_under_autocast():
+    case = SMALL["cosine"]
+    tensors = case.tensors(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = OPERATOR(*tensors, *case.numbers)
+    assert torch.equal(found, OPERATOR(*tensors, *case.numbers))
 
 
-def test_choice_by_dtype_and_gradient():
-    qkv, bias = torch.zeros(1, 4, 6), torch.zeros(1, 4, 4)
-    assert choose(qkv, bias) == "sdpa"
-    assert choose(qkv.requires_grad_(), bias) == "analytic"
-    with torch.no_grad():
-        assert choose(qkv, bias) == "sdpa"
-    assert choose(qkv.bfloat16(), bias) == "eager"
+def test_inputs_need_not_be_contiguous():
+    case = SMALL["dot"]
+    qkv, table, *_ = case.tensors()
+    strided = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    options = {"num_heads": 2, "window": case.window, "shift": case.shift, "scale": 0.3}
+    assert not strided.is_contiguous()
+    expected = fused_window_attention(qkv, table, **options)
+    assert torch.equal(fused_window_attention(strided, table, **options), expected)
 
 
-def test_unknown_implementation_is_refused():
-    inputs, options = arguments("dot", masked=False)
-    with pytest.raises(ValueError, match="implementation must be one of auto, eager, analytic, sdpa, got 'flash'"):
-        window_attention(*inputs, **options, implementation="flash")
+def test_what_compiled_kernels_do_not_compute(monkeypatch):
+    fits = {"device_type": "cpu", "dtype": torch.float32, "head_dim": 32, "window": (7, 7)}
+    monkeypatch.setattr(extension, "COMPILED", frozenset({"cpu", "cuda"}))
+    assert unsupported(**fits) is None
+    assert unsupported(**fits, table_dtype=torch.float32) is None
+    assert "bfloat16, neither float32" in unsupported(**fits, table_dtype=torch.bfloat16)
+    assert "65 channels a head are not in [8, 64]" in unsupported(**fits | {"head_dim": 65})
+    assert "7 channels a head" in unsupported(**fits | {"head_dim": 7})
+    assert unsupported(**fits | {"window": (32, 32)}) is None
+    assert "32 x 33 has more than 1024 tokens" in unsupported(**fits | {"window": (32, 33)})
+    assert unsupported(**fits | {"dtype": torch.float64}) is None
+    assert "float64 is none of" in unsupported(**fits | {"dtype": torch.float64, "device_type": "cuda"})
+    monkeypatch.setattr(extension, "COMPILED", frozenset())
+    assert unsupported(**fits).startswith("no compiled kernels: ")
+
+
+PROGRAM = """
+import torch
+from swin_moe.ops import extension
+from tests.ops.window_attention_cases import check_against_eager
+assert not extension.available("cpu") and extension.why_not("cpu") == "SWIN_MOE_NO_EXT=1 is set"
+for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    check_against_eager(range(8), dtype)
+"""
+
+
+def test_without_the_library_the_reference_runs():
+    environment = {**os.environ, "SWIN_MOE_NO_EXT": "1", "SWIN_MOE_REQUIRE_EXT": ""}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,21 +1,14 @@
-"""Choosing by measurement: candidates, the choice, the files it is kept in; on ranks: tune_cases.py."""
-
-import json
-import logging
-import threading
+"""Choosing the exchange by measurement: candidates and the choice; on ranks: tune_cases.py."""
 
 import pytest
 import torch
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe.dispatch import make_plan
-from swin_moe.parallel import tune_cache
 from swin_moe.parallel.groups import Degrees, Groups
 from swin_moe.parallel.tune import candidates, choose, even_routing, tune
 from tests.parallel.tune_cases import run_world
 from tests.ranks import run_ranks
-
-KEY = {"tokens": 12, "hosts": [0, 0, 1]}
 
 
 def names(payload, hosts, dtype):
@@ -50,71 +43,6 @@ def test_an_even_routing_keeps_every_pair_once(tokens, experts, top_k):
 
 def test_nothing_is_tuned_where_rows_do_not_travel():
     tune([(None, 4)], Groups(2, 0, Degrees(1, 1, 2)), dtype=torch.float32, device=torch.device("cpu"))
-
-
-def test_a_choice_is_kept_per_key(tmp_path, caplog):
-    assert tune_cache.read(tmp_path / "new", KEY) is None
-    tune_cache.write(tmp_path / "new", KEY, {"choice": "a"})
-    tune_cache.write(tmp_path / "new", KEY | {"tokens": 13}, {"choice": "b"})
-    assert tune_cache.read(tmp_path / "new", KEY) == {"choice": "a"}
-    assert tune_cache.read(tmp_path / "new", KEY | {"tokens": 13}) == {"choice": "b"}
-    assert tune_cache.read(tmp_path / "new", KEY | {"hosts": [0, 1, 1]}) is None
-    assert not caplog.records and not list((tmp_path / "new").glob(".new-*"))
-    tune_cache.write(tmp_path, KEY, ["not a choice"])
-    assert tune_cache.read(tmp_path, KEY) is None
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', '{"format": "other"}', None, b"\xff\xfe"])
-def test_a_broken_or_foreign_file_is_ignored_with_one_line(tmp_path, caplog, text):
-    path = tune_cache.path_of(tmp_path, KEY)
-    if text is None:  # a file under the wrong name
-        tune_cache.write(tmp_path, KEY | {"tokens": 1}, {"choice": "b"})
-        tune_cache.path_of(tmp_path, KEY | {"tokens": 1}).rename(path)
-    else:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    logger = logging.getLogger("swin_moe")
-    logger.addHandler(caplog.handler)
-    try:
-        assert tune_cache.read(tmp_path, KEY) is None
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert len({record.getMessage() for record in caplog.records}) == 1
-    assert f"{path} is ignored and measured anew" in caplog.text
-    tune_cache.write(tmp_path, KEY, {"choice": "c"})
-    assert tune_cache.read(tmp_path, KEY) == {"choice": "c"}
-
-
-def test_a_directory_that_cannot_be_written_to_ends_no_run(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    logger = logging.getLogger("swin_moe")
-    logger.addHandler(caplog.handler)
-    try:
-        tune_cache.write(tmp_path / "file" / "below", KEY, {"choice": "a"})
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "could not be kept in" in caplog.text
-
-
-def test_writers_and_readers_at_the_same_time_see_whole_files(tmp_path, monkeypatch):
-    big = {"choice": "x" * 20000}
-    tune_cache.write(tmp_path, KEY, big)
-    monkeypatch.setattr(tune_cache.LOGGER, "warning", lambda *a: pytest.fail(a[0] % a[1:]))
-    writers = [threading.Thread(target=lambda: [tune_cache.write(tmp_path, KEY, big) for _ in range(50)])
-               for _ in range(3)]  # fmt: skip
-    for thread in writers:
-        thread.start()
-    while any(thread.is_alive() for thread in writers):
-        assert tune_cache.read(tmp_path, KEY) == big
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
-    assert json.loads(tune_cache.path_of(tmp_path, KEY).read_text())["key"] == KEY
-
-
-def test_the_default_directory_is_the_users_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tune_cache.default_directory() == tmp_path / "swin_moe" / "tuned"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/invalid")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tune_cache.default_directory() == tmp_path / "home" / ".cache" / "swin_moe" / "tuned"
 
 
 @pytest.mark.mpi

@@ -1,18 +1,20 @@
 """Measured choices on disk: one small JSON file per key, so that runs at the same time lose nothing of each other's.
 
-A file that cannot be read, or is not what its name says, counts as missing and is reported in one line.
+A file that cannot be read, or is not what its name says, counts as missing and is reported in one line. Messages start
+with the option that was being chosen.
 """
 
 import hashlib
 import json
 import logging
 import os
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 LOGGER = logging.getLogger("swin_moe")
-FORMAT = "swin_moe tuned exchange 1"
+FORMAT = "swin_moe measured choice 1"
 
 
 def default_directory() -> Path:
@@ -27,7 +29,7 @@ def path_of(directory: Path, key: dict[str, Any]) -> Path:
     return directory / f"{digest[:32]}.json"
 
 
-def read(directory: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def read(directory: Path, key: dict[str, Any], *, option: str) -> dict[str, Any] | None:
     """Returns what was stored for the key, or None."""
     path = path_of(directory, key)
     try:
@@ -39,12 +41,16 @@ def read(directory: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    LOGGER.warning("model.moe.tune: %s is ignored and measured anew: %s", path, problem)
+    LOGGER.warning("%s: %s is ignored and measured anew: %s", option, path, problem)
     return None
 
 
-def write(directory: Path, key: dict[str, Any], value: dict[str, Any]) -> None:
-    """Stores the value; readers see all of it or nothing. A directory that cannot be written to is reported only."""
+def write(directory: Path, key: dict[str, Any], value: dict[str, Any], *, option: str, replace: bool = True) -> None:
+    """Stores the value; readers see all of it or nothing. A directory that cannot be written to is reported only.
+
+    replace: False keeps a file that is there already, so that of processes that measure at the same time the first
+        decides for all: read again after writing.
+    """
     path = path_of(directory, key)
     text = json.dumps({"format": FORMAT, "key": key, "value": value}, indent=1, sort_keys=True) + "\n"
     try:
@@ -52,9 +58,31 @@ def write(directory: Path, key: dict[str, Any], value: dict[str, Any]) -> None:
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".new-", delete=False) as file:
             file.write(text)
         try:
-            os.replace(file.name, path)
+            if replace:
+                os.replace(file.name, path)
+            else:
+                _link_or_keep(file.name, path)
         except OSError:
             os.unlink(file.name)
             raise
     except OSError as error:
-        LOGGER.warning("model.moe.tune: the choice could not be kept in %s: %s", directory, error)
+        LOGGER.warning("%s: the choice could not be kept in %s: %s", option, directory, error)
+
+
+def _link_or_keep(new: str, path: Path) -> None:
+    """Gives the file its name unless the name is taken, in one step; the new name goes either way."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        pass
+    os.unlink(new)
+
+
+def cpu_name() -> str:
+    """Returns the processor's model name as the kernel reports it, or the machine type."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
