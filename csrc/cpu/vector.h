@@ -107,7 +107,7 @@ SWIN_MOE_INLINE void transpose_square(const T* from, int64_t from_row, int num_r
 // Cody and Waite: x = n log 2 + r with |r| <= log(2) / 2 and log 2 in two parts, exp(r) as a polynomial of degree 6
 // (the coefficients of Cephes' expf, Moshier 1987), 2^n through the exponent bits.
 SWIN_MOE_INLINE Vector<float> exp_of(Vector<float> x) {
-  using Bits = Vector<int32_t>;
+  using Bits = Vector<uint32_t>;  // far below -87 the sums wrap around
   const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   Vector<float> shifted = x * 1.44269504088896341f + rounder;
   Vector<float> n = shifted - rounder;

@@ -4,7 +4,7 @@
 // gradient of the scores: grad_q_i = sum_j f_ij dS_ij k_j and grad_k_j = sum_i f_ij dS_ij q_i. For cosine scores the part
 // along the vector itself is taken off, x (x . grad) / |x|^2, because lengths have no influence; where a length was
 // below the smallest allowed one it is a constant, and nothing is taken off. The gradient of logit_scale is
-// sum_i q_i . grad_q_i / logit_scale, before that.
+// sum_ij dS_ij f_ij q_i . k_j / logit_scale, of the unrounded dS: its terms nearly cancel.
 #pragma once
 
 #include "window_forward.h"
@@ -23,6 +23,7 @@ struct BackwardMemory {
   F *stacked_queries, *stacked_keys, *stacked_grad;   // (token_depth, Dp)
   A *query_factors, *key_factors;                     // (N), (Np)
   A *weights, *grad_scores;                           // (block, Np)
+  A* cosines;                                         // (Np), times logit_scale, of one row
   F *weight_rows, *grad_score_rows;                   // (block, Np / kPerFactor)
   F *stacked_weights, *stacked_grad_scores;           // (block / kPerFactor, Np)
   A *grad_queries, *grad_keys, *grad_values;          // (block, Dp), (N, Dp), (N, Dp)
@@ -39,6 +40,7 @@ struct BackwardMemory {
     query_factors = arena.take<A>(n.tokens);
     key_factors = arena.take<A>(n.padded_tokens);
     for (A** block : {&weights, &grad_scores}) *block = arena.take<A>(n.block * n.padded_tokens);
+    cosines = arena.take<A>(n.padded_tokens);
     weight_rows = reinterpret_cast<F*>(weights);
     grad_score_rows = reinterpret_cast<F*>(grad_scores);
     stacked_weights = stacked_grad_scores = nullptr;
@@ -128,7 +130,8 @@ class HeadBackward {
                       bias_ + int64_t(query) * Np,
                       tokens_.masked ? tokens_.side : nullptr,
                       tokens_.side[query],
-                      A(p_.mask_value)};
+                      A(p_.mask_value),
+                      cosine ? m_.cosines : nullptr};
       A *weights = m_.weights + i * Np, *grads = m_.grad_scores + i * Np;
       Vector<A> along = {};
       A sum = exponentials(weights, row, vectors, [&](int index, Vector<A> x) {
@@ -144,6 +147,7 @@ class HeadBackward {
   void softmax_gradient(const ScoreRow<A>& row, A inverse, A mean, int i, A* grad_bias) {
     const int Np = n_.padded_tokens, factors = Np / Operand::kPerFactor;
     A *weights = m_.weights + i * Np, *grads = m_.grad_scores + i * Np;
+    Vector<A> with_scale = {};
     for (int index = 0; index < n_.rows_of_vectors(); ++index) {
       const int at = index * kLanes<A>;
       Vector<A> weight = load(weights + at) * inverse;
@@ -151,7 +155,9 @@ class HeadBackward {
       store(grad_bias + at, load(grad_bias + at) + grad);
       Operand::put(m_.weight_rows + i * factors, index, weight);
       Operand::put(m_.grad_score_rows + i * factors, index, ScoreRow<A>::scaled(row, grad, at));
+      if (row.kept) with_scale += grad * load(row.kept + at);
     }
+    if (row.kept) *grad_logit_scale_ += double(sum_of_lanes<A>(with_scale)) / double(factor_);
   }
 
   // Asks for what the next window and head read, and for where this one writes.
@@ -181,7 +187,7 @@ class HeadBackward {
   // Writes the gradient of queries (part 0), keys (1) or values (2) of one token; `vectors` and their inverse lengths
   // are null where nothing was normalized.
   void write(A* grad, int t, int part, const F* vectors, const A* inverse) {
-    if (vectors && p_.logit_scale) take_off_length(grad, vectors + t * n_.row, inverse[t], part == 0);
+    if (vectors && p_.logit_scale) take_off_length(grad, vectors + t * n_.row, inverse[t]);
     const int64_t token = tokens_.source[t], channel = part * p_.channels;
     if (token != kPadding) {
       auto* to = static_cast<S*>(p_.grad_qkv) + token * 3 * p_.channels + channel_ + channel;
@@ -191,14 +197,12 @@ class HeadBackward {
     }
   }
 
-  void take_off_length(A* grad, const F* vector, A inverse, bool is_query) {
+  void take_off_length(A* grad, const F* vector, A inverse) {
+    if (inverse >= A(1 / kNormEps)) return;
     const A* x = Operand::numbers(vector, m_.numbers, n_.padded_dim);
     Vector<A> products = {};
     for (int c = 0; c < n_.padded_dim; c += kLanes<A>) products += load(x + c) * load(grad + c);
-    const A along = sum_of_lanes<A>(products);
-    if (is_query) *grad_logit_scale_ += double(along) / double(factor_);
-    if (inverse >= A(1 / kNormEps)) return;
-    const A share = along * inverse * inverse;
+    const A share = sum_of_lanes<A>(products) * inverse * inverse;
     for (int c = 0; c < n_.padded_dim; c += kLanes<A>) store(grad + c, load(grad + c) - share * load(x + c));
   }
 

@@ -202,6 +202,7 @@ struct ScoreRow {
   const IntegerOf<A>* sides;   // (Np), or null: not masked
   IntegerOf<A> side;           // of the query
   A mask_value;
+  A* kept = nullptr;           // (Np), gets the scores before bias and mask; null: not needed
 
   SWIN_MOE_INLINE Vector<A> scaled(const ScoreRow& row, Vector<A> x, int at) {
     x *= row.factor;
@@ -215,7 +216,9 @@ SWIN_MOE_INLINE A exponentials(A* products, const ScoreRow<A>& row, int vectors,
   Vector<A> largest = broadcast(A(kNoToken));
   for (int i = 0; i < vectors; ++i) {
     int at = i * kLanes<A>;
-    Vector<A> x = ScoreRow<A>::scaled(row, load(products + at), at) + load(row.bias + at);
+    Vector<A> x = ScoreRow<A>::scaled(row, load(products + at), at);
+    if (row.kept) store(row.kept + at, x);
+    x += load(row.bias + at);
     if (row.sides) x = load(row.sides + at) == row.side ? x : x + row.mask_value;
     store(products + at, x);
     largest = larger<A>(largest, x);
