@@ -64,7 +64,7 @@ def test_every_path_computes_the_same_network(family, size):
     results = []
     for attention, chunk in (("reference", 0), ("reference", 3), ("auto", 0), ("sdpa", 0), ("analytic", 0)):
         model = create_model(family, **shape, num_classes=3, attention=attention, attention_chunk=chunk).double()
-        model(image).square().sum().backward()
+        model.eval()(image).square().sum().backward()  # nothing is dropped
         results.append([p.grad for p in model.parameters()])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
@@ -86,6 +86,6 @@ def test_one_network_for_five_resolutions_is_compiled_few_times():
             image = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height))
             torch.testing.assert_close(check(image), model(image))
     torch._dynamo.reset()
-    assert 1 <= len(graphs) <= 6, len(graphs)
+    assert 1 <= len(graphs) <= 4  # 3 measured: square maps are one guard
     if extension.available("cpu"):
         assert all(any("window_attention" in target for target in graph) for graph in graphs)
