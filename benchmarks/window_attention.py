@@ -126,19 +126,17 @@ def report(results: dict[tuple[str, str], list[tuple[Row, dict[str, float]]]]) -
     """Prints the medians over rows, and the rows where another was faster."""
     print("\nmedian over rows (others' time / ours)")
     for (name, kind), found in results.items():
-        speeds = [{p: r for p, r in ratios.items() if p != "saved"} for _, ratios in found]
-        behind = [str(row) for (row, _), s in zip(found, speeds) if min(s.values()) < KEPT_UP]
-        median = {
-            p: statistics.median(s[p] for s in speeds if p in s) for p in dict.fromkeys(k for s in speeds for k in s)
-        }
-        best = statistics.median(min(s.values()) for s in speeds)
+        speeds = [{peer: r for peer, r in ratios.items() if peer != "saved"} for _, ratios in found]
+        behind = [str(row) for (row, _), speed in zip(found, speeds) if min(speed.values()) < KEPT_UP]
+        names = dict.fromkeys(peer for speed in speeds for peer in speed)
+        median = {peer: statistics.median(s[peer] for s in speeds if peer in s) for peer in names}
+        best = statistics.median(min(speed.values()) for speed in speeds)
         text = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in median.items())
         print(f"{name} {kind:<8} best of the others {best:.2f}; {text}")
         saved = [ratios["saved"] for _, ratios in found if "saved" in ratios]
         if saved:
-            print(
-                f"{'':<13} eager keeps {min(saved):.2f} to {max(saved):.2f} times the bytes, {statistics.median(saved):.2f} in the median"
-            )
+            middle = statistics.median(saved)
+            print(f"{'':<13} eager keeps {min(saved):.2f} to {max(saved):.2f} times the bytes, median {middle:.2f}")
         print(f"{'':<13} below {KEPT_UP} of the best: {', '.join(behind) or 'none'}")
 
 
