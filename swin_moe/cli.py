@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
+    "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
 
@@ -31,7 +32,7 @@ def main() -> None:
     if name == "launch":
         check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name == "checkpoint":
+    if name in ("checkpoint", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.session import run_main

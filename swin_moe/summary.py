@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from swin_moe.config import MoEConfig
+from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.engine.base import Engine
+from swin_moe.engine.precision import DTYPES
 from swin_moe.expert_load import moe_layers
 from swin_moe.layout import Chunk, even_split
+from swin_moe.models.attention import fused_problem
 from swin_moe.moe import MoELayer
+from swin_moe.ops.attention_in_windows import choose
+from swin_moe.ops.extension import cpu_capability
 from swin_moe.ops.grouped_linear import use_grouped
 from swin_moe.parallel.sharding import Degrees, describe_placement
 from swin_moe.session import Session
@@ -74,7 +78,7 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         f"batch      {config.data.global_batch} images = {session.world_size} ranks x {micro_batch} x "
         f"{accumulation} accumulated"
     )
-    yield f"kernels    {attention_path(session.device, config.engine.precision)}"
+    yield f"kernels    {attention_path(config.model, session.device.type, DTYPES[config.engine.precision])}"
     if layers:
         yield f"           {product_path(layers[0][1], session.device, config.engine.precision)}"
     yield f"run        {session.directory}"
@@ -134,13 +138,26 @@ def describe_links(layers: list[MoELayer]) -> list[str]:
     return [line if len(counted) == 1 else f"{count} layers: {line}" for line, count in counted.items()]
 
 
-def attention_path(device: torch.device, precision: str) -> str:
-    """Returns which attention implementation runs, and why."""
-    if device.type == "cuda":
-        return "window attention: scaled_dot_product_attention (CUDA device); no compiled extension in this version"
-    if precision in ("bf16", "fp16"):
-        return "window attention: eager (half precision on CPU, where torch's fused kernel is slower)"
-    return "window attention: analytic backward in training, scaled_dot_product_attention in evaluation (CPU)"
+def attention_path(config: ModelConfig, device_type: str, dtype: torch.dtype) -> str:
+    """Returns which attention path runs, and why. dtype: Of queries, keys and values, as autocast makes them."""
+    if config.name == "swin_mlp":
+        return "token mixing: one product per head (model.name=swin_mlp has no attention)"
+    table_dtype = torch.promote_types(dtype, torch.float32)
+    training, evaluation = (choose(device_type, dtype, table_dtype, gradients=g) for g in (True, False))
+    plain = training if training == evaluation else f"{training} in training, {evaluation} in evaluation"
+    setting = f"model.attention={config.attention}"
+    if config.attention_chunk or config.attn_drop_rate:
+        name = "attention_chunk" if config.attention_chunk else "attn_drop_rate"
+        own = plain if config.attention in ("auto", "fused") else config.attention
+        return f"window attention: {own}, window by window (model.{name}, {setting})"
+    if config.attention not in ("auto", "fused"):
+        return f"window attention: {config.attention} ({setting})"
+    problem = fused_problem(config, device_type=device_type, dtype=dtype)
+    measured = ", or what measures over 10 % faster" if config.attention == "auto" else ""
+    if problem:
+        return f"window attention: {plain}{measured} ({setting}); not fused: {problem}"
+    kind = f"CPU kernels {cpu_capability()}" if device_type == "cpu" else f"{device_type.upper()} kernels"
+    return f"window attention: fused, {kind}{measured} ({setting})"
 
 
 def product_path(layer: MoELayer, device: torch.device, precision: str) -> str:

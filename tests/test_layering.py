@@ -24,6 +24,7 @@ LAYERS = (
     ("summary", "weights"),
     ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing"),
+    ("doctor",),
     ("cli",),
 )
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
@@ -34,7 +35,7 @@ TOOLS_MAY_IMPORT = (
 # What single tools need beyond that: they build a network, so they load torch, when they are chosen.
 TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.export_program": ("models", "moe")}
 # Programs may start as a rank of plain mpirun, so they call launcher.mpi; nothing else knows the launcher.
-ENTRY_POINTS = ("session", "cli")
+ENTRY_POINTS = ("session", "cli", "doctor")
 OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "launcher"}
 
 MAX_FILE_LINES = 400

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from swin_moe.config import MoEConfig
+from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.moe import MoELayer
+from swin_moe.ops import extension
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.summary import describe_balance, describe_choice, describe_limit, product_path
+from swin_moe.summary import attention_path, describe_balance, describe_choice, describe_limit, product_path
 
 LIMITED = MoEConfig(num_experts=8, expert_groups=4, group_limit=2, balance_loss="gshard")
 
@@ -58,3 +59,25 @@ def test_balance(options, said):
 def test_how_experts_multiply(dim, backend, device, precision, said):
     layer = MoELayer(dim, 2 * dim, MoEConfig(backend=backend), fc2_bias=True, layer=0, init_std=0.02)
     assert product_path(layer, torch.device(device), precision).startswith(f"experts: {said}")
+
+
+@pytest.mark.parametrize(("options", "device", "dtype", "kernels", "said"), [
+    ({}, "cpu", "float32", {"cpu"}, "fused, CPU kernels some, or what measures over 10 % faster (model.attention=aut"),
+    ({"attention": "fused"}, "cpu", "float32", {"cpu"}, "fused, CPU kernels some (model.attention=fused)"),
+    ({}, "cuda", "bfloat16", {"cpu", "cuda"}, "fused, CUDA kernels, or what measures over 10 % faster"),
+    ({}, "cuda", "bfloat16", set(), "sdpa, or what measures over 10 % faster (model.attention=auto); not fused: no co"),
+    ({}, "cpu", "float32", set(), "analytic in training, sdpa in evaluation, or what"),
+    ({"embed_dim": 200, "num_heads": (2, 4, 8, 16)}, "cpu", "float32", {"cpu"}, "not fused: stage 0: 100 channels"),
+    ({"attention": "sdpa"}, "cpu", "float32", {"cpu"}, "sdpa (model.attention=sdpa)"),
+    ({"attention_chunk": 8}, "cpu", "bfloat16", {"cpu"}, "reference, window by window (model.attention_chunk, "),
+    ({"attn_drop_rate": 0.1, "attention": "sdpa"}, "cpu", "float32", {"cpu"}, "sdpa, window by window (model.attn_dro"),
+])  # fmt: skip
+def test_how_windows_attend(monkeypatch, options, device, dtype, kernels, said):
+    monkeypatch.setattr(extension, "COMPILED", frozenset(kernels))
+    monkeypatch.setattr("swin_moe.summary.cpu_capability", lambda: "some")
+    text = attention_path(ModelConfig(**options), device, getattr(torch, dtype))
+    assert text.startswith("window attention: ") and said in text, text
+
+
+def test_a_network_without_attention():
+    assert "has no attention" in attention_path(ModelConfig(name="swin_mlp"), "cpu", torch.float32)

@@ -59,23 +59,31 @@ def relative_coords_table(window: int, pretrained: int, device: torch.device, dt
         return torch.cartesian_prod(spaced, spaced).to(dtype)
 
 
-def check_attention(config: ModelConfig, *, device_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
-    """Raises ValueError where model.attention=fused cannot run a stage of the model, with the reason.
+def fused_problem(
+    config: ModelConfig, *, device_type: str | None = None, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Returns why fused attention cannot run the first stage that it cannot, or None.
 
     Args:
         device_type, dtype: What will run, as autocast makes it; None = not known yet, so that only shapes are checked.
     """
-    if config.attention != "fused" or config.name == "swin_mlp":
-        return
     for stage, heads in enumerate(config.num_heads):
         geometry = stage_geometry(config, stage)
-        head_dim, window = geometry.dim // heads, (geometry.window,) * 2
-        if device_type is None:
-            problem = unsupported_shape(head_dim=head_dim, window=window)
-        else:
-            problem = unsupported(device_type=device_type, dtype=dtype, head_dim=head_dim, window=window)
+        shape = {"head_dim": geometry.dim // heads, "window": (geometry.window,) * 2}
+        problem = unsupported_shape(**shape)
         if problem:
-            raise ValueError(f"stage {stage}: {fused_refusal(problem)}")
+            return f"stage {stage}: {problem}"
+        if device_type is not None and (problem := unsupported(device_type=device_type, dtype=dtype, **shape)):
+            return problem
+    return None
+
+
+def check_attention(config: ModelConfig, *, device_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError where model.attention=fused cannot run, with the reason; arguments as fused_problem's."""
+    if config.attention == "fused" and config.name != "swin_mlp":
+        problem = fused_problem(config, device_type=device_type, dtype=dtype)
+        if problem:
+            raise ValueError(fused_refusal(problem))
 
 
 class WindowAttention(nn.Module):

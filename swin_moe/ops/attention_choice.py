@@ -29,6 +29,8 @@ OPTION = "model.attention=auto"
 MARGIN = 0.10
 BUDGET = 0.3  # seconds that one measurement may take
 ROUNDS = 3  # of which the fastest counts: a busy machine only ever adds time
+HOPELESS = 2.0  # a path that takes so many times as long as the fastest is not measured further
+FEW_WINDOWS = 4  # with fewer, what is hopeless cannot be told yet
 # A call of less takes under a millisecond or so: measuring would pay back after thousands of calls.
 SMALLEST_MACS = 20_000_000
 
@@ -143,12 +145,19 @@ def measure(case: Case) -> tuple[dict[str, float], int]:
         return pool.submit(_measure_here, case).result()
 
 
+def fastest(seconds: dict[str, float]) -> str:
+    """Returns the first path, unless another is more than MARGIN faster than it; then the fastest of all."""
+    first, best = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+    return first if seconds[first] <= (1 + MARGIN) * seconds[best] else best
+
+
 @cache
 def _decide(case: Case) -> str:
     """Returns the path for a case, from disk or measured."""
     contenders = case.contenders
     key = {"option": OPTION, **asdict(case), "window": list(case.window), **_setting(case), "contenders": contenders}
     directory = choice_cache.default_directory()
+    existed = choice_cache.path_of(directory, key).exists()
     stored = _stored(directory, key, contenders)
     if stored:
         LOGGER.info("%s: %s: %s, measured before", OPTION, case, stored)
@@ -158,11 +167,10 @@ def _decide(case: Case) -> str:
     except RuntimeError as error:  # out of memory, or a path that fails here: the run must not end by it
         LOGGER.warning("%s: %s: %s, not measured (%s)", OPTION, case, contenders[0], str(error).split("\n")[0])
         return contenders[0]
-    fastest = min(seconds, key=seconds.__getitem__)
-    chosen = contenders[0] if seconds[contenders[0]] <= (1 + MARGIN) * seconds[fastest] else fastest
+    chosen = fastest(seconds)
     value = {"choice": chosen, "seconds": seconds, "windows": windows}
-    broken = choice_cache.path_of(directory, key).exists()  # it was read just now, and is no choice
-    choice_cache.write(directory, key, value, option=OPTION, replace=broken)
+    # A file that was there and holds no choice is broken; one that came meanwhile is another process's choice.
+    choice_cache.write(directory, key, value, option=OPTION, replace=existed)
     times = ", ".join(f"{path} {1e3 * s:.2f} ms" for path, s in seconds.items())
     LOGGER.info("%s: %s: %s (%d windows: %s)", OPTION, case, chosen, windows, times)
     return _stored(directory, key, contenders) or chosen
@@ -202,19 +210,25 @@ def _measure_here(case: Case) -> tuple[dict[str, float], int]:
     device, dtype = torch.device(case.device), _dtype(case.dtype)
     mixed = case.dtype != case.input_dtype or case.dtype != case.weight_dtype
     autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False) if mixed else nullcontext()
-    contenders, seconds = case.contenders, {}
+    first, *others = case.contenders
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), autocast:
-        tensors, windows, once = _random_tensors(case, device), 1, 0.0
-        for number in range(1 + case.windows.bit_length()):  # the first only warms up
-            if number > 1 and (windows == case.windows or 2 * once * (ROUNDS + 2) > BUDGET):
-                break
-            windows *= 2 if number > 1 else 1
+        tensors, windows = _random_tensors(case, device), 1
+        for number in range(2 + case.windows.bit_length()):  # the first only warms up
             x, shape = _random_map(case, windows, device)
-            once = sum(_seconds(path, x, tensors, shape, case.gradients) for path in contenders)
-        for _ in range(ROUNDS):
-            for path in contenders:
-                took = _seconds(path, x, tensors, shape, case.gradients)
-                seconds[path] = min(took, seconds.get(path, took))
+            seconds = {path: _seconds(path, x, tensors, shape, case.gradients) for path in (first, *others)}
+            if windows >= FEW_WINDOWS:
+                limit = HOPELESS * min(seconds.values())
+                others = [path for path in others if seconds[path] <= limit]
+            # The next size takes twice as long, ROUNDS times.
+            left = BUDGET - (time.perf_counter() - started)
+            if number and (windows >= case.windows or not others or 2 * ROUNDS * sum(seconds.values()) > left):
+                break
+            windows *= 2 if number else 1
+        for _ in range(ROUNDS - 1 if others else 0):
+            for path in (first, *others):
+                seconds[path] = min(seconds[path], _seconds(path, x, tensors, shape, case.gradients))
     return seconds, windows
 
 
@@ -253,16 +267,17 @@ class _Draw:
 
 
 def _seconds(path: str, x: Tensor, tensors: HalfTensors, shape: HalfShape, gradients: bool) -> float:
-    """Returns what one pass takes, on an idle device."""
+    """Returns what one pass takes; with one thread its processor time, to which no other process adds."""
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.thread_time
     wait()
-    start = time.perf_counter()
+    start = clock()
     with torch.set_grad_enabled(gradients):
         out = attention_half(x, tensors, shape, path)
         if gradients:
             torch.autograd.grad(out, [x, *(t for t in tensors if t is not None)], torch.ones_like(out))
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:

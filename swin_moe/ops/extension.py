@@ -64,7 +64,7 @@ def _load(directory: Path) -> Extension:
             return Extension(path, f"{path.name} was built for torch {found}, this is {torch.__version__}: {BUILD}")
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         return Extension(path, f"{path.name} does not load with torch {torch.__version__} ({first}): {BUILD}")
     return Extension(path)
 

@@ -1,9 +1,14 @@
-"""Coordinates of position biases, and bias tables resized as the official loader does."""
+"""Position biases, what model.attention refuses, and that its settings compute the same network."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from swin_moe.models.attention import relative_coords_table, resize_bias_table
+from swin_moe import create_model
+from swin_moe.config import ModelConfig
+from swin_moe.models.attention import check_attention, relative_coords_table, resize_bias_table
+from swin_moe.ops import extension
 from tests.models.reference import NUMBERS
 
 CPU = torch.device("cpu")
@@ -27,3 +32,60 @@ def test_bicubic_bias_table():
     for row in (0, 264, 528):
         assert resized[row].tolist() == pytest.approx(golden[f"R[{row}]"], abs=1e-5)
     assert resized.abs().sum().item() == pytest.approx(golden["abs_sum"], rel=1e-6)
+
+
+def test_fused_attention_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match="model.attention must be not fused with model.attention_chunk or"):
+        ModelConfig(attention="fused", attention_chunk=4)
+    with pytest.raises(ValueError, match="model.attention must be one of auto, fused, sdpa, analytic, reference"):
+        ModelConfig(attention="flash")
+    with torch.device("meta"), pytest.raises(ValueError, match="cannot run: stage 1: 96 channels a head are not in"):
+        create_model("swin", attention="fused", num_heads=[3, 2, 12, 24])
+    config = ModelConfig(name="swin", attention="fused")
+    monkeypatch.setattr(extension, "COMPILED", frozenset({"cpu", "cuda"}))
+    check_attention(config)
+    check_attention(config, device_type="cpu", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float64 is none of float32, bfloat16, float16 on cuda; use"):
+        check_attention(config, device_type="cuda", dtype=torch.float64)
+    monkeypatch.setattr(extension, "COMPILED", frozenset())
+    with pytest.raises(ValueError, match="model.attention=fused cannot run: no compiled kernels: "):
+        check_attention(config, device_type="cpu")
+    check_attention(replace(config, name="swin_mlp"), device_type="cpu")  # it has no attention
+    with torch.device("meta"):
+        model = create_model("swin", attention="fused")
+    assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
+@pytest.mark.parametrize("size", [32, 44])
+def test_every_path_computes_the_same_network(family, size):
+    image = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shape = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
+    results = []
+    for attention, chunk in (("reference", 0), ("reference", 3), ("auto", 0), ("sdpa", 0), ("analytic", 0)):
+        model = create_model(family, **shape, num_classes=3, attention=attention, attention_chunk=chunk).double()
+        model.eval()(image).square().sum().backward()  # nothing is dropped
+        results.append([p.grad for p in model.parameters()])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_one_network_for_five_resolutions_is_compiled_few_times():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    shape = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2], "num_heads": [1], "window_size": 4}
+    model = create_model("swin", **shape, num_classes=3).eval()
+    check = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for height, width in ((32, 32), (40, 48), (24, 56), (36, 36), (44, 28)):
+            image = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height))
+            torch.testing.assert_close(check(image), model(image))
+    torch._dynamo.reset()
+    assert 1 <= len(graphs) <= 4  # 3 measured: square maps are one guard
+    if extension.available("cpu"):
+        assert all(any("window_attention" in target for target in graph) for graph in graphs)
