@@ -65,7 +65,12 @@ def extension_arguments() -> dict:
         print("swin_moe: no nvcc was found (CUDA_HOME): the kernels are built for the CPU only", file=sys.stderr)
     # Not optional=True: setuptools would swallow the error, and with it the reason.
     library = kind(
-        "swin_moe._C", files, include_dirs=[str(HERE / "csrc")], extra_compile_args=flags, py_limited_api=True
+        "swin_moe._C",
+        files,
+        depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+        include_dirs=[str(HERE / "csrc")],
+        extra_compile_args=flags,
+        py_limited_api=True,  # registered through torch alone: no symbol of Python is used
     )
     return {"ext_modules": [library], "cmdclass": {"build_ext": Build}}
 
