@@ -38,9 +38,19 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured, original = [], choices.measure
     monkeypatch.setattr(choices, "measure", lambda case: measured.append(case) or original(case))
-    choices._decide.cache_clear()
-    yield measured
-    choices._decide.cache_clear()
+    return measured
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Lets every test be a process that has chosen nothing yet, and leaves nothing to the next."""
+    start_again()
+    yield
+    start_again()
+
+
+def start_again():
+    choices._decide.cache_clear(), choices._measured.cache_clear()
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -127,7 +137,7 @@ def test_a_case_is_measured_once_and_kept(monkeypatch, measuring):
     assert [case.gradients for case in measuring] == [True, False]
     choose_path("auto", a_map(7, 8), given, SHAPE)
     assert [case.padded for case in measuring] == [False, False, True]
-    choices._decide.cache_clear()  # another process
+    start_again()
     assert choose_path("auto", x, given, SHAPE) == first and len(measuring) == 3
 
 
@@ -149,8 +159,7 @@ def test_the_first_to_write_decides(monkeypatch, measuring):
 
     monkeypatch.setattr(choice_cache, "path_of", path_of)
     monkeypatch.setattr(choices, "measure", slow_measure)
-    case = choices._case(a_map(), tensors(), SHAPE, dtype=torch.float32, gradients=True)
-    assert choices._decide(case) == case.contenders[-1] != case.contenders[0]
+    assert choose_path("auto", a_map(), tensors(), SHAPE) == CASE.contenders[-1] != CASE.contenders[0]
 
 
 def test_a_broken_file_is_replaced(measuring):
@@ -158,7 +167,7 @@ def test_a_broken_file_is_replaced(measuring):
     (file,) = choice_cache.default_directory().glob("*.json")
     good = file.read_text()
     file.write_text(good[:30])
-    choices._decide.cache_clear()
+    start_again()
     choose_path("auto", a_map(), tensors(), SHAPE)
     assert len(measuring) == 2 and file.read_text().startswith(good[:30]) and len(file.read_text()) > 100
 
