@@ -6,6 +6,7 @@ choose. Processes that measure at the same time agree: the first to write decide
 """
 
 import logging
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ LOGGER = logging.getLogger("swin_moe")
 OPTION = "model.attention=auto"
 MARGIN = 0.10
 BUDGET = 0.3  # seconds that one measurement may take
-ROUNDS = 3  # of which the fastest counts: a busy machine only ever adds time
+ROUNDS = 4  # in each of which another path has to be faster by MARGIN to replace the first
 HOPELESS = 2.0  # a path that takes so many times as long as the fastest is not measured further
 FEW_WINDOWS = 4  # with fewer, what is hopeless cannot be told yet
 # A call of less takes half a millisecond (one Zen 4 core, float32): 10 % of it pays a measurement back after 6000
@@ -165,8 +166,8 @@ def analytic_works(dtype: torch.dtype, table_dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64) and table_dtype == dtype
 
 
-def measure(case: Case) -> tuple[dict[str, float], int]:
-    """Returns (seconds of each contender, number of windows that were measured).
+def measure(case: Case) -> tuple[dict[str, list[float]], int]:
+    """Returns (seconds of each contender per round, number of windows that were measured), the default path first.
 
     It runs in a thread of its own: gradient mode, autocast, inference mode, hooks on saved tensors (a recomputed block)
     and modes that intercept operators all belong to the calling thread and are not touched; random numbers come from a
@@ -176,10 +177,14 @@ def measure(case: Case) -> tuple[dict[str, float], int]:
         return pool.submit(_measure_here, case).result()
 
 
-def fastest(seconds: dict[str, float]) -> str:
-    """Returns the first path, unless another is more than MARGIN faster than it; then the fastest of all."""
-    first, best = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
-    return first if seconds[first] <= (1 + MARGIN) * seconds[best] else best
+def fastest(rounds: dict[str, list[float]]) -> str:
+    """Returns the first path, or the fastest of those that were more than MARGIN faster than it in every round.
+
+    Where linear layers dominate paths differ by a few per cent and single rounds by more: noise must not choose.
+    """
+    first, *others = rounds
+    faster = [p for p in others if all(f > (1 + MARGIN) * o for f, o in zip(rounds[first], rounds[p]))]
+    return min(faster, key=lambda path: statistics.median(rounds[path]), default=first)
 
 
 @cache
@@ -194,11 +199,11 @@ def _decide(case: Case) -> str:
         LOGGER.info("%s: %s: %s, measured before", OPTION, case, stored)
         return stored
     try:
-        seconds, windows = measure(case)
+        rounds, windows = measure(case)
     except RuntimeError as error:  # out of memory, or a path that fails here: the run must not end by it
         LOGGER.warning("%s: %s: %s, not measured (%s)", OPTION, case, contenders[0], str(error).split("\n")[0])
         return contenders[0]
-    chosen = fastest(seconds)
+    chosen, seconds = fastest(rounds), {path: statistics.median(times) for path, times in rounds.items()}
     value = {"choice": chosen, "seconds": seconds, "windows": windows}
     # A file that was there and holds no choice is broken; one that came meanwhile is another process's choice.
     choice_cache.write(directory, key, value, option=OPTION, replace=existed)
@@ -237,30 +242,30 @@ def _case(facts: _Facts) -> Case:
     )  # fmt: skip
 
 
-def _measure_here(case: Case) -> tuple[dict[str, float], int]:
+def _measure_here(case: Case) -> tuple[dict[str, list[float]], int]:
     device, dtype = torch.device(case.device), _dtype(case.dtype)
     mixed = case.dtype != case.input_dtype or case.dtype != case.weight_dtype
     autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False) if mixed else nullcontext()
     first, *others = case.contenders
-    seconds: dict[str, float] = {}
     started = time.perf_counter()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), autocast:
         tensors, windows = _random_tensors(case, device), 1
         for number in range(2 + case.windows.bit_length()):  # the first only warms up
             x, shape = _random_map(case, windows, device)
-            seconds = {path: _seconds(path, x, tensors, shape, case.gradients) for path in (first, *others)}
+            once = {path: _seconds(path, x, tensors, shape, case.gradients) for path in (first, *others)}
             if windows >= FEW_WINDOWS:
-                limit = HOPELESS * min(seconds.values())
-                others = [path for path in others if seconds[path] <= limit]
+                limit = HOPELESS * min(once.values())
+                others = [path for path in others if once[path] <= limit]
             # The next size takes twice as long, ROUNDS times.
             left = BUDGET - (time.perf_counter() - started)
-            if number and (windows >= case.windows or not others or 2 * ROUNDS * sum(seconds.values()) > left):
+            if number and (windows >= case.windows or not others or 2 * ROUNDS * sum(once.values()) > left):
                 break
             windows *= 2 if number else 1
-        for _ in range(ROUNDS - 1 if others else 0):
-            for path in (first, *others):
-                seconds[path] = min(seconds[path], _seconds(path, x, tensors, shape, case.gradients))
-    return seconds, windows
+        rounds: dict[str, list[float]] = {path: [] for path in (first, *others)}
+        for _ in range(ROUNDS):
+            for path, seconds in rounds.items():
+                seconds.append(_seconds(path, x, tensors, shape, case.gradients))
+    return rounds, windows
 
 
 def _random_tensors(case: Case, device: torch.device) -> HalfTensors:

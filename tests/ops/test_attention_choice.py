@@ -73,10 +73,11 @@ def test_without_a_bias_padded_tokens_are_zero():
     torch.testing.assert_close(attention_half(x, given, SHAPE, "fused"), attention_half(x, given, SHAPE, "reference"))
 
 
-def test_the_first_stays_within_the_margin():
-    assert fastest({"fused": 1.09, "sdpa": 1.0, "reference": 5.0}) == "fused"
-    assert fastest({"fused": 1.2, "sdpa": 1.05, "reference": 1.0}) == "reference"
-    assert fastest({"fused": 2.0}) == "fused"
+def test_the_first_stays_unless_another_is_faster_by_the_margin_in_every_round():
+    assert fastest({"fused": [1.09, 1.2], "sdpa": [1.0, 1.0], "reference": [5.0, 5.0]}) == "fused"
+    assert fastest({"fused": [1.2, 1.3], "sdpa": [1.05, 1.1], "reference": [1.0, 1.0]}) == "reference"
+    assert fastest({"fused": [9.0, 1.0], "sdpa": [1.0, 1.0]}) == "fused"
+    assert fastest({"fused": [2.0]}) == "fused"
 
 
 @pytest.mark.parametrize("path", ["sdpa", "reference", "analytic"])
@@ -149,7 +150,7 @@ def test_the_first_to_write_decides(monkeypatch, measuring):
         contenders = case.contenders
         (key,) = kept
         choice_cache.write(directory, key, {"choice": contenders[-1]}, option=choices.OPTION)
-        return {path: 1.0 for path in contenders}, 1
+        return {path: [1.0] for path in contenders}, 1
 
     original = choice_cache.path_of
 
@@ -224,6 +225,6 @@ def test_work_is_counted_by_hand():
 
 
 def test_times_of_all_contenders_are_measured():
-    seconds, windows = measure(CASE)
-    assert next(iter(seconds)) == CASE.contenders[0] and 1 <= windows <= 8
-    assert all(0 < s < 10 for s in seconds.values())
+    rounds, windows = measure(CASE)
+    assert next(iter(rounds)) == CASE.contenders[0] and 1 <= windows <= 8
+    assert all(len(times) == choices.ROUNDS and 0 < min(times) <= max(times) < 10 for times in rounds.values())
