@@ -6,7 +6,7 @@ Ours is what model.attention=auto runs, or the path that --path names. The other
 order (window_attention_peers.py): eager, scaled_dot_product_attention with a mask per image or shared, both compiled,
 and FlexAttention, which has no backward on a CPU. All take turns in one process with one thread; a ratio is the median
 over rounds of (their processor time / ours), so above 1 ours is faster. bf16 runs under autocast with float32 weights,
-as engine.precision=bf16 does. Saved bytes are what the half keeps for backward, its input included, counted by hooks.
+as engine.precision=bf16 does. Saved bytes are the activations that the half keeps for backward, its input included.
 """
 
 import argparse
@@ -60,12 +60,18 @@ def seconds(half: Half, x: Tensor, tensors: HalfTensors, dtype: torch.dtype, kin
     return time.process_time() - start
 
 
-def saved_bytes(half: Half, x: Tensor, dtype: torch.dtype) -> int:
-    """Returns the size of what one forward keeps for backward; parts of one tensor count once."""
-    storages = {}
+def saved_bytes(half: Half, row: Row, images: int, dtype: torch.dtype) -> int:
+    """Returns the size of what one forward keeps for backward, without weights and their copies in half precision.
+
+    Parts of one tensor count once. Weights are told by their shape, so the map gets another number of tokens.
+    """
+    weights, storages = {(3 * row.dim, row.dim), (row.dim, 3 * row.dim), (row.dim, row.dim)}, {}
+    images += images * row.side**2 in (row.dim, 3 * row.dim)
+    x = torch.randn(images, row.side, row.side, row.dim, requires_grad=True)
 
     def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
+        if tuple(tensor.shape) not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     mixed = torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else nullcontext()
@@ -116,7 +122,7 @@ def run_row(row: Row, name: str, kind: str, options: argparse.Namespace) -> tupl
     took = 1e3 * statistics.median(times["ours"])
     note = f"{path}, {len(x)} images, {took:.1f} ms"
     if kind != "fwd":
-        kept = {peer: saved_bytes(running[peer], x, dtype) for peer in ("ours", "eager")}
+        kept = {peer: saved_bytes(running[peer], row, len(x), dtype) for peer in ("ours", "eager")}
         ratios["saved"] = kept["eager"] / kept["ours"]
         note += f", saved {kept['ours'] / 2**20:.1f} of {kept['eager'] / 2**20:.1f} MiB"
     return ratios, "; ".join([note, *skipped])
@@ -125,7 +131,8 @@ def run_row(row: Row, name: str, kind: str, options: argparse.Namespace) -> tupl
 def report(results: dict[tuple[str, str], list[tuple[Row, dict[str, float]]]]) -> None:
     """Prints the medians over rows, and the rows where another was faster."""
     print("\nmedian over rows (others' time / ours)")
-    for (name, kind), found in results.items():
+    both = {("all", kind): sum((f for (_, k), f in results.items() if k == kind), []) for kind in PASSES}
+    for (name, kind), found in (results | {key: found for key, found in both.items() if found}).items():
         speeds = [{peer: r for peer, r in ratios.items() if peer != "saved"} for _, ratios in found]
         behind = [str(row) for (row, _), speed in zip(found, speeds) if min(speed.values()) < KEPT_UP]
         names = dict.fromkeys(peer for speed in speeds for peer in speed)

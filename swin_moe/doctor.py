@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 
@@ -156,10 +157,10 @@ def path_lines() -> Iterator[Line]:
                     device, dtype, "float32", "float32", "float32", window, heads, head_dim, qkv_bias=True,
                     cosine=cosine, shifted=True, padded=False, gradients=gradients, windows=WINDOWS,
                 )  # fmt: skip
-                seconds, windows = measure(case)
-                times = ", ".join(f"{path} {1e3 * s:.2f}" for path, s in seconds.items())
+                rounds, windows = measure(case)
+                times = ", ".join(f"{path} {1e3 * statistics.median(s):.2f}" for path, s in rounds.items())
                 kind = f"{dtype}, {'training' if gradients else 'evaluation'}"
-                yield True, name, f"{kind}: {fastest(seconds)} ({windows} windows, ms: {times})"
+                yield True, name, f"{kind}: {fastest(rounds)} ({windows} windows, ms: {times})"
 
 
 def _kernel_error(device: str) -> float:

@@ -38,9 +38,19 @@ def measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured, original = [], choices.measure
     monkeypatch.setattr(choices, "measure", lambda case: measured.append(case) or original(case))
-    choices._decide.cache_clear()
-    yield measured
-    choices._decide.cache_clear()
+    return measured
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Lets every test be a process that has chosen nothing yet, and leaves nothing to the next."""
+    start_again()
+    yield
+    start_again()
+
+
+def start_again():
+    choices._decide.cache_clear(), choices._measured.cache_clear()
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -63,10 +73,11 @@ def test_without_a_bias_padded_tokens_are_zero():
     torch.testing.assert_close(attention_half(x, given, SHAPE, "fused"), attention_half(x, given, SHAPE, "reference"))
 
 
-def test_the_first_stays_within_the_margin():
-    assert fastest({"fused": 1.09, "sdpa": 1.0, "reference": 5.0}) == "fused"
-    assert fastest({"fused": 1.2, "sdpa": 1.05, "reference": 1.0}) == "reference"
-    assert fastest({"fused": 2.0}) == "fused"
+def test_the_first_stays_unless_another_is_faster_by_the_margin_in_every_round():
+    assert fastest({"fused": [1.09, 1.2], "sdpa": [1.0, 1.0], "reference": [5.0, 5.0]}) == "fused"
+    assert fastest({"fused": [1.2, 1.3], "sdpa": [1.05, 1.1], "reference": [1.0, 1.0]}) == "reference"
+    assert fastest({"fused": [9.0, 1.0], "sdpa": [1.0, 1.0]}) == "fused"
+    assert fastest({"fused": [2.0]}) == "fused"
 
 
 @pytest.mark.parametrize("path", ["sdpa", "reference", "analytic"])
@@ -127,7 +138,7 @@ def test_a_case_is_measured_once_and_kept(monkeypatch, measuring):
     assert [case.gradients for case in measuring] == [True, False]
     choose_path("auto", a_map(7, 8), given, SHAPE)
     assert [case.padded for case in measuring] == [False, False, True]
-    choices._decide.cache_clear()  # another process
+    start_again()
     assert choose_path("auto", x, given, SHAPE) == first and len(measuring) == 3
 
 
@@ -139,7 +150,7 @@ def test_the_first_to_write_decides(monkeypatch, measuring):
         contenders = case.contenders
         (key,) = kept
         choice_cache.write(directory, key, {"choice": contenders[-1]}, option=choices.OPTION)
-        return {path: 1.0 for path in contenders}, 1
+        return {path: [1.0] for path in contenders}, 1
 
     original = choice_cache.path_of
 
@@ -149,8 +160,7 @@ def test_the_first_to_write_decides(monkeypatch, measuring):
 
     monkeypatch.setattr(choice_cache, "path_of", path_of)
     monkeypatch.setattr(choices, "measure", slow_measure)
-    case = choices._case(a_map(), tensors(), SHAPE, dtype=torch.float32, gradients=True)
-    assert choices._decide(case) == case.contenders[-1] != case.contenders[0]
+    assert choose_path("auto", a_map(), tensors(), SHAPE) == CASE.contenders[-1] != CASE.contenders[0]
 
 
 def test_a_broken_file_is_replaced(measuring):
@@ -158,7 +168,7 @@ def test_a_broken_file_is_replaced(measuring):
     (file,) = choice_cache.default_directory().glob("*.json")
     good = file.read_text()
     file.write_text(good[:30])
-    choices._decide.cache_clear()
+    start_again()
     choose_path("auto", a_map(), tensors(), SHAPE)
     assert len(measuring) == 2 and file.read_text().startswith(good[:30]) and len(file.read_text()) > 100
 
@@ -215,6 +225,6 @@ def test_work_is_counted_by_hand():
 
 
 def test_times_of_all_contenders_are_measured():
-    seconds, windows = measure(CASE)
-    assert next(iter(seconds)) == CASE.contenders[0] and 1 <= windows <= 8
-    assert all(0 < s < 10 for s in seconds.values())
+    rounds, windows = measure(CASE)
+    assert next(iter(rounds)) == CASE.contenders[0] and 1 <= windows <= 8
+    assert all(len(times) == choices.ROUNDS and 0 < min(times) <= max(times) < 10 for times in rounds.values())
