@@ -87,11 +87,11 @@ def run_with(capability: str, cases: int) -> None:
 @pytest.mark.skipif(not extension.available("cpu"), reason="no compiled kernels")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_is_exact_and_the_same_for_any_number_of_threads(capability):
-    run_with(capability, cases=16)
+    run_with(capability, cases=60)
 
 
 @pytest.mark.full
 @pytest.mark.skipif(not extension.available("cpu"), reason="no compiled kernels")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_is_exact_over_many_shapes(capability):
-    run_with(capability, cases=500)
+    run_with(capability, cases=560)

@@ -11,9 +11,10 @@ import swin_moe.ops.window_attention  # noqa: F401  defines the operator
 from swin_moe.ops.window_attention_reference import attend_map
 
 INPUTS = ("qkv", "bias_table", "logit_scale", "pad_qkv")
-# Added to the bound on the relative error: what rounding costs where eager happens to be exact; in float64 eager is the
-# reference itself.
-FLOORS = {torch.float64: 3e-14, torch.float32: 1e-7, torch.bfloat16: 5e-4, torch.float16: 6e-5}
+# Added to the bound on the relative error of one case: a few roundings, where eager happens to be exact (48 float32
+# results of 560 cases are beyond 1.5 times without it, most of them of few numbers). In float64 eager is the reference.
+FLOORS = {torch.float64: 3e-14, torch.float32: 3e-7, torch.bfloat16: 5e-4, torch.float16: 6e-5}
+MANY = 64  # numbers of a result that is held to the bound in every single case
 HEAD_DIMS = (8, 9, 16, 20, 24, 32, 33, 40, 48, 63, 64)
 
 
@@ -115,8 +116,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-def errors(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Returns per result the relative errors of (the operator, the eager reference) in this dtype against float64.
+def errors(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[float, float, int]]:
+    """Returns per result (error of the operator, of the eager reference, numbers it has): relative, against float64.
 
     A result that is zero but for rounding (softmax over one token) is compared with what rounding leaves in eager.
     """
@@ -134,24 +135,24 @@ def errors(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[flo
         if expected.norm() < 1e-9 * exact["out"].norm():
             assert ours[name].double().norm() <= max(1e-3, 2 * eager[name].double().norm()), (case, name)
         else:
-            found[name] = relative_error(ours[name], expected), relative_error(eager[name], expected)
+            found[name] = (*(relative_error(r[name], expected) for r in (ours, eager)), expected.numel())
     return found
 
 
 def check_against_eager(numbers: Iterable[int], dtype: torch.dtype) -> None:
     """Asserts that the operator's errors over random cases are at most 1.5 times those of eager.
 
-    In every case for tensors; over all cases together for the factors on cosine scores too: a sum that cancels to one
-    number a head, where eager is exact by luck now and then.
+    Over all cases together (root mean square), and in every case for results of many numbers, with a floor. A few
+    numbers, as the gradient of a factor per head, are sums that cancel, and eager is exact by luck now and then.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for number in numbers:
         case = random_case(number)
-        for name, (ours, eager) in errors(case, dtype, number).items():
+        for name, (ours, eager, size) in errors(case, dtype, number).items():
             found.setdefault(name, []).append((ours, eager))
             bound = 1.5 * eager + FLOORS[dtype]
-            assert name == "logit_scale" or ours <= bound, f"{number}: {case}: {name}: {ours:.3g} > {bound:.3g}"
+            assert size < MANY or ours <= bound, f"{number}: {case}: {name}: {ours:.3g} > {bound:.3g}"
     for name, pairs in found.items():
         ours, eager = torch.tensor(pairs, dtype=torch.float64).square().mean(0).sqrt().tolist()
-        bound = 1.5 * eager + FLOORS[dtype]
+        bound = 1.5 * eager + (FLOORS[dtype] if dtype == torch.float64 else 0.0)
         assert ours <= bound, f"{name} of {len(pairs)} cases: {ours:.3g} > {bound:.3g}"
