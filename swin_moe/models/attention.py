@@ -21,6 +21,7 @@ from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropou
 from swin_moe.ops.attention_choice import choose_path, fused_refusal
 from swin_moe.ops.attention_half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
 from swin_moe.ops.attention_in_windows import attend_windows
+from swin_moe.ops.linear import Linear, linear
 from swin_moe.ops.window_attention import unsupported, unsupported_shape
 from swin_moe.ops.window_geometry import gather_bias, merge_windows, partition_windows
 from swin_moe.randomness import RandomContext
@@ -131,11 +132,11 @@ class WindowAttention(nn.Module):
         else:
             self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
         self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1)) if cosine else None
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
         # Cosine scores leave the keys without a bias, so query and value biases are stored apart.
         self.q_bias = nn.Parameter(torch.zeros(dim)) if cosine and qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if cosine and qkv_bias else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_BHWC: Tensor, *, shift: int = 0, random: RandomContext | None = None) -> Tensor:
         """Returns (B, H, W, C). shift: tokens the windows are displaced by; random: None in evaluation.
@@ -168,7 +169,7 @@ class WindowAttention(nn.Module):
         self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, rows: Tensor | None, random: RandomContext | None
     ) -> Tensor:
         """Returns what whole windows become, (W, N, C). rows: see _dropout_rows."""
-        qkv, factor = F.linear(x_WNC, self.qkv.weight, self._qkv_bias()), None
+        qkv, factor = linear(x_WNC, self.qkv.weight, self._qkv_bias()), None
         if rows is not None:
             tokens = x_WNC.shape[1]
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.ops.linear import Linear
 from swin_moe.randomness import RandomContext, derive_key, keep_mask
 
 # Sites of one block that draw from the purpose "dropout"; each has its own key.
@@ -81,7 +82,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, *, norm_after: bool) -> None:
         super().__init__()
         self.norm_after = norm_after
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim if norm_after else 4 * dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -100,8 +101,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, *, fc2_bias: bool, drop: float, layer: int) -> None:
         super().__init__()
         self.drop, self.layer = drop, layer
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=fc2_bias)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim, bias=fc2_bias)
 
     def forward(self, x_BHWC: Tensor, random: RandomContext | None = None) -> Tensor:
         """Returns (B, H, W, C)."""

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.ops.linear import Linear
+
 
 class SharedExpert(nn.Module):
     """fc1, exact GELU, fc2. N shared experts are one network of N times the hidden channels (equation 9)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, fc2_bias: bool) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=fc2_bias)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim, bias=fc2_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., D)."""

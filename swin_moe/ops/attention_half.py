@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe.ops.attention_in_windows import attend_windows, clamped_factor
+from swin_moe.ops.linear import linear
 from swin_moe.ops.window_attention import fused_window_attention
 from swin_moe.ops.window_geometry import (
     Pair,
@@ -53,18 +54,18 @@ def attention_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape, path:
     if path == "fused":
         return fused_half(x_BHWC, tensors, shape)
     windows, full = cut(x_BHWC, shape)
-    qkv = F.linear(windows, tensors.qkv_weight, tensors.qkv_bias)
+    qkv = linear(windows, tensors.qkv_weight, tensors.qkv_bias)
     bias = gather_bias(tensors.bias_table, shape.window)
     out = attend_windows(
         qkv, bias, seam_mask(full, shape, bias), scale=shape.scale, logit_scale=tensors.logit_scale,
         implementation=path,
     )  # fmt: skip
-    return join(F.linear(out, tensors.proj_weight, tensors.proj_bias), x_BHWC, full, shape)
+    return join(linear(out, tensors.proj_weight, tensors.proj_bias), x_BHWC, full, shape)
 
 
 def fused_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape) -> Tensor:
     """Returns (B, H, W, C) through the operator."""
-    qkv = F.linear(x_BHWC, tensors.qkv_weight, tensors.qkv_bias)
+    qkv = linear(x_BHWC, tensors.qkv_weight, tensors.qkv_bias)
     pad = None
     if tensors.qkv_bias is not None and (x_BHWC.shape[1] % shape.window[0] or x_BHWC.shape[2] % shape.window[1]):
         pad = tensors.qkv_bias.to(qkv.dtype)  # a padded token is zero before the projection
@@ -73,7 +74,7 @@ def fused_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape) -> Tensor
         qkv, tensors.bias_table, num_heads=shape.num_heads, window=shape.window, shift=shape.shift, scale=shape.scale,
         logit_scale=factor, pad_qkv=pad,
     )  # fmt: skip
-    return F.linear(out, tensors.proj_weight, tensors.proj_bias)
+    return linear(out, tensors.proj_weight, tensors.proj_bias)
 
 
 def cut(x_BHWC: Tensor, shape: HalfShape) -> tuple[Tensor, Pair]:

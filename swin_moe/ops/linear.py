@@ -1,0 +1,125 @@
+"""Linear layers in float32 on processors where PyTorch's own products leave half of the speed unused.
+
+PyTorch hands float32 products to MKL, which runs its AVX2 code on processors of other makers than Intel, also where
+they have AVX-512. oneDNN, the other library inside PyTorch, does not: 200 to 230 against 100 GFLOP/s on one core of an
+AMD Zen 5. PyTorch calls it for bfloat16 only, so `linear` calls it here, through the operators that PyTorch's own
+compiler uses.
+"""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LOGGER = logging.getLogger("swin_moe")
+# A call of oneDNN packs the weight and costs about 90 us, which 16 million multiply-accumulates win back.
+SMALLEST_MACS = 16_000_000
+SMALLEST_GRADIENT_ROWS = 256  # below, the gradient of a weight is no faster
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`: the same parameters, names and initial values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns F.linear(x, weight, bias), by oneDNN where that is faster; first derivatives only in that case.
+
+    Args:
+        x: (..., I). weight: (O, I). bias: (O,) or None.
+    """
+    if not serves(x, weight):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns x @ weight.T + bias by oneDNN; x (..., I) contiguous, weight (O, I) of any strides, no gradients."""
+    if not weight.is_contiguous():
+        weight = weight.contiguous()  # packing it with its strides takes twice as long
+    rows = x.numel() // x.shape[-1]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns (O, I), grad.T @ x, of grad (T, O) and x (T, I), both contiguous."""
+    if len(x) < SMALLEST_GRADIENT_ROWS:
+        return grad.t() @ x
+    like = grad.new_empty((grad.shape[1], x.shape[1]))  # only its shape is read
+    return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like, False)[0]
+
+
+@cache
+def faster_products() -> str | None:
+    """Returns why oneDNN computes float32 products faster than MKL on this machine, one clause, or None."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return None
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):  # not part of PyTorch's public interface
+        LOGGER.warning(
+            "oneDNN's products are not used: this torch (%s) has no %s", torch.__version__, " or ".join(names)
+        )
+        return None
+    vendor = _cpu_vendor()
+    return None if vendor in ("", "GenuineIntel") else f"MKL uses AVX2 on a processor of {vendor} that has AVX-512"
+
+
+def _cpu_vendor() -> str:
+    """Returns what the processor calls its maker; "" where that cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether oneDNN computes the products of x (..., I) and a weight, (O, I) or (I, O), and faster."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if (
+        x.numel() // max(x.shape[-1], 1) * weight.numel() < SMALLEST_MACS
+        or torch.compiler.is_compiling()
+        or faster_products() is None
+    ):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
+        return False
+    plain = (Tensor, nn.Parameter)  # no fake, distributed or otherwise special tensor
+    if type(x) not in plain or type(weight) not in plain or weight.device.type != "cpu":
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        return packed_product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = packed_product(grad, weight.t())
+        flat = grad.view(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(flat, x.view(-1, x.shape[-1]))
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(dim=0)
+        return grad_x, grad_weight, grad_bias
