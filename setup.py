@@ -2,6 +2,7 @@
 
 Everything else stands in pyproject.toml. SWIN_MOE_NO_EXT=1 does not build them; SWIN_MOE_REQUIRE_EXT=1 makes it an
 error if they cannot be built, which otherwise is said and leaves a package that uses PyTorch's operators.
+SWIN_MOE_CUDA_ARCHITECTURES="90" compiles the CUDA kernels for these compute capabilities only.
 """
 
 import os
@@ -14,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # What runs on machines that do not have the newest GPU: two generations by name, the newest also as PTX for later ones.
-CUDA_ARCHITECTURES = ("80", "90", "100")
+CUDA_ARCHITECTURES = tuple(os.environ.get("SWIN_MOE_CUDA_ARCHITECTURES", "80 90 100").split())
 
 
 def sources(*patterns: str) -> list[str]:
@@ -30,6 +31,7 @@ def nvcc_flags() -> list[str]:
         "-O3",
         "-std=c++17",
         "--expt-relaxed-constexpr",
+        "--threads=4",  # architectures side by side
         *codes,
         f"-gencode=arch=compute_{newest},code=compute_{newest}",
     ]

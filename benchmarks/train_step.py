@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--batch 8] [--rounds 7] [--threads 1] [--precision fp32] [--only swin_tiny]
 
-Swin-T and SwinV2-T against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks, against
+Swin-T, SwinV2-T and SwinV2-B against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks, against
 a timm SwinTransformerV2 of the same width, depths, size and window: ratio of active multiply-accumulates per second.
 A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that
 ours is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy
@@ -72,6 +72,12 @@ PAIRS = (
         lambda: timm_model("swinv2_tiny_window8_256"),
     ),
     Pair(
+        "swinv2_base_window16",
+        256,
+        lambda: swin_moe.create_model("swinv2_base_patch4_window16_256"),
+        lambda: timm_model("swinv2_base_window16_256"),
+    ),
+    Pair(
         "swin_moe_small",
         192,
         lambda: swin_moe.create_model(MOE, num_classes=1000),
@@ -129,6 +135,9 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
     """Prints the table rows of one pair."""
     images = torch.randn(options.batch, 3, pair.size, pair.size, device=device)
     sides = [Side(pair.ours(), images, options.precision), Side(pair.theirs(), images, options.precision)]
+    for side, chosen in zip(sides, (("both",), ("both", "timm"))):
+        if options.compile in chosen:
+            side.model.compile()
     scale = pair.macs()[0] / pair.macs()[1]
     for mode in ("infer", "train"):
         for side in sides:  # warm-up: allocator, caches, oneDNN primitives
@@ -158,7 +167,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--only", default="", help="name of one pair")
+    parser.add_argument("--only", default="", help="names of pairs, comma-separated; all without")
+    parser.add_argument("--compile", default="none", choices=["none", "timm", "both"], help="through torch.compile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -168,7 +178,7 @@ def main() -> None:
     print(f"batch {options.batch}, {options.rounds} interleaved rounds, {machine}, torch {torch.__version__}\n")
     print("| network | step | precision | ours ms | timm ms | ours / timm speed |\n|---|---|---|---|---|---|")
     for pair in PAIRS:
-        if options.only in ("", pair.name):
+        if not options.only or pair.name in options.only.split(","):
             compare(pair, options, device)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.router import Routing
+from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
 
 
 @dataclass(frozen=True)
@@ -166,42 +167,24 @@ def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | 
     return Plan(position if keep is None else position.masked_fill(~keep, 0), keep, pair[:num_rows])
 
 
-def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Returns rows[index]; zeros where there are no rows at all, of which a plan's 0 stands for none."""
-    return rows.index_select(0, index) if rows.shape[0] else rows.new_zeros((len(index), *rows.shape[1:]))
-
-
-def _gather_choice(rows: Tensor, plan: Plan, choice: int) -> Tensor:
-    """Returns (T, D), for each token the row of its choice, zeros where dropped."""
-    taken = pick_rows(rows, plan.position[:, choice])
-    # Not a product with the mask: row 0 stands in for dropped pairs and may hold inf or nan.
-    return taken if plan.keep is None else taken.masked_fill_(~plan.keep[:, choice, None], 0)
-
-
 class _TakeTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(plan.position, plan.keep, plan.pair, plan.vacant)
-        return pick_rows(x, plan.pair.div(plan.top_k, rounding_mode="floor"))
+        return permute(x, plan.pair, plan.top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple:
         plan = Plan(*ctx.saved_tensors)
-        grad_x = _gather_choice(grad_rows, plan, 0)
-        for choice in range(1, plan.top_k):
-            grad_x += _gather_choice(grad_rows, plan, choice)
-        return grad_x, None
+        return unpermute(grad_rows, plan.position, keep=plan.keep), None
 
 
 class _CombineTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(y, gate, plan.position, plan.keep, plan.pair, plan.vacant)
-        out = _gather_choice(y, plan, 0) * gate[:, :1]
-        for choice in range(1, plan.top_k):
-            out.addcmul_(_gather_choice(y, plan, choice).to(out.dtype), gate[:, choice, None])
-        return out
+        return unpermute(y, plan.position, keep=plan.keep, gate=gate)
 
     @staticmethod
     @once_differentiable
@@ -210,14 +193,9 @@ class _CombineTokens(torch.autograd.Function):
         plan = Plan(*rest)
         grad_y = grad_gate = None
         if ctx.needs_input_grad[0]:
-            token = plan.pair.div(plan.top_k, rounding_mode="floor")
-            gate_N = pick_rows(gate.flatten(), plan.pair)
-            if plan.vacant is not None:  # experts multiply padding too, and it must add nothing to their gradients
-                gate_N = gate_N.masked_fill(plan.vacant, 0)
-            grad_y = pick_rows(grad_out, token).mul_(gate_N[:, None]).to(y.dtype)
+            grad_y = permute(grad_out, plan.pair, plan.top_k, gate=gate, vacant=plan.vacant, dtype=y.dtype)
         if ctx.needs_input_grad[1]:
-            choices = range(plan.top_k)
-            grad_gate = torch.stack([(_gather_choice(y, plan, c) * grad_out).sum(dim=1) for c in choices], dim=1)
+            grad_gate = gate_gradient(y, grad_out, plan.position, keep=plan.keep)
         return grad_y, grad_gate, None
 
 

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from swin_moe.moe.dispatch import Dispatched, Plan, pick_rows
+from swin_moe.moe.dispatch import Dispatched, Plan
+from swin_moe.ops.moe_permute import pick_rows
 from swin_moe.parallel.link import Link, Trip, arrive, depart, travel
 from swin_moe.parallel.transport import Route, block_order
 

@@ -1,7 +1,7 @@
 """Random cases of window attention, the formula read literally, and errors measured against float64."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ INPUTS = ("qkv", "bias_table", "logit_scale", "pad_qkv")
 # results of 560 cases are beyond 1.5 times without it, most of them of few numbers). In float64 eager is the reference.
 FLOORS = {torch.float64: 3e-14, torch.float32: 3e-7, torch.bfloat16: 5e-4, torch.float16: 6e-5}
 MANY = 64  # numbers of a result that is held to the bound in every single case
+Operator = Callable[..., Tensor]  # with the arguments of window_attention
 HEAD_DIMS = (8, 9, 16, 20, 24, 32, 33, 40, 48, 63, 64)
 
 
@@ -116,8 +117,12 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-def errors(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[float, float, int]]:
+def errors(
+    case: Case, dtype: torch.dtype, seed: int = 0, *, operator: Operator | None = None
+) -> dict[str, tuple[float, float, int]]:
     """Returns per result (error of the operator, of the eager reference, numbers it has): relative, against float64.
+
+    operator: What takes the operator's place; None = the operator on the CPU.
 
     A result that is zero but for rounding (softmax over one token) is compared with what rounding leaves in eager.
     """
@@ -127,7 +132,7 @@ def errors(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[flo
     wide = [None if t is None else t.double() for t in tensors]
     exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, grad_out.double())
     eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, grad_out)
-    operator = torch.ops.swin_moe.window_attention
+    operator = operator or torch.ops.swin_moe.window_attention
     ours = value_and_gradients(lambda *t: operator(*t, *case.numbers), tensors, grad_out)
     found = {}
     for name, expected in exact.items():
@@ -139,7 +144,7 @@ def errors(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[flo
     return found
 
 
-def check_against_eager(numbers: Iterable[int], dtype: torch.dtype) -> None:
+def check_against_eager(numbers: Iterable[int], dtype: torch.dtype, *, operator: Operator | None = None) -> None:
     """Asserts that the operator's errors over random cases are at most 1.5 times those of eager.
 
     Over all cases together (root mean square), and in every case for results of many numbers, with a floor. A few
@@ -148,7 +153,7 @@ def check_against_eager(numbers: Iterable[int], dtype: torch.dtype) -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     for number in numbers:
         case = random_case(number)
-        for name, (ours, eager, size) in errors(case, dtype, number).items():
+        for name, (ours, eager, size) in errors(case, dtype, number, operator=operator).items():
             found.setdefault(name, []).append((ours, eager))
             bound = 1.5 * eager + FLOORS[dtype]
             assert size < MANY or ours <= bound, f"{number}: {case}: {name}: {ours:.3g} > {bound:.3g}"

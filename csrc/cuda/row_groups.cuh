@@ -1,0 +1,27 @@
+// Rows by groups of lanes: as many lanes of a warp for a row as it has vectors, up to all 32.
+#pragma once
+
+#include "warp.cuh"
+
+namespace swin_moe {
+
+constexpr int kRowThreads = 256;
+
+// Which row a group works on, and which of its vectors a lane starts with.
+struct RowGroup {
+  int64_t row;
+  int lane, lanes;
+
+  __device__ __forceinline__ explicit RowGroup(int lanes_)
+      : row((int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / lanes_), lane(threadIdx.x % lanes_), lanes(lanes_) {}
+};
+
+inline int lanes_for(int64_t vectors) {
+  int lanes = 1;
+  while (lanes < 32 && lanes < vectors) lanes *= 2;
+  return lanes;
+}
+
+inline int64_t row_blocks(int64_t rows, int lanes) { return (rows * lanes + kRowThreads - 1) / kRowThreads; }
+
+}  // namespace swin_moe

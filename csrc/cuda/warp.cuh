@@ -1,0 +1,160 @@
+// What the kernels ask of the hardware, and nothing else: matrix instructions, asynchronous copies, conversions, launch.
+//
+// SWIN_MOE_EMULATION replaces this file's device code by tests/csrc/cuda_emulation.h, so that the kernels themselves run
+// on the host. Everything a kernel uses beyond plain C++ and the names of CUDA C++ belongs here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace swin_moe {
+
+// Storage of 16-bit elements; their arithmetic is float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+}  // namespace swin_moe
+
+#if defined(SWIN_MOE_EMULATION)
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+
+namespace swin_moe {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+__device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8, 16 bytes. Register m of lane l then holds
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the transposed matrices.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c (16 x 8, float32) += a (16 x 16) b (16 x 8).
+__device__ __forceinline__ void multiply_add(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_add(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two elements in one register, the first in the low half, rounded to nearest even.
+__device__ __forceinline__ uint32_t pack(float first, float second, BFloat16) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+__device__ __forceinline__ uint32_t pack(float first, float second, Float16) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Float16 x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+
+// 16 bytes from global to shared memory, both aligned; complete after wait_for_copies.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 2 ** x to about 2 units in the last place of float32; 0 for minus infinity.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+                   P... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > kWithoutAsking) {
+    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<unsigned(blocks), unsigned(threads), shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace swin_moe
+#endif
+
+namespace swin_moe {
+
+__device__ __forceinline__ void store_pair(float* to, float first, float second) {
+  to[0] = first;
+  to[1] = second;
+}
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack(first, second, T{});
+}
+
+__device__ __forceinline__ void load_pair(const float* from, float& first, float& second) {
+  first = from[0];
+  second = from[1];
+}
+template <class T>
+__device__ __forceinline__ void load_pair(const T* from, float& first, float& second) {
+  const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
+  first = to_float(T{uint16_t(both)});
+  second = to_float(T{uint16_t(both >> 16)});
+}
+
+// float64 stays what it is, so that one source serves every element.
+__device__ __forceinline__ double to_float(double x) { return x; }
+__device__ __forceinline__ void from_float(double& to, double x) { to = x; }
+__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
+template <class T>
+__device__ __forceinline__ void from_float(T& to, float x) {
+  to.bits = uint16_t(pack(x, 0.f, T{}));
+}
+
+// Over the four lanes that share the rows of a fragment.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+}  // namespace swin_moe

@@ -1,0 +1,7 @@
+#include "window_backward_variants.cuh"
+
+namespace swin_moe {
+
+const BackwardVariant* find_backward_fp16(const WindowLaunch& p) { return BackwardVariants<Float16, true>::find(p); }
+
+}  // namespace swin_moe

@@ -1,0 +1,150 @@
+// Backward of large windows, second part: gradients of keys and values, and of the position bias. A block holds 16 keys
+// per warp and streams the queries of their windows with the statistics of their rows.
+#pragma once
+
+#include "window_gradients.cuh"
+
+namespace swin_moe {
+
+template <class S, int PairTiles>
+struct KeysShared {
+  using T = typename S::T;
+  TokenTable table;
+  RowStatistics statistics;
+  float *inverse_keys, *inverse_queries, *pad, *pairs;
+  T *keys, *values, *queries, *grad_out;  // queries, grad_out and their statistics: in two stages
+
+  SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
+    SharedPieces pieces{base};
+    table.place(pieces, g, padded_tokens<S>(g.tokens()));
+    inverse_keys = pieces.take<float>(S::kRows);
+    inverse_queries = pieces.take<float>(S::kOthers);
+    pad = pieces.take<float>(S::kWarps * 2 * S::kHeadDim);
+    SharedPieces after = pieces;  // the pairs lie where the rows were
+    pairs = after.take<float>(PairTiles ? S::kRows * (PairTiles * kTile + 1) : 0);
+    keys = pieces.take<T>(S::kRows * S::kPitch);
+    values = pieces.take<T>(S::kRows * S::kPitch);
+    statistics = {pieces.take<float>(2 * S::kOthers), pieces.take<float>(2 * S::kOthers),
+                  pieces.take<float>(2 * S::kOthers)};
+    queries = pieces.take<T>(2 * S::kStage);
+    grad_out = pieces.take<T>(2 * S::kStage);
+    return pieces.used > after.used ? pieces.used : after.used;
+  }
+
+  // Starts to bring in the queries from `first` on, and their statistics.
+  __device__ __forceinline__ void load_queries(const WindowLaunch& p, const RowStatistics& all, int stage,
+                                               int64_t window, int64_t image, int head, int tokens, int first) {
+    const int* source = table.source + first;
+    load_rows<S>(queries + stage * S::kStage, qkv_rows<const T>(p, p.qkv, image, head, 0), source, S::kOthers);
+    load_rows<S>(grad_out + stage * S::kStage, out_rows<const T>(p, p.grad_out, image, head), source, S::kOthers);
+    const RowStatistics from = all.from((window * p.num_heads + head) * tokens + first);
+    const RowStatistics to = statistics.from(stage * S::kOthers);
+    for (int t = threadIdx.x; t < S::kOthers; t += S::kThreads) {
+      const bool inside = first + t < tokens;
+      to.largest[t] = inside ? from.largest[t] : INFINITY;
+      to.inverse_sum[t] = inside ? from.inverse_sum[t] : 0.f;
+      to.delta[t] = inside ? from.delta[t] : 0.f;
+    }
+  }
+};
+
+// What a launch of the kernel computes. PairTiles: tiles of queries whose gradients with every key stay in registers from
+// window to window, for the bias; 0 = none, and then any number of queries is streamed. Gradients: of keys and values.
+template <class S, int PairTiles, bool Gradients>
+__global__ void __launch_bounds__(S::kThreads) window_backward_keys_kernel(
+    const WindowLaunch p, const Partials partials, const RowStatistics statistics, int query_ranges, int64_t chunks) {
+  using T = typename S::T;
+  constexpr int kUnrolled = PairTiles / S::kTiles;
+  static_assert(PairTiles % S::kTiles == 0, "whole blocks of queries");
+  const WindowGeometry g = known_geometry<S>(p.geometry);
+  const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), row_blocks = blocks_of(tokens, S::kRows);
+  const BlockTask task(p, row_blocks * query_ranges, chunks);
+  KeysShared<S, PairTiles> shared;
+  shared.place(shared_memory(), g);
+  shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
+  for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
+  ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
+  const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block % row_blocks * S::kRows;
+  const int first_query = task.row_block / row_blocks * PairTiles * kTile;
+  const int query_blocks = min(blocks_of(tokens - first_query, S::kOthers), kUnrolled ? kUnrolled : kMaxWindowTokens);
+  const int* row_source = shared.table.source + first_row;
+  float grad_bias[PairTiles ? PairTiles : 1][kTileSums];
+  set_zero(grad_bias);
+
+  for (int64_t window = task.begin; window < task.end; ++window) {
+    const int64_t image = window / g.windows(), place = window % g.windows();
+    rule.crosses = crosses_seam(g, place);
+    __syncthreads();  // the window before is no longer read
+    shared.table.fill_window(g, place, padded);
+    __syncthreads();
+    load_rows<S>(shared.keys, qkv_rows<const T>(p, p.qkv, image, task.head, 1), row_source, S::kRows);
+    load_rows<S>(shared.values, qkv_rows<const T>(p, p.qkv, image, task.head, 2), row_source, S::kRows);
+    shared.load_queries(p, statistics, 0, window, image, task.head, tokens, first_query);
+
+    const ScoreRows<true> rows(shared.table, rule, first_row + warp_row);
+    typename Fragments<T>::Left keys[S::kSlices], values[S::kSlices];
+    float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums];
+    set_zero(grad_keys);
+    set_zero(grad_values);
+    const auto step = [&](int block, auto add_pairs) {
+      const int stage = block % 2, query = first_query + block * S::kOthers;
+      wait_for_copies();
+      __syncthreads();  // this block of queries is here, and the one before is no longer read
+      if (block + 1 < query_blocks)
+        shared.load_queries(p, statistics, 1 - stage, window, image, task.head, tokens, query + S::kOthers);
+      if (p.logit_scale) {
+        if (block == 0) normalize_rows<S>(shared.keys, shared.inverse_keys, S::kRows);
+        normalize_rows<S>(shared.queries + stage * S::kStage, shared.inverse_queries, S::kOthers);
+        __syncthreads();
+      }
+      if (block == 0) {
+        load_left<S>(keys, shared.keys, warp_row);
+        load_left<S>(values, shared.values, warp_row);
+      }
+#pragma unroll
+      for (int u = 0; u < S::kTiles; ++u) {
+        float grad_scores[kTileSums];
+        key_step<S, Gradients>(grad_scores, grad_keys, grad_values, rows, keys, values,
+                               shared.queries + stage * S::kStage, shared.grad_out + stage * S::kStage,
+                               shared.statistics.from(stage * S::kOthers), u * kTile, query + u * kTile);
+        add_pairs(u, grad_scores);
+      }
+    };
+    if constexpr (kUnrolled > 0) {
+#pragma unroll
+      for (int block = 0; block < kUnrolled; ++block)
+        if (block < query_blocks)
+          step(block, [&](int u, const float(&grad_scores)[kTileSums]) {
+#pragma unroll
+            for (int e = 0; e < kTileSums; ++e) grad_bias[block * S::kTiles + u][e] += grad_scores[e];
+          });
+    } else {
+      for (int block = 0; block < query_blocks; ++block) step(block, [](int, const float(&)[kTileSums]) {});
+    }
+    if constexpr (Gradients) {
+      float factor[2], along[2];
+      finish_rows<S>(grad_keys, factor, along, p, task.head, shared.keys, shared.inverse_keys, warp_row);
+      __syncwarp();
+      write_sums<S>(shared.keys, warp_row, grad_keys, factor[0], factor[1]);
+      write_sums<S>(shared.values, warp_row, grad_values, 1.f, 1.f);
+      if (partials.pad) {
+        const float unchanged[2] = {1.f, 1.f};
+        float* pad = shared.pad + warp_row / kTile * 2 * S::kHeadDim;
+        add_padding<S>(pad, grad_keys, factor, row_source + warp_row);
+        add_padding<S>(pad + S::kHeadDim, grad_values, unchanged, row_source + warp_row);
+      }
+      __syncthreads();
+      store_rows<S>(shared.keys, qkv_rows<T>(p, p.grad_qkv, image, task.head, 1), row_source, S::kRows, threadIdx.x,
+                    S::kThreads);
+      store_rows<S>(shared.values, qkv_rows<T>(p, p.grad_qkv, image, task.head, 2), row_source, S::kRows, threadIdx.x,
+                    S::kThreads);
+    }
+  }
+  const int64_t partial = task.chunk * row_blocks * query_ranges + task.row_block;
+  if (Gradients && partials.pad) write_padding<S>(p, partials, shared.pad, partial, task.head);
+  if constexpr (PairTiles > 0)
+    write_bias<S>(grad_bias, shared.pairs, partials.bias + (partial * p.num_heads + task.head) * g.table_rows(), g,
+                  first_row, first_query);
+}
+
+}  // namespace swin_moe

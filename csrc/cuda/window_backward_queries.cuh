@@ -1,0 +1,175 @@
+// Backward of large windows, first part: gradients of queries. A block holds 16 queries per warp and streams the keys and
+// values of their windows twice: for the statistics of the rows, and for the gradients.
+#pragma once
+
+#include "window_gradients.cuh"
+
+namespace swin_moe {
+
+template <class S>
+struct QueriesShared {
+  using T = typename S::T;
+  TokenTable table;
+  float *inverse_queries, *inverse_keys, *scratch;
+  T *queries, *grad_out, *keys, *values;  // keys and values: in two stages
+
+  SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
+    SharedPieces pieces{base};
+    table.place(pieces, g, padded_tokens<S>(g.tokens()));
+    inverse_queries = pieces.take<float>(S::kRows);
+    inverse_keys = pieces.take<float>(S::kOthers);
+    scratch = pieces.take<float>(S::kWarps);
+    queries = pieces.take<T>(S::kRows * S::kPitch);
+    grad_out = pieces.take<T>(S::kRows * S::kPitch);
+    keys = pieces.take<T>(2 * S::kStage);
+    values = pieces.take<T>(2 * S::kStage);
+    return pieces.used;
+  }
+};
+
+// 16 queries of a warp on their way through the keys.
+template <class S>
+struct QueryRows {
+  using Left = typename Fragments<typename S::T>::Left;
+  Left queries[S::kSlices], grad_out[S::kSlices];
+  RunningSoftmax<typename S::T> softmax;
+  float products[2] = {0.f, 0.f};    // sums of exponentials times the gradient of the weight, of this lane
+  float inverse_sum[2], delta[2];
+
+  __device__ __forceinline__ void multiply(float (&scores)[S::kTiles][kTileSums],
+                                           float (&grad_weights)[S::kTiles][kTileSums], const ScoreRows<false>& rows,
+                                           const typename S::T* keys, const typename S::T* values, int first_key) {
+    set_zero(scores);
+    set_zero(grad_weights);
+    multiply_rows<S>(scores, queries, keys, 0);
+    multiply_rows<S>(grad_weights, grad_out, values, 0);
+#pragma unroll
+    for (int u = 0; u < S::kTiles; ++u) rows.finish(scores[u], first_key + u * kTile);
+  }
+
+  __device__ __forceinline__ void measure(float (&scores)[S::kTiles][kTileSums],
+                                          const float (&grad_weights)[S::kTiles][kTileSums]) {
+    float shrink[2];
+    softmax.update(scores, shrink);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) products[h] *= shrink[h];
+#pragma unroll
+    for (int u = 0; u < S::kTiles; ++u)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e) products[e / 2 % 2] += scores[u][e] * grad_weights[u][e];
+  }
+
+  __device__ __forceinline__ void finish_statistics() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      inverse_sum[h] = 1.f / softmax.total(h);
+      delta[h] = quad_sum(products[h]) * inverse_sum[h];
+    }
+  }
+
+  __device__ __forceinline__ void differentiate(float (&scores)[S::kTiles][kTileSums],
+                                                const float (&grad_weights)[S::kTiles][kTileSums]) const {
+#pragma unroll
+    for (int u = 0; u < S::kTiles; ++u)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e) {
+        const int h = e / 2 % 2;
+        const float weight = ScoreUnit<typename S::T>::exponential(scores[u][e] - softmax.largest[h]) * inverse_sum[h];
+        scores[u][e] = weight * (grad_weights[u][e] - delta[h]);
+      }
+  }
+};
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
+    const WindowLaunch p, const Partials partials, const RowStatistics statistics, int64_t chunks) {
+  using T = typename S::T;
+  const WindowGeometry g = known_geometry<S>(p.geometry);
+  const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), key_blocks = blocks_of(tokens, S::kOthers);
+  const int row_blocks = blocks_of(tokens, S::kRows);
+  const BlockTask task(p, row_blocks, chunks);
+  QueriesShared<S> shared;
+  shared.place(shared_memory(), g);
+  shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
+  ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
+  const Lane lane;
+  const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
+  const int* row_source = shared.table.source + first_row;
+  float grad_factor = 0.f;
+
+  for (int64_t window = task.begin; window < task.end; ++window) {
+    const int64_t image = window / g.windows(), place = window % g.windows();
+    rule.crosses = crosses_seam(g, place);
+    __syncthreads();  // the window before is no longer read
+    shared.table.fill_window(g, place, padded);
+    __syncthreads();
+    const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
+    const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
+    load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);
+    load_rows<S>(shared.grad_out, out_rows<const T>(p, p.grad_out, image, task.head), row_source, S::kRows);
+    load_rows<S>(shared.keys, keys, shared.table.source, S::kOthers);
+    load_rows<S>(shared.values, values, shared.table.source, S::kOthers);
+
+    const ScoreRows<false> rows(shared.table, rule, first_row + warp_row);
+    QueryRows<S> row;
+    float grad_queries[S::kSlices][kTileSums];
+    set_zero(grad_queries);
+    for (int step = 0; step < 2 * key_blocks; ++step) {
+      const int stage = step % 2 * S::kStage, first_key = step % key_blocks * S::kOthers;
+      wait_for_copies();
+      __syncthreads();  // this block of keys is here, and the one before is no longer read
+      if (step + 1 < 2 * key_blocks) {
+        const int* next = shared.table.source + (step + 1) % key_blocks * S::kOthers;
+        load_rows<S>(shared.keys + S::kStage - stage, keys, next, S::kOthers);
+        load_rows<S>(shared.values + S::kStage - stage, values, next, S::kOthers);
+      }
+      if (p.logit_scale) {
+        if (step == 0) normalize_rows<S>(shared.queries, shared.inverse_queries, S::kRows);
+        normalize_rows<S>(shared.keys + stage, shared.inverse_keys, S::kOthers);
+        __syncthreads();
+      }
+      if (step == 0) {
+        load_left<S>(row.queries, shared.queries, warp_row);
+        load_left<S>(row.grad_out, shared.grad_out, warp_row);
+      }
+      float scores[S::kTiles][kTileSums], grad_weights[S::kTiles][kTileSums];
+      row.multiply(scores, grad_weights, rows, shared.keys + stage, shared.values + stage, first_key);
+      if (step < key_blocks) {
+        row.measure(scores, grad_weights);
+        if (step == key_blocks - 1) row.finish_statistics();
+      } else {
+        row.differentiate(scores, grad_weights);
+#pragma unroll
+        for (int u = 0; u < S::kTiles; ++u)
+          multiply_weights<S>(grad_queries, scores[u], shared.keys + stage, u * kTile);
+      }
+    }
+    float factor[2], along[2] = {0.f, 0.f};
+    finish_rows<S>(grad_queries, factor, along, p, task.head, shared.queries, shared.inverse_queries, warp_row);
+    __syncwarp();
+    write_sums<S>(shared.queries, warp_row, grad_queries, factor[0], factor[1]);
+    __syncwarp();
+    store_rows<S>(shared.queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, task.head, 0),
+                  row_source + warp_row, kTile, lane.id, 32);
+    if (lane.column == 0) {
+      grad_factor += along[0] + along[1];
+      const int64_t at = (window * p.num_heads + task.head) * tokens;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = first_row + warp_row + lane.row + 8 * h;
+        if (query < tokens) {
+          statistics.largest[at + query] = row.softmax.largest[h];
+          statistics.inverse_sum[at + query] = row.inverse_sum[h];
+          statistics.delta[at + query] = row.delta[h];
+        }
+      }
+    }
+  }
+  if (p.logit_scale) {
+    const float sum = block_sum<S>(grad_factor, shared.scratch);
+    if (threadIdx.x == 0)
+      partials.logit_scale[(task.chunk * row_blocks + task.row_block) * p.num_heads + task.head] = sum;
+  }
+}
+
+}  // namespace swin_moe

@@ -1,0 +1,186 @@
+// Backward of windows of up to 64 tokens: a block reads q, k, v and the gradient of a window once and writes theirs once.
+// First each warp owns 16 queries, whose whole rows of scores are in its registers, then 16 keys. The gradients of all
+// pairs of tokens stay in registers from window to window.
+#pragma once
+
+#include "window_gradients.cuh"
+
+namespace swin_moe {
+
+template <class S>
+struct WholeShared {
+  using T = typename S::T;
+  static_assert(S::kRows == S::kOthers, "a window in one piece");
+  TokenTable table;
+  RowStatistics statistics;
+  float *inverse_queries, *inverse_keys, *pad, *scratch, *pairs;
+  T *queries, *keys, *values, *grad_out;
+
+  SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
+    SharedPieces pieces{base};
+    table.place(pieces, g, S::kRows);
+    inverse_queries = pieces.take<float>(S::kRows);
+    inverse_keys = pieces.take<float>(S::kRows);
+    statistics = {pieces.take<float>(S::kRows), pieces.take<float>(S::kRows), pieces.take<float>(S::kRows)};
+    pad = pieces.take<float>(S::kWarps * 2 * S::kHeadDim);
+    scratch = pieces.take<float>(S::kWarps);
+    SharedPieces after = pieces;  // the pairs lie where the rows were
+    pairs = after.take<float>(S::kRows * (S::kRows + 1));
+    queries = pieces.take<T>(S::kRows * S::kPitch);
+    keys = pieces.take<T>(S::kRows * S::kPitch);
+    values = pieces.take<T>(S::kRows * S::kPitch);
+    grad_out = pieces.take<T>(S::kRows * S::kPitch);
+    return pieces.used > after.used ? pieces.used : after.used;
+  }
+
+  __device__ __forceinline__ void load(const WindowLaunch& p, int64_t image, int head) {
+    load_rows<S>(queries, qkv_rows<const T>(p, p.qkv, image, head, 0), table.source, S::kRows);
+    load_rows<S>(keys, qkv_rows<const T>(p, p.qkv, image, head, 1), table.source, S::kRows);
+    load_rows<S>(values, qkv_rows<const T>(p, p.qkv, image, head, 2), table.source, S::kRows);
+    load_rows<S>(grad_out, out_rows<const T>(p, p.grad_out, image, head), table.source, S::kRows);
+    wait_for_copies();
+    __syncthreads();
+    if (p.logit_scale) {
+      normalize_rows<S>(queries, inverse_queries, S::kRows);
+      normalize_rows<S>(keys, inverse_keys, S::kRows);
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void store(const WindowLaunch& p, int64_t image, int head) {
+    T* rows[3] = {queries, keys, values};
+#pragma unroll
+    for (int part = 0; part < 3; ++part)
+      store_rows<S>(rows[part], qkv_rows<T>(p, p.grad_qkv, image, head, part), table.source, S::kRows, threadIdx.x,
+                    S::kThreads);
+  }
+};
+
+// Sums of grad_scores times keys for 16 queries; leaves what the keys need of these rows in shared memory.
+template <class S>
+__device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kTileSums], const WholeShared<S>& shared,
+                                            const ScoreRule& rule, int row) {
+  using F = Fragments<typename S::T>;
+  const Lane lane;
+  float weights[S::kTiles][kTileSums], grad_weights[S::kTiles][kTileSums], unused[2];
+  {
+    const ScoreRows<false> rows(shared.table, rule, row);
+    typename F::Left left[S::kSlices];
+    set_zero(weights);
+    load_left<S>(left, shared.queries, row);
+    multiply_rows<S>(weights, left, shared.keys, 0);
+#pragma unroll
+    for (int u = 0; u < S::kTiles; ++u) rows.finish(weights[u], u * kTile);
+    set_zero(grad_weights);
+    load_left<S>(left, shared.grad_out, row);
+    multiply_rows<S>(grad_weights, left, shared.values, 0);
+  }
+  RunningSoftmax<typename S::T> softmax;
+  softmax.update(weights, unused);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float inverse = 1.f / softmax.total(h);
+    float delta = 0.f;
+#pragma unroll
+    for (int u = 0; u < S::kTiles; ++u)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e)
+        if (e / 2 % 2 == h) {
+          weights[u][e] *= inverse;
+          delta += weights[u][e] * grad_weights[u][e];
+        }
+    delta = quad_sum(delta);
+#pragma unroll
+    for (int u = 0; u < S::kTiles; ++u)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e)
+        if (e / 2 % 2 == h) weights[u][e] *= grad_weights[u][e] - delta;
+    const int query = row + lane.row + 8 * h;
+    if (lane.column == 0) {
+      shared.statistics.largest[query] = query < rule.tokens ? softmax.largest[h] : INFINITY;
+      shared.statistics.inverse_sum[query] = inverse;
+      shared.statistics.delta[query] = delta;
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < S::kTiles; ++u) multiply_weights<S>(grad_queries, weights[u], shared.keys, u * kTile);
+}
+
+template <class S>
+__device__ __forceinline__ void key_phase(float (&grad_bias)[S::kTiles][kTileSums],
+                                          float (&grad_keys)[S::kSlices][kTileSums],
+                                          float (&grad_values)[S::kSlices][kTileSums], const WholeShared<S>& shared,
+                                          const ScoreRule& rule, int row) {
+  const ScoreRows<true> rows(shared.table, rule, row);
+  typename Fragments<typename S::T>::Left keys[S::kSlices], values[S::kSlices];
+  load_left<S>(keys, shared.keys, row);
+  load_left<S>(values, shared.values, row);
+#pragma unroll
+  for (int u = 0; u < S::kTiles; ++u) {
+    float grad_scores[kTileSums];
+    key_step<S, true>(grad_scores, grad_keys, grad_values, rows, keys, values, shared.queries, shared.grad_out,
+                      shared.statistics, u * kTile, u * kTile);
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) grad_bias[u][e] += grad_scores[e];
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads)
+    window_backward_whole_kernel(const WindowLaunch p, const Partials partials, int64_t chunks) {
+  using T = typename S::T;
+  const WindowGeometry g = known_geometry<S>(p.geometry);
+  const BlockTask task(p, 1, chunks);
+  WholeShared<S> shared;
+  shared.place(shared_memory(), g);
+  shared.table.fill_head(p, g, task.head, S::kRows, ScoreUnit<T>::kUnit);
+  for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
+  ScoreRule rule(p, g.tokens(), task.head, ScoreUnit<T>::kUnit);
+  const int row = threadIdx.x / 32 * kTile;
+  const Lane lane;
+  const float unchanged[2] = {1.f, 1.f};
+  float grad_bias[S::kTiles][kTileSums], grad_factor = 0.f;
+  set_zero(grad_bias);
+
+  for (int64_t window = task.begin; window < task.end; ++window) {
+    const int64_t image = window / g.windows(), place = window % g.windows();
+    rule.crosses = crosses_seam(g, place);
+    __syncthreads();  // the window before is no longer read
+    shared.table.fill_window(g, place, S::kRows);
+    __syncthreads();
+    shared.load(p, image, task.head);
+
+    float grad_queries[S::kSlices][kTileSums], query_factor[2], along[2] = {0.f, 0.f};
+    set_zero(grad_queries);
+    query_phase(grad_queries, shared, rule, row);
+    finish_rows<S>(grad_queries, query_factor, along, p, task.head, shared.queries, shared.inverse_queries, row);
+    if (lane.column == 0) grad_factor += along[0] + along[1];
+    __syncthreads();  // the statistics of all queries are there
+
+    float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums], key_factor[2];
+    set_zero(grad_keys);
+    set_zero(grad_values);
+    key_phase(grad_bias, grad_keys, grad_values, shared, rule, row);
+    finish_rows<S>(grad_keys, key_factor, along, p, task.head, shared.keys, shared.inverse_keys, row);
+    __syncthreads();  // nobody reads the rows any more: the gradients take their place
+    write_sums<S>(shared.queries, row, grad_queries, query_factor[0], query_factor[1]);
+    write_sums<S>(shared.keys, row, grad_keys, key_factor[0], key_factor[1]);
+    write_sums<S>(shared.values, row, grad_values, 1.f, 1.f);
+    if (partials.pad) {
+      float* pad = shared.pad + row / kTile * 2 * S::kHeadDim;
+      add_padding<S>(pad, grad_keys, key_factor, shared.table.source + row);
+      add_padding<S>(pad + S::kHeadDim, grad_values, unchanged, shared.table.source + row);
+    }
+    __syncthreads();
+    shared.store(p, image, task.head);
+  }
+  const int64_t partial = task.chunk * p.num_heads + task.head;
+  if (p.logit_scale) {
+    const float sum = block_sum<S>(grad_factor, shared.scratch);
+    if (threadIdx.x == 0) partials.logit_scale[partial] = sum;
+  }
+  if (partials.pad) write_padding<S>(p, partials, shared.pad, task.chunk, task.head);
+  write_bias<S>(grad_bias, shared.pairs, partials.bias + partial * g.table_rows(), g, 0, 0);
+}
+
+}  // namespace swin_moe

@@ -1,0 +1,134 @@
+// Forward of window attention: a block holds 16 queries per warp and streams the keys and values of their windows.
+#pragma once
+
+#include "window_scores.cuh"
+
+namespace swin_moe {
+
+// Which head, rows and windows a block works on; heads vary fastest, so that neighbours read the same lines.
+struct BlockTask {
+  int head, row_block;
+  int64_t chunk, begin, end;         // windows, counted over all images
+
+  __device__ __forceinline__ BlockTask(const WindowLaunch& p, int row_blocks, int64_t chunks) {
+    const unsigned index = blockIdx.x;
+    head = index % p.num_heads;
+    row_block = index / p.num_heads % row_blocks;
+    chunk = index / p.num_heads / row_blocks;
+    begin = p.windows() * chunk / chunks;
+    end = p.windows() * (chunk + 1) / chunks;
+  }
+};
+
+template <class S>
+struct ForwardShared {
+  using T = typename S::T;
+  TokenTable table;
+  T *queries, *keys, *values;        // keys and values: in stages
+  float* inverse;                    // of lengths, not read again
+
+  // With one block of keys there is nothing to bring in ahead.
+  SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
+    SharedPieces pieces{base};
+    const int stages = g.tokens() > S::kOthers ? 2 : 1;
+    table.place(pieces, g, padded_tokens<S>(g.tokens()));
+    inverse = pieces.take<float>(S::kRows > S::kOthers ? S::kRows : S::kOthers);
+    queries = pieces.take<T>(S::kRows * S::kPitch);
+    keys = pieces.take<T>(stages * S::kStage);
+    values = pieces.take<T>(stages * S::kStage);
+    return pieces.used;
+  }
+};
+
+// One block of keys: scores, softmax, values.
+template <class S>
+__device__ __forceinline__ void attend(float (&out)[S::kSlices][kTileSums], RunningSoftmax<typename S::T>& softmax,
+                                       const ScoreRows<false>& rows,
+                                       const typename Fragments<typename S::T>::Left (&queries)[S::kSlices],
+                                       const typename S::T* keys, const typename S::T* values, int first_key) {
+  float scores[S::kTiles][kTileSums], shrink[2];
+  set_zero(scores);
+  multiply_rows<S>(scores, queries, keys, 0);
+#pragma unroll
+  for (int u = 0; u < S::kTiles; ++u) rows.finish(scores[u], first_key + u * kTile);
+  softmax.update(scores, shrink);
+  if (first_key > 0) {
+#pragma unroll
+    for (int s = 0; s < S::kSlices; ++s)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e) out[s][e] *= shrink[e / 2 % 2];
+  }
+#pragma unroll
+  for (int u = 0; u < S::kTiles; ++u) multiply_weights<S>(out, scores[u], values, u * kTile);
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const WindowLaunch p, int64_t chunks) {
+  using T = typename S::T;
+  const WindowGeometry g = known_geometry<S>(p.geometry);
+  const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), key_blocks = blocks_of(tokens, S::kOthers);
+  const BlockTask task(p, blocks_of(tokens, S::kRows), chunks);
+  ForwardShared<S> shared;
+  shared.place(shared_memory(), g);
+  shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
+  ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
+  const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
+  const int* row_source = shared.table.source + first_row;
+
+  for (int64_t window = task.begin; window < task.end; ++window) {
+    const int64_t image = window / g.windows(), place = window % g.windows();
+    rule.crosses = crosses_seam(g, place);
+    __syncthreads();  // the rows and tokens of the window before are no longer read
+    shared.table.fill_window(g, place, padded);
+    __syncthreads();
+    const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
+    const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
+    load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);
+    load_rows<S>(shared.keys, keys, shared.table.source, S::kOthers);
+    load_rows<S>(shared.values, values, shared.table.source, S::kOthers);
+
+    const ScoreRows<false> rows(shared.table, rule, first_row + warp_row);
+    typename Fragments<T>::Left queries[S::kSlices];
+    RunningSoftmax<T> softmax;
+    float out[S::kSlices][kTileSums];
+    set_zero(out);
+    for (int block = 0; block < key_blocks; ++block) {
+      const int stage = block % 2 * S::kStage, first_key = block * S::kOthers;
+      wait_for_copies();
+      __syncthreads();  // this block of keys is here, and the one before is no longer read
+      if (block + 1 < key_blocks) {
+        const int* next = shared.table.source + first_key + S::kOthers;
+        load_rows<S>(shared.keys + S::kStage - stage, keys, next, S::kOthers);
+        load_rows<S>(shared.values + S::kStage - stage, values, next, S::kOthers);
+      }
+      if (p.logit_scale) {
+        if (block == 0) normalize_rows<S>(shared.queries, shared.inverse, S::kRows);
+        normalize_rows<S>(shared.keys + stage, shared.inverse, S::kOthers);
+        __syncthreads();
+      }
+      if (block == 0) load_left<S>(queries, shared.queries, warp_row);
+      attend<S>(out, softmax, rows, queries, shared.keys + stage, shared.values + stage, first_key);
+    }
+    // The queries of this warp are in registers by now, so its rows of them take the result.
+    __syncwarp();
+    write_sums<S>(shared.queries, warp_row, out, 1.f / softmax.total(0), 1.f / softmax.total(1));
+    __syncwarp();
+    store_rows<S>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
+                  row_source + warp_row, kTile, threadIdx.x % 32, 32);
+  }
+}
+
+template <class S>
+cudaError_t window_forward(const WindowLaunch& p, cudaStream_t stream) {
+  ForwardShared<S> shared;
+  const size_t bytes = shared.place(nullptr, p.geometry);
+  const int64_t row_blocks = blocks_of(p.geometry.tokens(), S::kRows);
+  // A block takes several windows where there are many: the bias of its head is then read once for all of them.
+  constexpr int64_t kEnoughBlocks = 8192, kMostWindows = 8;
+  int64_t per_block = p.windows() * p.num_heads * row_blocks / kEnoughBlocks;
+  per_block = per_block < 1 ? 1 : per_block > kMostWindows ? kMostWindows : per_block;
+  const int64_t chunks = (p.windows() + per_block - 1) / per_block;
+  return launch(window_forward_kernel<S>, chunks * row_blocks * p.num_heads, S::kThreads, bytes, stream, p, chunks);
+}
+
+}  // namespace swin_moe

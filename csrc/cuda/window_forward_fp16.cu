@@ -1,0 +1,7 @@
+#include "window_forward_variants.cuh"
+
+namespace swin_moe {
+
+const ForwardVariant* find_forward_fp16(const WindowLaunch& p) { return ForwardVariants<Float16, true>::find(p); }
+
+}  // namespace swin_moe

@@ -1,0 +1,151 @@
+// What the backward kernels of window attention share: one product of keys and queries, gradients of unit vectors, and
+// the sums over windows that leave a block (position bias, logit scale, padding).
+#pragma once
+
+#include "window_forward.cuh"
+#include "window_workspace.h"
+
+namespace swin_moe {
+
+// Gradients of 16 keys from 16 queries, and the gradients of their scores. Columns are queries, row first.. of the
+// statistics.
+template <class S, bool Gradients>
+__device__ __forceinline__ void key_step(float (&grad_scores)[kTileSums], float (&grad_keys)[S::kSlices][kTileSums],
+                                         float (&grad_values)[S::kSlices][kTileSums], const ScoreRows<true>& rows,
+                                         const typename Fragments<typename S::T>::Left (&keys)[S::kSlices],
+                                         const typename Fragments<typename S::T>::Left (&values)[S::kSlices],
+                                         const typename S::T* queries, const typename S::T* grad_out,
+                                         const RowStatistics& statistics, int first, int first_query) {
+  const Lane lane;
+  float weights[1][kTileSums], grad_weights[1][kTileSums];
+  set_zero(weights);
+  set_zero(grad_weights);
+  multiply_rows<S>(weights, keys, queries, first);
+  multiply_rows<S>(grad_weights, values, grad_out, first);
+  rows.finish(weights[0], first_query);
+#pragma unroll
+  for (int e = 0; e < kTileSums; ++e) {
+    const int query = first + lane.column_of(e);
+    weights[0][e] = ScoreUnit<typename S::T>::exponential(weights[0][e] - statistics.largest[query]) *
+                    statistics.inverse_sum[query];
+    grad_scores[e] = weights[0][e] * (grad_weights[0][e] - statistics.delta[query]);
+  }
+  if (Gradients) {
+    multiply_weights<S>(grad_values, weights[0], grad_out, first);
+    multiply_weights<S>(grad_keys, grad_scores, queries, first);
+  }
+}
+
+// Gradients of rows from those of their scores' factors: d (f x / |x|) = f / |x| (s - (s . u) u), u = x / |x|; without
+// the second term where the length was clamped. Products s . u of the two rows of a lane come back in `along`.
+template <class S>
+__device__ __forceinline__ void finish_rows(float (&sums)[S::kSlices][kTileSums], float (&factor)[2], float (&along)[2],
+                                            const WindowLaunch& p, int head, const typename S::T* unit,
+                                            const float* inverse, int row) {
+  if (!p.logit_scale) {
+    factor[0] = factor[1] = p.scale;
+    return;
+  }
+  const Lane lane;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const typename S::T* at = unit + (row + lane.row + 8 * h) * S::kPitch;
+    const float scale = inverse[row + lane.row + 8 * h];
+    float product = 0.f;
+#pragma unroll
+    for (int s = 0; s < S::kSlices; ++s)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e)
+        if (e / 2 % 2 == h) product += sums[s][e] * to_float(at[s * kTile + lane.column_of(e)]);
+    product = quad_sum(product);
+    const float removed = scale < kLargestInverse ? product : 0.f;
+#pragma unroll
+    for (int s = 0; s < S::kSlices; ++s)
+#pragma unroll
+      for (int e = 0; e < kTileSums; ++e)
+        if (e / 2 % 2 == h) sums[s][e] -= removed * to_float(at[s * kTile + lane.column_of(e)]);
+    factor[h] = p.logit_scale[head] * scale;
+    along[h] = product;
+  }
+}
+
+// Adds a warp's rows of sums, each times its factor, that belong to padding to this warp's sums (head dim) in shared
+// memory; before rounding, since many rows are added.
+template <class S>
+__device__ __forceinline__ void add_padding(float* padding, const float (&sums)[S::kSlices][kTileSums],
+                                            const float (&factor)[2], const int* source) {
+  const Lane lane;
+  const float upper = source[lane.row] == kPadding ? factor[0] : 0.f;
+  const float lower = source[lane.row + 8] == kPadding ? factor[1] : 0.f;
+  if (!__any_sync(kAllLanes, upper != 0.f || lower != 0.f)) return;
+#pragma unroll
+  for (int s = 0; s < S::kSlices; ++s)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = i % 2 + i / 2 * 4;
+      float sum = (upper != 0.f ? sums[s][e] * upper : 0.f) + (lower != 0.f ? sums[s][e + 2] * lower : 0.f);
+#pragma unroll
+      for (int distance = 16; distance > 2; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+      if (lane.row == 0) padding[s * kTile + lane.column_of(e)] += sum;
+    }
+}
+
+// The sums over warps (2, head dim) of add_padding for keys and values, from (warps, 2, head dim).
+template <class S>
+__device__ __forceinline__ void write_padding(const WindowLaunch& p, const Partials& partials, const float* padding,
+                                              int64_t partial, int head) {
+  __syncthreads();
+  for (int c = threadIdx.x; c < 2 * S::kHeadDim; c += S::kThreads) {
+    const int part = c / S::kHeadDim, column = c % S::kHeadDim;
+    float sum = 0.f;
+    for (int warp = 0; warp < S::kWarps; ++warp) sum += padding[warp * 2 * S::kHeadDim + c];
+    if (column < p.head_dim) partials.pad[(partial * 2 + part) * p.channels() + head * p.head_dim + column] = sum;
+  }
+}
+
+// Sums over the threads of a block in a fixed order; the result is that of thread 0. One float per warp of scratch.
+template <class S>
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.f;
+  for (int warp = 0; warp < S::kWarps; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block, Tiles
+// * 16 + 1) is shared memory that nothing else uses any more.
+template <class S, int Tiles>
+__device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums], float* pairs, float* partial,
+                                           const WindowGeometry& g, int first_key, int first_query) {
+  constexpr int kPairPitch = Tiles * kTile + 1;
+  const Lane lane;
+  const int warp_row = threadIdx.x / 32 * kTile;
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < Tiles; ++u)
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e)
+      pairs[(warp_row + lane.row_of(e)) * kPairPitch + u * kTile + lane.column_of(e)] = sums[u][e];
+  __syncthreads();
+  const int keys = min(S::kRows, g.tokens() - first_key), width = 2 * g.window_w - 1;
+  for (int r = threadIdx.x; r < g.table_rows(); r += S::kThreads) {
+    const int dy = r / width - (g.window_h - 1), dx = r % width - (g.window_w - 1);
+    int y = first_key / g.window_w + dy, x = first_key % g.window_w + dx;  // of the query
+    float sum = 0.f;
+    for (int key = 0; key < keys; ++key) {
+      const int query = y * g.window_w + x - first_query;
+      if (0 <= y && y < g.window_h && 0 <= x && x < g.window_w && 0 <= query && query < Tiles * kTile)
+        sum += pairs[key * kPairPitch + query];
+      if (++x == g.window_w + dx) {
+        x = dx;
+        ++y;
+      }
+    }
+    partial[r] = sum;
+  }
+}
+
+}  // namespace swin_moe

@@ -1,0 +1,50 @@
+// What the CUDA kernels of window attention are called with; no torch, no CUDA beyond the stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../window_geometry.h"
+
+namespace swin_moe {
+
+enum class CudaElement : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Device pointers are to `element` unless a type is given. Shape legend: B images, H x W tokens, C channels.
+struct WindowLaunch {
+  const void* qkv;               // (B, H, W, 3C)
+  const void* pad_qkv;           // (3C), what padding holds; null = zeros
+  const float* bias_table;       // (table_rows, heads)
+  const float* logit_scale;      // (heads), factor of cosine scores; null = dot products
+  void* out;                     // (B, H, W, C); forward only, and the following only backward
+  const void* grad_out;          // (B, H, W, C)
+  void* grad_qkv;                // (B, H, W, 3C)
+  float* grad_bias_table;        // (table_rows, heads)
+  float* grad_logit_scale;       // (heads); null without logit_scale
+  float* grad_pad_qkv;           // (3C); null = not wanted
+  void* workspace;               // swin_moe_window_workspace bytes, aligned to 16; backward only
+  WindowGeometry geometry;
+  int64_t batch;
+  int num_heads, head_dim;
+  float scale, mask_value;
+  int element;                   // a CudaElement
+
+  SWIN_MOE_BOTH int channels() const { return num_heads * head_dim; }
+  SWIN_MOE_BOTH int64_t windows() const { return batch * geometry.windows(); }
+};
+
+}  // namespace swin_moe
+
+#if defined(SWIN_MOE_EMULATION)
+#include "cuda_emulation_types.h"
+#else
+#include <driver_types.h>
+#endif
+
+extern "C" {
+// Bytes of workspace that swin_moe_window_backward needs.
+size_t swin_moe_window_workspace(const swin_moe::WindowLaunch* launch);
+cudaError_t swin_moe_window_forward(const swin_moe::WindowLaunch* launch, cudaStream_t stream);
+// Sums in a fixed order: the same bits every time.
+cudaError_t swin_moe_window_backward(const swin_moe::WindowLaunch* launch, cudaStream_t stream);
+}

@@ -1,0 +1,52 @@
+// Roll + partition into windows, and merge + roll, as copies of whole tokens of any element type.
+#include "row_groups.cuh"
+#include "row_launch.h"
+
+namespace swin_moe {
+namespace {
+
+template <class Vector>
+__global__ void __launch_bounds__(kRowThreads)
+    move_windows_kernel(const Vector* from, Vector* to, WindowGeometry g, int64_t tokens, int64_t vectors, int lanes,
+                        bool merge) {
+  const RowGroup group(lanes);
+  if (group.row >= tokens) return;
+  const int64_t window = group.row / g.tokens(), image = window / g.windows();
+  const int64_t place = image * g.height * g.width +
+                        source_token(g, window % g.windows(), int(group.row % g.tokens()));
+  const Vector* read = from + (merge ? group.row : place) * vectors;
+  Vector* write = to + (merge ? place : group.row) * vectors;
+  for (int64_t i = group.lane; i < vectors; i += lanes) write[i] = read[i];
+}
+
+struct alignas(16) Bytes16 {
+  uint64_t halves[2];
+};
+
+template <class Vector>
+bool move_windows(const void* from, void* to, const WindowGeometry& g, int64_t batch, int64_t token_bytes, bool merge,
+                  cudaStream_t stream, cudaError_t* error) {
+  const auto unaligned = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | uintptr_t(token_bytes);
+  if (unaligned % sizeof(Vector)) return false;
+  const int64_t tokens = batch * g.height * g.width, vectors = token_bytes / int64_t(sizeof(Vector));
+  const int lanes = lanes_for(vectors);
+  *error = launch(move_windows_kernel<Vector>, row_blocks(tokens, lanes), kRowThreads, 0, stream,
+                  static_cast<const Vector*>(from), static_cast<Vector*>(to), g, tokens, vectors, lanes, merge);
+  return true;
+}
+
+}  // namespace
+}  // namespace swin_moe
+
+cudaError_t swin_moe_move_windows(const void* from, void* to, const swin_moe::WindowGeometry* geometry, int64_t batch,
+                                  int64_t token_bytes, int merge, cudaStream_t stream) {
+  using namespace swin_moe;
+  cudaError_t error = cudaSuccess;
+  const auto& g = *geometry;
+  const bool done = move_windows<Bytes16>(from, to, g, batch, token_bytes, merge, stream, &error) ||
+                    move_windows<uint64_t>(from, to, g, batch, token_bytes, merge, stream, &error) ||
+                    move_windows<uint32_t>(from, to, g, batch, token_bytes, merge, stream, &error) ||
+                    move_windows<uint16_t>(from, to, g, batch, token_bytes, merge, stream, &error) ||
+                    move_windows<uint8_t>(from, to, g, batch, token_bytes, merge, stream, &error);
+  return done ? error : cudaErrorInvalidValue;
+}

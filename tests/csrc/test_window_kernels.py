@@ -1,0 +1,107 @@
+"""The CUDA kernels of window attention, run on the host (cuda_emulation.h), against float64: the forward and every
+gradient, no less exact than eager; every variant of the tables; the same bits in any order of threads."""
+
+import math
+
+import pytest
+import torch
+
+from tests.csrc.emulation import build, window_attention
+from tests.ops.window_attention_cases import FLOORS, MANY, Case, check_against_eager, errors, random_case
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Every row of the tables of kernels (csrc/cuda/window_*_variants.cuh): constant windows, head dimensions rounded up to
+# 16, 32, 48 and 64, windows in one piece and larger ones, whose last block of rows is full or not.
+VARIANTS = {
+    "window 7": Case(1, 10, 13, 2, 32, (7, 7), (3, 3), cosine=False, pad=True),
+    "window 8": Case(2, 16, 8, 2, 32, (8, 8), (4, 3), cosine=True, pad=False),
+    "window 12": Case(1, 12, 20, 1, 32, (12, 12), (5, 6), cosine=True, pad=True),
+    "window 16": Case(1, 16, 15, 1, 32, (16, 16), (0, 8), cosine=False, pad=True),
+    "window 24": Case(1, 20, 24, 1, 32, (24, 24), (12, 0), cosine=True, pad=True),
+    "any, 16": Case(1, 9, 7, 2, 9, (4, 3), (1, 2), cosine=True, pad=True),
+    "any, 32": Case(2, 5, 11, 1, 24, (5, 6), (0, 5), cosine=False, pad=True),
+    "any, 48": Case(1, 3, 40, 2, 40, (3, 20), (1, 7), cosine=True, pad=False),
+    "any, 64": Case(1, 8, 8, 1, 64, (8, 8), (4, 4), cosine=True, pad=True),
+    "large, 16": Case(1, 9, 20, 2, 16, (9, 10), (2, 8), cosine=True, pad=False),
+    "large, 32": Case(1, 11, 22, 1, 20, (12, 11), (6, 5), cosine=False, pad=True),
+    "large, 48": Case(1, 5, 40, 1, 33, (5, 40), (2, 8), cosine=True, pad=True),
+    "large, 64": Case(1, 10, 13, 1, 50, (10, 13), (0, 0), cosine=True, pad=True),
+    "one row of tokens": Case(1, 1, 70, 1, 8, (1, 70), (0, 30), cosine=False, pad=False),
+    "one token": Case(1, 2, 3, 1, 8, (1, 1), (0, 0), cosine=True, pad=False),
+}
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build()
+
+
+def check(case: Case, dtype: torch.dtype, operator) -> None:
+    # Results of few numbers are sums that cancel, where eager is exact by luck now and then: the random cases hold them
+    # to the bound all together.
+    for name, (ours, eager, size) in errors(case, dtype, 1, operator=operator).items():
+        allowed = 1.5 * eager + FLOORS[dtype] if size >= MANY else 100 * torch.finfo(dtype).eps
+        assert ours <= allowed, f"{name}: {ours:.3g} > {allowed:.3g}, eager {eager:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_is_as_exact_as_eager(library, case, dtype):
+    check(case, dtype, window_attention(library))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_that_are_not_aligned_to_16_bytes(library, dtype):
+    check(VARIANTS["window 7"], dtype, window_attention(library, offset=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_shapes_are_as_exact_as_eager(library, dtype):
+    # Plain multiply-adds take long here, and larger windows are among the variants.
+    small = (n for n in range(24) if dtype != torch.float32 or math.prod(random_case(n).window) <= 80)
+    check_against_eager(small, dtype, operator=window_attention(library))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_random_shapes_are_as_exact_as_eager(library, dtype):
+    check_against_eager(range(24, 80 if dtype == torch.float32 else 180), dtype, operator=window_attention(library))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_largest_window(library, cosine):
+    check(Case(1, 32, 32, 1, 64, (32, 32), (16, 16), cosine, pad=False), torch.bfloat16, window_attention(library))
+
+
+@pytest.mark.parametrize("name", ["window 8", "large, 32"])
+def test_any_order_of_threads_gives_the_same_bits(library, name, monkeypatch):
+    case, results = VARIANTS[name], []
+    for reverse in ("0", "1"):
+        monkeypatch.setenv("SWIN_MOE_EMULATION_REVERSE", reverse)
+        tensors = [None if t is None else t.requires_grad_() for t in case.tensors(2, torch.bfloat16)]
+        out = window_attention(library)(*tensors, *case.numbers)
+        results.append([out, *torch.autograd.grad(out.float().sin().sum(), [t for t in tensors if t is not None])])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_queries_and_keys(library, dtype):
+    """Padding without pad_qkv is zero: the clamped length 1e-12 must not overflow."""
+    case = Case(1, 3, 5, 2, 16, (4, 4), (1, 2), cosine=True, pad=False)
+    tensors = case.tensors(3, dtype)
+    tensors[0][:, 0, :, :64] = 0
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
+    out = window_attention(library)(*leaves, None, *case.numbers)
+    grads = torch.autograd.grad(out.float().square().sum(), leaves)
+    assert all(t.isfinite().all() for t in (out, *grads[1:]))
+    # The quotient by 1e-12 of what zero rows get may exceed a half-precision number, as in eager; no other row.
+    assert grads[0][:, 1:].isfinite().all() and grads[0][..., 64:].isfinite().all()
+
+
+def test_no_image(library):
+    case = Case(0, 8, 8, 1, 32, (8, 8), (4, 4), cosine=True, pad=True)
+    leaves = [t.requires_grad_() for t in case.tensors(4, torch.bfloat16)]
+    out = window_attention(library)(*leaves, *case.numbers)
+    assert out.shape == (0, 8, 8, 32)
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), leaves)[1:])
