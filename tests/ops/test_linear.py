@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from swin_moe.ops import linear as linear_module
 from swin_moe.ops.grouped_linear import grouped_linear
-from swin_moe.ops.linear import SMALLEST_GRADIENT_ROWS, SMALLEST_MACS, Linear, linear, serves
+from swin_moe.ops.linear import SMALLEST_MACS, SMALLEST_ROWS, Linear, linear, serves
 
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -17,7 +17,8 @@ needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def by_onednn(monkeypatch):
     """Every product in float32 on the CPU goes to oneDNN, on any processor."""
     monkeypatch.setattr(linear_module, "faster_products", lambda: "a test wants it")
-    monkeypatch.setattr(linear_module, "SMALLEST_MACS", 0)
+    monkeypatch.setattr(linear_module, "SMALLEST_MACS", 1)
+    monkeypatch.setattr(linear_module, "SMALLEST_ROWS", 1)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,7 +31,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @needs_mkldnn
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3, 4), (SMALLEST_GRADIENT_ROWS + 1,), (2, 200)])
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3, 4), (SMALLEST_ROWS + 1,), (2, 200)])
 def test_values_and_gradients_are_those_of_pytorch(by_onednn, rows, with_bias):
     tensors = [draw(*rows, 24), draw(40, 24, seed=1), draw(40, seed=2)][: 3 if with_bias else 2]
     weight = draw(*rows, 40, seed=3)
@@ -79,7 +80,8 @@ def test_experts_compute_the_same_with_and_without(monkeypatch, transposed, coun
 
     plain = run()
     monkeypatch.setattr(linear_module, "faster_products", lambda: "a test wants it")
-    monkeypatch.setattr(linear_module, "SMALLEST_MACS", 0)
+    monkeypatch.setattr(linear_module, "SMALLEST_MACS", 1)
+    monkeypatch.setattr(linear_module, "SMALLEST_ROWS", 1)
     for got, want in zip(run(), plain):
         assert got.stride() == want.stride()
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -89,7 +91,8 @@ def test_what_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(linear_module, "faster_products", lambda: "a test wants it")
     x, weight = torch.zeros(SMALLEST_MACS // 1024, 32), torch.zeros(32, 32)
     assert serves(x, weight)
-    assert not serves(x[1:], weight)  # too small
+    assert not serves(x[1:], weight)  # too few products
+    assert not serves(torch.zeros(SMALLEST_ROWS - 1, 4096), torch.zeros(4096, 4096))
     assert not serves(x.double(), weight.double())
     assert not serves(x.bfloat16(), weight.bfloat16())
     assert not serves(x.to("meta"), weight.to("meta"))
