@@ -9,7 +9,8 @@ a peer has our weights and semantics, its results are compared with ours before 
 PYTHONPATH.
 
 Balanced rows use a fresh router with capacity factor 1.25. Skewed rows are dropless: tokens lean toward one expert so
-far that it gets 5 times the mean load, or nearly all tokens where 5 times is more than they are. --routing times routing alone at 128 experts with batch-prioritized slots.
+far that it gets 5 times the mean load, or nearly all tokens where 5 times is more than there are. --routing times
+routing alone at 128 experts with batch-prioritized slots.
 """
 
 import gc

@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--batch 8] [--rounds 7] [--threads 1] [--precision fp32] [--only swin_tiny]
 
-Swin-T, SwinV2-T and SwinV2-B against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks, against
-a timm SwinTransformerV2 of the same width, depths, size and window: ratio of active multiply-accumulates per second.
-A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that
+Swin-T, SwinV2-T and SwinV2-B against timm's networks of the same name: ratio of speeds. Swin-MoE-S, which timm lacks,
+against a timm SwinTransformerV2 of the same width, depths, size and window: ratio of active multiply-accumulates per
+second. A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that
 ours is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy
 machine disturbs both sides alike.
 """
