@@ -45,6 +45,15 @@ struct Fragments {
     return a;
   }
 
+  // What `left` rounded.
+  static __device__ __forceinline__ void values(const Left& a, float (&sums)[kTileSums]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[2 * i] = to_float(T{uint16_t(a.r[i])});
+      sums[2 * i + 1] = to_float(T{uint16_t(a.r[i] >> 16)});
+    }
+  }
+
   // The transposed of rows n.., columns k..: sums[m][n] += left[m][k] matrix[n][k].
   static __device__ __forceinline__ Right right_of_rows(const T* matrix, int pitch, int n, int k) {
     const int lane = threadIdx.x % 32;
