@@ -40,9 +40,9 @@ struct WholeBackward {
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
     WholeShared<S> shared;
-    cudaError_t error =
-        launch(window_backward_whole_kernel<S>, parts.bias * p.num_heads, S::kThreads, shared.place(nullptr, p.geometry),
-               stream, p, workspace.partials, parts.bias);
+    const size_t bytes = shared.place(nullptr, p.geometry);
+    cudaError_t error = launch(window_backward_whole_kernel<S>, parts.bias * p.num_heads, S::kThreads, bytes, stream, p,
+                               workspace.partials, parts.bias);
     return error == cudaSuccess ? add_partials(p, parts, workspace.partials, stream) : error;
   }
 };
@@ -61,8 +61,8 @@ struct KeptQueries {
   static constexpr auto kKernel = &window_backward_kept_kernel<S, Group>;
 };
 
-// Larger windows: Queries, then keys, whose kernel has shape K. PairTiles: all queries of a window in tiles, where their
-// gradients with the keys of a block fit in registers; 0 = a launch of its own for the bias.
+// Larger windows: Queries, then keys, whose kernel has shape K. PairTiles: all queries of a window in tiles, where
+// their gradients with the keys of a block fit in registers; 0 = a launch of its own for the bias.
 template <class Queries, class K, int PairTiles>
 struct SplitBackward {
   using Q = typename Queries::Shape;

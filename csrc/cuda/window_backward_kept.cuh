@@ -1,6 +1,6 @@
-// Backward of windows of 65 to 256 tokens, first part: as window_backward_queries.cuh, but the weights of whole rows and
-// their gradients stay in registers, as factors of products (16 bits each), so that nothing is computed twice. All keys and
-// values of a window are in shared memory.
+// Backward of windows of 65 to 256 tokens, first part: as window_backward_queries.cuh, but the weights of whole rows
+// and their gradients stay in registers, as factors of products (16 bits each), so that nothing is computed twice. All
+// keys and values of a window are in shared memory.
 #pragma once
 
 #include "window_gradients.cuh"
@@ -43,7 +43,8 @@ struct KeptShared {
   }
 };
 
-// Whole rows of weights and their gradients of a warp. Weights are exp(score - largest so far), by groups of Group tiles.
+// Whole rows of weights and their gradients of a warp. Weights are exp(score - largest so far), by groups of Group
+// tiles.
 template <class S, int Group>
 struct KeptRows {
   using F = Fragments<typename S::T>;
@@ -52,7 +53,8 @@ struct KeptRows {
   typename F::Left weights[S::kTiles], grad_weights[S::kTiles];
   float largest[kGroups][2];
 
-  __device__ __forceinline__ RowNumbers compute(const KeptShared<S>& shared, const ScoreRows<false>& rows, int warp_row) {
+  __device__ __forceinline__ RowNumbers compute(const KeptShared<S>& shared, const ScoreRows<false>& rows,
+                                                int warp_row) {
     typename F::Left queries[S::kSlices], grad_out[S::kSlices];
     load_left<S>(queries, shared.queries, warp_row);
     load_left<S>(grad_out, shared.grad_out, warp_row);
@@ -134,10 +136,11 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_kept_kernel(
     shared.table.fill_window(g, place, padded);
     __syncthreads();
     shared.load(p, image, task.head, row_source);
+    const ScoreRows<false> scoring(shared.table, rule, first_row + warp_row);
     KeptRows<S, Group> rows;
     float grad_queries[S::kSlices][kTileSums];
     set_zero(grad_queries);
-    const RowNumbers numbers = rows.compute(shared, ScoreRows<false>(shared.table, rule, first_row + warp_row), warp_row);
+    const RowNumbers numbers = rows.compute(shared, scoring, warp_row);
     rows.differentiate(grad_queries, numbers, shared.keys);
     grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,
                                     row_source, window, image, task.head, first_row, tokens);

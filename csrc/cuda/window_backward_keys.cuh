@@ -48,8 +48,9 @@ struct KeysShared {
   }
 };
 
-// What a launch of the kernel computes. PairTiles: tiles of queries whose gradients with every key stay in registers from
-// window to window, for the bias; 0 = none, and then any number of queries is streamed. Gradients: of keys and values.
+// What a launch of the kernel computes. PairTiles: tiles of queries whose gradients with every key stay in registers
+// from window to window, for the bias; 0 = none, and then any number of queries is streamed. Gradients: of keys and
+// values.
 template <class S, int PairTiles, bool Gradients>
 __global__ void __launch_bounds__(S::kThreads) window_backward_keys_kernel(
     const WindowLaunch p, const Partials partials, const RowStatistics statistics, int query_ranges, int64_t chunks) {

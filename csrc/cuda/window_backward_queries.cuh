@@ -1,5 +1,5 @@
-// Backward of large windows, first part: gradients of queries. A block holds 16 queries per warp and streams the keys and
-// values of their windows twice: for the statistics of the rows, and for the gradients.
+// Backward of large windows, first part: gradients of queries. A block holds 16 queries per warp and streams the keys
+// and values of their windows twice: for the statistics of the rows, and for the gradients.
 #pragma once
 
 #include "window_gradients.cuh"
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
     const RowNumbers numbers = {{row.softmax.largest[0], row.softmax.largest[1]},
                                 {row.inverse_sum[0], row.inverse_sum[1]},
                                 {row.delta[0], row.delta[1]}};
-    grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries, row_source,
-                                    window, image, task.head, first_row, tokens);
+    grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,
+                                    row_source, window, image, task.head, first_row, tokens);
   }
   if (p.logit_scale) {
     const float sum = block_sum<S>(grad_factor, shared.scratch);

@@ -89,8 +89,8 @@ __device__ __forceinline__ float leave_queries(const WindowLaunch& p, const RowS
   __syncwarp();
   write_sums<S>(queries, warp_row, sums, factor[0], factor[1]);
   __syncwarp();
-  store_rows<S>(queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, head, 0), row_source + warp_row, kTile,
-                lane.id, 32);
+  store_rows<S>(queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, head, 0), row_source + warp_row,
+                kTile, lane.id, 32);
   if (lane.column != 0) return 0.f;
   const RowStatistics to = statistics.from((window * p.num_heads + head) * tokens);
 #pragma unroll
@@ -150,8 +150,8 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return sum;
 }
 
-// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block, Tiles
-// * 16 + 1) is shared memory that nothing else uses any more.
+// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block,
+// Tiles * 16 + 1) is shared memory that nothing else uses any more.
 template <class S, int Tiles>
 __device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums], float* pairs, float* partial,
                                            const WindowGeometry& g, int first_key, int first_query) {
