@@ -41,7 +41,7 @@ git rev-parse HEAD 2>/dev/null | tee -a "$OUT/machine.txt"
 SWIN_MOE_CUDA_ARCHITECTURES=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
     SWIN_MOE_REQUIRE_EXT=1 part build 130 "$PYTHON" setup.py build_ext --inplace
 has pytest "the GPU tests" && part tests 110 "$PYTHON" -m pytest -q -m gpu tests
-part roofline 80 "$PYTHON" benchmarks/roofline.py --seconds 60
+part roofline 80 "$PYTHON" benchmarks/roofline.py --seconds $((${#wanted[@]} ? 600 : 60))
 data=digits
 has sklearn "training on the digits (synthetic images instead)" || data=synthetic
 part train 30 "$PYTHON" -m swin_moe.train configs/debug/digits_swin_moe.yaml data.name=$data engine.device=cuda \

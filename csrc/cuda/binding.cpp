@@ -1,5 +1,5 @@
-// The operators on CUDA tensors: what is refused, memory, device and stream; the kernels are in .cu files without torch.
-// Compiled only where torch is a CUDA build.
+// The operators on CUDA tensors: what is refused, memory, device and stream; the kernels are in .cu files without
+// torch. Compiled only where torch is a CUDA build.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

@@ -1,8 +1,8 @@
 // Products of 16 x 16 tiles by one warp, float32 sums.
 //
-// A tile of sums is float[8] per lane: element e lies in row l / 4 + 8 (e / 2 % 2) and column 2 (l % 4) + e % 2 + 8 (e / 4)
-// of the tile, l being the lane. This is the layout of mma.m16n8k16, twice side by side; left factors have it too, so
-// that sums become factors without leaving their lane.
+// A tile of sums is float[8] per lane: element e lies in row l / 4 + 8 (e / 2 % 2) and column 2 (l % 4) + e % 2 + 8 (e
+// / 4) of the tile, l being the lane. This is the layout of mma.m16n8k16, twice side by side; left factors have it
+// too, so that sums become factors without leaving their lane.
 #pragma once
 
 #include "warp.cuh"
@@ -43,6 +43,15 @@ struct Fragments {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.r[i] = pack(sums[2 * i], sums[2 * i + 1], T{});
     return a;
+  }
+
+  // What `left` rounded.
+  static __device__ __forceinline__ void values(const Left& a, float (&sums)[kTileSums]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[2 * i] = to_float(T{uint16_t(a.r[i])});
+      sums[2 * i + 1] = to_float(T{uint16_t(a.r[i] >> 16)});
+    }
   }
 
   // The transposed of rows n.., columns k..: sums[m][n] += left[m][k] matrix[n][k].

@@ -1,5 +1,5 @@
-// Rows of tokens for experts and back, in one pass each: gather, gate, sum over choices. Every result has one owner that
-// adds in the order of the choices, so the bits do not depend on the order of threads.
+// Rows of tokens for experts and back, in one pass each: gather, gate, sum over choices. Every result has one owner
+// that adds in the order of the choices, so the bits do not depend on the order of threads.
 #include "row_groups.cuh"
 #include "row_launch.h"
 

@@ -1,7 +1,8 @@
-// What the kernels ask of the hardware, and nothing else: matrix instructions, asynchronous copies, conversions, launch.
+// What the kernels ask of the hardware, and nothing else: matrix instructions, asynchronous copies, conversions,
+// launch.
 //
-// SWIN_MOE_EMULATION replaces this file's device code by tests/csrc/cuda_emulation.h, so that the kernels themselves run
-// on the host. Everything a kernel uses beyond plain C++ and the names of CUDA C++ belongs here.
+// SWIN_MOE_EMULATION replaces this file's device code by tests/csrc/cuda_emulation.h, so that the kernels themselves
+// run on the host. Everything a kernel uses beyond plain C++ and the names of CUDA C++ belongs here.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +35,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8, 16 bytes. Register m of lane l then holds
-// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
+// Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8, 16 bytes. Register m of lane l then
+// holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

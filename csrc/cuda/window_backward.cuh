@@ -2,6 +2,7 @@
 #pragma once
 
 #include "partial_sums.cuh"
+#include "window_backward_kept.cuh"
 #include "window_backward_keys.cuh"
 #include "window_backward_queries.cuh"
 #include "window_backward_whole.cuh"
@@ -39,17 +40,32 @@ struct WholeBackward {
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
     WholeShared<S> shared;
-    cudaError_t error =
-        launch(window_backward_whole_kernel<S>, parts.bias * p.num_heads, S::kThreads, shared.place(nullptr, p.geometry),
-               stream, p, workspace.partials, parts.bias);
+    const size_t bytes = shared.place(nullptr, p.geometry);
+    cudaError_t error = launch(window_backward_whole_kernel<S>, parts.bias * p.num_heads, S::kThreads, bytes, stream, p,
+                               workspace.partials, parts.bias);
     return error == cudaSuccess ? add_partials(p, parts, workspace.partials, stream) : error;
   }
 };
 
-// Larger windows: queries, then keys. Q and K are the shapes of the two kernels. PairTiles: all queries of a window in
-// tiles, where their gradients with the keys of a block fit in registers; 0 = a launch of its own for the bias.
-template <class Q, class K, int PairTiles>
+// The kernels for queries: keys and values stream past twice, or the rows of weights are kept in registers.
+template <class S>
+struct StreamedQueries {
+  using Shape = S;
+  using Shared = QueriesShared<S>;
+  static constexpr auto kKernel = &window_backward_queries_kernel<S>;
+};
+template <class S, int Group>
+struct KeptQueries {
+  using Shape = S;
+  using Shared = KeptShared<S>;
+  static constexpr auto kKernel = &window_backward_kept_kernel<S, Group>;
+};
+
+// Larger windows: Queries, then keys, whose kernel has shape K. PairTiles: all queries of a window in tiles, where
+// their gradients with the keys of a block fit in registers; 0 = a launch of its own for the bias.
+template <class Queries, class K, int PairTiles>
 struct SplitBackward {
+  using Q = typename Queries::Shape;
   static constexpr int kBiasTiles = 8;  // of the queries that a block of that launch takes
 
   struct Division {
@@ -85,9 +101,9 @@ struct SplitBackward {
     const Division d(p);
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
-    QueriesShared<Q> shared;
+    typename Queries::Shared shared;
     cudaError_t error =
-        launch(window_backward_queries_kernel<Q>, d.query_chunks * d.query_blocks * p.num_heads, Q::kThreads,
+        launch(Queries::kKernel, d.query_chunks * d.query_blocks * p.num_heads, Q::kThreads,
                shared.place(nullptr, p.geometry), stream, p, workspace.partials, workspace.statistics, d.query_chunks);
     if (error == cudaSuccess)
       error = run_keys<PairTiles, true>(p, workspace, d.key_blocks, 1, d.key_chunks, stream);

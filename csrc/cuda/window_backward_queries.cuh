@@ -1,5 +1,5 @@
-// Backward of large windows, first part: gradients of queries. A block holds 16 queries per warp and streams the keys and
-// values of their windows twice: for the statistics of the rows, and for the gradients.
+// Backward of large windows, first part: gradients of queries. A block holds 16 queries per warp and streams the keys
+// and values of their windows twice: for the statistics of the rows, and for the gradients.
 #pragma once
 
 #include "window_gradients.cuh"
@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
   shared.place(shared_memory(), g);
   shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
   ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
-  const Lane lane;
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
   float grad_factor = 0.f;
@@ -144,26 +143,11 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
           multiply_weights<S>(grad_queries, scores[u], shared.keys + stage, u * kTile);
       }
     }
-    float factor[2], along[2] = {0.f, 0.f};
-    finish_rows<S>(grad_queries, factor, along, p, task.head, shared.queries, shared.inverse_queries, warp_row);
-    __syncwarp();
-    write_sums<S>(shared.queries, warp_row, grad_queries, factor[0], factor[1]);
-    __syncwarp();
-    store_rows<S>(shared.queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, task.head, 0),
-                  row_source + warp_row, kTile, lane.id, 32);
-    if (lane.column == 0) {
-      grad_factor += along[0] + along[1];
-      const int64_t at = (window * p.num_heads + task.head) * tokens;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int query = first_row + warp_row + lane.row + 8 * h;
-        if (query < tokens) {
-          statistics.largest[at + query] = row.softmax.largest[h];
-          statistics.inverse_sum[at + query] = row.inverse_sum[h];
-          statistics.delta[at + query] = row.delta[h];
-        }
-      }
-    }
+    const RowNumbers numbers = {{row.softmax.largest[0], row.softmax.largest[1]},
+                                {row.inverse_sum[0], row.inverse_sum[1]},
+                                {row.delta[0], row.delta[1]}};
+    grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,
+                                    row_source, window, image, task.head, first_row, tokens);
   }
   if (p.logit_scale) {
     const float sum = block_sum<S>(grad_factor, shared.scratch);

@@ -1,6 +1,6 @@
-// Backward of windows of up to 64 tokens: a block reads q, k, v and the gradient of a window once and writes theirs once.
-// First each warp owns 16 queries, whose whole rows of scores are in its registers, then 16 keys. The gradients of all
-// pairs of tokens stay in registers from window to window.
+// Backward of windows of up to 64 tokens: a block reads q, k, v and the gradient of a window once and writes theirs
+// once. First each warp owns 16 queries, whose whole rows of scores are in its registers, then 16 keys. The gradients
+// of all pairs of tokens stay in registers from window to window.
 #pragma once
 
 #include "window_gradients.cuh"

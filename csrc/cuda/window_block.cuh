@@ -10,8 +10,8 @@ constexpr int kNoToken = -2;                       // beyond the tokens of the w
 constexpr float kShortest = 1e-12f;                // least length a query or key is divided by, as F.normalize
 constexpr float kLargestInverse = 1.f / kShortest;
 
-// What a kernel is compiled for. Window: its side in tokens, 0 = read at run time, any rectangle. Each of the Warps owns
-// 16 rows; Others: rows of the other side of the scores that are in shared memory at a time.
+// What a kernel is compiled for. Window: its side in tokens, 0 = read at run time, any rectangle. Each of the Warps
+// owns 16 rows; Others: rows of the other side of the scores that are in shared memory at a time.
 template <class Element, int HeadDim, int Window, int Warps, int Others>
 struct Shape {
   using T = Element;
@@ -73,7 +73,8 @@ struct TokenTable {
   // Once per block; the caller synchronizes.
   __device__ __forceinline__ void fill_head(const WindowLaunch& p, const WindowGeometry& g, int head, int padded,
                                             float unit) {
-    for (int r = threadIdx.x; r < g.table_rows(); r += blockDim.x) bias[r] = p.bias_table[r * p.num_heads + head] * unit;
+    for (int r = threadIdx.x; r < g.table_rows(); r += blockDim.x)
+      bias[r] = p.bias_table[r * p.num_heads + head] * unit;
     for (int t = threadIdx.x; t < padded; t += blockDim.x) offset[t] = t < g.tokens() ? bias_row(g, t, 0) - centre : 0;
   }
 

@@ -69,6 +69,41 @@ __device__ __forceinline__ void finish_rows(float (&sums)[S::kSlices][kTileSums]
   }
 }
 
+// What a lane knows of its two rows of scores; see RowStatistics.
+struct RowNumbers {
+  float largest[2], inverse_sum[2], delta[2];
+};
+
+// Writes the gradients of a warp's 16 queries from the sums of gradients of scores times keys, and the numbers of their
+// rows; returns this lane's share of the gradient of the factor. The warp's rows of `queries` take the result.
+template <class S>
+__device__ __forceinline__ float leave_queries(const WindowLaunch& p, const RowStatistics& statistics,
+                                               const RowNumbers& numbers, float (&sums)[S::kSlices][kTileSums],
+                                               typename S::T* queries, const float* inverse, const int* row_source,
+                                               int64_t window, int64_t image, int head, int first_row, int tokens) {
+  using T = typename S::T;
+  const Lane lane;
+  const int warp_row = threadIdx.x / 32 * kTile;
+  float factor[2], along[2] = {0.f, 0.f};
+  finish_rows<S>(sums, factor, along, p, head, queries, inverse, warp_row);
+  __syncwarp();
+  write_sums<S>(queries, warp_row, sums, factor[0], factor[1]);
+  __syncwarp();
+  store_rows<S>(queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, head, 0), row_source + warp_row,
+                kTile, lane.id, 32);
+  if (lane.column != 0) return 0.f;
+  const RowStatistics to = statistics.from((window * p.num_heads + head) * tokens);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int query = first_row + warp_row + lane.row + 8 * h;
+    if (query >= tokens) continue;
+    to.largest[query] = numbers.largest[h];
+    to.inverse_sum[query] = numbers.inverse_sum[h];
+    to.delta[query] = numbers.delta[h];
+  }
+  return along[0] + along[1];
+}
+
 // Adds a warp's rows of sums, each times its factor, that belong to padding to this warp's sums (head dim) in shared
 // memory; before rounding, since many rows are added.
 template <class S>
@@ -115,8 +150,8 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return sum;
 }
 
-// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block, Tiles
-// * 16 + 1) is shared memory that nothing else uses any more.
+// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block,
+// Tiles * 16 + 1) is shared memory that nothing else uses any more.
 template <class S, int Tiles>
 __device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums], float* pairs, float* partial,
                                            const WindowGeometry& g, int first_key, int first_query) {

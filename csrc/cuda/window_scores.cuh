@@ -69,7 +69,8 @@ struct RunningSoftmax {
   float largest[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.f, 0.f};          // of this lane only
 
-  // Turns scores into exponentials of score - largest and returns in `shrink` what earlier sums have to be multiplied with.
+  // Turns scores into exponentials of score - largest and returns in `shrink` what earlier sums have to be multiplied
+  // with.
   template <int Tiles>
   __device__ __forceinline__ void update(float (&scores)[Tiles][kTileSums], float (&shrink)[2]) {
 #pragma unroll
@@ -113,8 +114,9 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[Tiles][kTileSums],
 
 // sums (16 x head_dim) += weights (16 x 16) times rows first.. of a matrix.
 template <class S>
-__device__ __forceinline__ void multiply_weights(float (&sums)[S::kSlices][kTileSums], const float (&weights)[kTileSums],
-                                                 const typename S::T* matrix, int first) {
+__device__ __forceinline__ void multiply_weights(float (&sums)[S::kSlices][kTileSums],
+                                                 const float (&weights)[kTileSums], const typename S::T* matrix,
+                                                 int first) {
   using F = Fragments<typename S::T>;
   const auto left = F::left(weights);
 #pragma unroll

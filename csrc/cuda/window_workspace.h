@@ -12,8 +12,8 @@ struct Partials {
   float* pad;           // (partials, 2C): keys and values; queries of padding have no gradient
 };
 
-// What keys need of the rows of scores, one number per query each; in the workspace (windows, heads, tokens). The largest
-// score and the sum apart, not as one logarithm: its rounding would be an error of a whole row of weights.
+// What keys need of the rows of scores, one number per query each; in the workspace (windows, heads, tokens). The
+// largest score and the sum apart, not as one logarithm: its rounding would be an error of a whole row of weights.
 struct RowStatistics {
   float* largest;       // score; infinity leaves a query out
   float* inverse_sum;   // of the exponentials of score - largest

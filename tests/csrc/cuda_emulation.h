@@ -1,11 +1,11 @@
 // Runs CUDA kernels on the host, for tests: csrc/cuda/warp.cuh includes this instead of talking to a device.
 //
 // The threads of a block are fibers that run one after the other until each waits: at a barrier of the block, or at an
-// operation of a warp (shuffle, matrix load, matrix product), which the last of its 32 lanes to arrive computes for all,
-// with the fragment layouts of the PTX manual (ldmatrix, mma.m16n8k16). Shared memory is filled with not-a-number before
-// a block runs and guarded behind its end. SWIN_MOE_EMULATION_REVERSE=1 runs lanes and warps in the opposite order: a
-// result that depends on it lacks a barrier. Errors (lanes that do not meet, a barrier not reached by all, a write past
-// shared memory) end the launch with cudaErrorLaunchFailure and one line on stderr.
+// operation of a warp (shuffle, matrix load, matrix product), which the last of its 32 lanes to arrive computes for
+// all, with the fragment layouts of the PTX manual (ldmatrix, mma.m16n8k16). Shared memory is filled with not-a-number
+// before a block runs and guarded behind its end. SWIN_MOE_EMULATION_REVERSE=1 runs lanes and warps in the opposite
+// order: a result that depends on it lacks a barrier. Errors (lanes that do not meet, a barrier not reached by all, a
+// write past shared memory) end the launch with cudaErrorLaunchFailure and one line on stderr.
 //
 // Only one operating-system thread may use it at a time.
 #pragma once
@@ -250,8 +250,10 @@ inline uint16_t rounded(float x, Float16) {
   std::memcpy(&bits, &value, 2);
   return bits;
 }
-inline uint32_t pack(float first, float second, BFloat16 t) { return rounded(first, t) | uint32_t(rounded(second, t)) << 16; }
-inline uint32_t pack(float first, float second, Float16 t) { return rounded(first, t) | uint32_t(rounded(second, t)) << 16; }
+template <class T>
+uint32_t pack(float first, float second, T t) {
+  return rounded(first, t) | uint32_t(rounded(second, t)) << 16;
+}
 
 struct LoadArguments {
   uint32_t* registers;
@@ -263,7 +265,8 @@ inline void load_eight_by_eight(LoadArguments** lanes, bool transposed) {
     uint16_t elements[8][8];
     for (int row = 0; row < 8; ++row) {
       const void* from = lanes[matrix * 8 + row]->row;
-      if (reinterpret_cast<uintptr_t>(from) % 16) emulation::Machine::instance().fail("a matrix row is not aligned to 16 bytes");
+      if (reinterpret_cast<uintptr_t>(from) % 16)
+        emulation::Machine::instance().fail("a matrix row is not aligned to 16 bytes");
       std::memcpy(elements[row], from, 16);
     }
     for (int lane = 0; lane < 32; ++lane) {
@@ -337,7 +340,8 @@ inline void wait_for_copies() {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 template <class... P>
-cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t, P... arguments) {
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
+                   P... arguments) {
   auto& machine = emulation::Machine::instance();
   const char* order = std::getenv("SWIN_MOE_EMULATION_REVERSE");
   auto call = std::make_tuple(kernel, arguments...);
