@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LOGGER = logging.getLogger("swin_moe")
-# A call of oneDNN costs about 90 us, and packing the weight as much as 40 to 80 rows win back.
+# A call of oneDNN costs about 90 us, and the weight is packed each time. Two layers D to 4D to D, forward and backward:
+# 0.8 times as fast at 128 rows, 0.9 to 1.3 at 256, 1.6 at 512 and 2 from 1500 on.
 SMALLEST_MACS = 32_000_000
 SMALLEST_ROWS = 256
 
