@@ -28,6 +28,8 @@ struct Float16 {
 namespace swin_moe {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+// A launch is not divided further than into so many: several for each multiprocessor, a few times over.
+constexpr int64_t kEnoughBlocks = 2048;
 
 extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
 __device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }

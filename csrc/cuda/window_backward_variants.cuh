@@ -40,13 +40,20 @@ struct BackwardVariants {
           split<32, 16, Kept<16, 4, 256, 4>, 4, 64, 16>(), split<32, 24, Streamed<32, 24, 6, 64>, 6, 64, 0>()};
       for (const auto& v : kFixed)
         if (fits(p, v)) return &v;
+      static constexpr BackwardVariant kAny[] = {
+          whole<16, 0>(), whole<32, 0>(), whole<48, 0>(), whole<64, 0>(),
+          split<16, 0, Streamed<16, 0, 4, 32>, 4, 64, 0>(), split<32, 0, Streamed<32, 0, 4, 32>, 4, 64, 0>(),
+          split<48, 0, Streamed<48, 0, 4, 32>, 4, 64, 0>(), split<64, 0, Streamed<64, 0, 4, 32>, 4, 64, 0>()};
+      for (const auto& v : kAny)
+        if (fits(p, v)) return &v;
+    } else {
+      // float32, whose products are many instructions, would take minutes to compile with more.
+      static constexpr BackwardVariant kFew[] = {whole<32, 0>(), whole<64, 0>(),
+                                                 split<32, 0, Streamed<32, 0, 4, 32>, 4, 64, 0>(),
+                                                 split<64, 0, Streamed<64, 0, 4, 32>, 4, 64, 0>()};
+      for (const auto& v : kFew)
+        if (fits(p, v)) return &v;
     }
-    static constexpr BackwardVariant kAny[] = {
-        whole<16, 0>(), whole<32, 0>(), whole<48, 0>(), whole<64, 0>(),
-        split<16, 0, Streamed<16, 0, 4, 32>, 4, 64, 0>(), split<32, 0, Streamed<32, 0, 4, 32>, 4, 64, 0>(),
-        split<48, 0, Streamed<48, 0, 4, 32>, 4, 64, 0>(), split<64, 0, Streamed<64, 0, 4, 32>, 4, 64, 0>()};
-    for (const auto& v : kAny)
-      if (fits(p, v)) return &v;
     return nullptr;
   }
 };

@@ -124,8 +124,8 @@ cudaError_t window_forward(const WindowLaunch& p, cudaStream_t stream) {
   const size_t bytes = shared.place(nullptr, p.geometry);
   const int64_t row_blocks = blocks_of(p.geometry.tokens(), S::kRows);
   // A block takes several windows where there are many: the bias of its head is then read once for all of them.
-  constexpr int64_t kEnoughBlocks = 8192, kMostWindows = 8;
-  int64_t per_block = p.windows() * p.num_heads * row_blocks / kEnoughBlocks;
+  constexpr int64_t kMostWindows = 8;
+  int64_t per_block = p.windows() * p.num_heads * row_blocks / (4 * kEnoughBlocks);
   per_block = per_block < 1 ? 1 : per_block > kMostWindows ? kMostWindows : per_block;
   const int64_t chunks = (p.windows() + per_block - 1) / per_block;
   return launch(window_forward_kernel<S>, chunks * row_blocks * p.num_heads, S::kThreads, bytes, stream, p, chunks);

@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the host, for tests: csrc/cuda/warp.cuh includes this instead of talking to a device.
 //
-// The threads of a block are fibers that run one after the other until each waits: at a barrier of the block, or at an
-// operation of a warp (shuffle, matrix load, matrix product), which the last of its 32 lanes to arrive computes for
-// all, with the fragment layouts of the PTX manual (ldmatrix, mma.m16n8k16). Shared memory is filled with not-a-number
-// before a block runs and guarded behind its end. SWIN_MOE_EMULATION_REVERSE=1 runs lanes and warps in the opposite
-// order: a result that depends on it lacks a barrier. Errors (lanes that do not meet, a barrier not reached by all, a
+// The threads of a block are fibers; one warp after the other runs until all of its lanes wait at a barrier of the
+// block. An operation of a warp (shuffle, matrix load, matrix product) is computed for all by the last of its 32 lanes
+// to arrive, with the fragment layouts of the PTX manual (ldmatrix, mma.m16n8k16). Shared memory is filled with
+// not-a-number before a block runs and guarded behind its end, so a barrier that is missing shows as not-a-number or as
+// a result that depends on the order: SWIN_MOE_EMULATION_REVERSE=1 runs lanes and warps in the opposite one. Errors (lanes that do not meet, a barrier not reached by all, a
 // write past shared memory) end the launch with cudaErrorLaunchFailure and one line on stderr.
 //
 // Only one operating-system thread may use it at a time.
@@ -44,6 +44,7 @@ inline T min(T a, T b) {
 namespace swin_moe {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kEnoughBlocks = 4;  // so few that small maps, too, have blocks with several windows
 
 namespace emulation {
 
@@ -65,6 +66,7 @@ struct Machine {
   static constexpr unsigned char kGuard = 0xA5, kUnset = 0xFF;
 
   std::vector<Fiber> fibers;
+  std::vector<unsigned> arrived;  // lanes of each warp that wait at its operation
   std::vector<unsigned char> shared;
   size_t shared_bytes = 0;
   void (*body)(void*) = nullptr;
@@ -120,8 +122,24 @@ struct Machine {
       fiber.waits = Waits::kNothing;
       if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
     }
+    arrived.assign((threads() + 31) / 32, 0);
     shared.assign(shared_bytes + kGuardBytes, kUnset);
     std::memset(shared.data() + shared_bytes, kGuard, kGuardBytes);
+  }
+
+  // Lets a warp go as far as it comes, so that it is far ahead of the next; returns whether it moved.
+  bool run_warp(unsigned warp, bool reverse) {
+    bool moved = false;
+    for (bool again = true; again && !error;) {
+      again = false;
+      for (unsigned i = 0; i < 32 && !error; ++i) {
+        const unsigned index = warp * 32 + (reverse ? 31 - i : i);
+        if (fibers[index].waits != Waits::kNothing) continue;
+        again = moved = true;
+        resume(index);
+      }
+    }
+    return moved;
   }
 
   // Returns what went wrong, or null.
@@ -129,13 +147,8 @@ struct Machine {
     start_block();
     while (!all_at(Waits::kEnded)) {
       bool moved = false;
-      for (unsigned i = 0; i < threads(); ++i) {
-        const unsigned index = reverse ? threads() - 1 - i : i;
-        if (fibers[index].waits != Waits::kNothing) continue;
-        moved = true;
-        resume(index);
-        if (error) return error;
-      }
+      for (unsigned i = 0; i < threads() / 32; ++i) moved |= run_warp(reverse ? threads() / 32 - 1 - i : i, reverse);
+      if (error) return error;
       if (moved) continue;
       if (!all_at(Waits::kBlock)) return error = "threads wait for each other: a barrier or a warp is not whole";
       for (Fiber& fiber : fibers) fiber.waits = Waits::kNothing;
@@ -159,11 +172,11 @@ void meet(const void* place, Arguments& mine, All all) {
   Fiber& fiber = machine.fibers[machine.current];
   fiber.arguments = &mine;
   fiber.place = place;
-  fiber.waits = Waits::kWarp;
+  if (++machine.arrived[first / 32] < 32) return machine.wait(Waits::kWarp);
+  machine.arrived[first / 32] = 0;
   Arguments* lanes[32];
   for (unsigned lane = 0; lane < 32; ++lane) {
     const Fiber& other = machine.fibers[first + lane];
-    if (other.waits != Waits::kWarp) return machine.wait(Waits::kWarp);
     if (other.place != place) machine.fail("lanes of a warp meet at different operations");
     lanes[lane] = static_cast<Arguments*>(other.arguments);
   }
