@@ -10,7 +10,7 @@ from typing import Literal
 
 from swin_moe.config_checks import check as _check
 from swin_moe.config_checks import check_choices as _check_choices
-from swin_moe.config_checks import check_routing
+from swin_moe.config_checks import check_routing, check_task
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
 DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
@@ -31,6 +31,8 @@ class DataConfig:
     micro_batch: int = 0  # images per rank and forward; 0 = global_batch / ranks, no accumulation
     eval_batch: int = 0  # images per rank and evaluation forward; 0 = micro_batch
     drop_last: bool = True  # False: an epoch's last, smaller batch is trained on too
+    images_per_class: int = 0  # training images of each class, drawn once for all runs; 0 = all (few-shot: 5)
+    subset: int = 0  # which draw of them
     workers: int = 0  # loader processes per rank; 0 = load in the training process
     on_broken: Literal["skip", "fail"] = "fail"  # a broken image is reported with its path either way
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
@@ -52,6 +54,7 @@ class DataConfig:
         _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
         _check(0 <= self.erase_prob <= 1, "data.erase_prob", self.erase_prob, "in [0, 1]")
         _check(0 <= self.hflip <= 1, "data.hflip", self.hflip, "in [0, 1]")
+        _check(self.images_per_class >= 0, "data.images_per_class", self.images_per_class, ">= 0 (0 = all)")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
         needs_path = self.name in ("folder", "zip", "imagenet22k")
@@ -189,12 +192,20 @@ class TaskConfig:
     cutmix: float = 1.0
     mix_prob: float = 1.0  # of mixing at all
     mix_switch_prob: float = 0.5  # of cutmix, where both are on
+    mask_patch_size: int = 32  # simmim: pixels per side of what is hidden or seen together
+    mask_ratio: float = 0.6  # simmim: hidden share of an image
+    target_window: int = 0  # simmim: odd; pixels per side that targets are normalized over (SwinV2: 47); 0 = raw
+    pictures: int = 4  # simmim: validation images whose reconstruction is drawn at every evaluation
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mix_prob", "mix_switch_prob"):
             _check(0 <= getattr(self, name) <= 1, f"task.{name}", getattr(self, name), "in [0, 1]")
-        for name in ("mixup", "cutmix"):
+        for name in ("mixup", "cutmix", "pictures"):
             _check(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), ">= 0")
+        _check(self.mask_patch_size >= 1, "task.mask_patch_size", self.mask_patch_size, ">= 1")
+        _check(0 < self.mask_ratio < 1, "task.mask_ratio", self.mask_ratio, "in (0, 1)")
+        odd = self.target_window == 0 or (self.target_window > 1 and self.target_window % 2 == 1)
+        _check(odd, "task.target_window", self.target_window, "odd and > 1, or 0 for raw pixels")
 
 
 @dataclass(frozen=True)
@@ -220,7 +231,9 @@ class OptimConfig:
     milestones: tuple[float, ...] = ()  # multistep, in epochs
     layer_decay: float = 1.0  # lr factor per layer, from the head down
     ema: float = 0.0  # decay of the weight average per step; 0 = off
-    freeze_experts: bool = False
+    freeze: Literal["none", "experts", "moe", "backbone"] = (
+        "none"  # what keeps its weights: experts; whole MoE layers; all but the class head, a linear probe
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self, "optim")
@@ -266,7 +279,8 @@ class CheckpointConfig:
     every: int = 0  # optimizer steps between checkpoints; 0 = once per epoch
     keep: int = 2  # newest checkpoints kept, besides the best; 0 = all
     asynchronous: bool = False  # training goes on from a copy of the rank's share while a thread writes it
-    load: str = ""  # checkpoint to start from or to evaluate; "" = newest of the run
+    load: str = ""  # checkpoint to continue from or to evaluate; "" = newest of the run
+    init: str = ""  # weights a new run begins with: a checkpoint of any task and layout, or an official .pth file
     file_size: int = 1 << 30  # target bytes per shard file
 
     def __post_init__(self) -> None:
@@ -290,6 +304,11 @@ class DebugConfig:
 
 
 @dataclass(frozen=True)
+class CompatConfig:
+    official: bool = False  # repeat the official weight decay on SimMIM's bias tables, bias networks and logit scales
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -301,6 +320,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    compat: CompatConfig = field(default_factory=CompatConfig)
 
     def accumulation(self, world_size: int) -> tuple[int, int]:
         """Returns (micro_batch per rank, forwards per optimizer step) in a world of this many ranks.
@@ -353,3 +373,4 @@ class Config:
     def check(self, world_size: int) -> None:
         """Raises ValueError where sections contradict each other in a world of this many ranks."""
         self.routing_ranks(world_size)
+        check_task(self)

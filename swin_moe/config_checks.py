@@ -1,4 +1,4 @@
-"""How options are refused, and which routing options contradict each other. Plain data; config.py is the schema."""
+"""How options are refused, and which options contradict each other. Plain data; config.py is the schema."""
 
 from dataclasses import fields
 from typing import Any, Literal, get_args
@@ -65,3 +65,32 @@ def check_routing(moe: Any) -> None:
         check(moe.capacity_factor > 0, "model.moe.capacity_factor", moe.capacity_factor, f"> 0 {needs}")
         allowed = f">= 0 {needs}; 0 = model.moe.capacity_factor"
         check(moe.eval_factor >= 0, "model.moe.eval_capacity_factor", moe.eval_capacity_factor, allowed)
+
+
+def check_task(config: Any) -> None:
+    """Raises ValueError where a Config's task does not fit its other sections."""
+    check_freeze(config)
+    if config.task.name == "simmim":
+        check_masks(config)
+
+
+def check_freeze(config: Any) -> None:
+    """Raises ValueError where optim.freeze has nothing to freeze, or nothing is left to train."""
+    freeze, has_experts = config.optim.freeze, config.model.moe.has_blocks
+    if freeze in ("experts", "moe"):
+        check(has_experts, "optim.freeze", freeze, "none or backbone for a model without MoE blocks")
+    if freeze == "backbone":
+        with_head = config.task.name == "classify" and config.model.num_classes > 0
+        check(with_head, "optim.freeze", freeze, "none, experts or moe without a class head to train")
+
+
+def check_masks(config: Any) -> None:
+    """Raises ValueError where an image cannot be cut into mask units of whole patches, or into tokens."""
+    model, unit = config.model, config.task.mask_patch_size
+    height, width = model.patch_size
+    check(height == width, "model.patch_size", model.patch_size, "square with task.name=simmim")
+    check(unit % height == 0, "task.mask_patch_size", unit, f"a multiple of model.patch_size={height}")
+    stride = height * 2 ** (len(model.depths) - 1)
+    for size, why in ((unit, "task.mask_patch_size"), (stride, "pixels that a token of the last stage stands for")):
+        whole = all(side % size == 0 for side in model.img_size)
+        check(whole, "model.img_size", model.img_size, f"multiples of {size} ({why}) with task.name=simmim")

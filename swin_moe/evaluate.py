@@ -4,10 +4,9 @@ from swin_moe.config import Config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.precision import autocast
-from swin_moe.metrics import LOGGER, start_logging
-from swin_moe.registry import lookup
+from swin_moe.metrics import LOGGER, save_picture, start_logging
 from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
-from swin_moe.tasks.base import TASKS, StepContext
+from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.weights import load_weights
 
 USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
@@ -35,16 +34,19 @@ def main(argv: list[str]) -> None:
     session = open_session(path, overrides)
     start_logging(None, session.rank)
     loader = build_eval_loader(session.config, session)
-    model = build_local_model(session)
+    task = build_task(session.config)
+    model = build_local_model(session, task)
     LOGGER.info("weights: %s", load_weights(model, session))
     config = session.config
-    task = lookup(TASKS, config.task.name, key="task.name")(config)
     context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))
     loaded = session.heartbeat.over(loader, "evaluation batch")
     batches = (to_device(batch, session.device, config.engine.precision) for batch in loaded)
     with session.watched():
         result = task.evaluate(model.eval(), batches, context)
     LOGGER.info("%s", ", ".join(f"{k} {v:.6g}" for k, v in result.items()))
+    for name, picture in task.pictures().items():
+        if session.rank == 0:
+            LOGGER.info("picture: %s", save_picture(session.directory, f"{name}-evaluation", picture))
 
 
 if __name__ == "__main__":

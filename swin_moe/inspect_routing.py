@@ -19,7 +19,7 @@ from swin_moe.models.swin import Block
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import Routing
 from swin_moe.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
-from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
 from swin_moe.weights import load_weights
 
 USAGE = """usage: swin-moe inspect-routing CONFIG [key=value ...] [--out DIR] [--images N] IMAGE ...
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     start_logging(None, 0)
     directory = Path(out) if out else session.directory / "routing"
     directory.mkdir(parents=True, exist_ok=True)
-    model = build_local_model(session)
+    model = build_classifier(session)
     LOGGER.info("weights: %s", load_weights(model, session))
     recorder = RoutingRecorder(model.eval())
     with recorder.recording():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 LOGGER = logging.getLogger("swin_moe")
@@ -110,7 +111,7 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool, resume_step: int):
-        self.file, self.board = None, None
+        self.file, self.board, self.directory = None, None, directory
         if not enabled:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -152,12 +153,31 @@ class MetricsWriter:
                 global_step=step,
             )
 
+    def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Writes pictures (height, width, 3) uint8 to TensorBoard and as <run>/pictures/<name>-<step>.png."""
+        if self.file is None:
+            return
+        for name, picture in pictures.items():
+            save_picture(self.directory, f"{name}-{step:07d}", picture)
+            if self.board is not None:
+                self.board.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
         """Flushes and closes both files."""
         if self.file is not None:
             self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def save_picture(directory: Path, name: str, picture: np.ndarray) -> Path:
+    """Returns the path of the PNG file, <directory>/pictures/<name>.png; picture: (height, width, 3) uint8."""
+    from PIL import Image
+
+    path = directory / "pictures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+    return path
 
 
 def _step_of(line: str) -> float:

@@ -18,3 +18,5 @@ DROPPED = (
     (r"\b_num_global_experts$", "checked against the model"),
 )
 SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)
+# What belongs to a task and not to the backbone: another task starts its own.
+TASK_PARTS = r"^(mask_token$|decoder\.|head\.)"

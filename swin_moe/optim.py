@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from swin_moe.config import OptimConfig
+from swin_moe.moe import MoELayer
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,21 @@ def has_decay(name: str, parameter: torch.Tensor, names: set[str], keywords: set
     """
     excluded = name in names or any(name.endswith("." + n) for n in names) or any(k in name for k in keywords)
     return not (parameter.ndim <= 1 or name.endswith(".bias") or excluded)
+
+
+def frozen_parameters(model: nn.Module, freeze: str) -> set[str]:
+    """Returns the names of what optim.freeze keeps as it is.
+
+    experts: the experts of MoE layers, routers go on. moe: whole MoE layers, as the Tutel paper (arXiv:2206.03382)
+    found better for fine-tuning on detection. backbone: all but the class head, a linear probe.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if freeze == "backbone":
+        return {name for name in names if not name.startswith("head.")}
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoELayer))
+    if freeze == "moe":
+        return {name for name in names if name.startswith(layers)}
+    return {name for name in names if freeze == "experts" and ".experts." in f".{name}"}
 
 
 def layer_id(name: str, depths: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ import torch
 from swin_moe.data.datasets import build_dataset, decode
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.precision import autocast
-from swin_moe.session import build_local_model, open_session, parse_arguments, run_main
+from swin_moe.session import build_classifier, open_session, parse_arguments, run_main
 from swin_moe.weights import load_weights
 
 USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] IMAGE [IMAGE ...]
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
     dataset = build_dataset(session.config.data, "val", img_size=session.config.model.img_size)
-    model = build_local_model(session)
+    model = build_classifier(session)
     load_weights(model, session)
     config = session.config
     transform = build_transform(config.data, config.model.img_size, train=False)

@@ -23,13 +23,13 @@ from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import DTYPES
 from swin_moe.expert_load import moe_layers
 from swin_moe.metrics import LOGGER
-from swin_moe.models import build_model
 from swin_moe.models.attention import check_attention, stage_geometry
 from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
 from swin_moe.parallel.tune import tune
+from swin_moe.tasks.base import Task, build_task
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
 _BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
@@ -162,13 +162,13 @@ def _log_to_file(text: str) -> None:
             handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text, (), None))
 
 
-def build_meta_model(session: Session) -> nn.Module:
-    """Returns this rank's part of the model without memory: an engine shards and materializes it."""
+def build_meta_model(session: Session, task: Task) -> nn.Module:
+    """Returns this rank's part of a task's network without memory: an engine shards and materializes it."""
     config = session.config
     assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
     check_attention(config.model, device_type=session.device.type, dtype=DTYPES[config.engine.precision])
     with torch.device("meta"):
-        model = build_model(config.model, recompute=config.parallel.recompute)
+        model = task.build_network()
     model = parallelize(model, layout_of(config)[0], session.groups)
     if config.model.moe.tune == "measure":
         session.heartbeat.enter("tuning the exchange of rows", long=True)
@@ -187,9 +187,20 @@ def _rows_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterat
         yield layer, micro_batch * (moe.num_experts * moe.slots if moe.choice == "soft" else tokens * moe.top_k)
 
 
-def build_local_model(session: Session) -> nn.Module:
-    """Returns this rank's part of the model, initialized from the seed; a rank never allocates experts of others."""
-    return materialize(build_meta_model(session), session.config, session.device)
+def build_local_model(session: Session, task: Task) -> nn.Module:
+    """Returns this rank's part of a task's network, initialized from the seed; never experts of other ranks."""
+    return materialize(build_meta_model(session, task), session.config, session.device)
+
+
+def build_classifier(session: Session) -> nn.Module:
+    """Returns this rank's part of a classification network, initialized from the seed, for entry points that need one.
+
+    Raises:
+        ValueError: The config is of another task.
+    """
+    if session.config.task.name != "classify":
+        raise ValueError(f"this command is for task.name=classify, the config has task.name={session.config.task.name}")
+    return build_local_model(session, build_task(session.config))
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

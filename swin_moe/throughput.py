@@ -8,7 +8,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.engine.precision import autocast
 from swin_moe.evaluate import build_eval_loader
 from swin_moe.metrics import LOGGER, peak_flops, peak_memory, start_logging
-from swin_moe.session import build_local_model, open_session, parse_arguments, run_main
+from swin_moe.session import build_classifier, open_session, parse_arguments, run_main
 
 USAGE = """usage: swin-moe throughput CONFIG [data.name=synthetic] [data.eval_batch=64] [key=value ...]
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     session = open_session(path, overrides)
     start_logging(None, session.rank)
     loader = build_eval_loader(session.config, session)
-    model = build_local_model(session)
+    model = build_classifier(session)
     precision = session.config.engine.precision
     images = to_device(next(iter(loader)), session.device, precision)["image"]
     if not len(images):

@@ -1,9 +1,7 @@
 """Training: `swin-moe train CONFIG key=value ...` or `python -m swin_moe.train CONFIG key=value ...`."""
 
 import math
-import signal
 import time
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,9 +17,11 @@ from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flo
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
+from swin_moe.run_state import Progressed, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
-from swin_moe.tasks.base import TASKS, StepContext, Task
+from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.weights import start_from
 
 USAGE = """usage: swin-moe train CONFIG [key=value ...]
 
@@ -32,43 +32,20 @@ Running it again resumes from the newest checkpoint; SIGTERM or SIGUSR1 saves an
 MAX_SKIPPED_STEPS = 10  # in a row, outside fp16: more means that the run is lost, not unlucky
 
 
-class StopRequest:
-    """Remembers SIGTERM or SIGUSR1 until the ranks can agree to stop, at the end of a step."""
-
-    def __init__(self):
-        self.name = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _frame: object) -> None:
-        self.name = signal.Signals(number).name
-
-
-@dataclass
-class Progressed:
-    """What a run has done so far; saved with every checkpoint."""
-
-    step: int = 0  # optimizer steps taken
-    samples: int = 0  # training images seen
-    best: float | None = None
-    skipped: int = 0  # steps skipped in a row
-    window: dict = field(default_factory=dict)  # sums since the last record
-
-
 class Trainer:
     """One run: the loop, its records and its checkpoints. Knows no task, engine or dispatcher by name."""
 
     def __init__(self, session: Session):
         config = session.config
         self.session, self.config, self.first_rank = session, config, session.rank == 0
-        self.task: Task = lookup(TASKS, config.task.name, key="task.name")(config)
+        self.task = build_task(config)
         engine = lookup(ENGINES, config.engine.name, key="engine.name")  # first: a missing package costs no work
         self._build_loaders()
         self.schedule = build_schedule(
             config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch
         )
         self.engine: Engine = engine(
-            build_meta_model(session),
+            build_meta_model(session, self.task),
             config=config,
             groups=session.groups,
             schedule=self.schedule,
@@ -109,9 +86,12 @@ class Trainer:
         return self.session.device
 
     def resume(self) -> None:
-        """Loads checkpoint.load if given, else the newest complete checkpoint of the run, if there is one."""
+        """Continues from checkpoint.load if given, else from the run's newest checkpoint; a run without any begins
+        with the weights of checkpoint.init, where that is set."""
         state = self.checkpoints.resume(self.engine.pieces(), source=self.config.checkpoint.load)
         if state is None:
+            if self.config.checkpoint.init:
+                LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
         self.engine.load_state(state["engine"])
         saved = state["progress"]
@@ -155,13 +135,8 @@ class Trainer:
             self.writer.close()
             self.checkpoints.close()
         if self.progress.step >= total:
-            LOGGER.info(
-                "finished: step %d of %d, best %s %.2f",
-                self.progress.step,
-                total,
-                self.task.metric,
-                self.progress.best if self.progress.best is not None else float("nan"),
-            )
+            best = float("nan") if self.progress.best is None else abs(self.progress.best)  # kept as higher is better
+            LOGGER.info("finished: step %d of %d, best %s %.4g", self.progress.step, total, self.task.metric, best)
 
     def _train_step(self, batches: StepBatches) -> bool:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
@@ -342,6 +317,7 @@ class Trainer:
         if improved:
             self.progress.best = value
         self.writer.write(self.progress.step, {f"eval/{k}": v for k, v in result.items()})
+        self.writer.show(self.progress.step, self.task.pictures())
         self.bar.clear()
         numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
         LOGGER.info(

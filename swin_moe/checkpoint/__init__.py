@@ -3,11 +3,12 @@
 Nothing here imports torch before a tensor needs it, so tools run on a laptop and tests of the bytes are quick.
 """
 
+from swin_moe.checkpoint.communicator import resolve, together
 from swin_moe.checkpoint.directory import find_latest, list_checkpoints, mark_best, read_best
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import verify
-from swin_moe.checkpoint.manager import CheckpointManager, load, load_newest_valid, save
+from swin_moe.checkpoint.manager import CheckpointManager, find_checkpoint, load, load_newest_valid, save
 from swin_moe.checkpoint.pieces import Piece
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "CorruptionError",
     "Index",
     "Piece",
+    "find_checkpoint",
     "find_latest",
     "list_checkpoints",
     "load",
     "load_newest_valid",
     "mark_best",
     "read_best",
+    "resolve",
     "save",
+    "together",
     "verify",
 ]

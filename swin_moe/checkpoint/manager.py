@@ -238,14 +238,31 @@ class CheckpointManager:
         return load_newest_valid(path / kind, loader, group=comm)
 
 
-def _kind_of(path: Path) -> str:
+def find_checkpoint(source: str | Path, *, key: str) -> Path:
+    """Returns the checkpoint that `source` is, or the newest complete one of the run directory that it is.
+
+    Args:
+        key: The option that `source` comes from, for errors.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    path = Path(source)
+    kind = _kind_of(path, key)
+    found = path if kind == "checkpoint" else find_latest(path / kind)
+    if found is None:
+        raise CheckpointError(f"{key}={path}: holds no complete checkpoint")
+    return found
+
+
+def _kind_of(path: Path, key: str = "checkpoint.load") -> str:
     """Returns "checkpoint", or where below a run directory its checkpoints are: "checkpoints" or "." """
     if (path / INDEX_NAME).exists():
         return "checkpoint"
     for below in ("checkpoints", "."):
         if list_checkpoints(path / below):
             return below
-    raise CheckpointError(f"checkpoint.load={path}: is neither a checkpoint (no {INDEX_NAME}) nor a run that holds one")
+    raise CheckpointError(f"{key}={path}: is neither a checkpoint (no {INDEX_NAME}) nor a run that holds one")
 
 
 def to_raw(tensor: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ from swin_moe.engine.ema import WeightAverage
 from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
-from swin_moe.optim import Schedule, build_optimizer, parameter_groups
+from swin_moe.optim import Schedule, build_optimizer, frozen_parameters, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.parallel.groups import Groups
 
@@ -55,11 +55,12 @@ def materialize(
         only: Modules whose own parameters are wanted, a MoE layer with all it contains; None = all.
     """
     dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    frozen_names = frozen_parameters(model, config.optim.freeze)
     allocated = set()
     for name, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and (only is None or module in only):
-                frozen = config.optim.freeze_experts and ".experts." in f".{name}.{key}"
+                frozen = (f"{name}.{key}" if name else key) in frozen_names
                 value = torch.empty(parameter.shape, dtype=dtype, device=device)
                 setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad and not frozen))
                 allocated.add(module)

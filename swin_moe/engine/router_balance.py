@@ -26,7 +26,7 @@ class RouterBalance:
     def __init__(self, model: nn.Module, groups: Groups, pieces_of: Callable[[str], list[Piece]]):
         self.groups = groups
         found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer)]
-        found = [(name, layer) for name, layer in found if layer.config.bias_rate > 0]
+        found = [(name, layer) for name, layer in found if layer.config.bias_rate > 0 and _learns(layer)]
         self.layers = [layer for _, layer in found]
         self.pieces = [pieces_of(f"{name}.router.balance.bias") for name, _ in found]
         self.load_LE: torch.Tensor | None = None  # int64, pairs by layer and expert, since the last update
@@ -56,3 +56,8 @@ class RouterBalance:
                 start, size = piece.chunk.offset[0], piece.chunk.size[0]
                 step = direction_E[start : start + size].to(piece.tensor.device, piece.tensor.dtype)
                 piece.tensor.add_(step, alpha=layer.config.bias_rate)
+
+
+def _learns(layer: MoELayer) -> bool:
+    """Returns whether the layer's router is trained; the bias of a frozen one (optim.freeze) stays as it is."""
+    return any(parameter.requires_grad for parameter in layer.router.parameters())

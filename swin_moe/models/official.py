@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.official_names import DROPPED, RENAMED, SIMMIM_DROPPED
+from swin_moe.official_names import DROPPED, RENAMED, SIMMIM_DROPPED, TASK_PARTS
 
 Named = list[tuple[str, str]]  # (parameter name, reason)
 
@@ -77,30 +77,60 @@ def load_official(
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
-    official = _unwrap(state_dict)
+    official = unwrap(state_dict)
     simmim = any(name.startswith("encoder.") for name in official)
     loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
-    source = loading.rename(official)
-    loading.fit_head(source)
-    loading.fit(source)
-    if strict and loading.problems:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(loading.problems))
-        raise ValueError(f"official weights do not fit the model ({len(loading.problems)} tensors): {listed}")
-    loading.note_windows(official)
+    loading.fit_all(official, strict=strict)
     with torch.no_grad():
         for name, tensor in loading.new.items():
             target[name].copy_(tensor)
     return loading.report
 
 
+def fit_weights(
+    backbone: nn.Module, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, own_parts: bool = False
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Returns (name -> value of every parameter that is not kept as it is; the report), by load_official's rules.
+
+    Changes nothing, and knows of no layout: values are global, and one that fits as it is may stay on meta.
+
+    Args:
+        backbone: The SwinTransformer in a task's network, or the network itself.
+        source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
+        shapes: Global shapes of the network's parameters by name, without "encoder.".
+        own_parts: What belongs to a task (class head, decoder, ...) may be missing, and starts from the seed.
+
+    Raises:
+        ValueError: Every unexplained missing, unexpected and mis-shaped name.
+    """
+    target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    simmim = any(name.startswith("encoder.") for name in source)
+    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic", own_parts=own_parts)
+    loading.fit_all(dict(source), strict=True)
+    return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
+
+
 class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
-    def __init__(self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
+    def __init__(
+        self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str, *, own_parts: bool = False
+    ) -> None:
         self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
+        self.own_parts = own_parts
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
         self.report = LoadReport()
+
+    def fit_all(self, official: dict[str, Tensor], *, strict: bool) -> None:
+        """Fills `new` from the file; raises ValueError for what no rule explains (strict)."""
+        source = self.rename(official)
+        self.fit_head(source)
+        self.fit(source)
+        if strict and self.problems:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.problems))
+            raise ValueError(f"weights do not fit the model ({len(self.problems)} tensors): {listed}")
+        self.note_windows(official)
 
     def rename(self, official: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors under our names, without those that a rule drops."""
@@ -150,7 +180,7 @@ class _Loading:
                 self.new[name] = value[torch.tensor(read_class_map(), device=value.device)]
                 self.report.interpolated.append((name, f"{old} to {new} classes by map22kto1k.txt"))
             else:
-                self.new[name] = torch.zeros_like(self.target[name])
+                self.new[name] = torch.zeros(self.target[name].shape)
                 self.report.reinitialized.append((name, f"{old} classes in the file, {new} in the model: set to zero"))
 
     def fit(self, source: dict[str, Tensor]) -> None:
@@ -177,6 +207,8 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
+        elif self.own_parts and re.search(TASK_PARTS, name):
+            self.report.reinitialized.append((name, "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
 
@@ -190,7 +222,7 @@ class _Loading:
             raise ValueError(f"holds {value.dtype}, not floating-point numbers")
         if ".mlp.experts." in name and value.ndim == 3 and want.ndim == 2 and value.shape[1] == 1:
             value = value.squeeze(1)  # early Tutel: biases (E, 1, H)
-        if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias and value.count_nonzero():
+        if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias and _holds_numbers(value):
             # The official module holds a frozen bias and loads whatever stands there; its output includes it.
             self.report.notes.append(f"{name} is not zero although model.mlp_fc2_bias=false; loaded and frozen")
         if value.shape == want.shape:
@@ -308,7 +340,7 @@ def spline_matrix(positions_S: Tensor, wanted_T: Tensor) -> Tensor:
     return linear + bend * (width**2 / 6)[:, None]
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the tensors of an official file, with or without its {"model": ...} around them."""
     inner = state_dict.get("model", state_dict)
     if not isinstance(inner, Mapping) or not inner:
@@ -317,6 +349,11 @@ def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise ValueError(f"not an official state dict: {name!r} is a {type(value).__name__}, not a tensor")
     return dict(inner)
+
+
+def _holds_numbers(value: Tensor) -> bool:
+    """Returns whether any element is not zero; unknown of a tensor on meta, which is ours and tells the truth."""
+    return not value.is_meta and bool(value.count_nonzero())
 
 
 def _side(length: int) -> int:

@@ -1,14 +1,19 @@
-"""What a training task gives the loop: a loss from a batch, and an exact evaluation."""
+"""What a training task gives the loop: a network, a loss from a batch, and an exact evaluation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.models import build_model
+from swin_moe.registry import lookup
 
-TASKS = {"classify": "swin_moe.tasks.classify:Classify"}
+TASKS = {
+    "classify": "swin_moe.tasks.classify:Classify",
+    "simmim": "swin_moe.tasks.simmim:SimMIM",
+}
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,33 @@ class MicroLoss:
     aux: Tensor
 
 
-class Task(Protocol):
-    """One row of TASKS; constructed with the config."""
+class Task:
+    """One row of TASKS; constructed with the config. A task says what it needs, and overrides what differs."""
 
-    metric: str  # the evaluation result that picks the best checkpoint
-    higher_is_better: bool
-    needs_partners: bool  # batches must hold every image's neighbour in global order, for mixing
+    metric = "loss"  # the evaluation result that picks the best checkpoint
+    higher_is_better = False
+    needs_partners = False  # batches must hold every image's neighbour in global order, for mixing
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def build_network(self) -> nn.Module:
+        """Returns the network this task trains, without meaningful weights; works on meta."""
+        return build_model(self.config.model, recompute=self.config.parallel.recompute)
 
     def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
         """Returns the loss of a micro-batch, which may hold no image."""
+        raise NotImplementedError
 
     def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
         """Returns metrics over every sample of `batches` on all ranks, weighted by true counts."""
+        raise NotImplementedError
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Returns name -> (height, width, 3) uint8 that the last evaluation drew, alike on all ranks."""
+        return {}
+
+
+def build_task(config: Config) -> Task:
+    """Returns the task that task.name says; raises ValueError where there is none of that name."""
+    return lookup(TASKS, config.task.name, key="task.name")(config)

@@ -1,4 +1,4 @@
-"""Image classification: soft targets by mixup and label smoothing; exact top-1 and top-5.
+"""Image classification: soft targets by mixup and label smoothing; exact top-1 and top-5. Also a linear probe.
 
 Shape legend: B images of this micro-batch, K classes.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from swin_moe.config import Config
 from swin_moe.data.mixing import mix, mixing_enabled, partners
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, StepContext
+from swin_moe.tasks.base import MicroLoss, StepContext, Task
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -22,14 +22,18 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target.to(logits.dtype) * F.log_softmax(logits, dim=-1)).sum()
 
 
-class Classify:
-    """Cross entropy with the official mixing and smoothing (microsoft/Swin-Transformer, main.py, data/build.py)."""
+class Classify(Task):
+    """Cross entropy with the official mixing and smoothing (microsoft/Swin-Transformer, main.py, data/build.py).
+
+    With optim.freeze=backbone only the class head learns: the features are those of evaluation, without drop path,
+    gate noise or dropped tokens.
+    """
 
     metric = "top1"
     higher_is_better = True
 
     def __init__(self, config: Config):
-        self.config = config
+        super().__init__(config)
         self.needs_partners = mixing_enabled(config.task)
 
     def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
@@ -46,6 +50,8 @@ class Classify:
             partner_targets=partner_targets,
         )
         random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        if self.config.optim.freeze == "backbone":
+            model.eval()
         with context.autocast():
             output = model(images, random=random)
         logits_BK, aux = output if isinstance(output, tuple) else (output, None)

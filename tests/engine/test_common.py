@@ -61,7 +61,7 @@ def test_names():
 
 
 def test_materialized_in_parts_is_the_model_materialized_at_once():
-    chosen = config("optim.freeze_experts=true")
+    chosen = config("optim.freeze=experts")
     whole, parts = materialize(on_meta(chosen), chosen, CPU), on_meta(chosen)
     blocks = [module for module in parts.modules() if isinstance(module, Block)]
     rest = set(parts.modules()) - {module for block in blocks for module in block.modules()}
