@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "train": ("swin_moe.train", "train a run, or continue it"),
     "evaluate": ("swin_moe.evaluate", "exact metrics of a checkpoint"),
+    "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),

@@ -49,7 +49,6 @@ def _one_of(**choices: Any) -> Callable[[Any], Any]:
 
 
 _COMBINED = "read together with other keys"
-_SIMMIM = "for the SimMIM task, which has no options in the schema yet"
 _EXACT_EVAL = "evaluation counts every image exactly once, in any order"
 _COMMAND = "a command of its own (swin-moe evaluate, swin-moe throughput)"
 _WEIGHTS = "load official weights with swin_moe.load_official, or convert them to a checkpoint first"
@@ -64,8 +63,8 @@ OFFICIAL: dict[str, Rule] = {
     "DATA.CACHE_MODE": Rule("part", why="samples are drawn in one global order, so no rank owns a part"),
     "DATA.PIN_MEMORY": Rule(True, why="memory is pinned where a GPU is used"),
     "DATA.NUM_WORKERS": Rule(8, "data.workers"),
-    "DATA.MASK_PATCH_SIZE": Rule(32, why=_SIMMIM),
-    "DATA.MASK_RATIO": Rule(0.6, why=_SIMMIM),
+    "DATA.MASK_PATCH_SIZE": Rule(32, "task.mask_patch_size"),
+    "DATA.MASK_RATIO": Rule(0.6, "task.mask_ratio"),
     "MODEL.TYPE": Rule("swin", "model.name", _one_of(**{name: name for name in FAMILIES})),
     "MODEL.NAME": Rule("swin_tiny_patch4_window7_224", why="run.name is the file's name, as two files share a NAME"),
     "MODEL.PRETRAINED": Rule("", why=_WEIGHTS, only=True),
@@ -74,8 +73,8 @@ OFFICIAL: dict[str, Rule] = {
     "MODEL.DROP_RATE": Rule(0.0, "model.drop_rate"),
     "MODEL.DROP_PATH_RATE": Rule(0.1, "model.drop_path_rate"),
     "MODEL.LABEL_SMOOTHING": Rule(0.1, "task.label_smoothing"),
-    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, why=_SIMMIM),
-    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, why=_SIMMIM),
+    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, why=_COMBINED),  # task.target_window
+    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, why=_COMBINED),
     "TRAIN.START_EPOCH": Rule(0, why="a resumed run knows its position", only=True),
     "TRAIN.EPOCHS": Rule(300, "optim.epochs"),
     "TRAIN.WARMUP_EPOCHS": Rule(20, "optim.warmup_epochs"),
@@ -224,7 +223,7 @@ def convert_official(
                 flat[rule.key] = rule.convert(values[key])
             except ValueError as error:
                 raise ValueError(f"{path}: {key} must be {error}, got {values[key]!r}") from None
-        if key in stated and rule.why in (_SIMMIM, _EXACT_EVAL):
+        if key in stated and rule.why == _EXACT_EVAL:
             notes.append(f"{key} is ignored: {rule.why}")
     if values["TAG"] not in ("default", path.stem):
         flat["run.name"] = f"{path.stem}_{values['TAG']}"
@@ -233,6 +232,8 @@ def convert_official(
     flat |= _dataset(values, path)
     if values["MODEL.NAME"] == "simmim_pretrain":
         flat |= SIMMIM_PRETRAIN
+        if values["MODEL.SIMMIM.NORM_TARGET.ENABLE"]:
+            flat["task.target_window"] = values["MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE"]
     named = _world_in_name(path)
     world = named or world_size
     if "data.global_batch" not in given:

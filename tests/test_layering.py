@@ -23,7 +23,7 @@ LAYERS = (
     ("session",),
     ("summary", "weights"),
     ("evaluate",),
-    ("train", "throughput", "predict", "inspect_routing"),
+    ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),
     ("cli",),
 )

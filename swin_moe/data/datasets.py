@@ -48,6 +48,10 @@ class Dataset(Protocol):
         """Returns (RGB image, label)."""
         ...
 
+    def labels(self) -> np.ndarray:
+        """Returns (N,) the label of every image, without decoding one."""
+        ...
+
 
 class BrokenImage(ValueError):
     """An image that is missing, truncated or not an image at all; the message names its path."""
@@ -69,9 +73,13 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
         ValueError: Something under data.path is missing, empty or malformed, or a package is not installed.
     """
     dataset_class = lookup(DATASETS, config.name, key="data.name")
-    if config.name == "synthetic":
-        return dataset_class(config, split, img_size=img_size, num_classes=num_classes)
-    return dataset_class(config, split)
+    shape = {"img_size": img_size, "num_classes": num_classes} if config.name == "synthetic" else {}
+    dataset = dataset_class(config, split, **shape)
+    if split == "train" and config.images_per_class:
+        from swin_moe.data.subset import ClassSubset  # which needs Dataset
+
+        return ClassSubset(dataset, config.images_per_class, draw=config.subset)
+    return dataset
 
 
 def decode(data: bytes, path: str) -> Image.Image:
@@ -122,6 +130,10 @@ class _FileDataset:
     def path(self, index: int) -> str:
         """Returns the path of the file."""
         return self._paths[index]
+
+    def labels(self) -> np.ndarray:
+        """Returns (N,) the label of every image."""
+        return self._labels
 
     def _read(self, index: int) -> bytes:
         return Path(self.path(index)).read_bytes()
@@ -364,3 +376,7 @@ class Synthetic:
         words = np.random.Philox(key).random_raw(-(-height * width * 3 // 8))
         pixels = words.view(np.uint8)[: height * width * 3].reshape(height, width, 3)
         return Image.fromarray(pixels), key % self.num_classes
+
+    def labels(self) -> np.ndarray:
+        """Returns (N,) the label of every image."""
+        return np.asarray([derive_key(self._stream, index) % self.num_classes for index in range(self._length)])

@@ -68,3 +68,7 @@ class Digits:
         """Returns (RGB image, label); the image may be shared with later calls, so transforms must not write to it."""
         image = self._images[index] if self._images is not None else Image.fromarray(self._pixels[index])
         return image, int(self._labels[index])
+
+    def labels(self) -> np.ndarray:
+        """Returns (N,) the label of every image."""
+        return self._labels

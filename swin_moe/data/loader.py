@@ -129,10 +129,9 @@ class _Loader:
 
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], *, train: bool, rank: int, world_size: int,
-        seed: int, partners: bool, pin_memory: bool, num_classes: int,
+        seed: int, partners: bool, pin_memory: bool, num_classes: int, split: str,
     ) -> None:  # fmt: skip
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        split = "train" if train else "val"
         assert 0 <= rank < world_size
         self.dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
         self.num_classes = self.dataset.num_classes
@@ -214,7 +213,7 @@ class TrainLoader(_Loader):
     ) -> None:  # fmt: skip
         super().__init__(
             config, img_size, train=True, rank=rank, world_size=world_size, seed=seed, partners=partners,
-            pin_memory=pin_memory, num_classes=num_classes,
+            pin_memory=pin_memory, num_classes=num_classes, split="train",
         )  # fmt: skip
         self.global_batch = world_size * micro_batch * accumulation
         if self.global_batch != config.global_batch:
@@ -302,6 +301,7 @@ class EvalLoader(_Loader):
         batch: Images per rank and forward.
         pin_memory: Put batches in page-locked memory, for CUDA.
         num_classes: Classes of the model, checked against the data; labels synthetic images.
+        split: "train" gives the training images as evaluation sees them.
 
     Raises:
         ValueError: The data is missing or malformed, or has more classes than the model.
@@ -309,13 +309,13 @@ class EvalLoader(_Loader):
 
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], rank: int, world_size: int, batch: int, *,
-        pin_memory: bool = False, num_classes: int = 0,
+        pin_memory: bool = False, num_classes: int = 0, split: str = "val",
     ) -> None:  # fmt: skip
         if batch < 1:
             raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
         super().__init__(
             config, img_size, train=False, rank=rank, world_size=world_size, seed=0, partners=False,
-            pin_memory=pin_memory, num_classes=num_classes,
+            pin_memory=pin_memory, num_classes=num_classes, split=split,
         )  # fmt: skip
         self._batch = batch
         self.num_samples = len(self.dataset)

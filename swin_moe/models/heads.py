@@ -116,7 +116,7 @@ def masked_l1_sum(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_siz
 
 def masked_l1(image: Tensor, reconstruction: Tensor, mask: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Returns the mean absolute error over hidden pixels, a scalar: sum / (hidden pixels + 1e-5) / S."""
-    hidden = mask.sum() * math.prod(patch_size)
+    hidden = mask.to(image.dtype).sum() * math.prod(patch_size)
     return masked_l1_sum(image, reconstruction, mask, patch_size) / (hidden + 1e-5) / image.shape[1]
 
 

@@ -1,0 +1,39 @@
+"""A few images of every class, drawn once: training with few labels, and few-shot evaluation."""
+
+import numpy as np
+from PIL import Image
+
+from swin_moe.data.datasets import Dataset
+from swin_moe.randomness import PURPOSES, derive_key
+
+
+class ClassSubset:
+    """A data set with `count` images of every class of another, or all of a class that has fewer.
+
+    Which ones is a function of (number of the draw, index in the data set), alike for all runs, seeds and layouts, so
+    that runs with few labels compare. The raw Philox stream never changes between versions of numpy.
+    """
+
+    def __init__(self, dataset: Dataset, count: int, *, draw: int) -> None:
+        self._dataset = dataset
+        self.classes, self.num_classes = dataset.classes, dataset.num_classes
+        labels = dataset.labels()
+        number = np.random.Philox(derive_key(draw, PURPOSES.index("subset"))).random_raw(len(labels))
+        order = np.lexsort((number, labels))
+        place = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])  # within its class
+        self._rows = np.sort(order[place < count])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def path(self, index: int) -> str:
+        """Returns what to call this image in messages."""
+        return self._dataset.path(int(self._rows[index]))
+
+    def sample(self, index: int) -> tuple[Image.Image, int]:
+        """Returns (RGB image, label)."""
+        return self._dataset.sample(int(self._rows[index]))
+
+    def labels(self) -> np.ndarray:
+        """Returns (N,) the label of every image."""
+        return self._dataset.labels()[self._rows]

@@ -1,0 +1,128 @@
+"""What the ranks run in the tests of tasks: small float64 runs of the real trainer, one MPI start per world."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from swin_moe.config_io import load_config
+from swin_moe.data.batch import to_device
+from swin_moe.evaluate import build_eval_loader
+from swin_moe.evaluate_features import measure, parse_options
+from swin_moe.parallel.groups import build_groups
+from swin_moe.session import Session, build_local_model
+from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.train import Trainer
+from swin_moe.weights import backbone_of, load_weights, start_from
+
+# 50 images in batches of 20: 3 steps an epoch, the last one of 10, so that of 4 ranks two have none.
+TINY = (
+    "engine.precision=fp64", "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]",
+    "model.num_heads=[1,2]", "model.window_size=4", "model.drop_path_rate=0.2", "data.global_batch=20",
+    "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=30", "task.mask_patch_size=4", "optim.epochs=1", "optim.warmup_epochs=0.5",
+    "optim.clip_norm=0.5", "log.every=1", "log.eval_every=1", "log.tensorboard=false", "checkpoint.every=1000",
+    "checkpoint.keep=0",
+)  # fmt: skip
+V2 = ("model.name=swinv2", "task.target_window=7")
+MOE = (
+    "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.capacity_scope=images",
+    "model.moe.group_images=1",
+)  # fmt: skip
+
+# name -> (config, options); and which run of one process it equals, if not itself.
+RUNS = {
+    "simmim": ("digits_simmim", ()),
+    "simmim v2": ("digits_simmim", V2),
+    "simmim moe": ("digits_simmim", MOE),
+    "simmim accumulated": ("digits_simmim", ("data.micro_batch=5",)),
+    "simmim recomputed": ("digits_simmim", ("parallel.recompute=block",)),
+    "simmim zero": ("digits_simmim", ("parallel.zero=3",)),
+    "simmim moe recomputed": ("digits_simmim", (*MOE, "parallel.recompute=block")),
+}
+REFERENCE = {
+    "simmim accumulated": "simmim", "simmim recomputed": "simmim", "simmim zero": "simmim",
+    "simmim moe recomputed": "simmim moe",
+}  # fmt: skip
+
+
+def open_tiny(directory: Path, config: str, *options: str) -> Session:
+    """Returns a session of a tiny run of digits in this (already started) world."""
+    loaded = load_config(config, [*TINY, f"run.output={directory}", "run.name=run", *options])
+    world_size = torch.distributed.get_world_size()
+    loaded.check(world_size)
+    experts = loaded.model.moe.num_experts if loaded.model.moe.has_blocks else 1
+    parallel = loaded.parallel if experts > 1 else replace(loaded.parallel, expert=1, expert_shard=1)
+    groups = build_groups(
+        parallel, experts, torch.device("cpu"), routing_ranks=loaded.routing_ranks(world_size),
+    )  # fmt: skip
+    return Session(loaded, groups, torch.device("cpu"))
+
+
+def train(session: Session) -> Trainer:
+    """Runs a run to its end."""
+    trainer = Trainer(session)
+    trainer.resume()
+    trainer.run()
+    return trainer
+
+
+def records(session: Session) -> list[dict]:
+    """Returns the records of metrics.jsonl; on rank 0, others have none."""
+    return [json.loads(line) for line in (session.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(trainer: Trainer) -> dict:
+    """Returns losses of every step, the evaluation, and this rank's parts of the weights."""
+    engine, rows = trainer.engine, records(trainer.session)
+    parts = {
+        name: (part.shape, part.chunk.offset, part.local.clone()) for name, part in engine.parts.items()
+    }  # fmt: skip
+    return {
+        "losses": [[r["train/loss"], r["train/aux"], r["train/grad_norm"]] for r in rows if "train/loss" in r],
+        "evaluation": next(r for r in reversed(rows) if "eval/samples" in r),
+        "weights": parts,
+    }
+
+
+def run_world(root: str, world: int) -> dict[str, dict]:
+    """Returns the outcome of every run of RUNS in this world."""
+    result = {}
+    for name, (config, options) in RUNS.items():
+        result[name] = outcome(
+            train(open_tiny(Path(root) / f"world{world}" / name.replace(" ", "-"), config, *options))
+        )
+    return result
+
+
+def evaluate(root: str, config: str, *options: str) -> dict[str, float]:
+    """Returns what `swin-moe evaluate` prints."""
+    session = open_tiny(Path(root), config, *options)
+    task = build_task(session.config)
+    model = build_local_model(session, task)
+    load_weights(model, session)
+    loader = build_eval_loader(session.config, session)
+    batches = (to_device(batch, session.device, session.config.engine.precision) for batch in loader)
+    context = StepContext(session.config, 0, session.world_size, 0, torch.no_grad)
+    return task.evaluate(model.eval(), batches, context)
+
+
+def features(root: str, config: str, *options: str) -> dict[str, float]:
+    """Returns what `swin-moe evaluate-features` prints."""
+    session = open_tiny(Path(root), config, *options)
+    model = build_local_model(session, build_task(session.config))
+    load_weights(model, session)
+    return measure(session, backbone_of(model.eval()), parse_options(["--k", "5", "--draws", "2", "--l2", "1"])[1])
+
+
+def begin(root: str, config: str, *options: str) -> tuple[str, dict[str, tuple]]:
+    """Returns (log of the load, this rank's parts of the weights) of a run just before its first step."""
+    session = open_tiny(Path(root), config, *options)
+    trainer = Trainer(session)
+    report = start_from(session.config.checkpoint.init, trainer.engine, session)
+    return report, {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in trainer.engine.parts.items()}
+
+
+def tune(root: str, config: str, *options: str) -> dict:
+    """Returns the outcome of one run."""
+    return outcome(train(open_tiny(Path(root), config, *options)))

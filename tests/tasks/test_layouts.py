@@ -1,0 +1,51 @@
+"""Every task gives the same losses, gradients, weights and evaluation on 1, 2 and 4 ranks, under real MPI."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tasks import cases
+
+pytestmark = pytest.mark.mpi
+WORLDS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs of all worlds: {world: [result of each rank]}."""
+    root = tmp_path_factory.mktemp("tasks")
+    return {world: run_ranks(cases.run_world, world, root, str(root), world, timeout=300) for world in WORLDS}
+
+
+def gathered(parts: list[dict]) -> dict[str, torch.Tensor]:
+    """Returns global tensors, put together from every rank's part."""
+    tensors: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for name, (shape, offset, value) in part.items():
+            whole = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=value.dtype))
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, value.shape))] = value
+    return tensors
+
+
+@pytest.mark.parametrize("name", cases.RUNS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_layout_accumulation_and_recomputation_change_nothing(runs, world, name):
+    reference = cases.REFERENCE.get(name, name)
+    expected, actual = runs[1][0][reference], runs[world][0][name]
+    torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), rtol=1e-10, atol=1e-12)
+    for key, value in expected["evaluation"].items():
+        assert actual["evaluation"][key] == pytest.approx(value, rel=1e-7), key
+    weights = gathered([result[reference]["weights"] for result in runs[1]])
+    for key, tensor in gathered([result[name]["weights"] for result in runs[world]]).items():
+        assert not tensor.isnan().any(), key
+        if key.endswith("qkv.bias"):  # the key third's true gradient is 0: Adam turns its rounding noise into steps
+            third = tensor.shape[0] // 3
+            tensor[third : 2 * third] = weights[key][third : 2 * third] = 0
+        torch.testing.assert_close(tensor, weights[key], rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_every_step_counts(runs):
+    for name in cases.RUNS:
+        losses = torch.tensor(runs[1][0][name]["losses"])
+        assert len(losses) == 3 and losses[:, 0].min() > 0 and losses[:, 2].min() > 0
+    assert all(loss[1] > 0 for loss in runs[1][0]["simmim moe"]["losses"])
