@@ -19,7 +19,7 @@ USAGE = """usage: swin-moe evaluate-features CONFIG [checkpoint.load=PATH] [key=
        [--shots 5] [--draws 3] [--l2 1024]
 
 What the backbone's features tell about classes, whatever task trained it: a vote of the K nearest training images
-(--k 0: none), and a ridge regression on SHOTS images of each class, mean over DRAWS choices of them (--shots 0: none)."""
+(--k 0: none), and a ridge regression on SHOTS images of each class, mean over DRAWS choices (--shots 0: none)."""
 
 
 def parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:

@@ -15,19 +15,16 @@ from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
 
 
-class PixelShuffle(nn.Module):
-    """torch.nn.PixelShuffle whose backward also takes a batch without images, which a rank may have."""
-
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
+class PixelShuffle(nn.PixelShuffle):
+    """torch.nn.PixelShuffle for a batch that may have no image, which torch's backward refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns (B, S, H * factor, W * factor) of (B, S * factor ** 2, H, W)."""
-        batch, channels, height, width = x.shape
-        r = self.factor
-        x = x.view(batch, channels // r**2, r, r, height, width).permute(0, 1, 4, 2, 5, 3)
-        return x.reshape(batch, channels // r**2, height * r, width * r)
+        """Returns (B, S, H * r, W * r) of (B, S * r ** 2, H, W), r the upscale factor."""
+        if len(x):
+            return super().forward(x)
+        _, channels, height, width = x.shape
+        r = self.upscale_factor
+        return x.reshape(0, channels // r**2, height * r, width * r)
 
 
 class MaskedImageModel(nn.Module):
@@ -76,7 +73,7 @@ class MaskedImageModel(nn.Module):
     def active_flops(self) -> float:
         """Returns the multiply-accumulates one image really costs, the decoder's among them."""
         convolution = self.decoder[0]
-        stride = self.decoder[1].factor
+        stride = self.decoder[1].upscale_factor
         tokens = math.prod(-(-side // stride) for side in self.encoder.img_size)
         return self.encoder.active_flops() + tokens * convolution.in_channels * convolution.out_channels
 

@@ -20,7 +20,8 @@ from swin_moe.weights import backbone_of, load_weights, start_from
 TINY = (
     "engine.precision=fp64", "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]",
     "model.num_heads=[1,2]", "model.window_size=4", "model.drop_path_rate=0.2", "data.global_batch=20",
-    "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=30", "task.mask_patch_size=4", "optim.epochs=1", "optim.warmup_epochs=0.5",
+    "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=30", "task.mask_patch_size=4", "optim.epochs=1",
+    "optim.warmup_epochs=0.5",
     "optim.clip_norm=0.5", "log.every=1", "log.eval_every=1", "log.tensorboard=false", "checkpoint.every=1000",
     "checkpoint.keep=0",
 )  # fmt: skip

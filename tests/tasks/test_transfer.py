@@ -1,0 +1,323 @@
+"""Checkpoints carry between tasks and layouts: what is loaded, changed to fit, left out, and told."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from swin_moe.checkpoint import CheckpointError
+from swin_moe.config_io import load_config
+from swin_moe.engine.common import materialize
+from swin_moe.models import build_model
+from swin_moe.models.attention import resize_bias_table
+from swin_moe.models.official import CLASSES_1K, CLASSES_22K, read_class_map, resize_bias_table_geometric
+from swin_moe.parallel.groups import single_process_groups
+from swin_moe.session import Session
+from swin_moe.train import Trainer
+from swin_moe.weights import load_weights, start_from
+from tests.ranks import run_ranks
+from tests.tasks import cases
+
+CPU = torch.device("cpu")
+TINY = (
+    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]", "model.num_heads=[1,2]",
+    "model.window_size=4", "task.mask_patch_size=4", "data.images_per_class=2", "data.global_batch=10",
+    "optim.epochs=1", "optim.warmup_epochs=0", "log.tensorboard=false", "log.eval_every=0", "data.eval_batch=120",
+)  # fmt: skip
+MOE = ("model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.capacity_scope=images",
+       "model.moe.group_images=1")  # fmt: skip
+
+
+def session_of(root: Path, config: str, *options: str) -> Session:
+    loaded = load_config(config, [*TINY, f"run.output={root}", *options])
+    loaded.check(1)
+    return Session(loaded, single_process_groups(), CPU)
+
+
+def trained(root: Path, config: str, *options: str) -> Trainer:
+    """Returns a run at its end, with its checkpoint."""
+    trainer = Trainer(session_of(root, config, *options))
+    trainer.resume()
+    trainer.run()
+    return trainer
+
+
+def begun(root: Path, config: str, source: str | Path, *options: str) -> tuple[Trainer, str]:
+    """Returns a run that has loaded `source`, and the report."""
+    trainer = Trainer(session_of(root, config, f"run.name=new{source}".replace("/", "-"), *options))
+    return trainer, start_from(str(source), trainer.engine, trainer.session)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.engine.local_model.named_parameters()}
+
+
+def untouched(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Returns the weights of the same run as the seed makes them."""
+    return weights(Trainer(trainer.session))
+
+
+# Pre-training to fine-tuning.
+
+
+@pytest.mark.parametrize("options", [(), ("model.name=swinv2",), MOE], ids=["swin", "swinv2", "moe"])
+def test_an_encoder_is_fine_tuned(tmp_path, options):
+    source = trained(tmp_path, "digits_simmim", *options)
+    before = weights(source)
+    new, report = begun(tmp_path, "digits_dense", source.session.directory, *options)
+    after, fresh = weights(new), untouched(new)
+    for name, value in after.items():
+        torch.testing.assert_close(value, fresh[name] if name.startswith("head.") else before[f"encoder.{name}"])
+    assert "task simmim, step 2" in report and "only for SimMIM pre-training" in report
+    assert re.search(r"reinitialized 2 \(head.weight, head.bias\)", report)
+    assert "dropped 3 (decoder.0.bias, decoder.0.weight, ...)" in report
+
+
+def test_a_classifier_begins_simmim(tmp_path):
+    source = trained(tmp_path, "digits_dense")
+    before = weights(source)
+    new, report = begun(tmp_path, "digits_simmim", source.session.directory)
+    after, fresh = weights(new), untouched(new)
+    for name, value in after.items():
+        inner = name.removeprefix("encoder.")
+        torch.testing.assert_close(value, before[inner] if inner in before else fresh[name])
+    assert "the model has no head" in report and "begins from the seed" in report
+
+
+def test_simmim_goes_on_with_its_decoder(tmp_path):
+    source = trained(tmp_path, "digits_simmim")
+    new, report = begun(tmp_path, "digits_simmim", source.session.directory)
+    for name, value in weights(new).items():
+        assert torch.equal(value, weights(source)[name]), name
+    assert "dropped" not in report and "reinitialized" not in report
+
+
+def test_averaged_weights_come_first_and_start_the_new_average(tmp_path):
+    source = trained(tmp_path, "digits_dense", "optim.ema=0.9")
+    average = {name: value.clone() for name, value in source.engine.ema.average.items()}
+    new, report = begun(tmp_path, "digits_dense", source.session.directory, "optim.ema=0.5")
+    for name, value in weights(new).items():
+        assert torch.equal(value, average[name]) and torch.equal(new.engine.ema.average[name], value), name
+        assert not torch.equal(value, weights(source)[name]) or not value.requires_grad
+    assert f"{len(average)} of {len(average)} averaged" in report
+
+
+# Windows and resolutions.
+
+
+@pytest.mark.parametrize(("task", "resize"), [("digits_simmim", resize_bias_table_geometric),
+                                              ("digits_dense", resize_bias_table)])  # fmt: skip
+def test_bias_tables_follow_a_new_window(tmp_path, task, resize):
+    source = trained(tmp_path, task, "model.name=swin")
+    old = weights(source)
+    new, report = begun(tmp_path, "digits_dense", source.session.directory, "model.name=swin", "model.img_size=28",
+                        "model.window_size=7")  # fmt: skip
+    prefix = "encoder." if task == "digits_simmim" else ""
+    for name, value in weights(new).items():
+        if name.endswith("relative_position_bias_table"):
+            before = old[prefix + name]
+            assert before.shape[0] == 49 and value.shape[0] == 169
+            torch.testing.assert_close(value, resize(before, 7))
+        elif not name.startswith("head."):
+            assert torch.equal(value, old[prefix + name]), name
+    rule = "geometric" if task == "digits_simmim" else "bicubic"
+    assert f"{rule}, 7 x 7 to 13 x 13 offsets" in report
+
+
+def test_bias_networks_need_the_windows_they_were_trained_with(tmp_path):
+    source = trained(tmp_path, "digits_dense", "model.name=swinv2")
+    larger = ("model.name=swinv2", "model.img_size=32", "model.window_size=8")
+    _, report = begun(tmp_path, "digits_dense", source.session.directory, *larger)
+    assert "trained with windows [4, 4], the model reads them with [8, 8]" in report
+    assert "model.pretrained_window_sizes=[4, 4]" in report
+    new, report = begun(
+        tmp_path, "digits_dense", source.session.directory, *larger, "model.pretrained_window_sizes=[4,4]"
+    )
+    assert "note" not in report
+    for name, value in weights(new).items():
+        assert torch.equal(value, weights(source)[name]), name
+
+
+def test_absolute_positions_follow_a_new_resolution(tmp_path):
+    source = trained(tmp_path, "digits_dense", "model.ape=true")
+    new, report = begun(tmp_path, "digits_dense", source.session.directory, "model.ape=true", "model.img_size=32")
+    assert weights(new)["absolute_pos_embed"].shape == (1, 256, 8)
+    assert "bicubic, 8 x 8 to 16 x 16 tokens" in report
+
+
+# Class heads.
+
+
+def test_another_number_of_classes_begins_with_a_zero_head(tmp_path):
+    source = trained(tmp_path, "digits_dense")
+    new, report = begun(tmp_path, "digits_dense", source.session.directory, "model.num_classes=12")
+    head = new.engine.local_model.head
+    assert head.weight.shape == (12, 16) and not head.weight.any() and not head.bias.any()
+    assert "10 classes in the file, 12 in the model: set to zero" in report
+
+
+def test_classes_of_22k_become_those_of_1k(tmp_path):
+    config = load_config("digits_dense", [*TINY, f"model.num_classes={CLASSES_22K}"])
+    old = build_model(config.model)
+    old.init_weights(3)
+    with torch.no_grad():
+        old.head.bias.copy_(torch.arange(CLASSES_22K))
+    path = tmp_path / "official.pth"
+    torch.save({"model": old.state_dict()}, path)
+    new, report = begun(tmp_path, "digits_dense", path, f"model.num_classes={CLASSES_1K}")
+    head = new.engine.local_model.head
+    assert head.bias.tolist() == read_class_map()
+    assert torch.equal(head.weight, old.head.weight[read_class_map()])
+    assert "21841 to 1000 classes by map22kto1k.txt" in report
+
+
+def test_an_official_simmim_file_begins_a_run(tmp_path):
+    source = trained(tmp_path, "digits_simmim", "model.name=swinv2", "model.extra_norm_every=2")
+    state = {name.replace("cpb_mlp", "rpe_mlp"): value for name, value in weights(source).items()}
+    assert any("enorm" in name for name in state) and any("rpe_mlp" in name for name in state)
+    torch.save({"model": state}, tmp_path / "official.pth")
+    options = ("model.name=swinv2", "model.extra_norm_every=2")
+    new, report = begun(tmp_path, "digits_dense", tmp_path / "official.pth", *options)
+    for name, value in weights(new).items():
+        if not name.startswith("head."):
+            assert torch.equal(value, weights(source)[f"encoder.{name}"]), name
+    assert "reinitialized 2 (head.weight, head.bias): no head in a SimMIM file" in report
+    # The whole network is evaluated from such a file, too.
+    session = session_of(tmp_path, "digits_simmim", *options, f"checkpoint.load={tmp_path / 'official.pth'}")
+    task = cases.build_task(session.config)
+    model = materialize(_on_meta(task), session.config, CPU)
+    assert "loaded" in load_weights(model, session)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, weights(source)[name]), name
+
+
+def _on_meta(task):
+    with torch.device("meta"):
+        return task.build_network()
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("model.embed_dim=16",), r"norm.weight: shape \(16,\) in the file, \(32,\) in the model"),
+        (("model.depths=[1,3]",), "layers.1.blocks.2.norm1.weight: missing in the file"),
+        (("model.depths=[1,1]",), "layers.1.blocks.1.norm1.weight: unexpected"),
+        (MOE, "layers.1.blocks.1.mlp.experts.fc1_weight: missing in the file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, options, said):
+    source = trained(tmp_path, "digits_dense")
+    trainer = Trainer(session_of(tmp_path, "digits_dense", "run.name=new", *options))
+    before = weights(trainer)
+    with pytest.raises(CheckpointError, match=said):
+        start_from(str(source.session.directory), trainer.engine, trainer.session)
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("name", "said"), [("nowhere", "checkpoint.init=.*nowhere: is neither"),
+                                            ("x.pth", "checkpoint.init=.*x.pth: no such file"),
+                                            ("bad.pth", "cannot be read as plain tensors")])  # fmt: skip
+def test_a_source_that_is_none_is_named(tmp_path, name, said):
+    (tmp_path / "bad.pth").write_bytes(b"not a file of torch's")
+    trainer = Trainer(session_of(tmp_path, "digits_dense"))
+    with pytest.raises(CheckpointError, match=said):
+        start_from(str(tmp_path / name), trainer.engine, trainer.session)
+
+
+def test_a_run_that_has_a_checkpoint_goes_on_from_it(tmp_path):
+    source = trained(tmp_path, "digits_simmim", "run.name=source")
+    init = f"checkpoint.init={source.session.directory}"
+    first = trained(tmp_path, "digits_dense", "run.name=tuned", init)
+    again = Trainer(session_of(tmp_path, "digits_dense", "run.name=tuned", init))
+    again.resume()
+    assert again.progress.step == first.progress.step == 2
+    assert all(torch.equal(value, weights(first)[name]) for name, value in weights(again).items())
+
+
+# Freezing.
+
+
+@pytest.mark.parametrize(
+    ("freeze", "moves"),
+    [
+        ("experts", lambda name: ".experts." not in name),
+        ("moe", lambda name: ".experts." not in name and ".router." not in name),
+        ("backbone", lambda name: name.startswith("head.")),
+    ],
+)
+def test_what_is_frozen_keeps_its_weights(tmp_path, freeze, moves):
+    balanced = ("model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none")
+    three_steps = "data.images_per_class=3"  # an odd number, so that a bias that moves cannot be back where it began
+    options = (*MOE, *balanced, f"optim.freeze={freeze}", "optim.name=sgd", "optim.lr=0.1", three_steps)
+    trainer = Trainer(session_of(tmp_path, "digits_dense", *options))
+    before = weights(trainer)
+    trainer.run()
+    for name, value in weights(trainer).items():
+        if name.endswith("qkv.bias"):
+            continue  # a third of it has no gradient
+        assert torch.equal(value, before[name]) != moves(name), name
+
+
+def test_a_linear_probe_sees_the_features_of_evaluation(tmp_path):
+    options = (*MOE, "optim.freeze=backbone", "model.drop_path_rate=0.5", "task.mixup=0.0", "task.label_smoothing=0.0")
+    trainer = Trainer(session_of(tmp_path, "digits_dense", *options, "model.moe.capacity_factor=0.1"))
+    batch = {"image": torch.randn(4, 3, 16, 16), "target": torch.arange(4), "sample": torch.arange(4)}
+    first, second = (
+        trainer.task.loss(trainer.engine.model, batch, trainer._context(step, 4)).task.item() for step in (0, 1)
+    )
+    assert first == second, "nothing is drawn"
+    model = trainer.engine.local_model.eval()
+    expected = torch.nn.functional.cross_entropy(model(batch["image"])[0], batch["target"])
+    assert first == pytest.approx(expected.item(), rel=1e-6)
+
+
+# Layouts.
+
+
+@pytest.mark.mpi
+def test_pre_trained_on_four_ranks_tuned_on_two_evaluated_on_one(tmp_path):
+    options = (*MOE, "model.moe.top_k=2")
+    (tmp_path / "pre").mkdir()
+    run_ranks(cases.tune, 4, tmp_path, str(tmp_path / "pre"), "digits_simmim", *options, "parallel.zero=3")
+    init = f"checkpoint.init={tmp_path / 'pre' / 'run'}"
+    tune = ("digits_dense", *options, init)
+    whole = run_ranks(cases.begin, 1, tmp_path, str(tmp_path / "one"), *tune)[0]
+    assert "checkpoints/0000000003 (task simmim, step 3" in whole[0]
+    parts = run_ranks(cases.begin, 2, tmp_path, str(tmp_path / "two"), *tune, "parallel.zero=3")
+    for report, held in parts:
+        assert report == whole[0]
+        for name, (shape, offset, value) in held.items():
+            box = tuple(slice(o, o + n) for o, n in zip(offset, value.shape))
+            assert torch.equal(whole[1][name][2][box], value), name
+            assert tuple(whole[1][name][0]) == tuple(shape)
+    assert any(".experts." in name and value.shape[0] == 2 for name, (_, _, value) in parts[0][1].items())
+    tuned = run_ranks(cases.tune, 2, tmp_path, str(tmp_path / "tuned"), *tune)[0]
+    (found,) = run_ranks(cases.evaluate, 1, tmp_path, str(tmp_path / "tuned"), "digits_dense", *options)
+    for key, value in found.items():
+        assert tuned["evaluation"][f"eval/{key}"] == pytest.approx(value, rel=1e-6), key  # of float32 logits
+    one, two = (
+        run_ranks(cases.features, world, tmp_path, str(tmp_path / "tuned"), "digits_dense", *options)
+        for world in (1, 2)
+    )
+    assert one[0] == pytest.approx(two[0], rel=1e-9) and two[0] == two[1]
+    assert set(one[0]) == {"knn", "few_shot", "few_shot_deviation"} and one[0]["knn"] > 10
+
+
+def test_the_report_is_in_the_log(tmp_path, caplog):
+    source = trained(tmp_path, "digits_simmim", "run.name=source")
+    trainer = Trainer(session_of(tmp_path, "digits_dense", f"checkpoint.init={source.session.directory}"))
+    from swin_moe.metrics import LOGGER
+
+    LOGGER.propagate = True
+    with caplog.at_level("INFO"):
+        trainer.resume()
+    assert "initial weights:" in caplog.text and "loaded" in caplog.text
+    assert json.loads((source.session.directory / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert replace(trainer.config).checkpoint.init
