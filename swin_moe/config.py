@@ -195,14 +195,21 @@ class TaskConfig:
     mask_patch_size: int = 32  # simmim: pixels per side of what is hidden or seen together
     mask_ratio: float = 0.6  # simmim: hidden share of an image
     target_window: int = 0  # simmim: odd; pixels per side that targets are normalized over (SwinV2: 47); 0 = raw
+    teacher: str = ""  # distill: weights, a checkpoint of any task, an official .pth file, or one of timm's
+    teacher_model: str = ""  # distill: config of the teacher in an official file, or timm:NAME; "" = as teacher tells
+    teacher_precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # distill: of its weights and arithmetic
+    teacher_shard: bool = False  # distill: its weights are cut over the ranks, and whole one block at a time
+    smooth_l1_beta: float = 2.0  # distill: errors below it count squared
     pictures: int = 4  # simmim: validation images whose reconstruction is drawn at every evaluation
 
     def __post_init__(self) -> None:
+        _check_choices(self, "task")
         for name in ("label_smoothing", "mix_prob", "mix_switch_prob"):
             _check(0 <= getattr(self, name) <= 1, f"task.{name}", getattr(self, name), "in [0, 1]")
         for name in ("mixup", "cutmix", "pictures"):
             _check(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), ">= 0")
         _check(self.mask_patch_size >= 1, "task.mask_patch_size", self.mask_patch_size, ">= 1")
+        _check(self.smooth_l1_beta > 0, "task.smooth_l1_beta", self.smooth_l1_beta, "> 0")
         _check(0 < self.mask_ratio < 1, "task.mask_ratio", self.mask_ratio, "in (0, 1)")
         odd = self.target_window == 0 or (self.target_window > 1 and self.target_window % 2 == 1)
         _check(odd, "task.target_window", self.target_window, "odd and > 1, or 0 for raw pixels")

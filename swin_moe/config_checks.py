@@ -72,6 +72,8 @@ def check_task(config: Any) -> None:
     check_freeze(config)
     if config.task.name == "simmim":
         check_masks(config)
+    if config.task.name == "distill":
+        check_teacher(config.task)
 
 
 def check_freeze(config: Any) -> None:
@@ -94,3 +96,12 @@ def check_masks(config: Any) -> None:
     for size, why in ((unit, "task.mask_patch_size"), (stride, "pixels that a token of the last stage stands for")):
         whole = all(side % size == 0 for side in model.img_size)
         check(whole, "model.img_size", model.img_size, f"multiples of {size} ({why}) with task.name=simmim")
+
+
+def check_teacher(task: Any) -> None:
+    """Raises ValueError where it is not said who teaches, or a teacher cannot be sharded."""
+    check(bool(task.teacher), "task.teacher", task.teacher, "set with task.name=distill")
+    named = bool(task.teacher_model) or not task.teacher.endswith((".pth", ".pt"))
+    check(named, "task.teacher_model", task.teacher_model, f"a config or timm:NAME with task.teacher={task.teacher}")
+    ours = not task.teacher_model.startswith("timm:")
+    check(ours or not task.teacher_shard, "task.teacher_shard", task.teacher_shard, "false for a teacher of timm's")

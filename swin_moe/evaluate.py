@@ -7,6 +7,7 @@ from swin_moe.engine.precision import autocast
 from swin_moe.metrics import LOGGER, save_picture, start_logging
 from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.teacher import load_teacher
 from swin_moe.weights import load_weights
 
 USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
     start_logging(None, session.rank)
     loader = build_eval_loader(session.config, session)
     task = build_task(session.config)
+    if task.needs_teacher:
+        task.teacher = load_teacher(session)
     model = build_local_model(session, task)
     LOGGER.info("weights: %s", load_weights(model, session))
     config = session.config

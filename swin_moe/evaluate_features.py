@@ -13,6 +13,7 @@ from swin_moe.metrics import LOGGER, start_logging
 from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.tasks.features import Features, extract, knn_accuracy, ridge_accuracy
+from swin_moe.teacher import load_teacher
 from swin_moe.weights import backbone_of, load_weights
 
 USAGE = """usage: swin-moe evaluate-features CONFIG [checkpoint.load=PATH] [key=value ...] [--k 20] [--temperature 0.07]
@@ -82,7 +83,10 @@ def main(argv: list[str]) -> None:
     overrides, options = parse_options(words)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
-    model = build_local_model(session, build_task(session.config))
+    task = build_task(session.config)
+    if task.needs_teacher:
+        task.teacher = load_teacher(session)
+    model = build_local_model(session, task)
     LOGGER.info("weights: %s", load_weights(model, session))
     with session.watched():
         result = measure(session, backbone_of(model.eval()), options)

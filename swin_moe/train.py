@@ -21,6 +21,7 @@ from swin_moe.run_state import Progressed, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
 from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.teacher import load_teacher
 from swin_moe.weights import start_from
 
 USAGE = """usage: swin-moe train CONFIG [key=value ...]
@@ -39,6 +40,8 @@ class Trainer:
         config = session.config
         self.session, self.config, self.first_rank = session, config, session.rank == 0
         self.task = build_task(config)
+        if self.task.needs_teacher:
+            self.task.teacher = load_teacher(session)
         engine = lookup(ENGINES, config.engine.name, key="engine.name")  # first: a missing package costs no work
         self._build_loaders()
         self.schedule = build_schedule(

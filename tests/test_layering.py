@@ -22,6 +22,7 @@ LAYERS = (
     ("engine", "tasks", "planner"),
     ("session",),
     ("summary", "weights"),
+    ("teacher",),
     ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _NOT_STATE = (
     "parallel", "engine", "checkpoint", "log", "debug",
     "run.name", "run.output", "data.path", "data.workers", "data.micro_batch", "data.eval_batch", "data.cache",
+    "task.teacher", "task.teacher_shard", "task.pictures",
 )  # fmt: skip
 
 

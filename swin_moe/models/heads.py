@@ -1,4 +1,7 @@
-"""Masked image modelling on a Swin encoder (SimMIM, arXiv:2111.09886; microsoft/Swin-Transformer, models/simmim.py).
+"""Networks of pre-training tasks around a Swin encoder, and the arithmetic of their targets.
+
+Masked image modelling: SimMIM, arXiv:2111.09886; microsoft/Swin-Transformer, models/simmim.py. Feature distillation:
+arXiv:2205.14141; SwinTransformer/Feature-Distillation.
 
 Shape legend: B images, S channels of an image, height x width pixels, H x W patches, U mask units of an image.
 """
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.models.attention import stage_geometry
 from swin_moe.models.initialize import initialize
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
@@ -27,55 +31,36 @@ class PixelShuffle(nn.PixelShuffle):
         return x.reshape(0, channels // r**2, height * r, width * r)
 
 
-class MaskedImageModel(nn.Module):
-    """An encoder with a mask token and one convolution that predicts the pixels of every encoder token."""
+class EncoderModel(nn.Module):
+    """An encoder and what a pre-training task puts on it; subclasses add that in other children.
 
-    def __init__(self, encoder: SwinTransformer, *, encoder_stride: int = 0, official_groups: bool = False) -> None:
-        """Builds the decoder.
+    official_groups: Weight decay where the official SimMIM code has it: also on bias tables, bias networks and logit
+        scales, because it looks for words that begin with "encoder." inside names.
+    """
 
-        Args:
-            encoder_stride: Pixels per side that one token of the last stage stands for; 0 = as the encoder's sizes say.
-            official_groups: Weight decay where the official code has it: also on bias tables, bias networks and
-                logit scales, because it asks for names that begin with "encoder." within names.
-
-        Raises:
-            ValueError: The encoder has no mask token, or has a classification head, or patches that are not square.
-        """
+    def __init__(self, encoder: SwinTransformer, *, official_groups: bool = False) -> None:
         super().__init__()
-        if not hasattr(encoder, "mask_token") or encoder.num_classes != 0:
-            raise ValueError("a masked image model needs an encoder with mask_token=True and model.num_classes=0")
-        config = encoder.config
-        if config.patch_size[0] != config.patch_size[1]:
-            raise ValueError(f"a masked image model needs square patches, got model.patch_size={config.patch_size}")
-        stride = encoder_stride or config.patch_size[0] * 2 ** (len(config.depths) - 1)
+        if encoder.num_classes != 0:
+            raise ValueError("an encoder has no class head: build it with model.num_classes=0")
         self.encoder, self.official_groups = encoder, official_groups
-        pixels = stride**2 * config.in_chans
-        self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, pixels, 1), PixelShuffle(stride))
-
-    def forward(self, image: Tensor, mask: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor | None]:
-        """Returns (reconstruction (B, S, height, width), auxiliary loss or None). mask: (B, H, W), 1 = hidden patch."""
-        encoded = self.encoder.encode(image, random=random, mask=mask)
-        # Contiguous, or the gradient of the weights would have other strides than the weights.
-        return self.decoder(encoded.tokens.permute(0, 3, 1, 2).contiguous()), encoded.aux
 
     def init_weights(self, seed: int, only: Collection[nn.Module] | None = None) -> None:
-        """Fills every parameter as a function of the seed and its name in the encoder or decoder.
+        """Fills every parameter as a function of the seed and its name in the encoder or in another child.
 
         only: Modules whose own parameters are filled; None = all.
         """
         self.encoder.init_weights(seed, only)
-        initialize(self.decoder, seed, std=self.encoder.config.init_std, only=only)
+        for name, child in self.named_children():
+            if name != "encoder":
+                initialize(child, seed, std=self.encoder.config.init_std, only=only)
 
     def flops(self) -> float:
-        """Returns the official count of multiply-accumulates of one image, which leaves the decoder out."""
+        """Returns the official count of multiply-accumulates of one image, which leaves the other children out."""
         return self.encoder.flops()
 
     def active_flops(self) -> float:
-        """Returns the multiply-accumulates one image really costs, the decoder's among them."""
-        convolution = self.decoder[0]
-        stride = self.decoder[1].upscale_factor
-        tokens = math.prod(-(-side // stride) for side in self.encoder.img_size)
-        return self.encoder.active_flops() + tokens * convolution.in_channels * convolution.out_channels
+        """Returns the multiply-accumulates one image really costs."""
+        return self.encoder.active_flops()
 
     def no_weight_decay(self) -> set[str]:
         """Returns full names of parameters without weight decay."""
@@ -85,6 +70,62 @@ class MaskedImageModel(nn.Module):
         """Returns strings; a parameter whose name contains one has no weight decay."""
         keywords = self.encoder.no_weight_decay_keywords()
         return {f"encoder.{word}" for word in keywords} if self.official_groups else keywords
+
+    def num_tokens(self) -> int:
+        """Returns the tokens of the last stage, of an image of nominal size."""
+        config = self.encoder.config
+        return math.prod(stage_geometry(config, len(config.depths) - 1).resolution)
+
+
+class MaskedImageModel(EncoderModel):
+    """An encoder with a mask token and one convolution that predicts the pixels of every encoder token."""
+
+    def __init__(self, encoder: SwinTransformer, *, encoder_stride: int = 0, official_groups: bool = False) -> None:
+        """Builds the decoder.
+
+        encoder_stride: Pixels per side that one token of the last stage stands for; 0 = as the encoder's sizes say.
+
+        Raises:
+            ValueError: The encoder has no mask token, or has a class head, or patches that are not square.
+        """
+        super().__init__(encoder, official_groups=official_groups)
+        config = encoder.config
+        if not hasattr(encoder, "mask_token"):
+            raise ValueError("a masked image model needs an encoder with mask_token=True")
+        if config.patch_size[0] != config.patch_size[1]:
+            raise ValueError(f"a masked image model needs square patches, got model.patch_size={config.patch_size}")
+        stride = encoder_stride or config.patch_size[0] * 2 ** (len(config.depths) - 1)
+        pixels = stride**2 * config.in_chans
+        self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, pixels, 1), PixelShuffle(stride))
+
+    def forward(self, image: Tensor, mask: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor | None]:
+        """Returns (reconstruction (B, S, height, width), auxiliary loss or None). mask: (B, H, W), 1 = hidden patch."""
+        encoded = self.encoder.encode(image, random=random, mask=mask)
+        # Contiguous, or the gradient of the weights would have other strides than the weights.
+        return self.decoder(encoded.tokens.permute(0, 3, 1, 2).contiguous()), encoded.aux
+
+    def active_flops(self) -> float:
+        """See EncoderModel; the decoder's are counted too."""
+        decoder = self.decoder[0]
+        return self.encoder.active_flops() + self.num_tokens() * decoder.in_channels * decoder.out_channels
+
+
+class FeatureModel(EncoderModel):
+    """An encoder and one linear layer that predicts the features of another network, token by token."""
+
+    def __init__(self, encoder: SwinTransformer, num_features: int) -> None:
+        """num_features: Channels of what is predicted."""
+        super().__init__(encoder)
+        self.projector = nn.Linear(encoder.num_features, num_features)
+
+    def forward(self, image: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor | None]:
+        """Returns (features (B, H, W, num_features), auxiliary loss or None)."""
+        encoded = self.encoder.encode(image, random=random)
+        return self.projector(encoded.tokens), encoded.aux
+
+    def active_flops(self) -> float:
+        """See EncoderModel; the linear layer's are counted too."""
+        return self.encoder.active_flops() + self.num_tokens() * self.projector.weight.numel()
 
 
 def num_masked(num_units: int, ratio: float) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.official_names import DROPPED, RENAMED, SIMMIM_DROPPED, TASK_PARTS
+from swin_moe.official_names import DROPPED, PRETRAINING_DROPPED, RENAMED, TASK_PARTS
 
 Named = list[tuple[str, str]]  # (parameter name, reason)
 
@@ -143,7 +143,7 @@ class _Loading:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ())
+            rules = DROPPED + (PRETRAINING_DROPPED if self.simmim else ())
             reason = next((reason for pattern, reason in rules if re.search(pattern, name)), "")
             if name in self.target or not reason:
                 source[name] = value

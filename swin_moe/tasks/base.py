@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from swin_moe.registry import lookup
 
 TASKS = {
     "classify": "swin_moe.tasks.classify:Classify",
+    "distill": "swin_moe.tasks.distill:Distill",
     "simmim": "swin_moe.tasks.simmim:SimMIM",
 }
 
@@ -40,15 +42,26 @@ class MicroLoss:
     aux: Tensor
 
 
+class Teacher(Protocol):
+    """A frozen network whose features are targets."""
+
+    num_features: int  # C
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Returns its last features (B, H, W, C), in at least float32, of images as the student sees them."""
+
+
 class Task:
     """One row of TASKS; constructed with the config. A task says what it needs, and overrides what differs."""
 
     metric = "loss"  # the evaluation result that picks the best checkpoint
     higher_is_better = False
     needs_partners = False  # batches must hold every image's neighbour in global order, for mixing
+    needs_teacher = False  # `teacher` must be set before build_network; swin_moe/teacher.py loads it
 
     def __init__(self, config: Config):
         self.config = config
+        self.teacher: Teacher | None = None
 
     def build_network(self) -> nn.Module:
         """Returns the network this task trains, without meaningful weights; works on meta."""

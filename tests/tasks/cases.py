@@ -10,6 +10,7 @@ from swin_moe.config_io import load_config
 from swin_moe.data.batch import to_device
 from swin_moe.evaluate import build_eval_loader
 from swin_moe.evaluate_features import measure, parse_options
+from swin_moe.models import build_model
 from swin_moe.parallel.groups import build_groups
 from swin_moe.session import Session, build_local_model
 from swin_moe.tasks.base import StepContext, build_task
@@ -20,7 +21,7 @@ from swin_moe.weights import backbone_of, load_weights, start_from
 TINY = (
     "engine.precision=fp64", "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]",
     "model.num_heads=[1,2]", "model.window_size=4", "model.drop_path_rate=0.2", "data.global_batch=20",
-    "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=30", "task.mask_patch_size=4", "optim.epochs=1",
+    "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=90", "task.mask_patch_size=4", "optim.epochs=1",
     "optim.warmup_epochs=0.5",
     "optim.clip_norm=0.5", "log.every=1", "log.eval_every=1", "log.tensorboard=false", "checkpoint.every=1000",
     "checkpoint.keep=0",
@@ -31,6 +32,9 @@ MOE = (
     "model.moe.group_images=1",
 )  # fmt: skip
 
+# TEACHER stands for the folder of write_teacher's files.
+DISTILL = ("task.teacher=TEACHER.pth", "task.teacher_model=TEACHER.yaml", "task.teacher_precision=fp64")
+
 # name -> (config, options); and which run of one process it equals, if not itself.
 RUNS = {
     "simmim": ("digits_simmim", ()),
@@ -40,10 +44,14 @@ RUNS = {
     "simmim recomputed": ("digits_simmim", ("parallel.recompute=block",)),
     "simmim zero": ("digits_simmim", ("parallel.zero=3",)),
     "simmim moe recomputed": ("digits_simmim", (*MOE, "parallel.recompute=block")),
+    "distill": ("digits_distill", DISTILL),
+    "distill sharded": ("digits_distill", (*DISTILL, "task.teacher_shard=true", "parallel.zero=3")),
+    "distill moe": ("digits_distill", (*DISTILL, *MOE)),
+    "distill moe accumulated": ("digits_distill", (*DISTILL, *MOE, "data.micro_batch=5", "parallel.recompute=block")),
 }
 REFERENCE = {
     "simmim accumulated": "simmim", "simmim recomputed": "simmim", "simmim zero": "simmim",
-    "simmim moe recomputed": "simmim moe",
+    "simmim moe recomputed": "simmim moe", "distill sharded": "distill", "distill moe accumulated": "distill moe",
 }  # fmt: skip
 
 
@@ -90,10 +98,20 @@ def run_world(root: str, world: int) -> dict[str, dict]:
     """Returns the outcome of every run of RUNS in this world."""
     result = {}
     for name, (config, options) in RUNS.items():
-        result[name] = outcome(
-            train(open_tiny(Path(root) / f"world{world}" / name.replace(" ", "-"), config, *options))
-        )
+        directory = Path(root) / f"world{world}" / name.replace(" ", "-")
+        options = [option.replace("TEACHER", f"{root}/teacher") for option in options]
+        result[name] = outcome(train(open_tiny(directory, config, *options)))
     return result
+
+
+def write_teacher(root: Path) -> None:
+    """Writes teacher.pth, an official file, and teacher.yaml; its 6 x 6 tokens are not the student's 4 x 4."""
+    text = """model: {name: swinv2, img_size: 24, patch_size: 2, embed_dim: 12, depths: [1, 1], num_heads: [1, 2],
+         window_size: 6, num_classes: 3, pretrained_window_sizes: [0, 0]}"""
+    (root / "teacher.yaml").write_text(text)
+    network = build_model(load_config(root / "teacher.yaml").model)
+    network.init_weights(7)
+    torch.save({"model": network.state_dict()}, root / "teacher.pth")
 
 
 def evaluate(root: str, config: str, *options: str) -> dict[str, float]:

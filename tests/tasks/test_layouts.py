@@ -14,6 +14,7 @@ WORLDS = (1, 2, 4)
 def runs(tmp_path_factory):
     """All runs of all worlds: {world: [result of each rank]}."""
     root = tmp_path_factory.mktemp("tasks")
+    cases.write_teacher(root)
     return {world: run_ranks(cases.run_world, world, root, str(root), world, timeout=300) for world in WORLDS}
 
 

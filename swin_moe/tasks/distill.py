@@ -1,0 +1,81 @@
+"""Feature distillation: predict the whitened features of a frozen teacher, token by token (arXiv:2205.14141).
+
+Facts: SwinTransformer/Feature-Distillation. Only the student drops paths; crop and flip are the only augmentation.
+
+Shape legend: B images of this micro-batch, H x W tokens of the student, C channels of the teacher.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_moe.config import Config
+from swin_moe.models.heads import FeatureModel
+from swin_moe.models.swin import SwinTransformer
+from swin_moe.randomness import RandomContext
+from swin_moe.tasks.base import MicroLoss, StepContext, Task
+
+
+class Distill(Task):
+    """Smooth L1 of the student's linear prediction against the teacher's features after a LayerNorm without weights."""
+
+    metric = "loss"
+    higher_is_better = False
+    needs_teacher = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.beta = config.task.smooth_l1_beta
+
+    def build_network(self) -> nn.Module:
+        """See Task. The student has no head, whatever model.num_classes says."""
+        config = replace(self.config.model, num_classes=0)
+        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
+        return FeatureModel(encoder, self.teacher.num_features)
+
+    @torch.no_grad()
+    def targets(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Returns what is predicted, (B, H, W, C) in at least float32: averaged to the student's grid, whitened."""
+        feature_BHWC = self.teacher(image)
+        if tuple(feature_BHWC.shape[1:3]) != grid:
+            pooled = F.adaptive_avg_pool2d(feature_BHWC.permute(0, 3, 1, 2), grid)
+            feature_BHWC = pooled.permute(0, 2, 3, 1)
+        return F.layer_norm(feature_BHWC, feature_BHWC.shape[-1:])
+
+    def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Returns the sum over all elements."""
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        return F.smooth_l1_loss(predicted, target.to(predicted.dtype), beta=self.beta, reduction="sum")
+
+    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+        """See Task."""
+        image = batch["image"]
+        random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        with context.autocast():
+            predicted, aux = model(image, random=random)
+        target = self.targets(image, tuple(predicted.shape[1:3]))
+        task = self._error(predicted, target) / (context.num_samples * math.prod(target.shape[1:]))
+        share = len(image) / context.num_samples
+        aux = aux * share if aux is not None else torch.zeros_like(task)
+        return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+        """See Task. mean_loss is that of predicting 0, the mean of whitened features."""
+        totals = None
+        for batch in batches:
+            with context.autocast():
+                predicted, _ = model(batch["image"])
+            target = self.targets(batch["image"], tuple(predicted.shape[1:3]))
+            errors = [self._error(guess, target).double() for guess in (predicted, torch.zeros_like(predicted))]
+            sums = torch.stack([*errors, errors[0].new_tensor(target.numel()), errors[0].new_tensor(len(target))])
+            totals = sums if totals is None else totals + sums
+        if context.world_size > 1:
+            dist.all_reduce(totals)
+        error, mean_error, values, count = totals.tolist()
+        return {"loss": error / values, "mean_loss": mean_error / values, "samples": count}
