@@ -68,7 +68,29 @@ def simmim(runs: Runs) -> Row:
     }
 
 
-TASKS: dict[str, Callable[[Runs], Row]] = {"simmim": simmim}
+STUDENT = ("model.embed_dim=12", "model.depths=[2,2]", "model.num_heads=[1,2]")  # as digits_student
+
+
+def distill(runs: Runs) -> Row:
+    """A student distilled and then tuned, against the same student that trains alone: few labels, and all of them.
+
+    With all labels the one alone gets the epochs of distillation too.
+    """
+    teacher = runs.train("teacher", "digits_dense", "optim.epochs=30")
+    student = runs.train("distilled", "digits_distill", f"task.teacher={runs.directory('teacher')}")
+    init = f"checkpoint.init={runs.directory('distilled')}"
+    return {
+        "teacher %": teacher["eval/top1"],
+        "feature loss": student["eval/loss"],
+        "of the mean": student["eval/mean_loss"],
+        "5 labels %": runs.train("few", "digits_few_labels", *STUDENT, init)["eval/top1"],
+        "5 labels, alone %": runs.train("few-alone", "digits_few_labels", *STUDENT)["eval/top1"],
+        "all labels %": runs.train("all", "digits_student", init, "optim.epochs=20")["eval/top1"],
+        "all labels, alone %": runs.train("all-alone", "digits_student", "optim.epochs=50")["eval/top1"],
+    }
+
+
+TASKS: dict[str, Callable[[Runs], Row]] = {"simmim": simmim, "distill": distill}
 
 
 def cpu_seconds() -> float:
