@@ -200,6 +200,11 @@ class TaskConfig:
     teacher_precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # distill: of its weights and arithmetic
     teacher_shard: bool = False  # distill: its weights are cut over the ranks, and whole one block at a time
     smooth_l1_beta: float = 2.0  # distill: errors below it count squared
+    momentum: float = 0.99  # moby: of the moving average at the first step; a cosine brings it to 1
+    temperature: float = 0.2  # moby: that similarities are divided by
+    queue: int = 4096  # moby: keys of earlier images that each of the two queues holds
+    hidden_dim: int = 4096  # moby: hidden channels of projector and predictor
+    num_features: int = 256  # moby: channels of what is compared
     pictures: int = 4  # simmim: validation images whose reconstruction is drawn at every evaluation
 
     def __post_init__(self) -> None:
@@ -209,6 +214,9 @@ class TaskConfig:
         for name in ("mixup", "cutmix", "pictures"):
             _check(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), ">= 0")
         _check(self.mask_patch_size >= 1, "task.mask_patch_size", self.mask_patch_size, ">= 1")
+        _check(0 <= self.momentum <= 1, "task.momentum", self.momentum, "in [0, 1]")
+        for name in ("temperature", "queue", "hidden_dim", "num_features"):
+            _check(getattr(self, name) > 0, f"task.{name}", getattr(self, name), "> 0")
         _check(self.smooth_l1_beta > 0, "task.smooth_l1_beta", self.smooth_l1_beta, "> 0")
         _check(0 < self.mask_ratio < 1, "task.mask_ratio", self.mask_ratio, "in (0, 1)")
         odd = self.target_window == 0 or (self.target_window > 1 and self.target_window % 2 == 1)
@@ -380,4 +388,4 @@ class Config:
     def check(self, world_size: int) -> None:
         """Raises ValueError where sections contradict each other in a world of this many ranks."""
         self.routing_ranks(world_size)
-        check_task(self)
+        check_task(self, forwards=self.accumulation(world_size)[1])

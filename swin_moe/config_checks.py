@@ -67,13 +67,20 @@ def check_routing(moe: Any) -> None:
         check(moe.eval_factor >= 0, "model.moe.eval_capacity_factor", moe.eval_capacity_factor, allowed)
 
 
-def check_task(config: Any) -> None:
-    """Raises ValueError where a Config's task does not fit its other sections."""
+def check_task(config: Any, *, forwards: int) -> None:
+    """Raises ValueError where a Config's task does not fit its other sections. forwards: Of one optimizer step."""
     check_freeze(config)
     if config.task.name == "simmim":
         check_masks(config)
     if config.task.name == "distill":
         check_teacher(config.task)
+    if config.task.name == "moby":
+        allowed = "all images of a rank at once with task.name=moby, whose batch norm sees one forward"
+        check(forwards == 1, "data.micro_batch", config.data.micro_batch, allowed)
+        resampling = config.data.interpolation
+        check(resampling != "random", "data.interpolation", resampling, "bicubic or bilinear with task.name=moby")
+        allowed = "0 with task.name=moby, which has several forwards a step"
+        check(config.model.moe.bias_rate == 0, "model.moe.bias_rate", config.model.moe.bias_rate, allowed)
 
 
 def check_freeze(config: Any) -> None:

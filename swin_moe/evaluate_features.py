@@ -12,7 +12,7 @@ from swin_moe.engine.precision import autocast
 from swin_moe.metrics import LOGGER, start_logging
 from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
-from swin_moe.tasks.features import Features, extract, knn_accuracy, ridge_accuracy
+from swin_moe.tasks.features import Features, extract, knn_accuracy, pooled, ridge_accuracy
 from swin_moe.teacher import load_teacher
 from swin_moe.weights import backbone_of, load_weights
 
@@ -53,7 +53,7 @@ def features_of(config: Config, session: Session, backbone: torch.nn.Module, spl
     context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))
     loaded = session.heartbeat.over(loader, f"{split} batch")
     batches = (to_device(batch, session.device, config.engine.precision) for batch in loaded)
-    return extract(backbone, batches, context), loader.num_classes
+    return extract(lambda image: pooled(backbone, image), batches, context), loader.num_classes
 
 
 def measure(session: Session, backbone: torch.nn.Module, options: argparse.Namespace) -> dict[str, float]:

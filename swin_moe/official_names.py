@@ -19,5 +19,5 @@ DROPPED = (
 )
 SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)
 # What belongs to a task and not to the backbone: another task starts its own.
-TASK_PARTS = r"^(mask_token$|decoder\.|head\.|projector\.)"
-PRETRAINING_DROPPED = (*SIMMIM_DROPPED, (r"^projector\.", "only for pre-training"))
+TASK_PARTS = r"^(mask_token$|decoder\.|head\.|projector\.|predictor\.|queue[12]$)"
+PRETRAINING_DROPPED = (*SIMMIM_DROPPED, (r"^(projector|predictor)\.|^queue[12]$|^momentum_", "only for pre-training"))

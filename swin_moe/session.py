@@ -170,6 +170,7 @@ def build_meta_model(session: Session, task: Task) -> nn.Module:
     with torch.device("meta"):
         model = task.build_network()
     model = parallelize(model, layout_of(config)[0], session.groups)
+    task.connect(model, session.groups)
     if config.model.moe.tune == "measure":
         session.heartbeat.enter("tuning the exchange of rows", long=True)
         dtype = DTYPES[config.engine.precision]

@@ -20,7 +20,7 @@ from swin_moe.registry import lookup
 from swin_moe.run_state import Progressed, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
-from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.teacher import load_teacher
 from swin_moe.weights import start_from
 
@@ -77,7 +77,7 @@ class Trainer:
         }  # fmt: skip
         self.loader = TrainLoader(
             config.data, config.model.img_size, seed=config.run.seed, micro_batch=micro_batch,
-            accumulation=accumulation, partners=self.task.needs_partners, **common,
+            accumulation=accumulation, partners=self.task.needs_partners, views=self.task.needs_views, **common,
         )  # fmt: skip
         self.eval_loader = EvalLoader(
             config.data, config.model.img_size, batch=config.data.eval_batch or micro_batch, **common
@@ -172,6 +172,9 @@ class Trainer:
         self.heartbeat.enter("reduction of gradients and update")
         stats = self.engine.step(step)
         self._note_skip(step, stats)
+        if self.task.changes_weights and not stats.skipped:
+            done = StepDone(step, self.schedule.total, self.progress.samples)
+            self.engine.change_weights(lambda parts: self.task.after_step(parts, done))
         self.progress.step, self.progress.samples = step + 1, self.progress.samples + int(images)
         self._record(task_loss, aux_loss, images, stats)
         self._check_replicas()

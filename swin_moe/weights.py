@@ -49,7 +49,9 @@ class OwnCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.index = Index.read(path)
-        names = [name for name in self.index.tensors if not name.startswith(("optim.", "master/", _AVERAGE))]
+        # Momentum networks follow the online ones, so a new run's begin where those do.
+        other = ("optim.", "master/", "momentum_", _AVERAGE)
+        names = [name for name in self.index.tensors if not name.startswith(other)]
         averaged = {name for name in names if _AVERAGE + name in self.index.tensors}
         self._stored = {name: _AVERAGE + name if name in averaged else name for name in names}
         self._by_inner_name = {inner_name(name): stored for name, stored in self._stored.items()}
@@ -223,8 +225,8 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def inner_name(name: str) -> str:
-    """Returns a parameter's name in the backbone."""
-    return name.removeprefix("encoder.")
+    """Returns a parameter's name in the backbone, or in a head; momentum networks have those of what they follow."""
+    return name.removeprefix("momentum_").removeprefix("encoder.")
 
 
 def is_torch_file(source: str) -> bool:

@@ -11,7 +11,7 @@ Shape legend: B images of a micro-batch (0 is legal), X extra partner images (at
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import BrokenImage, Dataset, build_dataset
 from swin_moe.data.transforms import Transform, augment_key, build_transform
+from swin_moe.data.views import ViewTransform
 from swin_moe.data.workers import WorkerPool
 from swin_moe.randomness import PURPOSES, derive_key
 
@@ -75,10 +76,10 @@ class ImageSource:
     """Loads and transforms one Request; picklable, used in this process or in a loader process."""
 
     def __init__(
-        self, dataset: Dataset, transform: Transform, *, img_size: tuple[int, int], seed: int, partners: bool
+        self, dataset: Dataset, transforms: Sequence[Transform], *, img_size: tuple[int, int], seed: int, partners: bool
     ) -> None:
         self._dataset = dataset
-        self._transform = transform
+        self._transforms = transforms
         self._img_size = img_size
         self._seed = seed
         self.needs_partners = partners
@@ -88,7 +89,8 @@ class ImageSource:
 
         The batch lacks its broken images, whichever rank or process meets them, so skipping depends on no layout.
         """
-        images, targets, samples, broken = [], [], [], []
+        views: list[list[Tensor]] = [[] for _ in self._transforms]
+        images, (targets, samples, broken) = views[0], ([], [], [])
         own = 0
         for place, (sample, index) in enumerate(zip(request.sample, request.index)):
             try:
@@ -96,7 +98,8 @@ class ImageSource:
             except BrokenImage as error:
                 broken.append((error.path, error.reason))
                 continue
-            images.append(self._augment(image, request.epoch, int(index)))
+            for number, view in enumerate(views):
+                view.append(self._augment(image, request.epoch, int(index), number))
             targets.append(target)
             samples.append(int(sample))
             own += place < request.own
@@ -109,6 +112,8 @@ class ImageSource:
             "epoch": request.epoch,
             "step": request.step,
         }
+        if len(views) > 1:
+            batch["view"] = torch.stack(views[1])[:own] if images else pixels
         if self.needs_partners:
             row = {sample: place for place, sample in enumerate(samples)}
             neighbours = [row.get(sample ^ 1, place) for place, sample in enumerate(samples[:own])]
@@ -116,9 +121,10 @@ class ImageSource:
             batch["extra_image"], batch["extra_target"] = pixels[own:], labels[own:]
         return batch, broken
 
-    def _augment(self, image: Image, epoch: int, index: int) -> Tensor:
+    def _augment(self, image: Image, epoch: int, index: int, view: int) -> Tensor:
+        key = augment_key(self._seed, epoch, index)
         try:
-            return self._transform(image, augment_key(self._seed, epoch, index))
+            return self._transforms[view](image, derive_key(key, view) if view else key)
         except Exception as error:
             error.add_note(f"while transforming {self._dataset.path(index)}")
             raise
@@ -129,7 +135,7 @@ class _Loader:
 
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], *, train: bool, rank: int, world_size: int,
-        seed: int, partners: bool, pin_memory: bool, num_classes: int, split: str,
+        seed: int, partners: bool, pin_memory: bool, num_classes: int, split: str, views: bool = False,
     ) -> None:  # fmt: skip
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         assert 0 <= rank < world_size
@@ -140,8 +146,11 @@ class _Loader:
             raise ValueError(
                 f"model.num_classes={num_classes} is too small: data.name={config.name} has {self.num_classes} classes"
             )
-        transform = build_transform(config, size, train=train)
-        self._source = ImageSource(self.dataset, transform, img_size=size, seed=seed, partners=partners)
+        if views:
+            transforms = [ViewTransform(config, size, view=view) for view in (0, 1)]
+        else:
+            transforms = [build_transform(config, size, train=train)]
+        self._source = ImageSource(self.dataset, transforms, img_size=size, seed=seed, partners=partners)
         self._config = config
         self._rank, self._world_size = rank, world_size
         self._pin_memory = pin_memory
@@ -202,6 +211,7 @@ class TrainLoader(_Loader):
             is even.
         pin_memory: Put batches in page-locked memory, for CUDA.
         num_classes: Classes of the model, checked against the data; labels synthetic images.
+        views: Batches also carry view (B, 3, H, W), a second augmentation of every image (data/views.py).
 
     Raises:
         ValueError: The data is missing or malformed, has more classes than the model, or less than one global batch.
@@ -210,10 +220,11 @@ class TrainLoader(_Loader):
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], *, seed: int, rank: int, world_size: int,
         micro_batch: int, accumulation: int, partners: bool = False, pin_memory: bool = False, num_classes: int = 0,
+        views: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             config, img_size, train=True, rank=rank, world_size=world_size, seed=seed, partners=partners,
-            pin_memory=pin_memory, num_classes=num_classes, split="train",
+            pin_memory=pin_memory, num_classes=num_classes, split="train", views=views,
         )  # fmt: skip
         self.global_batch = world_size * micro_batch * accumulation
         if self.global_batch != config.global_batch:

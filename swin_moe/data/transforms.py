@@ -162,11 +162,15 @@ class CropFlipTransform:
 
     def __call__(self, image: Image.Image, key: int) -> Tensor:
         """Returns (3, H, W) float32."""
+        return to_tensor(self.image(image, key))
+
+    def image(self, image: Image.Image, key: int) -> Image.Image:
+        """Returns the cropped and flipped image."""
         height, width = self._size
         image = image.crop(self._crop_box(*image.size, random.Random(key))).resize((width, height), self._resampling)
         if self._hflip > 0 and torch.rand(1, generator=torch.Generator().manual_seed(key)).item() < self._hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(image)
+        return image
 
     def _crop_box(self, width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
         """Returns (left, top, right, bottom) of a crop of random area and shape (Szegedy et al., arXiv:1409.4842).

@@ -1,6 +1,6 @@
 """What the training loop needs from a parallel engine, and nothing more."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,6 +50,9 @@ class Engine(Protocol):
 
     def step(self, t: int) -> StepStats:
         """Reduces and clips gradients, updates weights with the learning rate of step t, clears gradients."""
+
+    def change_weights(self, change: Callable[[dict[str, tuple[Tensor, Chunk]]], None]) -> None:
+        """Calls `change` with parameter -> (this rank's part, which box of it that is), to be changed in place."""
 
     def evaluation(self) -> AbstractContextManager:
         """Returns a context in which `model` is in eval mode with averaged weights, where there are any."""

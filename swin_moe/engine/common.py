@@ -5,7 +5,7 @@ use the functions: materialize, state_name, average_name, decide, and parallel/c
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -232,6 +232,12 @@ class StepEngine:
                 name = part.name
         self._clear_gradients()
         return name
+
+    @torch.no_grad()
+    def change_weights(self, change: Callable[[dict[str, tuple[Tensor, Chunk]]], None]) -> None:
+        """See Engine."""
+        change({name: (part.leaf.detach(), part.chunk) for name, part in self.parts.items()})
+        self._take_weights()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -24,6 +24,12 @@ class Limit:
 LIMITS: dict[str, tuple[Limit, ...]] = {
     "deepspeed": (
         Limit("parallel", "zero", (1, 2, 3), "its stage 0 clips by a wrong norm; use engine.name=torch for it"),
+        Limit(
+            "task",
+            "name",
+            ("classify", "distill", "simmim"),
+            "it cuts the momentum networks elsewhere than those they follow; use engine.name=torch",
+        ),
         Limit("engine", "precision", ("fp32", "bf16", "fp16"), "its master weights are float32; use engine.name=torch"),
     ),
     "fairscale": (

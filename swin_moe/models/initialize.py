@@ -41,7 +41,7 @@ def _fill(value: Tensor, module: nn.Module, name: str, generator: torch.Generato
         nn.init.uniform_(value, -bound, bound, generator=generator)
     elif name in ("bias", "q_bias", "v_bias"):
         value.zero_()
-    elif isinstance(module, nn.LayerNorm):
+    elif name == "weight" and value.ndim == 1:  # of a norm
         value.fill_(1.0)
     elif isinstance(module, WindowAttention) and name == "logit_scale":
         value.fill_(math.log(10.0))

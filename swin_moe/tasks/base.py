@@ -1,6 +1,6 @@
 """What a training task gives the loop: a network, a loss from a batch, and an exact evaluation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,12 +8,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.layout import Chunk
 from swin_moe.models import build_model
+from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
 
 TASKS = {
     "classify": "swin_moe.tasks.classify:Classify",
     "distill": "swin_moe.tasks.distill:Distill",
+    "moby": "swin_moe.tasks.moby:MoBY",
     "simmim": "swin_moe.tasks.simmim:SimMIM",
 }
 
@@ -42,6 +45,18 @@ class MicroLoss:
     aux: Tensor
 
 
+Parts = Mapping[str, tuple[Tensor, Chunk]]  # parameter -> (this rank's part of it, which box that is)
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step that updated the weights."""
+
+    step: int  # optimizer steps before it
+    total_steps: int  # of the run
+    samples_before: int  # images seen before it, over all ranks
+
+
 class Teacher(Protocol):
     """A frozen network whose features are targets."""
 
@@ -57,6 +72,8 @@ class Task:
     metric = "loss"  # the evaluation result that picks the best checkpoint
     higher_is_better = False
     needs_partners = False  # batches must hold every image's neighbour in global order, for mixing
+    needs_views = False  # batches must hold a second augmentation of every image, as "view"
+    changes_weights = False  # after_step does something
     needs_teacher = False  # `teacher` must be set before build_network; swin_moe/teacher.py loads it
 
     def __init__(self, config: Config):
@@ -67,6 +84,9 @@ class Task:
         """Returns the network this task trains, without meaningful weights; works on meta."""
         return build_model(self.config.model, recompute=self.config.parallel.recompute)
 
+    def connect(self, model: nn.Module, groups: Groups) -> None:
+        """Sets what parts of the parallelized network talk to other ranks with, where they do."""
+
     def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
         """Returns the loss of a micro-batch, which may hold no image."""
         raise NotImplementedError
@@ -74,6 +94,9 @@ class Task:
     def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
         """Returns metrics over every sample of `batches` on all ranks, weighted by true counts."""
         raise NotImplementedError
+
+    def after_step(self, parts: Parts, done: StepDone) -> None:
+        """Changes, after an update, what no gradient moves. Every rank calls it; parts are this rank's, and views."""
 
     def pictures(self) -> dict[str, np.ndarray]:
         """Returns name -> (height, width, 3) uint8 that the last evaluation drew, alike on all ranks."""

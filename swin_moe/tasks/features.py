@@ -3,7 +3,7 @@
 Shape legend: N images of this rank, M images of all ranks, Q queries, C channels, K classes, k neighbours.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,24 +24,28 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract(backbone: nn.Module, batches: Iterable[dict], context: StepContext) -> Features:
-    """Returns the features of this rank's images: the mean over the normalized tokens of the last stage, what the class
-    head sees."""
+def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[dict], context: StepContext) -> Features:
+    """Returns the features of this rank's images. feature_of: images -> (B, C)."""
     features, labels = [], []
     for batch in batches:
         with context.autocast():
-            tokens_BHWC = backbone.encode(batch["image"]).tokens
-        features.append(tokens_BHWC.flatten(1, 2).mean(dim=1).float())
+            feature_BC = feature_of(batch["image"])
+        features.append(feature_BC.float())
         labels.append(batch["target"])
     return Features(torch.cat(features), torch.cat(labels))
 
 
+def pooled(backbone: nn.Module, image: Tensor) -> Tensor:
+    """Returns (B, C), the mean over the normalized tokens of the last stage: what a class head sees."""
+    return backbone.encode(image).tokens.flatten(1, 2).mean(dim=1)
+
+
 def everywhere(features: Features) -> Features:
     """Returns the images of all ranks, in rank order, on every rank."""
-    return Features(_gathered(features.feature_NC), _gathered(features.label_N))
+    return Features(gathered(features.feature_NC), gathered(features.label_N))
 
 
-def _gathered(x: Tensor) -> Tensor:
+def gathered(x: Tensor) -> Tensor:
     """Returns the rows of all ranks; ranks may have different numbers of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
@@ -74,8 +78,8 @@ def knn_accuracy(train: Features, query: Features, *, neighbours: int, num_class
         similarity_QN = chunk_QC @ bank_NC.t()
         best = similarity_QN.topk(min(neighbours, len(bank_NC)), dim=1)
         # Transposed, so that ranks with different numbers of candidates are joined along rows.
-        near_QM = _gathered(best.values.t().contiguous()).t()
-        label_QM = _gathered(train.label_N[best.indices].t().contiguous()).t()
+        near_QM = gathered(best.values.t().contiguous()).t()
+        label_QM = gathered(train.label_N[best.indices].t().contiguous()).t()
         chosen = near_QM.topk(min(neighbours, near_QM.shape[1]), dim=1)
         votes_QK = chunk_QC.new_zeros(len(chunk_QC), num_classes)
         votes_QK.scatter_add_(1, label_QM.gather(1, chosen.indices), (chosen.values / temperature).exp())

@@ -35,6 +35,9 @@ MOE = (
 # TEACHER stands for the folder of write_teacher's files.
 DISTILL = ("task.teacher=TEACHER.pth", "task.teacher_model=TEACHER.yaml", "task.teacher_precision=fp64")
 
+# A ring that the batch of 20 does not divide, and that is filled more than once.
+MOBY = ("task.queue=17", "task.hidden_dim=12", "task.num_features=6")
+
 # name -> (config, options); and which run of one process it equals, if not itself.
 RUNS = {
     "simmim": ("digits_simmim", ()),
@@ -48,10 +51,15 @@ RUNS = {
     "distill sharded": ("digits_distill", (*DISTILL, "task.teacher_shard=true", "parallel.zero=3")),
     "distill moe": ("digits_distill", (*DISTILL, *MOE)),
     "distill moe accumulated": ("digits_distill", (*DISTILL, *MOE, "data.micro_batch=5", "parallel.recompute=block")),
+    "moby": ("digits_moby", MOBY),
+    "moby zero": ("digits_moby", (*MOBY, "parallel.zero=3")),
+    "moby recomputed": ("digits_moby", (*MOBY, "parallel.recompute=block", "parallel.zero=1")),
+    "moby moe": ("digits_moby", (*MOBY, *MOE)),
 }
 REFERENCE = {
     "simmim accumulated": "simmim", "simmim recomputed": "simmim", "simmim zero": "simmim",
-    "simmim moe recomputed": "simmim moe", "distill sharded": "distill", "distill moe accumulated": "distill moe",
+    "simmim moe recomputed": "simmim moe", "distill sharded": "distill", "moby zero": "moby", "moby recomputed": "moby",
+    "distill moe accumulated": "distill moe",
 }  # fmt: skip
 
 
