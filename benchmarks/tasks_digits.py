@@ -90,7 +90,21 @@ def distill(runs: Runs) -> Row:
     }
 
 
-TASKS: dict[str, Callable[[Runs], Row]] = {"simmim": simmim, "distill": distill}
+def moby(runs: Runs) -> Row:
+    """Contrastive pre-training, then a linear probe, against the same probe of a random encoder."""
+    runs.train("moby", "digits_moby")
+    probe = runs.train("probe", "digits_probe", f"checkpoint.init={runs.directory('moby')}")
+    random = runs.train("random", "digits_probe")
+    measured = runs.features("moby", "digits_moby")
+    return {
+        "linear probe %": probe["eval/top1"],
+        "of a random encoder %": random["eval/top1"],
+        "20 neighbours %": measured["knn"],
+        "5 labels, ridge %": measured["few_shot"],
+    }
+
+
+TASKS: dict[str, Callable[[Runs], Row]] = {"simmim": simmim, "distill": distill, "moby": moby}
 
 
 def cpu_seconds() -> float:

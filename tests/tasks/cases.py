@@ -142,14 +142,30 @@ def features(root: str, config: str, *options: str) -> dict[str, float]:
     return measure(session, backbone_of(model.eval()), parse_options(["--k", "5", "--draws", "2", "--l2", "1"])[1])
 
 
-def begin(root: str, config: str, *options: str) -> tuple[str, dict[str, tuple]]:
-    """Returns (log of the load, this rank's parts of the weights) of a run just before its first step."""
-    session = open_tiny(Path(root), config, *options)
+def begin(root: str, *options: str) -> dict:
+    """Returns the report of checkpoint.init, and this rank's parts of the weights of a run before its first step."""
+    session = open_tiny(Path(root), "digits_dense", *options)
     trainer = Trainer(session)
     report = start_from(session.config.checkpoint.init, trainer.engine, session)
-    return report, {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in trainer.engine.parts.items()}
+    held = {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in trainer.engine.parts.items()}
+    return {"report": report, "begun": held}
 
 
 def tune(root: str, config: str, *options: str) -> dict:
     """Returns the outcome of one run."""
     return outcome(train(open_tiny(Path(root), config, *options)))
+
+
+def tune_and_measure(root: str, *options: str) -> dict:
+    """Begins a run of ZeRO-3, trains another one to its end, and measures its features."""
+    begun = begin(root, *options, "run.name=begun", "parallel.zero=3")
+    tuned = tune(root, "digits_dense", *options, "run.name=tuned")
+    measured = features(root, "digits_dense", *options, "run.name=tuned")
+    return {**begun, "evaluation": tuned["evaluation"], "features": measured}
+
+
+def measure_alone(root: str, *options: str) -> dict:
+    """Begins the same run on one rank, and measures what tune_and_measure left."""
+    begun = begin(root, *options, "run.name=begun-alone")
+    found = evaluate(root, "digits_dense", *options, "run.name=tuned")
+    return {**begun, "evaluation": found, "features": features(root, "digits_dense", *options, "run.name=tuned")}

@@ -284,30 +284,23 @@ def test_a_linear_probe_sees_the_features_of_evaluation(tmp_path):
 @pytest.mark.mpi
 def test_pre_trained_on_four_ranks_tuned_on_two_evaluated_on_one(tmp_path):
     options = (*MOE, "model.moe.top_k=2")
-    (tmp_path / "pre").mkdir()
-    run_ranks(cases.tune, 4, tmp_path, str(tmp_path / "pre"), "digits_simmim", *options, "parallel.zero=3")
-    init = f"checkpoint.init={tmp_path / 'pre' / 'run'}"
-    tune = ("digits_dense", *options, init)
-    whole = run_ranks(cases.begin, 1, tmp_path, str(tmp_path / "one"), *tune)[0]
-    assert "checkpoints/0000000003 (task simmim, step 3" in whole[0]
-    parts = run_ranks(cases.begin, 2, tmp_path, str(tmp_path / "two"), *tune, "parallel.zero=3")
-    for report, held in parts:
-        assert report == whole[0]
-        for name, (shape, offset, value) in held.items():
+    run_ranks(cases.tune, 4, tmp_path, str(tmp_path), "digits_simmim", "run.name=pre", *options, "parallel.zero=3")
+    tune = (*options, f"checkpoint.init={tmp_path / 'pre'}")
+    parts = run_ranks(cases.tune_and_measure, 2, tmp_path, str(tmp_path), *tune)
+    (whole,) = run_ranks(cases.measure_alone, 1, tmp_path, str(tmp_path), *tune)
+    assert "pre/checkpoints/0000000003 (task simmim, step 3" in whole["report"]
+    for part in parts:
+        assert part["report"] == whole["report"]
+        for name, (shape, offset, value) in part["begun"].items():
             box = tuple(slice(o, o + n) for o, n in zip(offset, value.shape))
-            assert torch.equal(whole[1][name][2][box], value), name
-            assert tuple(whole[1][name][0]) == tuple(shape)
-    assert any(".experts." in name and value.shape[0] == 2 for name, (_, _, value) in parts[0][1].items())
-    tuned = run_ranks(cases.tune, 2, tmp_path, str(tmp_path / "tuned"), *tune)[0]
-    (found,) = run_ranks(cases.evaluate, 1, tmp_path, str(tmp_path / "tuned"), "digits_dense", *options)
-    for key, value in found.items():
-        assert tuned["evaluation"][f"eval/{key}"] == pytest.approx(value, rel=1e-6), key  # of float32 logits
-    one, two = (
-        run_ranks(cases.features, world, tmp_path, str(tmp_path / "tuned"), "digits_dense", *options)
-        for world in (1, 2)
-    )
-    assert one[0] == pytest.approx(two[0], rel=1e-9) and two[0] == two[1]
-    assert set(one[0]) == {"knn", "few_shot", "few_shot_deviation"} and one[0]["knn"] > 10
+            assert torch.equal(whole["begun"][name][2][box], value), name
+            assert tuple(whole["begun"][name][0]) == tuple(shape)
+    assert any(".experts." in name and value.shape[0] == 2 for name, (_, _, value) in parts[0]["begun"].items())
+    for key, value in whole["evaluation"].items():
+        assert parts[0]["evaluation"][f"eval/{key}"] == pytest.approx(value, rel=1e-6), key  # of float32 logits
+    assert whole["features"] == pytest.approx(parts[0]["features"], rel=1e-9)
+    assert parts[0]["features"] == parts[1]["features"]
+    assert set(whole["features"]) == {"knn", "few_shot", "few_shot_deviation"} and whole["features"]["knn"] > 10
 
 
 def test_the_report_is_in_the_log(tmp_path, caplog):
