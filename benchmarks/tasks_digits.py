@@ -90,12 +90,12 @@ def distill(runs: Runs) -> Row:
     }
 
 
-def moby(runs: Runs) -> Row:
+def moby(runs: Runs, *encoder: str) -> Row:
     """Contrastive pre-training, then a linear probe, against the same probe of a random encoder."""
-    runs.train("moby", "digits_moby")
-    probe = runs.train("probe", "digits_probe", f"checkpoint.init={runs.directory('moby')}")
-    random = runs.train("random", "digits_probe")
-    measured = runs.features("moby", "digits_moby")
+    runs.train("moby", "digits_moby", *encoder)
+    probe = runs.train("probe", "digits_probe", *encoder, f"checkpoint.init={runs.directory('moby')}")
+    random = runs.train("random", "digits_probe", *encoder)
+    measured = runs.features("moby", "digits_moby", *encoder)
     return {
         "linear probe %": probe["eval/top1"],
         "of a random encoder %": random["eval/top1"],
@@ -104,7 +104,17 @@ def moby(runs: Runs) -> Row:
     }
 
 
-TASKS: dict[str, Callable[[Runs], Row]] = {"simmim": simmim, "distill": distill, "moby": moby}
+def moby_coarse(runs: Runs) -> Row:
+    """The same with digits_dense's blocks on 4 x 4 tokens, whose random features tell digits apart."""
+    return moby(runs, "model.patch_size=4", "model.embed_dim=48", "model.depths=[2,4]", "model.num_heads=[3,6]")
+
+
+TASKS: dict[str, Callable[[Runs], Row]] = {
+    "simmim": simmim,
+    "distill": distill,
+    "moby": moby,
+    "moby_coarse": moby_coarse,
+}
 
 
 def cpu_seconds() -> float:
