@@ -21,7 +21,8 @@ from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.tasks.moby import enqueue, leave_one_out, momentum_at
 from tests.tasks.test_transfer import TINY, begun, trained, weights
 
-MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "data.drop_last=true")
+MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "task.momentum=0.99",
+        "data.drop_last=true")  # fmt: skip
 
 
 def task_of(*options: str):
