@@ -80,7 +80,8 @@ class OwnCheckpoint:
 
     def model_config(self) -> ModelConfig | None:
         """See Source."""
-        return config_from_tree(self.index.config, source=str(self.index.path)).model if self.index.config else None
+        model = self.index.config.get("model")
+        return config_from_tree({"model": model}, source=str(self.index.path)).model if model else None
 
 
 class OfficialFile:
