@@ -21,6 +21,7 @@ from swin_moe.engine.precision import DTYPES
 from swin_moe.layout import Chunk
 from swin_moe.metrics import LOGGER
 from swin_moe.models import build_model
+from swin_moe.models.layers import widened
 from swin_moe.models.swin import Block
 from swin_moe.parallel.sharding import sub_chunk
 from swin_moe.session import Session
@@ -52,7 +53,7 @@ class SwinTeacher:
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """See Teacher."""
-        return _widened(self.network(_resized(image, self.network.img_size).to(self.dtype)))
+        return widened(self.network(_resized(image, self.network.img_size).to(self.dtype)))
 
 
 class TimmTeacher:
@@ -73,16 +74,12 @@ class TimmTeacher:
         """See Teacher."""
         image = _resized(image, self.size) if self.fixed else image
         image = image * self.scale + self.shift
-        feature = _widened(self.network.forward_features(image.to(self.dtype)))
+        feature = widened(self.network.forward_features(image.to(self.dtype)))
         if feature.ndim == 3:  # (B, tokens, C)
             feature = feature[:, getattr(self.network, "num_prefix_tokens", 0) :]
             side = round(feature.shape[1] ** 0.5)
             return feature.unflatten(1, (side, -1))
         return feature if feature.shape[-1] == self.num_features else feature.permute(0, 2, 3, 1)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

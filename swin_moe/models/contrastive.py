@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swin_moe.models.heads import EncoderModel
 from swin_moe.models.initialize import initialize
+from swin_moe.models.layers import widened
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.moe.group_exchange import GroupExchange
 from swin_moe.randomness import RandomContext, derive_key
@@ -45,7 +46,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x_BC: Tensor) -> Tensor:
         """Returns (B, C), in at least float32."""
-        x_BC = x_BC.to(torch.promote_types(x_BC.dtype, torch.float32))
+        x_BC = widened(x_BC)
         count = self._total(x_BC.new_tensor([float(len(x_BC))]).expand(1))
         mean_C = self._total(x_BC.sum(0)) / count
         centred_BC = x_BC - mean_C
@@ -111,7 +112,7 @@ class ContrastiveModel(EncoderModel):
                 self.momentum_projector(_pooled(self.momentum_encoder.encode(view, random=draw).tokens))
                 for view, draw in zip(views, draws)
             ]
-        query1, query2, key1, key2 = (F.normalize(_widened(x), dim=1) for x in (*queries, *keys))
+        query1, query2, key1, key2 = (F.normalize(widened(x), dim=1) for x in (*queries, *keys))
         logits = (self._logits(query1, key2, self.queue2), self._logits(query2, key1, self.queue1))
         aux = None if encoded[0].aux is None else (encoded[0].aux + encoded[1].aux) / 2
         return Contrast(logits, (key1, key2), aux)
@@ -152,7 +153,3 @@ class ContrastiveModel(EncoderModel):
 
 def _pooled(tokens_BHWC: Tensor) -> Tensor:
     return tokens_BHWC.flatten(1, 2).mean(dim=1)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

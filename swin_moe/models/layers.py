@@ -14,6 +14,11 @@ from swin_moe.randomness import RandomContext, derive_key, keep_mask
 ATTENTION_WEIGHTS, MIXER_OUT, FFN_HIDDEN, FFN_OUT = range(4)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Returns x in at least float32, in which losses are computed."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def pad_to_multiple(x_BHWC: Tensor, height: int, width: int) -> Tensor:
     """Returns the map padded with zeros at the bottom and right to multiples of (height, width) tokens."""
     bottom, right = -x_BHWC.shape[1] % height, -x_BHWC.shape[2] % width

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from swin_moe.config import Config
@@ -43,6 +44,18 @@ class MicroLoss:
     total: Tensor
     task: Tensor
     aux: Tensor
+
+
+def micro_loss(task: Tensor, aux: Tensor | None, num_images: int, context: StepContext) -> MicroLoss:
+    """Returns the loss of a micro-batch.
+
+    Args:
+        task: Sum over this rank's images, divided by the images (and what else is averaged over) of the whole step.
+        aux: Mean over this rank's images, times its weight; an image counts the same wherever it sits, so it is
+            weighted by the rank's share of them.
+    """
+    aux = torch.zeros_like(task) if aux is None else aux * (num_images / context.num_samples)
+    return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
 
 
 Parts = Mapping[str, tuple[Tensor, Chunk]]  # parameter -> (this rank's part of it, which box that is)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from swin_moe.config import Config
 from swin_moe.data.mixing import mix, mixing_enabled, partners
+from swin_moe.models.layers import widened
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, StepContext, Task
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Returns the sum over images of -sum_k target log softmax(logits), in at least float32; 0 for no images."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = widened(logits)
     return -(target.to(logits.dtype) * F.log_softmax(logits, dim=-1)).sum()
 
 
@@ -56,10 +57,7 @@ class Classify(Task):
             output = model(images, random=random)
         logits_BK, aux = output if isinstance(output, tuple) else (output, None)
         task = soft_cross_entropy(logits_BK, target_BK) / context.num_samples
-        # An image counts the same wherever it sits: a rank's auxiliary mean is weighted by its share of the images.
-        share = images.shape[0] / context.num_samples
-        aux = aux * share if aux is not None else torch.zeros_like(task)
-        return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+        return micro_loss(task, aux, len(images), context)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:

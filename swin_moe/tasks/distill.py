@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from swin_moe.config import Config
 from swin_moe.models.heads import FeatureModel
+from swin_moe.models.layers import widened
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, StepContext, Task
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
 
 
 class Distill(Task):
@@ -49,7 +50,7 @@ class Distill(Task):
 
     def _error(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Returns the sum over all elements."""
-        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        predicted = widened(predicted)
         return F.smooth_l1_loss(predicted, target.to(predicted.dtype), beta=self.beta, reduction="sum")
 
     def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
@@ -60,9 +61,7 @@ class Distill(Task):
             predicted, aux = model(image, random=random)
         target = self.targets(image, tuple(predicted.shape[1:3]))
         task = self._error(predicted, target) / (context.num_samples * math.prod(target.shape[1:]))
-        share = len(image) / context.num_samples
-        aux = aux * share if aux is not None else torch.zeros_like(task)
-        return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+        return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:

@@ -19,7 +19,7 @@ from swin_moe.models.swin import SwinTransformer
 from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task
+from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
 from swin_moe.tasks.features import everywhere, extract, gathered
 
 
@@ -58,9 +58,7 @@ class MoBY(Task):
         first = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)  # where the positive one stands
         losses = [F.cross_entropy(logits, first, reduction="sum") for logits in contrast.logits]
         task = sum(losses) / context.num_samples
-        share = len(sample) / context.num_samples
-        aux = contrast.aux * share if contrast.aux is not None else torch.zeros_like(task)
-        return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+        return micro_loss(task, contrast.aux, len(sample), context)
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the momentum networks, and puts the step's keys where the oldest ones are."""

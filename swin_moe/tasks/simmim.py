@@ -27,9 +27,10 @@ from swin_moe.models.heads import (
     normalize_targets,
     num_masked,
 )
+from swin_moe.models.layers import widened
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext, bits
-from swin_moe.tasks.base import MicroLoss, StepContext, Task
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
 
 _MIN_TILE = 96  # pixels a side that a drawn image has at least
 
@@ -66,7 +67,7 @@ class SimMIM(Task):
 
     def targets(self, image: Tensor) -> Tensor:
         """Returns what is predicted, (B, S, height, width), in at least float32."""
-        image = _widened(image)
+        image = widened(image)
         window = self.config.task.target_window
         return normalize_targets(image, window) if window else image
 
@@ -77,11 +78,9 @@ class SimMIM(Task):
         random = RandomContext(self.config.run.seed, context.step, batch["sample"])
         with context.autocast():
             reconstruction, aux = model(image, mask, random=random)
-        error = masked_l1_sum(self.targets(image), _widened(reconstruction), mask, self.patch_size)
+        error = masked_l1_sum(self.targets(image), widened(reconstruction), mask, self.patch_size)
         task = error / (context.num_samples * self.hidden_pixels + 1e-5) / image.shape[1]
-        share = len(image) / context.num_samples
-        aux = aux * share if aux is not None else torch.zeros_like(task)
-        return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+        return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
@@ -92,7 +91,7 @@ class SimMIM(Task):
             mask = self.masks(sample, step=None)
             with context.autocast():
                 reconstruction, _ = model(image, mask)
-            target, reconstruction = self.targets(image), _widened(reconstruction)
+            target, reconstruction = self.targets(image), widened(reconstruction)
             errors = [
                 masked_l1_sum(target, guess, mask, self.patch_size).double()
                 for guess in (reconstruction, self._visible_mean(target, mask))
@@ -129,7 +128,7 @@ class SimMIM(Task):
         if drawn is None:
             rows = self.config.task.pictures if self.config.model.in_chans == 3 else 0
             drawn = torch.zeros((rows, 3, *image.shape[1:]), device=image.device)
-        image = _widened(image)
+        image = widened(image)
         if self.config.task.target_window:  # back from normalized to real pixels
             mean, deviation = local_statistics(image, self.config.task.target_window)
             reconstruction = reconstruction * deviation + mean
@@ -141,11 +140,6 @@ class SimMIM(Task):
         if len(triple):
             drawn[sample[chosen]] = (triple * scale + shift).clamp(0, 1).to(drawn.dtype)
         return drawn
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Returns x in at least float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def tiled(drawn: Tensor) -> np.ndarray:

@@ -99,6 +99,7 @@ def outcome(trainer: Trainer) -> dict:
         "losses": [[r["train/loss"], r["train/aux"], r["train/grad_norm"]] for r in rows if "train/loss" in r],
         "evaluation": next(r for r in reversed(rows) if "eval/samples" in r),
         "weights": parts,
+        "pictures": trainer.task.pictures(),
     }
 
 

@@ -45,6 +45,16 @@ def test_layout_accumulation_and_recomputation_change_nothing(runs, world, name)
         torch.testing.assert_close(tensor, weights[key], rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_pictures_are_of_the_same_images_on_every_rank(runs, world):
+    expected = runs[1][0]["simmim v2"]["pictures"]["reconstructions"]
+    assert expected.shape == (4 + 4 * 100, 4 + 3 * 100, 3)
+    for result in runs[world]:
+        difference = result["simmim v2"]["pictures"]["reconstructions"].astype(int) - expected
+        assert abs(difference).max() <= 1  # a rounding
+        assert not result["moby"]["pictures"]
+
+
 def test_every_step_counts(runs):
     for name in cases.RUNS:
         losses = torch.tensor(runs[1][0][name]["losses"])
