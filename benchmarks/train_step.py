@@ -8,12 +8,15 @@ second. timm takes part with and without its fused attention, and the faster of 
 
 A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that ours
 is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy machine
-disturbs both sides alike.
+disturbs both sides alike. --memory prints instead how far one training step raises the peak memory of a process of its
+own above that of network, gradients and optimizer state (CPU).
 """
 
 import argparse
 import gc
+import multiprocessing
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -147,6 +150,31 @@ def timed(call: Callable[[], None], device: torch.device) -> float:
     return clock() - start
 
 
+def peak_of_step(number: int, which: int, options: argparse.Namespace) -> float:
+    """Returns the MiB by which a training step of one side of a pair raises this process's peak memory."""
+    torch.set_num_threads(options.threads)
+    pair = PAIRS[number]
+    model = pair.ours() if which == 0 else timm_settings(pair)[which - 1]
+    side = Side(model, torch.randn(options.batch, 3, pair.size, pair.size), options.precision)
+    for parameter in side.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    side.optimizer.step()
+    side.optimizer.zero_grad(set_to_none=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    side.train()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def compare_memory(pair: Pair, options: argparse.Namespace) -> None:
+    """Prints the peak memory of a training step of both sides, each in a fresh process."""
+    peaks = []
+    for which in range(1 + len(timm_settings(pair))):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks.append(pool.apply(peak_of_step, (PAIRS.index(pair), which, options)))
+    ours, theirs = peaks[0], min(peaks[1:])
+    print(f"| {pair.name} | {options.precision} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.2f} |", flush=True)
+
+
 def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> None:
     """Prints the table rows of one pair."""
     images = torch.randn(options.batch, 3, pair.size, pair.size, device=device)
@@ -188,17 +216,24 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--only", default="", help="names of pairs, comma-separated; all without")
     parser.add_argument("--compile", default="none", choices=["none", "timm", "both"], help="through torch.compile")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     cuda = torch.cuda.is_available() and options.device != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {options.threads} thread(s)"
+    chosen = [pair for pair in PAIRS if not options.only or pair.name in options.only.split(",")]
+    if options.memory:
+        print(f"batch {options.batch}, {machine}, torch {torch.__version__}\n")
+        print("| network | precision | ours MiB | timm MiB | timm / ours |\n|---|---|---|---|---|")
+        for pair in chosen:
+            compare_memory(pair, options)
+        return
     print(f"batch {options.batch}, {options.rounds} interleaved rounds, {machine}, torch {torch.__version__}\n")
     print("| network | step | precision | ours ms | timm ms | ours / timm speed |\n|---|---|---|---|---|---|")
-    for pair in PAIRS:
-        if not options.only or pair.name in options.only.split(","):
-            compare(pair, options, device)
+    for pair in chosen:
+        compare(pair, options, device)
 
 
 if __name__ == "__main__":
