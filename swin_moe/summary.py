@@ -16,6 +16,7 @@ from swin_moe.moe import MoELayer
 from swin_moe.ops.attention_in_windows import choose
 from swin_moe.ops.extension import cpu_capability
 from swin_moe.ops.grouped_linear import use_grouped
+from swin_moe.ops.linear import SMALLEST_ROWS, faster_products
 from swin_moe.parallel.sharding import Degrees, describe_placement
 from swin_moe.session import Session
 
@@ -79,6 +80,9 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         f"{accumulation} accumulated"
     )
     yield f"kernels    {attention_path(config.model, session.device.type, DTYPES[config.engine.precision])}"
+    products = linear_path(session.device.type, config.engine.precision)
+    if products:
+        yield f"           {products}"
     if layers:
         yield f"           {product_path(layers[0][1], session.device, config.engine.precision)}"
     yield f"run        {session.directory}"
@@ -158,6 +162,12 @@ def attention_path(config: ModelConfig, device_type: str, dtype: torch.dtype) ->
         return f"window attention: {plain}{measured} ({setting}); not fused: {problem}"
     kind = f"CPU kernels {cpu_capability()}" if device_type == "cpu" else f"{device_type.upper()} kernels"
     return f"window attention: fused, {kind}{measured} ({setting})"
+
+
+def linear_path(device_type: str, precision: str) -> str:
+    """Returns what computes large linear layers and why, where it is not what PyTorch takes; "" where it is."""
+    reason = faster_products() if device_type == "cpu" and precision == "fp32" else None
+    return f"linear layers and experts of {SMALLEST_ROWS} rows or more: oneDNN ({reason})" if reason else ""
 
 
 def product_path(layer: MoELayer, device: torch.device, precision: str) -> str:

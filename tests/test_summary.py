@@ -3,11 +3,19 @@
 import pytest
 import torch
 
+from swin_moe import summary
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.moe import MoELayer
 from swin_moe.ops import extension
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.summary import attention_path, describe_balance, describe_choice, describe_limit, product_path
+from swin_moe.summary import (
+    attention_path,
+    describe_balance,
+    describe_choice,
+    describe_limit,
+    linear_path,
+    product_path,
+)
 
 LIMITED = MoEConfig(num_experts=8, expert_groups=4, group_limit=2, balance_loss="gshard")
 
@@ -59,6 +67,15 @@ def test_balance(options, said):
 def test_how_experts_multiply(dim, backend, device, precision, said):
     layer = MoELayer(dim, 2 * dim, MoEConfig(backend=backend), fc2_bias=True, layer=0, init_std=0.02)
     assert product_path(layer, torch.device(device), precision).startswith(f"experts: {said}")
+
+
+def test_what_computes_linear_layers_is_said_where_it_is_not_what_pytorch_takes(monkeypatch):
+    monkeypatch.setattr(summary, "faster_products", lambda: "MKL is slow here")
+    text = linear_path("cpu", "fp32")
+    assert text.startswith("linear layers and experts of ") and text.endswith("rows or more: oneDNN (MKL is slow here)")
+    assert linear_path("cpu", "bf16") == linear_path("cuda", "fp32") == linear_path("cpu", "fp64") == ""
+    monkeypatch.setattr(summary, "faster_products", lambda: None)
+    assert linear_path("cpu", "fp32") == ""
 
 
 @pytest.mark.parametrize(("options", "device", "dtype", "kernels", "said"), [
