@@ -80,9 +80,13 @@ def _link_or_keep(new: str, path: Path) -> None:
 
 def cpu_name() -> str:
     """Returns the processor's model name as the kernel reports it, or the machine type."""
+    return cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def cpu_field(name: str) -> str:
+    """Returns what the kernel reports of the first processor under a name; "" where it reports nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

@@ -237,10 +237,7 @@ void backward(const WindowAttention& p, const WindowTask& task) {
   Arena arena(thread_memory(counter.used()));
   BackwardMemory<Operand> memory(arena, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens, table = p.geometry.table_rows();
-  for (int h = 0; h < heads; ++h) {
-    auto* head_table = static_cast<const A*>(p.bias_table) + (task.head_begin + h) * table;
-    spread_bias(p.geometry, head_table, n.padded_tokens, memory.bias + h * bias_size);
-  }
+  spread_biases(p, task, n.padded_tokens, memory.bias);
   for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
     HeadBackward<S, Operand>(p, n, memory, task, tokens, head, upcoming).window();
   });

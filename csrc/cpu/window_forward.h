@@ -97,10 +97,7 @@ void forward(const WindowAttention& p, const WindowTask& task) {
   Arena arena(thread_memory(counter.used()));
   ForwardMemory<Operand> memory(arena, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens;
-  for (int h = 0; h < heads; ++h) {
-    auto* table = static_cast<const A*>(p.bias_table) + int64_t(task.head_begin + h) * p.geometry.table_rows();
-    spread_bias(p.geometry, table, n.padded_tokens, memory.bias + h * bias_size);
-  }
+  spread_biases(p, task, n.padded_tokens, memory.bias);
   for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
     attend<S>(p, n, memory, tokens, head, memory.bias + (head - task.head_begin) * bias_size, upcoming);
   });

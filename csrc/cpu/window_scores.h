@@ -193,6 +193,16 @@ void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A* 
   }
 }
 
+// Spreads the tables of the heads of a task: (heads of the task, N, Np).
+template <class A>
+void spread_biases(const WindowAttention& p, const WindowTask& task, int padded_tokens, A* bias) {
+  for (int head = task.head_begin; head < task.head_end; ++head) {
+    spread_bias(p.geometry, static_cast<const A*>(p.bias_table) + int64_t(head) * p.geometry.table_rows(),
+                padded_tokens, bias);
+    bias += int64_t(p.geometry.tokens()) * padded_tokens;
+  }
+}
+
 // What one row of plain products is turned into scores with.
 template <class A>
 struct ScoreRow {

@@ -8,13 +8,14 @@ compiler uses.
 
 import logging
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from swin_moe.choice_cache import cpu_field
 
 LOGGER = logging.getLogger("swin_moe")
 # A call of oneDNN costs about 90 us, and the weight is packed each time. Two layers D to 4D to D, forward and backward:
@@ -70,17 +71,8 @@ def faster_products() -> str | None:
             "oneDNN's products are not used: this torch (%s) has no %s", torch.__version__, " or ".join(names)
         )
         return None
-    vendor = _cpu_vendor()
+    vendor = cpu_field("vendor_id")
     return None if vendor in ("", "GenuineIntel") else f"MKL uses AVX2 on a processor of {vendor} that has AVX-512"
-
-
-def _cpu_vendor() -> str:
-    """Returns what the processor calls its maker; "" where that cannot be read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:

@@ -109,7 +109,7 @@ def test_what_is_left_to_pytorch(monkeypatch):
 @pytest.mark.parametrize("vendor", ["GenuineIntel", ""])
 def test_processors_that_mkl_serves_well_or_that_say_nothing_keep_mkl(monkeypatch, vendor):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(linear_module, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(linear_module, "cpu_field", lambda name: vendor)
     assert linear_module.faster_products.__wrapped__() is None
 
 
