@@ -135,7 +135,10 @@ class GroupedExperts(nn.Module):
             chunks: Of rows that are still under way (dispatch.py:Dispatched); all with one copy of the weights.
         """
         dtype = tokens.dtype if chunks is None else tokens[0].dtype
-        weights = [self._whole(name).to(dtype) for name in PARAMETERS]
+        # grouped_linear converts each expert's matrix when its turn comes; with chunks every one of them would again.
+        by_expert = chunks is None and not isinstance(counts, int)
+        whole = [self._whole(name) for name in PARAMETERS]
+        weights = [w if by_expert and w.ndim == 3 else w.to(dtype) for w in whole]
         if chunks is None:
             return _two_layers(tokens, counts, dropout, *weights)
         results = []

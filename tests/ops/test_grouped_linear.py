@@ -66,6 +66,22 @@ def test_one_grouped_product_equals_the_loop(device, dtype, counts, transposed, 
     assert results[1][2].stride() == inputs[1].stride()
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_a_weight_of_another_dtype_is_converted_an_expert_at_a_time(counts, transposed, weight_dtype):
+    dtype = torch.bfloat16 if weight_dtype == torch.float32 else torch.float32
+    x, _, bias = random_inputs(sum(counts) + 5, dtype=dtype)
+    _, weight, _ = random_inputs(1, transposed=transposed, dtype=weight_dtype)
+    results = []
+    for given in (weight, weight.to(dtype)):
+        y = grouped_linear(x, given, bias, torch.tensor(counts))
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
+    for ours, expected in zip(*results):
+        assert ours.dtype == expected.dtype and ours.stride() == expected.stride()
+        assert torch.equal(ours, expected)  # the same roundings
+
+
 def test_gradients_by_finite_differences():
     x, weight, bias = (t.detach()[..., :5].contiguous().requires_grad_() for t in random_inputs(6))
     weight = weight.detach()[:, :5].contiguous().requires_grad_()
@@ -77,11 +93,19 @@ def test_gradients_by_finite_differences():
     )
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    ("grouped", "dtype", "weight_dtype"),
+    [
+        (False, torch.float64, torch.float64),
+        (False, torch.bfloat16, torch.float32),
+        (True, torch.bfloat16, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_keeps_the_contract_of_an_operator(grouped, transposed):
-    inputs = random_inputs(12, transposed=transposed, dtype=torch.bfloat16 if grouped else torch.float64)
-    arguments = (*inputs, torch.tensor([4, 0, 7, 1]), grouped)
+def test_keeps_the_contract_of_an_operator(grouped, dtype, weight_dtype, transposed):
+    x, _, bias = random_inputs(12, dtype=dtype)
+    _, weight, _ = random_inputs(12, transposed=transposed, dtype=weight_dtype)
+    arguments = (x, weight, bias, torch.tensor([4, 0, 7, 1]), grouped)
     torch.library.opcheck(torch.ops.swin_moe.grouped_linear, arguments)
 
 
