@@ -117,24 +117,17 @@ struct KeptRows {
 template <class S, int Group>
 __global__ void __launch_bounds__(S::kThreads) window_backward_kept_kernel(
     const WindowLaunch p, const Partials partials, const RowStatistics statistics, int64_t chunks) {
-  using T = typename S::T;
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), row_blocks = blocks_of(tokens, S::kRows);
   const BlockTask task(p, row_blocks, chunks);
   KeptShared<S> shared;
-  shared.place(shared_memory(), g);
-  shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
-  ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
+  ScoreRule rule = start_block(shared, p, g, task.head, padded);
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
   float grad_factor = 0.f;
 
   for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = window / g.windows(), place = window % g.windows();
-    rule.crosses = crosses_seam(g, place);
-    __syncthreads();  // the window before is no longer read
-    shared.table.fill_window(g, place, padded);
-    __syncthreads();
+    const int64_t image = enter_window(shared.table, rule, g, window, padded);
     shared.load(p, image, task.head, row_source);
     const ScoreRows<false> scoring(shared.table, rule, first_row + warp_row);
     KeptRows<S, Group> rows;
@@ -145,11 +138,7 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_kept_kernel(
     grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,
                                     row_source, window, image, task.head, first_row, tokens);
   }
-  if (p.logit_scale) {
-    const float sum = block_sum<S>(grad_factor, shared.scratch);
-    if (threadIdx.x == 0)
-      partials.logit_scale[(task.chunk * row_blocks + task.row_block) * p.num_heads + task.head] = sum;
-  }
+  write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk * row_blocks + task.row_block, task.head);
 }
 
 }  // namespace swin_moe

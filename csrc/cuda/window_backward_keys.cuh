@@ -65,10 +65,8 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
   const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), row_blocks = blocks_of(tokens, S::kRows);
   const BlockTask task(p, row_blocks * query_ranges, chunks);
   KeysShared<S, PairTiles> shared;
-  shared.place(shared_memory(), g);
-  shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
+  ScoreRule rule = start_block(shared, p, g, task.head, padded);
   for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
-  ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block % row_blocks * S::kRows;
   const int first_query = task.row_block / row_blocks * PairTiles * kTile;
   const int query_blocks = min(blocks_of(tokens - first_query, S::kOthers), kUnrolled ? kUnrolled : kMaxWindowTokens);
@@ -77,11 +75,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
   set_zero(grad_bias);
 
   for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = window / g.windows(), place = window % g.windows();
-    rule.crosses = crosses_seam(g, place);
-    __syncthreads();  // the window before is no longer read
-    shared.table.fill_window(g, place, padded);
-    __syncthreads();
+    const int64_t image = enter_window(shared.table, rule, g, window, padded);
     load_rows<S>(shared.keys, qkv_rows<const T>(p, p.qkv, image, task.head, 1), row_source, S::kRows);
     load_rows<S>(shared.values, qkv_rows<const T>(p, p.qkv, image, task.head, 2), row_source, S::kRows);
     shared.load_queries(p, statistics, 0, window, image, task.head, tokens, first_query);

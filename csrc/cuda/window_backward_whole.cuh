@@ -128,14 +128,11 @@ __device__ __forceinline__ void key_phase(float (&grad_bias)[S::kTiles][kTileSum
 template <class S>
 __global__ void __launch_bounds__(S::kThreads)
     window_backward_whole_kernel(const WindowLaunch p, const Partials partials, int64_t chunks) {
-  using T = typename S::T;
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const BlockTask task(p, 1, chunks);
   WholeShared<S> shared;
-  shared.place(shared_memory(), g);
-  shared.table.fill_head(p, g, task.head, S::kRows, ScoreUnit<T>::kUnit);
+  ScoreRule rule = start_block(shared, p, g, task.head, S::kRows);
   for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
-  ScoreRule rule(p, g.tokens(), task.head, ScoreUnit<T>::kUnit);
   const int row = threadIdx.x / 32 * kTile;
   const Lane lane;
   const float unchanged[2] = {1.f, 1.f};
@@ -143,11 +140,7 @@ __global__ void __launch_bounds__(S::kThreads)
   set_zero(grad_bias);
 
   for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = window / g.windows(), place = window % g.windows();
-    rule.crosses = crosses_seam(g, place);
-    __syncthreads();  // the window before is no longer read
-    shared.table.fill_window(g, place, S::kRows);
-    __syncthreads();
+    const int64_t image = enter_window(shared.table, rule, g, window, S::kRows);
     shared.load(p, image, task.head);
 
     float grad_queries[S::kSlices][kTileSums], query_factor[2], along[2] = {0.f, 0.f};
@@ -175,10 +168,7 @@ __global__ void __launch_bounds__(S::kThreads)
     shared.store(p, image, task.head);
   }
   const int64_t partial = task.chunk * p.num_heads + task.head;
-  if (p.logit_scale) {
-    const float sum = block_sum<S>(grad_factor, shared.scratch);
-    if (threadIdx.x == 0) partials.logit_scale[partial] = sum;
-  }
+  write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk, task.head);
   if (partials.pad) write_padding<S>(p, partials, shared.pad, task.chunk, task.head);
   write_bias<S>(grad_bias, shared.pairs, partials.bias + partial * g.table_rows(), g, 0, 0);
 }

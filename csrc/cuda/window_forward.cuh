@@ -5,21 +5,6 @@
 
 namespace swin_moe {
 
-// Which head, rows and windows a block works on; heads vary fastest, so that neighbours read the same lines.
-struct BlockTask {
-  int head, row_block;
-  int64_t chunk, begin, end;         // windows, counted over all images
-
-  __device__ __forceinline__ BlockTask(const WindowLaunch& p, int row_blocks, int64_t chunks) {
-    const unsigned index = blockIdx.x;
-    head = index % p.num_heads;
-    row_block = index / p.num_heads % row_blocks;
-    chunk = index / p.num_heads / row_blocks;
-    begin = p.windows() * chunk / chunks;
-    end = p.windows() * (chunk + 1) / chunks;
-  }
-};
-
 template <class S>
 struct ForwardShared {
   using T = typename S::T;
@@ -69,18 +54,12 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
   const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), key_blocks = blocks_of(tokens, S::kOthers);
   const BlockTask task(p, blocks_of(tokens, S::kRows), chunks);
   ForwardShared<S> shared;
-  shared.place(shared_memory(), g);
-  shared.table.fill_head(p, g, task.head, padded, ScoreUnit<T>::kUnit);
-  ScoreRule rule(p, tokens, task.head, ScoreUnit<T>::kUnit);
+  ScoreRule rule = start_block(shared, p, g, task.head, padded);
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
 
   for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = window / g.windows(), place = window % g.windows();
-    rule.crosses = crosses_seam(g, place);
-    __syncthreads();  // the rows and tokens of the window before are no longer read
-    shared.table.fill_window(g, place, padded);
-    __syncthreads();
+    const int64_t image = enter_window(shared.table, rule, g, window, padded);
     const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
     const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
     load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);

@@ -2,7 +2,7 @@
 // the sums over windows that leave a block (position bias, logit scale, padding).
 #pragma once
 
-#include "window_forward.cuh"
+#include "window_scores.cuh"
 #include "window_workspace.h"
 
 namespace swin_moe {
@@ -148,6 +148,15 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   float sum = 0.f;
   for (int warp = 0; warp < S::kWarps; ++warp) sum += scratch[warp];
   return sum;
+}
+
+// The gradient of the factor of a block's rows, from the shares of its threads.
+template <class S>
+__device__ __forceinline__ void write_factor(const WindowLaunch& p, const Partials& partials, float share,
+                                             float* scratch, int64_t partial, int head) {
+  if (!p.logit_scale) return;
+  const float sum = block_sum<S>(share, scratch);
+  if (threadIdx.x == 0) partials.logit_scale[partial * p.num_heads + head] = sum;
 }
 
 // From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block,

@@ -30,6 +30,42 @@ struct ScoreRule {
         tokens(tokens_) {}
 };
 
+// Which head, rows and windows a block works on; heads vary fastest, so that neighbours read the same lines.
+struct BlockTask {
+  int head, row_block;
+  int64_t chunk, begin, end;         // windows, counted over all images
+
+  __device__ __forceinline__ BlockTask(const WindowLaunch& p, int row_blocks, int64_t chunks) {
+    const unsigned index = blockIdx.x;
+    head = index % p.num_heads;
+    row_block = index / p.num_heads % row_blocks;
+    chunk = index / p.num_heads / row_blocks;
+    begin = p.windows() * chunk / chunks;
+    end = p.windows() * (chunk + 1) / chunks;
+  }
+};
+
+// Starts a block: lays out its shared memory, spreads the position bias of its head, and returns how that head scores.
+template <class Shared>
+__device__ __forceinline__ ScoreRule start_block(Shared& shared, const WindowLaunch& p, const WindowGeometry& g,
+                                                 int head, int padded) {
+  constexpr float kUnit = ScoreUnit<typename Shared::T>::kUnit;
+  shared.place(shared_memory(), g);
+  shared.table.fill_head(p, g, head, padded, kUnit);
+  return ScoreRule(p, g.tokens(), head, kUnit);
+}
+
+// Moves a block on to a window, counted over all images: its tokens, and whether it has a seam. Returns the image.
+__device__ __forceinline__ int64_t enter_window(TokenTable& table, ScoreRule& rule, const WindowGeometry& g,
+                                                int64_t window, int padded) {
+  const int64_t place = window % g.windows();
+  rule.crosses = crosses_seam(g, place);
+  __syncthreads();  // the rows and tokens of the window before are no longer read
+  table.fill_window(g, place, padded);
+  __syncthreads();
+  return window / g.windows();
+}
+
 // Scores of 16 rows, which are queries, or keys where Transposed; lane-wise as Fragments' sums.
 template <bool Transposed>
 struct ScoreRows {
