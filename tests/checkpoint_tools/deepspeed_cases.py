@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from swin_moe.train import Trainer
-from tests.equivalence.engine_cases import Case, open_case, take_step
+from tests.equivalence.engine_cases import Case
+from tests.equivalence.engine_runs import open_case, take_step
 
 STEPS = 2
 

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from tests.equivalence import engine_cases
-from tests.equivalence.engine_cases import CASES, CHECKPOINTS, Case, chosen, runnable
+from tests.equivalence import engine_runs
+from tests.equivalence.engine_cases import BALANCED, CASES, CHECKPOINTS, Case, chosen, runnable
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.mpi
@@ -97,7 +97,7 @@ def alone(request, tmp_path_factory):
     """Returns what one rank gives for everything that is compared with it."""
     cases = oracles_of([case for world in WORLDS for case in chosen(world, request.config.getoption("--full"))])
     root = tmp_path_factory.mktemp("alone")
-    return run_ranks(engine_cases.run_alone, 1, root, cases, str(root), timeout=900)[0]
+    return run_ranks(engine_runs.run_alone, 1, root, cases, str(root), timeout=900)[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def results_of(request, alone, tmp_path_factory):
         cases = chosen(world, request.config.getoption("--full"))
         root = tmp_path_factory.mktemp("ranks")
         sources = {precision: alone[precision]["source"] for precision in ("fp64", "fp32")}
-        return run_ranks(engine_cases.run_world, world, root, cases, sources, str(root), timeout=3000)
+        return run_ranks(engine_runs.run_world, world, root, cases, sources, str(root), timeout=3000)
 
     return start
 
@@ -132,7 +132,7 @@ def test_trains_as_one_rank_does(results_of, alone, case):
 
 def test_biases_follow_the_loads(alone):
     """What the other tests compare is not all zeros: biases are multiples of the rate, and have moved apart."""
-    final = gathered([alone["cases"][Case("torch", 0, 1, options=engine_cases.BALANCED).name]], "final")
+    final = gathered([alone["cases"][Case("torch", 0, 1, options=BALANCED).name]], "final")
     biases = [t for n, t in final.items() if n.endswith("router.balance.bias") and not n.startswith("ema/")]
     moved = torch.stack(biases) / 0.01
     torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-9)
@@ -150,7 +150,7 @@ def assert_alike(found: dict, expected: dict, case: Case) -> None:
 def test_checkpoints_have_the_same_bytes_and_continue_alike(results_of, alone, world):
     results = results_of(world)
     for precision in ("fp64", "fp32"):
-        assert alone[precision]["continued"]["files"] == engine_cases.digests(alone[precision]["source"])
+        assert alone[precision]["continued"]["files"] == engine_runs.digests(alone[precision]["source"])
     for case in runnable(CHECKPOINTS, len(results)):
         expected = alone[case.precision]["continued"]
         for result in results:
@@ -164,7 +164,7 @@ def test_one_rank_continues_what_shards_saved(results_of, alone, tmp_path, world
     results = results_of(world)
     saved = results[0]["saved"]
     cases = [case for case in runnable(CHECKPOINTS, len(results)) if case.name in saved]
-    found = run_ranks(engine_cases.read_back, 1, tmp_path, cases, saved, str(tmp_path))[0]
+    found = run_ranks(engine_runs.read_back, 1, tmp_path, cases, saved, str(tmp_path))[0]
     assert cases
     for case in cases:
         assert_alike(found[case.name], alone[case.precision]["later"], case)
