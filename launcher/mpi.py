@@ -83,8 +83,9 @@ def end_all_ranks(code: int) -> None:
         return
     guard.ended()
     sys.stdout.flush()
-    sys.stderr.flush()
-    _wait_until_read(sys.stderr)
+    errors = _errors()
+    errors.flush()
+    _wait_until_read(errors)
     # Ranks that fail alike (a bad option) meet here within moments; then nobody's last words are cut off.
     everyone = MPI.COMM_WORLD.Ibarrier()
     deadline = time.monotonic() + _LAST_WORDS_SECONDS
@@ -198,8 +199,14 @@ def _end_all_ranks_on_exception(kind: type[BaseException], error: BaseException,
     end_all_ranks(1)
 
 
+def _errors() -> TextIO:
+    """Returns where last words go. sys.stderr is a buffer, which dies with the rank, while the exception hook that
+    torch.distributed.init_process_group installs calls ours (torch/distributed/distributed_c10d.py)."""
+    return sys.__stderr__ or sys.stderr
+
+
 def _say(text: str) -> None:
-    sys.stderr.write(f"[rank {os.environ.get('RANK', '0')}] {text}")
+    _errors().write(f"[rank {os.environ.get('RANK', '0')}] {text}")
 
 
 def _wait_until_read(stream: TextIO) -> None:

@@ -17,6 +17,14 @@ def _raise_on_1(folder: Path, rank: str) -> None:
     time.sleep(60)
 
 
+def _raise_on_1_with_gloo(folder: Path, rank: str) -> None:
+    """torch.distributed wraps the exception hook that it finds."""
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    _raise_on_1(folder, rank)
+
+
 def _exit_3_on_1(folder: Path, rank: str) -> None:
     if rank == "1":
         sys.exit(3)
