@@ -1,4 +1,4 @@
-"""How a job ends: every way to fail ends every process soon, and signals reach the ranks. Real MPI; torch in one row."""
+"""How a job ends: all ways to fail end all processes soon, and signals reach the ranks. Real MPI, torch in one row."""
 
 import os
 import signal
