@@ -26,7 +26,7 @@ from swin_moe.models.swin import Block
 from swin_moe.parallel.sharding import sub_chunk
 from swin_moe.session import Session
 from swin_moe.tasks.base import Teacher
-from swin_moe.weights import OfficialFile, OwnCheckpoint, fill_pieces, is_torch_file
+from swin_moe.weights import OfficialFile, OwnCheckpoint, fill_pieces, is_torch_file, why_refused
 
 _TIMM = "timm:"
 
@@ -165,8 +165,9 @@ def _load_timm(session: Session) -> tuple[Teacher, str]:
             raise ValueError(f"task.teacher={path}: no such file; a path, or pretrained for timm's own weights")
         try:
             return timm.create_model(name, pretrained=pretrained, checkpoint_path=path)
-        except (RuntimeError, ValueError, LookupError) as error:
-            raise ValueError(f"task.teacher_model={task.teacher_model}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # timm and torch raise many kinds, for the name as for the file
+            where = f"task.teacher_model={task.teacher_model}" + (f", task.teacher={path}" if path else "")
+            raise ValueError(f"{where}: {why_refused(error)}") from error
 
     network = together(resolve(session.groups.world), create)
     network = network.to(session.device, dtype).requires_grad_(False).eval()

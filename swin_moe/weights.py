@@ -5,6 +5,7 @@ it holds, except of tensors that have to be changed to fit (bias tables of anoth
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from swin_moe.parallel.apply import parameter_layout
 from swin_moe.session import Session
 
 _AVERAGE = "ema/"
+_NAMES_SHOWN = 160  # characters
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -118,8 +120,20 @@ def read_torch_file(path: Path, *, key: str) -> Any:
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds; all mean that the file is not plain tensors
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key}={path} cannot be read as plain tensors: {reason}") from error
+        raise ValueError(f"{key}={path} cannot be read as plain tensors: {why_refused(error)}") from error
+
+
+def why_refused(error: Exception) -> str:
+    """Returns one clause for an error of torch or timm about a file; torch.load's own text advises to execute it."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+) was not an allowed", text):
+        return f"it holds an object of {found[1]}; `swin-moe checkpoint convert` reads it without executing anything"
+    if not text or "WeightsUnpickler error" in text:
+        return "it is no file that torch.save wrote, or a damaged one"
+    first, _, rest = text.partition("\n")
+    if first.endswith(":"):  # a list of names follows
+        return f"{first} {rest.strip().splitlines()[0][:_NAMES_SHOWN]}" if rest.strip() else first
+    return first.split(". ")[0]
 
 
 def load_weights(model: nn.Module, session: Session) -> str:

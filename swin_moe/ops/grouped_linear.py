@@ -156,7 +156,7 @@ def _converter(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
 
 def _put_weight_gradient(out: Tensor, x: Tensor, grad: Tensor, *, packed: bool) -> None:
     """Writes x.T @ grad into out (I, O), in the order in which it lies in memory."""
-    if out.dtype != x.dtype and not len(x):
+    if not len(x):
         out.zero_()
     elif out.dtype != x.dtype:
         out.copy_(torch.mm(x.t(), grad, out=torch.empty_like(out, dtype=x.dtype)))

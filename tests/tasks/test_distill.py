@@ -172,9 +172,14 @@ def test_what_contradicts_itself_is_refused(tmp_path, options, said):
         (("task.teacher=gone.pth", "task.teacher_model=digits_dense"), "task.teacher=gone.pth: no such file"),
         (("task.teacher=gone.pth", "task.teacher_model=timm:test_vit"), "task.teacher=gone.pth: no such file"),
         (("task.teacher=pretrained", "task.teacher_model=timm:no_such_net"), "task.teacher_model=timm:no_such_net"),
+        (("task.teacher=bad.pth", "task.teacher_model=timm:test_vit"), "task.teacher=bad.pth: "),
+        (("task.teacher=other.pth", "task.teacher_model=timm:test_vit"), "other.pth: .*: (Missing|Unexpected) key"),
     ],
 )
-def test_a_teacher_that_is_not_there_is_named(tmp_path, options, said):
+def test_a_teacher_that_is_not_there_is_named(tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.pth").write_bytes(b"not a file of torch's")
+    torch.save({"a": torch.ones(3)}, "other.pth")
     with pytest.raises(CheckpointError, match=said):
         load_teacher(session_of(tmp_path, *options))
 

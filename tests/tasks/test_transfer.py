@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -221,11 +222,22 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, option
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(("name", "said"), [("nowhere", "checkpoint.init=.*nowhere: is neither"),
-                                            ("x.pth", "checkpoint.init=.*x.pth: no such file"),
-                                            ("bad.pth", "cannot be read as plain tensors")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere", "checkpoint.init=.*nowhere: is neither"),
+        ("x.pth", "checkpoint.init=.*x.pth: no such file"),
+        ("bad.pth", "bad.pth cannot be read as plain tensors: it is no file that torch.save wrote, or a damaged one$"),
+        ("empty.pth", "empty.pth cannot be read as plain tensors: it is no file that torch.save wrote"),
+        ("cut.pth", "cut.pth cannot be read as plain tensors: PytorchStreamReader failed .*central directory$"),
+        ("object.pth", r"it holds an object of fractions.Fraction; `swin-moe checkpoint convert` reads it without"),
+    ],
+)
 def test_a_source_that_is_none_is_named(tmp_path, name, said):
     (tmp_path / "bad.pth").write_bytes(b"not a file of torch's")
+    (tmp_path / "empty.pth").touch()
+    torch.save({"model": {"x": Fraction(1, 2)}}, tmp_path / "object.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "object.pth").read_bytes()[:-100])
     trainer = Trainer(session_of(tmp_path, "digits_dense"))
     with pytest.raises(CheckpointError, match=said):
         start_from(str(tmp_path / name), trainer.engine, trainer.session)
