@@ -1,1 +1,1 @@
-"""Spreads a model over ranks. sharding.py says which rank holds what, apply.py does it, nothing else knows about ranks."""
+"""Spreads a model over ranks. sharding.py says which rank holds what, apply.py does it; nothing else knows ranks."""

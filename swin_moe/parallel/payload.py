@@ -87,7 +87,7 @@ PAYLOADS: dict[str, Codec | None] = {"none": None, "bf16": HalfRows(), "fp8": Sc
 
 
 def rounding_error(codec: Codec, rows: Tensor) -> Tensor:
-    """Returns (2,) float32 on the rows' device: the sums of squares of the error that the codec adds, and of the rows."""
+    """Returns (2,) float32 on the rows' device: the sums of squares of the error a codec adds, and of the rows."""
     rows = rows.detach()
     error = codec.decode(codec.encode(rows), rows.dtype) - rows
     return torch.stack([error.float().square().sum(), rows.float().square().sum()])

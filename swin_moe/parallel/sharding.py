@@ -134,7 +134,7 @@ def sub_chunk(chunk: Chunk, dim: int, index: int, parts: int) -> Chunk:
 
 
 def local_chunk(name: str, shape: tuple[int, ...], coordinates: Coordinates) -> Chunk:
-    """Returns the box of a parameter of this global shape that a rank holds; may be empty. Splits as torch.chunk does."""
+    """Returns the box of a parameter of this global shape that a rank holds; may be empty. Splits like torch.chunk."""
     offset, size = [0] * len(shape), list(shape)
     for dim, axis in enumerate(placement(name).axes):
         if axis is not None:
