@@ -14,9 +14,7 @@ INPUTS = ("qkv", "bias_table", "logit_scale", "pad_qkv")
 # Added to the bound on the relative error of one case: a few roundings, where eager happens to be exact (48 float32
 # results of 560 cases are beyond 1.5 times without it, most of them of few numbers). In float64 eager is the reference.
 FLOORS = {torch.float64: 3e-14, torch.float32: 3e-7, torch.bfloat16: 5e-4, torch.float16: 6e-5}
-# Numbers of a result that is held to the bound in every single case. Of 600 results of the emulated CUDA kernels in
-# bfloat16 one of 72 numbers is 6 % beyond it, while all gradients of that kind together are at 0.74 of eager's.
-MANY = 80
+MANY = 64  # numbers of a result that is held to the bound in every single case
 Operator = Callable[..., Tensor]  # with the arguments of window_attention
 HEAD_DIMS = (8, 9, 16, 20, 24, 32, 33, 40, 48, 63, 64)
 
@@ -146,7 +144,9 @@ def errors(
     return found
 
 
-def check_against_eager(numbers: Iterable[int], dtype: torch.dtype, *, operator: Operator | None = None) -> None:
+def check_against_eager(
+    numbers: Iterable[int], dtype: torch.dtype, *, operator: Operator | None = None, many: int = MANY
+) -> None:
     """Asserts that the operator's errors over random cases are at most 1.5 times those of eager.
 
     Over all cases together (root mean square), and in every case for results of many numbers, with a floor. A few
@@ -158,7 +158,7 @@ def check_against_eager(numbers: Iterable[int], dtype: torch.dtype, *, operator:
         for name, (ours, eager, size) in errors(case, dtype, number, operator=operator).items():
             found.setdefault(name, []).append((ours, eager))
             bound = 1.5 * eager + FLOORS[dtype]
-            assert size < MANY or ours <= bound, f"{number}: {case}: {name}: {ours:.3g} > {bound:.3g}"
+            assert size < many or ours <= bound, f"{number}: {case}: {name}: {ours:.3g} > {bound:.3g}"
     for name, pairs in found.items():
         ours, eager = torch.tensor(pairs, dtype=torch.float64).square().mean(0).sqrt().tolist()
         bound = 1.5 * eager + (FLOORS[dtype] if dtype == torch.float64 else 0.0)
