@@ -17,7 +17,7 @@ from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flo
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
-from swin_moe.run_state import Progressed, StopRequest
+from swin_moe.run_state import Progressed, Stopped, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
 from swin_moe.tasks.base import StepContext, StepDone, build_task
@@ -27,8 +27,9 @@ from swin_moe.weights import start_from
 USAGE = """usage: swin-moe train CONFIG [key=value ...]
 
 CONFIG is a YAML file or the name of one in configs/; key=value overrides any option, e.g.
-    swin-moe launch -n 2 -- -m swin_moe.train digits_moe optim.lr=2e-4 run.name=lr2e-4
-Running it again resumes from the newest checkpoint; SIGTERM or SIGUSR1 saves and stops."""
+    swin-moe launch -n 2 -- -m swin_moe.train digits_swin_moe optim.lr=2e-4 run.name=lr2e-4
+Running it again resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with exit code
+75; Ctrl-C twice stops at once."""
 
 MAX_SKIPPED_STEPS = 10  # in a row, outside fp16: more means that the run is lost, not unlucky
 
@@ -370,6 +371,8 @@ def train(session: Session) -> None:
         LOGGER.info(line)
     trainer.resume()
     trainer.run()
+    if trainer.progress.step < trainer.schedule.total:
+        raise Stopped
 
 
 if __name__ == "__main__":
