@@ -135,7 +135,7 @@ def open_session(path: str, overrides: list[str]) -> Session:
     heartbeat = Heartbeat(env.rank, env.world_size, timeout=config.engine.timeout, note=guard.note)
     limit = LONG_SECONDS + config.engine.timeout  # the heartbeat is what ends a hang, long before a collective does
     if env.world_size > 1:
-        init_distributed(device, timeout=limit)
+        init_distributed(device, timeout=limit, patience=config.engine.timeout)
         heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence))
     routing_ranks = config.routing_ranks(env.world_size)
     moe = config.model.moe
@@ -242,4 +242,4 @@ def _let_rank_0_speak() -> None:
     """Waits a moment in other ranks than 0 that have not met it and cannot ask MPI what it says: if it finds the same,
     its exit ends them."""
     if not dist.is_initialized() and int(os.environ.get("RANK", 0)) and "mpi4py.MPI" not in sys.modules:
-        time.sleep(3)
+        time.sleep(10)
