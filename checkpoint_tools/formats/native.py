@@ -1,5 +1,6 @@
 """The native format (docs/checkpoint_format.md) as a source; stream.py writes it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from checkpoint_tools.source import Options, Source, SourceTensor
 from swin_moe.checkpoint.directory import is_complete, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import FILE_NAME, Index
+from swin_moe.checkpoint.plan import FilePlan, split_evenly
 from swin_moe.checkpoint.save import PROVENANCE
 from swin_moe.checkpoint.sealed_json import read_sealed
-from swin_moe.checkpoint.shards import ShardReader, find_corruption
+from swin_moe.checkpoint.shards import ShardReader, find_corruption, find_wrong_blocks
 from swin_moe.layout import Chunk
 
 
@@ -35,16 +37,13 @@ class NativeSource(Source):
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """See Source."""
-        for stored in self.index.tensors[name].chunks:
-            part = stored.chunk.overlap(box)
-            if part is not None:
-                # The Ellipsis keeps a scalar an array, which can be written to.
-                self._reader.read(name, stored, part, destination[(*part.within(box), ...)])
+        for stored, part in self.index.tensors[name].overlapping(box):
+            # The Ellipsis keeps a scalar an array, which can be written to.
+            self._reader.read(name, stored, part, destination[(*part.within(box), ...)])
 
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:
         """See Source."""
-        found = [(s.file, s.begin) for s in self.index.tensors[name].chunks if s.chunk.overlap(box) is not None]
-        return min(found, default=("", 0))
+        return min(((s.file, s.begin) for s, _ in self.index.tensors[name].overlapping(box)), default=("", 0))
 
     def identity(self) -> Any:
         """Returns the digests of everything that the index says, and of the data through it."""
@@ -57,6 +56,14 @@ class NativeSource(Source):
     def find_problems(self) -> list[str]:
         """See Source."""
         return find_corruption(self.index, data=False)
+
+    def find_wrong_data(self, options: Options, advance: Callable[[int], None]) -> list[str] | None:
+        """See Source."""
+        if not options.verify:
+            return None
+        tensors = self.index.tensors
+        share = split_evenly(FilePlan(tensors, self.index.files, {}), options.comm.size)[options.comm.rank]
+        return find_wrong_blocks(self.index, ((tensors[n].chunks[i], n) for n, i in share), progress=advance)
 
     def close(self) -> None:
         """See Source."""
