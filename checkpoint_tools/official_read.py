@@ -41,9 +41,10 @@ def assemble(
     rest = state_dict(shared.content, shared.path) if shared is not None else {}
     leaves = _gather(ranks, models, shared, rest, rules)
     shapes = {name: found[0].record.shape for name, found in leaves.items() if not is_expert_tensor(name)}
+    dense = next((shapes[name] for name in sorted(shapes) if name.endswith(".mlp.fc1.weight")), None)
     layers = {
         name.removesuffix(".experts.fc1_weight"): layer_sizes(
-            path, name.removesuffix(".experts.fc1_weight"), shapes, found[0].record.shape, len(ranks)
+            path, name.removesuffix(".experts.fc1_weight"), shapes, found[0].record.shape, len(ranks), dense=dense
         )
         for name, found in leaves.items()
         if name.endswith(".experts.fc1_weight")

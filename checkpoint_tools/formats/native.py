@@ -8,7 +8,7 @@ import numpy as np
 
 from checkpoint_tools import stream
 from checkpoint_tools.source import Options, Source, SourceTensor
-from swin_moe.checkpoint.directory import is_complete, list_checkpoints
+from swin_moe.checkpoint.directory import list_checkpoints, read_complete
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import FILE_NAME, Index
 from swin_moe.checkpoint.plan import FilePlan, split_evenly
@@ -24,10 +24,9 @@ class NativeSource(Source):
     format = "native"
     has_digests = True
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.index = Index.read(path)
-        self.index.check_files()
-        self.path = path
+    def __init__(self, index: Index, *, verify: bool = True) -> None:
+        path = index.path
+        self.index, self.path = index, path
         self.files = [path / FILE_NAME, *(path / name for name in self.index.files)]
         self.tensors = {name: SourceTensor(t.shape, t.dtype) for name, t in self.index.tensors.items()}
         self.step, self.state, self.config = self.index.step, self.index.state, self.index.config
@@ -87,19 +86,22 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 def open_native(path: Path, options: Options) -> NativeSource:
     """Returns the checkpoint at `path`; of a run, its newest complete one."""
-    return NativeSource(resolve_checkpoint(path, options), verify=options.verify)
+    return NativeSource(_read_index(path, options), verify=options.verify)
 
 
-def resolve_checkpoint(path: Path, options: Options) -> Path:
-    """Returns `path` if it is a checkpoint, else the newest complete one of the run there.
+def _read_index(path: Path, options: Options) -> Index:
+    """Returns the index of the checkpoint at `path`, or of the newest complete one of the run there.
 
     Raises:
         CheckpointError: There is none.
+        CorruptionError: It is changed, or a file of it is missing.
     """
     if is_checkpoint(path):
-        return path
+        index = Index.read(path)
+        index.check_files()
+        return index
     reasons: list[str] = []
-    found = next((c for c in find_checkpoints(path) if is_complete(c, reasons.append)), None)
+    found = next(filter(None, (read_complete(c, reasons.append) for c in find_checkpoints(path))), None)
     if found is None and reasons:
         raise CorruptionError(f"{path}: none of its {len(reasons)} checkpoints is complete; {reasons[0]}")
     if found is None:

@@ -6,6 +6,7 @@ Reading checks everything a reader relies on, so the code behind it never meets 
 import contextlib
 import functools
 import gc
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from swin_moe.checkpoint.boxes import BoxFinder, find_gap, find_overlap, splits_
 from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT, HEX_DIGITS, num_blocks
 from swin_moe.checkpoint.errors import CorruptionError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, place_text
-from swin_moe.checkpoint.sealed_json import read_sealed, seal
+from swin_moe.checkpoint.sealed_json import read_seal, read_sealed, seal
 from swin_moe.layout import Chunk
 
 VERSION = 1
@@ -142,6 +143,30 @@ class Index:
         if not places:
             return "it holds no tensor"
         return f"it holds {len(places)} chunks from {min(places)[1]} to {max(places)[1]}"
+
+
+def read_files(path: Path) -> dict[str, int] | None:
+    """Returns the files of the checkpoint directory `path` with their bytes, of an index whose seal is right.
+
+    None where that takes reading all of it: by another writer, in another order, or of another version.
+
+    Raises:
+        CorruptionError: The index is missing or changed; names it.
+    """
+    body = read_seal(path / FILE_NAME)
+    if not body.endswith(f',"version":{VERSION}'.encode()):
+        return None
+    text, decoder, at, algorithm = body.decode("ascii", "replace"), json.JSONDecoder(), 1, ""
+    try:
+        while True:  # the keys are sorted: "files" comes before "tensors", which are nearly all of the text
+            key, at = decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, at + 1)
+            if key == "files":
+                return {name: _parse_file(name, file, algorithm).size for name, file in value.items()}
+            algorithm = value if key == "digest" else algorithm
+            at += 1
+    except (ValueError, KeyError, RecursionError, AttributeError, _Invalid):
+        return None
 
 
 @contextlib.contextmanager

@@ -253,7 +253,10 @@ def find_wrong_blocks(
                 if data is not None:
                     read_exactly(fd, data, first, path)
                 for stored, name in group:
-                    problems += _wrong_blocks(index, stored, name, fd, data, first)
+                    actual = _digests_of(index, stored, path, fd, data, first)
+                    if actual != stored.digests:
+                        wrong = (i for i, (a, b) in enumerate(zip(actual, stored.digests)) if a != b)
+                        problems += [block_error(path, name, stored, block) for block in wrong]
                 progress(last - first)
         except CorruptionError as error:
             problems.append(str(error))
@@ -275,16 +278,11 @@ def _neighbours(chunks: list[tuple[StoredChunk, str]]) -> Iterator[list[tuple[St
         yield group
 
 
-def _wrong_blocks(
-    index: Index, stored: StoredChunk, name: str, fd: int, data: memoryview | None, first: int
-) -> list[str]:
-    """Returns the sentences for one chunk; `data` are the bytes of the file from `first` on, None = to be read."""
-    path = index.path / stored.file
+def _digests_of(
+    index: Index, stored: StoredChunk, path: Path, fd: int, data: memoryview | None, first: int
+) -> tuple[str, ...]:
+    """Returns the digests of a chunk's blocks; `data` are the bytes of the file from `first` on, None = to be read."""
     if data is None:
-        actual = block_digests(fd, stored.begin, stored.end, index.algorithm, path)
-    else:
-        ends = range(stored.begin, stored.end, BLOCK_BYTES)
-        blocks = (data[begin - first : min(begin + BLOCK_BYTES, stored.end) - first] for begin in ends)
-        actual = [digest(block, index.algorithm) for block in blocks]
-    wrong = [i for i, (a, b) in enumerate(zip(actual, stored.digests)) if a != b]
-    return [block_error(path, name, stored, block) for block in wrong]
+        return tuple(block_digests(fd, stored.begin, stored.end, index.algorithm, path))
+    begin, end = stored.begin - first, stored.end - first
+    return tuple(digest(data[i : min(i + BLOCK_BYTES, end)], index.algorithm) for i in range(begin, end, BLOCK_BYTES))
