@@ -222,7 +222,9 @@ def _plan_piece(index: Index, piece: Piece, convert: bool) -> list[Copy]:
     stored = index.tensors[piece.name]
     where = f"{index.path}: tensor {piece.name}"
     if stored.shape != piece.shape:
-        raise CheckpointError(f"{where}: has shape {stored.shape}, {piece.shape} is wanted")
+        other = is_expert_tensor(piece.name) and stored.shape[1:] == piece.shape[1:]
+        advice = "; `swin-moe checkpoint experts` makes another number of experts" if other else ""
+        raise CheckpointError(f"{where}: has shape {stored.shape}, {piece.shape} is wanted{advice}")
     floats = stored.dtype in FLOATS and piece.dtype in FLOATS
     if stored.dtype != piece.dtype and not (convert and floats):
         raise CheckpointError(f"{where}: has dtype {stored.dtype}, {piece.dtype} is wanted")
