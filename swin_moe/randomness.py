@@ -30,11 +30,14 @@ class RandomContext:
     """What a forward needs to draw: the run's seed, the optimizer step, and which samples the batch holds.
 
     sample: (B,) int64, index of each image in the global batch of this step.
+    words: (2,) int64, seed and step where the kernels of ops/random_draws.py read them, which makes them; None = not
+        yet made.
     """
 
     seed: int
     step: int
     sample: Tensor
+    words: Tensor | None = None
 
     @classmethod
     def fresh(cls, batch_size: int, device: torch.device) -> "RandomContext":

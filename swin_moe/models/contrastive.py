@@ -104,7 +104,7 @@ class ContrastiveModel(EncoderModel):
         if view2 is None:
             return _pooled(self.encoder.encode(view1).tokens)
         views = (view1, view2)
-        draws = [replace(random, seed=derive_key(random.seed, number) >> 1) for number in (0, 1)]
+        draws = [replace(random, seed=derive_key(random.seed, number) >> 1, words=None) for number in (0, 1)]
         encoded = [self.encoder.encode(view, random=draw) for view, draw in zip(views, draws)]
         queries = [self.predictor(self.projector(_pooled(e.tokens))) for e in encoded]
         with torch.no_grad():

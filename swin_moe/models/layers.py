@@ -3,12 +3,14 @@
 Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels. Maps are channels-last: (B, H, W, C).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.ops.linear import Linear
-from swin_moe.randomness import RandomContext, derive_key, keep_mask
+from swin_moe.ops.random_draws import drop_units
+from swin_moe.randomness import RandomContext
 
 # Sites of one block that draw from the purpose "dropout"; each has its own key.
 ATTENTION_WEIGHTS, MIXER_OUT, FFN_HIDDEN, FFN_OUT = range(4)
@@ -25,17 +27,11 @@ def pad_to_multiple(x_BHWC: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom)) if bottom or right else x_BHWC
 
 
-def add_branch(
-    x: Tensor, branch: Tensor, *, rate: float, random: RandomContext | None, purpose: str, layer: int
-) -> Tensor:
-    """Returns x + drop_path(branch): an image's branch is dropped with probability `rate`, else divided by 1 - rate.
-
-    random: None in evaluation, where nothing is dropped.
-    """
-    if random is None or rate == 0.0:
+def add_branch(x: Tensor, branch: Tensor, factor_B: Tensor | None) -> Tensor:
+    """Returns x + factor * branch, image by image (drop path); None = 1, where nothing is dropped."""
+    if factor_B is None:
         return x + branch
-    keep = keep_mask(random.key(purpose, layer), random.sample, 1, drop=rate)
-    factor = keep.to(branch.dtype).div_(1.0 - rate).view(-1, *(1,) * (x.dim() - 1))
+    factor = factor_B.to(branch.dtype).view(-1, *(1,) * (x.dim() - 1))
     return torch.addcmul(x, branch, factor) if x.dtype == branch.dtype else x + branch * factor
 
 
@@ -47,8 +43,8 @@ def token_rows(sample_B: Tensor, num_tokens: int) -> Tensor:
 
 def dropout_factor(rate: float, rows: Tensor, units: int, random: RandomContext, *, layer: int, site: int) -> Tensor:
     """Returns (N, U) float32: 0 with probability `rate`, else 1 / (1 - rate); a function of the global rows."""
-    key = derive_key(random.key("dropout", layer), site)
-    return keep_mask(key, rows, units, drop=rate).float().div_(1.0 - rate)
+    ones = torch.ones((len(rows), units), device=rows.device)
+    return _drop(ones, rate, rows, random, layer, site)
 
 
 def dropout(x_BHWC: Tensor, rate: float, random: RandomContext | None, *, layer: int, site: int) -> Tensor:
@@ -56,8 +52,13 @@ def dropout(x_BHWC: Tensor, rate: float, random: RandomContext | None, *, layer:
     if random is None or rate == 0.0:
         return x_BHWC
     rows = token_rows(random.sample, x_BHWC.shape[1] * x_BHWC.shape[2])
-    factor = dropout_factor(rate, rows, x_BHWC.shape[-1], random, layer=layer, site=site)
-    return x_BHWC * factor.view(x_BHWC.shape).to(x_BHWC.dtype)
+    return _drop(x_BHWC.reshape(-1, x_BHWC.shape[-1]), rate, rows, random, layer, site).view(x_BHWC.shape)
+
+
+def _drop(x: Tensor, rate: float, rows: Tensor, random: RandomContext, layer: int, site: int) -> Tensor:
+    # Divided in float32, as ever: it must give the bits that it gave.
+    scale = float(np.float32(1.0) / np.float32(1.0 - rate))
+    return drop_units(x, random, rows, purpose="dropout", layer=layer, site=site, drop=rate, scale=scale)
 
 
 class PatchEmbed(nn.Module):

@@ -21,6 +21,7 @@ from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention
 from swin_moe.models.initialize import initialize
 from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_branch, dropout
 from swin_moe.moe import MoELayer
+from swin_moe.ops.random_draws import drop_path_factors, with_words
 from swin_moe.randomness import RandomContext
 
 
@@ -93,28 +94,32 @@ class Block(nn.Module):
         return self.mixer.window // 2 if self.odd and not (nominal and self.shrunk) else 0
 
     def forward(
-        self, x_BHWC: Tensor, random: RandomContext | None = None, nominal: bool = True
+        self,
+        x_BHWC: Tensor,
+        random: RandomContext | None = None,
+        nominal: bool = True,
+        factors_2B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (x of the same shape, auxiliary loss times its weight or None).
 
-        nominal: The image has the size the model was built for; decides about the shift of a map of one window.
+        Args:
+            nominal: The image has the size the model was built for; decides about the shift of a map of one window.
+            factors_2B: What drop path multiplies every image's two branches by; None = 1.
         """
         x, shift = x_BHWC, self.shift(nominal=nominal)
+        mixer_factor, ffn_factor = (None, None) if factors_2B is None or not self.drop_path else factors_2B.unbind(0)
         if self.post_norm:
             branch = self.norm1(self.mixer(x, shift=shift, random=random))
         else:
             branch = self.mixer(self.norm1(x), shift=shift, random=random)
-        x = self._add(x, branch, random, "drop_path_mixer")
+        x = add_branch(x, branch, mixer_factor)
         if self.post_norm:
             branch, aux = self._feed_forward(x, random)
             branch = self.norm2(branch)
         else:
             branch, aux = self._feed_forward(self.norm2(x), random)
-        x = self._add(x, branch, random, "drop_path_ffn")
+        x = add_branch(x, branch, ffn_factor)
         return (x if self.enorm is None else self.enorm(x)), aux
-
-    def _add(self, x: Tensor, branch: Tensor, random: RandomContext | None, purpose: str) -> Tensor:
-        return add_branch(x, branch, rate=self.drop_path, random=random, purpose=purpose, layer=self.layer)
 
     def _feed_forward(self, x_BHWC: Tensor, random: RandomContext | None) -> tuple[Tensor, Tensor | None]:
         if not isinstance(self.mlp, MoELayer):
@@ -202,10 +207,11 @@ class SwinTransformer(nn.Module):
         random = self._context(x, random)
         nominal = tuple(x.shape[-2:]) == self.img_size
         x = self._embed(x, nominal, mask, random)
+        factors = self._drop_path(random, x.dtype)
         maps, losses = [], []
         for index, stage in enumerate(self.layers):
             for block in stage.blocks:
-                x, aux = self._run(block, x, random, nominal)
+                x, aux = self._run(block, x, random, nominal, None if factors is None else factors[block.layer])
                 losses += [] if aux is None else [aux]
             if stage.downsample is None:
                 x = self.norm(x)
@@ -287,8 +293,18 @@ class SwinTransformer(nn.Module):
         if not self.training:
             return None
         if random is None:
-            return RandomContext.fresh(len(x), x.device)
-        return random if random.sample.device == x.device else replace(random, sample=random.sample.to(x.device))
+            random = RandomContext.fresh(len(x), x.device)
+        elif random.sample.device != x.device:
+            random = replace(random, sample=random.sample.to(x.device))
+        return with_words(random)
+
+    def _drop_path(self, random: RandomContext | None, dtype: torch.dtype) -> Sequence[Tensor] | None:
+        """Returns (2, B) for every block, what its branches are multiplied by; None where nothing is dropped."""
+        if random is None or not self.config.drop_path_rate:
+            return None
+        rates = [block.drop_path for stage in self.layers for block in stage.blocks]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return drop_path_factors(random, rates, wide).unbind(1)
 
     def _embed(self, image: Tensor, nominal: bool, mask: Tensor | None, random: RandomContext | None) -> Tensor:
         """Returns the map of patches with mask token, absolute positions and dropout, (B, H, W, C)."""
@@ -307,9 +323,9 @@ class SwinTransformer(nn.Module):
         return F.interpolate(positions.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic").permute(0, 2, 3, 1)
 
     def _run(
-        self, block: Block, x: Tensor, random: RandomContext | None, nominal: bool
+        self, block: Block, x: Tensor, random: RandomContext | None, nominal: bool, factors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if self.recompute == "block" and torch.is_grad_enabled():
             # Draws are functions of `random`, so torch's generators need no saving and no restoring.
-            return checkpoint(block, x, random, nominal, use_reentrant=False, preserve_rng_state=False)
-        return block(x, random, nominal)
+            return checkpoint(block, x, random, nominal, factors, use_reentrant=False, preserve_rng_state=False)
+        return block(x, random, nominal, factors)

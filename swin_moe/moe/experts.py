@@ -9,16 +9,15 @@ expert.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.dispatch import Chunks
 from swin_moe.ops.grouped_linear import grouped_linear
-from swin_moe.randomness import Key, derive_key, keep_mask, truncated_normal_
+from swin_moe.ops.random_draws import drop_units
+from swin_moe.randomness import RandomContext, derive_key, truncated_normal_
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
@@ -28,7 +27,8 @@ class Dropout:
     """Which hidden units to drop: a function of the pair's global index (token index * k + choice) and the unit."""
 
     rate: float
-    key: Key
+    random: RandomContext
+    layer: int
     pair: Tensor | list[Tensor]  # (N,) int64; a list for rows in chunks
 
     def of(self, chunk: int) -> "Dropout":
@@ -37,24 +37,10 @@ class Dropout:
 
     def apply(self, hidden: Tensor) -> Tensor:
         """Returns the hidden layer (N, H) with units dropped and the others divided by 1 - rate."""
-        keep = keep_mask(self.key, self.pair, hidden.shape[1], drop=self.rate)
-        return _ScaleKept.apply(hidden, keep, 1.0 / (1.0 - self.rate))
-
-
-class _ScaleKept(torch.autograd.Function):
-    """x * keep * scale; remembers one byte per element. torch.where and its backward cost twice a product's (CPU)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return x * keep.to(x.dtype).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        (keep,) = ctx.saved_tensors
-        return grad * keep.to(grad.dtype).mul_(ctx.scale), None, None
+        return drop_units(
+            hidden, self.random, self.pair, purpose="expert_dropout", layer=self.layer,
+            drop=self.rate, scale=1.0 / (1.0 - self.rate),
+        )  # fmt: skip
 
 
 def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:

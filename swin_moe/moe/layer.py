@@ -21,6 +21,7 @@ from swin_moe.moe.phases import PhaseClock, mark
 from swin_moe.moe.router import CosineRouter, LinearRouter, Router, Routing
 from swin_moe.moe.routing import RoutingRule, RoutingStats
 from swin_moe.moe.shared import SharedExpert
+from swin_moe.ops.random_draws import with_words
 from swin_moe.randomness import RandomContext, derive_key
 
 # Stand where experts have their number, so that a router or a shared expert never shares an expert's numbers.
@@ -69,6 +70,7 @@ class MoELayer(nn.Module):
             random = RandomContext.fresh(batch, x.device)
         token = None
         if random is not None:
+            random = with_words(random)
             token = (random.sample[:, None] * num_tokens + torch.arange(num_tokens, device=x.device)).flatten()
         # Only where there is something to switch off: torch.export cannot hold a region with these results.
         with torch.autocast(device_type, enabled=False) if is_mixed else nullcontext():
@@ -86,7 +88,7 @@ class MoELayer(nn.Module):
             dispatched = self.dispatcher.dispatch(rows, routing, pair)
             tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
             if pair is not None:
-                dropout = Dropout(self.config.dropout, random.key("expert_dropout", self.layer), dispatched.pair)
+                dropout = Dropout(self.config.dropout, random, self.layer, dispatched.pair)
             y = self.experts(tokens, dispatched.counts, dropout, dispatched.chunks)
             y = mark(y, self.clock, forward="experts", backward="combine")
             y = routed.restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x.dtype)

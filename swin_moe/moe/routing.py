@@ -17,7 +17,8 @@ from swin_moe.moe.expert_choice import route_by_expert
 from swin_moe.moe.group_exchange import GroupDemand, GroupExchange, route_across
 from swin_moe.moe.router import Router, Routing, expert_capacity, join, pick, route, row_chunks
 from swin_moe.moe.soft import SoftMix, route_slots
-from swin_moe.randomness import RandomContext, normal
+from swin_moe.ops.random_draws import gate_noise, with_words
+from swin_moe.randomness import RandomContext
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,11 @@ class RoutingRule:
     def _score(self, clean: Tensor, random: RandomContext | None, token: Tensor | None) -> Scored:
         config, noisy = self.config, clean
         if random is not None and config.gate_noise > 0:
-            key, std = random.key("gate_noise", self.layer), config.gate_noise / config.num_experts
+            random, std = with_words(random), config.gate_noise / config.num_experts
             noisy = torch.empty_like(clean, requires_grad=False)
             for rows in row_chunks(clean):
-                noisy[rows] = std * normal(key, token[rows], clean.shape[1]).to(clean.dtype)
+                noise = gate_noise(random, token[rows], clean.shape[1], layer=self.layer)
+                noisy[rows] = std * noise.to(clean.dtype)
             noisy = noisy.add_(clean)  # into the memory of the noise
         if config.scores == "softmax":
             scores = torch.softmax(noisy, dim=1)

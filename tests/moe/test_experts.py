@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from swin_moe.moe.experts import Dropout, GroupedExperts
-from swin_moe.randomness import keep_mask
+from swin_moe.randomness import RandomContext, keep_mask
 
 
 def random_experts(dim=6, hidden=10, experts=4, *, fc2_bias=True):
@@ -22,9 +22,10 @@ def test_equals_one_network_per_expert(counts, rate):
     module = random_experts()
     x = torch.randn(sum(counts), 6, dtype=torch.float64, requires_grad=True)
     pair = torch.arange(100, 100 + len(x))
-    dropout = Dropout(rate, 77, pair) if rate else None
+    random = RandomContext(7, 3, torch.arange(1))
+    dropout = Dropout(rate, random, 5, pair) if rate else None
     y = module(x, torch.tensor(counts), dropout)
-    keep = keep_mask(77, pair, 10, drop=rate).double() / (1 - rate)
+    keep = keep_mask(random.key("expert_dropout", 5), pair, 10, drop=rate).double() / (1 - rate)
     rows = []
     for e, (part, mask) in enumerate(zip(x.split(counts), keep.split(counts))):
         hidden = F.gelu(part @ module.fc1_weight[e].t() + module.fc1_bias[e]) * mask
