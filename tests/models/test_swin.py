@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from swin_moe import create_model
 from swin_moe.models.swin import VARIANTS
 from swin_moe.ops.window_geometry import relative_position_index, shift_mask
+from swin_moe.ops.random_draws import drop_path_factors
 from swin_moe.randomness import RandomContext
 from tests.models.reference import SMALL, fill_by_rank, gradient_norms, slow_v1_block
 
@@ -144,8 +145,10 @@ def test_drop_path_keeps_the_mean_and_drops_whole_images():
     model = tiny("swin", drop_path_rate=0.5, depths=[1, 1]).train()
     assert [stage.blocks[0].drop_path for stage in model.layers] == [0.0, 0.5]
     block, x = model.layers[1].blocks[0], image(1, 4, 4, 16).expand(4000, 4, 4, 16)
+    random = context(*range(4000))
+    factors = drop_path_factors(random, [0.0, 0.5], torch.float32)[:, 1]
     with torch.no_grad():
-        out, _ = block(x, context(*range(4000)))
+        out, _ = block(x, random, True, factors)
         evaluated, _ = block(x[:1], None)
     kept = (out != x).flatten(1).any(1).double().mean().item()
     assert kept == pytest.approx(0.75, abs=0.03)  # both branches are dropped in a quarter of the images
