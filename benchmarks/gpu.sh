@@ -78,7 +78,7 @@ kernels=yes
 # pytest: names as they come and at the end; hanging tests end by themselves where that is installed.
 tests=("$PYTHON" -m pytest -v -rfE --tb=short --no-header -p no:cacheprovider -m gpu)
 if has pytest_timeout; then tests+=(--timeout 50 --timeout-method thread); else tests+=(-o faulthandler_timeout=40); fi
-processes() { ! has xdist || echo "-n$1"; }
+processes() { ! has xdist || echo "-n$([ -n "$rehearse" ] && echo 2 || echo "$1")"; }
 train=("$PYTHON" -m swin_moe.train)
 data=(data.name=synthetic engine.device=$device log.tensorboard=false "run.output=$scratch/runs")
 
