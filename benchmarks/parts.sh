@@ -56,7 +56,7 @@ part() {
     # Behind the shell, so that the trap runs; there SIGINT would be ignored, and Python never hear of it.
     (trap - INT QUIT; exec timeout -s INT -k "$GRACE" "$seconds" "$@" </dev/null 3>&- 4>&-) &
     running=$!
-    wait "$running"
+    { wait "$running"; } 2>/dev/null # the shell's own words about a signal
     code=$?
     running=""
     [ "$code" -eq 0 ] || [ "$code" = "$fine" ] || name_failures "$name" "$bytes"
@@ -81,7 +81,7 @@ name_failures() {
         failures+=("$1: ${line:0:300}")
     done < <(tail -c "+$(($2 + 1))" "$OUT/log.txt" | awk '
         function trimmed(text) { sub(/ *\[ *[0-9]+%\] *$/, "", text); sub(/[ \t]+$/, "", text); return text }
-        /[^ ]/ { last = $0 }
+        /[^ ]/ && !/parts.sh: line [0-9]+: / { last = $0 }
         /^(FAILED|ERROR|WRONG) / { said[++count] = $0; next }
         /^\[gw[0-9]+\].* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) / {
             status = $0; sub(/^\[gw[0-9]+\] (\[ *[0-9]+%\] )?/, "", status)
