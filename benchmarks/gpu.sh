@@ -15,7 +15,7 @@
 # A library of another torch or of other sources than those in csrc/ is noticed, and built anew.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-PYTHON=${PYTHON:-python3} OUT=${OUT:-benchmarks/results/gpu} LIMIT=${LIMIT:-560}
+PYTHON=${PYTHON:-python3} OUT=${OUT:-benchmarks/results/gpu}
 # shellcheck source=benchmarks/parts.sh
 . benchmarks/parts.sh
 
@@ -33,6 +33,7 @@ for argument in "$@"; do
             ;;
     esac
 done
+LIMIT=${LIMIT:-$([ -n "$rehearse" ] && echo 1800 || echo 560)} # a rehearsal may be on a small machine that others use
 [ ${#chosen[@]} -gt 0 ] || read -ra chosen <<<"$FIRST"
 wanted=(machine build "${chosen[@]}")
 
@@ -47,29 +48,28 @@ declare -A SECONDS_OF=(
     [smoke]=45 [kernels]=75 [roofline]=50 [profile]=60 [timm]=25 [timm_base]=45 [moe]=25 [ncu]=45 [sanitizer]=45 [networks]=60
     [layouts]=130 [train]=30 [compiled]=110 [peers]=110 [simmim]=60 [giant]=90
 )
-stretch=100
-if [ -n "$named" ]; then
+slow=$([ -n "$rehearse" ] && echo 4 || echo 1) stretch=100
+if [ -n "$named" ] && [ -z "$rehearse" ]; then
     sum=0
     for name in "${chosen[@]}"; do sum=$((sum + SECONDS_OF[$name])); done
     stretch=$(((LIMIT - 40) * 100 / sum))
     [ "$stretch" -ge 100 ] || stretch=100
 fi
-seconds() { echo $((SECONDS_OF[$1] * stretch / 100)); }
+seconds() { echo $((SECONDS_OF[$1] * slow * stretch / 100)); }
 
 begin "$LIMIT"
 git rev-parse HEAD 2>/dev/null
 command -v nvidia-smi >/dev/null &&
     timeout 10 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.memory --format=csv,noheader
-allowed=3 part machine 90 "$PYTHON" benchmarks/gpu_machine.py --device $device
+allowed=3 part machine $((90 * slow)) "$PYTHON" benchmarks/gpu_machine.py --device $device
 found=$?
 if [ $found -eq 3 ]; then
     command -v ninja >/dev/null || echo "== no ninja on PATH: one file is compiled after another, which takes minutes"
-    part build 240 "$PYTHON" benchmarks/gpu_machine.py --device $device --build
+    part build $((240 * slow)) "$PYTHON" benchmarks/gpu_machine.py --device $device --build
     found=$?
 elif [ $found -ne 0 ]; then
     rm -rf "$scratch"
-    rm -rf "$scratch"
-finish
+    finish
     exit 1
 fi
 kernels=yes
@@ -78,7 +78,7 @@ kernels=yes
 # pytest: names as they come and at the end; hanging tests end by themselves where that is installed.
 tests=("$PYTHON" -m pytest -v -rfE --tb=short --no-header -p no:cacheprovider -m gpu)
 if has pytest_timeout; then tests+=(--timeout 50 --timeout-method thread); else tests+=(-o faulthandler_timeout=40); fi
-processes() { ! has xdist || echo "-n$1"; }
+processes() { ! has xdist || echo "-n$([ -n "$rehearse" ] && echo 2 || echo "$1")"; }
 train=("$PYTHON" -m swin_moe.train)
 data=(data.name=synthetic engine.device=$device log.tensorboard=false "run.output=$scratch/runs")
 

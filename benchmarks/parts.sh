@@ -17,13 +17,12 @@ begin() {
     exec 3>&1 4>&2 > >(exec tee -i "$OUT/log.txt") 2>&1
     tee_pid=$!
     trap 'interrupted' INT TERM
-    set -m # a part is a group of its own that SIGINT reaches: without it the shell lets what runs behind it ignore that
 }
 
 interrupted() {
     trap - INT TERM
     echo "== stopped from outside"
-    [ -n "$running" ] && kill -INT -- "-$running" 2>/dev/null && sleep 1 && kill -KILL -- "-$running" 2>/dev/null
+    [ -n "$running" ] && kill -INT "$running" 2>/dev/null && sleep 1 && kill -KILL -- "-$running" 2>/dev/null
     failed=1
     finish
     exit 1
@@ -54,11 +53,13 @@ part() {
     start=$SECONDS bytes=$(log_bytes)
     echo
     echo "== $name (at $((start - began)) s, at most $seconds s)"
-    timeout -s INT -k "$GRACE" "$seconds" "$@" </dev/null &
+    # Behind the shell, so that the trap runs; there SIGINT would be ignored, and Python never hear of it.
+    (trap - INT QUIT; exec timeout -s INT -k "$GRACE" "$seconds" "$@" </dev/null 3>&- 4>&-) &
     running=$!
-    wait "$running"
+    { wait "$running"; } 2>/dev/null # the shell's own words about a signal
     code=$?
     running=""
+    [ "$code" -eq 0 ] || [ "$code" = "$fine" ] || name_failures "$name" "$bytes"
     local took="$((SECONDS - start)) s"
     case $code in
         0 | "$fine") note ok "$name" "$took" ;;
@@ -67,7 +68,6 @@ part() {
         12[89] | 1[3-9]?) note CRASHED "$name" "$took: signal $((code - 128)), $(kill -l $((code - 128)) 2>/dev/null)" ;;
         *) note FAILED "$name" "$took: exit code $code" ;;
     esac
-    [ "$code" -eq 0 ] || name_failures "$name" "$bytes"
     return "$code"
 }
 
@@ -81,7 +81,7 @@ name_failures() {
         failures+=("$1: ${line:0:300}")
     done < <(tail -c "+$(($2 + 1))" "$OUT/log.txt" | awk '
         function trimmed(text) { sub(/ *\[ *[0-9]+%\] *$/, "", text); sub(/[ \t]+$/, "", text); return text }
-        /[^ ]/ { last = $0 }
+        /[^ ]/ && !/parts.sh: line [0-9]+: / { last = $0 }
         /^(FAILED|ERROR|WRONG) / { said[++count] = $0; next }
         /^\[gw[0-9]+\].* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) / {
             status = $0; sub(/^\[gw[0-9]+\] (\[ *[0-9]+%\] )?/, "", status)
