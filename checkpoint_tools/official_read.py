@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoint_tools.assembled import AssembledSource, Leaf, Part, join_parts
 from checkpoint_tools.expert_files import Layer, expert_parts, layer_sizes
-from checkpoint_tools.infer import infer_model, merge_model
+from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.official_layout import is_buffer
 from checkpoint_tools.official_state import Moments, native_config, read_moments, training_state
 from checkpoint_tools.plain_read import sizes_of
@@ -75,6 +75,7 @@ def assemble(
         config = native_config(content, inferred, first.path, options, world=len(ranks))
     else:
         config = merge_model(config, inferred)
+    config = merge_model(config, given_sizes(options.extra)) if inferred else config
     return AssembledSource(
         form,
         path,
