@@ -88,8 +88,8 @@ class OfficialContent:
         missing = [key for key in ("img_size", "window_size") if key not in self.network]
         if missing and self.network.get("name") != "swin_mlp":
             raise CheckpointError(
-                f"{self.source.path}: {' and '.join(missing)} are unknown, which the official buffers depend on; give "
-                f"them with {' '.join(f'--set {key}=N' for key in missing)}"
+                f"{self.source.path}: does not tell {' and '.join(missing)}, which the official buffers depend on; "
+                f"give {' '.join(f'--set {key}=N' for key in missing)}"
             )
         kinds = {"int64": "I64", "float32": "F32"}
         check_geometry(self.source.path, self.network, "official")

@@ -19,7 +19,7 @@ WINDOWS = (4, 5, 7, 16)
 SMALL = {"num_classes": 3, "embed_dim": 8, "depths": (2, 1, 2), "num_heads": (1, 2, 4)}
 
 
-def written(root, family, size, window, **options):
+def written(root, family, size, window, *, state=None, **options):
     """Returns (a checkpoint of a random network, the network)."""
     torch.manual_seed(0)
     options = {**SMALL, "img_size": size, "window_size": window, **options}
@@ -29,7 +29,7 @@ def written(root, family, size, window, **options):
             parameter.add_(0.2 * torch.randn_like(parameter))
     config = {"model": dataclasses.asdict(model.config)}
     pieces = [Piece.of(name, p.detach()) for name, p in model.named_parameters()]
-    return save(root, 1, pieces, state={}, config=config), model
+    return save(root, 1, pieces, state=state or {}, config=config), model
 
 
 def timm_logits(path, family, size, window, image):
