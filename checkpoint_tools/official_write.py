@@ -175,7 +175,7 @@ class OfficialContent:
             number += len(names)
             for index, name in zip(numbers, names):
                 moments = {k: self.tensor(f"optim.{k}/{ours[name]}", rank) for k in kinds}
-                state[index] = {"step": step, **moments}
+                state[index] = moments if self.source.step_unknown else {"step": step, **moments}
             result.append({**_group_options(self.source.config, options), "params": numbers})
         return {"state": state, "param_groups": result}
 

@@ -130,6 +130,10 @@ def write_native(source: Source, path: Path, options: Options) -> None:
         CheckpointError: On every rank; names the path or the tensor.
     """
     comm = options.comm
+    if source.step_unknown:
+        raise CheckpointError(
+            f"{source.path}: its optimizer counts no steps, and nothing else tells them; convert it with --set step=N"
+        )
     job = together(comm, lambda: plan_job(source, options))
     if len(set(comm.all_gather(job.key))) > 1:
         raise CheckpointError(f"{source.path}: the ranks see different checkpoints there; use storage they all share")
