@@ -201,6 +201,8 @@ def _copy_or_stop(source: Source, job: Job, path: Path, options: Options, done: 
 
 def _copy_units(source: Source, job: Job, staging: Path, journal: Journal, options: Options, done: Done) -> Done:
     """Returns the digests of this rank's blocks, after all of them are durably in place."""
+    if not staging.is_dir() and options.comm.rank == 0:
+        raise CheckpointError(f"{staging}: was removed while the checkpoint was being written")
     if not staging.is_dir():
         raise CheckpointError(f"{staging}: is not visible on this rank; use storage that all ranks share")
     buffer, result = np.empty(options.box_bytes, np.uint8), {}
