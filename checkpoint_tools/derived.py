@@ -49,6 +49,11 @@ class DerivedSource(Source):
         self.step, self.state, self.config, self._recipe = step, state, config, recipe
         self.provenance = {"derived": recipe, "source": {"path": str(base.path), "provenance": base.provenance}}
 
+    @property
+    def described(self) -> str:
+        """See Source."""
+        return self.base.described
+
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """See Source."""
         if box.numel:

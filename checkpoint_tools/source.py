@@ -89,6 +89,11 @@ class Source:
     config: dict[str, Any]  # JSON, our option names, without entries of layout and host; {} where unknown
     provenance: dict[str, Any]  # JSON for people: where it came from; no part of the output's identity
 
+    @property
+    def described(self) -> str:
+        """Returns where it comes from, for people."""
+        return f"{self.path} ({self.format})"
+
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """Fills `destination`, raw integers (pieces.RAW) of shape box.size and any strides, with a box of a tensor.
 
