@@ -87,6 +87,12 @@ class MeanSource(Source):
             ]
         }
 
+    @property
+    def described(self) -> str:
+        """See Source."""
+        weighted = (f"{weight:.3g} x {source.path}" for source, weight in zip(self._sources, self._weights))
+        return f"{' + '.join(weighted)} (the mean)"
+
     def _check_alike(self, first: Source, other: Source, kind: str) -> None:
         """Raises CheckpointError, naming the tensor, unless another source holds the same parameters."""
         own = {p for k, p in map(split_kind, other.tensors) if k == kind}

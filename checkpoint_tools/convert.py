@@ -10,6 +10,7 @@ from checkpoint_tools.plan import describe_plan
 from checkpoint_tools.progress import progress_of
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.text import format_bytes
+from swin_moe.checkpoint.communicator import SingleProcess
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,5 +41,14 @@ def write_or_plan(source: Source, path: Path, options: Options, to: str = "nativ
     total = sum(tensor.num_bytes for tensor in source.tensors.values())
     with progress_of(options, total // options.comm.size) as advance:
         write_checkpoint(source, path, dataclasses.replace(options, progress=advance), to)
-    size = f"{len(source.tensors)} tensors, {format_bytes(total)}"
-    options.report(f"{path}: {to}, {size}, from {source.path} ({source.format})")
+    options.report(f"{path}: {to}, {_describe_written(path, options, to)}, from {source.described}")
+
+
+def _describe_written(path: Path, options: Options, to: str) -> str:
+    """Returns how many tensors and bytes the output has, by its headers: it may hold less than the source."""
+    if options.comm.rank:
+        return ""
+    quiet = dataclasses.replace(options, report=lambda text: None, extra={}, comm=SingleProcess(), verify=False)
+    with open_source(path, quiet, to) as written:
+        total = sum(tensor.num_bytes for tensor in written.tensors.values())
+        return f"{len(written.tensors)} tensors, {format_bytes(total)}"

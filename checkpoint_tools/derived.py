@@ -42,10 +42,17 @@ class DerivedSource(Source):
     ) -> None:
         self.format, self.path, self.files, self.base = "derived", base.path, base.files, base
         self._made = dict(sorted(tensors.items()))
+        kept = any(name.startswith("optim.") for name in self._made)
+        self.step_unknown = base.step_unknown and kept and step == base.step
         self._places = {"": ("", 0)}  # of what is made of no tensor
         self.tensors = {name: SourceTensor(made.shape, made.dtype) for name, made in self._made.items()}
         self.step, self.state, self.config, self._recipe = step, state, config, recipe
         self.provenance = {"derived": recipe, "source": {"path": str(base.path), "provenance": base.provenance}}
+
+    @property
+    def described(self) -> str:
+        """See Source."""
+        return self.base.described
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """See Source."""

@@ -13,7 +13,7 @@ from checkpoint_tools.formats import FORMATS, open_source
 from checkpoint_tools.progress import progress_of
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.stream import Job, Unit, plan_job, split_units, unit_boxes
-from checkpoint_tools.text import table
+from checkpoint_tools.text import shortened, table
 from swin_moe.checkpoint.communicator import collect
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 
@@ -148,7 +148,7 @@ def render(found: dict[str, Any], a: Path, b: Path) -> str:
             parts += [f"{text}:", *(f"  {name}" for name in found[key])]
     rows = [(name, "shape", *("x".join(map(str, side)) for side in sides)) for name, sides in found["reshaped"].items()]
     rows += [(name, "dtype", *sides) for name, sides in found["retyped"].items()]
-    rows += [(name, "entry", *map(json.dumps, sides)) for name, sides in found["entries"].items()]
+    rows += [(name, "entry", *(shortened(json.dumps(s)) for s in sides)) for name, sides in found["entries"].items()]
     if rows:
         parts.append(table(("name", "differs in", str(a), str(b)), rows))
     if found["changed"]:

@@ -33,19 +33,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=sorted(KINDS))
     add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
     add("--last", action="store_true", help="the last weights also where the checkpoint has averaged ones (ema/)")
-    add("--batch", type=int, default=1, help="images per call of an exported network (default 1)")
+    add("--batch", type=int, metavar="N", help="images per call of an exported network (default: any; 1 "
+        "for networks with experts)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:
     """Writes the file."""
     if options.comm.size > 1:
         raise ValueError("export writes one file; run it without a launcher")
-    if arguments.batch < 1:
+    if arguments.batch is not None and arguments.batch < 1:
         raise ValueError(f"--batch must be >= 1, got {arguments.batch}")
     with open_source(arguments.source, options, arguments.format) as source:
         stored = exported_names(source, last=arguments.last)
         write = lookup(KINDS, arguments.to, key="--to")
-        write(source, stored, arguments.destination, options, arguments.batch)
+        write(source, stored, arguments.destination, options, arguments.batch or 0)
         averaged = sum(name.startswith("ema/") for name in stored.values())
     options.report(
         f"{arguments.destination}: {arguments.to} of {len(stored)} parameters, {averaged} of them averaged, "

@@ -7,6 +7,8 @@ function, at experts / top_k times the multiply-accumulates of the MoE layers.
 
 import dataclasses
 import importlib.util
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint_tools.export import read_parts
+from checkpoint_tools.images import CLASSES, class_names, preprocessing
 from checkpoint_tools.publish import publish_files
 from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
@@ -115,17 +118,29 @@ def read_tensor(source: Source, name: str, options: Options) -> Tensor:
 
 
 def export_program(source: Source, stored: dict[str, str], options: Options, batch: int) -> Any:
-    """Returns the ExportedProgram: (batch, 3, H, W) images to logits, at the size of the config."""
+    """Returns the ExportedProgram: (batch, channels, H, W) images to logits, at the size of the config.
+
+    Args:
+        batch: Images per call; 0 = any number, where the network has no experts: their tokens are counted.
+    """
     network, (height, width) = build_network(source, stored, options)
-    image = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=dtype_of(network))
+    has_experts = any(isinstance(module, MoELayer) for module in network.modules())
+    channels = network.network.config.in_chans
+    generator = torch.Generator().manual_seed(0)
+    # Any: traced with two, as torch takes a one for what is always one; compared with another number.
+    traced, compared = (batch, batch) if batch else (1, 1) if has_experts else (2, 3)
+    images = torch.randn(compared, channels, height, width, generator=generator, dtype=dtype_of(network))
+    any_number = {"image": {0: torch.export.Dim("batch")}} if traced != compared else None
     with torch.no_grad():
         # First the network itself: its tables of positions are cached, and must not be those of a traced one.
-        expected = network(image)
-        program = torch.export.export(network, (image,))
-        found = program.module()(image)
+        expected = network(images)
+        program = torch.export.export(network, (images[:traced],), dynamic_shapes=any_number)
+        found = program.module()(images)
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
         delta = float((found - expected).abs().max())
         raise CheckpointError(f"{source.path}: the exported program differs from the network by {delta:.3g}")
+    if has_experts and not batch:
+        options.report(f"{source.path}: has experts, so that the program takes 1 image per call; --batch N for N")
     return program
 
 
@@ -142,7 +157,7 @@ def write_program(source: Source, stored: dict[str, str], path: Path, options: O
 
 
 def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Options, batch: int) -> None:
-    """Writes an ONNX file.
+    """Writes an ONNX file: input `image`, output `logits`; class names and preprocessing in its metadata.
 
     Raises:
         ValueError: The packages that torch.onnx needs are not installed.
@@ -163,6 +178,20 @@ def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Opti
             "--to onnx cannot hold experts of limited capacity; export a checkpoint whose config has "
             "model.moe.eval_capacity_factor=0, or use --to torch-export"
         )
-    onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
+        onnx: Any = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
+        )
+    onnx.model.metadata_props.update(onnx_metadata(source))
     size = sum(source.tensors[name].num_bytes for name in stored.values())
     publish_files(path, size, lambda staging: onnx.save(staging / path.name))
+
+
+def onnx_metadata(source: Source) -> dict[str, str]:
+    """Returns what a program needs beside the graph, as text by key: JSON but for the name of the interpolation."""
+    model = source.config["model"]
+    found = preprocessing(source.config, tuple(model["img_size"]))
+    names = class_names(source, model.get("num_classes", 0))
+    content = {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+    return content | ({CLASSES: json.dumps(names)} if names else {})

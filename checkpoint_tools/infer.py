@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.source import Options
 from swin_moe.checkpoint.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -137,6 +138,16 @@ def merge_model(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[
     moe = {**model.get("moe", {}), **inferred.get("moe", {})}
     model |= {key: value for key, value in inferred.items() if key != "moe"}
     return {**config, "model": model | ({"moe": moe} if moe else {})}
+
+
+def known_step(step: int | None, options: Options) -> tuple[int, bool]:
+    """Returns (optimizer steps: those given with --set, else those found; whether nobody knows them)."""
+    given = options.extra.get("step")
+    if given is not None and not given.isdecimal():
+        raise CheckpointError(f"--set step must be a number of optimizer steps, got {given!r}")
+    if given is not None:
+        return int(given), False
+    return step or 0, step is None
 
 
 def given_sizes(extra: Mapping[str, str]) -> dict[str, Any]:

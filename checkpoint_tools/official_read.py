@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoint_tools.assembled import AssembledSource, Leaf, Part, join_parts
 from checkpoint_tools.expert_files import Layer, expert_parts, layer_sizes
-from checkpoint_tools.infer import infer_model, merge_model
+from checkpoint_tools.infer import given_sizes, infer_model, known_step, merge_model
 from checkpoint_tools.official_layout import is_buffer
 from checkpoint_tools.official_state import Moments, native_config, read_moments, training_state
 from checkpoint_tools.plain_read import sizes_of
@@ -68,23 +68,29 @@ def assemble(
             for found in moments
         ]
         parts |= _parts(path, _gather(ranks, states, None, {}, rules), layers)
-    newest = max(moments, key=lambda found: found.step, default=None)
+    newest = max(moments, key=lambda found: found.step or 0, default=None)
+    step, unknown = known_step(newest.step if newest else 0, options)
+    if newest:
+        newest = newest._replace(step=step)
     first = ranks[0]
     content = first.content if isinstance(first.content, dict) else {}
     if config is None:
         config = native_config(content, inferred, first.path, options, world=len(ranks))
     else:
         config = merge_model(config, inferred)
-    return AssembledSource(
+    config = merge_model(config, given_sizes(options.extra)) if inferred else config
+    source = AssembledSource(
         form,
         path,
         parts,
         options,
-        step=newest.step if newest else 0,
+        step=step,
         state=training_state(content, newest, config, first.path),
         config=config,
         provenance={"source": {"format": form, "files": len(ranks) + (shared is not None)}},
     )
+    source.step_unknown = unknown
+    return source
 
 
 def _read_moments(path: Path, ranks: list[RecordFile], models: list[Model], options: Options) -> list[Moments]:
@@ -100,7 +106,7 @@ def _read_moments(path: Path, ranks: list[RecordFile], models: list[Model], opti
     moments = [one for one in found if one is not None]
     if moments and len(moments) < len(ranks):
         raise CheckpointError(f"{path}: some rank files hold an optimizer and some do not")
-    steps = sorted({one.step for one in moments})
+    steps = sorted({one.step for one in moments if one.step is not None})
     if len(steps) > 1:
         options.report(f"{path}: the ranks did {steps} optimizer steps; the largest is kept")
     return moments

@@ -30,7 +30,7 @@ class Moments(NamedTuple):
     """An official optimizer's state: kind (exp_avg, ...) -> official parameter name -> tensor; and its step."""
 
     tensors: dict[str, dict[str, TensorRecord]]
-    step: int
+    step: int | None  # None: the optimizer counts no steps (SGD), and nothing else in the file tells
     groups: list[dict[str, Any]]  # options of each group, without its parameters
 
 
@@ -69,12 +69,12 @@ def read_moments(
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from None
     tensors: dict[str, dict[str, TensorRecord]] = {}
-    step = 0
+    step = None
     for group, names in zip(groups, named):
         for number, name in zip(group["params"], names):
             for kind, value in states.get(number, {}).items():
                 if kind == "step":
-                    step = max(step, whole_number(value, file))
+                    step = max(step or 0, whole_number(value, file))
                 elif isinstance(value, TensorRecord):
                     if value.shape != shapes[name]:
                         raise CheckpointError(
@@ -83,7 +83,32 @@ def read_moments(
                         )
                     tensors.setdefault(kind, {})[name] = value
     options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    if step is None:
+        step = steps_of_schedule(content) if tensors else 0
     return Moments(tensors, step, plain(options, file.path))
+
+
+def steps_of_schedule(content: Mapping[str, Any]) -> int | None:
+    """Returns the optimizer steps behind an official file by its epoch and scheduler; None where they do not tell.
+
+    The scheduler counts in steps what the options count in epochs (microsoft/Swin-Transformer, lr_scheduler.py:
+    t_initial, warmup_t, decay_t), and every ratio of the two must be the same whole number: the steps of an epoch.
+    """
+    epoch, schedule, tree = (content.get(key) for key in ("epoch", "lr_scheduler", "config"))
+    train = tree.get("TRAIN") if isinstance(tree, dict) else None
+    if not isinstance(schedule, dict) or not isinstance(train, dict) or type(epoch) is not int or epoch < 0:
+        return None
+    options = train.get("LR_SCHEDULER") if isinstance(train.get("LR_SCHEDULER"), dict) else {}
+    warmup, total = schedule.get("warmup_t", 0), schedule.get("t_initial")
+    if options.get("WARMUP_PREFIX") and isinstance(total, int) and isinstance(warmup, int):
+        total += warmup  # the prefix is no part of it there
+    pairs = (
+        (total, train.get("EPOCHS")), (warmup, train.get("WARMUP_EPOCHS")),
+        (schedule.get("decay_t"), options.get("DECAY_EPOCHS")),
+    )  # fmt: skip
+    ratios = {steps / epochs for steps, epochs in pairs if type(steps) is int and type(epochs) is int and epochs > 0}
+    per_epoch = next(iter(ratios)) if len(ratios) == 1 else 0
+    return (epoch + 1) * int(per_epoch) if per_epoch > 0 and per_epoch == int(per_epoch) else None
 
 
 def whole_number(value: Any, file: RecordFile) -> int:

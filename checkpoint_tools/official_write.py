@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint_tools.expert_files import Spread, expert_kind, local_box, padded_share
+from checkpoint_tools.geometry import check_geometry
 from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.official_layout import (
     frozen_bias,
@@ -23,6 +24,7 @@ from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 from swin_moe.layout import Chunk
 
+_BEYOND = (".mlp.shared.", ".router.balance.")
 _GROUP = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
 
 
@@ -37,7 +39,8 @@ class OfficialContent:
         buffers: Whether masks, indices, tables and numbers of experts are.
 
     Raises:
-        CheckpointError: Rank files cannot hold this layout, or the image size or window is unknown.
+        CheckpointError: Rank files cannot hold this layout, the image size or window is unknown, or the official code
+            cannot run the network.
     """
 
     def __init__(
@@ -58,7 +61,8 @@ class OfficialContent:
         shapes = {name: source.tensors[name].shape for name in self.names}
         if not prefix and rules and any(name.startswith("encoder.") for name in shapes):
             raise CheckpointError(f"{source.path}: is a SimMIM pre-training checkpoint; write it with --to simmim")
-        beyond = next((name for name in shapes if ".mlp.shared." in name or ".router.balance." in name), None)
+        beyond = next((name for name in shapes if any(part in name for part in _BEYOND)), None)
+        beyond = beyond or next((n for n in shapes if ".mlp.router." in n and from_ours(n, rules) == [n]), None)
         if beyond is not None and rules:
             raise CheckpointError(f"{source.path}: tensor {beyond}: the official network has no such thing")
         inferred = infer_model(source.path, {name.removeprefix("encoder."): shape for name, shape in shapes.items()})
@@ -84,10 +88,11 @@ class OfficialContent:
         missing = [key for key in ("img_size", "window_size") if key not in self.network]
         if missing and self.network.get("name") != "swin_mlp":
             raise CheckpointError(
-                f"{self.source.path}: {' and '.join(missing)} are unknown, which the official buffers depend on; give "
-                f"them with {' '.join(f'--set {key}=N' for key in missing)}"
+                f"{self.source.path}: does not tell {' and '.join(missing)}, which the official buffers depend on; "
+                f"give {' '.join(f'--set {key}=N' for key in missing)}"
             )
         kinds = {"int64": "I64", "float32": "F32"}
+        check_geometry(self.source.path, self.network, "official")
         arrays = official_buffers(self.network)
         buffers = {f"{self.prefix}{n}": constant(a, kinds[a.dtype.name]) for n, a in arrays.items()}
         if self.has_counts:
@@ -170,7 +175,7 @@ class OfficialContent:
             number += len(names)
             for index, name in zip(numbers, names):
                 moments = {k: self.tensor(f"optim.{k}/{ours[name]}", rank) for k in kinds}
-                state[index] = {"step": step, **moments}
+                state[index] = moments if self.source.step_unknown else {"step": step, **moments}
             result.append({**_group_options(self.source.config, options), "params": numbers})
         return {"state": state, "param_groups": result}
 

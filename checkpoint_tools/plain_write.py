@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_tools.geometry import check_geometry, check_parts
 from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.rules import Rule, from_ours
 from checkpoint_tools.source import Options, Source
@@ -30,7 +31,8 @@ def plain_tensors(
         families: What model.name may be. name: Of the format, for errors.
 
     Raises:
-        CheckpointError: The network has experts, or is of another family.
+        CheckpointError: The network has experts, is of another family, or one that the format's program computes
+            otherwise.
     """
     names = [tensor for tensor in source.tensors if split_kind(tensor)[0] == "weight"]
     shapes = {tensor: source.tensors[tensor].shape for tensor in names}
@@ -44,6 +46,8 @@ def plain_tensors(
             f"{source.path}: model.name={family} with model.extra_norm_every={network.get('extra_norm_every', 0)} is "
             f"no network of {name}; it has {' and '.join(families)} without extra norms"
         )
+    check_parts(source.path, network, names, name)
+    check_geometry(source.path, network, name)
     left = sorted({split_kind(tensor)[0] for tensor in source.tensors} - {"weight"})
     if left:
         options.report(f"{source.path}: {name} files hold parameters only; left out: {', '.join(left)}")

@@ -87,7 +87,7 @@ class Lock:
 
 
 def _prepare(path: Path, staging: Path, num_bytes: int, lock: Lock) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_parent(path)
     finish_publishing(path)
     refuse_existing(path)
     lock.take()
@@ -103,6 +103,12 @@ def remove_tree(path: Path) -> None:
         raise CheckpointError(f"{path}: is a link, in the place of a directory of this tool; remove it first")
     if path.exists():
         shutil.rmtree(path)
+
+
+def require_parent(path: Path) -> None:
+    """Raises CheckpointError unless the directory that `path` is to be in exists: a typo would make another one."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no directory {path.parent} to write it to; make it first")
 
 
 def refuse_existing(path: Path) -> None:

@@ -84,9 +84,15 @@ class Source:
     tensors: dict[str, SourceTensor]  # under our names: parameters, optim.<state>/, ... (docs/checkpoint_format.md)
     has_digests: bool = False  # whether `read` would notice a flipped bit
     step: int = 0  # optimizer steps done
+    step_unknown: bool = False  # there is optimizer state, but nothing tells after how many steps
     state: dict[str, Any]  # JSON as train.py saves it, or {} where the format holds none of it
     config: dict[str, Any]  # JSON, our option names, without entries of layout and host; {} where unknown
     provenance: dict[str, Any]  # JSON for people: where it came from; no part of the output's identity
+
+    @property
+    def described(self) -> str:
+        """Returns where it comes from, for people."""
+        return f"{self.path} ({self.format})"
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """Fills `destination`, raw integers (pieces.RAW) of shape box.size and any strides, with a box of a tensor.

@@ -17,7 +17,7 @@ import xxhash
 
 import swin_moe
 from checkpoint_tools.journal import Done, Journal
-from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing, remove_tree
+from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing, remove_tree, require_parent
 from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.communicator import collect, together
 from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, num_blocks
@@ -130,6 +130,10 @@ def write_native(source: Source, path: Path, options: Options) -> None:
         CheckpointError: On every rank; names the path or the tensor.
     """
     comm = options.comm
+    if source.step_unknown:
+        raise CheckpointError(
+            f"{source.path}: its optimizer counts no steps, and nothing else tells them; convert it with --set step=N"
+        )
     job = together(comm, lambda: plan_job(source, options))
     if len(set(comm.all_gather(job.key))) > 1:
         raise CheckpointError(f"{source.path}: the ranks see different checkpoints there; use storage they all share")
@@ -172,7 +176,7 @@ def _prepare(job: Job, path: Path, options: Options, lock: Lock) -> Done | None:
         options.report(f"{path}: continues an interrupted run")
         return done
     _discard(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_parent(path)
     check_space(path.parent, job.plan.num_bytes)
     staging.mkdir()
     lock.take()
@@ -197,6 +201,8 @@ def _copy_or_stop(source: Source, job: Job, path: Path, options: Options, done: 
 
 def _copy_units(source: Source, job: Job, staging: Path, journal: Journal, options: Options, done: Done) -> Done:
     """Returns the digests of this rank's blocks, after all of them are durably in place."""
+    if not staging.is_dir() and options.comm.rank == 0:
+        raise CheckpointError(f"{staging}: was removed while the checkpoint was being written")
     if not staging.is_dir():
         raise CheckpointError(f"{staging}: is not visible on this rank; use storage that all ranks share")
     buffer, result = np.empty(options.box_bytes, np.uint8), {}

@@ -40,6 +40,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def shortened(text: str, width: int = 60) -> str:
+    """Returns a text of at most `width` characters: its beginning and its end where it is longer."""
+    return text if len(text) <= width else f"{text[: width - 20]} ... {text[-15:]}"
+
+
 def split_kind(name: str) -> tuple[str, str]:
     """Returns (what it is, whose): ("exp_avg", "head.bias") of "optim.exp_avg/head.bias"; a parameter is "weight"."""
     kind, slash, parameter = name.partition("/")

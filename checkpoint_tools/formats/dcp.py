@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoint_tools.assembled import AssembledSource, Leaf, Part
-from checkpoint_tools.infer import infer_model
+from checkpoint_tools.infer import infer_model, known_step
 from checkpoint_tools.pickle_reader import BUILDERS, MAX_PICKLE_BYTES, Instance, read_pickle
 from checkpoint_tools.plain_read import sizes_of
 from checkpoint_tools.publish import publish_files
@@ -73,9 +73,13 @@ def open_dcp(path: Path, options: Options) -> Source:
         options.report(f"{path}: {len(others)} values are no tensors and are left out: {', '.join(others[:3])}, ...")
     shapes = sizes_of(parts)
     config = {"model": infer_model(path, shapes)} if "patch_embed.proj.weight" in shapes else {}
-    return AssembledSource(
-        "dcp", path, parts, options, step=max(steps, default=0), config=config, provenance={"source": {"format": "dcp"}}
+    moments = any(name.startswith("optim.") for name in parts)
+    step, unknown = known_step(max(steps) if steps else None if moments else 0, options)
+    source = AssembledSource(
+        "dcp", path, parts, options, step=step, config=config, provenance={"source": {"format": "dcp"}}
     )
+    source.step_unknown = unknown
+    return source
 
 
 def read_metadata(path: Path) -> tuple[dict[str, Chunks], list[str]]:
@@ -200,9 +204,9 @@ def _write_directory(source: Source, named: dict[str, Any], directory: Path, opt
     """Writes the chunks, a new file where one would exceed Options.file_size, and the metadata last."""
     entries, places = {}, {}
     number, stream, begin = 0, open(directory / "__0_0.distcp", "wb"), 0
-    steps = {} if not source.step else {
+    steps = {} if source.step_unknown else {
         f"optim.state.{n.removeprefix('model.')}.step": n for n in named
-        if f"optim.state.{n.removeprefix('model.')}.exp_avg" in named
+        if any(f"optim.state.{n.removeprefix('model.')}.{kind}" in named for kind in ("exp_avg", "momentum_buffer"))
     }  # fmt: skip
     try:
         for foreign, (name, tensor) in sorted([*named.items(), *((s, (None, None)) for s in steps)]):

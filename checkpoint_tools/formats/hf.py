@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.assembled import AssembledSource
+from checkpoint_tools.images import CLASSES, labels, named_classes, preprocessor
 from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.plain_read import place_records, sizes_of
 from checkpoint_tools.plain_write import plain_tensors
@@ -21,7 +22,7 @@ from checkpoint_tools.state_dict_files import open_file, peek, state_dict, strea
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.sealed_json import MAX_BYTES
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", ("model.safetensors", "pytorch_model.bin")
 # transformers' option -> ours.
 _SHARED = {
     "patch_size": "patch_size", "num_channels": "in_chans", "embed_dim": "embed_dim", "depths": "depths",
@@ -51,7 +52,10 @@ def open_hf(path: Path, options: Options) -> Source:
     buffers = {name: record.shape for name, (_, record) in records.items()}
     inferred = infer_model(path, sizes_of(parts), buffers) | given_sizes(options.extra)
     config = merge_model({"model": stated}, inferred)
-    return AssembledSource("hf", path, parts, options, config=config, provenance={"source": {"format": "hf"}})
+    names = named_classes(given)
+    state = {CLASSES: names} if names else {}
+    provenance = {"source": {"format": "hf"}}
+    return AssembledSource("hf", path, parts, options, state=state, config=config, provenance=provenance)
 
 
 def write_hf(source: Source, path: Path, options: Options) -> None:
@@ -63,13 +67,15 @@ def write_hf(source: Source, path: Path, options: Options) -> None:
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         write_state_dict(path, tensors, options)
         return
-    config = json.dumps(_config(source, network), indent=2, sort_keys=True).encode() + b"\n"
+    size = tuple(network.get("img_size", (0, 0)))
+    files = {CONFIG: _config(source, network), PREPROCESSOR: preprocessor(source.config, size)}
 
     def write(staging: Path) -> None:
         if options.comm.rank == 0:
             directory = staging / path.name
             directory.mkdir()
-            (directory / CONFIG).write_bytes(config)
+            for name, content in files.items():
+                (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
             stream_safetensors(directory / WEIGHTS[0], tensors, options)
 
     publish_files(path, sum(t.num_bytes + 256 for t in tensors.values()) + 4096, write, comm=options.comm)
@@ -78,15 +84,18 @@ def write_hf(source: Source, path: Path, options: Options) -> None:
 def _config(source: Source, network: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("img_size", "window_size") if key not in network]
     if missing:
-        raise CheckpointError(f"{source.path}: {' and '.join(missing)} are unknown, which config.json states")
+        remedy = " ".join(f"--set {key}=N" for key in missing)
+        raise CheckpointError(
+            f"{source.path}: does not tell {' and '.join(missing)}, which config.json states; give {remedy}"
+        )
     values = {key: network[ours] for key, ours in _SHARED.items() if ours in network}
     for key in ("image_size", "patch_size"):
         values[key] = values[key][0] if len(set(values[key])) == 1 else values[key]
     family, classes = network["name"], network.get("num_classes", 0)
     architecture = "ForImageClassification" if classes else "Model"
-    labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(classes)}} if classes else {}
     return {
-        **values, **labels, "model_type": family, "architectures": [f"{family.capitalize()}{architecture}"],
+        **values, **labels(source, classes), "model_type": family,
+        "architectures": [f"{family.capitalize()}{architecture}"],
         "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_absolute_embeddings": False,
     }  # fmt: skip
 

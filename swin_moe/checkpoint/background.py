@@ -61,7 +61,9 @@ class BackgroundSaver:
         pieces = list(pieces)
         planned = plan_save(root, step, pieces, **options)
         copies = self._copy(pieces, {(share.name, share.piece) for share in planned.shares})
-        self._thread = threading.Thread(target=self._run, args=(planned, copies, to_raw), name="checkpoint")
+        # Not a daemon, whatever thread calls: the interpreter waits for it, or it would end in the middle of the save.
+        arguments = (planned, copies, to_raw)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=False)
         self._thread.start()
         return planned.path
 

@@ -2,7 +2,8 @@
 
     <root>/0000010000/             a published checkpoint
     <root>/best.json               {"metric", "step"} of the best one, sealed
-    <root>/.0000010000.tmp/        being written; ignored, removed by the next save
+    <root>/.0000010000.3f9c01aa.tmp/   being written, by the writer of that name alone, who holds a lock on it; ignored,
+                                   removed by the next save once nobody holds it
     <root>/.0000010000.replaced/   published before, while the same step is being published again; still valid
     <root>/.0000010000.trash/      being deleted; ignored, removed by the next save
 
@@ -10,9 +11,12 @@ Every change of state is one rename, so a kill at any moment leaves the old stat
 """
 
 import contextlib
+import fcntl
+import fnmatch
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +29,7 @@ Report = Callable[[str], None]
 _log = logging.getLogger(__name__)
 _PUBLISHED = re.compile(r"\d{10}")
 _REPLACED = re.compile(r"\.(\d{10})\.replaced")
-_LEFTOVER = re.compile(r"\.\d{10}\.(tmp|trash)")
+_LEFTOVER = re.compile(r"\.\d{10}\.((\w+\.)?tmp|trash)")
 BEST = "best.json"
 
 
@@ -40,12 +44,44 @@ def _hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
-def staging_path(root: Path, step: int) -> Path:
-    """Returns where the checkpoint of a step is written before it is published."""
-    return _hidden(step_path(root, step), "tmp")
+def staging_path(root: Path, step: int, writer: str) -> Path:
+    """Returns where a writer writes the checkpoint of a step before it is published.
+
+    Two runs in one directory never write into the same one, so that neither publishes what the other has not finished.
+    """
+    return _hidden(step_path(root, step), f"{writer}.tmp")
 
 
-def create_staging(root: Path, step: int, num_bytes: int) -> Path:
+def lock_directory(path: Path) -> int | None:
+    """Returns a descriptor that holds a directory until it is closed or the process ends; None if another holds it.
+
+    -1 where the file system knows no locks: there what a killed save left cannot be told from what is being written.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def _remove_leftover(path: Path) -> None:
+    """Deletes what nobody holds."""
+    held = lock_directory(path)
+    if held is None:
+        return
+    try:
+        remove(path)
+    finally:
+        if held >= 0:
+            os.close(held)
+
+
+def create_staging(root: Path, step: int, num_bytes: int, writer: str) -> Path:
     """Returns a new empty staging directory, after cleaning up what earlier saves left.
 
     Raises:
@@ -60,7 +96,7 @@ def create_staging(root: Path, step: int, num_bytes: int) -> Path:
     free = shutil.disk_usage(root).free
     if free < num_bytes:
         raise CheckpointError(f"{root}: a checkpoint of {num_bytes} bytes does not fit, {free} bytes are free")
-    staging = staging_path(root, step)
+    staging = staging_path(root, step, writer)
     staging.mkdir()
     return staging
 
@@ -69,12 +105,16 @@ def clean_leftovers(root: Path) -> None:
     """Removes what interrupted saves and deletions left; nothing that is published, or was, is lost."""
     for path in sorted(root.iterdir()):
         replaced = _REPLACED.fullmatch(path.name)
-        if _LEFTOVER.fullmatch(path.name) or (replaced and (root / replaced[1]).exists()):
-            remove(path)
-        elif replaced:
-            os.rename(path, root / replaced[1])
-            sync_directory(root)
-    (root / f".{BEST}.tmp").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another writer removed it first
+            if _LEFTOVER.fullmatch(path.name):
+                _remove_leftover(path)
+            elif replaced and (root / replaced[1]).exists():
+                remove(path)
+            elif replaced:
+                os.rename(path, root / replaced[1])
+                sync_directory(root)
+            elif fnmatch.fnmatch(path.name, f".{BEST}*.tmp"):
+                path.unlink()
 
 
 def remove(path: Path) -> None:
@@ -162,7 +202,11 @@ def find_latest(root: str | Path, *, report: Report = _log.warning) -> Path | No
 def mark_best(root: str | Path, step: int, *, metric: float) -> None:
     """Records a step as the best one so far; retention keeps its checkpoint."""
     check_json(metric, "the metric of the best checkpoint")
-    write_durably(Path(root) / BEST, seal({"step": step, "metric": metric}))
+    path, content, writer = Path(root) / BEST, seal({"step": step, "metric": metric}), secrets.token_hex(4)
+    try:
+        write_durably(path, content, writer=writer)
+    except FileNotFoundError:  # another writer in this directory cleaned up between writing and renaming
+        write_durably(path, content, writer=writer)
 
 
 def read_best(root: str | Path) -> tuple[int, float] | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from swin_moe.checkpoint.digest import DEFAULT, HEX_DIGITS, block_digests
 from swin_moe.checkpoint.directory import (
     Report,
     create_staging,
+    lock_directory,
     mark_best,
     publish,
     retire_old,
@@ -48,6 +50,7 @@ class PlannedSave:
     keep: int
     best: float | None
     report: Report
+    writer: str  # no other save's
 
     @property
     def path(self) -> Path:
@@ -109,18 +112,18 @@ def plan_save(
     """
     root, comm = Path(root), comm or SingleProcess()
 
-    def describe() -> tuple[int, list[Spec]]:
+    def describe() -> tuple[int, list[Spec], str]:
         check_arguments(root, step, state, config, provenance, file_size, keep, algorithm, best)
-        return step, describe_pieces(pieces)
+        return step, describe_pieces(pieces), secrets.token_hex(4)
 
-    steps, ranks = zip(*collect(comm, describe))
+    steps, ranks, writers = zip(*collect(comm, describe))
     if len(set(steps)) > 1:
         raise CheckpointError(f"the ranks must save one step together, got steps {sorted(set(steps))}")
     specs = merge_specs(ranks)
     shares = assign_shares(specs, ranks)[comm.rank]
     plan = plan_files(specs, file_size, algorithm)
     index = Index(step, file_size, plan.tensors, plan.files, state, config, algorithm)
-    return PlannedSave(root, index, plan, shares, comm, provenance, keep, best, report)
+    return PlannedSave(root, index, plan, shares, comm, provenance, keep, best, report, writers[0])
 
 
 def complete_save(planned: PlannedSave, pieces: list[Piece], to_raw: Callable[[Any], np.ndarray]) -> Path:
@@ -130,16 +133,32 @@ def complete_save(planned: PlannedSave, pieces: list[Piece], to_raw: Callable[[A
         CheckpointError: As write_checkpoint.
     """
     root, comm, plan, step = planned.root, planned.comm, planned.plan, planned.index.step
-    final, staging = planned.path, staging_path(root, step)
+    final, staging = planned.path, staging_path(root, step, planned.writer)
+    held: list[int] = []
+
+    def begin() -> None:
+        create_staging(root, step, plan.num_bytes, planned.writer)
+        held.append(lock_directory(staging))
+        create_files(staging, plan)
+
+    def write() -> None:
+        if comm.rank == 0 and not staging.is_dir():  # which made it, so that other storage is not the reason
+            raise CheckpointError(f"{staging}: was removed while the checkpoint was being written")
+        write_shares(staging, plan, pieces, planned.shares, to_raw)
+
     try:
-        on_first(comm, lambda: create_files(create_staging(root, step, plan.num_bytes), plan))
-        together(comm, lambda: write_shares(staging, plan, pieces, planned.shares, to_raw))
+        on_first(comm, begin)
+        together(comm, write)
         digests = collect(comm, lambda: digest_share(staging, plan, comm, planned.index.algorithm))
         on_first(comm, lambda: finish(staging, final, planned.index, digests, planned.provenance))
     except BaseException:
         if comm.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        for fd in held:
+            if fd is not None and fd >= 0:
+                os.close(fd)
     on_first(comm, lambda: tidy(root, final, step, planned.best, planned.keep, planned.report))
     return final
 

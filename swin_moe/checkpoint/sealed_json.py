@@ -119,9 +119,13 @@ def _read(path: Path) -> bytes:
         raise CorruptionError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Puts `data` at `path` so that a crash leaves the old file or the new one; the directory is synced too."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_durably(path: Path, data: bytes, *, writer: str = "") -> None:
+    """Puts `data` at `path` so that a crash leaves the old file or the new one; the directory is synced too.
+
+    Args:
+        writer: A name of this writer alone, where others may write the same file at the same time.
+    """
+    temporary = path.with_name(f".{path.name}.{writer}.tmp" if writer else f".{path.name}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         view, offset = memoryview(data), 0

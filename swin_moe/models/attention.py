@@ -158,10 +158,10 @@ class WindowAttention(nn.Module):
         windows, full = cut(x_BHWC, shape)
         bias = self.position_bias()
         mask = seam_mask(full, shape, bias)
-        if 0 < self.chunk < len(windows):
-            out = self._attend_in_chunks(windows, bias, mask, len(x_BHWC), random)
+        if 0 < self.chunk < windows.shape[0]:
+            out = self._attend_in_chunks(windows, bias, mask, x_BHWC.shape[0], random)
         else:
-            rows = self._dropout_rows(windows, len(x_BHWC), random)
+            rows = self._dropout_rows(windows, x_BHWC.shape[0], random)
             out = self._attend(windows, bias, mask, rows, random)
         return join(out, x_BHWC, full, shape)
 
@@ -241,7 +241,7 @@ class WindowAttention(nn.Module):
         """Returns the global numbers of all rows of attention weights (W * heads * N,); None: nothing is dropped."""
         if random is None or self.attn_drop == 0.0:
             return None
-        return token_rows(random.sample, len(x_WNC) // max(batch, 1) * self.num_heads * x_WNC.shape[1])
+        return token_rows(random.sample, x_WNC.shape[0] // max(batch, 1) * self.num_heads * x_WNC.shape[1])
 
 
 def resize_bias_table(table: Tensor, window: int) -> Tensor:
@@ -271,12 +271,12 @@ class SpatialMLP(nn.Conv1d):
             x = F.pad(x, (0, 0, before, shift, before, shift))
         windows = partition_windows(x, (self.window,) * 2)
         tokens, head_dim = windows.shape[1], channels // self.num_heads
-        heads = windows.view(len(windows), tokens, self.num_heads, head_dim).permute(2, 1, 0, 3)
-        heads = heads.reshape(self.num_heads, tokens, len(windows) * head_dim)
+        heads = windows.view(windows.shape[0], tokens, self.num_heads, head_dim).permute(2, 1, 0, 3)
+        heads = heads.reshape(self.num_heads, tokens, windows.shape[0] * head_dim)
         weight = self.weight.view(self.num_heads, tokens, tokens)
         # One product per head over all windows at once; the grouped convolution itself is slower on CPU.
         mixed = torch.baddbmm(self.bias.view(self.num_heads, tokens, 1), weight, heads)
-        mixed = mixed.view(self.num_heads, tokens, len(windows), head_dim).permute(2, 1, 0, 3)
+        mixed = mixed.view(self.num_heads, tokens, windows.shape[0], head_dim).permute(2, 1, 0, 3)
         x = merge_windows(mixed.reshape(windows.shape), (self.window,) * 2, batch, x.shape[1], x.shape[2])
         x = x[:, before : before + height, before : before + width]
         return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)

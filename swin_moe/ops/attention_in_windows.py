@@ -46,7 +46,7 @@ def attend_windows(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    if dropout_WHNN is not None or len(qkv_WNC) == 0:
+    if dropout_WHNN is not None or qkv_WNC.shape[0] == 0:
         implementation = "reference"  # sdpa of no windows returns a constant: the bias would have no gradient
     elif implementation == "auto":
         implementation = choose(

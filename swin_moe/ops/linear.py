@@ -79,10 +79,12 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     """Returns whether oneDNN computes the products of x (..., I) and a weight, (O, I) or (I, O), and faster."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
+    if torch.compiler.is_compiling():  # before anything that would fix the batch of a traced graph
+        return False
     rows = x.numel() // max(x.shape[-1], 1)
     if rows < SMALLEST_ROWS or rows * weight.numel() < SMALLEST_MACS:
         return False
-    if torch.compiler.is_compiling() or faster_products() is None:
+    if faster_products() is None:
         return False
     if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
         return False

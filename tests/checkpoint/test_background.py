@@ -1,5 +1,6 @@
 """Saving in the background: the state at the call whatever happens to the tensors, one copy, errors at the next."""
 
+import subprocess
 import sys
 import threading
 
@@ -10,6 +11,7 @@ import torch
 from swin_moe.checkpoint.background import BackgroundSaver
 from swin_moe.checkpoint.directory import list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.load import verify
 from swin_moe.checkpoint.manager import CheckpointManager
 from swin_moe.checkpoint.pieces import Piece
 from swin_moe.checkpoint.save import write_checkpoint
@@ -23,6 +25,7 @@ from tests.checkpoint.samples import (
     sample_state,
     whole_pieces,
 )
+from tests.ranks import ROOT
 
 OPTIONS = {"state": STATE, "config": CONFIG, "file_size": FILE_SIZE}
 SAVE = sys.modules["swin_moe.checkpoint.save"]
@@ -168,3 +171,25 @@ def test_closing_reports_a_failure_and_hides_no_other_error(tmp_path, monkeypatc
     assert len(said) == 1 and "could not be saved" in said[0] and "No space left" in said[0]
     manager.close(report=said.append)
     assert len(said) == 1
+
+
+def test_the_interpreter_waits_for_a_save_that_a_daemon_started(tmp_path):
+    """The last save of a run that ends without `wait`, begun in a thread of a framework that is a daemon."""
+    code = (
+        "import sys, threading, time\n"
+        "import numpy as np\n"
+        "from swin_moe.checkpoint.background import BackgroundSaver\n"
+        "from swin_moe.checkpoint.pieces import Piece, array_to_raw\n"
+        "def slow(array):\n"
+        "    time.sleep(0.3)\n"
+        "    return array_to_raw(array)\n"
+        "def begin():\n"
+        "    pieces = [Piece.of('a', np.ones(4))]\n"
+        "    BackgroundSaver().start(sys.argv[1], 1, pieces, state={}, config={}, to_raw=slow)\n"
+        "thread = threading.Thread(target=begin, daemon=True)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["0000000001"] and verify(tmp_path / "0000000001")

@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import re
 import resource
+import shutil
+import sys
 import time
 
 import numpy as np
@@ -14,6 +17,7 @@ from swin_moe.checkpoint.directory import (
     find_latest,
     is_complete,
     list_checkpoints,
+    lock_directory,
     mark_best,
     read_best,
     read_complete,
@@ -21,7 +25,7 @@ from swin_moe.checkpoint.directory import (
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import verify
-from swin_moe.checkpoint.pieces import Piece
+from swin_moe.checkpoint.pieces import Piece, array_to_raw
 from swin_moe.checkpoint.plan import chunk_key
 from swin_moe.checkpoint.save import write_checkpoint
 from swin_moe.checkpoint.sealed_json import seal
@@ -39,6 +43,8 @@ from tests.checkpoint.samples import (
     sample_state,
     whole_pieces,
 )
+
+SAVE = sys.modules["swin_moe.checkpoint.save"]
 
 
 def save(root, step=1, seed=0, pieces=None, **options):
@@ -141,12 +147,61 @@ def test_retention_counts_no_broken_checkpoint_and_trusts_no_broken_record(tmp_p
 
 def test_leftovers_of_a_killed_save_are_ignored_and_cleaned(tmp_path):
     save(tmp_path, 1)
-    for name in (".0000000002.tmp", ".0000000003.trash", ".0000000001.replaced"):
+    for name in (".0000000002.tmp", ".0000000005.3f9c01aa.tmp", ".0000000003.trash", ".0000000001.replaced"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").write_text("half")
     assert find_latest(tmp_path).name == "0000000001"
     save(tmp_path, 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000000001", "0000000004"]
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (1, 2)], ids=["the same step", "another step"])
+def test_two_writers_in_one_directory_both_publish_whole_checkpoints(tmp_path, steps):
+    """A second job begins and ends a save while the first one has written half of its own."""
+    first, second = sample_state(1), sample_state(2)
+    done = []
+
+    def interrupted(array):
+        if not done:
+            done.append(write_checkpoint(
+                tmp_path, steps[1], whole_pieces(second), state=STATE, config=CONFIG, file_size=FILE_SIZE, best=0.5
+            ))  # fmt: skip
+            assert same(read_state(done[0]), second)
+        return array_to_raw(array)
+
+    path = write_checkpoint(
+        tmp_path, steps[0], whole_pieces(first), state=STATE, config=CONFIG, file_size=FILE_SIZE, to_raw=interrupted
+    )
+    assert verify(path) and same(read_state(path), first)
+    assert steps[0] == steps[1] or (verify(done[0]) and same(read_state(done[0]), second))
+    assert not [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_what_another_writer_holds_stays_until_it_ends(tmp_path):
+    staging = tmp_path / ".0000000007.3f9c01aa.tmp"
+    staging.mkdir()
+    held = lock_directory(staging)
+    save(tmp_path, 1)
+    assert staging.is_dir()
+    os.close(held)
+    save(tmp_path, 2)
+    assert not staging.exists()
+
+
+def test_a_directory_removed_during_a_save_is_named_as_that(tmp_path, monkeypatch):
+    root = tmp_path / "run" / "checkpoints"
+
+    def remove(array):
+        shutil.rmtree(root, ignore_errors=True)
+        return array_to_raw(array)
+
+    pieces = whole_pieces(sample_state())
+    with pytest.raises(CheckpointError, match="No such file or directory"):
+        write_checkpoint(root, 1, pieces, state=STATE, config=CONFIG, file_size=FILE_SIZE, to_raw=remove)
+    create = SAVE.create_files
+    monkeypatch.setattr(SAVE, "create_files", lambda *a: (create(*a), shutil.rmtree(root)))
+    with pytest.raises(CheckpointError, match="tmp: was removed while the checkpoint was being written"):
+        write_checkpoint(root, 1, pieces, state=STATE, config=CONFIG, file_size=FILE_SIZE)
 
 
 def test_a_replaced_checkpoint_is_taken_back(tmp_path):
@@ -287,7 +342,7 @@ def test_data_is_synced_before_the_index_and_the_index_before_the_rename(tmp_pat
             assert not dirty
         dirty.add(name) if kind == "write" else dirty.discard(name)
     assert not dirty
-    assert events[final - 1] == ("sync", ".0000000001.tmp")
+    assert events[final - 1][0] == "sync" and re.fullmatch(r"\.0000000001\.[0-9a-f]{8}\.tmp", events[final - 1][1])
     assert events[final + 1] == ("sync", tmp_path.name)
 
 

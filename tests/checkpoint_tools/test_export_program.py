@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -58,6 +59,47 @@ def test_a_program_gives_the_networks_logits(tmp_path, name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     if name == "experts of limited capacity":
         assert any(m.stats.dropped for m in network.modules() if hasattr(m, "stats"))
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "swin_mlp"])
+def test_a_program_takes_any_number_of_images(tmp_path, name):
+    path, network = saved(tmp_path, ModelConfig(name=name, **SMALL))
+    assert main(["export", str(path), str(tmp_path / "net.pt2"), "--to", "torch-export"]) == 0
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for batch in (1, 2, 5, 16):
+        image = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            torch.testing.assert_close(program(image), network(image), rtol=1e-5, atol=1e-6)
+
+
+def test_a_program_with_experts_says_how_many_images_it_takes(tmp_path, capsys):
+    path, _ = saved(tmp_path, MODELS["experts by need"])
+    assert main(["export", str(path), str(tmp_path / "net.pt2"), "--to", "torch-export"]) == 0
+    assert "has experts, so that the program takes 1 image per call; --batch N for N" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="onnx and onnxscript are not installed")
+def test_onnx_names_its_ends_and_classes_and_takes_any_number_of_images(tmp_path):
+    import onnx.reference
+
+    config = dataclasses.replace(Config(), model=MODELS["swin"], data=DataConfig(name="folder", path="images"))
+    network = build_model(config.model).eval()
+    network.init_weights(0)
+    pieces = [Piece.of(name, parameter.detach()) for name, parameter in network.named_parameters()]
+    path = save(tmp_path, 1, pieces, state={"classes": ["a", "b c"]}, config=dataclasses.asdict(config))
+    assert main(["export", str(path), str(tmp_path / "net.onnx"), "--to", "onnx"]) == 0
+    model = onnx.load(str(tmp_path / "net.onnx"))
+    found = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(found["classes"]) == ["a", "b c", "LABEL_2", "LABEL_3", "LABEL_4"]
+    assert json.loads(found["mean"]) == [0.485, 0.456, 0.406] and json.loads(found["size"]) == [32, 32]
+    assert json.loads(found["resize"]) == [36, 36] and found["interpolation"] == "bicubic"
+    assert [value.name for value in model.graph.output] == ["logits"]
+    evaluator = onnx.reference.ReferenceEvaluator(model)
+    for batch in (1, 4):
+        image = torch.randn(batch, 3, 32, 32)
+        logits = torch.from_numpy(evaluator.run(["logits"], {"image": image.numpy()})[0])
+        with torch.no_grad():
+            torch.testing.assert_close(logits, network(image), rtol=1e-4, atol=1e-5)
 
 
 def test_onnx_names_the_packages_it_needs_or_gives_the_networks_logits(tmp_path, capsys):

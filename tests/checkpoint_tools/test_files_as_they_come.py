@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoint_tools import text
 from checkpoint_tools.__main__ import main
 from checkpoint_tools.formats import find_format
 from swin_moe import create_model
@@ -184,3 +185,39 @@ def test_an_optimizer_in_another_order_is_left_out_and_told(weights, tmp_path):
     convert(tmp_path / "timm.pth.tar", tmp_path / "native", extra=SIZES, report=said.append)
     assert any("its optimizer is not in the official order" in text for text in said)
 
+
+
+@pytest.mark.parametrize("to", ["native", "timm", "hf", "dcp", "official", "official-moe"])
+def test_convert_reports_what_it_wrote_and_makes_no_folders(to, weights, tmp_path, run):
+    """Of weights, two moments and averages some formats hold the weights alone."""
+    kinds = ("", "optim.exp_avg/", "optim.exp_avg_sq/", "ema/")
+    pieces = [Piece.of(kind + name, value) for kind in kinds for name, value in weights.items()]
+    model = {**SMALL, "name": "swin", "img_size": [32, 32], "depths": [1, 2], "num_heads": [1, 2], "patch_size": [4, 4]}
+    source = CheckpointManager(tmp_path).save(1, pieces, state={}, config={"model": model})
+    target = tmp_path / "out" if to in ("native", "hf", "dcp", "official-moe") else tmp_path / "out.pth"
+    code, out, _ = run("convert", source, target, "--to", to)
+    times = {"native": 4, "timm": 1, "hf": 1}.get(to, 3)
+    size = text.format_bytes(times * sum(value.nbytes for value in weights.values()))
+    expected = f"{target}: {to}, {times * len(weights)} tensors, {size}, from {source} (native)"
+    assert code == 0 and out.splitlines()[-1] == expected
+    code, _, error = run("convert", source, tmp_path / "no" / "such" / "x.pth", "--to", to)
+    assert code == 2 and "there is no directory" in error and not (tmp_path / "no").exists()
+
+
+def test_average_names_what_it_is_of(weights, tmp_path, run):
+    paths = []
+    for step in (1, 2):
+        pieces = [Piece.of(name, value) for name, value in weights.items()]
+        paths.append(CheckpointManager(tmp_path).save(step, pieces, state={}, config={}))
+    code, out, _ = run("average", *paths, tmp_path / "mean", "--weights", "0.25,0.75")
+    assert code == 0 and f"from 0.25 x {paths[0]} + 0.75 x {paths[1]} (the mean)" in out
+
+
+def test_a_long_entry_does_not_widen_the_table_of_differences(weights, tmp_path, run):
+    paths = []
+    for step, state in ((1, {"names": ["x" * 90] * 40}), (2, {"names": ["y"]})):
+        pieces = [Piece.of(name, value) for name, value in weights.items()]
+        paths.append(CheckpointManager(tmp_path / str(step)).save(step, pieces, state=state, config={}))
+    code, out, _ = run("diff", *paths)
+    assert code == 1 and 'names' in out and max(map(len, out.splitlines())) < 80 + 2 * max(60, len(str(paths[0])))
+    assert json.loads(run("diff", *paths, "--json")[1])["entries"]["state.names"][0] == ["x" * 90] * 40
