@@ -25,6 +25,7 @@ from swin_moe.layout import Chunk
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.all_to_all import ShardGather
+from swin_moe.parallel.compile import compile_network
 from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.link import build_link
@@ -50,7 +51,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
 
 def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> nn.Module:
     """Returns the model, changed in place: experts cut to this rank's part, rows dispatched over the expert group,
-    routing decided over the routing group.
+    routing decided over the routing group; then, as parallel.compile says, blocks or the network compiled.
 
     Works on meta, so that a rank never allocates experts of others; initialize or load afterwards or before.
 
@@ -70,6 +71,9 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         layer.dispatcher = build(groups, layer.experts.num_experts, build_link(layer.config, groups))
         if groups.expert_size > 1:
             _cut_experts(name, layer.experts, groups)
+    if parallel.compile != "none":
+        hooked = parallel.zero >= 2 and groups.expert_data is not None  # FSDP2 gathers experts when they run
+        compile_network(model, parallel.compile, sharded_experts=hooked)
     return model
 
 
