@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swin_moe.engine.common import StepEngine, materialize
-from swin_moe.parallel.apply import expert_parameters, reduce_expert_gradients
+from swin_moe.parallel.apply import expert_parameters
 from swin_moe.parallel.clip import SquareSums, replicated_squares
+from swin_moe.parallel.expert_reduction import ExpertReduction
 from swin_moe.parallel.groups import Groups
 
 _NEEDLESS = b"find_unused_parameters=True was specified"
@@ -72,15 +73,23 @@ class ReplicatedEngine(StepEngine):
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """See StepEngine."""
-        return replicate(materialize(model, self.config, self.device), self.groups)
+        materialize(model, self.config, self.device)
+        self.experts = ExpertReduction(model, self.groups)
+        return replicate(model, self.groups)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """See Engine. Backward belongs inside: DDP decides in the forward whether it will communicate."""
+        self.experts.begin(last=last)
         return nullcontext() if last or self.model is self.local_model else self.model.no_sync()
 
     def reduce(self) -> None:
-        """See StepEngine. DDP has averaged the dense gradients during backward."""
-        reduce_expert_gradients(self.local_model, self.groups, self.groups.world_size)
+        """See StepEngine. DDP has averaged the dense gradients during backward, and experts' sums are under way."""
+        self.experts.finish(self.groups.world_size)
+
+    def discard_gradients(self) -> str | None:
+        """See Engine."""
+        self.experts.discard()
+        return super().discard_gradients()
 
     def square_sums(self) -> SquareSums:
         """See StepEngine."""

@@ -128,7 +128,7 @@ def reduce_expert_gradients(model: nn.Module, groups: Groups, divisor: float) ->
     """
     gradients = [p.grad for _, p in expert_parameters(model) if p.grad is not None]
     if groups.expert_data is not None:
-        for bucket in _buckets(gradients):
+        for bucket in buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in bucket])
             dist.all_reduce(flat, group=groups.expert_data)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
@@ -137,8 +137,9 @@ def reduce_expert_gradients(model: nn.Module, groups: Groups, divisor: float) ->
         torch._foreach_mul_(gradients, 1.0 / divisor)
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields runs of tensors of one dtype and at most _BUCKET_BYTES (or one larger tensor), in order."""
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields runs of tensors that are reduced together, in order: of one dtype, at most _BUCKET_BYTES or one larger
+    tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
