@@ -268,6 +268,7 @@ class ParallelConfig:
     zero: Literal[0, 1, 2, 3] = 0
     placement: Literal["consecutive"] = "consecutive"
     recompute: Literal["none", "block"] = "none"  # block: activations of every block are recomputed in backward
+    compile: Literal["none", "block", "model"] = "none"  # what torch.compile makes one graph of, in training
 
     def __post_init__(self) -> None:
         _check_choices(self, "parallel")

@@ -73,7 +73,7 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         yield f"layout     {session.world_size} ranks, data parallel"
     yield (
         f"engine     {config.engine.name}, ZeRO-{config.parallel.zero}, {config.engine.precision} on {session.device}, "
-        f"recompute {config.parallel.recompute}"
+        f"recompute {config.parallel.recompute}, compile {config.parallel.compile}"
     )
     yield (
         f"batch      {config.data.global_batch} images = {session.world_size} ranks x {micro_batch} x "

@@ -16,6 +16,7 @@ from swin_moe.engine.gradient_watch import GradientWatch
 from swin_moe.expert_load import exchange_cost, expert_load, links, phase_times, start_clocks
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
 from swin_moe.optim import build_schedule
+from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
 from swin_moe.run_state import Progressed, Stopped, StopRequest
@@ -129,6 +130,9 @@ class Trainer:
         )
         self.peak = peak_flops(self.device, self.config.engine.precision)
         self._reset_window()
+        self.started, self.steps_here = time.monotonic(), 0
+        self.heartbeat.patient = self.config.parallel.compile != "none"
+        self.graphs_before = graphs_made() if self.heartbeat.patient else 0
         self.heartbeat.enter("loading data", step=self.progress.step, long=True)  # loader processes start
         try:
             for batches in self.loader.batches(self.progress.step, total):
@@ -147,7 +151,7 @@ class Trainer:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
         context = self._context(step, self._count(batches))
-        if self._records(step + 1):
+        if self._records(step + 1) and self.config.parallel.compile == "none":  # a graph has no phases to time
             start_clocks(self.engine.local_model, self.device)
         losses = self._forward_backward(batches, context)
         self.heartbeat.enter("reduction of gradients and update")
@@ -169,6 +173,7 @@ class Trainer:
             done = StepDone(step, self.schedule.total, self.progress.samples)
             self.engine.change_weights(lambda parts: self.task.after_step(parts, done))
         self.progress.step, self.progress.samples = step + 1, self.progress.samples + int(images)
+        self._note_graphs()
         self._record(task_loss, aux_loss, images, stats)
         self._check_replicas()
         self._evaluate_and_save(stopping=stop > 0)
@@ -239,6 +244,14 @@ class Trainer:
                 f"{self.progress.skipped} steps in a row had gradients that are not finite, up to step {step} "
                 f"(first not finite: {where}); last checkpoint: {self.checkpoints.latest() or 'none'}"
             )
+
+    def _note_graphs(self) -> None:
+        """Says, after the second step, what compiling took: the first makes graphs, the second may widen them."""
+        self.steps_here += 1
+        if self.steps_here == 2 and self.config.parallel.compile != "none":
+            self.heartbeat.patient = False
+            seconds, graphs = time.monotonic() - self.started, graphs_made() - self.graphs_before
+            LOGGER.info("compiled %d graphs, in the first two steps, which took %s", graphs, duration(seconds))
 
     def _reset_window(self) -> None:
         for _, link in links(self.engine.local_model):

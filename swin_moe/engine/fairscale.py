@@ -20,8 +20,8 @@ from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.zero_redundancy import ZeroRedundancyEngine
 from swin_moe.optim import Schedule, build_optimizer, optimizer_class
-from swin_moe.parallel.apply import reduce_expert_gradients
 from swin_moe.parallel.clip import SquareSums, sharded_squares, sum_of_squares
+from swin_moe.parallel.expert_reduction import ExpertReduction
 from swin_moe.parallel.groups import Groups, ensure_distributed
 from swin_moe.parallel.sharding import placement
 from swin_moe.registry import require
@@ -70,7 +70,9 @@ class ShardedGradientEngine(ShardedOptimizerEngine):
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """See StepEngine. ShardedDDP needs the optimizer, so `_wrap` does it."""
-        return materialize(model, self.config, self.device)
+        materialize(model, self.config, self.device)
+        self.experts = ExpertReduction(model, self.groups)
+        return model
 
     def _wrap(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """See ShardedOptimizerEngine. Only parameters of the dense optimizer are reduced, experts are left alone."""
@@ -94,11 +96,12 @@ class ShardedGradientEngine(ShardedOptimizerEngine):
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """See Engine. Backward belongs inside, as with DDP."""
+        self.experts.begin(last=last)
         return nullcontext() if last or self.model is self.local_model else self.model.no_sync()
 
     def reduce(self) -> None:
         """See StepEngine. ShardedDDP has brought dense gradients to their owners, and dropped them elsewhere."""
-        reduce_expert_gradients(self.local_model, self.groups, self.groups.world_size)
+        self.experts.finish(self.groups.world_size)
 
     def square_sums(self) -> SquareSums:
         """See StepEngine. Dense gradients are on one rank each; of equal expert gradients the first replica's count."""

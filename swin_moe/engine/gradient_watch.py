@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from swin_moe.models.swin import Block
 from swin_moe.moe.experts import GroupedExperts
+from swin_moe.parallel.compile import run_eager
 from swin_moe.parallel.groups import Groups
 
 _MOST_NAMED = 4  # ranks named in a message
@@ -56,7 +57,8 @@ class GradientWatch:
         try:
             for unit, owners in self._units():
                 handles.append(unit.register_forward_pre_hook(partial(attach, owners)))
-            repeat()
+            with run_eager():  # hooks look inside of compiled blocks
+                repeat()
         finally:
             for handle in handles:
                 handle.remove()

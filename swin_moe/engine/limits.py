@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swin_moe.config import Config
 from swin_moe.layout import even_split
+from swin_moe.parallel.compile import static_routing
 from swin_moe.parallel.sharding import Degrees
 
 
@@ -23,6 +24,9 @@ class Limit:
 
 LIMITS: dict[str, tuple[Limit, ...]] = {
     "deepspeed": (
+        Limit(
+            "parallel", "compile", ("none",), "its hooks on modules and parameters break graphs; use engine.name=torch"
+        ),
         Limit("parallel", "zero", (1, 2, 3), "its stage 0 clips by a wrong norm; use engine.name=torch for it"),
         Limit(
             "task",
@@ -33,6 +37,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         Limit("engine", "precision", ("fp32", "bf16", "fp16"), "its master weights are float32; use engine.name=torch"),
     ),
     "fairscale": (
+        Limit("parallel", "compile", ("none",), "its hooks were not checked with graphs; use engine.name=torch"),
         Limit(
             "parallel",
             "zero",
@@ -59,8 +64,37 @@ def check_engine(config: Config, world_size: int) -> None:
             f"engine.offload=parameters needs engine.name=deepspeed and parallel.zero=3, got engine.name={name} and "
             f"parallel.zero={config.parallel.zero}; allowed: none, optimizer"
         )
+    if config.parallel.compile != "none":
+        _check_compiled(config, world_size)
     if name == "deepspeed" and config.model.moe.has_blocks:
         _check_even_experts(config, world_size)
+
+
+def _check_compiled(config: Config, world_size: int) -> None:
+    """Refuses what no graph holds; what one block can do without is left outside of its graph instead."""
+    moe, key = config.model.moe, f"parallel.compile={config.parallel.compile}"
+    if moe.has_blocks and moe.backend == "tutel":
+        raise ValueError(f"{key} does not run model.moe.backend=tutel, whose kernels cannot be traced; use native")
+    if config.parallel.compile != "model":
+        return
+    if config.task.name != "classify":
+        raise ValueError(f"{key} is for task.name=classify, got {config.task.name}; allowed: none, block")
+    if config.parallel.zero >= 2 and world_size > 1:
+        raise ValueError(
+            f"{key} does not run parallel.zero={config.parallel.zero}, which gathers parameters block by block; "
+            f"allowed: none, block"
+        )
+    if not moe.has_blocks:
+        return
+    spans = world_size > 1 and (config.routing_ranks(world_size) > 1 or moe.balance_scope == "global")
+    degrees = Degrees.resolve(config.parallel, moe.num_experts, world_size)
+    if spans or degrees.expert * degrees.expert_shard > 1:
+        raise ValueError(f"{key} cannot hold MoE layers whose ranks exchange rows or counts; allowed: none, block")
+    if not static_routing(moe):
+        raise ValueError(
+            f"{key} needs shapes that do not depend on the data: model.moe.choice=token, got {moe.choice}, and with "
+            f"model.moe.backend=padded a model.moe.capacity_factor > 0, got {moe.capacity_factor}; allowed: none, block"
+        )
 
 
 def _check_even_experts(config: Config, world_size: int) -> None:

@@ -1,15 +1,53 @@
 """ZeRO-0: dense parameters and their optimizer state on every rank (DDP), experts on the ranks that own them."""
 
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swin_moe.engine.common import StepEngine, materialize
-from swin_moe.parallel.apply import expert_parameters, reduce_expert_gradients
+from swin_moe.parallel.apply import expert_parameters
 from swin_moe.parallel.clip import SquareSums, replicated_squares
+from swin_moe.parallel.expert_reduction import ExpertReduction
 from swin_moe.parallel.groups import Groups
+
+_NEEDLESS = b"find_unused_parameters=True was specified"
+
+
+@contextmanager
+def without_needless_warning() -> Iterator[None]:
+    """Returns a context in which C++ writes to stderr as ever, but for the line that says what `replicate` explains."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            for line in written:
+                if _NEEDLESS not in line:
+                    os.write(2, line)
+
+
+class _Replicated(DistributedDataParallel):
+    """DDP whose first search for unused parameters is quiet: torch warns once a process, in C++, of 700 characters."""
+
+    _searched = False
+
+    def _post_forward(self, output: Any) -> Any:
+        with nullcontext() if self._searched else without_needless_warning():
+            output = super()._post_forward(output)
+        self._searched |= self.require_backward_grad_sync
+        return output
 
 
 def replicate(model: nn.Module, groups: Groups) -> nn.Module:
@@ -20,9 +58,8 @@ def replicate(model: nn.Module, groups: Groups) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     # find_unused_parameters: not for unused ones, but because DDP otherwise rebuilds its buckets after the first step.
     # With more than 2 ranks the order of a ring's sums depends on the bucket, so a resumed run would differ in bits.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     # init_sync off: initial weights are a function of the seed, equal on all ranks without a broadcast.
-    return DistributedDataParallel(
+    return _Replicated(
         model,
         process_group=groups.world,
         find_unused_parameters=True,
@@ -36,15 +73,23 @@ class ReplicatedEngine(StepEngine):
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """See StepEngine."""
-        return replicate(materialize(model, self.config, self.device), self.groups)
+        materialize(model, self.config, self.device)
+        self.experts = ExpertReduction(model, self.groups)
+        return replicate(model, self.groups)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """See Engine. Backward belongs inside: DDP decides in the forward whether it will communicate."""
+        self.experts.begin(last=last)
         return nullcontext() if last or self.model is self.local_model else self.model.no_sync()
 
     def reduce(self) -> None:
-        """See StepEngine. DDP has averaged the dense gradients during backward."""
-        reduce_expert_gradients(self.local_model, self.groups, self.groups.world_size)
+        """See StepEngine. DDP has averaged the dense gradients during backward, and experts' sums are under way."""
+        self.experts.finish(self.groups.world_size)
+
+    def discard_gradients(self) -> str | None:
+        """See Engine."""
+        self.experts.discard()
+        return super().discard_gradients()
 
     def square_sums(self) -> SquareSums:
         """See StepEngine."""

@@ -25,6 +25,7 @@ from swin_moe.layout import Chunk
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.all_to_all import ShardGather
+from swin_moe.parallel.compile import compile_network
 from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.link import build_link
@@ -50,7 +51,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
 
 def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> nn.Module:
     """Returns the model, changed in place: experts cut to this rank's part, rows dispatched over the expert group,
-    routing decided over the routing group.
+    routing decided over the routing group; then, as parallel.compile says, blocks or the network compiled.
 
     Works on meta, so that a rank never allocates experts of others; initialize or load afterwards or before.
 
@@ -70,6 +71,9 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         layer.dispatcher = build(groups, layer.experts.num_experts, build_link(layer.config, groups))
         if groups.expert_size > 1:
             _cut_experts(name, layer.experts, groups)
+    if parallel.compile != "none":
+        hooked = parallel.zero >= 2 and groups.expert_data is not None  # FSDP2 gathers experts when they run
+        compile_network(model, parallel.compile, sharded_experts=hooked)
     return model
 
 
@@ -124,7 +128,7 @@ def reduce_expert_gradients(model: nn.Module, groups: Groups, divisor: float) ->
     """
     gradients = [p.grad for _, p in expert_parameters(model) if p.grad is not None]
     if groups.expert_data is not None:
-        for bucket in _buckets(gradients):
+        for bucket in buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in bucket])
             dist.all_reduce(flat, group=groups.expert_data)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
@@ -133,8 +137,9 @@ def reduce_expert_gradients(model: nn.Module, groups: Groups, divisor: float) ->
         torch._foreach_mul_(gradients, 1.0 / divisor)
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields runs of tensors of one dtype and at most _BUCKET_BYTES (or one larger tensor), in order."""
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields runs of tensors that are reduced together, in order: of one dtype, at most _BUCKET_BYTES or one larger
+    tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

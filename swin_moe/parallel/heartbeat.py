@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -63,6 +64,7 @@ class Heartbeat:
         self._note = note
         self._main = threading.get_ident()
         self._state = (-1, 0, "start-up", time.monotonic(), True)  # one tuple: read by other threads without a lock
+        self.patient = False  # while it is set every phase is a long one: ranks compile at their own pace
         self._backward = False
         self._alarm = False  # a collective failed: somebody may be gone
         self._seen: dict[int, tuple[Beat, float]] = {}  # rank -> (its last beat, when it was new here)
@@ -76,7 +78,7 @@ class Heartbeat:
     def enter(self, phase: str, *, step: int | None = None, long: bool = False) -> None:
         """Begins a phase. Every rank has to begin the same ones in the same order."""
         old_step, order, *_ = self._state
-        step = old_step if step is None else step
+        step, long = old_step if step is None else step, long or self.patient
         self._backward = phase == "backward"
         self._state = (step, order + 1, phase, time.monotonic(), long)
         if self._note is not None:
@@ -93,7 +95,7 @@ class Heartbeat:
 
         def begin(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: tuple) -> None:
-                if module.training:
+                if module.training and not torch.compiler.is_compiling():  # a graph has no phases
                     inside_backward = self._backward
                     self.enter(f"{'backward, recomputing' if inside_backward else 'forward of'} {name}")
                     self._backward = inside_backward
