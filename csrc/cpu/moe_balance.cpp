@@ -227,7 +227,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_balance_backward_cpu(const Tensor& grad_,
   const Tensor scores = kind == kGshard ? scores_ : scores_.contiguous();
   const int64_t tokens = scores.size(0);
   const double grad = grad_.item<double>();
-  Tensor of_scores = at::empty({0}, scores.options()), of_threshold = of_scores, of_logits = of_scores;
+  const auto none = [&] { return at::empty({0}, scores.options()); };  // results must not share memory
+  Tensor of_scores = none(), of_threshold = none(), of_logits = none();
   if (kind != kNone) {
     of_scores = at::zeros(scores.sizes(), scores.options());
     if (kind == kLoadImportance) of_threshold = at::zeros({tokens}, scores.options());
