@@ -6,6 +6,7 @@ SWIN_MOE_CUDA_ARCHITECTURES="90" compiles the CUDA kernels for these compute cap
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
+FACTS = runpy.run_path(str(HERE / "csrc" / "build_facts.py"))
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # What runs on machines that do not have the newest GPU: two generations by name, the newest also as PTX for later ones.
 CUDA_ARCHITECTURES = tuple(os.environ.get("SWIN_MOE_CUDA_ARCHITECTURES", "80 90 100").split())
@@ -21,6 +23,17 @@ CUDA_ARCHITECTURES = tuple(os.environ.get("SWIN_MOE_CUDA_ARCHITECTURES", "80 90 
 def sources(*patterns: str) -> list[str]:
     """Returns files below csrc/, relative to this file."""
     return sorted(str(path.relative_to(HERE)) for pattern in patterns for path in (HERE / "csrc").glob(pattern))
+
+
+def write_source_mark() -> Path:
+    """Returns the directory of a header with the digest of csrc/; it is left alone where it already says so, because
+    what includes it is compiled again when it is written."""
+    header = HERE / "build" / "marks" / "source_mark.h"
+    text = f'#define SWIN_MOE_SOURCES "{FACTS["sources_digest"](HERE / "csrc")}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header.parent
 
 
 def nvcc_flags() -> list[str]:
@@ -43,7 +56,8 @@ def extension_arguments() -> dict:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        from torch.utils import cpp_extension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         return without_extension(f"torch cannot be imported at build time ({error}); use --no-build-isolation")
 
@@ -57,20 +71,25 @@ def extension_arguments() -> dict:
                 without_extension(f"{type(error).__name__}: {error}")
                 self.extensions = []
 
-    with_cuda = bool(torch.version.cuda and CUDA_HOME)
+    chosen = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = FACTS["cuda_home"]([os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), chosen])
+    with_cuda = bool(torch.version.cuda and cpp_extension.CUDA_HOME)
     kind, flags = CppExtension, {"cxx": CXX_FLAGS}
     files = sources("*.cpp", "cpu/*.cpp")
     if with_cuda:
         kind, flags = CUDAExtension, {"cxx": CXX_FLAGS, "nvcc": nvcc_flags()}
         files += sources("cuda/*.cpp", "cuda/*.cu")
+        print(f"swin_moe: CUDA of {cpp_extension.CUDA_HOME}", file=sys.stderr)
     elif torch.version.cuda:
-        print("swin_moe: no nvcc was found (CUDA_HOME): the kernels are built for the CPU only", file=sys.stderr)
+        where = f"CUDA_HOME or torch's {chosen}" if chosen else "CUDA_HOME"
+        text = f"no directory with bin/nvcc and include/cuda_runtime.h was found ({where}, /usr/local/cuda*)"
+        print(f"swin_moe: {text}: the kernels are built for the CPU only", file=sys.stderr)
     # Not optional=True: setuptools would swallow the error, and with it the reason.
     library = kind(
         "swin_moe._C",
         files,
         depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
-        include_dirs=[str(HERE / "csrc")],
+        include_dirs=[str(HERE / "csrc"), str(write_source_mark())],
         extra_compile_args=flags,
         py_limited_api=True,  # registered through torch alone: no symbol of Python is used
     )

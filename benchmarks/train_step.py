@@ -8,8 +8,8 @@ second. timm takes part with and without its fused attention, and the faster of 
 
 A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that ours
 is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy machine
-disturbs both sides alike. --memory prints instead how far one training step raises the peak memory of a process of its
-own above that of network, gradients and optimizer state (CPU).
+disturbs both sides alike. On a CUDA device a round is ten steps between two events. --memory prints instead how far one
+training step raises the peak memory of a process of its own above that of network, gradients and optimizer state (CPU).
 """
 
 import argparse
@@ -18,12 +18,12 @@ import multiprocessing
 import platform
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from device_clock import seconds_per_call
 from torch import nn
 
 import swin_moe
@@ -139,15 +139,8 @@ class Side:
 
 
 def timed(call: Callable[[], None], device: torch.device) -> float:
-    """Returns the seconds of one call: wall time, or CPU time of this process where it computes in one CPU thread."""
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
+    """Returns the seconds of one call; on a device of one of ten, so that it never waits for the host after a step."""
+    return seconds_per_call(call, device, 10 if device.type == "cuda" else 1)
 
 
 def peak_of_step(number: int, which: int, options: argparse.Namespace) -> float:

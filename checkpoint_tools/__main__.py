@@ -12,6 +12,7 @@ import traceback
 
 from checkpoint_tools.arguments import add_common_arguments, build_options
 from checkpoint_tools.ranks import join_ranks
+from swin_moe.checkpoint.errors import describe
 
 PROGRAM = "swin-moe checkpoint"
 VERBS = {
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank:
             time.sleep(3)  # all ranks raise the same, and this one's exit ends them: rank 0 has to say it first
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         return 2
 
 

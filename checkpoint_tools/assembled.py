@@ -4,7 +4,7 @@ Copies are compared where they are read, so every byte is read once: the officia
 ranks drift apart (each clips by the norm of its own experts), and dropping all but one would hide it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from checkpoint_tools.floats import decode, encode
 from checkpoint_tools.record_file import RecordFile, TensorRecord, contiguous_boxes
 from checkpoint_tools.rules import Place
 from checkpoint_tools.source import Options, Source, SourceTensor
-from swin_moe.checkpoint.boxes import find_gap, find_overlap
+from swin_moe.checkpoint.boxes import BoxFinder, find_gap, find_overlap
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, place_text
 from swin_moe.layout import Chunk
@@ -54,9 +54,11 @@ class AssembledSource(Source):
         config: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        self.format, self.path, self.parts, self.options = format, path, dict(parts), options
+        self.format, self.path, self.options = format, path, options
+        self.parts = {name: sorted(found, key=lambda part: part.box) for name, found in parts.items()}
+        self._finders = {name: BoxFinder([part.box for part in found]) for name, found in self.parts.items()}
         self.step, self.state, self.config, self.provenance = step, state or {}, config or {}, provenance or {}
-        files = {leaf.file.path: leaf.file for p in parts.values() for part in p for leaf in part.copies}
+        files = {leaf.file.path: leaf.file for p in self.parts.values() for part in p for leaf in part.copies}
         self.files = sorted(files)
         self._open = list(files.values())
         self.tensors = {name: _whole(path, name, parts[name]) for name in sorted(parts)}
@@ -65,10 +67,12 @@ class AssembledSource(Source):
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """See Source."""
-        for part in self.parts[name]:
-            common = part.box.overlap(box)
-            if common is not None:
-                self._read_part(name, part, common, destination[(*common.within(box), ...)])
+        for part, common in self._overlapping(name, box):
+            self._read_part(name, part, common, destination[(*common.within(box), ...)])
+
+    def _overlapping(self, name: str, box: Chunk) -> Iterator[tuple[Part, Chunk]]:
+        """Yields the parts of a tensor that hold something of a box, each with what it holds."""
+        return ((self.parts[name][i], common) for i, common in self._finders[name].overlapping(box))
 
     def _read_part(self, name: str, part: Part, box: Chunk, destination: np.ndarray) -> None:
         inner = Chunk(tuple(a - b for a, b in zip(box.offset, part.box.offset)), box.size)
@@ -121,19 +125,16 @@ class AssembledSource(Source):
 
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:
         """See Source."""
-        for part in self.parts[name]:
-            common = part.box.overlap(box)
-            if common is not None:
-                inner = Chunk(tuple(a - b for a, b in zip(common.offset, part.box.offset)), common.size)
-                file, record = part.copies[0]
-                return str(file.path), file.locate(record, inner)
+        for part, common in self._overlapping(name, box):
+            inner = Chunk(tuple(a - b for a, b in zip(common.offset, part.box.offset)), common.size)
+            file, record = part.copies[0]
+            return str(file.path), file.locate(record, inner)
         return "", 0
 
     def read_bytes(self, name: str, box: Chunk) -> int:
         """See Source."""
         item = DTYPE_BYTES[self.tensors[name].dtype]
-        overlaps = ((part.box.overlap(box), len(part.copies)) for part in self.parts[name])
-        return sum(common.numel * copies * item for common, copies in overlaps if common is not None)
+        return sum(common.numel * len(part.copies) * item for part, common in self._overlapping(name, box))
 
     def close(self) -> None:
         """See Source."""

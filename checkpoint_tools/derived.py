@@ -42,6 +42,7 @@ class DerivedSource(Source):
     ) -> None:
         self.format, self.path, self.files, self.base = "derived", base.path, base.files, base
         self._made = dict(sorted(tensors.items()))
+        self._places = {"": ("", 0)}  # of what is made of no tensor
         self.tensors = {name: SourceTensor(made.shape, made.dtype) for name, made in self._made.items()}
         self.step, self.state, self.config, self._recipe = step, state, config, recipe
         self.provenance = {"derived": recipe, "source": {"path": str(base.path), "provenance": base.provenance}}
@@ -54,7 +55,9 @@ class DerivedSource(Source):
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:
         """See Source: beside what the tensor is made from."""
         origin = self._made[name].origin
-        return self.base.locate(origin, Chunk.whole(self.base.tensors[origin].shape)) if origin else ("", 0)
+        if origin not in self._places:
+            self._places[origin] = self.base.locate(origin, Chunk.whole(self.base.tensors[origin].shape))
+        return self._places[origin]
 
     def identity(self) -> Any:
         """See Source."""

@@ -111,7 +111,13 @@ def expert_parts(name: str, leaves: Sequence[Leaf], layer: Layer) -> list[Part]:
 
 
 def layer_sizes(
-    path: Path, prefix: str, shapes: Mapping[str, tuple[int, ...]], local: tuple[int, ...], world: int
+    path: Path,
+    prefix: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    local: tuple[int, ...],
+    world: int,
+    *,
+    dense: tuple[int, ...] | None = None,
 ) -> Layer:
     """Returns the sizes of the MoE layer `prefix` (layers.2.blocks.1.mlp): by its router and a rank's fc1_weight.
 
@@ -121,6 +127,7 @@ def layer_sizes(
     Args:
         shapes: Our name -> shape, of tensors that every rank holds alike.
         local: Shape of fc1_weight in a rank file.
+        dense: Shape of fc1.weight of a dense block, where there is one.
 
     Raises:
         CheckpointError: The router is missing, or files are, or the shape has no single meaning.
@@ -137,7 +144,6 @@ def layer_sizes(
         raise CheckpointError(f"{path}: {prefix}: a router of {experts} experts and {channels} channels is impossible")
     spread = Spread(experts, world)
     spread.check(path)
-    dense = next((shapes[n] for n in sorted(shapes) if n.endswith(".mlp.fc1.weight")), None)
     expected = channels * dense[0] // dense[1] if dense and len(dense) == 2 and dense[1] else None
     if len(local) == 3 and local[2] == channels:
         hidden = local[1] * spread.shards

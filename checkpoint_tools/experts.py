@@ -16,7 +16,7 @@ Shape legend: E experts before, N after, c copies of one, H hidden channels, k c
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from checkpoint_tools.arguments import add_output_arguments
 from checkpoint_tools.convert import write_or_plan
-from checkpoint_tools.derived import Derived, DerivedSource, copied, scale
+from checkpoint_tools.derived import Derived, DerivedSource, Fill, copied, scale
 from checkpoint_tools.expert_load import expert_loads
 from checkpoint_tools.floats import WRITABLE, decode, encode
 from checkpoint_tools.formats import FORMATS, open_source
@@ -36,6 +36,9 @@ from swin_moe.checkpoint.pieces import is_expert_tensor
 from swin_moe.layout import Chunk
 
 OPERATIONS = ("duplicate", "split", "merge", "prune")
+_ROUTER_ROWS = ("router.weight", "router.sim_matrix")  # (E, channels), (channels, E)
+_ROUTER_REST = ("router.temperature", "router.projector.weight", "router.projector.bias")
+_ELEMENTS = 1 << 20  # of a matrix of routers that are read at once
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -149,8 +152,12 @@ class Change:
         for name in self.base.tensors:
             parameter = split_kind(name)[1]
             layer, _, leaf = parameter.partition(".mlp.")
-            is_router = leaf in ("router.weight", "router.sim_matrix")
-            if layer in self.origins and (is_expert_tensor(parameter) or is_router):
+            if layer in self.origins and leaf.startswith("router.") and leaf not in _ROUTER_ROWS + _ROUTER_REST:
+                raise CheckpointError(
+                    f"{self.base.path}: tensor {name} belongs to a router that this verb does not know; it knows those "
+                    f"of {', '.join(_ROUTER_ROWS + _ROUTER_REST)}"
+                )
+            if layer in self.origins and (is_expert_tensor(parameter) or leaf in _ROUTER_ROWS):
                 tensors[name] = self._changed(name, layer, leaf)
             else:
                 tensors[name] = copied(self.base, name)
@@ -171,21 +178,41 @@ class Change:
         if dtype not in WRITABLE:
             raise CheckpointError(f"{self.base.path}: tensor {name}: {dtype} experts cannot be changed")
         kind, origins = split_kind(name)[0], self.origins[layer]
-        dim = 1 if leaf == "router.sim_matrix" else 0  # (channels, E) there, (E, ...) elsewhere
+        if leaf == "router.sim_matrix":
+            return Derived((shape[0], self.count), dtype, self._columns(name, origins), name)
         factor = self._factor(kind, leaf)
 
         def fill(box: Chunk, out: np.ndarray) -> None:
-            for row in range(box.size[dim]):
-                origin = origins[box.offset[dim] + row]
-                inner = _with(box, dim, 0, 1)
-                part = out[:, row : row + 1] if dim else out[row : row + 1]
-                self._average(name, dtype, origin, inner, dim, part)
+            rest = box.offset[1:], box.size[1:]
+            for row in range(box.size[0]):
+                origin, part = origins[box.offset[0] + row], out[row : row + 1]
+                _average(
+                    lambda e, to: self.base.read(name, Chunk((e, *rest[0]), (1, *rest[1])), to), dtype, origin, part
+                )
                 scale(part, dtype, factor)
                 if leaf == "experts.fc2_weight" and origin.share[1] > 1:
                     _keep_share(part, box, shape[1], origin.share)
 
-        new = (*shape[:dim], self.count, *shape[dim + 1 :])
-        return Derived(tuple(new), dtype, fill, name)
+        return Derived((self.count, *shape[1:]), dtype, fill, name)
+
+    def _columns(self, name: str, origins: Sequence[Origin]) -> Fill:
+        """Returns what fills a matrix (channels, N): rows of the old one are read whole, once for all columns."""
+        (_, before), dtype = self.base.tensors[name]
+
+        def fill(box: Chunk, out: np.ndarray) -> None:
+            step = max(1, _ELEMENTS // before)
+            for start in range(0, box.size[0], step):
+                part = out[start : start + step]
+                old = np.empty((len(part), before), out.dtype)
+                self.base.read(name, Chunk((box.offset[0] + start, 0), old.shape), old)
+                for column in range(box.size[1]):
+                    origin = origins[box.offset[1] + column]
+                    _average(
+                        lambda e, to, old=old: np.copyto(to, old[:, e : e + 1]),
+                        dtype, origin, part[:, column : column + 1],
+                    )  # fmt: skip
+
+        return fill
 
     def _factor(self, kind: str, leaf: str) -> float:
         """Returns what a tensor is multiplied by; the second bias of a split expert is shared, and stays as it is."""
@@ -197,22 +224,17 @@ class Change:
             kind, self.factor
         )
 
-    def _average(self, name: str, dtype: str, origin: Origin, box: Chunk, dim: int, out: np.ndarray) -> None:
-        if len(origin.experts) == 1:
-            self.base.read(name, _with(box, dim, origin.experts[0], 1), out)
-            return
-        total, one = np.zeros(out.shape, np.float64), np.empty(out.shape, out.dtype)
-        for expert, weight in zip(origin.experts, origin.weights):
-            self.base.read(name, _with(box, dim, expert, 1), one)
-            total += weight * decode(one, dtype)
-        encode(total, dtype, out)
 
-
-def _with(box: Chunk, dim: int, offset: int, size: int) -> Chunk:
-    """Returns the box with another extent along one dim."""
-    offsets, sizes = list(box.offset), list(box.size)
-    offsets[dim], sizes[dim] = offset, size
-    return Chunk(tuple(offsets), tuple(sizes))
+def _average(read: Callable[[int, np.ndarray], None], dtype: str, origin: Origin, out: np.ndarray) -> None:
+    """Fills `out` with the weighted mean of what `read` gives for each of the old experts."""
+    if len(origin.experts) == 1:
+        read(origin.experts[0], out)
+        return
+    total, one = np.zeros(out.shape, np.float64), np.empty(out.shape, out.dtype)
+    for expert, weight in zip(origin.experts, origin.weights):
+        read(expert, one)
+        total += weight * decode(one, dtype)
+    encode(total, dtype, out)
 
 
 def _keep_share(part: np.ndarray, box: Chunk, hidden: int, share: tuple[int, int]) -> None:

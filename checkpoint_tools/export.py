@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats.safetensors import describe
 from checkpoint_tools.progress import progress_of
 from checkpoint_tools.publish import publish_files
 from checkpoint_tools.source import Options, Source
@@ -74,7 +75,7 @@ def write_safetensors(source: Source, stored: dict[str, str], path: Path, option
         tensor = source.tensors[stored[name]]
         start, end = end, end + tensor.num_bytes
         entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = encode_header(entries, {"format": "pt"})
+    header = encode_header(entries, describe(source))
 
     def write(staging: Path) -> None:
         with progress_of(options, end) as advance, open(staging / path.name, "wb") as file:

@@ -64,15 +64,14 @@ def num_experts(source: Source, name: str) -> int:
 def render(content: dict[str, Any]) -> str:
     """Returns the description as text: one row per parameter, with what else is stored for it."""
     totals, tensors = content["totals"], content["tensors"]
-    kinds: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in tensors:
-        kind, parameter = split_kind(name)
-        kinds.setdefault(parameter, []).append(kind)
+        groups.setdefault(split_kind(name)[1], []).append(name)
     rows = []
-    for parameter, stored in sorted(kinds.items()):
-        name = parameter if parameter in tensors else next(n for n in tensors if split_kind(n)[1] == parameter)
-        tensor = tensors[name]
-        total = sum(t["bytes"] for n, t in tensors.items() if split_kind(n)[1] == parameter)
+    for parameter, names in sorted(groups.items()):
+        tensor = tensors[parameter if parameter in tensors else names[0]]
+        total = sum(tensors[name]["bytes"] for name in names)
+        stored = [split_kind(name)[0] for name in names]
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
         sizes = tensor["experts"] or "", tensor["chunks"], format_bytes(total)
         rows.append((parameter, shape, tensor["dtype"], *sizes, " ".join(sorted(stored, key=_order))))

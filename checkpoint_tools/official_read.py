@@ -6,15 +6,14 @@ from typing import Any
 
 from checkpoint_tools.assembled import AssembledSource, Leaf, Part, join_parts
 from checkpoint_tools.expert_files import Layer, expert_parts, layer_sizes
-from checkpoint_tools.infer import infer_model
+from checkpoint_tools.infer import infer_model, merge_model
 from checkpoint_tools.official_layout import is_buffer
 from checkpoint_tools.official_state import Moments, native_config, read_moments, training_state
 from checkpoint_tools.plain_read import sizes_of
-from checkpoint_tools.record_file import TensorRecord
+from checkpoint_tools.record_file import RecordFile, TensorRecord
 from checkpoint_tools.rules import FROM_OFFICIAL, Place, Rule, check_ours, to_ours
 from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import state_dict
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.state_dict_files import find_weights, state_dict
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 
@@ -25,25 +24,36 @@ Rules = tuple[Rule, ...]
 def assemble(
     form: str,
     path: Path,
-    ranks: list[TorchFile],
-    shared: TorchFile | None,
+    ranks: list[RecordFile],
+    shared: RecordFile | None,
     options: Options,
     *,
     rules: Rules = FROM_OFFICIAL,
     optimizer: bool = True,
+    config: dict[str, Any] | None = None,
 ) -> Source:
     """Returns the source that the files of all ranks make, with what only `shared` holds.
+
+    Args:
+        optimizer: Whether its state is read; only of files with the official key "model".
+        config: What the network is, where that does not stand in the first file as the official code writes it.
 
     Raises:
         CheckpointError: A tensor is missing on some rank, has another shape than its layout says, or experts are lost.
     """
-    models = [state_dict(file.content, file.path) for file in ranks]
+    found = [find_weights(file.content, file.path) for file in ranks]
+    models = [weights.records for weights in found]
+    if optimizer and isinstance(ranks[0].content, dict) and "optimizer" in ranks[0].content:
+        optimizer = found[0].wrapper in ("", "model")
+        if not optimizer:
+            options.report(f"{path}: its optimizer is not in the official order of parameters and is left out")
     rest = state_dict(shared.content, shared.path) if shared is not None else {}
     leaves = _gather(ranks, models, shared, rest, rules)
     shapes = {name: found[0].record.shape for name, found in leaves.items() if not is_expert_tensor(name)}
+    dense = next((shapes[name] for name in sorted(shapes) if name.endswith(".mlp.fc1.weight")), None)
     layers = {
         name.removesuffix(".experts.fc1_weight"): layer_sizes(
-            path, name.removesuffix(".experts.fc1_weight"), shapes, found[0].record.shape, len(ranks)
+            path, name.removesuffix(".experts.fc1_weight"), shapes, found[0].record.shape, len(ranks), dense=dense
         )
         for name, found in leaves.items()
         if name.endswith(".experts.fc1_weight")
@@ -61,7 +71,10 @@ def assemble(
     newest = max(moments, key=lambda found: found.step, default=None)
     first = ranks[0]
     content = first.content if isinstance(first.content, dict) else {}
-    config = native_config(content, inferred, first.path, options, world=len(ranks))
+    if config is None:
+        config = native_config(content, inferred, first.path, options, world=len(ranks))
+    else:
+        config = merge_model(config, inferred)
     return AssembledSource(
         form,
         path,
@@ -74,7 +87,7 @@ def assemble(
     )
 
 
-def _read_moments(path: Path, ranks: list[TorchFile], models: list[Model], options: Options) -> list[Moments]:
+def _read_moments(path: Path, ranks: list[RecordFile], models: list[Model], options: Options) -> list[Moments]:
     """Returns each rank's optimizer state; [] where there is none.
 
     Raises:
@@ -94,7 +107,7 @@ def _read_moments(path: Path, ranks: list[TorchFile], models: list[Model], optio
 
 
 def _gather(
-    ranks: list[TorchFile], models: list[Model], shared: TorchFile | None, rest: Model, rules: Rules
+    ranks: list[RecordFile], models: list[Model], shared: RecordFile | None, rest: Model, rules: Rules
 ) -> dict[str, list[Leaf]]:
     """Returns our name -> one leaf per rank, or a single one for what only the shared file holds.
 
@@ -117,7 +130,7 @@ def _gather(
     return leaves
 
 
-def _renamed(file: TorchFile, model: Model, rules: Rules) -> Model:
+def _renamed(file: RecordFile, model: Model, rules: Rules) -> Model:
     """Returns tensors, or optimizer state (`optim.<kind>/<name>`), under our names, without what a rule drops.
 
     Raises:

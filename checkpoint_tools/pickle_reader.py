@@ -297,9 +297,11 @@ def read_pickle(
     try:
         return _Machine(builders, inert, persistent).run(stream)
     except _Refused as error:
+        is_class = str(error).rpartition(".")[2][:1].isupper()
+        advice = "; of a pickled model save its state_dict() where its code is" if is_class else ""
         raise CheckpointError(
             f"{path}: its pickle asks for the global {error}, which is refused: only tensors, plain values and known "
-            f"option classes are read, and nothing is executed"
+            f"option classes are read, and nothing is executed{advice}"
         ) from None
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         reason = str(error) if type(error) is ValueError and str(error) else "it is not a valid pickle"

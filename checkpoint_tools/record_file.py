@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -90,6 +90,8 @@ class RecordFile:
 
     def __init__(self, path: Path, files: OpenFiles | None = None) -> None:
         self.path, self.files = path, files or OpenFiles()
+        self.content: Any = None  # what the file holds, with TensorRecords for tensors
+        self.metadata: dict[str, str] = {}  # text that stands beside the tensors, of kinds of file that have it
         self._begin: dict[str, tuple[int, int]] = {}  # storage key -> first byte, bytes
         self._unverified: dict[str, int] = {}  # storage key -> CRC-32 of its bytes, until they were compared with it
         self._has_sums = False

@@ -13,12 +13,12 @@ from checkpoint_tools.arguments import add_output_arguments
 from checkpoint_tools.convert import write_or_plan
 from checkpoint_tools.formats import FORMATS, open_source
 from checkpoint_tools.inspect import num_experts
-from checkpoint_tools.source import Options, Source
+from checkpoint_tools.source import Options, Source, SourceTensor
 from checkpoint_tools.text import format_bytes, table
-from swin_moe.checkpoint.boxes import find_gap, find_overlap, split_slabs
+from swin_moe.checkpoint.boxes import BoxFinder, find_gap, find_overlap, split_slabs
 from swin_moe.checkpoint.digest import BLOCK_BYTES
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.checkpoint.pieces import DTYPE_BYTES
+from swin_moe.checkpoint.pieces import DTYPE_BYTES, is_expert_tensor
 from swin_moe.checkpoint.plan import canonical_chunks
 from swin_moe.checkpoint.shards import SLAB_BYTES
 from swin_moe.config import ParallelConfig
@@ -71,10 +71,16 @@ def resolve_degrees(source: Source, world: int, expert: int, shard: int) -> Degr
     return Degrees.resolve(ParallelConfig(expert=expert, expert_shard=shard), experts, world)
 
 
+def one_of_each(source: Source) -> dict[str, SourceTensor]:
+    """Returns one tensor of each placement and shape: the others of its kind are cut alike."""
+    kinds = {(placement(name), tuple(tensor.shape)): name for name, tensor in reversed(source.tensors.items())}
+    return {name: source.tensors[name] for name in kinds.values()}
+
+
 def check_coverage(source: Source, degrees: Degrees) -> None:
     """Raises CheckpointError unless the ranks' boxes cover every element, and replicas apart no element twice."""
-    for name, tensor in source.tensors.items():
-        once = degrees.expert * degrees.expert_shard  # further ranks hold replicas of these
+    once = degrees.expert * degrees.expert_shard  # further ranks hold replicas of these
+    for name, tensor in one_of_each(source).items():
         boxes = {local_chunk(name, tensor.shape, degrees.coordinates(rank)) for rank in range(once)}
         filled = [box for box in boxes if box.numel]
         if find_overlap(filled) is not None or find_gap(tensor.shape, filled) is not None:
@@ -86,21 +92,24 @@ def rank_share(source: Source, degrees: Degrees, rank: int) -> RankShare:
     coordinates = degrees.coordinates(rank)
     held = read = 0
     experts: set[int] = set()
+    touched: dict[tuple, int] = {}  # tensors of one shape and kind are stored and cut alike
     for name, tensor in source.tensors.items():
         box, item = local_chunk(name, tensor.shape, coordinates), DTYPE_BYTES[tensor.dtype]
         held += box.numel * item
-        read += sum(bytes_touched(chunk, box, item) for chunk in canonical_chunks(name, tensor.shape))
+        key = is_expert_tensor(name), tuple(tensor.shape), box, item
+        if key not in touched:
+            chunks = canonical_chunks(name, tensor.shape)
+            found = BoxFinder(chunks).overlapping(box)
+            touched[key] = sum(bytes_touched(chunks[i], part, item) for i, part in found)
+        read += touched[key]
         if placement(name).is_expert and box.numel:
             experts.update(range(box.offset[0], box.offset[0] + box.size[0]))
     text = f"{min(experts)} to {max(experts)}" if len(experts) > 1 else "".join(map(str, experts))
     return RankShare(rank, text, held, read)
 
 
-def bytes_touched(chunk: Chunk, box: Chunk, item: int) -> int:
-    """Returns the bytes of the digest blocks of a stored chunk that reading `box` takes; `item` bytes per element."""
-    part = chunk.overlap(box)
-    if part is None:
-        return 0
+def bytes_touched(chunk: Chunk, part: Chunk, item: int) -> int:
+    """Returns the bytes of the digest blocks that reading a part of a stored chunk takes; `item` bytes per element."""
     blocks: set[int] = set()
     for _, first, last in split_slabs(part, chunk, SLAB_BYTES // item):
         blocks.update(range(first * item // BLOCK_BYTES, -(-last * item // BLOCK_BYTES)))

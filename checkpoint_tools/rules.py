@@ -90,6 +90,10 @@ FROM_SIMMIM = (
     *(Rule(pattern, None) for pattern, _ in SIMMIM_DROPPED),
     *FROM_OFFICIAL,
 )
+# MoBY's files hold the momentum network, both heads and the queue beside the encoder (SwinTransformer/Transformer-SSL,
+# models/moby.py); its utils.py:load_pretrained takes the encoder alone.
+MOBY_PARTS = r"^(encoder_k|projector|projector_k|predictor)\.|^queue(1|2|_ptr)$"
+FROM_MOBY = (Rule(MOBY_PARTS, None), *FROM_SIMMIM)
 TO_OFFICIAL = (
     Rule(r"mlp\.experts\.fc(\d)_weight$", r"mlp._moe_layer.experts.batched_fc\1_w"),
     Rule(r"mlp\.experts\.fc(\d)_bias$", r"mlp._moe_layer.experts.batched_fc\1_bias"),

@@ -38,7 +38,8 @@ class SafetensorsFile(RecordFile):
                 raise CheckpointError(f"{path}: is no safetensors file ({error})") from None
         if not isinstance(header, dict):
             raise CheckpointError(f"{path}: is no safetensors file")
-        header.pop("__metadata__", None)
+        notes = header.pop("__metadata__", None)
+        self.metadata = {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}
         self.content = {name: self._record(name, entry, 8 + length, size) for name, entry in header.items()}
 
     def _record(self, name: str, entry: object, start: int, size: int) -> TensorRecord:

@@ -120,6 +120,13 @@ class Source:
         """Returns a sentence for each thing that is wrong outside the tensors' data."""
         return []
 
+    def find_wrong_data(self, options: Options, advance: Callable[[int], None]) -> list[str] | None:
+        """Returns a sentence for each part of this rank's share of the data that is wrong, after reading all of it.
+
+        None where the format knows no quicker way than to read every box.
+        """
+        return None
+
     def close(self) -> None:
         """Closes files."""
 

@@ -102,6 +102,9 @@ class TorchFile(RecordFile):
         super().__init__(path, files)
         builders = tensor_builders()
         if window is None and not zipfile.is_zipfile(path):
+            with open(path, "rb") as stream:
+                if stream.read(4) == b"PK\x03\x04":
+                    raise CorruptionError(f"{path}: is cut off: it begins as a file of torch.save, its end is missing")
             from checkpoint_tools.torch_legacy import read_legacy
 
             self.content, self._begin = read_legacy(path, builders, inert)

@@ -33,7 +33,7 @@ def read_legacy(
     if not path.is_file():
         raise CheckpointError(f"{path}: does not exist")
     if not is_legacy(path):
-        raise CheckpointError(f"{path}: is no file of torch.save")
+        raise CheckpointError(f"{path}: is neither a file of torch.save nor a safetensors file")
     kinds: dict[str, Storage] = {}
 
     def remember(reference: Any) -> Storage:

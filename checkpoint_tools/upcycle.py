@@ -183,6 +183,7 @@ class Upcycling:
             encode(values[box.offset[1] :] * std * factor, dtype, out[row])
 
     def _routers(self) -> Iterator[tuple[str, Derived]]:
+        kinds = sorted({split_kind(name)[0] for name in self.dense.tensors if name.startswith("optim.")})
         for stage, blocks in enumerate(self.blocks):
             for block in blocks:
                 prefix = f"layers.{stage}.blocks.{block}.mlp"
@@ -194,7 +195,7 @@ class Upcycling:
                 values = draw.standard_normal((self.experts, channels)) * self.arguments.router_std
                 yield f"{prefix}.router.weight", from_array(values, dtype)
                 if self.arguments.optimizer == "copy":
-                    for kind in sorted({split_kind(n)[0] for n in self.dense.tensors if n.startswith("optim.")}):
+                    for kind in kinds:
                         yield f"optim.{kind}/{prefix}.router.weight", zeros((self.experts, channels), dtype)
 
     def _config(self) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def run(arguments: argparse.Namespace, options: Options) -> int:
 def find_problems(source: Source, options: Options) -> list[str]:
     """Returns a sentence for each thing that is wrong in this rank's share of the bytes."""
     problems = source.find_problems() if options.comm.rank == 0 else []
+    total = sum(tensor.num_bytes for tensor in source.tensors.values())
+    with progress_of(options, total // options.comm.size) as advance:
+        wrong = source.find_wrong_data(options, advance)
+    if wrong is not None:
+        return problems + wrong
     job = plan_job(source, options)
     units = split_units(job, options.comm.size)[options.comm.rank]
     buffer = np.empty(options.box_bytes, np.uint8)

@@ -4,10 +4,14 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 from launcher import mpi, supervise
-from launcher.command import Job, build_command, find_mpi
+from launcher.command import Job, Mpi, build_command, find_mpi
 from launcher.env import without_world
+from launcher.hosts import check_names, read_hostfile, write_hostfile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         job = Job(options.ranks, program, options.hostfile, options.mpi, _parse_environment(options.env))
         job.check()
         found = find_mpi(job.mpirun)
+        if job.hostfile:
+            job = replace(job, hostfile=_translated(job.hostfile, found))
         command, additions = build_command(job, found)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
@@ -29,7 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(shlex.join(["env", *(f"{k}={v}" for k, v in additions.items()), *command] if additions else command))
         return 0
     environment = without_world(os.environ) | additions
-    return supervise.run(command, environment, flavor=found.flavor, grace=options.grace)
+    try:
+        return supervise.run(command, environment, flavor=found.flavor, grace=options.grace)
+    finally:
+        if job.hostfile:
+            Path(job.hostfile).unlink(missing_ok=True)
+
+
+def _translated(hostfile: str, found: Mpi) -> str:
+    """Returns the path of a hostfile with the same hosts as this MPI reads them."""
+    hosts = read_hostfile(hostfile)
+    check_names(hosts)
+    handle, path = tempfile.mkstemp(prefix="launcher-hosts-")
+    os.close(handle)
+    write_hostfile(hosts, found.flavor, Path(path))
+    return path
 
 
 def parse(arguments: list[str]) -> tuple[int, list[str]]:
@@ -56,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launcher", usage=__doc__)
     add = parser.add_argument
     add("-n", "--ranks", type=int, default=1, help="number of ranks (default 1)")
-    add("--hostfile", default="", help="file with a host per line, as mpirun reads it")
+    add("--hostfile", default="", help="file with a host per line: host, host:4 or host slots=4")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="set for every rank; may be repeated")
     add("--mpi", default="", metavar="MPIRUN", help="a system's mpirun (default: this environment's)")
     add("--grace", type=float, default=120.0, help="seconds ranks get to save after SIGTERM (default 120)")

@@ -31,8 +31,6 @@ class Job:
             raise ValueError("nothing to run; put the program after --, as in: -n 2 -- -m swin_moe.train CONFIG")
         if self.program[0] != "-m" and not Path(self.program[0]).is_file():
             raise ValueError(f"program {self.program[0]!r} is not a file; use -m MODULE for a module")
-        if self.hostfile and not Path(self.hostfile).is_file():
-            raise ValueError(f"--hostfile {self.hostfile!r} does not exist")
         if importlib.util.find_spec("mpi4py") is None:
             raise ValueError(f"mpi4py is not installed for {sys.executable}; run: pip install mpi4py mpich")
 
@@ -77,7 +75,8 @@ def build_command(job: Job, mpi: Mpi) -> tuple[list[str], dict[str, str]]:
     command = [mpi.mpirun, "-n", str(job.ranks)]
     if mpi.flavor == "openmpi":
         # Ranks bind themselves; more ranks than cores is normal for tests and demos.
-        command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        # Quiet: what it would add to an error of a rank is a page of its own.
+        command += ["--quiet", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         if job.hostfile:
             command += ["--hostfile", job.hostfile]
         for name in environment:

@@ -13,6 +13,9 @@ READY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # (rank, world size) as named by: Open MPI, MPICH / Intel MPI (hydra, PMI-1 and PMI-2).
 MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 SLURM = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+# Step ids from here on are Slurm's own (slurm/slurm.h: SLURM_INTERACTIVE_STEP, SLURM_BATCH_SCRIPT, ...): one process in
+# an allocation that may have more tasks.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # What a rank inherits from mpirun and from `export`; a process that starts a new world must not pass it on.
 _INHERITED = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|MPI_LOCALN?RANK\w*|(PMI|PMIX|OMPI_COMM|HYDI)_\w+"
@@ -38,13 +41,15 @@ def detect(environ: Mapping[str, str]) -> Kind:
     """Returns who started this process.
 
     "ready" (torchrun, or exported before) wins. MPI comes before Slurm, because mpirun inside a Slurm allocation starts
-    its ranks through srun and so shows both. A Slurm batch script itself has no SLURM_STEP_ID and counts as single.
+    its ranks through srun and so shows both. A Slurm batch script itself has no SLURM_STEP_ID and counts as single, and
+    so does the shell of an interactive step (salloc).
     """
     if all(environ.get(name) for name in READY):
         return "ready"
     if any(rank in environ and size in environ for rank, size in MPI):
         return "mpi"
-    if all(environ.get(name) for name in SLURM) and environ["SLURM_STEP_ID"].isdigit():
+    step = environ.get("SLURM_STEP_ID", "")
+    if all(environ.get(name) for name in SLURM) and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP:
         return "slurm"
     return "single"
 

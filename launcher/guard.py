@@ -11,11 +11,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from launcher import watch
 from launcher.env import MPI
 
+REPORTS = "LAUNCHER_REPORTS"  # folder of the launcher's host, in which a rank that fails leaves its exit code
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _HEADER = struct.Struct("=?dH")  # the rank has ended by itself; time of the note; bytes of the note
 _PAGE_BYTES = 1024
@@ -36,13 +38,28 @@ def run(program: Callable[[], None]) -> None:
         _page = page
         program()
         return
-    code = _wait(child)
-    if not _HEADER.unpack_from(page)[0]:
+    code, passed_on = _wait(child)
+    if not _HEADER.unpack_from(page)[0] and -code not in passed_on:
+        report(code if code > 0 else 128 - code if code else 1)
         time.sleep(_TOGETHER_SECONDS)
         print(f"[rank {_rank()}] error: {_obituary(code, page)}", file=sys.stderr, flush=True)
         time.sleep(_TOGETHER_SECONDS)  # hydra drops what it has not read when a process fails
         code = code or 1
     os._exit(code if code >= 0 else 128 - code)
+
+
+def report(code: int) -> None:
+    """Leaves the exit code with which this rank fails for the launcher: an MPI that kills the others reports the kill
+    as often as what caused it. Does nothing on other hosts than the launcher's."""
+    folder = Path(os.environ.get(REPORTS, "/nowhere"))
+    if folder.is_dir():
+        (folder / f"{time.monotonic_ns():020d}-{_rank()}").write_text(str(code))
+
+
+def first_report(folder: Path) -> int | None:
+    """Returns the exit code of the rank that failed first, or None where no rank left one."""
+    reports = sorted(path for path in folder.iterdir() if path.stat().st_size)
+    return int(reports[0].read_text()) if reports else None
 
 
 def note(text: str) -> None:
@@ -59,10 +76,15 @@ def ended() -> None:
         _page[0] = 1
 
 
-def _wait(child: int) -> int:
-    """Returns the child's exit code, -n for signal n, passing signals on meanwhile."""
+def _wait(child: int) -> tuple[int, set[int]]:
+    """Returns (the child's exit code, -n for signal n; the signals that were passed on to it meanwhile).
+
+    A rank that dies of a signal sent to its guard was ended by somebody who knows: it is no culprit.
+    """
+    passed_on: set[int] = set()
 
     def forward(number: int, frame: FrameType | None) -> None:
+        passed_on.add(number)
         try:
             os.kill(child, number)
         except ProcessLookupError:
@@ -71,7 +93,7 @@ def _wait(child: int) -> int:
     for number in _FORWARDED:
         signal.signal(number, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), passed_on
 
 
 def _obituary(code: int, page: mmap.mmap) -> str:

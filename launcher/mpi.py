@@ -1,27 +1,21 @@
-"""Where a rank finds its world, and how all ranks end when one fails.
+"""Where a rank finds its world, and how it runs a program there (how all ranks end: ending.py).
 
 MPI carries one broadcast (address and port of rank 0); gloo and NCCL move the data afterwards. MPI stays initialized,
 because that is how mpirun notices a rank that died.
 """
 
 import atexit
-import fcntl
 import os
 import random
+import signal
 import socket
 import sys
-import termios
-import time
-import traceback
-from array import array
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from launcher import guard, watch
+from launcher import ending, guard, watch
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, world_size_of_mpi
 
-_LAST_WORDS_SECONDS = 1.0
 NO_BIND = "LAUNCHER_NO_BIND"  # set: ranks keep the cores they were started with
 
 
@@ -48,13 +42,16 @@ def bootstrap() -> RankEnv:
         if watch.WATCHED in os.environ:
             watch.start_watching(os.environ[watch.WATCHED])
         env = _rendezvous()
-        sys.excepthook = _end_all_ranks_on_exception
+        sys.excepthook = ending.end_on_exception
     export(env, os.environ)
     return env
 
 
-def call(program: Callable[[], Any]) -> None:
-    """Runs `program` in a bootstrapped rank; a non-zero exit of one rank ends all with that code."""
+def call(program: Callable[[], Any], *, says_why: bool = True) -> None:
+    """Runs `program` in a bootstrapped rank; a non-zero exit of one rank ends all with that code.
+
+    says_why: False for a program of which nothing is known: then its exit code is printed.
+    """
     try:
         bootstrap()
     except ValueError as error:
@@ -65,35 +62,12 @@ def call(program: Callable[[], Any]) -> None:
     except SystemExit as stop:
         if stop.code not in (None, 0):
             if not isinstance(stop.code, int):
-                _say(f"{stop.code}\n")
-            end_all_ranks(stop.code if isinstance(stop.code, int) else 1)
+                ending.end_all_ranks(1, str(stop.code))
+            else:
+                ending.end_all_ranks(stop.code, "" if says_why else f"exited with code {stop.code}")
         guard.ended()
         raise
     guard.ended()
-
-
-def end_all_ranks(code: int) -> None:
-    """Ends every rank with this exit code; returns only in a process that MPI did not start.
-
-    To be called instead of a non-zero sys.exit, which the exception hook never sees: a rank that leaves alone waits in
-    MPI_Finalize for the others for ever.
-    """
-    MPI = sys.modules.get("mpi4py.MPI")
-    if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
-        return
-    guard.ended()
-    sys.stdout.flush()
-    errors = _errors()
-    errors.flush()
-    _wait_until_read(errors)
-    # Ranks that fail alike (a bad option) meet here within moments; then nobody's last words are cut off.
-    everyone = MPI.COMM_WORLD.Ibarrier()
-    deadline = time.monotonic() + _LAST_WORDS_SECONDS
-    while not everyone.Test() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.1)  # from the proxy of this host to mpirun
-    MPI.COMM_WORLD.Abort(code)
-    os._exit(code)
 
 
 def share_of_cores(cores: Sequence[int], local_rank: int, local_world_size: int) -> list[int]:
@@ -151,6 +125,8 @@ def _import_mpi() -> Any:
         )
     if not MPI.Is_initialized():
         MPI.Init_thread()
+        # UCX, inside the mpich wheel, answers a SIGHUP by pages of debug output from then on.
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
         atexit.register(lambda: MPI.Is_finalized() or MPI.Finalize())
     return MPI
 
@@ -190,35 +166,3 @@ def _bind(node: Any) -> None:
     share = share_of_cores(cores, node.rank, node.size)
     os.sched_setaffinity(0, share)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(share)))
-
-
-def _end_all_ranks_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        end_all_ranks(130)
-    _say("".join(traceback.format_exception(kind, error, trace)))
-    end_all_ranks(1)
-
-
-def _errors() -> TextIO:
-    """Returns where last words go. sys.stderr is a buffer, which dies with the rank, while the exception hook that
-    torch.distributed.init_process_group installs calls ours (torch/distributed/distributed_c10d.py)."""
-    return sys.__stderr__ or sys.stderr
-
-
-def _say(text: str) -> None:
-    _errors().write(f"[rank {os.environ.get('RANK', '0')}] {text}")
-
-
-def _wait_until_read(stream: TextIO) -> None:
-    """Waits at most 3 s until mpirun has read what this process wrote; hydra drops unread output when a rank aborts.
-
-    (Seen with MPICH 5.0.2: without this the traceback of an aborting rank is lost in most runs.)
-    """
-    deadline = time.monotonic() + 3
-    unread = array("i", [1])
-    try:
-        while unread[0] and time.monotonic() < deadline:
-            fcntl.ioctl(stream.fileno(), termios.FIONREAD, unread)
-            time.sleep(0.02)
-    except OSError:  # neither a pipe nor a terminal: a file, which keeps what is written
-        return

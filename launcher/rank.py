@@ -19,4 +19,4 @@ def run_program(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guard.run(lambda: mpi.call(lambda: run_program(sys.argv[1:])))
+    guard.run(lambda: mpi.call(lambda: run_program(sys.argv[1:]), says_why=False))

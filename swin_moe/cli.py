@@ -1,6 +1,8 @@
-"""`swin-moe COMMAND ...`: one name for every entry point."""
+"""`swin-moe COMMAND ...`, or `python -m swin_moe COMMAND ...`: one name for every entry point."""
 
+import difflib
 import importlib
+import importlib.metadata
 import sys
 
 # Each command is imported when chosen: `checkpoint` needs no torch, and must not load it.
@@ -26,8 +28,13 @@ def main() -> None:
         print("\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
         sys.exit(0 if arguments else 2)
     name = arguments.pop(0)
+    if name in ("-V", "--version"):
+        print(f"swin-moe {importlib.metadata.version('swin-moe')}")
+        sys.exit(0)
     if name not in COMMANDS:
-        print(f"error: unknown command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        print(f"error: unknown command {name!r}; {meant}allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":

@@ -18,7 +18,7 @@ DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = "run"  # run directory is <output>/<name>
+    name: str = "run"  # run directory is <output>/<name>; of a run from a file, the name of its config
     output: str = "output"
     seed: int = 0
 
@@ -101,7 +101,7 @@ class MoEConfig:
     payload: Literal["none", "bf16", "fp8"] = "none"  # what rows between ranks are rounded to; docs/communication.md
     overlap: int = 1  # chunks that dispatch, experts and combine are pipelined in
     tune: Literal["off", "measure"] = "off"  # measure: choose transport, overlap and payload (at most `payload`)
-    tune_cache: str = ""  # file of measured choices; "" = swin_moe/tuned.json in the user's cache directory
+    tune_cache: str = ""  # folder of measured choices; "" = swin_moe/tuned/ in the user's cache directory
 
     def __post_init__(self) -> None:
         _check_choices(self, "model.moe")

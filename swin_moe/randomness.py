@@ -145,3 +145,18 @@ def _random_key(near: Tensor, seed: int, step: int, layer: int, purpose: int) ->
 @_random_key.register_fake
 def _(near: Tensor, seed: int, step: int, layer: int, purpose: int) -> Tensor:
     return near.new_empty(2, dtype=torch.int32)
+
+
+def truncated_normal_(values: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fills values (on meta: leaves them) with normal numbers of mean 0, those beyond 2 drawn again.
+
+    The numbers of torch.nn.init.trunc_normal_(values, std=std, a=-2, b=2) of torch 2.13; that of 2.11 draws others, and
+    initial weights are not to depend on torch.
+    """
+    if values.is_meta:
+        return
+    with torch.no_grad():
+        values.normal_(0.0, std, generator=generator)
+        while values.numel() and max(map(abs, values.aminmax())) > 2.0:
+            again = torch.empty_like(values).normal_(0.0, std, generator=generator)
+            values.copy_(torch.where(values.abs() > 2.0, again, values))

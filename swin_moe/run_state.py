@@ -1,18 +1,34 @@
 """What a run remembers between steps: how far it is, and whether it was asked to stop."""
 
+import os
 import signal
+import sys
 from dataclasses import dataclass, field
+
+STOPPED = 75  # exit code of a run that saved and left before its end; sysexits.h: EX_TEMPFAIL, to be tried again
+
+
+class Stopped(Exception):
+    """A run was asked to stop, has saved, and ends before its end."""
 
 
 class StopRequest:
-    """Remembers SIGTERM or SIGUSR1 until the ranks can agree to stop, at the end of a step."""
+    """Remembers SIGTERM, SIGUSR1, SIGHUP or a first Ctrl-C until the ranks can agree to stop, at the end of a step.
+
+    A second Ctrl-C ends the process where it is.
+    """
 
     def __init__(self):
         self.name = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            if self.name == "SIGINT":
+                raise KeyboardInterrupt
+            # Not print: the signal may have come in the middle of one.
+            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; Ctrl-C again ends at once\n")
         self.name = signal.Signals(number).name
 
 

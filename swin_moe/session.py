@@ -29,6 +29,7 @@ from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
 from swin_moe.parallel.tune import tune
+from swin_moe.run_state import STOPPED, Stopped
 from swin_moe.tasks.base import Task, build_task
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
@@ -134,7 +135,7 @@ def open_session(path: str, overrides: list[str]) -> Session:
     heartbeat = Heartbeat(env.rank, env.world_size, timeout=config.engine.timeout, note=guard.note)
     limit = LONG_SECONDS + config.engine.timeout  # the heartbeat is what ends a hang, long before a collective does
     if env.world_size > 1:
-        init_distributed(device, timeout=limit)
+        init_distributed(device, timeout=limit, patience=config.engine.timeout)
         heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence))
     routing_ranks = config.routing_ranks(env.world_size)
     moe = config.model.moe
@@ -148,11 +149,11 @@ def open_session(path: str, overrides: list[str]) -> Session:
 
 def _end_job(rank: int, sentence: str) -> None:
     """Prints why, on the console and in this rank's log, and ends every rank; for a thread beside a hanging one."""
-    from launcher import mpi
+    from launcher import ending
 
-    print(f"[rank {rank}] error: {sentence}", file=sys.stderr, flush=True)
     _log_to_file(sentence)
-    mpi.end_all_ranks(2)
+    ending.end_all_ranks(2, f"error: {sentence}")
+    print(f"[rank {rank}] error: {sentence}", file=sys.stderr, flush=True)
     os._exit(2)
 
 
@@ -207,7 +208,7 @@ def build_classifier(session: Session) -> nn.Module:
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs an entry point on this rank; an error of the user's becomes one sentence and exit code 2.
 
-    What every rank finds alike before they meet (config, layout) is printed by rank 0 only; later ones name their rank.
+    What all ranks find alike is printed once (launcher/ending.py); a run that was asked to stop ends with STOPPED.
     """
     from launcher import mpi
 
@@ -215,19 +216,30 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
 
 
 def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    from launcher import ending
+
     try:
         main(argv)
+    except KeyboardInterrupt:
+        ending.fail("error: interrupted by Ctrl-C; what was saved before is kept", ending.INTERRUPTED)
+    except Stopped:
+        code = STOPPED
     except (ValueError, OSError) as error:
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if os.environ.get("SWIN_MOE_TRACEBACK"):
             traceback.print_exc()
-        if dist.is_initialized() and world_size > 1:
-            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
-        elif rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # this rank's exit ends all: rank 0 has to say why first
         _log_to_file(str(error))
-        sys.exit(2)
+        _let_rank_0_speak()
+        ending.fail(f"error: {error}", 2)
+    else:
+        code = 0
     if dist.is_initialized():
         dist.destroy_process_group()
+    if code:
+        ending.fail("", code)
+
+
+def _let_rank_0_speak() -> None:
+    """Waits a moment in other ranks than 0 that have not met it and cannot ask MPI what it says: if it finds the same,
+    its exit ends them."""
+    if not dist.is_initialized() and int(os.environ.get("RANK", 0)) and "mpi4py.MPI" not in sys.modules:
+        time.sleep(10)

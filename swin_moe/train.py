@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flo
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
-from swin_moe.run_state import Progressed, StopRequest
+from swin_moe.run_state import Progressed, Stopped, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
 from swin_moe.tasks.base import StepContext, StepDone, build_task
@@ -27,8 +28,9 @@ from swin_moe.weights import start_from
 USAGE = """usage: swin-moe train CONFIG [key=value ...]
 
 CONFIG is a YAML file or the name of one in configs/; key=value overrides any option, e.g.
-    swin-moe launch -n 2 -- -m swin_moe.train digits_moe optim.lr=2e-4 run.name=lr2e-4
-Running it again resumes from the newest checkpoint; SIGTERM or SIGUSR1 saves and stops."""
+    swin-moe launch -n 2 -- -m swin_moe.train digits_swin_moe optim.lr=2e-4 run.name=lr2e-4
+Running it again resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with exit code
+75; Ctrl-C twice stops at once."""
 
 MAX_SKIPPED_STEPS = 10  # in a row, outside fp16: more means that the run is lost, not unlucky
 
@@ -145,33 +147,24 @@ class Trainer:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
         context = self._context(step, self._count(batches))
-        self.gradients.clear()
         if self._records(step + 1):
             start_clocks(self.engine.local_model, self.device)
-        # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on, in one all-reduce.
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches):
-            batch = to_device(batch, self.device, self.config.engine.precision)
-            with self.engine.micro_step(last=index == len(batches) - 1):
-                self.heartbeat.enter("forward")
-                loss = self.task.loss(self.engine.model, batch, context)
-                self.heartbeat.enter("backward")
-                self.engine.backward(loss.total)
-            sums[:2] += torch.stack([loss.task, loss.aux])
-            sums[2] += len(batch["image"])
-        sums[3], sums[4] = float(bool(self.stop.name)), float(self.checkpoints.failed)
-        local = sums.clone()
-        self.heartbeat.enter("sum of the losses")
-        if self.session.world_size > 1:
-            dist.all_reduce(sums)
-        task_loss, aux_loss, images, stop, save_failed = sums.tolist()
+        losses = self._forward_backward(batches, context)
+        self.heartbeat.enter("reduction of gradients and update")
+        # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on.
+        own = torch.zeros(5, dtype=torch.float64, device=self.device)
+        own[:2] = losses
+        facts = (sum(len(batch["image"]) for batch in batches), bool(self.stop.name), self.checkpoints.failed)
+        for place, fact in enumerate(facts, 2):
+            own[place] = float(fact)  # not as one tensor from the host, whose copy would wait for the device
+        rows = self.engine.measure(own)
+        task_loss, aux_loss, images, stop, save_failed = map(sum, zip(*rows))
         if save_failed:
             self.checkpoints.wait()  # raises, on every rank
         if not math.isfinite(task_loss + aux_loss):
-            self._refuse_loss(step, local)
-        self.heartbeat.enter("reduction of gradients and update")
+            self._refuse_loss(step, rows)
         stats = self.engine.step(step)
-        self._note_skip(step, stats)
+        self._note_skip(step, stats, lambda: self._forward_backward(batches, context))
         if self.task.changes_weights and not stats.skipped:
             done = StepDone(step, self.schedule.total, self.progress.samples)
             self.engine.change_weights(lambda parts: self.task.after_step(parts, done))
@@ -182,6 +175,19 @@ class Trainer:
         self.heartbeat.enter("loading data", step=step + 1)
         return stop > 0
 
+    def _forward_backward(self, batches: StepBatches, context: StepContext) -> torch.Tensor:
+        """Returns (2,) float64, this rank's task loss and auxiliary loss, having accumulated gradients."""
+        losses = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            batch = to_device(batch, self.device, self.config.engine.precision)
+            with self.engine.micro_step(last=index == len(batches) - 1):
+                self.heartbeat.enter("forward")
+                loss = self.task.loss(self.engine.model, batch, context)
+                self.heartbeat.enter("backward")
+                self.engine.backward(loss.total)
+            losses += torch.stack([loss.task, loss.aux])
+        return losses
+
     def _context(self, step: int, num_samples: int) -> StepContext:
         return StepContext(self.config, step, self.session.world_size, num_samples, self.engine.autocast)
 
@@ -189,22 +195,19 @@ class Trainer:
         """Returns the images of the step over all ranks; asks them only where broken images may have been skipped."""
         if self.config.data.on_broken != "skip":
             return batches.num_samples
-        count = torch.tensor(sum(len(batch["image"]) for batch in batches), device=self.device)
-        if self.session.world_size > 1:
-            dist.all_reduce(count)
+        own = sum(len(batch["image"]) for batch in batches)
+        if self.session.world_size == 1:
+            return max(1, own)
+        count = torch.tensor(own, device=self.device)
+        dist.all_reduce(count)
         return max(1, int(count))
 
-    def _refuse_loss(self, step: int, local: torch.Tensor) -> None:
+    def _refuse_loss(self, step: int, rows: list[list[float]]) -> None:
         """Raises for a loss that is not finite, naming the ranks; the weights are those of the last good step."""
-        losses = [torch.empty_like(local) for _ in range(self.session.world_size)]
-        if self.session.world_size > 1:
-            dist.all_gather(losses, local)
-        else:
-            losses = [local]
         bad = [
-            f"rank {r}: loss {t[0]:g}, auxiliary loss {t[1]:g}"
-            for r, t in enumerate(losses)
-            if not torch.isfinite(t[:2]).all()
+            f"rank {rank}: loss {task:g}, auxiliary loss {aux:g}"
+            for rank, (task, aux, *_) in enumerate(rows)
+            if not math.isfinite(task + aux)
         ]
         raise ValueError(
             f"the loss is not finite at step {step} (epoch {step / self.loader.steps_per_epoch:.2f}), "
@@ -212,15 +215,20 @@ class Trainer:
             f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, set optim.clip_norm, or use engine.precision=fp32"
         )
 
-    def _note_skip(self, step: int, stats: StepStats) -> None:
-        """Reports a skipped step with the parameter; gives up after too many in a row (fp16 may search its scale)."""
+    def _note_skip(self, step: int, stats: StepStats, repeat: Callable[[], object]) -> None:
+        """Reports a skipped step with the parameter; gives up after too many in a row (fp16 may search its scale).
+
+        repeat: Runs forward and backward of the step again.
+        """
         if not stats.skipped:
             self.progress.skipped = 0
             return
         self.progress.skipped += 1
-        # Before the reduction, so with the rank; an overflow in the reduction itself is seen only after it.
-        found = self.gradients.report()
         after = self.engine.discard_gradients()
+        # Before the reduction, so with the rank; an overflow in the reduction itself is seen only after it.
+        with self.engine.loss_scale.at(stats.loss_scale):
+            found = self.gradients.find(repeat)
+        self.engine.discard_gradients()
         where = found or (f"{after} after the reduction, on rank {self.session.rank}" if after else "unknown")
         LOGGER.warning(
             "step %d skipped on all ranks: gradient norm %g; first not finite: %s", step, stats.grad_norm, where
@@ -370,6 +378,8 @@ def train(session: Session) -> None:
         LOGGER.info(line)
     trainer.resume()
     trainer.run()
+    if trainer.progress.step < trainer.schedule.total:
+        raise Stopped
 
 
 if __name__ == "__main__":

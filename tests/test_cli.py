@@ -1,5 +1,7 @@
-"""`swin-moe launch`: what is refused before a single rank is started."""
+"""The command itself, and what `swin-moe launch` refuses before a single rank is started."""
 
+import importlib.metadata
+import subprocess
 import sys
 
 import pytest
@@ -50,3 +52,18 @@ def test_a_missing_config_starts_nothing(monkeypatch, capsys, started):
 def test_everything_else_is_the_launchers(monkeypatch, started, program):
     assert launch(monkeypatch, 2, *program) == 0
     assert started == [["-n", "2", "--", *program]]
+
+
+def test_the_version_and_the_module_are_the_command():
+    finished = subprocess.run([sys.executable, "-m", "swin_moe", "--version"], capture_output=True, text=True)
+    assert finished.stdout == f"swin-moe {importlib.metadata.version('swin-moe')}\n" and finished.returncode == 0
+
+
+@pytest.mark.parametrize("typed, meant", [("trian", "train"), ("pedict", "predict"), ("xyz", None)])
+def test_a_misspelled_command_is_answered_with_the_right_one(typed, meant, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["swin-moe", typed])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert f"did you mean {meant}?" in message if meant else "did you mean" not in message

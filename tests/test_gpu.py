@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,36 @@ def test_training_saves_and_resumes(tmp_path, precision):
     main(["digits_swin_moe", *options, "optim.epochs=2"])
     steps = sorted(path.name for path in (tmp_path / "digits_swin_moe" / "checkpoints").glob("0*"))
     assert steps[-1] == f"{2 * (256 // 64):010d}"
+
+
+@pytest.mark.parametrize("backend", ["native", "padded"])
+def test_a_training_step_waits_once(tmp_path, monkeypatch, backend):
+    from swin_moe.config_io import load_config
+    from swin_moe.parallel.groups import single_process_groups
+    from swin_moe.session import Session
+    from swin_moe.train import Trainer
+    from tests.training.cases import TINY
+
+    options = [f"run.output={tmp_path}", "engine.precision=bf16", "log.every=100", f"model.moe.backend={backend}"]
+    config = load_config("digits_swin_moe", [*TINY, *options])
+    trainer = Trainer(Session(config, single_process_groups(), torch.device("cuda")))
+    waits, take = [], trainer._train_step
+
+    def step(batches):
+        last = trainer.progress.step + 1 == trainer.schedule.total  # evaluates, records and saves
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("default" if last else "warn")
+            try:
+                result = take(batches)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append([str(w.message) for w in caught if "synchronizing CUDA operation" in str(w.message)])
+        return result
+
+    monkeypatch.setattr(trainer, "_train_step", step)
+    trainer.run()
+    assert all(len(found) <= 1 for found in waits[1:-1]), waits  # the first one measures and caches
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8"])

@@ -27,6 +27,7 @@ LAYERS = (
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),
     ("cli",),
+    ("__main__",),
 )
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
 # swin_moe modules that checkpoint_tools may use; prefixes.

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from swin_moe.randomness import PURPOSES, RandomContext, bits, derive_key, keep_mask, normal, uniform
+from swin_moe.randomness import (
+    PURPOSES,
+    RandomContext,
+    bits,
+    derive_key,
+    keep_mask,
+    normal,
+    truncated_normal_,
+    uniform,
+)
 
 ROWS = torch.arange(2000)
 
@@ -65,3 +74,23 @@ def test_keep_mask_probability(drop):
 def test_rows_beyond_32_bits_differ():
     rows = torch.tensor([5, 5 + 2**32, 5 + 2**40])
     assert len({tuple(r) for r in bits(derive_key(1), rows, 8).tolist()}) == 3
+
+
+def test_initial_values_do_not_depend_on_torch():
+    """The numbers that torch 2.13 gives, with any torch: one in two is drawn again at this standard deviation."""
+    found = torch.empty(40, 3)
+    truncated_normal_(found, 3.0, torch.Generator().manual_seed(4))
+    expected = torch.tensor([0.883449912071228, -1.0321909189224243, -0.5513081550598145])
+    assert torch.equal(found[0], expected) and 1.9 < found.abs().max() <= 2.0
+    assert abs(found.var() - 1.14) < 0.4  # 4 / 3 if it were uniform on (-2, 2)
+    truncated_normal_(torch.empty(0, 3), 3.0, torch.Generator())
+    truncated_normal_(torch.empty(4, 3, device="meta"), 3.0, torch.Generator())
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older ones draw otherwise")
+@pytest.mark.parametrize("std", [0.02, 1.0, 3.0])
+def test_initial_values_are_those_of_torch(std):
+    ours, theirs = torch.empty(50, 20), torch.empty(50, 20)
+    truncated_normal_(ours, std, torch.Generator().manual_seed(1))
+    torch.nn.init.trunc_normal_(theirs, std=std, a=-2.0, b=2.0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours, theirs)

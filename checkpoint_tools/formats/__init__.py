@@ -8,11 +8,13 @@
         -> dict[str, int]                                         make, with their bytes
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint_tools.publish import finish_publishing
 from checkpoint_tools.source import Options, Source
+from checkpoint_tools.state_dict_files import taken_off, why_unknown
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.registry import lookup
 
@@ -39,6 +41,9 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official_moe:open_official_moe",
         "checkpoint_tools.formats.official_moe:write_official_moe",
         "checkpoint_tools.formats.official_moe:plan_official_moe",
+    ),
+    "safetensors": Format(
+        "checkpoint_tools.formats.safetensors:detect", "checkpoint_tools.formats.safetensors:open_safetensors", ""
     ),
     "deepspeed": Format(
         "checkpoint_tools.formats.deepspeed:detect", "checkpoint_tools.formats.deepspeed:open_deepspeed", ""
@@ -97,13 +102,37 @@ def find_format(path: Path) -> str:
     """Returns the name of the format that recognizes `path`.
 
     Raises:
-        CheckpointError: None does.
+        CheckpointError: None does; says what the path is instead, and what to give.
     """
+    refuse_part(path)
     for name, row in FORMATS.items():
         if row.detect and lookup({name: row.detect}, name, key="--from")(path):
             return name
-    kind = "is no checkpoint of a known format" if path.exists() else "does not exist"
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist")
+    kind = why_unknown(path) if path.is_file() else "is no checkpoint of a known format"
     raise CheckpointError(f"{path}: {kind}; name one with --from ({', '.join(FORMATS)})")
+
+
+# A file of a checkpoint of many: what its name matches -> what shows that its directory is one.
+_PARTS = (
+    (r"shard-\d{5,}\.safetensors|index\.json|provenance\.json", "index.json"),
+    (r"__\d+_\d+\.distcp|\.metadata", ".metadata"),
+    (r"(model|pytorch_model)-\d{5}-of-\d{5}\.\w+|config\.json", "config.json"),
+    (r".*_(optim|model)_states\.pt", "mp_rank_00_model_states.pt"),
+    (r".*_(optim|model)_states\.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+)
+
+
+def refuse_part(path: Path) -> None:
+    """Raises CheckpointError for one file of a checkpoint of many; says what to give instead."""
+    match = re.fullmatch(r"(.+)\.(rank\d+|master)", path.name)
+    whole = path.with_name(match[1]) if match else path
+    if match and any(whole.with_name(f"{whole.name}{end}").is_file() for end in (".rank0", ".rank1", ".master")):
+        raise CheckpointError(f"{path}: is one of several rank files; give their path without .{match[2]}: {whole}")
+    for pattern, beside in _PARTS:
+        if path.is_file() and re.fullmatch(pattern, path.name) and (path.parent / beside).is_file():
+            raise CheckpointError(f"{path}: is one file of a checkpoint; give its directory: {path.parent}")
 
 
 def open_source(path: Path, options: Options, name: str = "") -> Source:
@@ -111,7 +140,11 @@ def open_source(path: Path, options: Options, name: str = "") -> Source:
     check_settings(options)
     finish_publishing(path)
     name = name or find_format(path)
-    return lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)
+    source = lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)
+    taken = taken_off(path) or taken_off(path.with_name(f"{path.name}.rank0"))
+    if taken:
+        options.report(f"{path}: read without {taken}")
+    return source
 
 
 def plan_output(source: Source, path: Path, options: Options, name: str = "native") -> dict[str, int] | None:

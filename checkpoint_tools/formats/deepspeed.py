@@ -131,6 +131,7 @@ class _Reading:
         self.groups = [dict(shapes) for shapes in content["param_shapes"]]
         self.step = int(content.get("global_steps", 0))
         self.counts = [self._count(group) for group in range(len(self.groups))]
+        self._places: dict[tuple[int, int], dict[str, list[tuple[int, int, int]]]] = {}
 
     def _count(self, group: int) -> int:
         """Returns how many parts a group is cut in."""
@@ -151,28 +152,33 @@ class _Reading:
 
     def pieces(self, name: str, group: int, share: int, numel: int) -> Iterator[Piece]:
         """Yields the pieces of one share of a parameter: of the ranks that hold the same experts, or of all."""
-        count = self.counts[group]
-        spread = len(self.states) // count
-        at, start = 0, 0
-        for part in range(count):
-            rank = part * spread + share
-            if self.stage < 3:
-                mapping = dict(self.states[rank]["param_slice_mappings"][group])
-                if name not in mapping:
-                    continue
-                length, at = (mapping[name].state[key] for key in ("numel", "start"))
-            else:
-                size = -(-numel // count)
-                at = sum(-(-math.prod(s) // count) for s in self._before(name, group))
-                length = max(0, min(size, numel - part * size))
+        if (group, share) not in self._places:
+            self._places[group, share] = self._find_places(group, share)
+        start = 0
+        for rank, at, length in self._places[group, share].get(name, ()):
             yield Piece(rank, group, at, start, start + length)
             start += length
         if start != numel:
             raise CorruptionError(f"{self.directory}: tensor {name}: {start} of {numel} elements are here")
 
-    def _before(self, name: str, group: int) -> list[tuple[int, ...]]:
-        names = list(self.groups[group])
-        return [self.groups[group][other] for other in names[: names.index(name)]]
+    def _find_places(self, group: int, share: int) -> dict[str, list[tuple[int, int, int]]]:
+        """Returns parameter -> (rank, first element, elements) of each of its pieces in the flat buffers of a share."""
+        count = self.counts[group]
+        spread, found = len(self.states) // count, {}
+        if self.stage < 3:
+            for rank in range(share, count * spread, spread):
+                for name, where in dict(self.states[rank]["param_slice_mappings"][group]).items():
+                    found.setdefault(name, []).append((rank, where.state["start"], where.state["numel"]))
+            return found
+        at = 0
+        for name, shape in self.groups[group].items():
+            numel = math.prod(shape)
+            size = -(-numel // count)
+            found[name] = [
+                (part * spread + share, at, max(0, min(size, numel - part * size))) for part in range(count)
+            ]
+            at += size
+        return found
 
     def parts_of(self, name: str, foreign: str, group: int, shape: Any) -> dict[str, list[Part]]:
         """Returns the parts of a parameter and of its moments."""

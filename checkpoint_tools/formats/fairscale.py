@@ -14,8 +14,7 @@ from checkpoint_tools.formats.official_moe import open_files
 from checkpoint_tools.official_read import assemble
 from checkpoint_tools.official_write import OfficialContent
 from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import peek
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.state_dict_files import open_file, peek
 
 
 def detect(path: Path) -> bool:
@@ -26,7 +25,7 @@ def detect(path: Path) -> bool:
 def open_fairscale(path: Path, options: Options) -> Source:
     """Returns the checkpoint in the file `path`, or in its rank files; see formats/__init__.py."""
     if path.is_file() or not detect_ranks(path):
-        return assemble("fairscale", path, [TorchFile(path)], None, options)
+        return assemble("fairscale", path, [open_file(path)], None, options)
     return assemble("fairscale", path, *open_files(path), options)
 
 

@@ -1,5 +1,6 @@
 """The native format (docs/checkpoint_format.md) as a source; stream.py writes it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import numpy as np
 
 from checkpoint_tools import stream
 from checkpoint_tools.source import Options, Source, SourceTensor
-from swin_moe.checkpoint.directory import is_complete, list_checkpoints
+from swin_moe.checkpoint.directory import list_checkpoints, read_complete
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import FILE_NAME, Index
+from swin_moe.checkpoint.plan import FilePlan, split_evenly
 from swin_moe.checkpoint.save import PROVENANCE
 from swin_moe.checkpoint.sealed_json import read_sealed
-from swin_moe.checkpoint.shards import ShardReader, find_corruption
+from swin_moe.checkpoint.shards import ShardReader, find_corruption, find_wrong_blocks
 from swin_moe.layout import Chunk
 
 
@@ -22,10 +24,9 @@ class NativeSource(Source):
     format = "native"
     has_digests = True
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.index = Index.read(path)
-        self.index.check_files()
-        self.path = path
+    def __init__(self, index: Index, *, verify: bool = True) -> None:
+        path = index.path
+        self.index, self.path = index, path
         self.files = [path / FILE_NAME, *(path / name for name in self.index.files)]
         self.tensors = {name: SourceTensor(t.shape, t.dtype) for name, t in self.index.tensors.items()}
         self.step, self.state, self.config = self.index.step, self.index.state, self.index.config
@@ -35,16 +36,13 @@ class NativeSource(Source):
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """See Source."""
-        for stored in self.index.tensors[name].chunks:
-            part = stored.chunk.overlap(box)
-            if part is not None:
-                # The Ellipsis keeps a scalar an array, which can be written to.
-                self._reader.read(name, stored, part, destination[(*part.within(box), ...)])
+        for stored, part in self.index.tensors[name].overlapping(box):
+            # The Ellipsis keeps a scalar an array, which can be written to.
+            self._reader.read(name, stored, part, destination[(*part.within(box), ...)])
 
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:
         """See Source."""
-        found = [(s.file, s.begin) for s in self.index.tensors[name].chunks if s.chunk.overlap(box) is not None]
-        return min(found, default=("", 0))
+        return min(((s.file, s.begin) for s, _ in self.index.tensors[name].overlapping(box)), default=("", 0))
 
     def identity(self) -> Any:
         """Returns the digests of everything that the index says, and of the data through it."""
@@ -57,6 +55,14 @@ class NativeSource(Source):
     def find_problems(self) -> list[str]:
         """See Source."""
         return find_corruption(self.index, data=False)
+
+    def find_wrong_data(self, options: Options, advance: Callable[[int], None]) -> list[str] | None:
+        """See Source."""
+        if not options.verify:
+            return None
+        tensors = self.index.tensors
+        share = split_evenly(FilePlan(tensors, self.index.files, {}), options.comm.size)[options.comm.rank]
+        return find_wrong_blocks(self.index, ((tensors[n].chunks[i], n) for n, i in share), progress=advance)
 
     def close(self) -> None:
         """See Source."""
@@ -80,19 +86,22 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 def open_native(path: Path, options: Options) -> NativeSource:
     """Returns the checkpoint at `path`; of a run, its newest complete one."""
-    return NativeSource(resolve_checkpoint(path, options), verify=options.verify)
+    return NativeSource(_read_index(path, options), verify=options.verify)
 
 
-def resolve_checkpoint(path: Path, options: Options) -> Path:
-    """Returns `path` if it is a checkpoint, else the newest complete one of the run there.
+def _read_index(path: Path, options: Options) -> Index:
+    """Returns the index of the checkpoint at `path`, or of the newest complete one of the run there.
 
     Raises:
         CheckpointError: There is none.
+        CorruptionError: It is changed, or a file of it is missing.
     """
     if is_checkpoint(path):
-        return path
+        index = Index.read(path)
+        index.check_files()
+        return index
     reasons: list[str] = []
-    found = next((c for c in find_checkpoints(path) if is_complete(c, reasons.append)), None)
+    found = next(filter(None, (read_complete(c, reasons.append) for c in find_checkpoints(path))), None)
     if found is None and reasons:
         raise CorruptionError(f"{path}: none of its {len(reasons)} checkpoints is complete; {reasons[0]}")
     if found is None:

@@ -10,8 +10,7 @@ from checkpoint_tools.official_read import assemble
 from checkpoint_tools.official_write import OfficialContent
 from checkpoint_tools.publish import publish_files
 from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import peek
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.state_dict_files import open_file, peek
 from checkpoint_tools.torch_writer import num_bytes, write_torch
 
 
@@ -23,7 +22,7 @@ def detect(path: Path) -> bool:
 
 def open_official(path: Path, options: Options) -> Source:
     """Returns the checkpoint in the file `path`; see formats/__init__.py."""
-    return assemble("official", path, [TorchFile(path)], None, options)
+    return assemble("official", path, [open_file(path)], None, options)
 
 
 def write_official(source: Source, path: Path, options: Options) -> None:

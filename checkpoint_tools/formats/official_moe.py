@@ -14,9 +14,9 @@ import numpy as np
 from checkpoint_tools.official_read import assemble
 from checkpoint_tools.official_write import OfficialContent
 from checkpoint_tools.publish import publish_files
-from checkpoint_tools.record_file import OpenFiles
+from checkpoint_tools.record_file import OpenFiles, RecordFile
 from checkpoint_tools.source import Options, Source
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.state_dict_files import open_file
 from checkpoint_tools.torch_writer import NewTensor, num_bytes, write_torch
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, is_expert_tensor
@@ -33,12 +33,12 @@ def open_official_moe(path: Path, options: Options) -> Source:
     return assemble("official-moe", path, *open_files(path), options)
 
 
-def open_files(path: Path) -> tuple[list[TorchFile], TorchFile | None]:
+def open_files(path: Path) -> tuple[list[RecordFile], RecordFile | None]:
     """Returns the opened files of all ranks, and the `.master` where there is one."""
     ranks, master, only = find_files(path)
     files = OpenFiles()
-    opened = [TorchFile(rank, files) for rank in ([only] if only is not None else ranks)]
-    return opened, None if master is None else TorchFile(master, files)
+    opened = [open_file(rank, files) for rank in ([only] if only is not None else ranks)]
+    return opened, None if master is None else open_file(master, files)
 
 
 def find_files(path: Path) -> tuple[list[Path], Path | None, Path | None]:

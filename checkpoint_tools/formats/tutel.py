@@ -13,8 +13,7 @@ from checkpoint_tools.formats.official_moe import open_files, write_official_moe
 from checkpoint_tools.official_read import assemble
 from checkpoint_tools.official_write import OfficialContent
 from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import peek
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.state_dict_files import open_file, peek
 
 
 def detect(path: Path) -> bool:
@@ -25,7 +24,7 @@ def detect(path: Path) -> bool:
 def open_tutel(path: Path, options: Options) -> Source:
     """Returns the checkpoint in the gathered file `path`, or in the scattered files `path`.rank<r>."""
     if path.is_file() or not detect_ranks(path):
-        return assemble("tutel", path, [TorchFile(path)], None, options, optimizer=False)
+        return assemble("tutel", path, [open_file(path)], None, options, optimizer=False)
     ranks, shared = open_files(path)
     return assemble("tutel", path, ranks, shared, options, optimizer=False)
 

@@ -1,7 +1,9 @@
 """Arithmetic of boxes that cover a tensor: gaps, overlaps, and where a part of a box lies in memory. No I/O."""
 
+import bisect
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,17 +35,76 @@ def subtract_all(box: Chunk, holes: Iterable[Chunk]) -> list[Chunk]:
     return rest
 
 
+class BoxFinder:
+    """Which of many boxes another box overlaps, without comparing it with all of them.
+
+    For boxes that follow each other along dim 0, as stored chunks and the parts of experts do, a search costs the
+    logarithm of their number, and what it finds.
+
+    Args:
+        boxes: In the order of their offsets.
+    """
+
+    def __init__(self, boxes: Sequence[Chunk]) -> None:
+        self._boxes = boxes
+        rows = [_rows(box) for box in boxes]
+        self._starts = [start for start, _ in rows]
+        self._ends = list(itertools.accumulate((end for _, end in rows), max))  # of this box and those before it
+
+    def overlapping(self, box: Chunk) -> Iterator[tuple[int, Chunk]]:
+        """Yields (number of a box, the part that it and `box` cover), in the order of the numbers."""
+        start, end = _rows(box)
+        for number in range(bisect.bisect_right(self._ends, start), bisect.bisect_left(self._starts, end)):
+            common = self._boxes[number].overlap(box)
+            if common is not None:
+                yield number, common
+
+
+def _rows(box: Chunk) -> tuple[int, int]:
+    """Returns [start, end) along dim 0; a scalar has one row."""
+    return (box.offset[0], box.offset[0] + box.size[0]) if box.offset else (0, 1)
+
+
 def find_overlap(boxes: Iterable[Chunk]) -> tuple[Chunk, Chunk] | None:
-    """Returns two boxes that share an element, or None. Linear for boxes that follow each other along dim 0."""
+    """Returns two boxes that share an element, or None. Linear, up to sorting, for boxes that make a grid."""
+    return _overlap_from(sorted(boxes), 0)
+
+
+def _overlap_from(boxes: list[Chunk], dim: int) -> tuple[Chunk, Chunk] | None:
+    """Returns what find_overlap does, of sorted boxes that have equal extents in the dims before `dim`."""
+    if len(boxes) < 2:
+        return None
+    if dim == len(boxes[0].offset):
+        return (boxes[0], boxes[1]) if boxes[0].numel else None
+    groups: dict[tuple[int, int], list[Chunk]] = {}
+    for box in boxes:
+        groups.setdefault((box.offset[dim], box.size[dim]), []).append(box)
+    extents = sorted(groups)
+    if all(a + n <= b for (a, n), (b, _) in itertools.pairwise(extents)):
+        return next(filter(None, (_overlap_from(groups[extent], dim + 1) for extent in extents)), None)
     active: list[Chunk] = []
-    for box in sorted(boxes):
-        if box.offset:
-            active = [other for other in active if other.offset[0] + other.size[0] > box.offset[0]]
+    for box in boxes:
+        active = [other for other in active if other.offset[dim] + other.size[dim] > box.offset[dim]]
         for other in active:
             if other.overlap(box) is not None:
                 return other, box
         active.append(box)
     return None
+
+
+def splits_rows(shape: tuple[int, ...], boxes: Sequence[Chunk]) -> bool:
+    """Returns whether boxes are whole rows of a tensor that follow each other and are all of them: no gap, no overlap.
+
+    The quick answer for what every writer makes of experts; False says nothing.
+    """
+    if not shape:
+        return len(boxes) == 1
+    zeros, rest, row = (0,) * (len(shape) - 1), tuple(shape[1:]), 0
+    for box in boxes:
+        if box.offset[0] != row or box.offset[1:] != zeros or box.size[1:] != rest:
+            return False
+        row += box.size[0]
+    return row == shape[0]
 
 
 def find_gap(shape: tuple[int, ...], boxes: list[Chunk]) -> Chunk | None:

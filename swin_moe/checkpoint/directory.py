@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError, describe
-from swin_moe.checkpoint.index import MAX_STEP, Index
+from swin_moe.checkpoint.index import MAX_STEP, Index, read_files
 from swin_moe.checkpoint.sealed_json import check_json, read_sealed, seal, sync_directory, write_durably
 
 Report = Callable[[str], None]
@@ -121,19 +121,42 @@ def list_checkpoints(root: str | Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def is_complete(path: Path, report: Report) -> bool:
-    """True if a checkpoint has a valid index and all files in their sizes; reports why not. Reads no data."""
+def read_complete(path: Path, report: Report) -> Index | None:
+    """Returns the index of a checkpoint if it is valid and all files have their sizes, else None, and reports why.
+
+    Reads no data.
+    """
     try:
-        Index.read(path).check_files()
+        index = Index.read(path)
+        index.check_files()
+    except CorruptionError as error:
+        report(f"checkpoint {path} is not usable: {error}")
+        return None
+    return index
+
+
+def is_complete(path: Path, report: Report) -> bool:
+    """True where read_complete returns an index, by the sealed list of files alone; reports why not.
+
+    A save asks this of every older checkpoint: what their indexes say of each chunk, seconds for 100,000 of them, was
+    checked by who wrote it, and is checked again by who reads it. The seal tells whether it changed.
+    """
+    try:
+        files = read_files(path)
     except CorruptionError as error:
         report(f"checkpoint {path} is not usable: {error}")
         return False
+    if files is None:
+        return read_complete(path, report) is not None
+    for name, size in files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            return read_complete(path, report) is not None
     return True
 
 
 def find_latest(root: str | Path, *, report: Report = _log.warning) -> Path | None:
     """Returns the newest complete checkpoint under `root`, or None; newer ones that are broken are reported by name."""
-    return next((path for path in list_checkpoints(root) if is_complete(path, report)), None)
+    return next((path for path in list_checkpoints(root) if read_complete(path, report)), None)
 
 
 def mark_best(root: str | Path, step: int, *, metric: float) -> None:

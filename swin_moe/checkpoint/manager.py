@@ -219,7 +219,7 @@ class CheckpointManager:
 
         def fill_parameters(path: Path) -> str:
             stored = Index.read(path).tensors
-            averaged = [piece.name for piece in pieces if f"ema/{piece.name}" in stored]
+            averaged = {piece.name for piece in pieces if f"ema/{piece.name}" in stored}
             wanted = [dataclasses.replace(p, name=f"ema/{p.name}") if p.name in averaged else p for p in pieces]
             index = load(path, wanted, convert=True)
             return f"{path} (step {index.step}, {len(averaged)} of {len(pieces)} parameters averaged)"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from swin_moe.checkpoint.boxes import find_gap, find_overlap, subtract_all
+from swin_moe.checkpoint.boxes import BoxFinder, find_gap, find_overlap, subtract_all
 from swin_moe.checkpoint.digest import DEFAULT, digest
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index, StoredChunk, StoredFile, StoredTensor
@@ -173,10 +173,12 @@ def assign_shares(specs: dict[str, tuple[tuple[int, ...], str]], ranks: Sequence
     for name, boxes in holders.items():
         written = {box: [box] for box in boxes if box.numel}
         if find_overlap(written) is not None:
-            earlier: list[Chunk] = []
-            for box in written:  # in rank order
+            order = {box: number for number, box in enumerate(written)}  # of their ranks
+            held = sorted(written)
+            finder = BoxFinder(held)
+            for box in written:
+                earlier = (held[i] for i, _ in finder.overlapping(box) if order[held[i]] < order[box])
                 written[box] = subtract_all(box, earlier)
-                earlier.append(box)
         gap = find_gap(specs[name][0], [box for parts in written.values() for box in parts])
         if gap is not None:
             raise CheckpointError(f"tensor {name}: no rank holds the box at {gap.offset} of {gap.size}")
@@ -220,14 +222,12 @@ def _plan_piece(index: Index, piece: Piece, convert: bool) -> list[Copy]:
     stored = index.tensors[piece.name]
     where = f"{index.path}: tensor {piece.name}"
     if stored.shape != piece.shape:
-        raise CheckpointError(f"{where}: has shape {stored.shape}, {piece.shape} is wanted")
+        other = is_expert_tensor(piece.name) and stored.shape[1:] == piece.shape[1:]
+        advice = "; `swin-moe checkpoint experts` makes another number of experts" if other else ""
+        raise CheckpointError(f"{where}: has shape {stored.shape}, {piece.shape} is wanted{advice}")
     floats = stored.dtype in FLOATS and piece.dtype in FLOATS
     if stored.dtype != piece.dtype and not (convert and floats):
         raise CheckpointError(f"{where}: has dtype {stored.dtype}, {piece.dtype} is wanted")
-    copies = []
-    for source in stored.chunks:
-        box = source.chunk.overlap(piece.chunk)
-        if box is not None:
-            copies.append(Copy(piece.name, source, box))
+    copies = [Copy(piece.name, source, box) for source, box in stored.overlapping(piece.chunk)]
     assert sum(copy.box.numel for copy in copies) == piece.chunk.numel, "a checked index has no gaps"
     return sorted(copies, key=lambda copy: (copy.source.file, copy.source.begin))

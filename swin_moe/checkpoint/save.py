@@ -227,10 +227,8 @@ def write_shares(
             piece = held[key]
             raw = to_raw(piece.tensor)
             for box in boxes:
-                for stored in plan.tensors[piece.name].chunks:
-                    part = stored.chunk.overlap(box)
-                    if part is not None:
-                        writer.write(stored, part, raw[part.within(piece.chunk)])
+                for stored, part in plan.tensors[piece.name].overlapping(box):
+                    writer.write(stored, part, raw[part.within(piece.chunk)])
     except BaseException:
         writer.close(sync=False)
         raise

@@ -50,15 +50,25 @@ def _tail(body: bytes) -> bytes:
 _TAIL_BYTES = len(_tail(b""))
 
 
+def check_seal(data: bytes, path: Path) -> bytes:
+    """Returns what a sealed file holds before its seal: a JSON object without its last bracket.
+
+    Raises:
+        CorruptionError: Its digest does not match; names `path`.
+    """
+    body = data[:-_TAIL_BYTES]
+    if len(data) <= _TAIL_BYTES or data[-_TAIL_BYTES:] != _tail(body):
+        raise CorruptionError(f"{path}: is cut off or changed, its digest does not match its content")
+    return body
+
+
 def unseal(data: bytes, path: Path) -> dict:
     """Returns the content of a sealed file, without the seal.
 
     Raises:
         CorruptionError: Its digest does not match, or it is no JSON object; names `path`.
     """
-    body = data[:-_TAIL_BYTES]
-    if len(data) <= _TAIL_BYTES or data[-_TAIL_BYTES:] != _tail(body):
-        raise CorruptionError(f"{path}: is cut off or changed, its digest does not match its content")
+    check_seal(data, path)
     try:
         content = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -86,12 +96,25 @@ def read_sealed(path: Path) -> dict:
     Raises:
         CorruptionError: It is missing, absurdly large, or changed; names `path`.
     """
+    return unseal(_read(path), path)
+
+
+def read_seal(path: Path) -> bytes:
+    """Returns what check_seal does of the file at `path`: for who needs a part of a large one.
+
+    Raises:
+        CorruptionError: It is missing, absurdly large, or changed; names `path`.
+    """
+    return check_seal(_read(path), path)
+
+
+def _read(path: Path) -> bytes:
     try:
         if not path.is_file():
             raise CorruptionError(f"{path}: is missing")
         if path.stat().st_size > MAX_BYTES:
             raise CorruptionError(f"{path}: is larger than the {MAX_BYTES} bytes allowed")
-        return unseal(path.read_bytes(), path)
+        return path.read_bytes()
     except OSError as error:
         raise CorruptionError(f"{path}: cannot be read ({error.strerror})") from error
 

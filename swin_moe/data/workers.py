@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal this process gets when the th
 def _detach(worker: int) -> None:
     # Launchers and schedulers signal whole process groups. The trainer then finishes its step and saves, for which it
     # still needs its images; a handler of its own, inherited by fork, must not run here either.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # torch's own check for a dead parent runs every 5 seconds only.
     if sys.platform == "linux":

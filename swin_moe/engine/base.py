@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from swin_moe.checkpoint import Piece
+from swin_moe.engine.precision import LossScale
 from swin_moe.layout import Chunk
 
 ENGINES = {
@@ -31,13 +32,16 @@ class StepStats:
 class Engine(Protocol):
     """A model, its optimizer and its collectives.
 
-    A step is: `with engine.micro_step(last=...)`: forward, loss, `backward(loss)`, once per micro-batch, then `step`.
+    A step is: `with engine.micro_step(last=...)`: forward, loss, `backward(loss)`, once per micro-batch, then `measure`
+    and `step`. The host waits for the device once, in `measure`: what a step decides by is read there together, and
+    the update that follows keeps the device busy while the host starts the next step.
     Every rank calls every method the same number of times, also with no sample left.
 
     A row of ENGINES is called as f(model, config=, groups=, schedule=, device=) with a parallelized model on meta:
     the engine materializes it (common.materialize), so that it can shard before anything is allocated.
     """
 
+    loss_scale: LossScale
     model: nn.Module  # call this one in training
     local_model: nn.Module  # the network itself: call it in evaluation, read statistics from it
     layout: dict[str, tuple[tuple[int, ...], Chunk]]  # parameter -> (global shape, this rank's box before ZeRO cuts it)
@@ -48,8 +52,19 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients of `loss`, whose mean over ranks is the global loss."""
 
+    def measure(self, numbers: Tensor | None = None) -> list[list[float]]:
+        """Finishes the reduction of gradients and takes their norm; returns every rank's numbers, in rank order.
+
+        numbers: (S,) float64 on the device, as many on every rank: they travel with the norm.
+        """
+
     def step(self, t: int) -> StepStats:
-        """Reduces and clips gradients, updates weights with the learning rate of step t, clears gradients."""
+        """Clips gradients, updates weights with the learning rate of step t, clears gradients; calls `measure` where
+        nobody has in this step. A step whose norm is not finite changes nothing, and leaves gradients to
+        `discard_gradients`."""
+
+    def discard_gradients(self) -> str | None:
+        """Clears the gradients of a skipped step; returns the first parameter of this rank that is not finite."""
 
     def change_weights(self, change: Callable[[dict[str, tuple[Tensor, Chunk]]], None]) -> None:
         """Calls `change` with parameter -> (this rank's part, which box of it that is), to be changed in place."""

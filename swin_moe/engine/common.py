@@ -21,6 +21,7 @@ from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
 from swin_moe.optim import Schedule, build_optimizer, frozen_parameters, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
+from swin_moe.parallel.clip import SquareSums, norm_and_numbers
 from swin_moe.parallel.groups import Groups
 
 # Adam's and SGD's tensors that are saved; "step" is the same for all parameters and saved once as a number.
@@ -101,7 +102,7 @@ class Part:
 class StepEngine:
     """The order of a step and everything saved; see engine/base.py for the protocol.
 
-    Subclasses say how the model is spread (distribute), how gradients come together (reduce, gradient_norm), which part
+    Subclasses say how the model is spread (distribute), how gradients come together (reduce, square_sums), which part
     of a parameter is this rank's (local_part), and which optimizers update them (build_optimizers).
 
     Args:
@@ -126,6 +127,7 @@ class StepEngine:
         self.ema = WeightAverage({n: part.leaf for n, part in self.parts.items()}, average) if average else None
         self.balance = RouterBalance(model, groups, lambda name: [self._weights_of(name)])
         self.updates = 0
+        self._norm: float | None = None  # of this step's gradients, once measured
         self._allocate_state()
 
     # What the variants differ in.
@@ -138,8 +140,8 @@ class StepEngine:
         """Finishes the reduction of gradients over ranks, after the last backward of a step."""
         raise NotImplementedError
 
-    def gradient_norm(self) -> Tensor:
-        """Returns the global norm of the reduced gradients, float64, the same bits on every rank."""
+    def square_sums(self) -> SquareSums:
+        """Returns what the global norm of the reduced gradients is the root of."""
         raise NotImplementedError
 
     def local_part(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Chunk]:
@@ -177,26 +179,33 @@ class StepEngine:
         self.balance.count()
 
     @torch.no_grad()
-    def step(self, t: int) -> StepStats:
+    def measure(self, numbers: Tensor | None = None) -> list[list[float]]:
         """See Engine."""
         self.reduce()
-        gradients = [g for g in map(self.gradient, self.trainable) if g is not None]
-        scale = self.loss_scale.value
-        if scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / scale)
-        norm = float(self.gradient_norm())
+        if self.loss_scale.value != 1.0:
+            torch._foreach_mul_(self._gradients(), 1.0 / self.loss_scale.value)
+        self._norm, rows = norm_and_numbers(self.square_sums(), self.groups, numbers)
+        return rows
+
+    @torch.no_grad()
+    def step(self, t: int) -> StepStats:
+        """See Engine."""
+        if self._norm is None:
+            self.measure()
+        norm, scale, self._norm = self._norm, self.loss_scale.value, None
         finite, factor = decide(norm, self.config.optim.clip_norm)
         if finite:
             if factor < 1.0:
-                torch._foreach_mul_(gradients, factor)
+                torch._foreach_mul_(self._gradients(), factor)
             self._update(t)
+            self._clear_gradients()
         else:
             self.balance.clear()
         self.loss_scale.update(finite=finite)
-        stats = StepStats(norm, factor, self.schedule(t), not finite, scale)
-        if finite:
-            self._clear_gradients()
-        return stats
+        return StepStats(norm, factor, self.schedule(t), not finite, scale)
+
+    def _gradients(self) -> list[Tensor]:
+        return [g for g in map(self.gradient, self.trainable) if g is not None]
 
     def _update(self, t: int) -> None:
         for part in self.trainable:
@@ -231,6 +240,7 @@ class StepEngine:
             if name is None and gradient is not None and not torch.isfinite(gradient).all():
                 name = part.name
         self._clear_gradients()
+        self.balance.clear()
         return name
 
     @torch.no_grad()

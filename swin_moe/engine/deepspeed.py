@@ -24,7 +24,7 @@ from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.optim import Schedule, build_optimizer, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
-from swin_moe.parallel.clip import norm_over_world, sum_of_squares
+from swin_moe.parallel.clip import norm_and_numbers, sharded_squares, sum_of_squares
 from swin_moe.parallel.groups import Groups, ensure_distributed
 from swin_moe.registry import require
 
@@ -60,6 +60,7 @@ class DeepSpeedEngine:
         self.ema = WeightAverage(weights, config.optim.ema) if config.optim.ema else None
         self.balance = RouterBalance(model, groups, lambda name: self._pieces_of(name, name, self.shards.buffers))
         self.updates = 0
+        self._norm: float | None = None  # of this step's gradients, once measured
         self._accumulating = False
 
     @contextmanager
@@ -91,21 +92,31 @@ class DeepSpeedEngine:
         self.balance.count()
 
     @torch.no_grad()
+    def measure(self, numbers: Tensor | None = None) -> list[list[float]]:
+        """See Engine."""
+        square = sum_of_squares(self._gradients(), self.device).to(self.device)  # gradients may be offloaded
+        norm, rows = norm_and_numbers(sharded_squares(square, self.groups), self.groups, numbers)
+        self._norm = norm / self.loss_scale.value
+        return rows
+
+    @torch.no_grad()
     def step(self, t: int) -> StepStats:
         """See Engine."""
-        gradients = [g for tensors in self.shards.gradients() for g in tensors]
-        scale = self.loss_scale.value
-        square = sum_of_squares(gradients, self.device).to(self.device)  # gradients may be offloaded
-        norm = float(norm_over_world(square, self.groups)) / scale
+        if self._norm is None:
+            self.measure()
+        norm, scale, self._norm = self._norm, self.loss_scale.value, None
         finite, factor = decide(norm, self.config.optim.clip_norm)
         if finite:
             if factor != scale:
-                torch._foreach_mul_(gradients, factor / scale)
+                torch._foreach_mul_(self._gradients(), factor / scale)
             finite = self._update(t)
         if not finite:
             self.balance.clear()
         self.loss_scale.update(finite=finite)
         return StepStats(norm, factor, self.schedule(t), not finite, scale)
+
+    def _gradients(self) -> list[Tensor]:
+        return [g for tensors in self.shards.gradients() for g in tensors]
 
     def _update(self, t: int) -> bool:
         """Returns whether the library updated; it skips where float32 cannot hold the square of an unclipped norm."""
@@ -124,6 +135,7 @@ class DeepSpeedEngine:
         """Clears the gradients of a skipped step; returns the first parameter of this rank that is not finite."""
         name = first_not_finite(self.shards)
         self.shards.discard()
+        self.balance.clear()
         return name
 
     @contextmanager

@@ -24,8 +24,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Moves every average toward its weight."""
-        for name, average in self.average.items():
-            average.lerp_(self.weights[name], 1 - self.decay)
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - self.decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from swin_moe.config import Config
@@ -21,7 +21,7 @@ from swin_moe.engine.limits import check_engine
 from swin_moe.engine.zero_redundancy import ZeroRedundancyEngine
 from swin_moe.optim import Schedule, build_optimizer, optimizer_class
 from swin_moe.parallel.apply import reduce_expert_gradients
-from swin_moe.parallel.clip import norm_over_world, sum_of_squares
+from swin_moe.parallel.clip import SquareSums, sharded_squares, sum_of_squares
 from swin_moe.parallel.groups import Groups, ensure_distributed
 from swin_moe.parallel.sharding import placement
 from swin_moe.registry import require
@@ -100,7 +100,7 @@ class ShardedGradientEngine(ShardedOptimizerEngine):
         """See StepEngine. ShardedDDP has brought dense gradients to their owners, and dropped them elsewhere."""
         reduce_expert_gradients(self.local_model, self.groups, self.groups.world_size)
 
-    def gradient_norm(self) -> Tensor:
+    def square_sums(self) -> SquareSums:
         """See StepEngine. Dense gradients are on one rank each; of equal expert gradients the first replica's count."""
         first = self.groups.rank < self.groups.expert_size
         gradients = [
@@ -108,4 +108,4 @@ class ShardedGradientEngine(ShardedOptimizerEngine):
             for part in self.trainable
             if part.parameter.grad is not None and (first or not placement(part.name).is_expert)
         ]
-        return norm_over_world(sum_of_squares(gradients, self.device), self.groups)
+        return sharded_squares(sum_of_squares(gradients, self.device), self.groups)

@@ -23,7 +23,7 @@ from swin_moe.engine.common import Part, StepEngine, materialize
 from swin_moe.layout import Chunk
 from swin_moe.models.swin import Block
 from swin_moe.moe.experts import GroupedExperts
-from swin_moe.parallel.clip import norm_over_world, sum_of_squares
+from swin_moe.parallel.clip import SquareSums, sharded_squares, sum_of_squares
 from swin_moe.parallel.sharding import cut_dim, placement, sub_chunk
 
 
@@ -91,10 +91,9 @@ class FullyShardedEngine(StepEngine):
         if gradients and self.groups.expert_size > 1:
             torch._foreach_mul_(gradients, 1.0 / self.groups.expert_size)
 
-    def gradient_norm(self) -> Tensor:
+    def square_sums(self) -> SquareSums:
         """See StepEngine. Every element is on exactly one rank: shards do not overlap."""
-        gradients = [g for g in map(self.gradient, self.trainable) if g is not None]
-        return norm_over_world(sum_of_squares(gradients, self.device), self.groups)
+        return sharded_squares(sum_of_squares(self._gradients(), self.device), self.groups)
 
     def weights_changed(self) -> None:
         """See StepEngine. Drops whole parameters that an evaluation left gathered (ZeRO-2, and the root)."""

@@ -1,6 +1,7 @@
 """Mixed precision: the autocast context and one loss scale common to all ranks."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -26,6 +27,15 @@ class LossScale:
         self.value = initial if enabled else 1.0
         self.growth_interval = growth_interval
         self.good_steps = 0
+
+    @contextmanager
+    def at(self, value: float) -> Iterator[None]:
+        """Returns a context in which the scale is another: a step is repeated with its own."""
+        kept, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = kept
 
     def update(self, *, finite: bool) -> None:
         """Halves the scale after an overflow, doubles it after growth_interval good steps."""

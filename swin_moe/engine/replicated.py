@@ -3,12 +3,12 @@
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swin_moe.engine.common import StepEngine, materialize
 from swin_moe.parallel.apply import expert_parameters, reduce_expert_gradients
-from swin_moe.parallel.clip import global_grad_norm
+from swin_moe.parallel.clip import SquareSums, replicated_squares
 from swin_moe.parallel.groups import Groups
 
 
@@ -46,6 +46,6 @@ class ReplicatedEngine(StepEngine):
         """See StepEngine. DDP has averaged the dense gradients during backward."""
         reduce_expert_gradients(self.local_model, self.groups, self.groups.world_size)
 
-    def gradient_norm(self) -> Tensor:
+    def square_sums(self) -> SquareSums:
         """See StepEngine."""
-        return global_grad_norm(self.local_model, self.groups)
+        return replicated_squares(self.local_model, self.groups)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from swin_moe.models.attention import SpatialMLP, WindowAttention
 from swin_moe.moe import MoELayer
-from swin_moe.randomness import derive_key
+from swin_moe.randomness import derive_key, truncated_normal_
 
 
 def initialize(model: nn.Module, seed: int, *, std: float, only: Collection[nn.Module] | None = None) -> None:
@@ -46,6 +46,6 @@ def _fill(value: Tensor, module: nn.Module, name: str, generator: torch.Generato
     elif isinstance(module, WindowAttention) and name == "logit_scale":
         value.fill_(math.log(10.0))
     elif isinstance(module, nn.Linear | SpatialMLP) or name.startswith(("relative_", "absolute_", "mask_")):
-        nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator)
+        truncated_normal_(value, std, generator)
     else:
         raise AssertionError(f"no initial value for {type(module).__name__}.{name}")

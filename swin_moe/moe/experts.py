@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.dispatch import Chunks
 from swin_moe.ops.grouped_linear import grouped_linear
-from swin_moe.randomness import Key, derive_key, keep_mask
+from swin_moe.randomness import Key, derive_key, keep_mask, truncated_normal_
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
@@ -165,6 +165,6 @@ class GroupedExperts(nn.Module):
                 generator = torch.Generator().manual_seed(word)
                 for key in ("fc1_weight", "fc2_weight"):
                     whole = torch.empty((self.hidden_dim, self.dim), dtype=torch.float32)
-                    nn.init.trunc_normal_(whole, std=std, a=-2.0, b=2.0, generator=generator)
+                    truncated_normal_(whole, std, generator)
                     offset, size = self.held[key][1]
                     getattr(self, key)[local].copy_(whole[offset : offset + size])

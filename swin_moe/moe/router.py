@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swin_moe.randomness import truncated_normal_
+
 # Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
 _MAX_PASSES = 8
 # Elements of a chunk: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
@@ -297,7 +299,7 @@ class LinearRouter(Router):
 
     def _init_projection(self, generator: torch.Generator, std: float) -> None:
         """Truncated normal, as every linear layer of the official model."""
-        _fill(self.weight, lambda value: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator))
+        _fill(self.weight, lambda value: truncated_normal_(value, std, generator))
 
 
 class CosineRouter(Router):
@@ -323,7 +325,7 @@ class CosineRouter(Router):
     def _init_projection(self, generator: torch.Generator, std: float) -> None:
         """Projector truncated normal, directions normal(0, 0.01), scale 1 / init_t."""
         weight = self.projector.weight
-        _fill(weight, lambda value: nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator))
+        _fill(weight, lambda value: truncated_normal_(value, std, generator))
         _fill(self.sim_matrix, lambda value: value.normal_(0.0, 0.01, generator=generator))
         with torch.no_grad():
             self.projector.bias.zero_()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.ops.linear import Linear
+from swin_moe.randomness import truncated_normal_
 
 
 class SharedExpert(nn.Module):
@@ -27,7 +28,7 @@ class SharedExpert(nn.Module):
         with torch.no_grad():
             for linear in (self.fc1, self.fc2):
                 value = torch.empty(linear.weight.shape, dtype=torch.float32)
-                nn.init.trunc_normal_(value, std=std, a=-2.0, b=2.0, generator=generator)
+                truncated_normal_(value, std, generator)
                 linear.weight.copy_(value)
                 if linear.bias is not None:
                     linear.bias.zero_()

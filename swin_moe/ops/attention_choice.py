@@ -8,6 +8,7 @@ choose. Processes that measure at the same time agree: the first to write decide
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ BUDGET = 0.3  # seconds that one measurement may take
 ROUNDS = 4  # in each of which another path has to be faster by MARGIN to replace the first
 HOPELESS = 2.0  # a path that takes so many times as long as the fastest is not measured further
 FEW_WINDOWS = 4  # with fewer, what is hopeless cannot be told yet
+CALLS = 3  # that a device is timed over
 # A call of less takes half a millisecond (one Zen 4 core, float32): 10 % of it pays a measurement back after 6000
 # calls, and fused was the fastest in all twelve small cases tried, by 1.3 to 2.4 times.
 SMALLEST_MACS = 20_000_000
@@ -250,6 +252,8 @@ def _measure_here(case: Case) -> tuple[dict[str, list[float]], int]:
     started = time.perf_counter()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), autocast:
         tensors, windows = _random_tensors(case, device), 1
+        if device.type == "cuda":
+            return _measure_at_size(case, tensors), case.windows
         for number in range(2 + case.windows.bit_length()):  # the first only warms up
             x, shape = _random_map(case, windows, device)
             once = {path: _seconds(path, x, tensors, shape, case.gradients) for path in (first, *others)}
@@ -266,6 +270,36 @@ def _measure_here(case: Case) -> tuple[dict[str, list[float]], int]:
             for path, seconds in rounds.items():
                 seconds.append(_seconds(path, x, tensors, shape, case.gradients))
     return rounds, windows
+
+
+def _measure_at_size(case: Case, tensors: HalfTensors) -> dict[str, list[float]]:
+    """Returns the seconds of each contender per round at the case's own number of windows.
+
+    For a device: a few windows there take what the launches take, of which paths have unlike numbers, so none that is
+    slow with few is left out. A path for which there is no memory is.
+
+    Raises:
+        OutOfMemoryError: There is none for the first path.
+    """
+    x, shape = _random_map(case, case.windows, tensors.qkv_weight.device)
+    first, *others = case.contenders
+    once = {}
+    for path in (first, *others):
+        try:
+            _seconds(path, x, tensors, shape, case.gradients)  # only warms up
+            once[path] = _seconds(path, x, tensors, shape, case.gradients)
+        except torch.OutOfMemoryError:
+            if path == first:
+                raise
+            LOGGER.info("%s: %s: %s is left out: not enough memory", OPTION, case, path)
+    limit = HOPELESS * min(once.values())
+    rounds: dict[str, list[float]] = {path: [] for path in once if path == first or once[path] <= limit}
+    for _ in range(ROUNDS):
+        for path, seconds in rounds.items():
+            seconds.append(_seconds(path, x, tensors, shape, case.gradients))
+    if x.is_cuda:
+        torch.cuda.empty_cache()  # what other paths needed is not the run's
+    return rounds
 
 
 def _random_tensors(case: Case, device: torch.device) -> HalfTensors:
@@ -303,17 +337,31 @@ class _Draw:
 
 
 def _seconds(path: str, x: Tensor, tensors: HalfTensors, shape: HalfShape, gradients: bool) -> float:
-    """Returns what one pass takes; with one thread its processor time, to which no other process adds."""
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.thread_time
-    wait()
+    """Returns what one pass takes, on the device or, with one thread, of processor time, to which no other adds."""
+
+    def run() -> None:
+        with torch.set_grad_enabled(gradients):
+            out = attention_half(x, tensors, shape, path)
+            if gradients:
+                torch.autograd.grad(out, [x, *(t for t in tensors if t is not None)], torch.ones_like(out))
+
+    if x.is_cuda:
+        return _device_seconds(run)
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
     start = clock()
-    with torch.set_grad_enabled(gradients):
-        out = attention_half(x, tensors, shape, path)
-        if gradients:
-            torch.autograd.grad(out, [x, *(t for t in tensors if t is not None)], torch.ones_like(out))
-    wait()
+    run()
     return clock() - start
+
+
+def _device_seconds(run: Callable[[], None]) -> float:
+    """Returns the seconds of one of CALLS calls that a device works off without waiting for the host between them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:

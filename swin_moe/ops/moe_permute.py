@@ -85,7 +85,8 @@ def _permute(
         if vacant is not None:  # experts multiply padding too, and it must add nothing to their gradients
             gate_N = gate_N.masked_fill(vacant, 0)
         rows.mul_(gate_N[:, None])
-    return rows.to(dtype or rows.dtype)
+    # No `.to` that changes nothing: traced within an autograd.Function, torch 2.11 gives its input a gradient of zero.
+    return rows if dtype in (None, rows.dtype) else rows.to(dtype)
 
 
 def _gather_choice(rows: Tensor, position: Tensor, keep: Tensor | None, choice: int) -> Tensor:
@@ -99,9 +100,13 @@ def _unpermute(rows: Tensor, position: Tensor, keep: Tensor | None, gate: Tensor
     out = _gather_choice(rows, position, keep, 0)
     if gate is not None:
         out = out * gate[:, :1]
+    # In place saves a pass over new memory; in a graph there is none to save, and traced within an autograd.Function
+    # torch 2.11 loses the gradients of what is written in place.
+    traced = torch.compiler.is_compiling()
+    add, multiply_add = (torch.add, torch.addcmul) if traced else (torch.Tensor.add_, torch.Tensor.addcmul_)
     for choice in range(1, position.shape[1]):
         taken = _gather_choice(rows, position, keep, choice)
-        out = out.add_(taken) if gate is None else out.addcmul_(taken.to(out.dtype), gate[:, choice, None])
+        out = add(out, taken) if gate is None else multiply_add(out, taken.to(out.dtype), gate[:, choice, None])
     return out
 
 

@@ -1,6 +1,7 @@
 """One gradient norm for the whole model, although every rank holds other experts."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,27 +13,71 @@ from swin_moe.parallel.groups import Groups
 _NORM_RUN = 1 << 22  # elements: torch makes a float64 copy of what it takes a norm of, 32 MiB at a time
 
 
+@dataclass(frozen=True)
+class SquareSums:
+    """Sums of squares of gradient elements, float64 scalars; every element counts once over `common` and the `own` of
+    the ranks `holders`.
+    """
+
+    common: Tensor  # of what all ranks hold alike
+    own: Tensor  # of what else this rank holds
+    holders: range
+
+
 @torch.no_grad()
-def global_grad_norm(model: nn.Module, groups: Groups) -> Tensor:
-    """Returns the L2 norm of all gradients, a float64 scalar, the same bits on every rank. Collective.
+def replicated_squares(model: nn.Module, groups: Groups) -> SquareSums:
+    """Returns the sums where dense gradients are equal on all ranks and only experts differ.
 
-    Every element counts once: dense gradients are equal on all ranks after their reduction and cost no communication;
-    expert squares are summed over the expert group, which holds every expert element exactly once, replicas having
-    equal ones. To be called after reduce_expert_gradients. A norm per rank (official loop) would scale replicas
-    differently, and they drift.
-
-    Bits: the squares travel in a table with one entry per rank, so that the collective only adds zeros, and the sum
-    over ranks is taken here in rank order, whatever order the collective adds in.
+    To be called after the reduction of expert gradients: the expert group holds every expert element exactly once, and
+    replicas have equal ones. A norm per rank (official loop) would scale replicas differently, and they drift.
     """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
     dense = sum_of_squares([p.grad for _, p in dense_parameters(model) if p.grad is not None], device)
-    table = torch.zeros(groups.expert_size, dtype=torch.float64, device=device)
-    experts = [p.grad for _, p in expert_parameters(model) if p.grad is not None]
-    table[groups.expert_rank] = sum_of_squares(experts, device)
-    if groups.expert is not None:
-        dist.all_reduce(table, group=groups.expert)
-    return (dense + table.sum()).sqrt()
+    experts = sum_of_squares([p.grad for _, p in expert_parameters(model) if p.grad is not None], device)
+    first = groups.rank - groups.expert_rank
+    return SquareSums(dense, experts, range(first, first + groups.expert_size))
+
+
+def sharded_squares(square: Tensor, groups: Groups) -> SquareSums:
+    """Returns the sums where no gradient element is on two ranks. square: Of this rank's elements."""
+    return SquareSums(torch.zeros_like(square), square, range(groups.world_size))
+
+
+@torch.no_grad()
+def norm_and_numbers(
+    squares: SquareSums, groups: Groups, numbers: Tensor | None = None
+) -> tuple[float, list[list[float]]]:
+    """Returns (L2 norm of all gradients, every rank's numbers in rank order), the same bits on every rank.
+
+    Collective: one all-reduce, and one wait for the device.
+
+    Bits: everything travels in a table with one column per rank, so that the collective only adds zeros; the sum over
+    ranks is taken here in rank order, whatever order the collective adds in.
+
+    Args:
+        numbers: (S,) float64 of this rank, on the device of the squares; None = none.
+    """
+    rows = [squares.own.view(1)] if numbers is None else [squares.own.view(1), numbers]
+    own = torch.cat(rows)
+    if groups.world is None:
+        norm, table = (squares.common + squares.own).sqrt(), own[:, None]
+    else:
+        table = own.new_zeros((len(own), groups.world_size))
+        table[:, groups.rank] = own
+        dist.all_reduce(table, group=groups.world)
+        norm = (squares.common + table[0, squares.holders.start : squares.holders.stop].sum()).sqrt()
+    first, *rest = torch.cat([norm.view(1), table[1:].t().reshape(-1)]).tolist()
+    size = len(own) - 1
+    return first, [rest[rank * size : (rank + 1) * size] for rank in range(groups.world_size)]
+
+
+def global_grad_norm(model: nn.Module, groups: Groups) -> Tensor:
+    """Returns the L2 norm of all gradients of a model with replicated dense parameters, a float64 scalar. Collective.
+
+    To be called after the reduction of expert gradients.
+    """
+    return torch.tensor(norm_and_numbers(replicated_squares(model, groups), groups)[0], dtype=torch.float64)
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor | float, max_norm: float) -> None:
@@ -41,19 +86,6 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor | float, max_n
     if gradients:
         factor = torch.as_tensor(max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)
         torch._foreach_mul_(gradients, factor.to(gradients[0].device))
-
-
-@torch.no_grad()
-def norm_over_world(square: Tensor, groups: Groups) -> Tensor:
-    """Returns the L2 norm where no gradient element is on two ranks: the root of the sum of every rank's square.
-
-    The same bits on every rank, for the reason given at global_grad_norm. Collective.
-    """
-    table = torch.zeros(groups.world_size, dtype=torch.float64, device=square.device)
-    table[groups.rank] = square
-    if groups.world is not None:
-        dist.all_reduce(table, group=groups.world)
-    return table.sum().sqrt()
 
 
 def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from swin_moe.config import ParallelConfig
+from swin_moe.parallel.meeting import meet
 from swin_moe.parallel.sharding import Coordinates, Degrees
 from swin_moe.parallel.topology import Topology
 
@@ -64,7 +65,7 @@ class Groups:
         return Topology(hosts[start : start + self.expert_size])
 
 
-def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[int, int]:
+def init_distributed(device: torch.device, *, timeout: float = 600.0, patience: float = 60.0) -> tuple[int, int]:
     """Returns (rank, world size) after joining the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
     gloo for the CPU, nccl (and gloo for CPU tensors) for CUDA; gloo too where ranks share a CUDA device. Without the
@@ -72,9 +73,10 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[i
 
     Args:
         timeout: Seconds until a collective that not all ranks joined fails.
+        patience: Seconds until a rank says whom it waits for while the world assembles.
 
     Raises:
-        ValueError: Some of the variables are missing.
+        ValueError: Some of the variables are missing, the port is in use, or a rank does not come.
     """
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -85,9 +87,14 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0) -> tuple[i
     if missing:
         raise ValueError(f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set; start with python -m launcher")
     backend = communication_backend(device, int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
+    rank, store = int(os.environ["RANK"]), None
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hosts a store at this port already
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = meet(rank, world_size, address, port, patience=patience, timeout=timeout)
     dist.init_process_group(
         backend,
-        rank=int(os.environ["RANK"]),
+        store=store,
+        rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout),
         device_id=device if "nccl" in backend and device.index is not None else None,

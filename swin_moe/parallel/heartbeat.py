@@ -28,6 +28,7 @@ from swin_moe.parallel.transport import Flight
 T = TypeVar("T")
 
 LONG_SECONDS = 1800.0  # what start-up, loading and saving may take; also the limit of every collective
+_STORE_SECONDS = 5.0  # what one call of the store may take
 _SILENT = 0.8  # part of the timeout after which a rank without beats counts as silent
 
 
@@ -67,6 +68,7 @@ class Heartbeat:
         self._seen: dict[int, tuple[Beat, float]] = {}  # rank -> (its last beat, when it was new here)
         self._answered = time.monotonic()  # when the store last did
         self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
         self.enter("start-up", long=True)
 
     # What the main thread tells.
@@ -115,12 +117,22 @@ class Heartbeat:
                 the sentence and end every rank; it is called on all ranks but that one, on the lowest one first.
         """
         store = dist.PrefixStore("heartbeat", store.clone())
+        # What a call of the store may take at most is what `stop` waits for.
+        store.set_timeout(timedelta(seconds=min(self.timeout, _STORE_SECONDS)))
         for work in (lambda: self._beat(store), lambda: self._judge(end)):
-            threading.Thread(target=work, name="heartbeat", daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name="heartbeat", daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
-        """Ends the threads, soon."""
+        """Ends the threads, and returns when they have ended.
+
+        A thread that comes back from a call of the store while the interpreter ends takes the process down with it
+        ("terminate called without an active exception").
+        """
         self._stopped.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
     def find_lost(self) -> str | None:
         """Returns the sentence about a rank whose beats stopped, or None; to be called after a collective failed.
@@ -152,7 +164,7 @@ class Heartbeat:
                 own = self._own(number)
                 store.set(keys[self.rank], json.dumps(vars(own)))
                 # Reading costs every rank the beats of all: seldom in a large world, until this rank seems to hang.
-                due = self._alarm or own.seconds > 0.1 * self.timeout or number % max(5, self.world_size // 8) == 0
+                due = self._alarm or own.seconds > 0.1 * self.timeout or number % max(1, self.world_size // 8) == 0
                 if due and store.check(keys):
                     for rank, text in enumerate(store.multi_get(keys)):
                         beat = Beat(**json.loads(text))
@@ -160,7 +172,7 @@ class Heartbeat:
                             self._seen[rank] = beat, time.monotonic()
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError, OSError):  # the store is gone, or slow: _judge sees that no answer came
-                store.set_timeout(timedelta(seconds=self.timeout))
+                pass
 
     def _judge(self, end: Callable[[str], None]) -> None:
         before = time.monotonic()

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from swin_moe.checkpoint.boxes import find_gap, find_overlap, split_runs, split_slabs, subtract_all
+from swin_moe.checkpoint.boxes import (
+    BoxFinder,
+    find_gap,
+    find_overlap,
+    split_runs,
+    split_slabs,
+    splits_rows,
+    subtract_all,
+)
 from swin_moe.layout import Chunk
 
 
@@ -30,6 +38,44 @@ def test_subtraction_overlap_and_gap_agree_with_masks(shape):
         gap = find_gap(shape, rest)
         assert (gap is None) == bool(mask(shape, rest).all())
         assert gap is None or not mask(shape, rest)[gap.within(Chunk.whole(shape))].any()
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (6, 5), (4, 4, 3)])
+def test_the_finder_finds_what_comparing_with_every_box_does(shape):
+    random = np.random.default_rng(2)
+    for count in (0, 1, 3, 12):
+        for _ in range(40):
+            boxes = sorted(random_box(random, shape) for _ in range(count))
+            if shape and count == 12:  # also empty ones, as of ranks without experts
+                boxes = sorted([*boxes, Chunk((2, *(0 for _ in shape[1:])), (0, *shape[1:]))])
+            box = random_box(random, shape)
+            slow = [(i, box.overlap(other)) for i, other in enumerate(boxes) if box.overlap(other) is not None]
+            assert list(BoxFinder(boxes).overlapping(box)) == slow
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 6), (3, 2, 2)])
+def test_rows_that_follow_each_other_are_recognized_without_arithmetic(shape):
+    random = np.random.default_rng(3)
+    said = 0
+    for _ in range(300):
+        cuts = sorted({0, *(int(n) for n in random.integers(0, (shape or (1,))[0] + 1, 2)), (shape or (1,))[0]})
+        boxes = [Chunk((a, *(0 for _ in shape[1:])), (b - a, *shape[1:])) for a, b in zip(cuts, cuts[1:])]
+        boxes = boxes if shape else [Chunk((), ())]
+        if boxes and random.random() < 0.5:  # one that is lost, stands twice or is cut
+            number = int(random.integers(len(boxes)))
+            boxes[number : number + 1] = [[], [boxes[number]] * 2, [random_box(random, shape)]][int(random.integers(3))]
+        whole = find_overlap(boxes) is None and find_gap(shape, boxes) is None
+        assert whole or not splits_rows(shape, boxes)
+        said += splits_rows(shape, boxes)
+    assert said > 100
+
+
+def test_a_grid_of_boxes_is_compared_within_its_rows_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Chunk, "overlap", lambda *_: calls.append(1))
+    grid = [Chunk((e, h, 0), (1, 1, 4)) for e in range(8) for h in range(256)]  # 8 experts, each on 256 ranks
+    assert find_overlap(grid) is None and not calls
+    assert find_overlap([*grid, grid[7]]) == (grid[7], grid[7])
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 5), (3, 4, 5), (2, 1, 3, 2)])

@@ -1,6 +1,7 @@
 """Saving: the same bytes from every layout, readable by strangers, atomic, and honest about failure."""
 
 import errno
+import json
 import os
 import resource
 import time
@@ -9,12 +10,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from swin_moe.checkpoint.directory import find_latest, list_checkpoints, mark_best, read_best
+from swin_moe.checkpoint.directory import (
+    find_latest,
+    is_complete,
+    list_checkpoints,
+    mark_best,
+    read_best,
+    read_complete,
+)
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import verify
 from swin_moe.checkpoint.pieces import Piece
 from swin_moe.checkpoint.plan import chunk_key
 from swin_moe.checkpoint.save import write_checkpoint
+from swin_moe.checkpoint.sealed_json import seal
 from swin_moe.layout import Chunk
 from tests.checkpoint.independent_reader import read_checkpoint
 from tests.checkpoint.samples import (
@@ -279,3 +289,40 @@ def test_data_is_synced_before_the_index_and_the_index_before_the_rename(tmp_pat
     assert not dirty
     assert events[final - 1] == ("sync", ".0000000001.tmp")
     assert events[final + 1] == ("sync", tmp_path.name)
+
+
+def test_what_retention_asks_of_older_checkpoints_is_what_a_reader_finds(tmp_path):
+    """A flipped byte anywhere in the index, and every loss of a file, by the quick look and by reading all of it."""
+    path = write_checkpoint(tmp_path, 1, whole_pieces(sample_state()), state=STATE, config=CONFIG, file_size=FILE_SIZE)
+    good = (path / "index.json").read_bytes()
+    reports = []
+    assert is_complete(path, reports.append) and read_complete(path, reports.append) and not reports
+    for at in range(0, len(good), 37):
+        (path / "index.json").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        assert not is_complete(path, reports.append) and read_complete(path, reports.append) is None
+    content = {key: value for key, value in json.loads(good).items() if key != "xxh3_128"}
+    for change, complete in (({"version": 2}, False), ({"files": 3}, False), ({"aaa": {"files": {}}}, True)):
+        (path / "index.json").write_bytes(seal({**content, **change}))
+        assert is_complete(path, reports.append) == complete
+        assert (read_complete(path, reports.append) is not None) == complete
+    (path / "index.json").write_bytes(good)
+    for shard in path.glob("shard-*"):
+        data = shard.read_bytes()
+        for harm in (shard.unlink, lambda shard=shard: shard.write_bytes(b"")):
+            harm()
+            del reports[:]
+            assert not is_complete(path, reports.append) and shard.name in reports[0]
+            shard.write_bytes(data)
+    assert is_complete(path, reports.append)
+
+
+def test_saving_beside_older_checkpoints_parses_none_of_their_indexes(tmp_path, monkeypatch):
+    def save(step):
+        pieces = whole_pieces(sample_state(step))
+        return write_checkpoint(tmp_path, step, pieces, state=STATE, config=CONFIG, file_size=FILE_SIZE, keep=2)
+
+    for step in (1, 2):
+        save(step)
+    monkeypatch.setattr(Index, "read", lambda path: pytest.fail(f"{path} was parsed"))
+    save(3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["0000000003", "0000000002"]

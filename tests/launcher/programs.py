@@ -1,5 +1,6 @@
 """The small programs that the launcher tests run as ranks: `python -m tests.launcher.programs NAME FOLDER`."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -31,6 +32,40 @@ def _exit_3_on_1(folder: Path, rank: str) -> None:
     time.sleep(60)
 
 
+def _exit_3_on_all(folder: Path, rank: str) -> None:
+    sys.exit(3)
+
+
+def _raise_on_all(folder: Path, rank: str) -> None:
+    raise RuntimeError("boom everywhere")
+
+
+def _sentence_on_all(folder: Path, rank: str) -> None:
+    sys.exit("the disk is full")
+
+
+def _sentence_on_every_other(folder: Path, rank: str) -> None:
+    sys.exit(f"rank {int(rank) % 2} of 2")
+
+
+def _leave_with_5_on_1(folder: Path, rank: str) -> None:
+    if rank == "1":
+        os._exit(5)
+    time.sleep(60)
+
+
+def _crash_on_1(folder: Path, rank: str) -> None:
+    if rank == "1":
+        ctypes.string_at(0)
+    time.sleep(60)
+
+
+def _kill_1(folder: Path, rank: str) -> None:
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
 def _sentence_on_1(folder: Path, rank: str) -> None:
     if rank == "1":
         sys.exit("the data set is gone")
@@ -50,7 +85,7 @@ def _save_on_signal(folder: Path, rank: str) -> None:
 
 
 def _ignore_signals(folder: Path, rank: str) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     (folder / f"ready-{rank}").touch()
     time.sleep(60)

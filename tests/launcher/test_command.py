@@ -34,7 +34,7 @@ def test_open_mpi_command(user, root, monkeypatch):
     monkeypatch.setattr(command.os, "geteuid", lambda: user)
     mpi = Mpi("mpirun", "openmpi", "/lib/libmpi.so.40")
     line, environment = build_command(Job(4, PROGRAM, hostfile="hosts", environment={"A": "1"}), mpi)
-    options = "--map-by :OVERSUBSCRIBE --bind-to none --hostfile hosts -x A -x MPI4PY_LIBMPI".split()
+    options = "--quiet --map-by :OVERSUBSCRIBE --bind-to none --hostfile hosts -x A -x MPI4PY_LIBMPI".split()
     assert line == ["mpirun", "-n", "4", *options, *RANK]
     assert environment["MPI4PY_LIBMPI"] == "/lib/libmpi.so.40"
     assert ("OMPI_ALLOW_RUN_AS_ROOT" in environment) is root

@@ -29,6 +29,7 @@ BATCH_SCRIPT = {name: SRUN[name] for name in SRUN if name != "SLURM_STEP_ID"} | 
         (SRUN | MPICH, "mpi"),  # mpirun starts its proxies through srun
         (SRUN | {"PMIX_RANK": "0"}, "slurm"),
         (BATCH_SCRIPT, "single"),
+        (SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}, "single"),  # the shell of salloc
         ({}, "single"),
         ({"RANK": "0"}, "single"),
     ],

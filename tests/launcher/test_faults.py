@@ -1,6 +1,7 @@
 """How a job ends: all ways to fail end all processes soon, and signals reach the ranks. Real MPI, torch in one row."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,14 @@ from launcher.env import without_world
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.mpi
+# The environment's MPICH, and Open MPI where the machine has it.
+OPEN_MPI = shutil.which("mpirun.openmpi")
+MPIS = [
+    pytest.param((), id="mpich"),
+    pytest.param(
+        ("--mpi", str(OPEN_MPI)), id="openmpi", marks=pytest.mark.skipif(not OPEN_MPI, reason="needs Open MPI")
+    ),
+]
 
 
 def start(program, folder, *options, world=2):
@@ -91,7 +100,7 @@ def test_kill_9_of_the_launcher_while_it_starts_leaves_no_orphan(delay, tmp_path
     assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_signals_reach_every_rank_and_a_clean_exit_is_reported(number, tmp_path):
     process = start("save_on_signal", tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "readiness of both ranks")
@@ -102,13 +111,64 @@ def test_signals_reach_every_rank_and_a_clean_exit_is_reported(number, tmp_path)
     assert [int((tmp_path / f"saved-{rank}").read_text()) for rank in (0, 1)] == [expected] * 2
 
 
-@pytest.mark.parametrize("number, options, code", [(signal.SIGTERM, ("--grace", "0.5"), 124), (signal.SIGINT, (), 130)])
-def test_ranks_that_ignore_signals_are_killed(number, options, code, tmp_path):
+@pytest.mark.parametrize(
+    "numbers, options, code",
+    [
+        ([signal.SIGTERM], ("--grace", "0.5"), 124),
+        ([signal.SIGINT], ("--grace", "0.5"), 130),
+        ([signal.SIGINT, signal.SIGINT], (), 130),
+    ],
+)
+def test_ranks_that_ignore_signals_are_killed(numbers, options, code, tmp_path):
     process = start("ignore_signals", tmp_path, *options)
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "readiness of both ranks")
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.3)
     process.communicate(timeout=10)
     assert process.returncode == code
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "program, code, words",
+    [
+        ("sentence_on_all", 1, ["the disk is full"]),
+        ("raise_on_all", 1, ["RuntimeError: boom everywhere"]),
+        ("sentence_on_every_other", 1, ["[ranks 0, 2] rank 0 of 2", "[ranks 1, 3] rank 1 of 2"]),
+        ("exit_3_on_all", 3, ["exited with code 3"]),
+    ],
+)
+def test_what_ranks_say_alike_is_printed_once(program, code, words, world, mpi, tmp_path):
+    process = start(program, tmp_path, *mpi, world=world)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == code, output
+    for line in words:
+        line = line if world == 4 else line.replace("s 0, 2]", " 0]").replace("s 1, 3]", " 1]")
+        assert [found for found in output.splitlines() if found.endswith(line.removeprefix("["))].count(line) == 1, (
+            output
+        )
+    assert "Abort" not in output and "BAD TERMINATION" not in output and "MPI_ABORT" not in output
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+@pytest.mark.parametrize(
+    "program, code, culprit",
+    [
+        ("exit_3_on_1", 3, "[rank 1] exited with code 3"),
+        ("leave_with_5_on_1", 5, "[rank 1] error: rank 1 exited with code 5 without a word"),
+        ("crash_on_1", 139, "[rank 1] error: rank 1 was killed by SIGSEGV without a word"),
+        ("kill_1", 137, "[rank 1] error: rank 1 was killed by SIGKILL (kill -9, or the kernel for lack of memory)"),
+    ],
+)
+def test_the_culprit_is_named_and_gives_the_exit_code(program, code, culprit, mpi, tmp_path):
+    process = start(program, tmp_path, *mpi, world=4)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == code, output
+    assert culprit in output
+    assert not any(f"[rank {rank}]" in output for rank in (0, 2, 3)), output
     assert_nothing_left(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """model.attention=auto: what is measured and what not, what is kept, and that a measurement leaves no trace."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,3 +229,67 @@ def test_times_of_all_contenders_are_measured():
     rounds, windows = measure(CASE)
     assert next(iter(rounds)) == CASE.contenders[0] and 1 <= windows <= 8
     assert all(len(times) == choices.ROUNDS and 0 < min(times) <= max(times) < 10 for times in rounds.values())
+
+
+LAUNCHES = {"fused": 1.0, "sdpa": 9.0, "analytic": 9.0, "reference": 20.0}  # what a device takes at least, per path
+PER_WINDOW = {"fused": 4.0, "sdpa": 1.0, "analytic": 3.0, "reference": 9.0}
+
+
+def test_a_device_is_measured_at_the_size_of_the_case(monkeypatch):
+    """With one window fused takes half the time of sdpa, with all 64 more than twice: few windows must not choose."""
+    case, seen = replace(CASE, windows=64), set()
+
+    def seconds(path, x, given, shape, gradients):
+        windows = x.shape[0] * x.shape[1] * x.shape[2] // 16
+        seen.add(windows)
+        return max(LAUNCHES[path], PER_WINDOW[path] * windows)
+
+    monkeypatch.setattr(choices, "_seconds", seconds)
+    rounds = choices._measure_at_size(case, choices._random_tensors(case, torch.device("cpu")))
+    assert seen == {64} and fastest(rounds) == "sdpa"
+    # The first stays to be compared with; of the others, what takes more than twice the fastest is not measured on.
+    assert rounds == {"fused": [256.0] * choices.ROUNDS, "sdpa": [64.0] * choices.ROUNDS}
+
+
+def test_a_path_that_does_not_fit_is_left_out(monkeypatch):
+    given = choices._random_tensors(CASE, torch.device("cpu"))
+
+    def seconds(path, *_):
+        if path in too_large:
+            raise torch.OutOfMemoryError("no memory")
+        return 1.0
+
+    monkeypatch.setattr(choices, "_seconds", seconds)
+    too_large = {"reference"}
+    assert set(choices._measure_at_size(CASE, given)) == set(CASE.contenders) - too_large
+    too_large = {CASE.contenders[0]}
+    with pytest.raises(torch.OutOfMemoryError):
+        choices._measure_at_size(CASE, given)
+
+
+def test_a_device_is_timed_over_calls_between_two_events(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("record")
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return 6000.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert choices._device_seconds(lambda: happened.append("call")) == 6.0 / choices.CALLS
+    assert happened == ["record", *["call"] * choices.CALLS, "record", "wait"]
+
+
+@pytest.mark.gpu
+def test_a_case_is_measured_on_a_device():
+    case = replace(CASE, device="cuda:0", dtype="bfloat16", window=(8, 8), head_dim=32, windows=64)
+    rounds, windows = measure(case)
+    assert windows == 64 and all(0 < time < 10 for times in rounds.values() for time in times)

@@ -113,3 +113,25 @@ def test_a_rank_that_waits_for_rows_under_way_is_in_a_collective():
     finally:
         arrived.set()
         thread.join()
+
+
+def test_no_thread_is_left_when_the_heartbeat_stops(monkeypatch):
+    inside = threading.Event()
+
+    class Slow:
+        def set_timeout(self, timeout):
+            self.timeout = timeout
+
+        def set(self, key, value):
+            inside.set()
+            time.sleep(0.5)
+
+        def check(self, keys):
+            return False
+
+    monkeypatch.setattr("swin_moe.parallel.heartbeat.dist.PrefixStore", lambda prefix, store: Slow())
+    heart = Heartbeat(0, 2, timeout=1)
+    heart.start(SimpleNamespace(clone=lambda: None), lambda sentence: None)
+    assert inside.wait(5)
+    heart.stop()  # in the middle of a call
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from swin_moe.engine.gradient_watch import GradientWatch
 from swin_moe.metrics import LOGGER
 from swin_moe.train import Trainer
 from tests.training.cases import open_tiny
@@ -60,17 +59,6 @@ def spoil(trainer: Trainer, name: str, value: str) -> None:
     trainer.engine.local_model.get_submodule(block).register_forward_pre_hook(attach)
 
 
-def take_away_watch_hooks(trainer: Trainer) -> list[tuple]:
-    """Returns (module, hook) of the trainer's watch, removed: hooks of a gradient run in the order they were set."""
-    taken = []
-    for module in trainer.engine.local_model.modules():
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(getattr(getattr(hook, "func", None), "__self__", None), GradientWatch):
-                taken.append((module, hook))
-                del module._forward_pre_hooks[number]
-    return taken
-
-
 def run(root: Path, case: str) -> dict:
     name, value, precision, engine, zero = CASES[case]
     options = [f"engine.name={engine}", f"engine.precision={precision}", f"parallel.zero={zero}"]
@@ -79,10 +67,7 @@ def run(root: Path, case: str) -> dict:
     if precision == "fp16":
         trainer.engine.loss_scale.value = 8.0  # no overflow of its own
     if dist.get_rank() == BAD_RANK:
-        own = take_away_watch_hooks(trainer)
         spoil(trainer, name, value)
-        for module, hook in own:
-            module.register_forward_pre_hook(hook)
     updates, messages = [], Messages()
     original = trainer.engine.step
 

@@ -1,0 +1,70 @@
+"""What `export --to safetensors` writes: parameters under our names, and beside them what the network is.
+
+The text `swin_moe` in the file's metadata is JSON: `config` (its section model), `step`, and `classes` where they are
+known. A file without it, which may be anyone's, is read as official, fairscale, timm or hf by its names.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.official_read import assemble
+from checkpoint_tools.source import Options, Source
+from checkpoint_tools.state_dict_files import is_safetensors, open_file
+from swin_moe.checkpoint.errors import CheckpointError
+
+KEY = "swin_moe"
+
+
+def detect(path: Path) -> bool:
+    """See formats/__init__.py."""
+    try:
+        if not is_safetensors(path):
+            return False
+        file = open_file(path)
+        file.files.close()
+    except (CheckpointError, OSError):
+        return False
+    return KEY in file.metadata
+
+
+def open_safetensors(path: Path, options: Options) -> Source:
+    """Returns the checkpoint in the file `path`; see formats/__init__.py."""
+    file = open_file(path)
+    config = described(file.metadata, path)
+    source = assemble("safetensors", path, [file], None, options, optimizer=False, config=config)
+    known = _content(file.metadata, path)
+    source.step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
+    source.state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
+    return source
+
+
+def describe(source: Source) -> dict[str, str]:
+    """Returns the metadata that says what a source's network is."""
+    content: dict[str, Any] = {"config": {key: source.config[key] for key in ("model",) if key in source.config}}
+    content["step"] = source.step
+    if "classes" in source.state:
+        content["classes"] = source.state["classes"]
+    return {"format": "pt", KEY: json.dumps(content, sort_keys=True)}
+
+
+def described(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """Returns the config in a file's metadata.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    config = _content(metadata, path).get("config", {})
+    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+        raise CheckpointError(f"{path}: its metadata {KEY!r} holds no config")
+    return config
+
+
+def _content(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(metadata.get(KEY, "{}"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: its metadata {KEY!r} is no JSON object")
+    return content

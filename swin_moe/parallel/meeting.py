@@ -1,0 +1,64 @@
+"""Where the ranks of a world meet, and who is waited for when one of them does not come."""
+
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_NAMED = 8  # missing ranks named in a sentence
+_POLL_SECONDS = 0.05
+
+
+def meet(rank: int, world_size: int, address: str, port: int, *, patience: float, timeout: float) -> dist.Store:
+    """Returns the store that all ranks have reached; rank 0 hosts it.
+
+    Args:
+        patience: Seconds after which this rank says on stderr whom it waits for, and again after as many.
+        timeout: Seconds after which it gives up; also the limit of the store's calls from then on.
+
+    Raises:
+        ValueError: The port is in use, or a rank did not come in time.
+    """
+    began = time.monotonic()
+    store = None
+    while store is None:
+        try:
+            store = dist.TCPStore(
+                address, port, world_size, is_master=rank == 0, wait_for_workers=False,
+                timeout=timedelta(seconds=min(patience, timeout)),
+            )  # fmt: skip
+        except dist.DistNetworkError as error:
+            if rank == 0:
+                raise ValueError(
+                    f"rank 0 cannot listen at {address}:{port} (MASTER_PORT): {_reason(error)}; choose another port"
+                ) from error
+            _complain(f"rank 0 at {address}:{port}", rank, time.monotonic() - began, timeout)
+    keys = [f"here/{other}" for other in range(world_size)]
+    store.set(keys[rank], "1")
+    said = time.monotonic()
+    while not store.check(keys):
+        time.sleep(_POLL_SECONDS)
+        if time.monotonic() - said >= patience or time.monotonic() - began >= timeout:
+            said = time.monotonic()
+            missing = [other for other, key in enumerate(keys) if not store.check([key])]
+            if missing:
+                _complain(_names(missing, world_size), rank, said - began, timeout)
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
+
+
+def _complain(whom: str, rank: int, waited: float, timeout: float) -> None:
+    """Says whom this rank waits for. Raises ValueError when the time is over."""
+    if waited >= timeout:
+        raise ValueError(f"{whom} did not come within {timeout:.0f} s; is it started, and does the network let it?")
+    print(f"[rank {rank}] has waited {waited:.0f} s for {whom}", file=sys.stderr, flush=True)
+
+
+def _names(missing: list[int], world_size: int) -> str:
+    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    return f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:_NAMED]))}{more} of {world_size}"
+
+
+def _reason(error: Exception) -> str:
+    return "the port is in use" if "EADDRINUSE" in str(error) or "in use" in str(error) else str(error).split("\n")[0]

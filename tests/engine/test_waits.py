@@ -1,0 +1,115 @@
+"""A training step waits for the device once; a MoE layer on one process does not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swin_moe.config import MoEConfig
+from swin_moe.config_io import load_config
+from swin_moe.moe import dispatch
+from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
+from swin_moe.moe.layer import MoELayer
+from swin_moe.parallel.groups import single_process_groups
+from swin_moe.randomness import RandomContext
+from swin_moe.session import Session
+from swin_moe.train import Trainer
+from tests.training.cases import TINY
+from tests.waits import counted_waits
+
+
+class AsOnDevice:
+    """torch, but a dispatcher must not ask for the number of rows, as on a CUDA device."""
+
+    compiler = SimpleNamespace(is_compiling=lambda: True)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Rows are counted on the device. Products of experts are one operator, whose inside (here a loop) is unseen."""
+    monkeypatch.setattr(dispatch, "torch", AsOnDevice())
+
+
+def test_the_counter_sees_waits():
+    x = torch.arange(4.0)
+    with counted_waits() as found:
+        x.sum().item(), float(x[0]), x.tolist(), x[x > 1], x.nonzero(), x.cpu(), bool(x.sum() > 0)
+    assert found == {"_local_scalar_dense": 3, "tolist": 1, "index": 1, "nonzero": 1, "cpu": 1}
+    with counted_waits() as found:
+        (x * 2).sum().sqrt(), x.to(torch.float64), torch.where(x > 1, x, 0)
+    assert not found
+
+
+def test_it_sees_backward():
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(lambda g: g * g.sum().item())
+    with counted_waits() as found:
+        x.sum().backward()
+    assert found == {"_local_scalar_dense": 1}
+
+
+STEPS = {
+    "dense": ("model.moe.blocks=[[-1],[-1]]",),
+    "by count": (),
+    "padded": ("model.moe.backend=padded",),
+    "accumulated": ("data.micro_batch=8", "model.moe.backend=padded"),
+    "recomputed": ("parallel.recompute=block", "model.moe.backend=padded"),
+    "bf16": ("engine.precision=bf16",),
+    "fp16": ("engine.precision=fp16", "model.moe.dropout=0.1"),
+    "sgd": ("optim.name=sgd", "optim.clip_norm=0", "optim.ema=0"),
+    "bias that balances": (
+        "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none",
+        "model.moe.backend=padded",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_a_step_waits_once(on_device, tmp_path, options):
+    config = load_config("digits_swin_moe", [*TINY, f"run.output={tmp_path}", "log.every=100", *options])
+    trainer = Trainer(Session(config, single_process_groups(), torch.device("cpu")))
+    trainer.engine.loss_scale.value = min(trainer.engine.loss_scale.value, 8.0)  # no overflow
+    found, take = [], trainer._train_step
+
+    def step(batches):
+        if trainer.progress.step + 1 == trainer.schedule.total:
+            return take(batches)  # the last one evaluates, records and saves
+        with counted_waits() as waits:
+            result = take(batches)
+        found.append(dict(waits))
+        return result
+
+    trainer._train_step = step
+    trainer.run()
+    assert len(found) >= 4 and all(waits == {"tolist": 1} for waits in found), found
+
+
+LAYERS = {
+    "official": {},
+    "two choices": {"top_k": 2, "normalize_gate": True, "balance_loss": "gshard"},
+    "cosine": {"router": "cosine"},
+    "by need": {"capacity_factor": 0.0},
+    "groups of images": {"capacity_scope": "images", "group_images": 1, "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dispatcher", [LocalDispatcher, PaddedDispatcher])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_a_layer_on_one_process_waits_for_nothing(on_device, options, dispatcher, training):
+    by_need = options.get("capacity_factor") == 0.0
+    if dispatcher is PaddedDispatcher:
+        options = {"eval_capacity_factor": 0.0 if by_need else 1.0, **options}
+    layer = MoELayer(16, 32, MoEConfig(num_experts=4, **options), fc2_bias=True, layer=1, init_std=0.5)
+    layer.init_weights(0, "layer")
+    layer.dispatcher = dispatcher()
+    x = torch.randn(3, 12, 16, requires_grad=True)
+    random = RandomContext(7, 1, torch.arange(3))
+    with counted_waits() as found:
+        y, aux = layer.train(training)(x, random)
+        (y.square().sum() + aux).backward()
+    # Padded by need, the fullest expert decides how many rows there are.
+    assert found == ({"_local_scalar_dense": 1} if by_need and dispatcher is PaddedDispatcher else {})
