@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.router import Routing
+from swin_moe.ops import moe_plan
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
 
 
@@ -87,9 +88,8 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
-        counts = routing.kept.sum(dim=0)
         unknown = x.is_cuda or torch.compiler.is_compiling()  # to ask would wait for the device, or break a graph
-        plan = make_plan(routing, None if unknown else int(counts.sum()))
+        plan, counts = _plan_and_counts(routing, ask=not unknown)
         return Dispatched(take_tokens(x, plan), counts, None if pair is None else pair.flatten()[plan.pair], plan)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
@@ -131,14 +131,21 @@ def make_plan(routing: Routing, num_rows: int | None) -> Plan:
 
     num_rows: routing.kept.sum(), if the host knows it; None = one row per pair, those left over at the end.
     """
-    kept_EG, num_pairs = routing.kept.t().reshape(-1), routing.expert.numel()
+    num_pairs = routing.expert.numel()
     all_kept = num_rows == num_pairs or routing.capacity is None
     num_rows = num_pairs if num_rows is None else num_rows
+    if moe_plan.available(routing.expert):
+        order = _order(routing, num_rows=num_rows)
+        return Plan(order.position, None if all_kept else routing.keep, order.pair)
+    kept_EG = routing.kept.t().reshape(-1)
     return _place(routing, kept_EG.cumsum(0) - kept_EG, num_rows, keep=None if all_kept else routing.keep)
 
 
 def make_padded_plan(routing: Routing, rows: int) -> Plan:
     """Returns the order of `rows` rows for every expert, the taken ones first."""
+    if moe_plan.available(routing.expert):
+        order = _order(routing, padded_rows=rows)
+        return Plan(order.position, routing.keep, order.pair, order.vacant)
     kept_EG = routing.kept.t()
     num_experts = len(kept_EG)
     base_E = torch.arange(num_experts, device=kept_EG.device)[:, None] * rows
@@ -147,6 +154,22 @@ def make_padded_plan(routing: Routing, rows: int) -> Plan:
     )
     vacant = torch.arange(rows, device=kept_EG.device) >= kept_EG.sum(dim=1, keepdim=True)
     return replace(plan, vacant=vacant.flatten())
+
+
+def _plan_and_counts(routing: Routing, *, ask: bool) -> tuple[Plan, Tensor]:
+    """Returns (plan without padding, (E,) rows of every expert); `ask`: the host may look how many rows there are."""
+    if not moe_plan.available(routing.expert):
+        counts = routing.kept.sum(dim=0)
+        return make_plan(routing, int(counts.sum()) if ask else None), counts
+    num_pairs = routing.expert.numel()
+    order = _order(routing, num_rows=None if ask else num_pairs)
+    all_kept = routing.capacity is None or (ask and len(order.pair) == num_pairs)
+    return Plan(order.position, None if all_kept else routing.keep, order.pair), order.counts
+
+
+def _order(routing: Routing, **size: int | None) -> moe_plan.Order:
+    columns = (routing.expert, routing.slot, routing.keep, routing.kept)
+    return moe_plan.order_rows(*columns, group_size=routing.group_size, **size)
 
 
 def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | None) -> Plan:

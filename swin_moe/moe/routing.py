@@ -17,6 +17,7 @@ from swin_moe.moe.expert_choice import route_by_expert
 from swin_moe.moe.group_exchange import GroupDemand, GroupExchange, route_across
 from swin_moe.moe.router import Router, Routing, expert_capacity, join, pick, route, row_chunks
 from swin_moe.moe.soft import SoftMix, route_slots
+from swin_moe.ops import moe_balance, moe_route
 from swin_moe.ops.random_draws import gate_noise, with_words
 from swin_moe.randomness import RandomContext
 
@@ -85,9 +86,13 @@ class RoutingRule:
             random, token: What noise is drawn from, and the (T,) global index of every token; None = no noise.
         """
         config = self.config
-        scored = self._score(router(x), random, token)
+        clean = router(x)
+        noisy = self._add_noise(clean, random, token)
         # Once, however many parts follow: where an engine gathers parameters per module this is a collective.
         bias = None if router.balance is None else router.balance()
+        if self._is_fused(clean, training):
+            return self._route_fused(x, clean, noisy, bias, tokens_per_image=tokens_per_image, training=training)
+        scored = self._score(clean, noisy)
         mix = demand = None
         parts = [(len(x), max(len(x), 1))]
         rows = x
@@ -119,7 +124,7 @@ class RoutingRule:
             return token[:, None] * config.num_experts + routing.expert
         return token[:, None] * config.top_k + torch.arange(config.top_k, device=device)
 
-    def _score(self, clean: Tensor, random: RandomContext | None, token: Tensor | None) -> Scored:
+    def _add_noise(self, clean: Tensor, random: RandomContext | None, token: Tensor | None) -> Tensor:
         config, noisy = self.config, clean
         if random is not None and config.gate_noise > 0:
             random, std = with_words(random), config.gate_noise / config.num_experts
@@ -128,10 +133,57 @@ class RoutingRule:
                 noise = gate_noise(random, token[rows], clean.shape[1], layer=self.layer)
                 noisy[rows] = std * noise.to(clean.dtype)
             noisy = noisy.add_(clean)  # into the memory of the noise
-        if config.scores == "softmax":
+        return noisy
+
+    def _score(self, clean: Tensor, noisy: Tensor) -> Scored:
+        if self.config.scores == "softmax":
             scores = torch.softmax(noisy, dim=1)
             return Scored(clean, noisy, scores, scores if noisy is clean else torch.softmax(clean, dim=1))
         return Scored(clean, noisy, torch.sigmoid(noisy), None)
+
+    def _is_fused(self, clean: Tensor, training: bool) -> bool:
+        """Returns whether the compiled operator covers the options; if not, the Python form does what it would."""
+        config = self.config
+        limited = 0 < config.group_limit < config.expert_groups
+        across = training and (self.exchange is not None or self.balance_exchange is not None)
+        covered = config.choice == "token" and not limited and not across
+        return covered and moe_route.available(clean) and moe_balance.available(clean)
+
+    def _route_fused(
+        self,
+        x: Tensor,
+        clean: Tensor,
+        noisy: Tensor,
+        bias: Tensor | None,
+        *,
+        tokens_per_image: int,
+        training: bool,
+    ) -> Routed:
+        config, num_experts = self.config, clean.shape[1]
+        parts = group_parts(len(x), self._group_size(len(x), tokens_per_image, training))
+        capacities = [self._capacity(size, training=training) for _, size in parts]
+        noise = None if noisy is clean else noisy
+        own = config.balance_loss == "load_importance" and noise is not None  # else they are the scores
+        result = moe_route.route_tokens(
+            clean, noise, bias=bias, top_k=config.top_k, group_size=max(parts[0][1], 1), capacity=capacities[0],
+            last_capacity=capacities[-1], sigmoid=config.scores == "sigmoid", normalize=config.normalize_gate,
+            prioritized=config.batch_prioritized, probabilities=own,
+        )  # fmt: skip
+        capacity = None if capacities[0] is None else max(capacities)
+        columns = {name: getattr(result, name) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
+        routing = Routing(capacity=capacity, group_size=max(parts[0][1], 1), **columns)
+        kind = config.balance_loss
+        if kind == "gshard" and config.scores == "sigmoid":
+            kind = "gshard of shares"
+        aux, balance = moe_balance.auxiliary_loss(
+            result.probabilities if own else result.scores, result.threshold, result.expert, kind=kind,
+            noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight,
+            group_size=max(len(x), 1) if config.balance_scope == "global" else max(parts[0][1], 1),
+            logits=clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
+        )  # fmt: skip
+        demand, kept, dropped = result.totals.split([num_experts, num_experts, 1])
+        stats = RoutingStats(demand, kept, dropped.view(()), result.entropy, balance)
+        return Routed(x, routing, aux, stats)
 
     def _group_size(self, num_tokens: int, tokens_per_image: int, training: bool) -> int:
         """Returns the tokens of a full routing group.

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +79,23 @@ EXTENSION = find_and_load(
     allowed=not _is_set("SWIN_MOE_NO_EXT"),
     required=_is_set("SWIN_MOE_REQUIRE_EXT"),
 )
-# Device types whose kernels are in the library; a constant, so that a traced model asks no dispatcher.
-COMPILED = frozenset(
-    device
-    for device, key in _DISPATCH_KEYS.items()
-    if EXTENSION.loaded
-    and all(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key) for name in _KERNELS)
-)
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def compiled_for(*names: str) -> frozenset[str]:
+    """Returns the device types for which the library has a kernel of each of these operators.
+
+    To be kept as a constant, so that a traced model asks no dispatcher.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(
+        device
+        for device, key in _DISPATCH_KEYS.items()
+        if EXTENSION.loaded and all(has_kernel(f"{NAMESPACE}::{name}", key) for name in names)
+    )
+
+
+COMPILED = compiled_for(*_KERNELS)
 
 
 def available(device_type: str) -> bool:
@@ -124,3 +134,9 @@ def define(schema: str) -> torch.library.Library:
     if not hasattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]):
         _LIBRARY.define(schema)
     return _LIBRARY
+
+
+def add_fake(name: str, fake: Callable) -> None:
+    """Adds what an operator of the compiled library does to shapes and dtypes; nothing where it is not loaded."""
+    if EXTENSION.loaded:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
