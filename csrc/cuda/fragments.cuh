@@ -45,6 +45,11 @@ struct Fragments {
     return a;
   }
 
+  static __device__ __forceinline__ void negate(Left& a) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.r[i] ^= 0x80008000u;
+  }
+
   // What `left` rounded.
   static __device__ __forceinline__ void values(const Left& a, float (&sums)[kTileSums]) {
 #pragma unroll
@@ -70,9 +75,11 @@ struct Fragments {
     return b;
   }
 
-  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b) {
+  // Both: also the upper eight columns.
+  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b,
+                                                  bool both = true) {
     multiply_add(sums, a.r, b.r[0], b.r[1], T{});
-    multiply_add(sums + 4, a.r, b.r[2], b.r[3], T{});
+    if (both) multiply_add(sums + 4, a.r, b.r[2], b.r[3], T{});
   }
 };
 
@@ -109,6 +116,11 @@ struct Fragments<float> {
     return a;
   }
 
+  static __device__ __forceinline__ void negate(Left& a) {
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) a.v[e] = -a.v[e];
+  }
+
   static __device__ __forceinline__ RightOfRows right_of_rows(const float* matrix, int pitch, int n, int k) {
     return {matrix + n * pitch + k, pitch};
   }
@@ -117,7 +129,7 @@ struct Fragments<float> {
   }
 
   template <class Right>
-  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b) {
+  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b, bool = true) {
     const Lane lane;
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {

@@ -64,19 +64,17 @@ __device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kT
   const Lane lane;
   float weights[S::kTiles][kTileSums], grad_weights[S::kTiles][kTileSums], unused[2];
   {
-    const ScoreRows<false> rows(shared.table, rule, row);
+    const ScoreRows<S, false> rows(shared.table, rule, row);
     typename F::Left left[S::kSlices];
-    set_zero(weights);
-    load_left<S>(left, shared.queries, row);
+    load_left<S>(left, shared.queries, row, rule);
+    start_scores(weights, rows, 0, 0);
     multiply_rows<S>(weights, left, shared.keys, 0);
-#pragma unroll
-    for (int u = 0; u < S::kTiles; ++u) rows.finish(weights[u], u * kTile);
     set_zero(grad_weights);
     load_left<S>(left, shared.grad_out, row);
     multiply_rows<S>(grad_weights, left, shared.values, 0);
   }
-  RunningSoftmax<typename S::T> softmax;
-  softmax.update(weights, unused);
+  RunningSoftmax<S> softmax(rule);
+  softmax.update(weights, unused, true);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float inverse = 1.f / softmax.total(h);
@@ -97,7 +95,7 @@ __device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kT
         if (e / 2 % 2 == h) weights[u][e] *= grad_weights[u][e] - delta;
     const int query = row + lane.row + 8 * h;
     if (lane.column == 0) {
-      shared.statistics.largest[query] = query < rule.tokens ? softmax.largest[h] : INFINITY;
+      shared.statistics.largest[query] = query < rule.tokens ? softmax.largest_score(h) : INFINITY;
       shared.statistics.inverse_sum[query] = inverse;
       shared.statistics.delta[query] = delta;
     }
@@ -111,15 +109,15 @@ __device__ __forceinline__ void key_phase(float (&grad_bias)[S::kTiles][kTileSum
                                           float (&grad_keys)[S::kSlices][kTileSums],
                                           float (&grad_values)[S::kSlices][kTileSums], const WholeShared<S>& shared,
                                           const ScoreRule& rule, int row) {
-  const ScoreRows<true> rows(shared.table, rule, row);
+  const ScoreRows<S, true> rows(shared.table, rule, row);
   typename Fragments<typename S::T>::Left keys[S::kSlices], values[S::kSlices];
-  load_left<S>(keys, shared.keys, row);
+  load_left<S>(keys, shared.keys, row, rule);
   load_left<S>(values, shared.values, row);
 #pragma unroll
   for (int u = 0; u < S::kTiles; ++u) {
     float grad_scores[kTileSums];
     key_step<S, true>(grad_scores, grad_keys, grad_values, rows, keys, values, shared.queries, shared.grad_out,
-                      shared.statistics, u * kTile, u * kTile);
+                      shared.statistics, 0, u);
 #pragma unroll
     for (int e = 0; e < kTileSums; ++e) grad_bias[u][e] += grad_scores[e];
   }
