@@ -24,7 +24,7 @@ SOURCES = ("window_forward_bf16.cu", "window_backward_bf16.cu")
 # Products of scores that a kernel computes, loop by loop; further loops are copies of the last.
 PRODUCTS = {
     "window_forward": (2,),
-    "window_backward_whole": (3, 4),
+    "window_backward_whole": (3, 2),
     "window_backward_kept": (3,),
     "window_backward_keys": (4,),
     "window_backward_queries": (2, 3),
@@ -51,7 +51,7 @@ class Instruction:
     @property
     def conditional(self) -> bool:
         """Whether the next instruction may follow it."""
-        return self.text.startswith("@") or "BRA" in self.name and "P" in self.text.split("BRA", 1)[1].split("0x")[0]
+        return self.text.startswith("@") or self.name == "BRA.DIV" or " P" in self.text.split("0x")[0]
 
     @property
     def ends(self) -> bool:

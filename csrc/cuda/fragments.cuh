@@ -38,6 +38,14 @@ struct Fragments {
     return a;
   }
 
+  // Rows of the transposed matrix: sums[m][n] += matrix[k][m] right[k][n].
+  static __device__ __forceinline__ Left left_of_columns(const T* matrix, int pitch, int m, int k) {
+    const int lane = threadIdx.x % 32;
+    Left a;
+    load_matrices_transposed(a.r, matrix + (k + lane % 8 + lane / 16 * 8) * pitch + m + lane / 8 % 2 * 8);
+    return a;
+  }
+
   static __device__ __forceinline__ Left left(const float (&sums)[kTileSums]) {
     Left a;
 #pragma unroll
@@ -106,6 +114,14 @@ struct Fragments<float> {
     Left a;
 #pragma unroll
     for (int e = 0; e < kTileSums; ++e) a.v[e] = matrix[(row + lane.row_of(e)) * pitch + k + lane.column_of(e)];
+    return a;
+  }
+
+  static __device__ __forceinline__ Left left_of_columns(const float* matrix, int pitch, int m, int k) {
+    const Lane lane;
+    Left a;
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) a.v[e] = matrix[(k + lane.column_of(e)) * pitch + m + lane.row_of(e)];
     return a;
   }
 

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
   const int64_t partial = task.chunk * row_blocks * query_ranges + task.row_block;
   if (Gradients && partials.pad) write_padding<S>(p, partials, shared.pad, partial, task.head);
   if constexpr (PairTiles > 0)
-    write_bias<S>(grad_bias, shared.pairs, partials.bias + (partial * p.num_heads + task.head) * g.table_rows(), g,
+    write_bias<S, true>(grad_bias, shared.pairs, partials.bias + (partial * p.num_heads + task.head) * g.table_rows(), g,
                   first_row, first_query);
 }
 

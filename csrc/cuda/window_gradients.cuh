@@ -159,11 +159,12 @@ __device__ __forceinline__ void write_factor(const WindowLaunch& p, const Partia
   if (threadIdx.x == 0) partials.logit_scale[partial * p.num_heads + head] = sum;
 }
 
-// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block,
-// Tiles * 16 + 1) is shared memory that nothing else uses any more.
-template <class S, int Tiles>
+// From gradients per pair of tokens, summed over windows, to those of the bias table. Rows are keys and columns queries,
+// or the other way round; either begins at a given token. `pairs` (rows of a block, Tiles * 16 + 1) is shared memory
+// that nothing else uses any more.
+template <class S, bool KeyRows, int Tiles>
 __device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums], float* pairs, float* partial,
-                                           const WindowGeometry& g, int first_key, int first_query) {
+                                           const WindowGeometry& g, int first_row, int first_column) {
   constexpr int kPairPitch = Tiles * kTile + 1;
   const Lane lane;
   const int warp_row = threadIdx.x / 32 * kTile;
@@ -174,18 +175,19 @@ __device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums]
     for (int e = 0; e < kTileSums; ++e)
       pairs[(warp_row + lane.row_of(e)) * kPairPitch + u * kTile + lane.column_of(e)] = sums[u][e];
   __syncthreads();
-  const int end_key = min(first_key + S::kRows, g.tokens()), end_query = first_query + Tiles * kTile;
+  const int end_row = min(first_row + S::kRows, g.tokens()), end_column = first_column + Tiles * kTile;
   const int width = 2 * g.window_w - 1;
   for (int r = threadIdx.x; r < g.table_rows(); r += S::kThreads) {
-    const int dy = r / width - (g.window_h - 1), dx = r % width - (g.window_w - 1), apart = dy * g.window_w + dx;
-    const int begin_y = max(max(0, -dy), first_key / g.window_w);
-    const int end_y = min(min(g.window_h, g.window_h - dy), (end_key - 1) / g.window_w + 1);
+    const int row = KeyRows ? r : g.table_rows() - 1 - r;  // rows and columns change places where distances turn round
+    const int dy = row / width - (g.window_h - 1), dx = row % width - (g.window_w - 1), apart = dy * g.window_w + dx;
+    const int begin_y = max(max(0, -dy), first_row / g.window_w);
+    const int end_y = min(min(g.window_h, g.window_h - dy), (end_row - 1) / g.window_w + 1);
     float sum = 0.f;
     for (int y = begin_y; y < end_y; ++y) {
-      const int begin = max(max(y * g.window_w + max(0, -dx), first_key), first_query - apart);
-      const int end = min(min(y * g.window_w + min(g.window_w, g.window_w - dx), end_key), end_query - apart);
-      const float* at = pairs + (begin - first_key) * kPairPitch + begin + apart - first_query;
-      for (int key = begin; key < end; ++key, at += kPairPitch + 1) sum += *at;
+      const int begin = max(max(y * g.window_w + max(0, -dx), first_row), first_column - apart);
+      const int end = min(min(y * g.window_w + min(g.window_w, g.window_w - dx), end_row), end_column - apart);
+      const float* at = pairs + (begin - first_row) * kPairPitch + begin + apart - first_column;
+      for (int token = begin; token < end; ++token, at += kPairPitch + 1) sum += *at;
     }
     partial[r] = sum;
   }
