@@ -38,11 +38,24 @@ struct Fragments {
     return a;
   }
 
+  // Rows of the transposed matrix: sums[m][n] += matrix[k][m] right[k][n].
+  static __device__ __forceinline__ Left left_of_columns(const T* matrix, int pitch, int m, int k) {
+    const int lane = threadIdx.x % 32;
+    Left a;
+    load_matrices_transposed(a.r, matrix + (k + lane % 8 + lane / 16 * 8) * pitch + m + lane / 8 % 2 * 8);
+    return a;
+  }
+
   static __device__ __forceinline__ Left left(const float (&sums)[kTileSums]) {
     Left a;
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.r[i] = pack(sums[2 * i], sums[2 * i + 1], T{});
     return a;
+  }
+
+  static __device__ __forceinline__ void negate(Left& a) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.r[i] ^= 0x80008000u;
   }
 
   // What `left` rounded.
@@ -70,9 +83,11 @@ struct Fragments {
     return b;
   }
 
-  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b) {
+  // Both: also the upper eight columns.
+  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b,
+                                                  bool both = true) {
     multiply_add(sums, a.r, b.r[0], b.r[1], T{});
-    multiply_add(sums + 4, a.r, b.r[2], b.r[3], T{});
+    if (both) multiply_add(sums + 4, a.r, b.r[2], b.r[3], T{});
   }
 };
 
@@ -102,11 +117,24 @@ struct Fragments<float> {
     return a;
   }
 
+  static __device__ __forceinline__ Left left_of_columns(const float* matrix, int pitch, int m, int k) {
+    const Lane lane;
+    Left a;
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) a.v[e] = matrix[(k + lane.column_of(e)) * pitch + m + lane.row_of(e)];
+    return a;
+  }
+
   static __device__ __forceinline__ Left left(const float (&sums)[kTileSums]) {
     Left a;
 #pragma unroll
     for (int e = 0; e < kTileSums; ++e) a.v[e] = sums[e];
     return a;
+  }
+
+  static __device__ __forceinline__ void negate(Left& a) {
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) a.v[e] = -a.v[e];
   }
 
   static __device__ __forceinline__ RightOfRows right_of_rows(const float* matrix, int pitch, int n, int k) {
@@ -117,7 +145,7 @@ struct Fragments<float> {
   }
 
   template <class Right>
-  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b) {
+  static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b, bool = true) {
     const Lane lane;
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {

@@ -30,6 +30,9 @@ namespace swin_moe {
 constexpr unsigned kAllLanes = 0xffffffffu;
 // A launch is not divided further than into so many: several for each multiprocessor, a few times over.
 constexpr int64_t kEnoughBlocks = 2048;
+// The same of a backward kernel, whose blocks end with a sum over pairs of tokens: two rounds of three blocks on each of
+// the 132 multiprocessors of an H100.
+constexpr int64_t kEnoughBackwardBlocks = 792;
 
 extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
 __device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }

@@ -11,7 +11,7 @@ namespace swin_moe {
 
 // Parts into which the windows are divided; of the shape alone, never of the device, so that sums are alike everywhere.
 inline int64_t window_chunks(const WindowLaunch& p, int64_t blocks_per_window) {
-  int64_t chunks = kEnoughBlocks / blocks_per_window;
+  int64_t chunks = kEnoughBackwardBlocks / blocks_per_window;
   chunks = chunks < 1 ? 1 : chunks;
   return chunks < p.windows() ? chunks : p.windows();
 }

@@ -53,25 +53,23 @@ struct KeptRows {
   typename F::Left weights[S::kTiles], grad_weights[S::kTiles];
   float largest[kGroups][2];
 
-  __device__ __forceinline__ RowNumbers compute(const KeptShared<S>& shared, const ScoreRows<false>& rows,
+  __device__ __forceinline__ RowNumbers compute(const KeptShared<S>& shared, const ScoreRows<S, false>& rows,
                                                 int warp_row) {
     typename F::Left queries[S::kSlices], grad_out[S::kSlices];
-    load_left<S>(queries, shared.queries, warp_row);
+    load_left<S>(queries, shared.queries, warp_row, rows.rule);
     load_left<S>(grad_out, shared.grad_out, warp_row);
-    RunningSoftmax<typename S::T> softmax;
+    RunningSoftmax<S> softmax(rows.rule);
     float products[2] = {0.f, 0.f}, shrink[2];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       float scores[Group][kTileSums];
-      set_zero(scores);
+      start_scores(scores, rows, 0, group * Group);
       multiply_rows<S>(scores, queries, shared.keys, group * Group * kTile);
-#pragma unroll
-      for (int u = 0; u < Group; ++u) rows.finish(scores[u], (group * Group + u) * kTile);
-      softmax.update(scores, shrink);
+      softmax.update(scores, shrink, group == 0);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         products[h] *= shrink[h];
-        largest[group][h] = softmax.largest[h];
+        largest[group][h] = softmax.largest_score(h);
       }
 #pragma unroll
       for (int u = 0; u < Group; ++u) {
@@ -88,7 +86,7 @@ struct KeptRows {
     RowNumbers numbers;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      numbers.largest[h] = softmax.largest[h];
+      numbers.largest[h] = softmax.largest_score(h);
       numbers.inverse_sum[h] = 1.f / softmax.total(h);
       numbers.delta[h] = quad_sum(products[h]) * numbers.inverse_sum[h];
     }
@@ -129,7 +127,7 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_kept_kernel(
   for (int64_t window = task.begin; window < task.end; ++window) {
     const int64_t image = enter_window(shared.table, rule, g, window, padded);
     shared.load(p, image, task.head, row_source);
-    const ScoreRows<false> scoring(shared.table, rule, first_row + warp_row);
+    const ScoreRows<S, false> scoring(shared.table, rule, first_row + warp_row);
     KeptRows<S, Group> rows;
     float grad_queries[S::kSlices][kTileSums];
     set_zero(grad_queries);

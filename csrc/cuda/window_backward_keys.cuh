@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
     load_rows<S>(shared.values, qkv_rows<const T>(p, p.qkv, image, task.head, 2), row_source, S::kRows);
     shared.load_queries(p, statistics, 0, window, image, task.head, tokens, first_query);
 
-    const ScoreRows<true> rows(shared.table, rule, first_row + warp_row);
+    const ScoreRows<S, true> rows(shared.table, rule, first_row + warp_row);
     typename Fragments<T>::Left keys[S::kSlices], values[S::kSlices];
     float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums];
     set_zero(grad_keys);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
         __syncthreads();
       }
       if (block == 0) {
-        load_left<S>(keys, shared.keys, warp_row);
+        load_left<S>(keys, shared.keys, warp_row, rule);
         load_left<S>(values, shared.values, warp_row);
       }
 #pragma unroll
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
         float grad_scores[kTileSums];
         key_step<S, Gradients>(grad_scores, grad_keys, grad_values, rows, keys, values,
                                shared.queries + stage * S::kStage, shared.grad_out + stage * S::kStage,
-                               shared.statistics.from(stage * S::kOthers), u * kTile, query + u * kTile);
+                               shared.statistics.from(stage * S::kOthers), query, u);
         add_pairs(u, grad_scores);
       }
     };
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
   const int64_t partial = task.chunk * row_blocks * query_ranges + task.row_block;
   if (Gradients && partials.pad) write_padding<S>(p, partials, shared.pad, partial, task.head);
   if constexpr (PairTiles > 0)
-    write_bias<S>(grad_bias, shared.pairs, partials.bias + (partial * p.num_heads + task.head) * g.table_rows(), g,
+    write_bias<S, true>(grad_bias, shared.pairs, partials.bias + (partial * p.num_heads + task.head) * g.table_rows(), g,
                   first_row, first_query);
 }
 

@@ -32,25 +32,25 @@ template <class S>
 struct QueryRows {
   using Left = typename Fragments<typename S::T>::Left;
   Left queries[S::kSlices], grad_out[S::kSlices];
-  RunningSoftmax<typename S::T> softmax;
+  RunningSoftmax<S> softmax;
   float products[2] = {0.f, 0.f};    // sums of exponentials times the gradient of the weight, of this lane
   float inverse_sum[2], delta[2];
 
+  __device__ __forceinline__ explicit QueryRows(const ScoreRule& rule) : softmax(rule) {}
+
   __device__ __forceinline__ void multiply(float (&scores)[S::kTiles][kTileSums],
-                                           float (&grad_weights)[S::kTiles][kTileSums], const ScoreRows<false>& rows,
+                                           float (&grad_weights)[S::kTiles][kTileSums], const ScoreRows<S, false>& rows,
                                            const typename S::T* keys, const typename S::T* values, int first_key) {
-    set_zero(scores);
+    start_scores(scores, rows, first_key, 0);
     set_zero(grad_weights);
     multiply_rows<S>(scores, queries, keys, 0);
     multiply_rows<S>(grad_weights, grad_out, values, 0);
-#pragma unroll
-    for (int u = 0; u < S::kTiles; ++u) rows.finish(scores[u], first_key + u * kTile);
   }
 
   __device__ __forceinline__ void measure(float (&scores)[S::kTiles][kTileSums],
-                                          const float (&grad_weights)[S::kTiles][kTileSums]) {
+                                          const float (&grad_weights)[S::kTiles][kTileSums], bool first) {
     float shrink[2];
-    softmax.update(scores, shrink);
+    softmax.update(scores, shrink, first);
 #pragma unroll
     for (int h = 0; h < 2; ++h) products[h] *= shrink[h];
 #pragma unroll
@@ -74,7 +74,8 @@ struct QueryRows {
 #pragma unroll
       for (int e = 0; e < kTileSums; ++e) {
         const int h = e / 2 % 2;
-        const float weight = ScoreUnit<typename S::T>::exponential(scores[u][e] - softmax.largest[h]) * inverse_sum[h];
+        const float weight = ScoreUnit<typename S::T>::exponential(fmaf(scores[u][e], softmax.factor, -softmax.largest_score(h))) *
+                             inverse_sum[h];
         scores[u][e] = weight * (grad_weights[u][e] - delta[h]);
       }
   }
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
     load_rows<S>(shared.keys, keys, shared.table.source, S::kOthers);
     load_rows<S>(shared.values, values, shared.table.source, S::kOthers);
 
-    const ScoreRows<false> rows(shared.table, rule, first_row + warp_row);
-    QueryRows<S> row;
+    const ScoreRows<S, false> rows(shared.table, rule, first_row + warp_row);
+    QueryRows<S> row(rule);
     float grad_queries[S::kSlices][kTileSums];
     set_zero(grad_queries);
     for (int step = 0; step < 2 * key_blocks; ++step) {
@@ -122,13 +123,13 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
         __syncthreads();
       }
       if (step == 0) {
-        load_left<S>(row.queries, shared.queries, warp_row);
+        load_left<S>(row.queries, shared.queries, warp_row, rule);
         load_left<S>(row.grad_out, shared.grad_out, warp_row);
       }
       float scores[S::kTiles][kTileSums], grad_weights[S::kTiles][kTileSums];
       row.multiply(scores, grad_weights, rows, shared.keys + stage, shared.values + stage, first_key);
       if (step < key_blocks) {
-        row.measure(scores, grad_weights);
+        row.measure(scores, grad_weights, step == 0);
         if (step == key_blocks - 1) row.finish_statistics();
       } else {
         row.differentiate(scores, grad_weights);
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
           multiply_weights<S>(grad_queries, scores[u], shared.keys + stage, u * kTile);
       }
     }
-    const RowNumbers numbers = {{row.softmax.largest[0], row.softmax.largest[1]},
+    const RowNumbers numbers = {{row.softmax.largest_score(0), row.softmax.largest_score(1)},
                                 {row.inverse_sum[0], row.inverse_sum[1]},
                                 {row.delta[0], row.delta[1]}};
     grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,

@@ -1,6 +1,7 @@
 // Backward of windows of up to 64 tokens: a block reads q, k, v and the gradient of a window once and writes theirs
-// once. First each warp owns 16 queries, whose whole rows of scores are in its registers, then 16 keys. The gradients
-// of all pairs of tokens stay in registers from window to window.
+// once. First each warp owns 16 queries, whose whole rows of scores are in its registers: weights and their gradients
+// are computed once, and left in shared memory, in 16 bits where elements have them. Then each owns 16 keys. The
+// gradients of all pairs of tokens stay in registers from window to window.
 #pragma once
 
 #include "window_gradients.cuh"
@@ -11,17 +12,17 @@ template <class S>
 struct WholeShared {
   using T = typename S::T;
   static_assert(S::kRows == S::kOthers, "a window in one piece");
+  static constexpr int kPairPitch = S::kOthers + 16 / int(sizeof(T));  // rows then start in different banks
   TokenTable table;
-  RowStatistics statistics;
   float *inverse_queries, *inverse_keys, *pad, *scratch, *pairs;
   T *queries, *keys, *values, *grad_out;
+  T *weights, *grad_scores;          // (queries, keys)
 
   SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
     SharedPieces pieces{base};
     table.place(pieces, g, S::kRows);
     inverse_queries = pieces.take<float>(S::kRows);
     inverse_keys = pieces.take<float>(S::kRows);
-    statistics = {pieces.take<float>(S::kRows), pieces.take<float>(S::kRows), pieces.take<float>(S::kRows)};
     pad = pieces.take<float>(S::kWarps * 2 * S::kHeadDim);
     scratch = pieces.take<float>(S::kWarps);
     SharedPieces after = pieces;  // the pairs lie where the rows were
@@ -30,6 +31,8 @@ struct WholeShared {
     keys = pieces.take<T>(S::kRows * S::kPitch);
     values = pieces.take<T>(S::kRows * S::kPitch);
     grad_out = pieces.take<T>(S::kRows * S::kPitch);
+    weights = pieces.take<T>(S::kRows * kPairPitch);
+    grad_scores = pieces.take<T>(S::kRows * kPairPitch);
     return pieces.used > after.used ? pieces.used : after.used;
   }
 
@@ -56,30 +59,41 @@ struct WholeShared {
   }
 };
 
-// Sums of grad_scores times keys for 16 queries; leaves what the keys need of these rows in shared memory.
+// Writes a warp's rows of weights or their gradients for the keys; rows of no token are zero.
 template <class S>
-__device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kTileSums], const WholeShared<S>& shared,
+__device__ __forceinline__ void leave_pairs(typename S::T* tile, int row, const float (&sums)[S::kTiles][kTileSums]) {
+  const Lane lane;
+#pragma unroll
+  for (int u = 0; u < S::kTiles; ++u)
+#pragma unroll
+    for (int e = 0; e < kTileSums; e += 2)
+      store_pair(tile + (row + lane.row_of(e)) * WholeShared<S>::kPairPitch + u * kTile + lane.column_of(e), sums[u][e],
+                 sums[u][e + 1]);
+}
+
+// Sums of grad_scores times keys for 16 queries; leaves weights and grad_scores in shared memory.
+template <class S>
+__device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kTileSums],
+                                            float (&grad_bias)[S::kTiles][kTileSums], const WholeShared<S>& shared,
                                             const ScoreRule& rule, int row) {
   using F = Fragments<typename S::T>;
   const Lane lane;
   float weights[S::kTiles][kTileSums], grad_weights[S::kTiles][kTileSums], unused[2];
   {
-    const ScoreRows<false> rows(shared.table, rule, row);
+    const ScoreRows<S, false> rows(shared.table, rule, row);
     typename F::Left left[S::kSlices];
-    set_zero(weights);
-    load_left<S>(left, shared.queries, row);
+    load_left<S>(left, shared.queries, row, rule);
+    start_scores(weights, rows, 0, 0);
     multiply_rows<S>(weights, left, shared.keys, 0);
-#pragma unroll
-    for (int u = 0; u < S::kTiles; ++u) rows.finish(weights[u], u * kTile);
     set_zero(grad_weights);
     load_left<S>(left, shared.grad_out, row);
     multiply_rows<S>(grad_weights, left, shared.values, 0);
   }
-  RunningSoftmax<typename S::T> softmax;
-  softmax.update(weights, unused);
+  RunningSoftmax<S> softmax(rule);
+  softmax.update(weights, unused, true);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float inverse = 1.f / softmax.total(h);
+    const float total = softmax.total(h), inverse = row + lane.row + 8 * h < rule.tokens ? 1.f / total : 0.f;
     float delta = 0.f;
 #pragma unroll
     for (int u = 0; u < S::kTiles; ++u)
@@ -94,34 +108,29 @@ __device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kT
     for (int u = 0; u < S::kTiles; ++u)
 #pragma unroll
       for (int e = 0; e < kTileSums; ++e)
-        if (e / 2 % 2 == h) weights[u][e] *= grad_weights[u][e] - delta;
-    const int query = row + lane.row + 8 * h;
-    if (lane.column == 0) {
-      shared.statistics.largest[query] = query < rule.tokens ? softmax.largest[h] : INFINITY;
-      shared.statistics.inverse_sum[query] = inverse;
-      shared.statistics.delta[query] = delta;
-    }
+        if (e / 2 % 2 == h) grad_weights[u][e] = weights[u][e] * (grad_weights[u][e] - delta);
   }
-#pragma unroll
-  for (int u = 0; u < S::kTiles; ++u) multiply_weights<S>(grad_queries, weights[u], shared.keys, u * kTile);
-}
-
-template <class S>
-__device__ __forceinline__ void key_phase(float (&grad_bias)[S::kTiles][kTileSums],
-                                          float (&grad_keys)[S::kSlices][kTileSums],
-                                          float (&grad_values)[S::kSlices][kTileSums], const WholeShared<S>& shared,
-                                          const ScoreRule& rule, int row) {
-  const ScoreRows<true> rows(shared.table, rule, row);
-  typename Fragments<typename S::T>::Left keys[S::kSlices], values[S::kSlices];
-  load_left<S>(keys, shared.keys, row);
-  load_left<S>(values, shared.values, row);
+  leave_pairs<S>(shared.weights, row, weights);
+  leave_pairs<S>(shared.grad_scores, row, grad_weights);
 #pragma unroll
   for (int u = 0; u < S::kTiles; ++u) {
-    float grad_scores[kTileSums];
-    key_step<S, true>(grad_scores, grad_keys, grad_values, rows, keys, values, shared.queries, shared.grad_out,
-                      shared.statistics, u * kTile, u * kTile);
+    multiply_weights<S>(grad_queries, grad_weights[u], shared.keys, u * kTile);
 #pragma unroll
-    for (int e = 0; e < kTileSums; ++e) grad_bias[u][e] += grad_scores[e];
+    for (int e = 0; e < kTileSums; ++e) grad_bias[u][e] += grad_weights[u][e];
+  }
+}
+
+// sums (16 keys x head_dim) += the transposed columns row.. of pairs (queries, keys) times a matrix of queries.
+template <class S>
+__device__ __forceinline__ void multiply_columns(float (&sums)[S::kSlices][kTileSums], const typename S::T* pairs,
+                                                 int row, const typename S::T* matrix) {
+  using F = Fragments<typename S::T>;
+#pragma unroll
+  for (int u = 0; u < S::kTiles; ++u) {
+    const auto left = F::left_of_columns(pairs, WholeShared<S>::kPairPitch, row, u * kTile);
+#pragma unroll
+    for (int s = 0; s < S::kSlices; ++s)
+      F::multiply(sums[s], left, F::right_of_columns(matrix, S::kPitch, u * kTile, s * kTile));
   }
 }
 
@@ -145,15 +154,16 @@ __global__ void __launch_bounds__(S::kThreads)
 
     float grad_queries[S::kSlices][kTileSums], query_factor[2], along[2] = {0.f, 0.f};
     set_zero(grad_queries);
-    query_phase(grad_queries, shared, rule, row);
+    query_phase(grad_queries, grad_bias, shared, rule, row);
     finish_rows<S>(grad_queries, query_factor, along, p, task.head, shared.queries, shared.inverse_queries, row);
     if (lane.column == 0) grad_factor += along[0] + along[1];
-    __syncthreads();  // the statistics of all queries are there
+    __syncthreads();  // the weights of all queries are there, and their gradients
 
     float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums], key_factor[2];
     set_zero(grad_keys);
     set_zero(grad_values);
-    key_phase(grad_bias, grad_keys, grad_values, shared, rule, row);
+    multiply_columns<S>(grad_values, shared.weights, row, shared.grad_out);
+    multiply_columns<S>(grad_keys, shared.grad_scores, row, shared.queries);
     finish_rows<S>(grad_keys, key_factor, along, p, task.head, shared.keys, shared.inverse_keys, row);
     __syncthreads();  // nobody reads the rows any more: the gradients take their place
     write_sums<S>(shared.queries, row, grad_queries, query_factor[0], query_factor[1]);
@@ -170,7 +180,7 @@ __global__ void __launch_bounds__(S::kThreads)
   const int64_t partial = task.chunk * p.num_heads + task.head;
   write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk, task.head);
   if (partials.pad) write_padding<S>(p, partials, shared.pad, task.chunk, task.head);
-  write_bias<S>(grad_bias, shared.pairs, partials.bias + partial * g.table_rows(), g, 0, 0);
+  write_bias<S, false>(grad_bias, shared.pairs, partials.bias + partial * g.table_rows(), g, 0, 0);
 }
 
 }  // namespace swin_moe

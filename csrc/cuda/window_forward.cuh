@@ -27,16 +27,14 @@ struct ForwardShared {
 
 // One block of keys: scores, softmax, values.
 template <class S>
-__device__ __forceinline__ void attend(float (&out)[S::kSlices][kTileSums], RunningSoftmax<typename S::T>& softmax,
-                                       const ScoreRows<false>& rows,
+__device__ __forceinline__ void attend(float (&out)[S::kSlices][kTileSums], RunningSoftmax<S>& softmax,
+                                       const ScoreRows<S, false>& rows,
                                        const typename Fragments<typename S::T>::Left (&queries)[S::kSlices],
                                        const typename S::T* keys, const typename S::T* values, int first_key) {
   float scores[S::kTiles][kTileSums], shrink[2];
-  set_zero(scores);
+  start_scores(scores, rows, first_key, 0);
   multiply_rows<S>(scores, queries, keys, 0);
-#pragma unroll
-  for (int u = 0; u < S::kTiles; ++u) rows.finish(scores[u], first_key + u * kTile);
-  softmax.update(scores, shrink);
+  softmax.update(scores, shrink, first_key == 0);
   if (first_key > 0) {
 #pragma unroll
     for (int s = 0; s < S::kSlices; ++s)
@@ -66,9 +64,9 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
     load_rows<S>(shared.keys, keys, shared.table.source, S::kOthers);
     load_rows<S>(shared.values, values, shared.table.source, S::kOthers);
 
-    const ScoreRows<false> rows(shared.table, rule, first_row + warp_row);
+    const ScoreRows<S, false> rows(shared.table, rule, first_row + warp_row);
     typename Fragments<T>::Left queries[S::kSlices];
-    RunningSoftmax<T> softmax;
+    RunningSoftmax<S> softmax(rule);
     float out[S::kSlices][kTileSums];
     set_zero(out);
     for (int block = 0; block < key_blocks; ++block) {
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
         normalize_rows<S>(shared.keys + stage, shared.inverse, S::kOthers);
         __syncthreads();
       }
-      if (block == 0) load_left<S>(queries, shared.queries, warp_row);
+      if (block == 0) load_left<S>(queries, shared.queries, warp_row, rule);
       attend<S>(out, softmax, rows, queries, shared.keys + stage, shared.values + stage, first_key);
     }
     // The queries of this warp are in registers by now, so its rows of them take the result.

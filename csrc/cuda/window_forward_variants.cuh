@@ -18,7 +18,7 @@ struct ForwardVariants {
     if constexpr (Fixed) {
       static constexpr ForwardVariant kFixed[] = {variant<32, 7, 4, 64>(), variant<32, 8, 4, 64>(),
                                                   variant<32, 12, 9, 48>(), variant<32, 16, 8, 64>(),
-                                                  variant<32, 24, 9, 64>()};
+                                                  variant<32, 24, 9, 48>()};
       for (const auto& v : kFixed)
         if (fits(p, v.head_dim, v.window)) return &v;
     }

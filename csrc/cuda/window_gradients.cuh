@@ -7,26 +7,26 @@
 
 namespace swin_moe {
 
-// Gradients of 16 keys from 16 queries, and the gradients of their scores. Columns are queries, row first.. of the
-// statistics.
+// Gradients of 16 keys from 16 queries, and the gradients of their scores. Columns are queries, tile `tile` of those of
+// a block in shared memory, with their statistics.
 template <class S, bool Gradients>
 __device__ __forceinline__ void key_step(float (&grad_scores)[kTileSums], float (&grad_keys)[S::kSlices][kTileSums],
-                                         float (&grad_values)[S::kSlices][kTileSums], const ScoreRows<true>& rows,
+                                         float (&grad_values)[S::kSlices][kTileSums], const ScoreRows<S, true>& rows,
                                          const typename Fragments<typename S::T>::Left (&keys)[S::kSlices],
                                          const typename Fragments<typename S::T>::Left (&values)[S::kSlices],
                                          const typename S::T* queries, const typename S::T* grad_out,
-                                         const RowStatistics& statistics, int first, int first_query) {
+                                         const RowStatistics& statistics, int block, int tile) {
   const Lane lane;
   float weights[1][kTileSums], grad_weights[1][kTileSums];
-  set_zero(weights);
+  const int first = tile * kTile;
+  start_scores(weights, rows, block, tile);
   set_zero(grad_weights);
   multiply_rows<S>(weights, keys, queries, first);
   multiply_rows<S>(grad_weights, values, grad_out, first);
-  rows.finish(weights[0], first_query);
 #pragma unroll
   for (int e = 0; e < kTileSums; ++e) {
     const int query = first + lane.column_of(e);
-    weights[0][e] = ScoreUnit<typename S::T>::exponential(weights[0][e] - statistics.largest[query]) *
+    weights[0][e] = ScoreUnit<typename S::T>::exponential(fmaf(weights[0][e], rows.rule.factor, -statistics.largest[query])) *
                     statistics.inverse_sum[query];
     grad_scores[e] = weights[0][e] * (grad_weights[0][e] - statistics.delta[query]);
   }
@@ -159,11 +159,12 @@ __device__ __forceinline__ void write_factor(const WindowLaunch& p, const Partia
   if (threadIdx.x == 0) partials.logit_scale[partial * p.num_heads + head] = sum;
 }
 
-// From gradients per (key, query) pair, summed over windows, to those of the bias table. `pairs` (rows of a block,
-// Tiles * 16 + 1) is shared memory that nothing else uses any more.
-template <class S, int Tiles>
+// From gradients per pair of tokens, summed over windows, to those of the bias table. Rows are keys and columns queries,
+// or the other way round; either begins at a given token. `pairs` (rows of a block, Tiles * 16 + 1) is shared memory
+// that nothing else uses any more.
+template <class S, bool KeyRows, int Tiles>
 __device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums], float* pairs, float* partial,
-                                           const WindowGeometry& g, int first_key, int first_query) {
+                                           const WindowGeometry& g, int first_row, int first_column) {
   constexpr int kPairPitch = Tiles * kTile + 1;
   const Lane lane;
   const int warp_row = threadIdx.x / 32 * kTile;
@@ -174,19 +175,19 @@ __device__ __forceinline__ void write_bias(const float (&sums)[Tiles][kTileSums]
     for (int e = 0; e < kTileSums; ++e)
       pairs[(warp_row + lane.row_of(e)) * kPairPitch + u * kTile + lane.column_of(e)] = sums[u][e];
   __syncthreads();
-  const int keys = min(S::kRows, g.tokens() - first_key), width = 2 * g.window_w - 1;
+  const int end_row = min(first_row + S::kRows, g.tokens()), end_column = first_column + Tiles * kTile;
+  const int width = 2 * g.window_w - 1;
   for (int r = threadIdx.x; r < g.table_rows(); r += S::kThreads) {
-    const int dy = r / width - (g.window_h - 1), dx = r % width - (g.window_w - 1);
-    int y = first_key / g.window_w + dy, x = first_key % g.window_w + dx;  // of the query
+    const int row = KeyRows ? r : g.table_rows() - 1 - r;  // rows and columns change places where distances turn round
+    const int dy = row / width - (g.window_h - 1), dx = row % width - (g.window_w - 1), apart = dy * g.window_w + dx;
+    const int begin_y = max(max(0, -dy), first_row / g.window_w);
+    const int end_y = min(min(g.window_h, g.window_h - dy), (end_row - 1) / g.window_w + 1);
     float sum = 0.f;
-    for (int key = 0; key < keys; ++key) {
-      const int query = y * g.window_w + x - first_query;
-      if (0 <= y && y < g.window_h && 0 <= x && x < g.window_w && 0 <= query && query < Tiles * kTile)
-        sum += pairs[key * kPairPitch + query];
-      if (++x == g.window_w + dx) {
-        x = dx;
-        ++y;
-      }
+    for (int y = begin_y; y < end_y; ++y) {
+      const int begin = max(max(y * g.window_w + max(0, -dx), first_row), first_column - apart);
+      const int end = min(min(y * g.window_w + min(g.window_w, g.window_w - dx), end_row), end_column - apart);
+      const float* at = pairs + (begin - first_row) * kPairPitch + begin + apart - first_column;
+      for (int token = begin; token < end; ++token, at += kPairPitch + 1) sum += *at;
     }
     partial[r] = sum;
   }

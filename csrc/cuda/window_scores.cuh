@@ -5,8 +5,8 @@
 
 namespace swin_moe {
 
-// Scores are in units in which their exponential is cheap: of log2, so that a factor that is there anyhow takes the
-// conversion. float32 keeps them as they are, since every rounding counts there.
+// Sums start as the bias over the factor, so that products need one factor and nothing added to become scores; then
+// scores are in units in which their exponential is cheap: of log2, or of e in float32, where every rounding counts.
 template <class T>
 struct ScoreUnit {
   static constexpr float kUnit = 1.4426950408889634f;  // log2 e
@@ -18,16 +18,24 @@ struct ScoreUnit<float> {
   static __device__ __forceinline__ float exponential(float score) { return expf(score); }
 };
 
+// Factors nearer to zero count as this one: their products vanish beside any bias, and the bias can be divided by it.
+constexpr float kLeastFactor = 1e-30f;
+
 // How one head scores in one window.
 struct ScoreRule {
-  float factor;       // on products
-  float mask;         // across the seam
+  float factor;       // of sums to scores; positive, so that the largest sum is the largest score
+  float mask;         // across the seam, in the units of sums
+  bool negative;      // the factor of products is, and one of their sides has to change its sign
   bool crosses;       // whether this window has a seam
   int tokens;
 
   __device__ __forceinline__ ScoreRule(const WindowLaunch& p, int tokens_, int head, float unit)
-      : factor((p.logit_scale ? p.logit_scale[head] : p.scale) * unit), mask(p.mask_value * unit), crosses(false),
-        tokens(tokens_) {}
+      : crosses(false), tokens(tokens_) {
+    const float given = p.logit_scale ? p.logit_scale[head] : p.scale, size = fmaxf(fabsf(given), kLeastFactor);
+    factor = size * unit;
+    mask = p.mask_value / size;
+    negative = given < 0.f;
+  }
 };
 
 // Which head, rows and windows a block works on; heads vary fastest, so that neighbours read the same lines.
@@ -49,10 +57,10 @@ struct BlockTask {
 template <class Shared>
 __device__ __forceinline__ ScoreRule start_block(Shared& shared, const WindowLaunch& p, const WindowGeometry& g,
                                                  int head, int padded) {
-  constexpr float kUnit = ScoreUnit<typename Shared::T>::kUnit;
   shared.place(shared_memory(), g);
-  shared.table.fill_head(p, g, head, padded, kUnit);
-  return ScoreRule(p, g.tokens(), head, kUnit);
+  const ScoreRule rule(p, g.tokens(), head, ScoreUnit<typename Shared::T>::kUnit);
+  shared.table.fill_head(p, g, head, padded, ScoreUnit<typename Shared::T>::kUnit / rule.factor);
+  return rule;
 }
 
 // Moves a block on to a window, counted over all images: its tokens, and whether it has a seam. Returns the image.
@@ -66,12 +74,37 @@ __device__ __forceinline__ int64_t enter_window(TokenTable& table, ScoreRule& ru
   return window / g.windows();
 }
 
+// Rows of the bias table by columns of tiles. In a window that is a constant, tokens 8 a + b + 2 (l % 4), b = 0 or 1, of
+// a lane l lie at constants from one another, but that some lanes' have wrapped into the next row of the window.
+template <class S>
+struct TableColumns {
+  static constexpr int kWidth = S::kWindow;
+  // A block of columns has to begin a row of the window.
+  static constexpr bool kConstant = kWidth >= 7 && (S::kOthers % kWidth == 0 || kWidth * kWidth <= S::kOthers);
+  static constexpr bool kNoneBeyond = kWidth > 0 && kWidth * kWidth % S::kOthers == 0;  // the last block is full
+  // Whether columns column.. + 8 of a block can be tokens.
+  static constexpr bool used(int column) { return kWidth == 0 || kWidth * kWidth > S::kOthers || column < kWidth * kWidth; }
+
+  // What is the same in all lanes; columns in [0, 8) + lane.column of the block.
+  static __device__ __forceinline__ int common(int column) {
+    return column / 8 * 8 / kWidth * (2 * kWidth - 1) + column / 8 * 8 % kWidth + column % 8;
+  }
+  static __device__ __forceinline__ int wrapped(int column, int lane_column) {
+    const int left = (kWidth - column / 8 * 8 % kWidth - column % 8 + 1) / 2 * 2;  // lanes' columns are even
+    if (left <= 0 || left >= 8) return left <= 0 ? kWidth - 1 : 0;
+    return ((lane_column - left) >> 31 & (1 - kWidth)) + kWidth - 1;  // no choice, so that lanes have it as a number
+  }
+};
+
 // Scores of 16 rows, which are queries, or keys where Transposed; lane-wise as Fragments' sums.
-template <bool Transposed>
+template <class S, bool Transposed>
 struct ScoreRows {
+  using Columns = TableColumns<S>;
+  static constexpr int kDirection = Transposed ? 1 : -1;  // in the bias table, with the columns
   const TokenTable& table;
   const ScoreRule& rule;
-  int offset[2], side[2];
+  const float* bias[2];  // of the lane's rows with a column at offset 0; where Columns::kConstant, its own first column
+  int side[2];
 
   __device__ __forceinline__ ScoreRows(const TokenTable& table_, const ScoreRule& rule_, int first_row)
       : table(table_), rule(rule_) {
@@ -79,61 +112,95 @@ struct ScoreRows {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int token = first_row + lane.row + 8 * h;
-      offset[h] = Transposed ? table.centre - table.offset[token] : table.centre + table.offset[token];
+      bias[h] = table.bias + (table.centre - kDirection * table.offset[token]);
+      if (Columns::kConstant) bias[h] += kDirection * lane.column;
       side[h] = table.side[token];
     }
   }
 
-  // Columns first_column.. ; minus infinity for keys that are no tokens.
-  __device__ __forceinline__ void finish(float (&sums)[kTileSums], int first_column) const {
+  // The bias of columns block + tile * 16..; minus infinity for what is no token. A block begins at a multiple of
+  // S::kOthers.
+  __device__ __forceinline__ void start(float (&sums)[kTileSums], int block, int tile) const {
     const Lane lane;
-    const bool partial = !Transposed && first_column + kTile > rule.tokens;
 #pragma unroll
     for (int e = 0; e < kTileSums; ++e) {
-      const int token = first_column + lane.column_of(e), row = e / 2 % 2;
-      const int other = table.offset[token];
-      float score = sums[e] * rule.factor + table.bias[Transposed ? offset[row] + other : offset[row] - other];
-      if (rule.crosses && table.side[token] != side[row]) score += rule.mask;
-      sums[e] = partial && token >= rule.tokens ? -INFINITY : score;
+      const int column = tile * kTile + lane.column_of(e) - lane.column, token = block + column + lane.column;
+      const bool inside = Columns::kNoneBeyond || token < rule.tokens;
+      const float* row = bias[e / 2 % 2];
+      if constexpr (Columns::kConstant) {
+        row += kDirection * (block / Columns::kWidth * (2 * Columns::kWidth - 1));
+        row += kDirection * Columns::wrapped(column, lane.column);
+        sums[e] = inside ? row[kDirection * Columns::common(column)] : -INFINITY;
+      } else {
+        sums[e] = inside ? row[kDirection * table.offset[token]] : -INFINITY;
+      }
     }
+  }
+
+  // Adds the mask; columns are those from `first` on.
+  __device__ __forceinline__ void mask(float (&sums)[kTileSums], int first) const {
+    const Lane lane;
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e)
+      if (table.side[first + lane.column_of(e)] != side[e / 2 % 2]) sums[e] += rule.mask;
   }
 };
 
 // The running softmax of two rows of a lane; a row is spread over four lanes.
-template <class T>
+template <class S>
 struct RunningSoftmax {
-  float largest[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.f, 0.f};          // of this lane only
+  using T = typename S::T;
+  float factor;                       // of sums to scores
+  float largest[2];                   // sum, not score
+  float sum[2];                       // of exponentials, of this lane only
 
-  // Turns scores into exponentials of score - largest and returns in `shrink` what earlier sums have to be multiplied
-  // with.
+  __device__ __forceinline__ explicit RunningSoftmax(const ScoreRule& rule) : factor(rule.factor) {}
+
+  // Turns sums into exponentials of score - largest score and returns in `shrink` what earlier ones have to be
+  // multiplied with; there are none at first.
   template <int Tiles>
-  __device__ __forceinline__ void update(float (&scores)[Tiles][kTileSums], float (&shrink)[2]) {
+  __device__ __forceinline__ void update(float (&scores)[Tiles][kTileSums], float (&shrink)[2], bool first) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float most = largest[h];
+      float most = first ? scores[0][2 * h] : largest[h];
 #pragma unroll
       for (int u = 0; u < Tiles; ++u)
 #pragma unroll
         for (int e = 0; e < kTileSums; ++e)
-          if (e / 2 % 2 == h) most = fmaxf(most, scores[u][e]);
+          if (e / 2 % 2 == h && used(u, e)) most = fmaxf(most, scores[u][e]);
       most = quad_max(most);
-      shrink[h] = ScoreUnit<T>::exponential(largest[h] - most);
+      shrink[h] = first ? 0.f : ScoreUnit<T>::exponential((largest[h] - most) * factor);
       largest[h] = most;
-      sum[h] *= shrink[h];
+      sum[h] = first ? 0.f : sum[h] * shrink[h];
+      const float less = -most * factor;
 #pragma unroll
       for (int u = 0; u < Tiles; ++u)
 #pragma unroll
         for (int e = 0; e < kTileSums; ++e)
           if (e / 2 % 2 == h) {
-            scores[u][e] = ScoreUnit<T>::exponential(scores[u][e] - most);
-            sum[h] += scores[u][e];
+            scores[u][e] = used(u, e) ? ScoreUnit<T>::exponential(fmaf(scores[u][e], factor, less)) : 0.f;
+            if (used(u, e)) sum[h] += scores[u][e];
           }
     }
   }
 
+  static __device__ constexpr bool used(int tile, int e) {
+    return TableColumns<S>::used(tile * kTile + e / 4 * 8);
+  }
   __device__ __forceinline__ float total(int h) const { return quad_sum(sum[h]); }
+  __device__ __forceinline__ float largest_score(int h) const { return largest[h] * factor; }
 };
+
+// Where the products of 16 rows with columns begin, of `Tiles` tiles of a block: the bias and the mask.
+template <int Tiles, class Rows>
+__device__ __forceinline__ void start_scores(float (&sums)[Tiles][kTileSums], const Rows& rows, int block,
+                                             int first_tile) {
+#pragma unroll
+  for (int u = 0; u < Tiles; ++u) rows.start(sums[u], block, first_tile + u);
+  if (!rows.rule.crosses) return;
+#pragma unroll
+  for (int u = 0; u < Tiles; ++u) rows.mask(sums[u], block + (first_tile + u) * kTile);
+}
 
 // sums[u] += left rows times the transposed rows first.. + 16 u of a matrix: products of queries and keys.
 template <class S, int Tiles>
@@ -144,8 +211,10 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[Tiles][kTileSums],
 #pragma unroll
   for (int u = 0; u < Tiles; ++u)
 #pragma unroll
-    for (int s = 0; s < S::kSlices; ++s)
-      F::multiply(sums[u], left[s], F::right_of_rows(matrix, S::kPitch, first + u * kTile, s * kTile));
+    for (int s = 0; s < S::kSlices; ++s) {
+      const auto right = F::right_of_rows(matrix, S::kPitch, first + u * kTile, s * kTile);
+      F::multiply(sums[u], left[s], right, TableColumns<S>::used(first + u * kTile + 8));
+    }
 }
 
 // sums (16 x head_dim) += weights (16 x 16) times rows first.. of a matrix.
@@ -165,6 +234,16 @@ __device__ __forceinline__ void load_left(typename Fragments<typename S::T>::Lef
                                           const typename S::T* matrix, int row) {
 #pragma unroll
   for (int s = 0; s < S::kSlices; ++s) left[s] = Fragments<typename S::T>::left(matrix, S::kPitch, row, s * kTile);
+}
+
+// Queries or keys for scores: with the sign of the factor.
+template <class S>
+__device__ __forceinline__ void load_left(typename Fragments<typename S::T>::Left (&left)[S::kSlices],
+                                          const typename S::T* matrix, int row, const ScoreRule& rule) {
+  load_left<S>(left, matrix, row);
+  if (!rule.negative) return;
+#pragma unroll
+  for (int s = 0; s < S::kSlices; ++s) Fragments<typename S::T>::negate(left[s]);
 }
 
 template <int Tiles>

@@ -40,11 +40,15 @@ template <class T>
 inline T min(T a, T b) {
   return a < b ? a : b;
 }
+template <class T>
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 namespace swin_moe {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int64_t kEnoughBlocks = 4;  // so few that small maps, too, have blocks with several windows
+constexpr int64_t kEnoughBlocks = 4, kEnoughBackwardBlocks = 4;  // so few that small maps, too, have blocks with several windows
 
 namespace emulation {
 

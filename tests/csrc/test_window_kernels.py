@@ -2,12 +2,23 @@
 gradient, no less exact than eager; every variant of the tables; the same bits in any order of threads."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from swin_moe.ops.window_attention_reference import attend_map
 from tests.csrc.emulation import build, window_attention
-from tests.ops.window_attention_cases import FLOORS, MANY, Case, check_against_eager, errors, random_case
+from tests.ops.window_attention_cases import (
+    FLOORS,
+    MANY,
+    Case,
+    check_against_eager,
+    errors,
+    random_case,
+    relative_error,
+    value_and_gradients,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Every row of the tables of kernels (csrc/cuda/window_*_variants.cuh): constant windows, head dimensions rounded up to
@@ -110,3 +121,20 @@ def test_no_image(library):
     out = window_attention(library)(*leaves, *case.numbers)
     assert out.shape == (0, 8, 8, 32)
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), leaves)[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["window 7", "window 12", "any, 32"])
+def test_factors_of_any_sign_and_zero(library, name, dtype):
+    """Kernels divide the bias by the factor and look for the largest product: neither may need a positive factor."""
+    case = replace(VARIANTS[name], heads=3, cosine=True)
+    qkv, table, factor, pad = case.tensors(5, dtype)
+    tensors = [qkv, table, torch.tensor([-7.0, 0.0, 3.0], dtype=factor.dtype), pad]
+    grad_out = torch.randn((*qkv.shape[:3], qkv.shape[3] // 3), generator=torch.Generator().manual_seed(6)).to(dtype)
+    wide = [t.double() for t in tensors]
+    exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, grad_out.double())
+    eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, grad_out)
+    ours = value_and_gradients(lambda *t: window_attention(library)(*t, *case.numbers), tensors, grad_out)
+    for result, expected in exact.items():
+        allowed = 1.5 * relative_error(eager[result], expected) + 100 * torch.finfo(dtype).eps
+        assert relative_error(ours[result], expected) <= allowed, result
