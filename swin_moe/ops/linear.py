@@ -32,6 +32,12 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Returns whether calling a layer does nothing but `linear`: a Linear without hooks or a forward of its own."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is Linear and not any(hooks) and "forward" not in layer.__dict__
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns F.linear(x, weight, bias), by oneDNN where that is faster; first derivatives only in that case.
 
