@@ -20,12 +20,13 @@ from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropou
 from swin_moe.ops.attention_choice import choose_path, fused_refusal
 from swin_moe.ops.attention_half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
 from swin_moe.ops.attention_in_windows import attend_windows
-from swin_moe.ops.linear import Linear, is_plain, linear
+from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear
 from swin_moe.ops.window_attention import unsupported, unsupported_shape
 from swin_moe.ops.window_geometry import gather_bias, made_once, merge_windows, partition_windows
 from swin_moe.randomness import RandomContext
 
 CPB_HIDDEN = 512  # width of the network behind the log-spaced continuous position bias, SwinV2
+_CPB_MODULES = (nn.Sequential, nn.Linear, nn.ReLU)  # which make it, unless someone has put others in their place
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class WindowAttention(nn.Module):
             # Index 1 is the activation: the official names are cpb_mlp.0 and cpb_mlp.2.
             hidden, out = nn.Linear(2, CPB_HIDDEN), nn.Linear(CPB_HIDDEN, num_heads, bias=False)
             self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(inplace=True), out)
+            self._kept: tuple[tuple, tuple[Tensor, ...], Tensor] | None = None
         else:
             self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
         self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1)) if cosine else None
@@ -213,7 +215,7 @@ class WindowAttention(nn.Module):
 
     def bias_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads)."""
-        return self._cpb_table() if hasattr(self, "cpb_mlp") else self.relative_position_bias_table
+        return self._kept_cpb_table() if hasattr(self, "cpb_mlp") else self.relative_position_bias_table
 
     def set_window(self, window: int) -> None:
         """Changes the window of a trained layer: a table is resized, a bias network keeps its value per offset."""
@@ -239,6 +241,22 @@ class WindowAttention(nn.Module):
         if self.q_bias is None:
             return self.qkv.bias
         return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+
+    def _kept_cpb_table(self) -> Tensor:
+        """Returns _cpb_table, the last one where the same weights would make it again: on the CPU, without gradients.
+
+        Weights are compared as numbers, some 10 us a layer, so that no way of changing them is missed. On other devices
+        the host would wait for that, and nothing cheaper sees every change (writing to .data counts up no version).
+        """
+        weights = tuple(self.cpb_mlp.parameters())
+        ours = all(type(m) in _CPB_MODULES and is_untouched(m) for m in self.cpb_mlp.modules())
+        on_cpu = all(is_ordinary(w) and w.device.type == "cpu" for w in weights)
+        if torch.is_grad_enabled() or not (ours and on_cpu):
+            return self._cpb_table()
+        key = self.window, self.pretrained_window, weights[0].dtype
+        if self._kept is None or self._kept[0] != key or not all(map(torch.equal, self._kept[1], weights)):
+            self._kept = key, tuple(w.detach().clone() for w in weights), self._cpb_table()
+        return self._kept[2]
 
     def _cpb_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""

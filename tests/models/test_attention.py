@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from swin_moe import create_model
 from swin_moe.config import ModelConfig
-from swin_moe.models.attention import check_attention, relative_coords_table, resize_bias_table
+from swin_moe.models.attention import WindowAttention, check_attention, relative_coords_table, resize_bias_table
 from swin_moe.ops import extension
 from swin_moe.ops.window_geometry import relative_position_index, shift_mask
 from tests.models.reference import NUMBERS
@@ -126,6 +126,41 @@ def test_hooks_on_projections_are_called_and_change_nothing_else(family, attenti
     assert calls == ["qkv", "proj"] * 2
     model.layers[0].blocks[0].attn.proj.register_forward_hook(lambda module, inputs, output: output.flip(-1))
     assert not torch.allclose(model(image), expected)
+
+
+def test_bias_networks_run_again_only_where_their_weights_changed(monkeypatch):
+    model, image = small("swinv2").eval(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    layers, ran = [block.attn for block in model.layers[0].blocks], []
+    run = WindowAttention._cpb_table
+    monkeypatch.setattr(WindowAttention, "_cpb_table", lambda self: ran.append(layers.index(self)) or run(self))
+
+    def blocks_that_ran():
+        ran.clear()
+        fresh = model(image)  # with gradients: nothing is kept
+        assert ran == [0, 1]
+        ran.clear()
+        with torch.no_grad():
+            assert torch.equal(model(image), fresh)
+        return list(ran)
+
+    assert blocks_that_ran() == [0, 1]
+    assert blocks_that_ran() == []
+    with torch.inference_mode():
+        model(image)
+    layers[0].cpb_mlp[0].weight.data[3, 1] += 1.0  # counts up no version
+    assert blocks_that_ran() == [0]
+    layers[1].cpb_mlp[2].weight = torch.nn.Parameter(layers[1].cpb_mlp[2].weight.detach() * 2)
+    assert blocks_that_ran() == [1]
+    layers[0].pretrained_window = 7
+    assert blocks_that_ran() == [0]
+    assert blocks_that_ran() == []
+    model.float()
+    image = image.float()
+    assert blocks_that_ran() == [0, 1]
+    layers[1].cpb_mlp[2].register_forward_hook(lambda module, inputs, output: output + 1.0)
+    assert blocks_that_ran() == [1]
+    assert blocks_that_ran() == [1]
+    assert not any("_kept" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
