@@ -9,7 +9,6 @@ Shape legend: B images, H x W tokens, C channels, M windows of one image, N = wi
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,13 @@ from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropou
 from swin_moe.ops.attention_choice import choose_path, fused_refusal
 from swin_moe.ops.attention_half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
 from swin_moe.ops.attention_in_windows import attend_windows
-from swin_moe.ops.linear import Linear, linear
+from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear
 from swin_moe.ops.window_attention import unsupported, unsupported_shape
-from swin_moe.ops.window_geometry import gather_bias, merge_windows, partition_windows
+from swin_moe.ops.window_geometry import gather_bias, made_once, merge_windows, partition_windows
 from swin_moe.randomness import RandomContext
 
 CPB_HIDDEN = 512  # width of the network behind the log-spaced continuous position bias, SwinV2
+_CPB_MODULES = (nn.Sequential, nn.Linear, nn.ReLU)  # which make it, unless someone has put others in their place
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,16 @@ def stage_geometry(config: ModelConfig, stage: int) -> StageGeometry:
     return StageGeometry(config.embed_dim * 2**stage, (height, width), window, shrunk)
 
 
-@lru_cache(maxsize=256)
+@made_once
 def relative_coords_table(window: int, pretrained: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Returns ((2 * window - 1) ** 2, 2): log-spaced offsets in units of the window the bias was trained with.
 
     sign(d) log2(|d| + 1) / log2(8) with d = 8 * offset / (pretrained - 1), in float32 as the official buffer.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        offset = torch.arange(1 - window, window, dtype=torch.float32, device=device)
-        offset = offset / max(pretrained - 1, 1) * 8
-        spaced = torch.sign(offset) * torch.log2(offset.abs() + 1.0) / 3.0
-        return torch.cartesian_prod(spaced, spaced).to(dtype)
+    offset = torch.arange(1 - window, window, dtype=torch.float32, device=device)
+    offset = offset / max(pretrained - 1, 1) * 8
+    spaced = torch.sign(offset) * torch.log2(offset.abs() + 1.0) / 3.0
+    return torch.cartesian_prod(spaced, spaced).to(dtype)
 
 
 def fused_problem(
@@ -97,8 +96,9 @@ class WindowAttention(nn.Module):
     forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
     section 3.5).
 
-    path: Which implementation runs (swin_moe/ops/attention_half.py), or auto. Chunks, and weights that are dropped in
-    training, are computed window by window whatever it says.
+    path: Which implementation runs (swin_moe/ops/attention_half.py), or auto. Chunks, weights that are dropped in
+    training, and anything in the place of qkv or proj (LoRA, quantization) are computed window by window whatever it
+    says. Hooks on qkv and proj are called.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class WindowAttention(nn.Module):
             # Index 1 is the activation: the official names are cpb_mlp.0 and cpb_mlp.2.
             hidden, out = nn.Linear(2, CPB_HIDDEN), nn.Linear(CPB_HIDDEN, num_heads, bias=False)
             self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(inplace=True), out)
+            self._kept: tuple[tuple, tuple[Tensor, ...], Tensor] | None = None
         else:
             self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
         self.logit_scale = nn.Parameter(torch.zeros(num_heads, 1, 1)) if cosine else None
@@ -146,12 +147,19 @@ class WindowAttention(nn.Module):
         """
         shape = HalfShape(self.num_heads, (self.window,) * 2, (shift,) * 2, self.scale)
         drops = random is not None and self.attn_drop > 0.0
-        if self.chunk or drops:
+        plain = is_plain(self.qkv) and is_plain(self.proj)
+        if self.chunk or drops or not (plain or self._only_hooked(x_BHWC)):
             x = self._attend_cut(x_BHWC, shape, random)
         else:
             tensors = self._half_tensors()
-            x = attention_half(x_BHWC, tensors, shape, choose_path(self.path, x_BHWC, tensors, shape))
+            path = choose_path(self.path, x_BHWC, tensors, shape)
+            x = attention_half(x_BHWC, tensors, shape, path, layers=None if plain else (self._project, self.proj))
         return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)
+
+    def _only_hooked(self, x_BHWC: Tensor) -> bool:
+        """Returns whether any path may call the layers: linear ones, and nobody needs the projection of padding."""
+        ours = type(self.qkv) is Linear and type(self.proj) is Linear
+        return ours and x_BHWC.shape[1] % self.window == 0 and x_BHWC.shape[2] % self.window == 0
 
     def _attend_cut(self, x_BHWC: Tensor, shape: HalfShape, random: RandomContext | None) -> Tensor:
         """Returns (B, H, W, C), window by window: in chunks, or with weights dropped."""
@@ -169,7 +177,7 @@ class WindowAttention(nn.Module):
         self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, rows: Tensor | None, random: RandomContext | None
     ) -> Tensor:
         """Returns what whole windows become, (W, N, C). rows: see _dropout_rows."""
-        qkv, factor = linear(x_WNC, self.qkv.weight, self._qkv_bias()), None
+        qkv, factor = self._project(x_WNC), None
         if rows is not None:
             tokens = x_WNC.shape[1]
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
@@ -207,7 +215,7 @@ class WindowAttention(nn.Module):
 
     def bias_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads)."""
-        return self._cpb_table() if hasattr(self, "cpb_mlp") else self.relative_position_bias_table
+        return self._kept_cpb_table() if hasattr(self, "cpb_mlp") else self.relative_position_bias_table
 
     def set_window(self, window: int) -> None:
         """Changes the window of a trained layer: a table is resized, a bias network keeps its value per offset."""
@@ -221,11 +229,34 @@ class WindowAttention(nn.Module):
         table = self.bias_table()
         return HalfTensors(self.qkv.weight, self._qkv_bias(), self.proj.weight, self.proj.bias, table, self.logit_scale)
 
+    def _project(self, x: Tensor) -> Tensor:
+        """Returns queries, keys and values (..., 3C), by whatever stands for the layer."""
+        if is_plain(self.qkv):
+            return linear(x, self.qkv.weight, self._qkv_bias())
+        qkv = self.qkv(x)
+        return qkv if self.q_bias is None else qkv + self._qkv_bias().to(qkv.dtype)
+
     def _qkv_bias(self) -> Tensor | None:
         """Returns the bias of queries, keys and values, (3C,)."""
         if self.q_bias is None:
             return self.qkv.bias
         return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+
+    def _kept_cpb_table(self) -> Tensor:
+        """Returns _cpb_table, the last one where the same weights would make it again: on the CPU, without gradients.
+
+        Weights are compared as numbers, some 10 us a layer, so that no way of changing them is missed. On other devices
+        the host would wait for that, and nothing cheaper sees every change (writing to .data counts up no version).
+        """
+        weights = tuple(self.cpb_mlp.parameters())
+        ours = all(type(m) in _CPB_MODULES and is_untouched(m) for m in self.cpb_mlp.modules())
+        on_cpu = all(is_ordinary(w) and w.device.type == "cpu" for w in weights)
+        if torch.is_grad_enabled() or not (ours and on_cpu):
+            return self._cpb_table()
+        key = self.window, self.pretrained_window, weights[0].dtype
+        if self._kept is None or self._kept[0] != key or not all(map(torch.equal, self._kept[1], weights)):
+            self._kept = key, tuple(w.detach().clone() for w in weights), self._cpb_table()
+        return self._kept[2]
 
     def _cpb_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""

@@ -8,6 +8,7 @@ Shape legend: B images, H x W tokens, C channels, A heads, N tokens of a window,
 positions.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,32 +50,51 @@ class HalfShape(NamedTuple):
     scale: float  # on dot-product scores
 
 
-def attention_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape, path: str) -> Tensor:
-    """Returns (B, H, W, C) by one of PATHS."""
+# The projections to (..., 3C) and of the output, as functions of their input.
+Layers = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def attention_half(
+    x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape, path: str, *, layers: Layers | None = None
+) -> Tensor:
+    """Returns (B, H, W, C) by one of PATHS.
+
+    layers: What is called instead of products with the weights in tensors (layers with hooks); None = nothing.
+    """
     if path == "fused":
-        return fused_half(x_BHWC, tensors, shape)
+        return fused_half(x_BHWC, tensors, shape, layers=layers)
     windows, full = cut(x_BHWC, shape)
-    qkv = linear(windows, tensors.qkv_weight, tensors.qkv_bias)
+    project, project_out = layers or _products(tensors)
+    qkv = project(windows)
     bias = gather_bias(tensors.bias_table, shape.window)
     out = attend_windows(
         qkv, bias, seam_mask(full, shape, bias), scale=shape.scale, logit_scale=tensors.logit_scale,
         implementation=path,
     )  # fmt: skip
-    return join(linear(out, tensors.proj_weight, tensors.proj_bias), x_BHWC, full, shape)
+    return join(project_out(out), x_BHWC, full, shape)
 
 
-def fused_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape) -> Tensor:
-    """Returns (B, H, W, C) through the operator."""
-    qkv = linear(x_BHWC, tensors.qkv_weight, tensors.qkv_bias)
+def _products(tensors: HalfTensors) -> Layers:
+    return (
+        lambda x: linear(x, tensors.qkv_weight, tensors.qkv_bias),
+        lambda x: linear(x, tensors.proj_weight, tensors.proj_bias),
+    )
+
+
+def fused_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape, *, layers: Layers | None = None) -> Tensor:
+    """Returns (B, H, W, C) through the operator. layers: as attention_half's; with them a map of whole windows."""
+    project, project_out = layers or _products(tensors)
+    qkv = project(x_BHWC)
     pad = None
     if tensors.qkv_bias is not None and (x_BHWC.shape[1] % shape.window[0] or x_BHWC.shape[2] % shape.window[1]):
+        assert layers is None, "only a product with the weight says what a padded token becomes"
         pad = tensors.qkv_bias.to(qkv.dtype)  # a padded token is zero before the projection
     factor = None if tensors.logit_scale is None else clamped_factor(tensors.logit_scale).flatten()
     out = fused_window_attention(
         qkv, tensors.bias_table, num_heads=shape.num_heads, window=shape.window, shift=shape.shift, scale=shape.scale,
         logit_scale=factor, pad_qkv=pad,
     )  # fmt: skip
-    return linear(out, tensors.proj_weight, tensors.proj_bias)
+    return project_out(out)
 
 
 def cut(x_BHWC: Tensor, shape: HalfShape) -> tuple[Tensor, Pair]:

@@ -32,6 +32,17 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Returns whether a call of a module is a call of its class's forward: no hooks, no forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Returns whether calling a layer does nothing but `linear` with its weight and bias."""
+    return type(layer) is Linear and is_untouched(layer)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns F.linear(x, weight, bias), by oneDNN where that is faster; first derivatives only in that case.
 
@@ -86,10 +97,14 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         return False
     if faster_products() is None:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled or weight.device.type != "cpu":
         return False
-    plain = (Tensor, nn.Parameter)  # no fake, distributed or otherwise special tensor
-    if type(x) not in plain or type(weight) not in plain or weight.device.type != "cpu":
+    return is_ordinary(x) and is_ordinary(weight)
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Returns whether x is no fake, distributed or otherwise special tensor, and nothing traces or transforms it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
 

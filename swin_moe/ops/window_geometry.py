@@ -6,14 +6,41 @@ models/swin_transformer.py). Windows and shifts are (height, width) pairs in tok
 Shape legend: B images, H x W tokens of a map, C channels, M windows of one image, N tokens of a window, A heads.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 MASKED = -100.0  # added to scores across the seam of a cyclic shift; finite as in the official code
 Pair = tuple[int, int]
+
+
+def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `make`, a function of numbers, devices and dtypes, with its tensors kept: an ordinary one per arguments.
+
+    While a graph is traced, or tensors are fake, nothing is kept and nothing kept is given: a tensor without values
+    that one export left behind would be every later model's. cache_info and cache_clear are those of lru_cache.
+    """
+
+    @lru_cache(maxsize=256)
+    def kept(*arguments: object) -> Tensor:
+        # An ordinary tensor even where the first caller is in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*arguments)
+
+    @wraps(make)
+    def given(*arguments: object) -> Tensor:
+        # The length first: it costs nothing, and there is hardly ever a mode.
+        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and detect_fake_mode()):
+            with torch.no_grad():
+                return make(*arguments)
+        return kept(*arguments)
+
+    given.cache_info, given.cache_clear = kept.cache_info, kept.cache_clear
+    return given
 
 
 def partition_windows(x_BHWC: Tensor, window: Pair) -> Tensor:
@@ -36,16 +63,14 @@ def padded_size(size: int, window: int) -> int:
     return -(-size // window) * window
 
 
-@lru_cache(maxsize=256)
+@made_once
 def relative_position_index(window: Pair, device: torch.device) -> Tensor:
     """Returns (N * N,) int64: the row of the bias table for every (query, key) pair of a window."""
     height, width = window
-    # Cached tensors must be ordinary ones even where the first caller is in inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        y = torch.arange(height, device=device).repeat_interleave(width)
-        x = torch.arange(width, device=device).repeat(height)
-        rows = (y[:, None] - y[None, :] + height - 1) * (2 * width - 1)
-        return (rows + x[:, None] - x[None, :] + width - 1).flatten()
+    y = torch.arange(height, device=device).repeat_interleave(width)
+    x = torch.arange(width, device=device).repeat(height)
+    rows = (y[:, None] - y[None, :] + height - 1) * (2 * width - 1)
+    return (rows + x[:, None] - x[None, :] + width - 1).flatten()
 
 
 def gather_bias(table: Tensor, window: Pair) -> Tensor:
@@ -56,7 +81,7 @@ def gather_bias(table: Tensor, window: Pair) -> Tensor:
     return F.embedding(index, table).view(tokens, tokens, table.shape[1]).permute(2, 0, 1).contiguous()
 
 
-@lru_cache(maxsize=256)
+@made_once
 def shift_mask(
     height: int,
     width: int,
@@ -67,12 +92,11 @@ def shift_mask(
     value: float = MASKED,
 ) -> Tensor:
     """Returns (M, N, N): 0 between tokens that were neighbours before the cyclic shift, `value` across its seam."""
-    with torch.inference_mode(False), torch.no_grad():
-        region_y, region_x = (
-            (torch.arange(n, device=device) >= n - w).long() + (torch.arange(n, device=device) >= n - s).long()
-            for n, w, s in ((height, window[0], shift[0]), (width, window[1], shift[1]))
-        )
-        region = (region_y[:, None] * 3 + region_x[None, :]).view(1, height, width, 1)
-        region_MN = partition_windows(region, window)[..., 0]
-        across = region_MN[:, :, None] != region_MN[:, None, :]
-        return torch.zeros(across.shape, dtype=dtype, device=device).masked_fill_(across, value)
+    region_y, region_x = (
+        (torch.arange(n, device=device) >= n - w).long() + (torch.arange(n, device=device) >= n - s).long()
+        for n, w, s in ((height, window[0], shift[0]), (width, window[1], shift[1]))
+    )
+    region = (region_y[:, None] * 3 + region_x[None, :]).view(1, height, width, 1)
+    region_MN = partition_windows(region, window)[..., 0]
+    across = region_MN[:, :, None] != region_MN[:, None, :]
+    return torch.zeros(across.shape, dtype=dtype, device=device).masked_fill_(across, value)
