@@ -295,6 +295,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept, besides the best; 0 = all
     asynchronous: bool = False  # training goes on from a copy of the rank's share while a thread writes it
     load: str = ""  # checkpoint to continue from or to evaluate; "" = newest of the run
+    accept_changes: bool = False  # continue although classes, data, seed, task or network differ from the checkpoint's
     init: str = ""  # weights a new run begins with: a checkpoint of any task and layout, or an official .pth file
     file_size: int = 1 << 30  # target bytes per shard file
 
