@@ -44,6 +44,7 @@ class DataConfig:
     erase_mode: Literal["const", "rand", "pixel"] = "pixel"
     erase_count: int = 1
     eval_crop: bool = True  # resize to 256/224 of the image size, then centre crop; False = resize to the size
+    resize: bool = True  # False: images have the model's size; training crops them out of a black border of 4 pixels
     synthetic_samples: int = 10_000  # training images of the synthetic data set
     cache: bool = True  # keep decoded images of the digits in memory
 
@@ -296,6 +297,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept, besides the best; 0 = all
     asynchronous: bool = False  # training goes on from a copy of the rank's share while a thread writes it
     load: str = ""  # checkpoint to continue from or to evaluate; "" = newest of the run
+    accept_changes: bool = False  # continue although classes, data, seed, task or network differ from the checkpoint's
     init: str = ""  # weights a new run begins with: a checkpoint of any task and layout, or an official .pth file
     file_size: int = 1 << 30  # target bytes per shard file
 
@@ -321,7 +323,10 @@ class DebugConfig:
 
 @dataclass(frozen=True)
 class CompatConfig:
-    official: bool = False  # repeat the official weight decay on SimMIM's bias tables, bias networks and logit scales
+    # repeat what the official loop does: weight decay on SimMIM's bias tables, bias networks and logit scales; every
+    # update with the learning rate of the one before it, as its scheduler steps after the optimizer; CutMix boxes of an
+    # odd side one pixel shorter, as timm 0.4.12 cuts them
+    official: bool = False
 
 
 @dataclass(frozen=True)

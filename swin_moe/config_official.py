@@ -48,17 +48,36 @@ def _one_of(**choices: Any) -> Callable[[Any], Any]:
     return convert
 
 
+def _optimizer(value: str) -> str:
+    """Returns optim.name; the official optimizer.py ignores case."""
+    known = {"adamw": "adamw", "fused_adam": "adamw", "sgd": "sgd"}
+    if value.lower() not in known:
+        instead = "; adamw is its nearest here" if value.lower() == "fused_lamb" else ""
+        raise ValueError(f"one of {', '.join(known)}{instead}")
+    return known[value.lower()]
+
+
+def _resampling(value: str) -> str:
+    """Returns data.interpolation; the official data/build.py reads any word it does not know as bilinear."""
+    if value not in ("bicubic", "bilinear", "random"):
+        instead = "; bicubic is the nearest of them to it" if value in ("lanczos", "hamming") else ""
+        raise ValueError(f"one of bicubic, bilinear, random{instead}")
+    return value
+
+
 _COMBINED = "read together with other keys"
 _EXACT_EVAL = "evaluation counts every image exactly once, in any order"
 _COMMAND = "a command of its own (swin-moe evaluate, swin-moe throughput)"
-_WEIGHTS = "load official weights with swin_moe.load_official, or convert them to a checkpoint first"
+_OTHER_MODEL = "set checkpoint.init=FILE instead, which a new run begins with (swin_moe.load_official in Python)"
+_OTHER_RUN = "set checkpoint.load=PATH instead (swin-moe checkpoint convert --to native makes one of an official file)"
+_SMALL_IMAGE = 32  # pixels; data/build.py pads and crops images up to this size and does not resize them
 
 OFFICIAL: dict[str, Rule] = {
     "DATA.BATCH_SIZE": Rule(128, why=_COMBINED),  # data.global_batch, data.micro_batch
     "DATA.DATA_PATH": Rule("", why=_COMBINED),  # data.path
     "DATA.DATASET": Rule("imagenet", why=_COMBINED),  # data.name, model.num_classes
     "DATA.IMG_SIZE": Rule(224, "model.img_size"),
-    "DATA.INTERPOLATION": Rule("bicubic", "data.interpolation"),
+    "DATA.INTERPOLATION": Rule("bicubic", "data.interpolation", _resampling),
     "DATA.ZIP_MODE": Rule(False, why=_COMBINED),  # data.name
     "DATA.CACHE_MODE": Rule("part", why="samples are drawn in one global order, so no rank owns a part"),
     "DATA.PIN_MEMORY": Rule(True, why="memory is pinned where a GPU is used"),
@@ -67,15 +86,15 @@ OFFICIAL: dict[str, Rule] = {
     "DATA.MASK_RATIO": Rule(0.6, "task.mask_ratio"),
     "MODEL.TYPE": Rule("swin", "model.name", _one_of(**{name: name for name in FAMILIES})),
     "MODEL.NAME": Rule("swin_tiny_patch4_window7_224", why="run.name is the file's name, as two files share a NAME"),
-    "MODEL.PRETRAINED": Rule("", why=_WEIGHTS, only=True),
-    "MODEL.RESUME": Rule("", why=_WEIGHTS, only=True),
+    "MODEL.PRETRAINED": Rule("", why=_OTHER_MODEL, only=True),
+    "MODEL.RESUME": Rule("", why=_OTHER_RUN, only=True),
     "MODEL.NUM_CLASSES": Rule(1000, why="the data set decides, as in the official data/build.py"),
     "MODEL.DROP_RATE": Rule(0.0, "model.drop_rate"),
     "MODEL.DROP_PATH_RATE": Rule(0.1, "model.drop_path_rate"),
     "MODEL.LABEL_SMOOTHING": Rule(0.1, "task.label_smoothing"),
     "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, why=_COMBINED),  # task.target_window
     "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, why=_COMBINED),
-    "TRAIN.START_EPOCH": Rule(0, why="a resumed run knows its position", only=True),
+    "TRAIN.START_EPOCH": Rule(0, why="a resumed run (checkpoint.load) knows its position", only=True),
     "TRAIN.EPOCHS": Rule(300, "optim.epochs"),
     "TRAIN.WARMUP_EPOCHS": Rule(20, "optim.warmup_epochs"),
     "TRAIN.WEIGHT_DECAY": Rule(0.05, "optim.weight_decay"),
@@ -92,7 +111,7 @@ OFFICIAL: dict[str, Rule] = {
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Rule(True, "optim.warmup_prefix"),
     "TRAIN.LR_SCHEDULER.GAMMA": Rule(0.1, why=_COMBINED),  # optim.decay_rate of multistep
     "TRAIN.LR_SCHEDULER.MULTISTEPS": Rule([], "optim.milestones"),
-    "TRAIN.OPTIMIZER.NAME": Rule("adamw", "optim.name", _one_of(adamw="adamw", sgd="sgd", fused_adam="adamw")),
+    "TRAIN.OPTIMIZER.NAME": Rule("adamw", "optim.name", _optimizer),
     "TRAIN.OPTIMIZER.EPS": Rule(1e-8, "optim.eps"),
     "TRAIN.OPTIMIZER.BETAS": Rule([0.9, 0.999], "optim.betas"),
     "TRAIN.OPTIMIZER.MOMENTUM": Rule(0.9, "optim.momentum"),
@@ -105,10 +124,12 @@ OFFICIAL: dict[str, Rule] = {
     "AUG.RECOUNT": Rule(1, "data.erase_count"),
     "AUG.MIXUP": Rule(0.8, "task.mixup"),
     "AUG.CUTMIX": Rule(1.0, "task.cutmix"),
-    "AUG.CUTMIX_MINMAX": Rule(None, why="cutmix draws its area from task.cutmix", only=True),
+    "AUG.CUTMIX_MINMAX": Rule(None, why="cutmix draws its area from Beta(a, a); set a by task.cutmix", only=True),
     "AUG.MIXUP_PROB": Rule(1.0, "task.mix_prob"),
     "AUG.MIXUP_SWITCH_PROB": Rule(0.5, "task.mix_switch_prob"),
-    "AUG.MIXUP_MODE": Rule("batch", why="other modes depend on the layout of the batch", only=True),
+    "AUG.MIXUP_MODE": Rule(
+        "batch", why="pair and elem depend on how ranks cut the batch; leave the key out", only=True
+    ),
     "TEST.CROP": Rule(True, "data.eval_crop"),
     "TEST.SEQUENTIAL": Rule(False, why=_EXACT_EVAL),
     "TEST.SHUFFLE": Rule(False, why=_EXACT_EVAL),
@@ -173,6 +194,7 @@ SIMMIM_PRETRAIN = {
     "task.mixup": 0.0,
     "task.cutmix": 0.0,
     "model.num_classes": 0,
+    "data.interpolation": "bilinear",  # data_simmim_pt.py leaves torchvision's default, whatever the file says
     "data.crop_scale": [0.67, 1.0],
     "data.color_jitter": 0.0,
     "data.auto_augment": "",
@@ -223,8 +245,8 @@ def convert_official(
                 flat[rule.key] = rule.convert(values[key])
             except ValueError as error:
                 raise ValueError(f"{path}: {key} must be {error}, got {values[key]!r}") from None
-        if key in stated and rule.why == _EXACT_EVAL:
-            notes.append(f"{key} is ignored: {rule.why}")
+        if key in stated and stated[key] != rule.default and rule.why and rule.why != _COMBINED and not rule.only:
+            notes.append(f"{key}={stated[key]!r} is ignored: {rule.why}")
     if values["TAG"] not in ("default", path.stem):
         flat["run.name"] = f"{path.stem}_{values['TAG']}"
     multistep = values["TRAIN.LR_SCHEDULER.NAME"] == "multistep"
@@ -234,6 +256,8 @@ def convert_official(
         flat |= SIMMIM_PRETRAIN
         if values["MODEL.SIMMIM.NORM_TARGET.ENABLE"]:
             flat["task.target_window"] = values["MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE"]
+    elif values["DATA.IMG_SIZE"] <= _SMALL_IMAGE:
+        flat["data.resize"] = False
     named = _world_in_name(path)
     world = named or world_size
     if "data.global_batch" not in given:

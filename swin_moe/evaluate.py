@@ -8,7 +8,7 @@ from swin_moe.metrics import LOGGER, save_picture, start_logging
 from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.teacher import load_teacher
-from swin_moe.weights import load_weights
+from swin_moe.weights import load_weights, stored_classes
 
 USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
 
@@ -17,7 +17,8 @@ Every sample counts once, whatever the batch size or number of ranks."""
 
 
 def build_eval_loader(config: Config, session: Session) -> EvalLoader:
-    """Returns the loader of the validation images for this rank."""
+    """Returns the loader of the validation images for this rank, labelled as the checkpoint's classes are numbered."""
+    classified = config.task.name == "classify"
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
         config.data,
@@ -26,6 +27,7 @@ def build_eval_loader(config: Config, session: Session) -> EvalLoader:
         world_size=session.world_size,
         batch=batch,
         num_classes=config.model.num_classes,
+        classes=stored_classes(session) if classified else (),
     )
 
 

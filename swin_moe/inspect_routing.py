@@ -20,7 +20,7 @@ from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import Routing
 from swin_moe.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
 from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weights import load_weights
+from swin_moe.weights import load_weights, stored_classes
 
 USAGE = """usage: swin-moe inspect-routing CONFIG [key=value ...] [--out DIR] [--images N] IMAGE ...
 
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     session = open_session(path, overrides)
     if session.world_size > 1:
         raise ValueError(f"inspect-routing runs in one process, got {session.world_size} ranks")
-    if not (session.config.model.name == "swin_moe" and session.config.model.moe.has_blocks):
+    if not session.config.model.moe.has_blocks:
         raise ValueError(f"{path}: the model has no MoE layer (model.moe.blocks names none), so nothing is routed")
     if session.config.model.moe.choice == "soft":
         raise ValueError("model.moe.choice=soft: every expert gets a mean of all patches, so none is an expert's own")
@@ -186,7 +186,7 @@ def _draw_classes(
     config = session.config
     batch = config.data.eval_batch or config.accumulation(1)[0]
     num_classes = config.model.num_classes
-    shape = {"rank": 0, "batch": batch, "num_classes": num_classes}
+    shape = {"rank": 0, "batch": batch, "num_classes": num_classes, "classes": stored_classes(session)}
     total = len(build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=num_classes))
     # Rank 0 of a larger world sees every n-th image, so all classes of a set that is sorted by class.
     loader = EvalLoader(config.data, config.model.img_size, world_size=max(1, total // count), **shape)

@@ -29,6 +29,7 @@ class Schedule:
     decay_steps: int = 0
     decay_rate: float = 0.1
     milestones: tuple[int, ...] = ()
+    delay: int = 0  # steps that the rate lags behind; 1: update u has lr(max(u - 1, 0)), as in the official loop
 
     def __call__(self, t: int, scale: float = 1.0) -> float:
         """Returns the learning rate of step t for a group whose peak is lr x scale.
@@ -36,6 +37,7 @@ class Schedule:
         warmup_lr and min_lr are absolute for all groups, as in the official layer decay.
         """
         peak = self.lr * scale
+        t = max(t - self.delay, 0)
         if t < self.warmup:
             return self.warmup_lr + t * (peak - self.warmup_lr) / self.warmup
         if self.name == "cosine":
@@ -51,8 +53,11 @@ class Schedule:
         return peak * self.decay_rate ** bisect.bisect_right(self.milestones, t)
 
 
-def build_schedule(config: OptimConfig, *, steps_per_epoch: int, global_batch: int) -> Schedule:
+def build_schedule(config: OptimConfig, *, steps_per_epoch: int, global_batch: int, delay: int = 0) -> Schedule:
     """Returns the schedule of a run.
+
+    delay: 1 with compat.official. The default is 0: the first update has warmup_lr and the second the next one, as the
+        formulas say, not warmup_lr twice.
 
     Raises:
         ValueError: A multistep milestone lies inside the warm-up.
@@ -76,6 +81,7 @@ def build_schedule(config: OptimConfig, *, steps_per_epoch: int, global_batch: i
         decay_steps=max(1, int(config.decay_epochs * steps_per_epoch)),
         decay_rate=config.decay_rate,
         milestones=milestones,
+        delay=delay,
     )
 
 
@@ -107,10 +113,11 @@ def frozen_parameters(model: nn.Module, freeze: str) -> set[str]:
 def layer_id(name: str, depths: tuple[int, ...]) -> int:
     """Returns the depth of a parameter for layer decay, 0 for the embedding to sum(depths) + 1 for norm and head.
 
-    As optimizer.py:get_swin_layer of the official repository; a downsample counts with the last block before it.
+    As optimizer.py:get_swin_layer of the official repository; a downsample counts with the last block before it, and
+    absolute_pos_embed, which that does not name, with norm and head.
     """
     parts = name.removeprefix("encoder.").split(".")
-    if parts[0] in ("patch_embed", "mask_token", "absolute_pos_embed"):
+    if parts[0] in ("patch_embed", "mask_token"):
         return 0
     if parts[0] == "layers":
         stage = int(parts[1])

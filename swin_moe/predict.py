@@ -1,37 +1,42 @@
 """Prediction: `swin-moe predict CONFIG [key=value ...] IMAGE ...` prints the most likely classes of each image."""
 
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from swin_moe.data.datasets import build_dataset, decode
+from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset, decode
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.precision import autocast
-from swin_moe.session import build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weights import load_weights
+from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
+from swin_moe.weights import is_torch_file, load_weights, stored_classes
 
-USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] IMAGE [IMAGE ...]
+USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] [--top N] [--json] [--names FILE]
+       IMAGE|FOLDER ...
 
-Prints up to five classes and their probabilities for every image file."""
+Prints the N (5) most likely classes and their probabilities for every image file, and for every image below a folder;
+with --json one object per line. Class names are the checkpoint's; those of an official file are numbers unless FILE
+names them, one a line. No training data is needed."""
 
 
 def main(argv: list[str]) -> None:
     """Prints class probabilities for image files."""
     path, rest = parse_arguments(argv, USAGE)
-    overrides = [word for word in rest if "=" in word and not Path(word).exists()]
-    images = [word for word in rest if word not in overrides]
-    if not images:
-        raise ValueError("predict needs at least one image file after the config")
-    missing = [name for name in images if not Path(name).is_file()]
-    if missing:
-        raise ValueError(f"no such image file: {', '.join(missing)}")
+    words, options = _parse_options(rest)
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    images = _image_files([word for word in words if word not in overrides])
     session = open_session(path, overrides)
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
-    dataset = build_dataset(session.config.data, "val", img_size=session.config.model.img_size)
-    model = build_classifier(session)
-    load_weights(model, session)
     config = session.config
+    classes = _class_names(session, options.names)
+    model = build_classifier(session)
+    print(f"weights: {load_weights(model, session)}", file=sys.stderr)
     transform = build_transform(config.data, config.model.img_size, train=False)
     dtype = next(model.parameters()).dtype
     model.eval()
@@ -40,12 +45,74 @@ def main(argv: list[str]) -> None:
         with torch.inference_mode(), autocast(config.engine.precision, session.device):
             output = model(image[None])
         logits = output[0] if isinstance(output, tuple) else output
-        probabilities = logits.float().softmax(1)[0]
-        best = probabilities.topk(min(5, len(probabilities)))
-        classes = ", ".join(
-            f"{dataset.classes[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist())
-        )
-        print(f"{name}: {classes}")
+        best = logits.float().softmax(1)[0].topk(min(options.top, logits.shape[1]))
+        found = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        if options.json:
+            print(json.dumps({"image": name, "classes": [{"name": c, "probability": p} for c, p in found]}))
+        else:
+            print(f"{name}: {', '.join(f'{c} {p:.1%}' for c, p in found)}")
+
+
+def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
+    """Returns (the other words, options)."""
+    parser = argparse.ArgumentParser("swin-moe predict", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--names", default="")
+    try:
+        options, others = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"predict: {error}") from None
+    unknown = next((word for word in others if word.startswith("--")), None)
+    if unknown is not None:
+        raise ValueError(f"predict has no option {unknown}; it has --top N, --json and --names FILE")
+    if options.top < 1:
+        raise ValueError(f"predict: --top must be >= 1, got {options.top}")
+    return others, options
+
+
+def _image_files(words: list[str]) -> list[str]:
+    """Returns the files named, and those with an image's suffix below the folders named.
+
+    Raises:
+        ValueError: There is none, or a name is neither a file nor a folder with images.
+    """
+    found: list[str] = []
+    for word in words:
+        if Path(word).is_dir():
+            below = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(word)) for name in sorted(names))
+            inside = [name for name in below if name.lower().endswith(IMAGE_SUFFIXES)]
+            if not inside:
+                raise ValueError(f"no image below the folder {word} ({', '.join(IMAGE_SUFFIXES)})")
+            found += inside
+        elif Path(word).is_file():
+            found.append(word)
+        else:
+            raise ValueError(f"no such image file: {word}")
+    if not found:
+        raise ValueError("predict needs at least one image file, or a folder of them, after the config")
+    return found
+
+
+def _class_names(session: Session, file: str) -> Sequence[str]:
+    """Returns a name per output: of the file, the checkpoint, the data set if an older one has none, or numbers.
+
+    Raises:
+        ValueError: The file has another number of names than the network has outputs.
+    """
+    config, outputs = session.config, session.config.model.num_classes
+    if file:
+        if not Path(file).is_file():
+            raise ValueError(f"--names {file}: no such file")
+        names = tuple(Path(file).read_text(encoding="utf-8").splitlines())
+        if len(names) != outputs:
+            raise ValueError(f"--names {file} has {len(names)} names, the network {outputs} outputs")
+        return names
+    names = stored_classes(session)
+    if not names and not is_torch_file(config.checkpoint.load):
+        with contextlib.suppress(ValueError):  # a checkpoint of an older version, away from its data: numbers
+            names = build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=outputs).classes
+    return tuple(names) + tuple(str(label) for label in range(len(names), outputs))
 
 
 if __name__ == "__main__":

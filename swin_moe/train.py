@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from swin_moe.checkpoint import CheckpointManager
+from swin_moe.checkpoint import CheckpointManager, resolve, together
 from swin_moe.config_io import dump_config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
@@ -19,6 +19,7 @@ from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
+from swin_moe.run_identity import RunIdentity
 from swin_moe.run_state import Progressed, Stopped, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.summary import describe
@@ -46,10 +47,13 @@ class Trainer:
         if self.task.needs_teacher:
             self.task.teacher = load_teacher(session)
         engine = lookup(ENGINES, config.engine.name, key="engine.name")  # first: a missing package costs no work
-        self._build_loaders()
+        together(resolve(session.groups.world), self._build_loaders)  # one rank's bad data is every rank's error
+        self.identity = RunIdentity.of(config, self.loader.dataset, self.eval_loader.dataset)
+        self.identity.compare_ranks(session.groups.world)
         self.schedule = build_schedule(
-            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch
-        )
+            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch,
+            delay=int(config.compat.official),
+        )  # fmt: skip
         self.engine: Engine = engine(
             build_meta_model(session, self.task),
             config=config,
@@ -99,6 +103,7 @@ class Trainer:
             if self.config.checkpoint.init:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
+        changed = self.identity.check_resume(self.checkpoints.resumed_from)
         self.engine.load_state(state["engine"])
         saved = state["progress"]
         batch = self.config.data.global_batch
@@ -109,6 +114,8 @@ class Trainer:
             )
         self.progress = Progressed(saved["step"], saved["samples"], saved["best"], saved["skipped"])
         LOGGER.info("resumed from step %d (%d images seen)", self.progress.step, self.progress.samples)
+        if changed:
+            LOGGER.info("resumed with changed options: %s", ", ".join(changed))
 
     def run(self) -> None:
         """Trains to the end of the schedule, or to a stop request."""
@@ -362,7 +369,7 @@ class Trainer:
         saved = {k: getattr(self.progress, k) for k in ("step", "samples", "best", "skipped")}
         saved["global_batch"] = self.config.data.global_batch
         self.heartbeat.enter("saving a checkpoint", long=True)
-        state = {"progress": saved, "engine": self.engine.state(), "seed": self.config.run.seed}
+        state = {"progress": saved, "engine": self.engine.state()} | self.identity.state()
         self.checkpoints.save(
             self.progress.step,
             self.engine.pieces(),
@@ -385,11 +392,11 @@ def main(argv: list[str]) -> None:
 def train(session: Session) -> None:
     """Trains a run to its end, or continues it."""
     trainer = Trainer(session)
-    if session.rank == 0:
-        dump_config(trainer.config, session.directory / "config.yaml")
     for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)
     trainer.resume()
+    if session.rank == 0:  # after it: a resume that is refused leaves the run as it was
+        dump_config(trainer.config, session.directory / "config.yaml")
     trainer.run()
     if trainer.progress.step < trainer.schedule.total:
         raise Stopped

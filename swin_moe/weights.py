@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, load, resolve, together
+from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, find_latest, load, resolve, together
 from swin_moe.config import ModelConfig
 from swin_moe.config_io import config_from_tree
 from swin_moe.engine.base import Engine
@@ -153,6 +153,19 @@ def load_weights(model: nn.Module, session: Session) -> str:
         return f"{opened.description}: {report}"
     manager = CheckpointManager(session.directory / "checkpoints", group=session.groups.world)
     return manager.load_parameters(pieces, source=source)
+
+
+def stored_classes(session: Session) -> tuple[str, ...]:
+    """Returns the class names of the checkpoint that load_weights loads, in the order of outputs; () where it has none.
+
+    Official files and checkpoints of older versions have none.
+    """
+    source = session.config.checkpoint.load
+    if is_torch_file(source):
+        return ()
+    folder = session.directory / "checkpoints"
+    path = find_checkpoint(source, key="checkpoint.load") if source else find_latest(folder)
+    return () if path is None else tuple(Index.read(path).state.get("classes", ()))
 
 
 def start_from(source: str, engine: Engine, session: Session) -> str:

@@ -1,6 +1,7 @@
 """Official yacs files, unchanged, against our configs of the same name."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_values_written_as_python(tmp_path):
         ("TRAIN: {EPOCHS: many}", "TRAIN.EPOCHS must be of type int"),
         ("TRAIN: {USE_CHECKPOINT: 1}", "TRAIN.USE_CHECKPOINT must be of type bool"),
         ("MODEL: {TYPE: vit}", "MODEL.TYPE must be one of swin, swinv2, swin_moe, swin_mlp, got 'vit'"),
-        ("MODEL: {RESUME: a.pth}", "MODEL.RESUME must be '', got 'a.pth': .*load_official"),
+        ("MODEL: {RESUME: a.pth}", "MODEL.RESUME must be '', got 'a.pth': .*checkpoint.load=PATH"),
         ("AUG: {MIXUP_MODE: elem}", "AUG.MIXUP_MODE must be 'batch'"),
         ("TRAIN: {OPTIMIZER: {NAME: fused_lamb}}", "TRAIN.OPTIMIZER.NAME must be one of"),
         ("TRAIN: {LR_SCHEDULER: {NAME: cosin}}", "optim.schedule must be one of"),
@@ -137,3 +138,52 @@ def test_moe_file_in_full():
         True,
         0.1,
     )
+
+
+def test_simmim_pretraining_resizes_bilinear(tmp_path):
+    text = "MODEL: {NAME: simmim_pretrain}\nDATA: {IMG_SIZE: 192, INTERPOLATION: bicubic}"
+    assert load(tmp_path, text).data.interpolation == "bilinear"
+    assert load_config("simmim_pretrain__swin_base__img192_window6__800ep").data.interpolation == "bilinear"
+    assert load(tmp_path, "DATA: {INTERPOLATION: random}").data.interpolation == "random"
+    assert load_config("simmim_finetune__swin_base__img224_window7__800ep").data.interpolation == "bicubic"
+
+
+@pytest.mark.parametrize("size, resize", [(32, False), (33, True), (224, True)])
+def test_small_images_are_not_resized(tmp_path, size, resize):
+    assert load(tmp_path, f"DATA: {{IMG_SIZE: {size}}}").data.resize is resize
+
+
+def test_the_optimizers_name_ignores_case(tmp_path):
+    names = {"AdamW": "adamw", "SGD": "sgd", "Fused_Adam": "adamw"}
+    for theirs, ours in names.items():
+        assert load(tmp_path, f"TRAIN: {{OPTIMIZER: {{NAME: {theirs}}}}}").optim.name == ours
+
+
+def test_keys_that_change_nothing_are_told(tmp_path, caplog):
+    text = "SAVE_FREQ: 5\nTRAIN: {AUTO_RESUME: false, MOE: {SAVE_MASTER: true}}\n"
+    text += "DATA: {CACHE_MODE: full, PIN_MEMORY: true}\nMODEL: {NUM_CLASSES: 7}"
+    with caplog.at_level(logging.INFO):
+        load(tmp_path, text)
+    told = ("SAVE_FREQ=5", "TRAIN.AUTO_RESUME=False", "TRAIN.MOE.SAVE_MASTER=True", "DATA.CACHE_MODE='full'")
+    for text in (*told, "MODEL.NUM_CLASSES=7"):
+        assert f"{text} is ignored: " in caplog.text
+    assert "PIN_MEMORY" not in caplog.text  # as it is anyway
+
+
+@pytest.mark.parametrize(
+    "text, instead",
+    [
+        ("MODEL: {PRETRAINED: a.pth}", "checkpoint.init"),
+        ("MODEL: {RESUME: a.pth}", "checkpoint.load"),
+        ("TRAIN: {START_EPOCH: 3}", "checkpoint.load"),
+        ("DATA: {INTERPOLATION: lanczos}", "bicubic is the nearest"),
+        ("DATA: {INTERPOLATION: hamming}", "bicubic is the nearest"),
+        ("AUG: {MIXUP_MODE: pair}", "leave the key out"),
+        ("AUG: {CUTMIX_MINMAX: [0.2, 0.8]}", "task.cutmix"),
+        ("TRAIN: {OPTIMIZER: {NAME: fused_lamb}}", "adamw"),
+        ("EVAL_MODE: true", "swin-moe evaluate"),
+    ],
+)
+def test_refused_options_name_what_to_use_instead(tmp_path, text, instead):
+    with pytest.raises(ValueError, match=re.escape(instead)):
+        load(tmp_path, text + ("" if "DATA" in text else "\nDATA: {}"))

@@ -19,7 +19,7 @@ LAYERS = (
     ("moe",),
     ("models", "parallel"),
     ("data", "optim", "checkpoint", "metrics", "expert_load", "routing_pictures"),
-    ("engine", "tasks", "planner"),
+    ("engine", "tasks", "planner", "run_identity"),
     ("session",),
     ("summary", "weights"),
     ("teacher",),

@@ -25,6 +25,14 @@ def test_cosine_equals_official_numbers(prefix):
         assert schedule(int(step)) == pytest.approx(value, rel=1e-9)
 
 
+def test_the_official_loop_is_one_update_behind():
+    numbers = json.loads(NUMBERS.read_text())["cosine_lr_in1k_bs1024"]["values"]
+    late = build_schedule(official(), steps_per_epoch=1251, global_batch=1024, delay=1)
+    used = [numbers["0"], numbers["0"], numbers["1"]]  # lr(max(u - 1, 0)) of updates 0, 1, 2
+    assert [late(update) for update in range(3)] == pytest.approx(used, rel=1e-9)
+    assert late(25021) == pytest.approx(numbers["25020"], rel=1e-12)
+
+
 def test_other_schedules_by_hand():
     step = build_schedule(
         OptimConfig(lr=1.0, schedule="step", epochs=10, warmup_epochs=0, decay_epochs=2),
@@ -81,8 +89,10 @@ def test_layer_ids_of_swin_base():
             "layers.3.blocks.1.norm1.bias",
             "norm.weight",
             "head.bias",
+            "mask_token",
+            "absolute_pos_embed",  # official get_swin_layer does not name it: the last layer's, scale 1
         )
-    ] == [0, 1, 2, 22, 24, 25, 25]
+    ] == [0, 1, 2, 22, 24, 25, 25, 0, 25]
     assert 0.8 ** (25 - 0) == pytest.approx(0.003778, abs=1e-6)
 
 

@@ -148,6 +148,7 @@ class CheckpointManager:
         """asynchronous: `save` returns once the tensors are copied; save_group, gloo's and used by nothing else, is
         what its thread talks to other ranks with."""
         self.root = Path(root)
+        self.resumed_from: Index | None = None  # what the last `resume` read
         self._group, self._keep, self._file_size = group, keep, file_size
         self._background = BackgroundSaver() if asynchronous else None
         self._save_group = group
@@ -207,6 +208,7 @@ class CheckpointManager:
         found = self._load("", lambda path: load(path, pieces, exact=True))
         if found is None and source:
             found = self._load(source, lambda path: load(path, pieces, exact=True))
+        self.resumed_from = None if found is None else found[1]
         return None if found is None else found[1].state
 
     def load_parameters(self, pieces: Iterable[Piece], *, source: str = "") -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -114,12 +114,25 @@ class PathTable:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
+    def update(self, update: Callable[[bytes], None], *, skip: int = 0) -> None:
+        """Feeds a digest with every path, without its first `skip` bytes; in arrays, as there may be millions."""
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends])[: len(self._ends)]
+        kept = np.ones(len(self._bytes), dtype=bool)
+        for place in range(skip):
+            kept[starts + place] = False
+        update(np.ascontiguousarray(self._ends - skip * np.arange(1, len(starts) + 1), dtype="<i8").tobytes())
+        update(self._bytes[kept].tobytes())
+
 
 class _FileDataset:
     """Images that are files: everything but how a file is found and its bytes are read."""
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
+    def __init__(
+        self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str], *, folder: str = ""
+    ) -> None:
+        """folder: What all paths begin with where they are not relative to data.path."""
         self._paths = PathTable(paths)
+        self._prefix_size = len(os.fsencode(folder))
         self._labels = np.asarray(labels, dtype=np.int32)
         self.classes = tuple(classes)
         self.num_classes = len(self.classes)
@@ -134,6 +147,10 @@ class _FileDataset:
     def labels(self) -> np.ndarray:
         """Returns (N,) the label of every image."""
         return self._labels
+
+    def update_listing(self, update: Callable[[bytes], None]) -> None:
+        """Feeds a digest with the paths of all images below data.path."""
+        self._paths.update(update, skip=self._prefix_size)
 
     def _read(self, index: int) -> bytes:
         return Path(self.path(index)).read_bytes()
@@ -195,7 +212,7 @@ class ImageFolder(_FileDataset):
                 )
             paths += images
             labels += [labels_of[name]] * len(images)
-        super().__init__(paths, labels, classes)
+        super().__init__(paths, labels, classes, folder=os.path.join(directory, ""))
 
     @staticmethod
     def _class_names(directory: Path) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import BrokenImage, Dataset, build_dataset
+from swin_moe.data.listing import Relabeled
 from swin_moe.data.transforms import Transform, augment_key, build_transform
 from swin_moe.data.views import ViewTransform
 from swin_moe.data.workers import WorkerPool
@@ -136,10 +137,13 @@ class _Loader:
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], *, train: bool, rank: int, world_size: int,
         seed: int, partners: bool, pin_memory: bool, num_classes: int, split: str, views: bool = False,
+        classes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         assert 0 <= rank < world_size
         self.dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
+        if classes and tuple(classes) != self.dataset.classes:
+            self.dataset = Relabeled(self.dataset, classes)
         self.num_classes = self.dataset.num_classes
         self.broken: dict[str, str] = {}  # path -> reason, of every image skipped so far on this rank
         if 0 < num_classes < self.num_classes:
@@ -313,20 +317,21 @@ class EvalLoader(_Loader):
         pin_memory: Put batches in page-locked memory, for CUDA.
         num_classes: Classes of the model, checked against the data; labels synthetic images.
         split: "train" gives the training images as evaluation sees them.
+        classes: What the network's outputs stand for; labels follow the class names. () = as the data numbers them.
 
     Raises:
-        ValueError: The data is missing or malformed, or has more classes than the model.
+        ValueError: The data is missing or malformed, has more classes than the model, or one that is none of `classes`.
     """
 
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], rank: int, world_size: int, batch: int, *,
-        pin_memory: bool = False, num_classes: int = 0, split: str = "val",
+        pin_memory: bool = False, num_classes: int = 0, split: str = "val", classes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         if batch < 1:
             raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
         super().__init__(
             config, img_size, train=False, rank=rank, world_size=world_size, seed=0, partners=False,
-            pin_memory=pin_memory, num_classes=num_classes, split=split,
+            pin_memory=pin_memory, num_classes=num_classes, split=split, classes=classes,
         )  # fmt: skip
         self._batch = batch
         self.num_samples = len(self.dataset)

@@ -38,9 +38,10 @@ def mixing_enabled(config: TaskConfig) -> bool:
     return config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
 
 
-def draw_mix(config: TaskConfig, *, seed: int, step: int, size: tuple[int, int]) -> Mix:
+def draw_mix(config: TaskConfig, *, seed: int, step: int, size: tuple[int, int], official: bool = False) -> Mix:
     """Returns the mix of an optimizer step, a pure function of (seed, step); `size` is (H, W) in pixels.
 
+    official: Boxes as timm 0.4.12 cuts them, which the official code pins; newer timm cuts as the default.
     All numbers are drawn whether used or not, so that one option does not move the draws of another.
     """
     generator = np.random.Generator(np.random.Philox(derive_key(seed, step, PURPOSES.index("mixup"))))
@@ -54,15 +55,15 @@ def draw_mix(config: TaskConfig, *, seed: int, step: int, size: tuple[int, int])
         return Mix(weight)
     height, width = size
     side = (1 - weight) ** 0.5
-    top, bottom = _interval(int(centre_y * height), int(height * side), height)
-    left, right = _interval(int(centre_x * width), int(width * side), width)
+    top, bottom = _interval(int(centre_y * height), int(height * side), height, official=official)
+    left, right = _interval(int(centre_x * width), int(width * side), width, official=official)
     # The border cuts boxes off, so lambda is what is left of the image, as with timm's correct_lam.
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
-def _interval(centre: int, length: int, limit: int) -> tuple[int, int]:
-    """Returns [low, high) of `length` around `centre`, cut to [0, limit)."""
-    return max(0, centre - length // 2), min(limit, centre + (length + 1) // 2)
+def _interval(centre: int, length: int, limit: int, *, official: bool = False) -> tuple[int, int]:
+    """Returns [low, high) of `length` around `centre`, cut to [0, limit); official: an odd length is one less."""
+    return max(0, centre - length // 2), min(limit, centre + (length + (not official)) // 2)
 
 
 def partners(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,7 @@ def mix(
     step: int,
     partner_images: Tensor | None = None,
     partner_targets: Tensor | None = None,
+    official: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns (images (B, 3, H, W), soft targets (B, K) float32); new tensors where anything is mixed.
 
@@ -101,8 +103,9 @@ def mix(
         step: Optimizer step; all micro-batches of a step and all ranks share its mix.
         partner_images: (B, 3, H, W), see partners().
         partner_targets: (B,) int64.
+        official: See draw_mix.
     """
-    drawn = draw_mix(config, seed=seed, step=step, size=tuple(images.shape[-2:]))
+    drawn = draw_mix(config, seed=seed, step=step, size=tuple(images.shape[-2:]), official=official)
     labels = soft_targets(targets, num_classes=num_classes, smoothing=config.label_smoothing)
     if drawn.weight == 1:
         return images, labels

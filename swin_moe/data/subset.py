@@ -1,5 +1,7 @@
 """A few images of every class, drawn once: training with few labels, and few-shot evaluation."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -37,3 +39,9 @@ class ClassSubset:
     def labels(self) -> np.ndarray:
         """Returns (N,) the label of every image."""
         return self._dataset.labels()[self._rows]
+
+    def update_listing(self, update: Callable[[bytes], None]) -> None:
+        """Feeds a digest with the listing chosen from, and what was chosen."""
+        if hasattr(self._dataset, "update_listing"):
+            self._dataset.update_listing(update)
+        update(self._rows.astype("<i8").tobytes())

@@ -25,6 +25,7 @@ _MEAN = torch.tensor(IMAGENET_MEAN)[:, None, None]
 _STD = torch.tensor(IMAGENET_STD)[:, None, None]
 _CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, timm's and torchvision's default
 _CROP_ATTEMPTS = 10
+_PADDING = 4  # pixels of black around an image that is cropped without a resize
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 Transform = Callable[[Image.Image, int], Tensor]
@@ -65,12 +66,20 @@ class EvalTransform:
 
     def __init__(self, config: DataConfig, img_size: tuple[int, int]) -> None:
         self._size = img_size
-        self._crop = config.eval_crop
-        self._resampling = _RESAMPLING.get(config.interpolation, Image.Resampling.BICUBIC)  # random: training only
+        self._crop, self._resize = config.eval_crop, config.resize
+        # random: training only; the official code then evaluates bilinear (data/build.py, timm's _pil_interp).
+        self._resampling = _RESAMPLING.get(config.interpolation, Image.Resampling.BILINEAR)
 
     def __call__(self, image: Image.Image, key: int = 0) -> Tensor:
         """Returns (3, H, W) float32."""
         height, width = self._size
+        if not self._resize:
+            if image.size != (width, height):
+                raise ValueError(
+                    f"data.resize=false needs images of model.img_size, {width} x {height} pixels (width x height), "
+                    f"got {image.width} x {image.height}"
+                )
+            return to_tensor(image)
         if not self._crop:
             return to_tensor(image.resize((width, height), self._resampling))
         image = image.resize(self._covering_size(*image.size), self._resampling)
@@ -114,6 +123,10 @@ class TimmTransform:
                 f"data.auto_augment must be a policy of timm such as rand-m9-mstd0.5-inc1, or empty, "
                 f"got {config.auto_augment!r} ({error})"
             ) from error
+        if not config.resize:
+            from torchvision.transforms import RandomCrop
+
+            self._transform.transforms[0] = RandomCrop(img_size, padding=_PADDING)
         _repair_posterize(self._transform.transforms)
 
     def __call__(self, image: Image.Image, key: int) -> Tensor:
@@ -158,7 +171,7 @@ class CropFlipTransform:
     def covers(config: DataConfig) -> bool:
         """Returns whether this configuration asks for nothing but crop and flip."""
         extra = config.auto_augment or config.color_jitter or config.erase_prob
-        return not extra and config.interpolation in _RESAMPLING
+        return config.resize and not extra and config.interpolation in _RESAMPLING
 
     def __call__(self, image: Image.Image, key: int) -> Tensor:
         """Returns (3, H, W) float32."""

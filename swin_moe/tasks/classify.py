@@ -49,6 +49,7 @@ class Classify(Task):
             step=context.step,
             partner_images=partner_images,
             partner_targets=partner_targets,
+            official=self.config.compat.official,
         )
         random = RandomContext(self.config.run.seed, context.step, batch["sample"])
         if self.config.optim.freeze == "backbone":

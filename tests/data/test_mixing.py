@@ -145,3 +145,12 @@ def test_empty_batch():
         images, soft = mix(empty, none, num_classes=5, config=TaskConfig(), seed=0, step=step,
                            partner_images=empty, partner_targets=none)  # fmt: skip
         assert images.shape == (0, 3, 8, 8) and soft.shape == (0, 5)
+
+
+@pytest.mark.parametrize("length, expected", [(5, (8, 12)), (4, (8, 12)), (1, (10, 10)), (0, (10, 10))])
+def test_official_boxes_are_those_of_timm_0_4_12(length, expected):
+    from swin_moe.data.mixing import _interval
+
+    assert _interval(10, length, 32, official=True) == expected  # its rand_bbox: centre -+ length // 2
+    assert _interval(1, 9, 32, official=True) == (0, 5) and _interval(31, 9, 32, official=True) == (27, 32)
+    assert _interval(10, 5, 32) == (8, 13)  # newer timm's

@@ -19,6 +19,7 @@ from swin_moe.data.transforms import (
     augment_key,
     build_transform,
     seeded,
+    to_tensor,
 )
 
 PLAIN = {"auto_augment": "", "erase_prob": 0.0, "color_jitter": 0.0}
@@ -148,3 +149,31 @@ def test_non_square_evaluation(shape, size):
     # One grey: a crop outside of the image would bring in black.
     grey = EvalTransform(DataConfig(), size)(Image.new("RGB", shape, (90, 90, 90)))
     assert torch.equal(grey.amin((1, 2)), grey.amax((1, 2)))
+
+
+def test_random_interpolation_evaluates_bilinear():
+    image = noise(40, 30)
+    size = (16, 16)
+    found = EvalTransform(DataConfig(interpolation="random"), size)(image)
+    assert torch.equal(found, EvalTransform(DataConfig(interpolation="bilinear"), size)(image))
+    assert not torch.equal(found, EvalTransform(DataConfig(interpolation="bicubic"), size)(image))
+
+
+def test_without_resize_small_images_are_padded_and_cropped_as_in_the_official_code():
+    import_torchvision()
+    from torchvision.transforms import RandomCrop
+
+    image, size = noise(32, 32), (32, 32)
+    plain = {"auto_augment": "", "color_jitter": 0.0, "erase_prob": 0.0, "hflip": 0.0, "resize": False}
+    transform = build_transform(DataConfig(**plain), size, train=True)
+    seen = set()
+    for key in range(20):
+        with seeded(key):
+            expected = to_tensor(RandomCrop(32, padding=4)(image))
+        torch.testing.assert_close(transform(image, key), expected)
+        seen.add(expected.sum().item())
+    assert len(seen) > 10
+    evaluation = build_transform(DataConfig(**plain), size, train=False)
+    assert torch.equal(evaluation(image, 0), to_tensor(image))
+    with pytest.raises(ValueError, match="data.resize=false needs images of model.img_size, 32 x 32"):
+        evaluation(noise(30, 32), 0)

@@ -1,0 +1,198 @@
+"""What a run is, is checked when it is continued: classes, data, seed, network; and class names follow a checkpoint."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+from swin_moe import train
+from swin_moe.checkpoint import Index
+from swin_moe.config import DataConfig
+from swin_moe.config_io import load_config
+from swin_moe.data.datasets import build_dataset
+from swin_moe.data.listing import Relabeled, listing_digest
+from swin_moe.run_identity import RunIdentity
+from swin_moe.session import run_main
+from tests.ranks import run_ranks
+from tests.training.test_commands import QUICK, checkpoints, perform, refused
+
+CLASSES = ("cat", "dog", "emu", "fox")
+OPTIONS = (
+    "model.num_classes=4", "data.name=folder", "data.global_batch=8", "data.eval_batch=4", "data.auto_augment=",
+    "data.color_jitter=0", "data.erase_prob=0", "optim.epochs=1", "optim.warmup_epochs=0", "data.workers=0",
+)  # fmt: skip
+
+
+def write_photos(root, counts=(6, 2), classes=CLASSES):
+    for split, count in zip(("train", "val"), counts):
+        for shade, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((16, 16, 3), 60 * shade + number, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns the folder of a run of 3 steps on four classes, and its data."""
+    root = tmp_path_factory.mktemp("trained")
+    data = write_photos(root / "photos")
+    run_main(train.main, ["digits_swin_moe", *QUICK, *OPTIONS, f"data.path={data}", f"run.output={root}"])
+    return root
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """Returns a copy of the run and its data, to be changed."""
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def options(run, *more):
+    return [*OPTIONS, f"data.path={run / 'photos'}", *more]
+
+
+def test_a_checkpoint_holds_classes_data_and_seed(run):
+    (step,) = checkpoints(run)
+    state = Index.read(run / "run" / "checkpoints" / step).state
+    assert state["classes"] == list(CLASSES) and state["seed"] == 0
+    assert state["data_digest"].keys() == {"train", "val"}
+
+
+def test_the_same_run_continues_without_a_word(run, capfd):
+    out = perform("train", run, capfd, *options(run, "optim.epochs=1"))
+    assert "already finished" in out and "changed options" not in out
+
+
+def test_what_changes_the_course_is_said_in_one_line(run, capfd):
+    out = perform("train", run, capfd, *options(run, "optim.epochs=2", "optim.lr=0.01", "engine.precision=bf16"))
+    (line,) = [line for line in out.splitlines() if "resumed with changed options" in line]
+    for text in ("optim.epochs: 1.0 -> 2.0", "optim.lr: ", "engine.precision: fp32 -> bf16"):
+        assert text in line
+    assert "model" not in line and "run." not in line
+
+
+def rename_class(run):
+    for split in ("train", "val"):
+        (run / "photos" / split / "cat").rename(run / "photos" / split / "zcat")
+
+
+def remove_image(run):
+    (run / "photos" / "train" / "dog" / "5.png").unlink()
+
+
+def rename_image(run):
+    (run / "photos" / "train" / "dog" / "5.png").rename(run / "photos" / "train" / "dog" / "6.png")
+
+
+@pytest.mark.parametrize(
+    "change, more, sentence",
+    [
+        (rename_class, [], "classes: without 'cat', new 'zcat'"),
+        (remove_image, [], "data: other images"),
+        (rename_image, [], "data: other images"),
+        (None, ["run.seed=1"], "run.seed: 0 -> 1"),
+        (None, ["model.moe.top_k=2"], "model.moe.top_k: 1 -> 2"),
+        (None, ["model.qk_scale=0.5"], "model.qk_scale: null -> 0.5"),
+    ],
+)
+def test_what_changes_the_meaning_is_refused(run, capfd, change, more, sentence):
+    before = (run / "run" / "config.yaml").read_bytes()
+    if change:
+        change(run)
+    error = refused("train", run, capfd, *options(run, "optim.epochs=2", *more))
+    assert sentence in error and "checkpoint.accept_changes" in error and "run.name" in error
+    assert (run / "run" / "config.yaml").read_bytes() == before
+    out = perform("train", run, capfd, *options(run, "optim.epochs=2", "checkpoint.accept_changes=true", *more))
+    assert sentence in out.split("resumed with changed options: ")[1].splitlines()[0]
+
+
+def test_a_refused_resume_leaves_the_runs_config(run, capfd):
+    before = (run / "run" / "config.yaml").read_bytes()
+    refused("train", run, capfd, *options(run, "model.embed_dim=16", "optim.epochs=2"))
+    assert (run / "run" / "config.yaml").read_bytes() == before
+
+
+def test_predict_needs_no_data_and_names_the_checkpoints_classes(run, capfd, tmp_path):
+    photos, image = run / "photos", tmp_path / "an image.png"
+    shutil.copy(photos / "val" / "emu" / "0.png", image)
+    first = perform("predict", run, capfd, *options(run), str(image))
+    rename_class(run)
+    assert perform("predict", run, capfd, *options(run), str(image)) == first
+    shutil.rmtree(photos)
+    assert perform("predict", run, capfd, *options(run), str(image)) == first
+    assert all(name in first for name in CLASSES)
+    lines = perform("predict", run, capfd, *options(run), "--json", "--top", "2", str(tmp_path)).splitlines()
+    told = [json.loads(line) for line in lines if "an image" in line]
+    assert [len(row["classes"]) for row in told] == [2] and told[0]["classes"][0]["name"] in CLASSES
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\n")
+    assert "has 3 names" in refused("predict", run, capfd, *options(run), "--names", str(names), str(image))
+    assert "--tpo" in refused("predict", run, capfd, *options(run), "--tpo", "1", str(image))
+
+
+def accuracy(out):
+    return out.split("loss ")[1].splitlines()[0]
+
+
+def test_evaluation_goes_by_class_names(run, capfd):
+    whole = accuracy(perform("evaluate", run, capfd, *options(run)))
+    for name in CLASSES[1:]:  # only the first class is left, without a train folder that numbers it
+        shutil.rmtree(run / "photos" / "val" / name)
+    shutil.rmtree(run / "photos" / "train")
+    only_cats = perform("evaluate", run, capfd, *options(run))
+    (run / "photos" / "val" / "cat").rename(run / "photos" / "val" / "fox")
+    assert accuracy(only_cats) != accuracy(perform("evaluate", run, capfd, *options(run)))
+    (run / "photos" / "val" / "fox").rename(run / "photos" / "val" / "gnu")
+    assert "class 'gnu'" in refused("evaluate", run, capfd, *options(run))
+    assert whole
+
+
+def test_labels_follow_names(tmp_path):
+    config = DataConfig(name="folder", path=str(write_photos(tmp_path, classes=("dog", "fox"))))
+    found = Relabeled(build_dataset(config, "val", img_size=(8, 8)), CLASSES)
+    assert found.labels().tolist() == [1, 1, 3, 3] and found.sample(2)[1] == 3 and found.num_classes == 4
+
+
+def test_the_digest_is_of_names_labels_and_classes(tmp_path):
+    def digest(path):
+        return listing_digest(build_dataset(DataConfig(name="folder", path=str(path)), "train", img_size=(8, 8)))
+
+    write_photos(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "other" / "place")
+    assert digest(tmp_path / "a") == digest(tmp_path / "other" / "place")
+    (tmp_path / "a" / "train" / "cat" / "5.png").rename(tmp_path / "a" / "train" / "dog" / "6.png")
+    assert digest(tmp_path / "a") != digest(tmp_path / "other" / "place")
+
+
+def test_many_outputs_without_a_class_are_told(tmp_path, caplog):
+    path = write_photos(tmp_path)
+    config = load_config("digits_swin_moe", ["data.name=folder", f"data.path={path}", "model.num_classes=1000"])
+    train = build_dataset(config.data, "train", img_size=(8, 8))
+    RunIdentity.of(config, train, build_dataset(config.data, "val", img_size=(8, 8)))
+    assert "model.num_classes=1000" in caplog.text and "has 4 classes" in caplog.text
+
+
+def compare(folder, swap):
+
+    path = f"{folder}/{dist.get_rank() if swap else 0}"
+    config = load_config("digits_swin_moe", ["data.name=folder", f"data.path={path}", "model.num_classes=4"])
+    sets = [build_dataset(config.data, split, img_size=(8, 8)) for split in ("train", "val")]
+    try:
+        RunIdentity.of(config, *sets).compare_ranks(None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_other_data_are_told(tmp_path):
+    write_photos(tmp_path / "0")
+    write_photos(tmp_path / "1", counts=(5, 2))
+    assert run_ranks(compare, 2, tmp_path, str(tmp_path), False) == ["", ""]
+    for error in run_ranks(compare, 2, tmp_path, str(tmp_path), True):
+        assert "rank 1 sees other train data than rank 0" in error
