@@ -9,13 +9,14 @@ expert.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.moe.dispatch import Chunks
-from swin_moe.ops.grouped_linear import grouped_linear
+from swin_moe.ops.grouped_linear import grouped_linear, row_ends, use_grouped
 from swin_moe.ops.random_draws import drop_units
 from swin_moe.randomness import RandomContext, derive_key, truncated_normal_
 
@@ -57,7 +58,11 @@ def _two_layers(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
 ) -> Tensor:
-    linear = _padded_linear if isinstance(counts, int) else grouped_linear
+    if isinstance(counts, int):
+        linear = _padded_linear
+    else:
+        grouped = len(tokens) > 0 and use_grouped(tokens.device, tokens.dtype, *fc1_weight.shape[1:])
+        linear = partial(grouped_linear, ends=row_ends(counts, tokens) if grouped else None)
     hidden = F.gelu(linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
     if dropout is not None:
         hidden = dropout.apply(hidden)

@@ -18,7 +18,15 @@ _ALIGNED = 8  # grouped_mm wants row strides of 16 bytes
 _BIAS_ROWS = 8  # rows of ones that sum a bias gradient by a grouped product: as few as its alignment allows
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, *, grouped: bool | None = None) -> Tensor:
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    counts: Tensor,
+    *,
+    grouped: bool | None = None,
+    ends: Tensor | None = None,
+) -> Tensor:
     """Returns (N, O): each run of rows times its expert's matrix plus its bias; rows that belong to none hold nothing.
 
     Every expert has a gradient, zeros if it got no rows.
@@ -31,11 +39,19 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, *, g
         counts: (E,) int64, rows of each expert; their sum is at most N. On the device of x, the host is not asked for
             them where the product is grouped; elsewhere it is.
         grouped: One grouped product instead of a loop over experts; None = `use_grouped`.
+        ends: What `row_ends` makes of the counts, for layers that share them; None = made here where it is needed.
     """
     if grouped is None:
         grouped = x.shape[0] > 0 and use_grouped(x.device, x.dtype, *weight.shape[1:])
-    weight = weight.to(x.dtype) if grouped else weight
-    return torch.ops.swin_moe.grouped_linear(x, weight, bias, counts, grouped)
+    if not grouped:
+        return torch.ops.swin_moe.grouped_linear(x, weight, bias, counts, False)
+    ends = row_ends(counts, x) if ends is None else ends
+    return torch.ops.swin_moe.grouped_linear(x, weight.to(x.dtype), bias, ends, True)
+
+
+def row_ends(counts: Tensor, x: Tensor) -> Tensor:
+    """Returns (E,) int32, where each expert's rows end, on the device of x."""
+    return counts.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
 
 
 def use_grouped(device: torch.device, dtype: torch.dtype, num_inputs: int, num_outputs: int) -> bool:
@@ -49,12 +65,12 @@ def use_grouped(device: torch.device, dtype: torch.dtype, num_inputs: int, num_o
 
 
 @torch.library.custom_op("swin_moe::grouped_linear", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, grouped: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
+    """Returns what grouped_linear does. parts: (E,), the int64 counts, or for a grouped product the int32 ends."""
     if grouped:
-        ends = _ends(counts, x)
-        return F.grouped_mm(x, weight, offs=ends).add_(bias.index_select(0, _expert_of_rows(ends, x)))
+        return F.grouped_mm(x, weight, offs=parts).add_(bias.index_select(0, _expert_of_rows(parts, x)))
     y = x.new_empty((x.shape[0], weight.shape[2]))
-    runs, rest = _runs(counts, x, y)
+    runs, rest = _runs(parts, x, y)
     converted = _converter(weight, x.dtype)
     # A loop over w[e] instead of unbind would make backward O(E^2) (361 against 120 ms, E = 32).
     for (x_e, y_e), w_e, b_e in zip(runs, weight.unbind(0), bias.unbind(0)):
@@ -70,27 +86,19 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, grouped: b
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, counts: Tensor, grouped: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[2]))
 
 
 @torch.library.custom_op("swin_moe::grouped_linear_backward", mutates_args=())
 def _backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, counts: Tensor, grouped: bool, needs: list[bool]
+    grad_y: Tensor, x: Tensor, weight: Tensor, parts: Tensor, grouped: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias; an empty tensor for what is not needed."""
-    grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs, empty_like=empty_like_reused)
     if grouped:
-        ends = _ends(counts, x)
-        if needs[0]:
-            grad_x = F.grouped_mm(grad_y, weight.transpose(1, 2), offs=ends)
-        if needs[1]:
-            grad_weight = _as_laid_out(F.grouped_mm(x.t(), grad_y, offs=ends), weight)
-        if needs[2]:
-            ones = grad_y.new_ones((len(x), _BIAS_ROWS)).t()  # transposed: aligned for any number of rows
-            grad_bias = F.grouped_mm(ones, grad_y, offs=ends)[:, 0].contiguous()
-        return grad_x, grad_weight, grad_bias
-    runs, rest = _runs(counts, x, grad_y, grad_x if needs[0] else x)
+        return _grouped_gradients(grad_y, x, weight, parts, needs)
+    grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs, empty_like=empty_like_reused)
+    runs, rest = _runs(parts, x, grad_y, grad_x if needs[0] else x)
     converted = _converter(weight, x.dtype)
     for e, (x_e, g_e, grad_x_e) in enumerate(runs):
         packed = serves(x_e, weight[e])
@@ -108,20 +116,54 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_y: Tensor, x: Tensor, weight: Tensor, counts: Tensor, grouped: bool, needs: list[bool]
+    grad_y: Tensor, x: Tensor, weight: Tensor, parts: Tensor, grouped: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(grad_y, x, weight, needs)
 
 
+def _grouped_gradients(
+    grad_y: Tensor, x: Tensor, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in needs)
+    if needs[0]:
+        grad_x = F.grouped_mm(grad_y, weight.transpose(1, 2), offs=ends)
+    if needs[1]:
+        # Whichever of the two products lies in memory as the weight does: neither is copied.
+        if weight.is_contiguous():
+            grad_weight = F.grouped_mm(x.t(), grad_y, offs=ends)
+        else:
+            grad_weight = F.grouped_mm(grad_y.t(), x, offs=ends).transpose(1, 2)
+        grad_weight = _as_laid_out(_zeroed_where_empty(grad_weight, ends), weight)
+    if needs[2]:
+        ones = grad_y.new_ones((len(x), _BIAS_ROWS)).t()  # transposed: aligned for any number of rows
+        grad_bias = _zeroed_where_empty(F.grouped_mm(ones, grad_y, offs=ends)[:, 0].contiguous(), ends)
+    return grad_x, grad_weight, grad_bias
+
+
+def _zeroed_where_empty(grad: Tensor, ends: Tensor) -> Tensor:
+    """Returns gradients (E, ...), those of experts without rows zeroed where the device's product leaves them unset.
+
+    On compute capability 10.x it does (pytorch/pytorch issue 172439); elsewhere a pass over them would buy nothing.
+    """
+    if not _leaves_empty_unset(grad.device):
+        return grad
+    empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+    return grad.masked_fill_(empty.view(-1, *(1,) * (grad.dim() - 1)), 0)
+
+
+def _leaves_empty_unset(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, counts, ctx.grouped = inputs
-    ctx.save_for_backward(x, weight, counts)
+    x, weight, _, parts, ctx.grouped = inputs
+    ctx.save_for_backward(x, weight, parts)
 
 
 def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, counts = ctx.saved_tensors
+    x, weight, parts = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.swin_moe.grouped_linear_backward(grad_y.contiguous(), x, weight, counts, ctx.grouped, needs)
+    grads = torch.ops.swin_moe.grouped_linear_backward(grad_y.contiguous(), x, weight, parts, ctx.grouped, needs)
     return *(grad if needed else None for grad, needed in zip(grads, needs)), None, None
 
 
@@ -179,11 +221,6 @@ def _runs(counts: Tensor, *tensors: Tensor) -> tuple[list[tuple[Tensor, ...]], l
     sizes.append(len(tensors[0]) - sum(sizes))
     parts = [tensor.split(sizes) for tensor in tensors]
     return list(zip(*(part[:-1] for part in parts))), [part[-1] for part in parts]
-
-
-def _ends(counts: Tensor, x: Tensor) -> Tensor:
-    """Returns (E,) int32, where each expert's rows end, on the device of x."""
-    return counts.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
 
 
 def _expert_of_rows(ends: Tensor, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from swin_moe.ops.grouped_linear import grouped_linear
+from swin_moe.ops import grouped_linear as module
+from swin_moe.ops.grouped_linear import grouped_linear, row_ends
 
 COUNTS = {"ragged": [8, 0, 24, 3], "two of four": [16, 16, 0, 0], "none": [0, 0, 0, 0], "one": [0, 0, 0, 35]}
 
@@ -66,6 +67,43 @@ def test_one_grouped_product_equals_the_loop(device, dtype, counts, transposed, 
     assert results[1][2].stride() == inputs[1].stride()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_grouped_product_leaves_unset_is_not_used(monkeypatch, transposed):
+    counts, num_rows = torch.tensor([8, 0, 24, 0]), 40  # 8 rows belong to no expert
+    inputs = random_inputs(num_rows, transposed=transposed, dtype=torch.bfloat16)
+    seen = torch.randn(num_rows, 32, generator=torch.Generator().manual_seed(6)).bfloat16()
+    expected = torch.autograd.grad(grouped_linear(*inputs, counts, grouped=False), inputs, seen)
+    product = torch.nn.functional.grouped_mm
+
+    def poisoned(left, right, *, offs):
+        result = product(left, right, offs=offs)
+        if result.dim() == 3:
+            return result.masked_fill_((counts == 0)[:, None, None], float("nan"))
+        result[int(offs[-1]) :] = float("nan")
+        return result
+
+    monkeypatch.setattr(module.F, "grouped_mm", poisoned)
+    monkeypatch.setattr(module, "_leaves_empty_unset", lambda device: True)
+    y = grouped_linear(*inputs, counts, grouped=True, ends=row_ends(counts, inputs[0]))
+    found = torch.autograd.grad(y, inputs, seen)
+    assert y[32:].isnan().all() and found[0][32:].isnan().all()  # nothing reads these rows
+    pairs = zip((found[0][:32], *found[1:]), (expected[0][:32], *expected[1:]))
+    for ours, wanted in pairs:
+        torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=8e-2)
+    assert not found[1][1].any() and not found[2][3].any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_gradient_of_a_grouped_weight_is_copied(monkeypatch, transposed):
+    inputs, counts = random_inputs(32, transposed=transposed, dtype=torch.bfloat16), torch.tensor([8, 0, 16, 8])
+    product, made = torch.nn.functional.grouped_mm, []
+    monkeypatch.setattr(module.F, "grouped_mm", lambda *a, **k: made.append(product(*a, **k)) or made[-1])
+    y = grouped_linear(*inputs, counts, grouped=True)
+    grad = torch.autograd.grad(y.sum(), inputs[1])[0]
+    assert grad.stride() == inputs[1].stride()
+    assert grad.data_ptr() in {result.data_ptr() for result in made}
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -105,7 +143,8 @@ def test_gradients_by_finite_differences():
 def test_keeps_the_contract_of_an_operator(grouped, dtype, weight_dtype, transposed):
     x, _, bias = random_inputs(12, dtype=dtype)
     _, weight, _ = random_inputs(12, transposed=transposed, dtype=weight_dtype)
-    arguments = (x, weight, bias, torch.tensor([4, 0, 7, 1]), grouped)
+    counts = torch.tensor([4, 0, 7, 1])
+    arguments = (x, weight, bias, row_ends(counts, x) if grouped else counts, grouped)
     torch.library.opcheck(torch.ops.swin_moe.grouped_linear, arguments)
 
 
