@@ -1,4 +1,4 @@
-// The order of rows for experts from a routing: schema and CPU kernel. The CUDA kernel is in cuda/moe_route.cu;
+// The order of rows for experts from a routing: schema and CPU kernel. The CUDA kernels are in cuda/moe_plan.cu;
 // swin_moe/ops/moe_plan.py says what each argument means, swin_moe/moe/dispatch.py has the reference.
 #include "moe_plan.h"
 

@@ -1,6 +1,7 @@
 """The order of rows for experts, from a routing, as one operator.
 
-The compiled kernel is in csrc/moe_plan.cpp; swin_moe/moe/dispatch.py has the reference, which runs where there is none.
+Compiled kernels are in csrc/moe_plan.cpp and csrc/cuda/moe_plan.cu; swin_moe/moe/dispatch.py has the reference, which
+runs where there are none.
 
 Shape legend: T tokens, E experts, k choices per token, G routing groups, N rows for experts.
 """
