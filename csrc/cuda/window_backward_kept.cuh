@@ -87,7 +87,7 @@ struct KeptRows {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       numbers.largest[h] = softmax.largest_score(h);
-      numbers.inverse_sum[h] = 1.f / softmax.total(h);
+      numbers.inverse_sum[h] = softmax.inverse_total(h);
       numbers.delta[h] = quad_sum(products[h]) * numbers.inverse_sum[h];
     }
     return numbers;

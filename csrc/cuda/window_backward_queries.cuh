@@ -62,7 +62,7 @@ struct QueryRows {
   __device__ __forceinline__ void finish_statistics() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      inverse_sum[h] = 1.f / softmax.total(h);
+      inverse_sum[h] = softmax.inverse_total(h);
       delta[h] = quad_sum(products[h]) * inverse_sum[h];
     }
   }

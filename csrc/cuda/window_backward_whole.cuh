@@ -93,7 +93,8 @@ __device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kT
   softmax.update(weights, unused, true);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float total = softmax.total(h), inverse = row + lane.row + 8 * h < rule.tokens ? 1.f / total : 0.f;
+    const float inverse_total = softmax.inverse_total(h);
+    const float inverse = row + lane.row + 8 * h < rule.tokens ? inverse_total : 0.f;
     float delta = 0.f;
 #pragma unroll
     for (int u = 0; u < S::kTiles; ++u)

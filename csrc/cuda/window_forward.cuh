@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
     }
     // The queries of this warp are in registers by now, so its rows of them take the result.
     __syncwarp();
-    write_sums<S>(shared.queries, warp_row, out, 1.f / softmax.total(0), 1.f / softmax.total(1));
+    write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));
     __syncwarp();
     store_rows<S>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
                   row_source + warp_row, kTile, threadIdx.x % 32, 32);

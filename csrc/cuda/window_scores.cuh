@@ -11,11 +11,13 @@ template <class T>
 struct ScoreUnit {
   static constexpr float kUnit = 1.4426950408889634f;  // log2 e
   static __device__ __forceinline__ float exponential(float score) { return exp2_fast(score); }
+  static __device__ __forceinline__ float reciprocal(float sum) { return reciprocal_fast(sum); }
 };
 template <>
 struct ScoreUnit<float> {
   static constexpr float kUnit = 1.f;
   static __device__ __forceinline__ float exponential(float score) { return expf(score); }
+  static __device__ __forceinline__ float reciprocal(float sum) { return 1.f / sum; }
 };
 
 // Factors nearer to zero count as this one: their products vanish beside any bias, and the bias can be divided by it.
@@ -187,7 +189,7 @@ struct RunningSoftmax {
   static __device__ constexpr bool used(int tile, int e) {
     return TableColumns<S>::used(tile * kTile + e / 4 * 8);
   }
-  __device__ __forceinline__ float total(int h) const { return quad_sum(sum[h]); }
+  __device__ __forceinline__ float inverse_total(int h) const { return ScoreUnit<T>::reciprocal(quad_sum(sum[h])); }
   __device__ __forceinline__ float largest_score(int h) const { return largest[h] * factor; }
 };
 

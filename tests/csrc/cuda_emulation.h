@@ -355,6 +355,7 @@ inline void copy_async(void* shared, const void* global) {
 inline void wait_for_copies() {}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.f / x; }
 
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
