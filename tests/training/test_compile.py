@@ -108,6 +108,7 @@ def test_with_generated_code(what, tmp_path):
 RANKS = {
     "experts on both": ("block", "parallel.expert=2"),
     "ZeRO-3": ("block", "parallel.zero=3", "parallel.expert=2"),
+    "ZeRO-2, experts cut": ("block", "parallel.zero=2", "parallel.expert=1", "parallel.expert_shard=1"),
     "model": ("model", "parallel.expert=1", "parallel.expert_shard=1"),
 }
 
