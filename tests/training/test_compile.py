@@ -99,6 +99,7 @@ def test_a_skipped_step_is_explained(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.full
+@pytest.mark.xfail(reason="g++ refuses torch 2.13's code for the traced draws of a MoE block", strict=False)
 @pytest.mark.parametrize("what", ["block", "model"])
 def test_with_generated_code(what, tmp_path):
     options = ("model.moe.dropout=0.1",)
@@ -108,6 +109,7 @@ def test_with_generated_code(what, tmp_path):
 RANKS = {
     "experts on both": ("block", "parallel.expert=2"),
     "ZeRO-3": ("block", "parallel.zero=3", "parallel.expert=2"),
+    "ZeRO-2, experts cut": ("block", "parallel.zero=2", "parallel.expert=1", "parallel.expert_shard=1"),
     "model": ("model", "parallel.expert=1", "parallel.expert_shard=1"),
 }
 
