@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def python_lines() -> Iterator[Line]:
     """Yields the interpreter and the package itself."""
-    yield sys.version_info >= (3, 10), "Python", f"{platform.python_version()} ({sys.executable})"
+    yield sys.version_info >= (3, 11), "Python", f"{platform.python_version()} ({sys.executable})"
     yield True, "swin_moe", os.path.dirname(__file__)
 
 
@@ -79,7 +79,9 @@ def package_lines() -> Iterator[Line]:
             version = importlib.metadata.version(name)
             module = MODULES.get(name, name)
             if not extra and module:
-                importlib.import_module(module)
+                imported = importlib.import_module(module)
+                # torch's own says for which CUDA it was built; its package on the index does not.
+                version = imported.__version__ if name == "torch" else version
             yield True, name, version
         except importlib.metadata.PackageNotFoundError:
             wanted = f"optional, not installed (pip install 'swin-moe[{extra[1]}]')" if extra else "not installed"
