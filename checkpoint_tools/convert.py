@@ -8,6 +8,7 @@ from checkpoint_tools.arguments import add_output_arguments
 from checkpoint_tools.formats import FORMATS, open_source, write_checkpoint
 from checkpoint_tools.plan import describe_plan
 from checkpoint_tools.progress import progress_of
+from checkpoint_tools.publish import tell_new_parent
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.text import format_bytes
 from swin_moe.checkpoint.communicator import SingleProcess
@@ -39,6 +40,7 @@ def write_or_plan(source: Source, path: Path, options: Options, to: str = "nativ
     if dry_run:
         options.report(describe_plan(source, path, options, to))
         return
+    tell_new_parent(path, options.report)
     total = sum(tensor.num_bytes for tensor in source.tensors.values())
     with progress_of(options, total // options.comm.size) as advance:
         write_checkpoint(source, path, dataclasses.replace(options, progress=advance), to)
