@@ -9,7 +9,7 @@ import numpy as np
 from checkpoint_tools.formats import FORMATS, open_source
 from checkpoint_tools.formats.safetensors import describe
 from checkpoint_tools.progress import progress_of
-from checkpoint_tools.publish import publish_files
+from checkpoint_tools.publish import publish_files, tell_new_parent
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.text import format_bytes, split_kind
 from swin_moe.checkpoint.errors import CheckpointError
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace, options: Options) -> int:
         raise ValueError(f"--batch must be >= 1, got {arguments.batch}")
     with open_source(arguments.source, options, arguments.format) as source:
         stored = exported_names(source, last=arguments.last)
+        tell_new_parent(arguments.destination, options.report)
         write = lookup(KINDS, arguments.to, key="--to")
         write(source, stored, arguments.destination, options, arguments.batch or 0)
         averaged = sum(name.startswith("ema/") for name in stored.values())

@@ -13,7 +13,7 @@ from checkpoint_tools.plain_read import sizes_of
 from checkpoint_tools.record_file import RecordFile, TensorRecord
 from checkpoint_tools.rules import FROM_OFFICIAL, Place, Rule, check_ours, to_ours
 from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import find_weights, state_dict
+from checkpoint_tools.state_dict_files import Weights, find_weights, state_dict
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 
@@ -43,21 +43,11 @@ def assemble(
     """
     found = [find_weights(file.content, file.path) for file in ranks]
     models = [weights.records for weights in found]
-    if optimizer and isinstance(ranks[0].content, dict) and "optimizer" in ranks[0].content:
-        optimizer = found[0].wrapper in ("", "model")
-        if not optimizer:
-            options.report(f"{path}: its optimizer is not in the official order of parameters and is left out")
+    optimizer = optimizer and _has_official_order(path, ranks[0], found[0], options)
     rest = state_dict(shared.content, shared.path) if shared is not None else {}
     leaves = _gather(ranks, models, shared, rest, rules)
     shapes = {name: found[0].record.shape for name, found in leaves.items() if not is_expert_tensor(name)}
-    dense = next((shapes[name] for name in sorted(shapes) if name.endswith(".mlp.fc1.weight")), None)
-    layers = {
-        name.removesuffix(".experts.fc1_weight"): layer_sizes(
-            path, name.removesuffix(".experts.fc1_weight"), shapes, found[0].record.shape, len(ranks), dense=dense
-        )
-        for name, found in leaves.items()
-        if name.endswith(".experts.fc1_weight")
-    }
+    layers = _layers(path, leaves, shapes, len(ranks))
     parts = _parts(path, leaves, layers)
     sizes = {name.removeprefix("encoder."): shape for name, shape in sizes_of(parts).items()}
     inferred = infer_model(path, sizes, _buffers(models[0] | rest))
@@ -91,6 +81,25 @@ def assemble(
     )
     source.step_unknown = unknown
     return source
+
+
+def _has_official_order(path: Path, file: RecordFile, weights: Weights, options: Options) -> bool:
+    """Returns whether a file's optimizer, if it has one, numbers parameters as the official loop does; reports if not.
+    """
+    if not isinstance(file.content, dict) or "optimizer" not in file.content or weights.wrapper in ("", "model"):
+        return True
+    options.report(f"{path}: its optimizer is not in the official order of parameters and is left out")
+    return False
+
+
+def _layers(
+    path: Path, leaves: Mapping[str, list[Leaf]], shapes: Mapping[str, tuple[int, ...]], world: int
+) -> dict[str, Layer]:
+    """Returns the sizes of each MoE layer by its prefix."""
+    dense = next((shapes[name] for name in sorted(shapes) if name.endswith(".mlp.fc1.weight")), None)
+    ending = ".experts.fc1_weight"
+    found = {name.removesuffix(ending): of[0].record.shape for name, of in leaves.items() if name.endswith(ending)}
+    return {prefix: layer_sizes(path, prefix, shapes, local, world, dense=dense) for prefix, local in found.items()}
 
 
 def _read_moments(path: Path, ranks: list[RecordFile], models: list[Model], options: Options) -> list[Moments]:

@@ -87,7 +87,7 @@ class Lock:
 
 
 def _prepare(path: Path, staging: Path, num_bytes: int, lock: Lock) -> None:
-    require_parent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     finish_publishing(path)
     refuse_existing(path)
     lock.take()
@@ -105,10 +105,10 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def require_parent(path: Path) -> None:
-    """Raises CheckpointError unless the directory that `path` is to be in exists: a typo would make another one."""
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no directory {path.parent} to write it to; make it first")
+def tell_new_parent(path: Path, report: Callable[[str], None]) -> None:
+    """Reports a directory that will be made for `path` to lie in: a typo makes one too."""
+    if not path.parent.exists():
+        report(f"{path.parent}: does not exist and is made")
 
 
 def refuse_existing(path: Path) -> None:

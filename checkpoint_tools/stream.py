@@ -17,7 +17,7 @@ import xxhash
 
 import swin_moe
 from checkpoint_tools.journal import Done, Journal
-from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing, remove_tree, require_parent
+from checkpoint_tools.publish import Lock, check_space, hidden, refuse_existing, remove_tree
 from checkpoint_tools.source import Options, Source
 from swin_moe.checkpoint.communicator import collect, together
 from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, num_blocks
@@ -176,7 +176,7 @@ def _prepare(job: Job, path: Path, options: Options, lock: Lock) -> Done | None:
         options.report(f"{path}: continues an interrupted run")
         return done
     _discard(path)
-    require_parent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path.parent, job.plan.num_bytes)
     staging.mkdir()
     lock.take()

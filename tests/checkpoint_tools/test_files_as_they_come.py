@@ -188,7 +188,7 @@ def test_an_optimizer_in_another_order_is_left_out_and_told(weights, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["native", "timm", "hf", "dcp", "official", "official-moe"])
-def test_convert_reports_what_it_wrote_and_makes_no_folders(to, weights, tmp_path, run):
+def test_convert_reports_what_it_wrote_and_the_folders_it_makes(to, weights, tmp_path, run):
     """Of weights, two moments and averages some formats hold the weights alone."""
     kinds = ("", "optim.exp_avg/", "optim.exp_avg_sq/", "ema/")
     pieces = [Piece.of(kind + name, value) for kind in kinds for name, value in weights.items()]
@@ -200,8 +200,8 @@ def test_convert_reports_what_it_wrote_and_makes_no_folders(to, weights, tmp_pat
     size = text.format_bytes(times * sum(value.nbytes for value in weights.values()))
     expected = f"{target}: {to}, {times * len(weights)} tensors, {size}, from {source} (native)"
     assert code == 0 and out.splitlines()[-1] == expected
-    code, _, error = run("convert", source, tmp_path / "no" / "such" / "x.pth", "--to", to)
-    assert code == 2 and "there is no directory" in error and not (tmp_path / "no").exists()
+    code, out, _ = run("convert", source, tmp_path / "no" / "such" / target.name, "--to", to)
+    assert code == 0 and out.startswith(f"{tmp_path / 'no' / 'such'}: does not exist and is made\n")
 
 
 def test_average_names_what_it_is_of(weights, tmp_path, run):
@@ -221,3 +221,19 @@ def test_a_long_entry_does_not_widen_the_table_of_differences(weights, tmp_path,
     code, out, _ = run("diff", *paths)
     assert code == 1 and 'names' in out and max(map(len, out.splitlines())) < 80 + 2 * max(60, len(str(paths[0])))
     assert json.loads(run("diff", *paths, "--json")[1])["entries"]["state.names"][0] == ["x" * 90] * 40
+
+
+def test_a_router_of_another_kind_is_refused_by_name(tmp_path, run):
+    """Copied as it is, a router of 4 experts would be written into a network of 8."""
+    block = "layers.0.blocks.1.mlp"
+    shapes = {
+        f"{block}.router.table": (4, 8), f"{block}.experts.fc1_weight": (4, 8, 8), f"{block}.experts.fc1_bias": (4, 8),
+        f"{block}.experts.fc2_weight": (4, 8, 8), f"{block}.experts.fc2_bias": (4, 8),
+    }  # fmt: skip
+    pieces = [Piece.of(name, torch.ones(shape)) for name, shape in shapes.items()]
+    config = {"model": {"name": "swin_moe", "moe": {"num_experts": 4, "top_k": 1}}}
+    source = CheckpointManager(tmp_path).save(1, pieces, state={}, config=config)
+    for operation, count in (("duplicate", 8), ("split", 8), ("merge", 2)):
+        code, _, error = run("experts", source, tmp_path / "out", f"--{operation}", count, "--no-check")
+        assert code == 2 and f"tensor {block}.router.table belongs to a router that this verb does not know" in error
+        assert not (tmp_path / "out").exists()
