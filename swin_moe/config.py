@@ -10,7 +10,7 @@ from typing import Literal
 
 from swin_moe.config_checks import check as _check
 from swin_moe.config_checks import check_choices as _check_choices
-from swin_moe.config_checks import check_routing, check_task
+from swin_moe.config_checks import check_routing, check_run, check_task
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
 DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
@@ -21,6 +21,10 @@ class RunConfig:
     name: str = "run"  # run directory is <output>/<name>; of a run from a file, the name of its config
     output: str = "output"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "run")
+        check_run(self)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,6 @@ class DataConfig:
         _check_choices(self, "data")
         _check(self.global_batch > 0, "data.global_batch", self.global_batch, "> 0")
         _check(self.micro_batch >= 0, "data.micro_batch", self.micro_batch, ">= 0 (0 = from the world)")
-        _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
-        _check(0 <= self.erase_prob <= 1, "data.erase_prob", self.erase_prob, "in [0, 1]")
-        _check(0 <= self.hflip <= 1, "data.hflip", self.hflip, "in [0, 1]")
         _check(self.images_per_class >= 0, "data.images_per_class", self.images_per_class, ">= 0 (0 = all)")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
@@ -119,8 +120,6 @@ class MoEConfig:
             "> 0 with model.moe.balance_loss=load_importance (its load term divides by the noise)",
         )
         check_routing(self)
-        _check(0 <= self.dropout < 1, "model.moe.dropout", self.dropout, "in [0, 1)")
-        _check(self.overlap >= 1, "model.moe.overlap", self.overlap, ">= 1")
 
     @property
     def eval_factor(self) -> float:
@@ -165,18 +164,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "model")
+        small = all(patch <= side for patch, side in zip(self.patch_size, self.img_size))
+        _check(small, "model.patch_size", self.patch_size, f"at most model.img_size={self.img_size}")
         stages = len(self.depths)
         _check(stages >= 1, "model.depths", self.depths, "at least one stage")
         _check(len(self.num_heads) == stages, "model.num_heads", self.num_heads, f"{stages} numbers, one per stage")
         for stage, heads in enumerate(self.num_heads):
             dim = self.embed_dim * 2**stage
             _check(heads >= 1 and dim % heads == 0, f"model.num_heads[{stage}]", heads, f"a divisor of {dim} channels")
-        _check(self.window_size >= 1, "model.window_size", self.window_size, ">= 1")
         _check(self.attention_chunk >= 0, "model.attention_chunk", self.attention_chunk, ">= 0 (0 = all windows)")
         whole = self.attention != "fused" or (self.attention_chunk == 0 and self.attn_drop_rate == 0)
         allowed = "not fused with model.attention_chunk or model.attn_drop_rate, which are computed window by window"
         _check(whole, "model.attention", self.attention, allowed)
-        _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
         _check(len(self.moe.blocks) <= stages, "model.moe.blocks", self.moe.blocks, f"at most {stages} lists")
         for stage, blocks in enumerate(self.moe.blocks):
             valid = all(-1 <= b < self.depths[stage] for b in blocks)
@@ -210,16 +209,6 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "task")
-        for name in ("label_smoothing", "mix_prob", "mix_switch_prob"):
-            _check(0 <= getattr(self, name) <= 1, f"task.{name}", getattr(self, name), "in [0, 1]")
-        for name in ("mixup", "cutmix", "pictures"):
-            _check(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), ">= 0")
-        _check(self.mask_patch_size >= 1, "task.mask_patch_size", self.mask_patch_size, ">= 1")
-        _check(0 <= self.momentum <= 1, "task.momentum", self.momentum, "in [0, 1]")
-        for name in ("temperature", "queue", "hidden_dim", "num_features"):
-            _check(getattr(self, name) > 0, f"task.{name}", getattr(self, name), "> 0")
-        _check(self.smooth_l1_beta > 0, "task.smooth_l1_beta", self.smooth_l1_beta, "> 0")
-        _check(0 < self.mask_ratio < 1, "task.mask_ratio", self.mask_ratio, "in (0, 1)")
         odd = self.target_window == 0 or (self.target_window > 1 and self.target_window % 2 == 1)
         _check(odd, "task.target_window", self.target_window, "odd and > 1, or 0 for raw pixels")
 
@@ -253,13 +242,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "optim")
-        _check(self.lr >= 0, "optim.lr", self.lr, ">= 0")
         _check(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0 (0 = off)")
         _check(self.epochs > 0, "optim.epochs", self.epochs, "> 0")
         _check(
             0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"in [0, {self.epochs}]"
         )
-        _check(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -302,6 +289,7 @@ class CheckpointConfig:
     file_size: int = 1 << 30  # target bytes per shard file
 
     def __post_init__(self) -> None:
+        _check_choices(self, "checkpoint")
         _check(self.every >= 0, "checkpoint.every", self.every, ">= 0 (0 = once per epoch)")
         _check(self.keep >= 0, "checkpoint.keep", self.keep, ">= 0 (0 = all)")
 
@@ -313,12 +301,15 @@ class LogConfig:
     eval_every: float = 1.0  # epochs between evaluations; 0 = only at the end
 
     def __post_init__(self) -> None:
-        _check(self.every >= 1, "log.every", self.every, ">= 1")
+        _check_choices(self, "log")
 
 
 @dataclass(frozen=True)
 class DebugConfig:
     check_replicas: int = 0  # optimizer steps between bitwise comparisons of dense replicas; 0 = off
+
+    def __post_init__(self) -> None:
+        _check_choices(self, "debug")
 
 
 @dataclass(frozen=True)

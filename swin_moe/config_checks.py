@@ -1,6 +1,10 @@
 """How options are refused, and which options contradict each other. Plain data; config.py is the schema."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import fields
+from numbers import Real
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 
@@ -11,12 +15,13 @@ def check(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def check_choices(section: object, prefix: str) -> None:
-    """Raises ValueError for a Literal field whose value is not one of its choices."""
+    """Raises ValueError for a Literal field whose value is not one of its choices, or a number out of range."""
     for f in fields(section):
         choices = get_args(f.type) if getattr(f.type, "__origin__", None) is Literal else ()
         if choices and getattr(section, f.name) not in choices:
             allowed = "one of " + ", ".join(map(str, choices))
             check(False, f"{prefix}.{f.name}", getattr(section, f.name), allowed)
+    check_ranges(section, prefix)
 
 
 # (option, its value, other option, values of that which go with it, why).
@@ -70,6 +75,10 @@ def check_routing(moe: Any) -> None:
 def check_task(config: Any, *, forwards: int) -> None:
     """Raises ValueError where a Config's task does not fit its other sections. forwards: Of one optimizer step."""
     check_freeze(config)
+    model = config.model
+    check(model.in_chans == 3, "model.in_chans", model.in_chans, "3 with the data sets, whose images are RGB")
+    if config.task.name == "classify":
+        check(model.num_classes >= 1, "model.num_classes", model.num_classes, ">= 1 with task.name=classify")
     if config.task.name == "simmim":
         check_masks(config)
     if config.task.name == "distill":
@@ -112,3 +121,86 @@ def check_teacher(task: Any) -> None:
     check(named, "task.teacher_model", task.teacher_model, f"a config or timm:NAME with task.teacher={task.teacher}")
     ours = not task.teacher_model.startswith("timm:")
     check(ours or not task.teacher_shard, "task.teacher_shard", task.teacher_shard, "false for a teacher of timm's")
+
+
+def _range(low: float | None, high: float | None = None, *, above: bool = False, below: bool = False) -> tuple:
+    """Returns (test, words) of a range; above, below: its ends do not belong to it."""
+    words = "" if low is None else f"{'>' if above else '>='} {low:g}"
+    if high is not None:
+        words = f"in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+
+    def holds(value: float) -> bool:
+        after = low is None or (value > low if above else value >= low)
+        return after and (high is None or (value < high if below else value <= high))
+
+    return holds, words
+
+
+_COUNT, _SOME, _POSITIVE, _SHARE = _range(0), _range(1), _range(0, above=True), _range(0, 1)
+_BELOW_ONE, _ANY = _range(0, 1, below=True), _range(None)
+MOST_THREADS = 4096  # more than any machine's cores; OpenMP crashes on counts that it cannot start
+
+# Every numeric option; items of a list are checked one by one. What depends on other options is checked in config.py.
+RANGES: dict[str, tuple] = {
+    "run.seed": _range(0, 2**63 - 1),
+    "data.global_batch": _SOME, "data.micro_batch": _COUNT, "data.eval_batch": _COUNT, "data.images_per_class": _COUNT,
+    "data.subset": _COUNT, "data.workers": _COUNT, "data.crop_scale": _range(0, 1, above=True), "data.hflip": _SHARE,
+    "data.color_jitter": _COUNT, "data.erase_prob": _SHARE, "data.erase_count": _SOME, "data.synthetic_samples": _SOME,
+    "model.moe.blocks": _range(-1), "model.moe.num_experts": _SOME, "model.moe.top_k": _SOME,
+    "model.moe.capacity_factor": _ANY, "model.moe.eval_capacity_factor": _ANY, "model.moe.group_images": _COUNT,
+    "model.moe.slots": _SOME, "model.moe.bias_rate": _COUNT, "model.moe.expert_groups": _SOME,
+    "model.moe.group_limit": _COUNT, "model.moe.aux_loss_weight": _COUNT, "model.moe.z_loss_weight": _COUNT,
+    "model.moe.gate_noise": _COUNT, "model.moe.cosine_dim": _SOME, "model.moe.cosine_init_t": _POSITIVE,
+    "model.moe.shared_experts": _COUNT, "model.moe.dropout": _BELOW_ONE, "model.moe.overlap": _SOME,
+    "model.img_size": _SOME, "model.patch_size": _SOME, "model.in_chans": _SOME, "model.num_classes": _COUNT,
+    "model.embed_dim": _SOME, "model.depths": _SOME, "model.num_heads": _SOME, "model.window_size": _SOME,
+    "model.mlp_ratio": _POSITIVE, "model.qk_scale": _ANY, "model.drop_rate": _BELOW_ONE,
+    "model.attn_drop_rate": _BELOW_ONE, "model.drop_path_rate": _BELOW_ONE, "model.init_std": _COUNT,
+    "model.pretrained_window_sizes": _COUNT, "model.extra_norm_every": _COUNT, "model.attention_chunk": _COUNT,
+    "model.post_norm_init": _ANY,
+    "task.label_smoothing": _SHARE, "task.mixup": _COUNT, "task.cutmix": _COUNT, "task.mix_prob": _SHARE,
+    "task.mix_switch_prob": _SHARE, "task.mask_patch_size": _SOME,
+    "task.mask_ratio": _range(0, 1, above=True, below=True),
+    "task.target_window": _COUNT, "task.smooth_l1_beta": _POSITIVE, "task.momentum": _SHARE,
+    "task.temperature": _POSITIVE, "task.queue": _SOME, "task.hidden_dim": _SOME, "task.num_features": _SOME,
+    "task.pictures": _COUNT,
+    "optim.lr": _COUNT, "optim.lr_reference_batch": _COUNT, "optim.warmup_lr": _COUNT, "optim.min_lr": _COUNT,
+    "optim.weight_decay": _COUNT, "optim.betas": _BELOW_ONE, "optim.eps": _POSITIVE, "optim.momentum": _BELOW_ONE,
+    "optim.clip_norm": _COUNT, "optim.epochs": _POSITIVE, "optim.warmup_epochs": _COUNT,
+    "optim.decay_epochs": _POSITIVE, "optim.decay_rate": _POSITIVE, "optim.milestones": _COUNT,
+    "optim.layer_decay": _POSITIVE, "optim.ema": _BELOW_ONE,
+    "parallel.expert": _COUNT, "parallel.expert_shard": _COUNT, "parallel.zero": _range(0, 3),
+    "engine.timeout": _POSITIVE, "engine.threads": _range(0, MOST_THREADS),
+    "checkpoint.every": _COUNT, "checkpoint.keep": _COUNT, "checkpoint.file_size": _SOME,
+    "log.every": _SOME, "log.eval_every": _COUNT, "debug.check_replicas": _COUNT,
+}  # fmt: skip
+
+
+def check_ranges(section: object, prefix: str) -> None:
+    """Raises ValueError for a number of a section that is out of its range, not finite, or no number."""
+    for f in fields(section):
+        key, value = f"{prefix}.{f.name}", getattr(section, f.name)
+        if key not in RANGES or value is None and "None" in str(f.type):
+            continue
+        holds, words = RANGES[key]
+        for number in _leaves(value):
+            known = isinstance(number, Real) and math.isfinite(number)
+            check(known, key, value, f"a finite number {words}".rstrip())
+            check(holds(number), key, value, words)
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def check_run(run: Any) -> None:
+    """Raises ValueError for a run directory that lies outside of run.output, or is that folder itself."""
+    for key, text in (("run.name", run.name), ("run.output", run.output)):
+        check(bool(text.strip()) and "\0" not in text, key, text, "a name without NUL, and not empty")
+    parts = PurePath(run.name).parts
+    inside = ".." not in parts and not PurePath(run.name).is_absolute() and run.name.strip(". /") != ""
+    check(inside, "run.name", run.name, "a folder below run.output: no '..', no absolute path")

@@ -21,6 +21,7 @@ from swin_moe.config_official import convert_official, is_official, our_key
 
 logger = logging.getLogger(__name__)
 
+_PATHS = ("data.path", "run.output", "checkpoint.load", "checkpoint.init", "task.teacher", "model.moe.tune_cache")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -245,6 +246,8 @@ def _coerce_tree(tree: dict, schema: type, *, source: str, prefix: str = "") -> 
         else:
             try:
                 out[key] = _coerce(value, kind)
+                if full in _PATHS and out[key].startswith("~"):  # a shell does not expand it after key=
+                    out[key] = str(Path(out[key]).expanduser())
             except (TypeError, ValueError):
                 raise ValueError(f"{source}: {full} must be {_describe(kind)}, got {value!r}") from None
     return out

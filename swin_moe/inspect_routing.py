@@ -1,6 +1,7 @@
 """`swin-moe inspect-routing CONFIG IMAGE ...`: which expert took which patch, and which experts serve which classes."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> None:
     rest, count = _take_option(rest, "--images", "256")
     if not count.isdecimal():
         raise ValueError(f"--images must be a number of validation images, got {count!r}")
-    overrides = [word for word in rest if "=" in word and not Path(word).exists()]
+    overrides = [word for word in rest if "=" in word and not os.path.exists(word)]
     images = [word for word in rest if word not in overrides]
     missing = [name for name in images if not Path(name).is_file()]
     if missing:

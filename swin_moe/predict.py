@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     """Prints class probabilities for image files."""
     path, rest = parse_arguments(argv, USAGE)
     words, options = _parse_options(rest)
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     images = _image_files([word for word in words if word not in overrides])
     session = open_session(path, overrides)
     if session.world_size > 1:

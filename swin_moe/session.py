@@ -99,6 +99,25 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def fit_precision(config: Config, device: torch.device, *, told: bool, cpuinfo: str = "/proc/cpuinfo") -> Config:
+    """Returns the config with what a CPU computes well in place of fp16, which official files ask of GPUs.
+
+    A Swin-T step of 16 images took 5.6 s of a CPU in fp16, 0.32 in fp32 and 0.19 in bf16. bf16 only where the processor
+    has instructions for it. Whoever writes engine.precision=fp16 on the command line gets it.
+
+    Args:
+        told: Say so on the console, in one line.
+    """
+    if device.type != "cpu" or config.engine.precision != "fp16":
+        return config
+    file = Path(cpuinfo)
+    native = file.is_file() and re.search(r"\b(avx512_bf16|amx_bf16)\b", file.read_text(errors="replace"))
+    precision = "bf16" if native else "fp32"
+    if told:
+        print(f"engine.precision={precision} instead of the config's fp16, which is slow on a CPU", file=sys.stderr)
+    return replace(config, engine=replace(config.engine, precision=precision))
+
+
 def layout_of(config: Config) -> tuple[ParallelConfig, int]:
     """Returns (degrees wanted, number of experts); a model without experts is plain data parallel."""
     if config.model.moe.has_blocks:
@@ -132,6 +151,8 @@ def open_session(path: str, overrides: list[str]) -> Session:
     check_layout(config, env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
+    if not any(word.partition("=")[0].strip() == "engine.precision" for word in overrides):
+        config = fit_precision(config, device, told=env.rank == 0)
     heartbeat = Heartbeat(env.rank, env.world_size, timeout=config.engine.timeout, note=guard.note)
     limit = LONG_SECONDS + config.engine.timeout  # the heartbeat is what ends a hang, long before a collective does
     if env.world_size > 1:

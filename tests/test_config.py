@@ -1,8 +1,13 @@
 """What Config refuses about a batch in a world of so many ranks."""
 
+import dataclasses
+import typing
+
 import pytest
 
 from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
+from swin_moe.config_checks import RANGES
+from swin_moe.config_io import apply_overrides, load_config
 from swin_moe.parallel.payload import PAYLOADS
 from swin_moe.parallel.transport import TRANSPORTS
 
@@ -95,3 +100,65 @@ def test_every_payload_of_the_table_can_be_asked_for():
         MoEConfig(payload=name)
     for name in TRANSPORTS:
         MoEConfig(transport=name)
+
+
+def numbers(section: object, prefix: str = ""):
+    """Yields (key, section, field name) of every numeric option."""
+    for name, kind in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif any(word in str(kind) for word in ("int", "float")) or prefix + name == "parallel.zero":
+            yield prefix + name, section, name
+
+
+NUMBERS = {key: (section, name) for key, section, name in numbers(Config())}
+ANY_NUMBER = {
+    "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.qk_scale", "model.post_norm_init",
+}  # fmt: skip
+
+
+def test_every_numeric_option_has_a_range():
+    assert NUMBERS.keys() == RANGES.keys()
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_out_of_range_are_refused_by_name(key):
+    section, name = NUMBERS[key]
+    value = getattr(section, name)
+    for wrong in (float("nan"), float("inf"), -float("inf"), "x", *(() if key in ANY_NUMBER else (-7, -1e9))):
+        depth = key in ("model.moe.blocks",)
+        item = ((wrong,),) if depth else tuple(wrong for _ in value) or (wrong,) if isinstance(value, tuple) else wrong
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+            dataclasses.replace(section, **{name: item})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "model.num_classes=-1", "model.patch_size=0", "model.patch_size=300", "model.embed_dim=0", "model.mlp_ratio=-1",
+        "engine.threads=-1", "engine.threads=99999999", "checkpoint.file_size=0", "model.drop_rate=1.0",
+        "model.drop_rate=-0.5", "optim.weight_decay=-1", "model.extra_norm_every=-1", "model.depths=[2,-1,2,2]",
+        "model.init_std=-1", "run.name=../../x", "run.name=", "run.name=.", "run.name=/tmp/x", "run.name=a/../../b",
+        "run.name=a\0b", "run.output=", "optim.betas=[0.9,1.0]", "data.synthetic_samples=0", "log.eval_every=-1",
+    ],
+)  # fmt: skip
+def test_what_was_accepted_once(option):
+    with pytest.raises(ValueError, match=option.partition("=")[0].replace(".", r"\.")):
+        apply_overrides(Config(), [option])
+
+
+@pytest.mark.parametrize("option", ["model.num_classes=0", "model.in_chans=1"])
+def test_what_no_data_set_can_train(option):
+    config = apply_overrides(Config(), [option])
+    with pytest.raises(ValueError, match=option.partition("=")[0]):
+        config.check(1)
+
+
+def test_a_tilde_after_the_equals_sign_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config("digits_swin_moe", ["data.path=~/photos", "run.output=~", "checkpoint.init=~/a.pth"])
+    assert (config.data.path, config.run.output, config.checkpoint.init) == (
+        "/home/me/photos", "/home/me", "/home/me/a.pth",
+    )  # fmt: skip
+    assert apply_overrides(config, ["run.name=sweep/lr1"]).run.name == "sweep/lr1"

@@ -1,7 +1,7 @@
 """Models by name: a family with the official constructor's defaults, or a file of configs/ with its own."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ _RENAMED: dict[str, tuple[str, Any]] = {
     "cosine_router_init_t": ("cosine_init_t", None),
     "moe_drop": ("dropout", None),
 }
-_MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig)) - {"name"}
+_MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig)) - {"name", "moe"}
 _MOE_FIELDS = frozenset(f.name for f in fields(MoEConfig))
 _PAIRS = ("img_size", "patch_size")
 
@@ -48,10 +48,11 @@ def create_model(name: str, **overrides: Any) -> SwinTransformer:
     override or the config file says otherwise; training configs default to capacity by need (0) instead.
 
     Args:
-        name: A family (swin, swinv2, swin_mlp, swin_moe), which takes the official constructor's defaults, or the name
-            of a file in configs/ without .yaml.
+        name: A family (swin, swinv2, swin_mlp, swin_moe), which takes the official constructor's defaults, the path of
+            a YAML file such as a run's config.yaml, or the name of a file in configs/ without .yaml.
         overrides: Official constructor arguments (img_size=256, moe_blocks=[...], top_value=2, ...), any field of
-            ModelConfig or MoEConfig (num_experts is the global number), and seed=0 for the initial weights.
+            ModelConfig or MoEConfig (num_experts is the global number; moe={...} gives several), and seed=0 for the
+            initial weights.
 
     Raises:
         ValueError: Unknown name or override, or a value out of range.
@@ -73,9 +74,9 @@ def _named_config(name: str) -> tuple[ModelConfig, str]:
     """Returns (model config, recompute) of a family or a config file."""
     if name in VARIANTS:
         return ModelConfig(name=name, moe=_FAMILY_MOE), "none"
-    from swin_moe.config_io import find_config, load_config  # only here: models do not depend on YAML
+    from swin_moe.config_io import load_config  # only here: models do not depend on YAML
 
-    config = load_config(find_config(name))
+    config = load_config(name)
     moe = config.model.moe
     if moe.eval_capacity_factor == MoEConfig().eval_capacity_factor:
         moe = replace(moe, eval_capacity_factor=None)
@@ -87,7 +88,9 @@ def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) ->
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}
     for key, value in overrides.items():
-        if key == "use_checkpoint":
+        if key == "moe":
+            moe |= _moe_fields(value)
+        elif key == "use_checkpoint":
             recompute = "block" if value else "none"
         elif key in ("norm_layer", "fused_window_process"):
             _check_ignored(key, value)
@@ -102,8 +105,22 @@ def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) ->
             moe[key] = _tuples(value)
         else:
             raise ValueError(_unknown(key))
-    config = replace(config, **model)
-    return replace(config, moe=replace(config.moe, **moe)), recompute
+    # At once: new depths are checked with the new blocks, never with the old ones.
+    return replace(config, moe=replace(config.moe, **moe), **model), recompute
+
+
+def _moe_fields(value: Any) -> dict[str, Any]:
+    """Returns the fields that moe=... sets, a MoEConfig or a dict of some of its fields."""
+    if isinstance(value, MoEConfig):
+        return {name: getattr(value, name) for name in _MOE_FIELDS}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"create_model: moe must be a dict of MoEConfig's fields, or a MoEConfig, got {value!r}")
+    unknown = next((key for key in value if key not in _MOE_FIELDS), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(str(unknown), _MOE_FIELDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_MOE_FIELDS))}"
+        raise ValueError(f"create_model: moe has no field {unknown!r}; {hint}")
+    return {key: _tuples(item) for key, item in value.items()}
 
 
 def _check_ignored(key: str, value: Any) -> None:

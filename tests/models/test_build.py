@@ -120,3 +120,31 @@ def test_a_config_name():
     assert model.config.moe.eval_capacity_factor is None
     with pytest.raises(ValueError, match="swin_tini"):
         create_model("swin_tini_patch4_window7_224")
+
+
+def test_a_file_is_a_model(tmp_path, monkeypatch):
+    sizes = "img_size: 16, patch_size: 2, embed_dim: 8, depths: [1], num_heads: [1], window_size: 4"
+    text = f"model: {{name: swinv2, {sizes}}}"
+    (tmp_path / "small.yaml").write_text(text)
+    assert create_model(str(tmp_path / "small.yaml"), num_classes=3).config.embed_dim == 8
+    monkeypatch.chdir(tmp_path)
+    assert create_model("small.yaml").config.name == "swinv2"
+
+
+SMALL = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "window_size": 4, "num_classes": 3}
+
+
+def test_moe_fields_as_a_dict():
+    model = create_model("swin_moe", depths=[2], num_heads=[1], moe={"blocks": [[1]], "num_experts": 4}, **SMALL)
+    assert model.config.moe.blocks == ((1,),) and model.config.moe.num_experts == 4
+    assert model.config.moe.balance_loss == "gshard"  # the family's other fields stay
+    with pytest.raises(ValueError, match="moe has no field 'num_expert'; did you mean 'num_experts'"):
+        create_model("swin_moe", moe={"num_expert": 4})
+    with pytest.raises(ValueError, match="moe must be a dict"):
+        create_model("swin_moe", moe=4)
+
+
+def test_new_blocks_are_checked_with_new_depths():
+    name = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"
+    model = create_model(name, depths=[2, 2], num_heads=[1, 2], moe_blocks=[[1], [1]], num_experts=2, **SMALL)
+    assert model.config.depths == (2, 2) and model.config.moe.blocks == ((1,), (1,))
