@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 STOPPED = 75  # exit code of a run that saved and left before its end; sysexits.h: EX_TEMPFAIL, to be tried again
 
@@ -40,4 +40,3 @@ class Progressed:
     samples: int = 0  # training images seen
     best: float | None = None
     skipped: int = 0  # steps skipped in a row
-    window: dict = field(default_factory=dict)  # sums since the last record

@@ -13,8 +13,8 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.engine.gradient_watch import GradientWatch
-from swin_moe.expert_load import exchange_cost, expert_load, links, phase_times, start_clocks
-from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, peak_flops, peak_memory, start_logging
+from swin_moe.expert_load import start_clocks
+from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.replicas import first_differing_replica
@@ -22,6 +22,7 @@ from swin_moe.registry import lookup
 from swin_moe.run_identity import RunIdentity
 from swin_moe.run_state import Progressed, Stopped, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
+from swin_moe.step_records import StepRecords
 from swin_moe.summary import describe
 from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.teacher import load_teacher
@@ -135,8 +136,9 @@ class Trainer:
             tensorboard=self.config.log.tensorboard,
             resume_step=self.progress.step,
         )
-        self.peak = peak_flops(self.device, self.config.engine.precision)
-        self._reset_window()
+        self.records = StepRecords(
+            self.session, self.engine, self.writer, self.bar, total=total, steps_per_epoch=self.loader.steps_per_epoch
+        )
         self.started, self.steps_here = time.monotonic(), 0
         self.heartbeat.patient = self.config.parallel.compile != "none"
         self.graphs_before = graphs_made() if self.heartbeat.patient else 0
@@ -158,7 +160,7 @@ class Trainer:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
         context = self._context(step, self._count(batches))
-        if self._records(step + 1) and self.config.parallel.compile == "none":  # a graph has no phases to time
+        if self.records.due(step + 1) and self.config.parallel.compile == "none":  # a graph has no phases to time
             start_clocks(self.engine.local_model, self.device)
         losses = self._forward_backward(batches, context)
         self.heartbeat.enter("reduction of gradients and update")
@@ -260,51 +262,9 @@ class Trainer:
             seconds, graphs = time.monotonic() - self.started, graphs_made() - self.graphs_before
             LOGGER.info("compiled %d graphs, in the first two steps, which took %s", graphs, duration(seconds))
 
-    def _reset_window(self) -> None:
-        for _, link in links(self.engine.local_model):
-            link.take()  # what an evaluation sent belongs to no step
-        self.progress.window = {"start": time.monotonic(), "images": 0.0, "steps": 0, "loss": 0.0, "aux": 0.0}
-
-    def _records(self, step: int) -> bool:
-        """Returns whether a record is written after `step` steps of the run."""
-        return step % self.config.log.every == 0 or step == self.schedule.total
-
     def _record(self, task_loss: float, aux_loss: float, images: float, stats: StepStats) -> None:
-        """Adds the step to the current window; at the end of one, writes the record and redraws the bar."""
-        window, step = self.progress.window, self.progress.step
-        window["images"] += images
-        window["steps"] += 1
-        window["loss"] += task_loss
-        window["aux"] += aux_loss
-        if not self._records(step):
-            return
-        seconds = time.monotonic() - window["start"]
-        rate = window["images"] / seconds
-        steps = window["steps"]
-        # Forward and backward cost three forwards (two operations per multiply-accumulate).
-        flops = 6 * self.engine.local_model.active_flops() * rate / self.session.world_size
-        values = {
-            "train/loss": window["loss"] / steps,
-            "train/aux": window["aux"] / steps,
-            "train/lr": stats.lr,
-            "train/grad_norm": stats.grad_norm,
-            "train/clip_factor": stats.clip_factor,
-            "train/loss_scale": stats.loss_scale,
-            "train/epoch": step / self.loader.steps_per_epoch,
-            "speed/images_per_second": rate,
-            "speed/mfu_percent": 100 * flops / self.peak,
-            "memory/peak_bytes": peak_memory(self.device),
-        }
-        load, histograms = expert_load(self.engine.local_model, self.session.groups)
-        times = phase_times(self.engine.local_model, self.session.groups)
-        cost = exchange_cost(self.engine.local_model, self.session.groups, steps)
-        self.writer.write(step, {**values, **load, **times, **cost}, histograms=histograms)
-        self.bar.show(
-            step,
-            f"epoch {values['train/epoch']:.1f} | loss {values['train/loss']:.4f} | lr {stats.lr:.2e} "
-            f"| {rate:.0f} img/s",
-        )
-        self._reset_window()
+        """Notes the step that was taken."""
+        self.records.add(self.progress.step, task_loss=task_loss, aux_loss=aux_loss, images=images, stats=stats)
 
     def _check_replicas(self) -> None:
         every = self.config.debug.check_replicas
@@ -362,7 +322,7 @@ class Trainer:
             " - best so far" if improved else "",
             duration(time.monotonic() - started),
         )
-        self._reset_window()
+        self.records.start_anew()
         return improved
 
     def _save(self, best: bool) -> None:
@@ -377,7 +337,7 @@ class Trainer:
             config=self.config,
             best=self.progress.best if best else None,
         )
-        self._reset_window()
+        self.records.start_anew()
 
 
 def main(argv: list[str]) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     ("data", "optim", "checkpoint", "metrics", "expert_load", "routing_pictures"),
     ("engine", "tasks", "planner", "run_identity"),
     ("session",),
-    ("summary", "weights"),
+    ("summary", "weights", "step_records"),
     ("teacher",),
     ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
