@@ -16,19 +16,15 @@ class StepRecords:
         steps_per_epoch: Counts epochs.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        engine: Engine,
-        writer: MetricsWriter,
-        bar: Progress,
-        *,
-        total: int,
-        steps_per_epoch: int,
-    ) -> None:
-        self.session, self.engine, self.writer, self.bar = session, engine, writer, bar
+    def __init__(self, session: Session, engine: Engine, *, total: int, steps_per_epoch: int) -> None:
+        self.session, self.engine = session, engine
         self.total, self.steps_per_epoch = total, steps_per_epoch
-        self.peak = peak_flops(session.device, session.config.engine.precision)
+        self.start_anew()
+
+    def open(self, writer: MetricsWriter, bar: Progress) -> None:
+        """Begins to record, to these."""
+        self.writer, self.bar = writer, bar
+        self.peak = peak_flops(self.session.device, self.session.config.engine.precision)
         self.start_anew()
 
     def start_anew(self) -> None:

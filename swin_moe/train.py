@@ -74,6 +74,9 @@ class Trainer:
             save_group=session.groups.checkpoint,
         )
         self.progress = Progressed()
+        self.records = StepRecords(
+            session, self.engine, total=self.schedule.total, steps_per_epoch=self.loader.steps_per_epoch
+        )
         self.stop = StopRequest()
 
     def _build_loaders(self) -> None:
@@ -136,9 +139,7 @@ class Trainer:
             tensorboard=self.config.log.tensorboard,
             resume_step=self.progress.step,
         )
-        self.records = StepRecords(
-            self.session, self.engine, self.writer, self.bar, total=total, steps_per_epoch=self.loader.steps_per_epoch
-        )
+        self.records.open(self.writer, self.bar)
         self.started, self.steps_here = time.monotonic(), 0
         self.heartbeat.patient = self.config.parallel.compile != "none"
         self.graphs_before = graphs_made() if self.heartbeat.patient else 0

@@ -118,10 +118,10 @@ def test_a_cut_that_leaves_a_gap_is_refused(tmp_path, state, monkeypatch):
     real = reshard.local_chunk
 
     def gappy(name, shape, coordinates):
-        return Chunk((0, 0), (0, 0)) if name == "head.weight" else real(name, shape, coordinates)
+        return Chunk((0, 0), (0, 0)) if name.endswith("head.weight") else real(name, shape, coordinates)
 
     monkeypatch.setattr(reshard, "local_chunk", gappy)
     path = write(tmp_path, SINGLE, [pieces_of(state, SINGLE, 0)])
     with open_source(path, Options()) as source:
-        with pytest.raises(CheckpointError, match=r"tensor head.weight of shape \(5, 6\) cannot be cut"):
+        with pytest.raises(CheckpointError, match=r"tensor \S*head.weight of shape \(5, 6\) cannot be cut"):
             reshard.check_coverage(source, Degrees(2, 1, 1))
