@@ -37,8 +37,8 @@ def test_a_rank_that_does_not_come_is_named(port, capsys):
 
 
 def test_rank_0_that_does_not_come_is_named(port, capsys):
-    with pytest.raises(ValueError, match=rf"rank 0 at 127.0.0.1:{port} did not come within 2 s"):
-        meet(1, 2, "127.0.0.1", port, patience=1, timeout=2)
+    with pytest.raises(ValueError, match=rf"rank 0 at 127.0.0.1:{port} did not come within 8 s"):
+        meet(1, 2, "127.0.0.1", port, patience=0.5, timeout=8)
     assert f"s for rank 0 at 127.0.0.1:{port}" in capsys.readouterr().err
 
 
