@@ -50,7 +50,7 @@ def test_one_graph_serves_every_step(name):
     eager = outputs(model)
     assert (eager[0] != eager[1]).any()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = outputs(torch.compile(model, backend=counter, fullgraph=True))
+    compiled = outputs(torch.compile(model, backend=counter))  # fullgraph would capture int(seed), and hide a break
     assert counter.frame_count == 1
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
