@@ -29,12 +29,13 @@ PURPOSES = (
 class RandomContext:
     """What a forward needs to draw: the run's seed, the optimizer step, and which samples the batch holds.
 
+    seed: A () int64 tensor on the CPU in a traced graph that draws it itself; see fresh.
     sample: (B,) int64, index of each image in the global batch of this step.
     words: (2,) int64, seed and step where the kernels of ops/random_draws.py read them, which makes them; None = not
         yet made.
     """
 
-    seed: int
+    seed: int | Tensor
     step: int
     sample: Tensor
     words: Tensor | None = None
@@ -42,8 +43,9 @@ class RandomContext:
     @classmethod
     def fresh(cls, batch_size: int, device: torch.device) -> "RandomContext":
         """Returns a context seeded from torch's global generator, for models used outside the trainer."""
-        seed = int(torch.randint(0, 2**31 - 1, (), device="cpu"))
-        return cls(seed, 0, torch.arange(batch_size, device=device))
+        seed = torch.randint(0, 2**31 - 1, (), device="cpu")
+        # In a traced graph the seed stays data: as an int it would break the graph, and be a constant of it.
+        return cls(seed if torch.compiler.is_compiling() else int(seed), 0, torch.arange(batch_size, device=device))
 
     def key(self, purpose: str, layer: int = 0) -> "Key":
         """Returns the key of one kind of draw in one layer of this step."""

@@ -35,6 +35,9 @@ def with_words(random: RandomContext) -> RandomContext:
     """Returns the context with seed and step where the kernels read them, made once for all draws of a forward."""
     if random.words is not None:
         return random
+    if isinstance(random.seed, Tensor):
+        words = torch.stack([random.seed, torch.full_like(random.seed, random.step)])
+        return replace(random, words=words.to(_words_device(random.sample)))
     return replace(random, words=torch.ops.swin_moe.random_words(random.sample, random.seed, random.step))
 
 
@@ -76,12 +79,15 @@ def gate_noise(random: RandomContext, rows: Tensor, units: int, *, layer: int) -
     return torch.ops.swin_moe.random_normal(words, layer, PURPOSES.index("gate_noise"), rows, units)
 
 
+def _words_device(near: Tensor) -> torch.device:
+    """Returns the device of `near`; the CPU where that device has no kernels, because the Python form reads words."""
+    return near.device if extension.available(near.device.type) else torch.device("cpu")
+
+
 @torch.library.custom_op("swin_moe::random_words", mutates_args=())
 def _random_words(near: Tensor, seed: int, step: int) -> Tensor:
-    """Returns (2,) int64, seed and step, on the device of `near`; on the CPU where that device has no kernels, because
-    the Python form reads them."""
-    device = near.device if extension.available(near.device.type) else torch.device("cpu")
-    words = torch.empty(2, dtype=torch.int64, device=device)
+    """Returns (2,) int64, seed and step, on the device that _words_device names."""
+    words = torch.empty(2, dtype=torch.int64, device=_words_device(near))
     words[0].fill_(seed)  # not torch.tensor, which waits for the device
     words[1].fill_(step)
     return words
@@ -89,8 +95,7 @@ def _random_words(near: Tensor, seed: int, step: int) -> Tensor:
 
 @_random_words.register_fake
 def _(near: Tensor, seed: int, step: int) -> Tensor:
-    device = near.device if extension.available(near.device.type) else torch.device("cpu")
-    return torch.empty(2, dtype=torch.int64, device=device)
+    return torch.empty(2, dtype=torch.int64, device=_words_device(near))
 
 
 def _key(words: Tensor, layer: int, purpose: int, site: int = _NO_SITE) -> int:
