@@ -345,10 +345,11 @@ class Config:
             micro = -(-batch // world_size)
         steps = -(-batch // (micro * world_size))
         if steps * micro * world_size != batch:
-            below = max(1, batch // (micro * world_size)) * micro * world_size
+            unit = micro * world_size
+            near = sorted({max(1, batch // unit) * unit, steps * unit})
             raise ValueError(
                 f"data.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world_size} ranks; "
-                f"nearest batches that are: {below} and {steps * micro * world_size}"
+                f"{'nearest batches that are' if near[1:] else 'the nearest that is'}: {' and '.join(map(str, near))}"
             )
         return micro, steps
 

@@ -331,7 +331,8 @@ def _hint(key: str) -> str:
         return f", a key of the official files; here it is {ours}"
     keys = list(_schema_keys(Config))
     leaf = key.rpartition(".")[2]
-    near = [k for k in keys if k.rpartition(".")[2] == leaf]
+    initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate is lr
+    near = [k for k in keys if k.rpartition(".")[2] in (leaf, initials)]
     near += [k for k in difflib.get_close_matches(key, keys, n=3) if k not in near]
     if not near:
         leaves = {k.rpartition(".")[2]: k for k in keys}

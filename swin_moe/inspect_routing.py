@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.data.batch import to_device
-from swin_moe.data.datasets import build_dataset, decode
+from swin_moe.data.datasets import build_dataset
 from swin_moe.data.loader import EvalLoader
+from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
 from swin_moe.engine.precision import autocast
 from swin_moe.metrics import LOGGER, start_logging

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,9 +124,7 @@ class MetricsWriter:
             temporary.replace(path)
         self.file = path.open("a")
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(directory / "tb"), purge_step=resume_step + 1)
+            self.board = _open_board(directory / "tb", resume_step + 1)
 
     def write(self, step: int, values: dict, *, histograms: dict | None = None) -> None:
         """Appends one record; values are numbers, histograms name -> list of counts per bucket (expert)."""
@@ -178,6 +177,19 @@ def save_picture(directory: Path, name: str, picture: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
     return path
+
+
+def _open_board(directory: Path, purge_step: int) -> Any:
+    """Returns torch's SummaryWriter, or None with a warning where the tensorboard package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        LOGGER.warning(
+            "tensorboard is not installed, so nothing is written for it (metrics.jsonl has everything); install "
+            "swin-moe[tensorboard], or set log.tensorboard=false"
+        )
+        return None
+    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _step_of(line: str) -> float:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset, decode
+from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
+from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.precision import autocast
 from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main

@@ -19,6 +19,7 @@ from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
+from swin_moe.run_folder import FolderLock, holding
 from swin_moe.run_identity import RunIdentity
 from swin_moe.run_state import Progressed, Stopped, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
@@ -345,8 +346,11 @@ def main(argv: list[str]) -> None:
     """Trains the run that the arguments describe."""
     path, overrides = parse_arguments(argv, USAGE)
     session = open_session(path, overrides)
-    start_logging(session.directory, session.rank)
-    with session.watched():
+    lock = FolderLock(session.directory)
+    with session.watched(), holding(lock):
+        # All ranks are one job, so one takes it; before logging, which writes into the folder.
+        together(resolve(session.groups.world), lock.take if session.rank == 0 else lambda: None)
+        start_logging(session.directory, session.rank)
         train(session)
 
 

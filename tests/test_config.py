@@ -162,3 +162,16 @@ def test_a_tilde_after_the_equals_sign_is_the_home_folder(monkeypatch):
         "/home/me/photos", "/home/me", "/home/me/a.pth",
     )  # fmt: skip
     assert apply_overrides(config, ["run.name=sweep/lr1"]).run.name == "sweep/lr1"
+
+
+def test_the_only_near_batch_is_said_once():
+    config = Config(data=DataConfig(global_batch=16, micro_batch=9))
+    with pytest.raises(ValueError, match="the nearest that is: 18$"):
+        config.accumulation(2)
+    with pytest.raises(ValueError, match="nearest batches that are: 18 and 36$"):
+        Config(data=DataConfig(global_batch=20, micro_batch=9)).accumulation(2)
+
+
+def test_a_key_written_out_is_answered_with_its_initials():
+    with pytest.raises(ValueError, match="did you mean optim.lr"):
+        load_config("digits_swin_moe", ["optim.learning_rate=1"])

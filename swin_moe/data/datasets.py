@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from swin_moe.config import DataConfig
+from swin_moe.data.pixels import BrokenImage, decode
 from swin_moe.randomness import derive_key
 from swin_moe.registry import lookup
 
@@ -53,17 +54,6 @@ class Dataset(Protocol):
         ...
 
 
-class BrokenImage(ValueError):
-    """An image that is missing, truncated or not an image at all; the message names its path."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"broken image {path}: {reason}")
-        self.path, self.reason = path, reason
-
-    def __reduce__(self) -> tuple:
-        return BrokenImage, (self.path, self.reason)
-
-
 def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], num_classes: int = 1000) -> Dataset:
     """Returns the data set data.name; `split` is "train" or "val".
 
@@ -80,23 +70,6 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
 
         return ClassSubset(dataset, config.images_per_class, draw=config.subset)
     return dataset
-
-
-def decode(data: bytes, path: str) -> Image.Image:
-    """Returns the RGB image in these bytes, fully decoded: PIL is lazy, and a truncated file fails only in load().
-
-    Raises:
-        BrokenImage: PIL cannot decode it, for whatever reason: its decoders raise many types.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image.convert("RGB")
-    except Exception as error:
-        # The message of an unidentified file holds an object's address; its class says enough.
-        known = not isinstance(error, Image.UnidentifiedImageError)
-        reason = f"{type(error).__name__}: {error}" if known else "not an image in a known format"
-        raise BrokenImage(path, reason) from error
 
 
 class PathTable:
@@ -167,6 +140,10 @@ class _FileDataset:
         except OSError as error:
             raise BrokenImage(path, error.strerror or str(error)) from error
         return decode(data, path), int(self._labels[index])
+
+
+def _is_no_data(member: zipfile.ZipInfo) -> bool:
+    return member.is_dir() or "__MACOSX" in member.filename.split("/")  # resource forks that macOS adds
 
 
 def _is_image(name: str) -> bool:
@@ -305,7 +282,7 @@ class ZipArchive(_FileDataset):
             raise ValueError(f"data.path: no file {archive}")
         try:
             with zipfile.ZipFile(archive) as opened:
-                members = {m.filename.strip("/"): m for m in opened.infolist() if not m.is_dir()}
+                members = {m.filename.strip("/"): m for m in opened.infolist() if not _is_no_data(m)}
         except zipfile.BadZipFile as error:
             raise ValueError(f"data.path: {archive} is not a complete zip file: {error}") from error
         for member in members.values():

@@ -1,0 +1,52 @@
+"""8-bit RGB pixels from whatever PIL decodes."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+class BrokenImage(ValueError):
+    """An image that is missing, truncated or not an image at all; the message names its path."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"broken image {path}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple:
+        return BrokenImage, (self.path, self.reason)
+
+
+def decode(data: bytes, path: str) -> Image.Image:
+    """Returns the RGB image in these bytes, fully decoded: PIL is lazy, and a truncated file fails only in load().
+
+    Raises:
+        BrokenImage: PIL cannot decode it, for whatever reason (its decoders raise many types), or see to_rgb.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return to_rgb(image)
+    except Exception as error:
+        # The message of an unidentified file holds an object's address; its class says enough.
+        known = not isinstance(error, Image.UnidentifiedImageError)
+        reason = f"{type(error).__name__}: {error}" if known else "not an image in a known format"
+        raise BrokenImage(path, reason) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the image in 8-bit RGB; grey values of 16 bits are divided by 257, so that 65,535 becomes 255.
+
+    PIL's own conversion clips them at 255, which leaves white.
+
+    Raises:
+        ValueError: Its values have no range that is known: floating point, or integers beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown; store it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ValueError("its pixels are integers beyond 16 bits, of unknown range; store it with 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
