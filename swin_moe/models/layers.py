@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from swin_moe.ops.linear import Linear
 from swin_moe.ops.random_draws import drop_units
+from swin_moe.ops.residual_norm import add_branch, is_fused, residual_norm
 from swin_moe.randomness import RandomContext
 
 # Sites of one block that draw from the purpose "dropout"; each has its own key.
@@ -27,12 +28,12 @@ def pad_to_multiple(x_BHWC: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom)) if bottom or right else x_BHWC
 
 
-def add_branch(x: Tensor, branch: Tensor, factor_B: Tensor | None) -> Tensor:
-    """Returns x + factor * branch, image by image (drop path); None = 1, where nothing is dropped."""
-    if factor_B is None:
-        return x + branch
-    factor = factor_B.to(branch.dtype).view(-1, *(1,) * (x.dim() - 1))
-    return torch.addcmul(x, branch, factor) if x.dtype == branch.dtype else x + branch * factor
+def add_and_norm(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Returns (x + factor * branch, the norm of that), in one kernel where there is one; see add_branch."""
+    if is_fused(x, branch, norm):
+        return residual_norm(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
+    x = add_branch(x, branch, factor_B)
+    return x, norm(x)
 
 
 def token_rows(sample_B: Tensor, num_tokens: int) -> Tensor:

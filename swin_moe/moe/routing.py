@@ -147,7 +147,7 @@ class RoutingRule:
         limited = 0 < config.group_limit < config.expert_groups
         across = training and (self.exchange is not None or self.balance_exchange is not None)
         covered = config.choice == "token" and not limited and not across
-        return covered and moe_route.available(clean) and moe_balance.available(clean)
+        return covered and moe_route.available(clean)
 
     def _route_fused(
         self,
@@ -172,18 +172,32 @@ class RoutingRule:
         capacity = None if capacities[0] is None else max(capacities)
         columns = {name: getattr(result, name) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
         routing = Routing(capacity=capacity, group_size=max(parts[0][1], 1), **columns)
-        kind = config.balance_loss
-        if kind == "gshard" and config.scores == "sigmoid":
-            kind = "gshard of shares"
-        aux, balance = moe_balance.auxiliary_loss(
-            result.probabilities if own else result.scores, result.threshold, result.expert, kind=kind,
-            noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight,
-            group_size=max(len(x), 1) if config.balance_scope == "global" else max(parts[0][1], 1),
-            logits=clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
-        )  # fmt: skip
+        scored = Scored(clean, noisy, result.scores, result.probabilities if own else result.scores)
+        aux, balance = self._fused_loss(scored, result.threshold, routing, parts)
         demand, kept, dropped = result.totals.split([num_experts, num_experts, 1])
         stats = RoutingStats(demand, kept, dropped.view(()), result.entropy, balance)
         return Routed(x, routing, aux, stats)
+
+    def _fused_loss(
+        self, scored: Scored, threshold: Tensor, routing: Routing, parts: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the weighted losses and the balance loss, by the operator where the device has it."""
+        config = self.config
+        if not moe_balance.available(scored.clean):
+            balance = self._balance(scored, routing, parts, None, False)
+            aux = balance * config.aux_loss_weight
+            if config.z_loss_weight:
+                aux = aux + losses.z_loss(scored.clean) * config.z_loss_weight
+            return aux, balance.detach()
+        kind = config.balance_loss
+        if kind == "gshard" and config.scores == "sigmoid":
+            kind = "gshard of shares"
+        size = max(len(scored.clean), 1) if config.balance_scope == "global" else max(parts[0][1], 1)
+        return moe_balance.auxiliary_loss(
+            scored.probabilities, threshold, routing.expert, kind=kind,
+            noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight, group_size=size,
+            logits=scored.clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
+        )  # fmt: skip
 
     def _group_size(self, num_tokens: int, tokens_per_image: int, training: bool) -> int:
         """Returns the tokens of a full routing group.

@@ -1,7 +1,8 @@
 """Token-choice routing of one rank's tokens as one operator: scores, choices, gates, slots, counts, statistics.
 
-Compiled kernels are in csrc/cpu/moe_route.cpp; swin_moe/moe/router.py:route is the reference, and what runs where there
-are none. Integers are the reference's, and on the CPU so is every bit of the other numbers and of their gradients.
+Compiled kernels are in csrc/cpu/moe_route.cpp and csrc/cuda/moe_route.cu; swin_moe/moe/router.py:route is the
+reference, and what runs where there are none. Integers are the reference's, and on the CPU so is every bit of the other
+numbers and of their gradients.
 
 Shape legend: T tokens, E experts, k choices per token, G routing groups, S tokens of a full group (T <= G * S).
 """
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from swin_moe.ops import extension
 
 COMPILED = extension.compiled_for("moe_route", "moe_route_backward")
+MAX_EXPERTS_CUDA = 2048  # kMaxRoutedExperts in csrc/cuda/route_launch.h
 
 
 class Routed(NamedTuple):
@@ -34,13 +36,14 @@ class Routed(NamedTuple):
 
 
 def available(logits: Tensor) -> bool:
-    """Returns whether the operator takes logits of this device and dtype.
+    """Returns whether the operator takes logits of this device, dtype and number of experts.
 
     An exported program must run without this library, so it holds the reference's operators.
     """
     if torch.compiler.is_compiling() and torch.compiler.is_exporting():
         return False
-    return logits.device.type in COMPILED and logits.dtype in (torch.float32, torch.float64)
+    covered = logits.device.type in COMPILED and logits.dtype in (torch.float32, torch.float64)
+    return covered and (logits.device.type == "cpu" or logits.shape[1] <= MAX_EXPERTS_CUDA)
 
 
 def route_tokens(

@@ -1,0 +1,136 @@
+// residual_norm and its backward on CUDA tensors: schemas and kernels. Compiled only where torch is a CUDA build; any
+// other has the Python form of swin_moe/ops/residual_norm.py.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "residual_norm.h"
+
+namespace swin_moe {
+namespace {
+
+using at::Tensor;
+
+int element_of(const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return int(RowElement::kFloat32);
+    case at::kBFloat16: return int(RowElement::kBFloat16);
+    case at::kHalf: return int(RowElement::kFloat16);
+    default: TORCH_CHECK_TYPE(false, name, ": branch must be float32, bfloat16 or float16, got ", type);
+  }
+}
+
+void check(const char* name, const char* what, const Tensor& x, at::IntArrayRef sizes, const Tensor& like) {
+  TORCH_CHECK_VALUE(x.sizes() == sizes && x.device() == like.device(), name, ": ", what, " must be ", sizes, " on ",
+                    like.device(), ", got ", x.sizes(), " on ", x.device());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, ": ", what, " must be float32, got ", x.scalar_type());
+}
+
+// The contiguous factors of images; also fills in how rows belong to them.
+Tensor describe(const char* name, const Tensor& x, const std::optional<Tensor>& factor, ResidualNormLaunch& p) {
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-1) <= kLargestNormChannels, name,
+                    ": x must be (images, ..., channels) with at most ", kLargestNormChannels, " channels, got ",
+                    x.sizes());
+  p.channels = x.size(-1);
+  p.rows = x.numel() / p.channels;
+  p.rows_per_image = x.size(0) ? p.rows / x.size(0) : 1;
+  if (!factor) return {};
+  check(name, "factor", *factor, {x.size(0)}, x);
+  return factor->contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_cuda(const Tensor& x, const Tensor& branch,
+                                                              const std::optional<Tensor>& factor,
+                                                              const Tensor& weight, const Tensor& bias, double eps) {
+  constexpr const char* kName = "residual_norm";
+  ResidualNormLaunch p{};
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor factors = describe(kName, x, factor, p);
+  check(kName, "x", x, x.sizes(), x);
+  check(kName, "weight", weight, {p.channels}, x);
+  check(kName, "bias", bias, {p.channels}, x);
+  TORCH_CHECK_VALUE(branch.sizes() == x.sizes() && branch.device() == x.device(), kName, ": branch must be ",
+                    x.sizes(), " on ", x.device(), ", got ", branch.sizes(), " on ", branch.device());
+  p.element = element_of(kName, branch.scalar_type());
+  const Tensor own = x.contiguous(), added = branch.contiguous(), scale = weight.contiguous(),
+               offset = bias.contiguous();
+  Tensor sum = at::empty(x.sizes(), x.options()), normed = at::empty(x.sizes(), x.options());
+  Tensor mean = at::empty({p.rows}, x.options()), rstd = at::empty({p.rows}, x.options());
+  if (p.rows == 0) return {sum, normed, mean, rstd};
+  p.x = own.const_data_ptr<float>();
+  p.branch = added.const_data_ptr();
+  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
+  p.weight = scale.const_data_ptr<float>();
+  p.bias = offset.const_data_ptr<float>();
+  p.sum = sum.mutable_data_ptr<float>();
+  p.normed = normed.mutable_data_ptr<float>();
+  p.mean = mean.mutable_data_ptr<float>();
+  p.rstd = rstd.mutable_data_ptr<float>();
+  p.eps = float(eps);
+  C10_CUDA_CHECK(swin_moe_residual_norm(&p, c10::cuda::getCurrentCUDAStream()));
+  return {sum, normed, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> residual_norm_backward_cuda(
+    const std::optional<Tensor>& grad_sum, const Tensor& grad_normed, const Tensor& sum,
+    const std::optional<Tensor>& factor, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+    at::ScalarType branch_dtype) {
+  constexpr const char* kName = "residual_norm_backward";
+  ResidualNormLaunch p{};
+  const c10::cuda::CUDAGuard guard(sum.device());
+  const Tensor factors = describe(kName, sum, factor, p);
+  check(kName, "sum", sum, sum.sizes(), sum);
+  check(kName, "grad_normed", grad_normed, sum.sizes(), sum);
+  if (grad_sum) check(kName, "grad_sum", *grad_sum, sum.sizes(), sum);
+  check(kName, "weight", weight, {p.channels}, sum);
+  check(kName, "mean", mean, {p.rows}, sum);
+  check(kName, "rstd", rstd, {p.rows}, sum);
+  p.element = element_of(kName, branch_dtype);
+  Tensor grad_x = at::empty(sum.sizes(), sum.options());
+  Tensor grad_branch = at::empty(sum.sizes(), sum.options().dtype(branch_dtype));
+  if (p.rows == 0) return {grad_x, grad_branch, at::zeros({2, p.channels}, sum.options())};
+  Tensor grad_weight = at::empty({2, p.channels}, sum.options());
+  Tensor partials = at::empty({swin_moe_residual_norm_blocks(p.rows), 2, p.channels}, sum.options());
+  const Tensor own = sum.contiguous(), grad = grad_normed.contiguous(), scale = weight.contiguous();
+  const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  const Tensor straight = grad_sum ? grad_sum->contiguous() : Tensor();
+  // The kernel only reads these; the forward's launch writes the same fields.
+  p.sum = const_cast<float*>(own.const_data_ptr<float>());
+  p.mean = const_cast<float*>(means.const_data_ptr<float>());
+  p.rstd = const_cast<float*>(rstds.const_data_ptr<float>());
+  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
+  p.weight = scale.const_data_ptr<float>();
+  p.grad_sum = grad_sum ? straight.const_data_ptr<float>() : nullptr;
+  p.grad_normed = grad.const_data_ptr<float>();
+  p.grad_x = grad_x.mutable_data_ptr<float>();
+  p.grad_branch = grad_branch.mutable_data_ptr();
+  p.partials = partials.mutable_data_ptr<float>();
+  p.grad_weight = grad_weight.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(swin_moe_residual_norm_backward(&p, c10::cuda::getCurrentCUDAStream()));
+  return {grad_x, grad_branch, grad_weight};
+}
+
+}  // namespace
+}  // namespace swin_moe
+
+TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
+  m.def(
+      "residual_norm(Tensor x, Tensor branch, Tensor? factor, Tensor weight, Tensor bias, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_norm_backward(Tensor? grad_sum, Tensor grad_normed, Tensor sum, Tensor? factor, Tensor weight, "
+      "Tensor mean, Tensor rstd, ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
+  m.impl("residual_norm", &swin_moe::residual_norm_cuda);
+  m.impl("residual_norm_backward", &swin_moe::residual_norm_backward_cuda);
+}
