@@ -31,7 +31,7 @@ def launch(monkeypatch, ranks, *program):
 @pytest.mark.parametrize(("ranks", "option", "sentence"), [
     (2, "parallel.expert=3", "parallel.expert=3"),
     (4, "parallel.expert_shard=3", "parallel.expert_shard=3 does not divide the world of 4 ranks"),
-    (3, "model.moe.num_experts=8", "nearest batches that are: 66"),  # 64 images over 3 ranks
+    (3, "model.moe.num_experts=8", "the nearest that is: 66"),  # 64 images over 3 ranks
     (2, "model.moe.group_images=5", "model.moe.group_images=5 must divide"),
     (2, "optim.lrr=1", "optim.lr"),
     (2, "engine.name=fairscale", "parallel.zero"),
