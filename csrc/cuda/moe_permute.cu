@@ -6,15 +6,6 @@
 namespace swin_moe {
 namespace {
 
-template <class T>
-struct SumOf {
-  using Type = float;
-};
-template <>
-struct SumOf<double> {
-  using Type = double;
-};
-
 // `Width` neighbouring elements, read and written at once.
 template <class T, int Width>
 struct alignas(sizeof(T) * Width > 16 ? 16 : sizeof(T) * Width) Elements {

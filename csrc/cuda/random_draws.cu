@@ -19,17 +19,8 @@ __global__ void __launch_bounds__(kRowThreads) drop_path_kernel(const DropPathLa
 }
 
 template <class T>
-struct Wide {
-  using Type = float;
-};
-template <>
-struct Wide<double> {
-  using Type = double;
-};
-
-template <class T>
 __global__ void __launch_bounds__(kRowThreads) dropout_kernel(const DropoutLaunch p, int lanes) {
-  using Product = typename Wide<T>::Type;
+  using Product = typename SumOf<T>::Type;
   const RowGroup group(lanes);
   if (group.row >= p.count) return;
   const RandomKey key = split_key(derive_key(p.words, p.draw));

@@ -7,6 +7,16 @@ namespace swin_moe {
 
 constexpr int kRowThreads = 256;
 
+// What products and sums of elements are kept in.
+template <class T>
+struct SumOf {
+  using Type = float;
+};
+template <>
+struct SumOf<double> {
+  using Type = double;
+};
+
 // Which row a group works on, and which of its vectors a lane starts with.
 struct RowGroup {
   int64_t row;
