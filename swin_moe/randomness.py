@@ -12,7 +12,6 @@ Shape legend: N rows, U units.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,23 +46,9 @@ class RandomContext:
         # In a traced graph the seed stays data: as an int it would break the graph, and be a constant of it.
         return cls(seed if torch.compiler.is_compiling() else int(seed), 0, torch.arange(batch_size, device=device))
 
-    def key(self, purpose: str, layer: int = 0) -> "Key":
-        """Returns the key of one kind of draw in one layer of this step."""
-        words = (self.seed, self.step, layer, PURPOSES.index(purpose))
-        return TracedKey(*words) if torch.compiler.is_compiling() else derive_key(*words)
-
-
-class TracedKey(NamedTuple):
-    """The words of a key in a traced graph, where they stay variables: a key computed there would be a constant, and
-    every step a new graph."""
-
-    seed: int
-    step: int
-    layer: int
-    purpose: int
-
-
-Key = int | TracedKey  # 64 bits
+    def key(self, purpose: str, layer: int = 0) -> int:
+        """Returns the 64-bit key of one kind of draw in one layer of this step; the seed is to be a number."""
+        return derive_key(self.seed, self.step, layer, PURPOSES.index(purpose))
 
 
 def _signed(value: int) -> int:
@@ -93,23 +78,20 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 
 
-def _words(key: Key, near: Tensor | None = None) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    """Returns the lower and the upper word of a key as int32 numbers, or tensors in a traced graph."""
-    if isinstance(key, TracedKey):
-        low, high = torch.ops.swin_moe.random_key(near, *key).unbind(0)
-        return low, high
+def _words(key: int) -> tuple[int, int]:
+    """Returns the lower and the upper word of a key as int32 numbers."""
     return _signed(key), _signed(key >> 32)
 
 
-def bits(key: Key, rows: Tensor, units: int) -> Tensor:
+def bits(key: int, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) int32, uniform over all 2**32 values, for rows (N,) int64.
 
     Row and unit are hashed apart and mixed once together: the (N, U) part costs one hash.
     """
-    return _bits(*_words(key, rows), rows, units)
+    return _bits(*_words(key), rows, units)
 
 
-def _bits(low: int | Tensor, high: int | Tensor, rows: Tensor, units: int) -> Tensor:
+def _bits(low: int, high: int, rows: Tensor, units: int) -> Tensor:
     # Truncation to int32 drops the upper half of a row; it is mixed back so that token 2**32 differs from token 0.
     row_low, row_high = rows.to(torch.int32), (rows >> 32).to(torch.int32)
     row = _mix(_mix(row_low ^ low) + row_high + high)
@@ -117,7 +99,7 @@ def _bits(low: int | Tensor, high: int | Tensor, rows: Tensor, units: int) -> Te
     return _mix(row[:, None] + unit[None, :])
 
 
-def uniform(key: Key, rows: Tensor, units: int) -> Tensor:
+def uniform(key: int, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) float32 in the open interval (0, 1), on a grid of 2**-24 shifted by half a step."""
     return _to_uniform(bits(key, rows, units))
 
@@ -126,30 +108,19 @@ def _to_uniform(drawn: Tensor) -> Tensor:
     return ((drawn >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
 
 
-def normal(key: Key, rows: Tensor, units: int) -> Tensor:
+def normal(key: int, rows: Tensor, units: int) -> Tensor:
     """Returns (N, U) float32 standard normal (Box-Muller over two independent uniforms)."""
-    low, high = _words(key, rows)
+    low, high = _words(key)
     second = (low ^ _signed(_SECOND_DRAW), high ^ _signed(_SECOND_DRAW >> 32))
     radius = _to_uniform(_bits(low, high, rows, units)).double().log_().mul_(-2.0).sqrt_()
     angle = _to_uniform(_bits(*second, rows, units)).double().mul_(2.0 * math.pi).cos_()
     return (radius * angle).float()
 
 
-def keep_mask(key: Key, rows: Tensor, units: int, *, drop: float) -> Tensor:
+def keep_mask(key: int, rows: Tensor, units: int, *, drop: float) -> Tensor:
     """Returns (N, U) bool, True with probability 1 - drop."""
     threshold = round(drop * 2.0**32) - 2**31
     return bits(key, rows, units) >= threshold
-
-
-@torch.library.custom_op("swin_moe::random_key", mutates_args=())
-def _random_key(near: Tensor, seed: int, step: int, layer: int, purpose: int) -> Tensor:
-    """Returns (2,) int32, the lower and the upper word of a key, on the device of `near`."""
-    return torch.tensor(_words(derive_key(seed, step, layer, purpose)), dtype=torch.int32, device=near.device)
-
-
-@_random_key.register_fake
-def _(near: Tensor, seed: int, step: int, layer: int, purpose: int) -> Tensor:
-    return near.new_empty(2, dtype=torch.int32)
 
 
 def truncated_normal_(values: Tensor, std: float, generator: torch.Generator) -> None:

@@ -99,7 +99,6 @@ def test_a_skipped_step_is_explained(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.full
-@pytest.mark.xfail(reason="g++ refuses torch 2.13's code for the traced draws of a MoE block", strict=False)
 @pytest.mark.parametrize("what", ["block", "model"])
 def test_with_generated_code(what, tmp_path):
     options = ("model.moe.dropout=0.1",)
