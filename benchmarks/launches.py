@@ -1,6 +1,7 @@
 """Kernels that one training step and one inference step start, counted without a GPU.
 
     python benchmarks/launches.py [--batch 2] [--precision bf16] [--only swin_tiny] [--no-timm] [--top 12]
+    python benchmarks/launches.py --compile block|model [...]
 
 A dispatch mode sees every operator that reaches a device. What only makes a view, allocates or asks for a size starts
 no kernel; every other operator starts at least one, which is what is counted. So the figures are lower bounds for an
@@ -9,18 +10,29 @@ seen; one kernel of csrc/ counts once. Counted on the CPU, whose operators are t
 experts (swin_moe::grouped_linear counts once on both).
 
 timm's networks run with and without its fused attention; the smaller count is printed.
+
+With --compile a step is compiled as parallel.compile does, and counts are what stays outside of graphs, as above, and
+every call of the programs that inductor writes for a CUDA device (generated_kernels.py), in every run of a graph.
+Graphs are traced on the CPU, so they hold the operators that the CPU takes. Inference is not compiled.
 """
 
 import argparse
+import functools
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from generated_kernels import CompiledCounter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import PAIRS, Pair, timm_settings
 
 from swin_moe.engine.precision import autocast
+from swin_moe.parallel.compile import compile_network
+from swin_moe.randomness import RandomContext
 
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 _NO_KERNEL = ("detach", "alias", "_unsafe_view", "lift_fresh", "_has_compatible_shallow_copy_type", "is_same_size")
@@ -32,6 +44,11 @@ class LaunchCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Returns True: compiled graphs run as without the mode, which sees what is outside of them."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator and counts it."""
@@ -55,44 +72,60 @@ def starts_kernel(func: torch._ops.OpOverload) -> bool:
     return not is_view
 
 
-def count_steps(model: nn.Module, size: int, *, batch: int, precision: str) -> dict[str, Counter[str]]:
-    """Returns the launches of forward and backward of a training step and of an inference, by operator."""
-    device = torch.device("cpu")
+def count_steps(
+    model: nn.Module, size: int, *, batch: int, precision: str, ours: bool = True, compiled: str = "none"
+) -> dict[str, Counter[str]]:
+    """Returns the launches of forward and backward of a training step and of an inference, by operator.
+
+    Args:
+        ours: The model takes what it draws from, as the trainer gives it.
+        compiled: "block" or "model", as parallel.compile; the model is changed.
+    """
+    device, graphs = torch.device("cpu"), CompiledCounter(starts_kernel)
     images, target = torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64)
+    inputs = (images, RandomContext(0, 1, torch.arange(batch))) if ours else (images,)
     model.train()
-    # Once before: choices are measured and tables are cached in the first step.
-    _train(model, images, target, precision, device, LaunchCounter(), LaunchCounter())
-    forward, backward, inference = LaunchCounter(), LaunchCounter(), LaunchCounter()
-    _train(model, images, target, precision, device, forward, backward)
+    if compiled != "none":
+        with mock.patch("torch.compile", functools.partial(torch.compile, backend=graphs)):
+            compile_network(model, compiled)
+    # Before: choices are measured, tables are cached and graphs are made in the first steps.
+    for _ in range(1 if compiled == "none" else 2):
+        backward = _forward(model, inputs, target, precision, device)
+        backward()
+    counts = {}
+    model.zero_grad(set_to_none=True)
+    counts["forward"], backward = _counted(graphs, lambda: _forward(model, inputs, target, precision, device))
+    counts["backward"], _ = _counted(graphs, backward)
     model.eval()
     with torch.no_grad(), autocast(precision, device):
         model(images)
-        with inference:
-            model(images)
-    return {"forward": forward.counts, "backward": backward.counts, "inference": inference.counts}
+        counts["inference"], _ = _counted(graphs, lambda: model(images))
+    return counts
 
 
-def _train(
-    model: nn.Module,
-    images: torch.Tensor,
-    target: torch.Tensor,
-    precision: str,
-    device: torch.device,
-    forward: LaunchCounter,
-    backward: LaunchCounter,
-) -> None:
-    model.zero_grad(set_to_none=True)
-    with autocast(precision, device), forward:
-        output = model(images)
+def _counted(graphs: CompiledCounter, run: Callable[[], Any]) -> tuple[Counter[str], Any]:
+    """Returns (launches of what `run` does, its result)."""
+    graphs.counts.clear()
+    with LaunchCounter() as eager:
+        result = run()
+    return eager.counts + graphs.counts, result
+
+
+def _forward(
+    model: nn.Module, inputs: tuple[Any, ...], target: torch.Tensor, precision: str, device: torch.device
+) -> Callable[[], None]:
+    """Runs a forward and returns its backward."""
+    with autocast(precision, device):
+        output = model(*inputs)
         logits, aux = output if isinstance(output, tuple) else (output, 0.0)
         loss = F.cross_entropy(logits.float(), target) + aux
-    with backward:
-        loss.backward()
+    return loss.backward
 
 
 def of_timm(pair: Pair, options: argparse.Namespace) -> dict[str, Counter[str]]:
     """Returns the launches of timm's network, by the setting that starts fewer in training."""
-    counts = [count_steps(m, pair.size, batch=options.batch, precision=options.precision) for m in timm_settings(pair)]
+    settings = {"batch": options.batch, "precision": options.precision, "ours": False}
+    counts = [count_steps(model, pair.size, **settings) for model in timm_settings(pair)]
     return min(counts, key=lambda c: sum(c["forward"].values()) + sum(c["backward"].values()))
 
 
@@ -112,15 +145,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of networks, comma-separated; all without")
     parser.add_argument("--no-timm", action="store_true", help="without timm's networks")
     parser.add_argument("--top", type=int, default=0, help="also print the most frequent operators")
+    parser.add_argument("--compile", default="none", choices=["none", "block", "model"], help="as parallel.compile")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen: list[Pair] = [p for p in PAIRS if not options.only or p.name in options.only.split(",")]
-    print(f"launches, batch {options.batch}, {options.precision}, torch {torch.__version__}\n")
+    how = f"compile={options.compile}, torch {torch.__version__}"
+    print(f"launches, batch {options.batch}, {options.precision}, {how}\n")
     print("| network | forward | backward | training step | inference |\n|---|---|---|---|---|")
     for pair in chosen:
-        ours = count_steps(pair.ours(), pair.size, batch=options.batch, precision=options.precision)
+        settings = {"batch": options.batch, "precision": options.precision, "compiled": options.compile}
+        ours = count_steps(pair.ours(), pair.size, **settings)
         show(pair.name, ours, options.top)
-        if not options.no_timm:
+        if not options.no_timm and options.compile == "none":
             show(f"timm's for {pair.name}", of_timm(pair, options), options.top)
 
 

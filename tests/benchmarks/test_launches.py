@@ -1,8 +1,12 @@
 """How many kernels a training step may start: counts of benchmarks/launches.py, held for networks that are quick."""
 
+import generated_kernels
 import launches
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import nn
 
 from swin_moe import create_model
 from swin_moe.ops import extension
@@ -19,6 +23,54 @@ def test_a_training_step_starts_few_kernels(name):
     counts = launches.count_steps(model, model.img_size[0], batch=1, precision="bf16")
     step = counts["forward"] + counts["backward"]
     assert 0 < sum(step.values()) <= MOST[name], step.most_common(12)
+
+
+# The same with blocks compiled: 60 % of what eager may start, and what is counted for the demo's network.
+MOST_COMPILED = {
+    "digits_swin_moe": 360,
+    "swin_tiny_patch4_window7_224": 540,
+    "swinv2_base_patch4_window16_256": 1560,
+    "swin_moe_small_patch4_window12_192_8expert_32gpu_22k": 1800,
+}
+
+
+@pytest.fixture
+def forget_graphs():
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(combo_kernels=False, combo_kernels_pointwise_only=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
+@pytest.mark.parametrize(
+    "name", [n if n == "digits_swin_moe" else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
+)
+def test_a_compiled_step_starts_fewer(forget_graphs, name):
+    model = create_model(name)
+    counts = launches.count_steps(model, model.img_size[0], batch=1, precision="bf16", compiled="block")
+    step = counts["forward"] + counts["backward"]
+    assert any(kernel.startswith("triton_") for kernel in step)
+    assert 0 < sum(step.values()) <= MOST_COMPILED[name], step.most_common(12)
+
+
+def test_what_is_counted_of_a_graph(forget_graphs):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16))
+    x = torch.randn(8, 64)
+    counter = generated_kernels.CompiledCounter(launches.starts_kernel)
+    compiled = torch.compile(layer, backend=counter)
+    for _ in range(2):
+        counter.counts.clear()
+        y = compiled(x)
+        assert counter.counts == {"extern_kernels.addmm": 2, "triton_poi_fused_gelu": 1}
+        counter.counts.clear()
+        grads = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+        # Two products for the second layer and one for the first, whose input needs no gradient; the second bias is
+        # a sum, and that of the first one is taken where GELU is differentiated.
+        assert counter.counts["extern_kernels.mm"] == 3 and sum(counter.counts.values()) == 5, counter.counts
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(grads, torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
 
 
 def test_views_and_allocations_start_none():
