@@ -17,6 +17,7 @@ from swin_moe.expert_load import start_clocks
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
+from swin_moe.parallel.padded import even_batches
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
 from swin_moe.run_folder import FolderLock, holding
@@ -164,7 +165,10 @@ class Trainer:
         context = self._context(step, self._count(batches))
         if self.records.due(step + 1) and self.config.parallel.compile == "none":  # a graph has no phases to time
             start_clocks(self.engine.local_model, self.device)
-        losses = self._forward_backward(batches, context)
+        # Whole steps are micro-batches of one size on every rank, unless images were skipped.
+        even = batches.num_samples == self.config.data.global_batch and self.config.data.on_broken != "skip"
+        with even_batches(self.engine.local_model, even):
+            losses = self._forward_backward(batches, context)
         self.heartbeat.enter("reduction of gradients and update")
         # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on.
         own = torch.zeros(5, dtype=torch.float64, device=self.device)

@@ -1,5 +1,6 @@
-"""A training step waits for the device once; a MoE layer on one process does not."""
+"""A training step waits for the device once; a MoE layer does not on one process, nor where ranks pad by a capacity."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,14 @@ from swin_moe.config_io import load_config
 from swin_moe.moe import dispatch
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
+from swin_moe.parallel import chunks, transport
 from swin_moe.parallel.groups import single_process_groups
+from swin_moe.parallel.padded import PaddedAllToAll
 from swin_moe.randomness import RandomContext
 from swin_moe.session import Session
 from swin_moe.train import Trainer
-from tests.training.cases import TINY
+from tests.ranks import run_ranks
+from tests.training.cases import TINY, open_tiny
 from tests.waits import counted_waits
 
 
@@ -113,3 +117,81 @@ def test_a_layer_on_one_process_waits_for_nothing(on_device, options, dispatcher
         (y.square().sum() + aux).backward()
     # Padded by need, the fullest expert decides how many rows there are.
     assert found == ({"_local_scalar_dense": 1} if by_need and dispatcher is PaddedDispatcher else {})
+
+
+PADDED = ("model.moe.backend=padded",)
+RANKS = {  # case -> options, and waits of the MoE layer in a step of even batches and in one of others, across ranks
+    "by capacity": (PADDED, 0, 1),
+    "by capacity, recomputed": (("parallel.recompute=block", *PADDED), 0, 2),
+    "by capacity, in chunks": (("model.moe.overlap=2", *PADDED), 0, 1),
+    "by need": (("model.moe.capacity_factor=0", *PADDED), 1, 1),
+    "exact counts": (("model.moe.backend=native",), 1, 1),
+}
+
+
+def waits_of_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Returns what counts the waits of all MoE layers from now on; torch's DDP reads flags of the host by the same.
+
+    The order of blocks is made of numbers that the host has, as tensors of the host.
+    """
+    found, forward, order = Counter(), MoELayer.forward, transport.block_order
+
+    def on_host(sizes, wanted, device):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return order(sizes, wanted, device)
+
+    def counted(layer, *arguments, **options):
+        with counted_waits() as waits:
+            result = forward(layer, *arguments, **options)
+        found.update(waits)
+        return result
+
+    rows_of = PaddedAllToAll._rows
+
+    def agreed(dispatcher, routing, device):
+        rows, even = rows_of(dispatcher, routing, device), dispatcher.even
+        with torch.utils._python_dispatch._disable_current_modes():
+            dispatcher.even = False
+            assert rows == rows_of(dispatcher, routing, device), "not what the ranks agree on"
+            dispatcher.even = even
+        return rows
+
+    monkeypatch.setattr(MoELayer, "forward", counted)
+    monkeypatch.setattr(PaddedAllToAll, "_rows", agreed)
+    for module in (transport, chunks):
+        monkeypatch.setattr(module, "block_order", on_host)
+    return found
+
+
+def count_on_ranks(root: str) -> dict[str, list[int]]:
+    """Returns case -> waits of MoE layers in each of the last steps of an epoch, whose last has uneven batches."""
+    results, size = {}, torch.distributed.get_world_size()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(dispatch, "torch", AsOnDevice())
+        waits = waits_of_layers(monkeypatch)
+        for case, (options, *_) in RANKS.items():
+            always = (f"parallel.expert={size}", "log.every=100", "optim.epochs=1.1")
+            trainer, found = Trainer(open_tiny(f"{root}/{case.replace(' ', '-')}", *always, *options)), []
+            trainer.progress.step = trainer.loader.steps_per_epoch - 3
+            take = trainer._train_step
+
+            def step(batches, take=take, found=found):
+                waits.clear()
+                take(batches)
+                found.append(sum(waits.values()))
+                return len(found) == 4
+
+            trainer._train_step = step
+            trainer.run()
+            results[case] = found
+    return results
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_layers_across_ranks_wait_for_nothing_by_capacity(tmp_path, world):
+    for result in run_ranks(count_on_ranks, world, tmp_path, str(tmp_path), timeout=900):
+        for case, (_, even, uneven) in RANKS.items():
+            if world == 1:
+                even = uneven = int(case == "by need")
+            assert result[case] == [even, even, uneven, even], (case, result[case])
