@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.official_names import DROPPED, PRETRAINING_DROPPED, RENAMED, TASK_PARTS
+from swin_moe.state_dict_names import find_weights, unknown_prefix
 
 Named = list[tuple[str, str]]  # (parameter name, reason)
 
 CLASSES_22K, CLASSES_1K = 21841, 1000
+_OTHER_EXPERTS = "`swin-moe checkpoint experts` makes another number of experts"
 
 
 @dataclass
@@ -77,10 +79,12 @@ def load_official(
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
-    official = unwrap(state_dict)
+    official, note = unwrap(state_dict)
     simmim = any(name.startswith("encoder.") for name in official)
     loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
     loading.fit_all(official, strict=strict)
+    if note:
+        loading.report.notes.append(f"read without {note}")
     with torch.no_grad():
         for name, tensor in loading.new.items():
             target[name].copy_(tensor)
@@ -88,7 +92,12 @@ def load_official(
 
 
 def fit_weights(
-    backbone: nn.Module, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, own_parts: bool = False
+    backbone: nn.Module,
+    source: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    own_parts: bool = False,
+    same_classes: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Returns (name -> value of every parameter that is not kept as it is; the report), by load_official's rules.
 
@@ -99,13 +108,15 @@ def fit_weights(
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
         shapes: Global shapes of the network's parameters by name, without "encoder.".
         own_parts: What belongs to a task (class head, decoder, ...) may be missing, and starts from the seed.
+        same_classes: A head of other classes is an error: weights to compute with, not to begin from.
 
     Raises:
         ValueError: Every unexplained missing, unexpected and mis-shaped name.
     """
     target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     simmim = any(name.startswith("encoder.") for name in source)
-    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic", own_parts=own_parts)
+    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic")
+    loading.own_parts, loading.same_classes = own_parts, same_classes
     loading.fit_all(dict(source), strict=True)
     return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
 
@@ -113,13 +124,13 @@ def fit_weights(
 class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
-    def __init__(
-        self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str, *, own_parts: bool = False
-    ) -> None:
+    own_parts, same_classes = False, False  # see fit_weights
+
+    def __init__(self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
         self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
-        self.own_parts = own_parts
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
+        self.experts_told: dict[str, int] = {}  # by block, as the file says it beside its tensors
         self.report = LoadReport()
 
     def fit_all(self, official: dict[str, Tensor], *, strict: bool) -> None:
@@ -153,8 +164,10 @@ class _Loading:
 
     def _check_experts(self, name: str, value: Tensor) -> None:
         experts = self.target.get(name.replace("_moe_layer._num_global_experts", "experts.fc1_weight"))
+        self.experts_told[name.partition(".mlp.")[0]] = int(value)
         if experts is not None and int(value) != experts.shape[0]:
-            self.problems.append((name, f"{int(value)} experts in the file, {experts.shape[0]} in the model"))
+            wrong = f"{int(value)} experts in the file, {experts.shape[0]} in the model; {_OTHER_EXPERTS}"
+            self.problems.append((name, wrong))
 
     def fit_head(self, source: dict[str, Tensor]) -> None:
         """Takes the class head out of `source` where the classes differ from the model's, or one has none."""
@@ -174,6 +187,9 @@ class _Loading:
         same_width = source["head.weight"].shape[1:] == self.target["head.weight"].shape[1:]
         if old == new or len(source["head.weight"]) != old or not same_width:
             return
+        if self.same_classes and (old, new) != (CLASSES_22K, CLASSES_1K):
+            told = f"{old} classes in the file, {new} in the model; set model.num_classes={old}"
+            self.problems.append(("head", told))
         for name in names:
             value = source.pop(name)
             if (old, new) == (CLASSES_22K, CLASSES_1K):
@@ -235,8 +251,10 @@ class _Loading:
         if name == "absolute_pos_embed" and value.ndim == 3 and value.shape[2] == want.shape[2]:
             return self._fitted_embedding(value, want)
         hint = ""
-        if ".mlp.experts." in name and value.ndim == want.ndim:
-            hint = "; a file of one rank? gather all experts first"
+        if ".mlp.experts." in name and self.experts_told.get(name.partition(".mlp.")[0]) == want.shape[0]:
+            hint = "; a file of one rank? give all of them by their path without .rank0"
+        elif ".mlp.experts." in name and value.shape[1:] == want.shape[1:]:
+            hint = f"; {_OTHER_EXPERTS}"
         raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model{hint}")
 
     def _fitted_embedding(self, value: Tensor, want: Tensor) -> tuple[Tensor, str]:
@@ -340,15 +358,19 @@ def spline_matrix(positions_S: Tensor, wanted_T: Tensor) -> Tensor:
     return linear + bend * (width**2 / 6)[:, None]
 
 
-def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors of an official file, with or without its {"model": ...} around them."""
-    inner = state_dict.get("model", state_dict)
-    if not isinstance(inner, Mapping) or not inner:
-        raise ValueError(f"not an official state dict: model is {type(inner).__name__}")
-    for name, value in inner.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"not an official state dict: {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(inner)
+def unwrap(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Returns (the tensors of an official file, out of what a training loop wrapped around them; what was taken off).
+
+    Raises:
+        ValueError: It is no state dict of a Swin network, or its names have an unknown prefix.
+    """
+    try:
+        found = find_weights(state_dict, lambda value: isinstance(value, Tensor))
+        if clause := unknown_prefix(found.records):
+            raise ValueError(clause)
+    except ValueError as error:
+        raise ValueError(f"not an official state dict: {error}") from None
+    return found.records, found.note
 
 
 def _holds_numbers(value: Tensor) -> bool:
