@@ -30,6 +30,7 @@ class Source(Protocol):
     """Named global tensors that are read in parts."""
 
     path: Path
+    config: dict[str, Any]  # sections of Config as JSON, as far as it is known
     classes: tuple[str, ...]  # names in the order of outputs; () where unknown
     has_tables: bool  # whether coordinate tables among the tensors tell the windows of training
     notes: list[str]  # what a user should know of the source, in whole sentences; grows while it is read
@@ -47,8 +48,11 @@ class Source(Protocol):
     def fill(self, pieces: list[Piece]) -> None:
         """Fills pieces, whose names are those of the network's parameters, from tensors that were on meta."""
 
-    def model_config(self) -> ModelConfig | None:
-        """Returns the network the weights were trained in, where the source tells."""
+    def model_config(self, **given: Any) -> ModelConfig | None:
+        """Returns the network the weights were trained in; None where the source does not tell all of it.
+
+        given: Fields of ModelConfig that count instead of the source's; of `moe` some.
+        """
 
     def data_config(self) -> DataConfig:
         """Returns how its images were read; the defaults where the source does not tell."""
@@ -87,10 +91,13 @@ class _Stored:
 
     config: dict[str, Any]
 
-    def model_config(self) -> ModelConfig | None:
+    def model_config(self, **given: Any) -> ModelConfig | None:
         """See Source."""
-        model = self.config.get("model")
-        if not model or any(key not in model for key in _TOLD):
+        told = self.config.get("model", {})
+        model = {**told, **given}
+        if "moe" in told and isinstance(given.get("moe"), dict):
+            model["moe"] = {**told["moe"], **given["moe"]}
+        if not told or any(key not in model for key in _TOLD):
             return None
         return config_from_tree({"model": model}, source=str(self.path)).model
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("engine", "tasks", "planner", "run_identity", "weight_sources"),
     ("session",),
     ("summary", "weights", "step_records"),
-    ("teacher",),
+    ("teacher", "pretrained"),
     ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),

@@ -1,13 +1,15 @@
 """What `export --to safetensors` writes: parameters under our names, and beside them what the network is.
 
-The text `swin_moe` in the file's metadata is JSON: `config` (its section model), `step`, and `classes` where they are
-known. A file without it, which may be anyone's, is read as official, fairscale, timm or hf by its names.
+The text `swin_moe` in the file's metadata is JSON: `config` (its section model, and of data how an image becomes the
+network's input), `step`, and `classes` where they are known. A file without it, which may be anyone's, is read as
+official, fairscale, timm or hf by its names.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.images import READING
 from checkpoint_tools.official_read import assemble
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.state_dict_files import is_safetensors, open_file
@@ -42,6 +44,8 @@ def open_safetensors(path: Path, options: Options) -> Source:
 def describe(source: Source) -> dict[str, str]:
     """Returns the metadata that says what a source's network is."""
     content: dict[str, Any] = {"config": {key: source.config[key] for key in ("model",) if key in source.config}}
+    reading = {key: value for key, value in source.config.get("data", {}).items() if key in READING}
+    content["config"] |= {"data": reading} if reading else {}
     content["step"] = source.step
     if "classes" in source.state:
         content["classes"] = source.state["classes"]
@@ -55,7 +59,7 @@ def described(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         CheckpointError: It is none.
     """
     config = _content(metadata, path).get("config", {})
-    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+    if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in ("model", "data")):
         raise CheckpointError(f"{path}: its metadata {KEY!r} holds no config")
     return config
 

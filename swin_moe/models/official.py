@@ -24,6 +24,7 @@ from swin_moe.state_dict_names import find_weights, unknown_prefix
 Named = list[tuple[str, str]]  # (parameter name, reason)
 
 CLASSES_22K, CLASSES_1K = 21841, 1000
+_LARGEST_COORDINATE = 16.0  # log2(8 x + 1) / 3 of an x beyond 1e13
 _OTHER_EXPERTS = "`swin-moe checkpoint experts` makes another number of experts"
 
 
@@ -138,10 +139,11 @@ class _Loading:
         source = self.rename(official)
         self.fit_head(source)
         self.fit(source)
+        windows = self.trained_windows(official)
         if strict and self.problems:
             listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.problems))
             raise ValueError(f"weights do not fit the model ({len(self.problems)} tensors): {listed}")
-        self.note_windows(official)
+        self.note_windows(windows)
 
     def rename(self, official: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors under our names, without those that a rule drops."""
@@ -267,26 +269,31 @@ class _Loading:
             raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model")
         return resized, f"bicubic, {old} x {old} to {height} x {width} tokens"
 
-    def note_windows(self, official: dict[str, Tensor]) -> None:
-        """Notes bias networks that were trained for other coordinates than the model will ask them for.
+    def trained_windows(self, official: dict[str, Tensor]) -> dict[tuple[int, str], int]:
+        """Returns (stage, name of the attention) -> the window that offsets were divided by in training.
 
         The official buffer relative_coords_table (1, 2w-1, 2w-1, 2) tells both: its side the window, its largest value
-        log2(8 (w - 1) / (p - 1) + 1) / 3 the window p that offsets were divided by.
+        log2(8 (w - 1) / (p - 1) + 1) / 3 the window p. A table that no window gives is a problem.
         """
-        found: dict[int, int] = {}
-        wrong = False
+        found: dict[tuple[int, str], int] = {}
         for key, table in official.items():
             match = re.search(r"(layers\.(\d+)\.blocks\.\d+\.attn)\.relative_coords_table$", key)
-            if not match or table.shape[1] < 3:
+            if not match or table.ndim != 4 or table.shape[1] < 3:
                 continue
-            attention = dict(self.model.named_modules()).get(match[1])
-            if attention is None or not hasattr(attention, "pretrained_window"):
+            window, largest = (table.shape[1] + 1) // 2, float(table.max())
+            if not 0 < largest < _LARGEST_COORDINATE:  # also false for NaN
+                self.problems.append((key, f"its largest number is {largest}, not finite and positive as in a table"))
                 continue
-            window = (table.shape[1] + 1) // 2
-            trained = round(8 * (window - 1) / (2 ** (3 * float(table.max())) - 1) + 1)
-            found[int(match[2])] = trained
-            wrong |= trained != attention.pretrained_window
-        if wrong:
+            found[int(match[2]), match[1]] = round(8 * (window - 1) / (2 ** (3 * largest) - 1) + 1)
+        return found
+
+    def note_windows(self, trained: dict[tuple[int, str], int]) -> None:
+        """Notes bias networks that were trained for other coordinates than the model will ask them for."""
+        modules = dict(self.model.named_modules())
+        asked = {name: getattr(modules.get(name), "pretrained_window", None) for _, name in trained}
+        known = {place: window for place, window in trained.items() if asked[place[1]] is not None}
+        if any(window != asked[name] for (_, name), window in known.items()):
+            found = {stage: window for (stage, _), window in known.items()}
             windows = [found.get(stage, 0) for stage in range(max(found) + 1)]
             self.report.notes.append(
                 f"the position biases were trained with windows {windows}, the model reads them with others; "
