@@ -5,7 +5,7 @@ what it holds, except of tensors that have to be changed to fit.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from swin_moe.checkpoint.manager import to_raw, torch_dtype
 from swin_moe.config import DataConfig, ModelConfig
 from swin_moe.config_io import config_from_tree
 from swin_moe.layout import Chunk
+from swin_moe.official_names import is_wrapped, weight_key
 
 _AVERAGE = "ema/"
 # Momentum networks follow the online ones, so a new run's begin where those do.
@@ -39,14 +40,16 @@ class Source(Protocol):
     def description(self) -> str:
         """One clause: which checkpoint this is."""
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """Returns every tensor by name; one of the shape wanted may be on meta, and is then read by `fill`.
 
-        shapes: Global shapes wanted, by name without "encoder.".
+        Args:
+            shapes: Global shapes wanted, by official_names.weight_key.
+            whole: Keys of tensors that are never left on meta.
         """
 
     def fill(self, pieces: list[Piece]) -> None:
-        """Fills pieces, whose names are those of the network's parameters, from tensors that were on meta."""
+        """Fills pieces, whose names are keys, from tensors that were on meta."""
 
     def model_config(self, **given: Any) -> ModelConfig | None:
         """Returns the network the weights were trained in; None where the source does not tell all of it.
@@ -119,28 +122,30 @@ class OwnCheckpoint(_Stored):
         names = [name for name in self.index.tensors if not name.startswith(_NO_WEIGHTS)]
         averaged = {name for name in names if _AVERAGE + name in self.index.tensors}
         self._stored = {name: _AVERAGE + name if name in averaged else name for name in names}
-        self._by_inner_name = {inner_name(name): stored for name, stored in self._stored.items()}
+        wrapped = is_wrapped(names)
+        self._keys = {name: weight_key(name, wrapped=wrapped) for name in names}
+        self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
         task = self.index.config.get("task", {}).get("name", "?")
         self.description = f"{path} (task {task}, step {self.index.step}, {len(averaged)} of {len(names)} averaged)"
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """See Source."""
         found = {}
         for name, stored in self._stored.items():
             tensor = self.index.tensors[stored]
             dtype = torch_dtype(tensor.dtype)
-            wanted = shapes.get(inner_name(name))
-            changes = wanted is not None and wanted != tensor.shape and dtype.is_floating_point
+            key = self._keys[name]
+            wanted = shapes.get(key)
+            changes = wanted is not None and (wanted != tensor.shape or key in whole) and dtype.is_floating_point
             value = torch.empty(tensor.shape, dtype=dtype, device="cpu" if changes else "meta")
             if changes:
-                whole = Chunk((0,) * value.ndim, tuple(value.shape))
-                load(self.index.path, [Piece(stored, tensor.shape, value.dtype, whole, value)])
+                load(self.index.path, [Piece.of(stored, value)])
             found[name] = value
         return found
 
     def fill(self, pieces: list[Piece]) -> None:
         """See Source."""
-        renamed = [dataclasses.replace(p, name=self._by_inner_name[inner_name(p.name)]) for p in pieces]
+        renamed = [dataclasses.replace(piece, name=self._by_key[piece.name]) for piece in pieces]
         load(self.index.path, renamed, convert=True)
 
 
@@ -161,7 +166,9 @@ class ForeignCheckpoint(_Stored):
         start, stored = prefix_of(self._source), self._source.tensors
         parameters = [name for name in stored if not name.startswith(_NO_WEIGHTS)]
         self._stored = {start + n: _AVERAGE + n if _AVERAGE + n in stored else n for n in parameters}
-        self._by_inner_name = {inner_name(name): name for name in self._stored}
+        wrapped = is_wrapped(self._stored)
+        self._keys = {name: weight_key(name, wrapped=wrapped) for name in self._stored}
+        self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
 
     def _note(self, sentence: str) -> None:
         self.notes.append(sentence.removeprefix(f"{self.path}: "))
@@ -171,12 +178,13 @@ class ForeignCheckpoint(_Stored):
         """See Source."""
         return self._source.described
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """See Source. A second bias of experts that is not trained is read, as it may hold numbers all the same."""
         found = {}
         for name, stored in self._stored.items():
             tensor = self._source.tensors[stored]
-            fits = shapes.get(inner_name(name)) == tensor.shape and not name.endswith(".experts.fc2_bias")
+            key = self._keys[name]
+            fits = shapes.get(key) == tensor.shape and key not in whole and not name.endswith(".experts.fc2_bias")
             value = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="meta" if fits else "cpu")
             if not fits:
                 self._source.read(stored, Chunk.whole(tensor.shape), to_raw(value))
@@ -189,7 +197,7 @@ class ForeignCheckpoint(_Stored):
 
     def fill(self, pieces: list[Piece]) -> None:
         """See Source."""
-        wanted = [(p, self._stored[self._by_inner_name[inner_name(p.name)]]) for p in pieces]
+        wanted = [(piece, self._by_key[piece.name]) for piece in pieces]
         for piece, stored in sorted(wanted, key=lambda item: self._source.locate(item[1], item[0].chunk)):
             dtype, tensor = torch_dtype(self._source.tensors[stored].dtype), piece.tensor
             direct = tensor.dtype == dtype and tensor.device.type == "cpu"
@@ -198,8 +206,3 @@ class ForeignCheckpoint(_Stored):
             if not direct:
                 with torch.no_grad():
                     tensor.copy_(host)
-
-
-def inner_name(name: str) -> str:
-    """Returns a parameter's name in the backbone, or in a head; momentum networks have those of what they follow."""
-    return name.removeprefix("momentum_").removeprefix("encoder.")

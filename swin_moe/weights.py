@@ -6,6 +6,7 @@ of another window, class heads).
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_latest, resolve, together
+from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, find_latest, resolve, together
 from swin_moe.config import ModelConfig
 from swin_moe.engine.base import Engine
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.official import LoadReport, fit_weights
+from swin_moe.official_names import is_wrapped, weight_key
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.session import Session
-from swin_moe.weight_sources import Source, inner_name, is_own, open_weights
+from swin_moe.weight_sources import Source, is_own, open_weights
 
 _AVERAGE = "ema/"
 _NAMES_SHOWN = 160  # characters
@@ -59,8 +61,25 @@ def load_weights(model: nn.Module, session: Session) -> str:
             return f"{opened.description}: {report}"
 
         return together(resolve(session.groups.world), fill)
-    manager = CheckpointManager(session.directory / "checkpoints", group=session.groups.world)
-    return manager.load_parameters(pieces, source=source)
+    folder = session.directory / "checkpoints"
+    path = find_checkpoint(source, key="checkpoint.load") if source else find_latest(folder)
+    if path is not None:
+        _check_positions(path, backbone_of(model))
+    return CheckpointManager(folder, group=session.groups.world).load_parameters(pieces, source=source)
+
+
+def _check_positions(path: Path, backbone: nn.Module) -> None:
+    """Raises ValueError where absolute positions are as many as the model's, but of an image of another shape."""
+    trained = open_weights(path, key="checkpoint.load").model_config()
+    if trained is None or not trained.ape or not hasattr(backbone, "absolute_pos_embed"):
+        return
+    there, here = stage_geometry(trained, 0).resolution, backbone.grid
+    if there != here and math.prod(there) == math.prod(here):
+        height, width = trained.img_size
+        raise ValueError(
+            f"{path}: its absolute positions are of {there[0]} x {there[1]} tokens, the model has {here[0]} x "
+            f"{here[1]}; set model.img_size=[{height},{width}]"
+        )
 
 
 def stored_classes(session: Session) -> tuple[str, ...]:
@@ -114,18 +133,23 @@ def fill_pieces(
         shapes: Global shapes of the network's parameters by name.
         own_parts, same_classes: See fit_weights.
     """
-    inner_shapes = {inner_name(name): tuple(shape) for name, shape in shapes.items()}
+    wrapped, trained = is_wrapped(shapes), source.model_config()
+    key_shapes = {weight_key(name, wrapped=wrapped): tuple(shape) for name, shape in shapes.items()}
+    grid = trained and stage_geometry(trained, 0).resolution
+    other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
+    tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
     values, report = fit_weights(
-        backbone, source.tensors(inner_shapes), inner_shapes, own_parts=own_parts, same_classes=same_classes
+        backbone, tensors, key_shapes, own_parts=own_parts, same_classes=same_classes, grid=grid
     )
     direct = []
     for piece in pieces:
         name = piece.name.removeprefix(_AVERAGE)
-        value = values.get(inner_name(name))
+        key = weight_key(name, wrapped=wrapped)
+        value = values.get(key)
         if name not in shapes or value is None or not piece.chunk.numel:
             continue
         if value.is_meta:
-            direct.append(dataclasses.replace(piece, name=name))
+            direct.append(dataclasses.replace(piece, name=key))
             continue
         box = tuple(slice(o, o + n) for o, n in zip(piece.chunk.offset, piece.chunk.size))
         with torch.no_grad():
@@ -133,7 +157,7 @@ def fill_pieces(
     source.fill(direct)
     report.notes += source.notes
     if not source.has_tables:
-        report.notes += window_notes(source.model_config(), backbone)
+        report.notes += window_notes(trained, backbone)
     return report
 
 

@@ -9,7 +9,6 @@ Shape legend: L offsets of a bias table or tokens of an embedding, H heads, S so
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,43 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.official_names import DROPPED, PRETRAINING_DROPPED, RENAMED, TASK_PARTS
+from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.official_names import (
+    DROPPED,
+    OUTSIDE,
+    PRETRAINING_DROPPED,
+    RENAMED,
+    TASK_PARTS,
+    is_wrapped,
+    weight_key,
+)
 from swin_moe.state_dict_names import find_weights, unknown_prefix
-
-Named = list[tuple[str, str]]  # (parameter name, reason)
 
 CLASSES_22K, CLASSES_1K = 21841, 1000
 _LARGEST_COORDINATE = 16.0  # log2(8 x + 1) / 3 of an x beyond 1e13
 _OTHER_EXPERTS = "`swin-moe checkpoint experts` makes another number of experts"
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor; `print` shows a line per reason.
-
-    Attributes:
-        loaded: Parameters copied as they are.
-        interpolated: Parameters copied in another shape, and by which rule.
-        dropped: Tensors of the file without a place in the model.
-        reinitialized: Parameters the file did not fill.
-        notes: Advice in whole sentences.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    interpolated: Named = field(default_factory=list)
-    dropped: Named = field(default_factory=list)
-    reinitialized: Named = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        """Returns the report as text, a line per reason."""
-        lines = [f"loaded {len(self.loaded)} tensors"]
-        for title in ("interpolated", "dropped", "reinitialized"):
-            reasons: dict[str, list[str]] = {}
-            for name, reason in getattr(self, title):
-                reasons.setdefault(reason, []).append(name)
-            lines += [f"{title} {_some(names)}: {reason}" for reason, names in reasons.items()]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
 def load_official(
@@ -81,7 +58,7 @@ def load_official(
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
     official, note = unwrap(state_dict)
-    simmim = any(name.startswith("encoder.") for name in official)
+    simmim = is_wrapped(official)
     loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
     loading.fit_all(official, strict=strict)
     if note:
@@ -99,6 +76,7 @@ def fit_weights(
     *,
     own_parts: bool = False,
     same_classes: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Returns (name -> value of every parameter that is not kept as it is; the report), by load_official's rules.
 
@@ -107,17 +85,19 @@ def fit_weights(
     Args:
         backbone: The SwinTransformer in a task's network, or the network itself.
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
-        shapes: Global shapes of the network's parameters by name, without "encoder.".
-        own_parts: What belongs to a task (class head, decoder, ...) may be missing, and starts from the seed.
+        shapes: Global shapes of the network's parameters by weight_key.
+        own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing, and
+            starts from the seed, or stand in the source alone.
         same_classes: A head of other classes is an error: weights to compute with, not to begin from.
+        grid: Height and width in tokens of the source's absolute positions; None = those of a square image.
 
     Raises:
         ValueError: Every unexplained missing, unexpected and mis-shaped name.
     """
     target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    simmim = any(name.startswith("encoder.") for name in source)
+    simmim = is_wrapped(source)
     loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic")
-    loading.own_parts, loading.same_classes = own_parts, same_classes
+    loading.own_parts, loading.same_classes, loading.grid = own_parts, same_classes, grid
     loading.fit_all(dict(source), strict=True)
     return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
 
@@ -125,7 +105,7 @@ def fit_weights(
 class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
-    own_parts, same_classes = False, False  # see fit_weights
+    own_parts, same_classes, grid = False, False, None  # see fit_weights
 
     def __init__(self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
         self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
@@ -149,7 +129,7 @@ class _Loading:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = key.removeprefix("encoder.")
+            name = weight_key(key, wrapped=self.simmim)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:
@@ -157,7 +137,9 @@ class _Loading:
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
             rules = DROPPED + (PRETRAINING_DROPPED if self.simmim else ())
-            reason = next((reason for pattern, reason in rules if re.search(pattern, name)), "")
+            known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
+            other_task = self.own_parts and name.startswith(OUTSIDE)
+            reason = next(known, "only for the task it was trained for" if other_task else "")
             if name in self.target or not reason:
                 source[name] = value
             else:
@@ -217,7 +199,7 @@ class _Loading:
             if rule:
                 self.report.interpolated.append((name, rule))
             else:
-                self.report.loaded.append(name)
+                self.report.loaded.append(name.removeprefix(OUTSIDE))
         for name in source:
             if name not in self.target:
                 self._problem(name, "unexpected: the model has no such parameter", self.report.dropped)
@@ -225,12 +207,13 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and re.search(TASK_PARTS, name):
-            self.report.reinitialized.append((name, "not in the file: begins from the seed"))
+        elif self.own_parts and (name.startswith(OUTSIDE) or re.search(TASK_PARTS, name)):
+            self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
 
     def _problem(self, name: str, reason: str, told: Named) -> None:
+        name = name.removeprefix(OUTSIDE)
         self.problems.append((name, reason))
         told.append((name, reason))
 
@@ -243,7 +226,7 @@ class _Loading:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias and _holds_numbers(value):
             # The official module holds a frozen bias and loads whatever stands there; its output includes it.
             self.report.notes.append(f"{name} is not zero although model.mlp_fc2_bias=false; loaded and frozen")
-        if value.shape == want.shape:
+        if value.shape == want.shape and not (name == "absolute_pos_embed" and self._is_of_another_grid(value)):
             return value, ""
         if name.endswith("relative_position_bias_table") and value.ndim == 2 and value.shape[1] == want.shape[1]:
             old, new = _side(value.shape[0]), _side(want.shape[0])
@@ -259,15 +242,21 @@ class _Loading:
             hint = f"; {_OTHER_EXPERTS}"
         raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model{hint}")
 
+    def _is_of_another_grid(self, value: Tensor) -> bool:
+        """Returns whether as many positions as the model's are known to be those of another image: 8 x 32, 16 x 16."""
+        return self.grid is not None and self.grid != self.model.grid and math.prod(self.grid) == value.shape[1]
+
     def _fitted_embedding(self, value: Tensor, want: Tensor) -> tuple[Tensor, str]:
-        """Returns an absolute position embedding (1, L, C) of a square image for the model's nominal image."""
+        """Returns an absolute position embedding (1, L, C) for the model's nominal image."""
         height, width = self.model.grid
-        old = _side(value.shape[1])
-        image = value.float().transpose(1, 2).unflatten(2, (old, old))
+        old = self.grid
+        if old is None or math.prod(old) != value.shape[1]:
+            old = (_side(value.shape[1]),) * 2
+        image = value.float().transpose(1, 2).unflatten(2, old)
         resized = F.interpolate(image, size=(height, width), mode="bicubic").flatten(2).transpose(1, 2)
         if resized.shape != want.shape:
             raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model")
-        return resized, f"bicubic, {old} x {old} to {height} x {width} tokens"
+        return resized, f"bicubic, {old[0]} x {old[1]} to {height} x {width} tokens"
 
     def trained_windows(self, official: dict[str, Tensor]) -> dict[tuple[int, str], int]:
         """Returns (stage, name of the attention) -> the window that offsets were divided by in training.
@@ -391,8 +380,3 @@ def _side(length: int) -> int:
     if side * side != length:
         raise ValueError(f"{length} rows are no square, so there is nothing to interpolate over")
     return side
-
-
-def _some(names: list[str]) -> str:
-    """Returns a count and the first name or two."""
-    return f"{len(names)} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
