@@ -31,13 +31,11 @@ def assemble(
     *,
     rules: Rules = FROM_OFFICIAL,
     optimizer: bool = True,
-    config: dict[str, Any] | None = None,
 ) -> AssembledSource:
     """Returns the source that the files of all ranks make, with what only `shared` holds.
 
     Args:
         optimizer: Whether its state is read; only of files with the official key "model".
-        config: What the network is, where that does not stand in the first file as the official code writes it.
 
     Raises:
         CheckpointError: A tensor is missing on some rank, has another shape than its layout says, or experts are lost.
@@ -65,8 +63,7 @@ def assemble(
         newest = newest._replace(step=step)
     first = ranks[0]
     content = first.content if isinstance(first.content, dict) else {}
-    stated = config is not None and merge_model(config, inferred)
-    config = stated or native_config(content, inferred, first.path, options, world=len(ranks))
+    config = native_config(content, inferred, first.path, options, world=len(ranks))
     config = merge_model(config, given_sizes(options.extra)) if inferred else config
     source = AssembledSource(
         form,

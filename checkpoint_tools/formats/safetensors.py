@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.assembled import AssembledSource, Leaf, Part
 from checkpoint_tools.images import READING
-from checkpoint_tools.official_read import assemble
+from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.state_dict_files import is_safetensors, open_file
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.layout import Chunk
 
 KEY = "swin_moe"
 
@@ -33,12 +35,18 @@ def detect(path: Path) -> bool:
 def open_safetensors(path: Path, options: Options) -> Source:
     """Returns the checkpoint in the file `path`; see formats/__init__.py."""
     file = open_file(path)
-    config = described(file.metadata, path)
-    source = assemble("safetensors", path, [file], None, options, optimizer=False, config=config)
-    known = _content(file.metadata, path)
-    source.step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
-    source.state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
-    return source
+    config, known = described(file.metadata, path), _content(file.metadata, path)
+    # Names are ours, also those of tasks that the formats of others know nothing of.
+    parts = {name: [Part(Chunk.whole(record.shape), (Leaf(file, record),))] for name, record in file.content.items()}
+    sizes = {name.removeprefix("encoder."): record.shape for name, record in file.content.items()}
+    inferred = infer_model(path, sizes)
+    config = merge_model(config, inferred | given_sizes(options.extra)) if inferred else config
+    step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
+    state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
+    provenance = {"source": {"format": "safetensors", "files": 1}}
+    return AssembledSource(
+        "safetensors", path, parts, options, step=step, state=state, config=config, provenance=provenance
+    )
 
 
 def describe(source: Source) -> dict[str, str]:

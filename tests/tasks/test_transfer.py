@@ -101,6 +101,21 @@ def test_simmim_goes_on_with_its_decoder(tmp_path):
     assert "dropped" not in report and "reinitialized" not in report
 
 
+@pytest.mark.parametrize("task", ["digits_simmim", "digits_moby", "digits_distill"])
+def test_the_export_of_any_task_begins_a_run_as_its_checkpoint_does(tmp_path, task):
+    options = [f"task.teacher={trained(tmp_path, 'digits_dense').session.directory}"] if "distill" in task else []
+    options += ["task.queue=20"] if "moby" in task else []
+    source = trained(tmp_path, task, "run.name=source", *options).session.directory
+    exported = tmp_path / "x.safetensors"
+    assert tools(["export", str(source), str(exported), "--to", "safetensors"]) == 0
+    for config in (task, "digits_dense"):
+        given = options if config == task else []
+        (wanted, _), (found, report) = (begun(tmp_path, config, path, *given) for path in (source, exported))
+        assert all(torch.equal(value, weights(found)[name]) for name, value in weights(wanted).items())
+    assert tools(["convert", str(exported), str(tmp_path / "native"), "--to", "native"]) == 0
+    assert tools(["diff", str(exported), str(tmp_path / "native")]) in (0, 1)
+
+
 def test_averaged_weights_come_first_and_start_the_new_average(tmp_path):
     source = trained(tmp_path, "digits_dense", "optim.ema=0.9")
     average = {name: value.clone() for name, value in source.engine.ema.average.items()}
