@@ -9,7 +9,7 @@ from swin_moe.checkpoint.errors import CheckpointError
 # ImageNet's, which every family is trained with (swin_moe/data/transforms.py).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-READING = ("interpolation", "eval_crop", "resize")  # options of config.data that preprocessing depends on
+READING = ("interpolation", "eval_crop", "resize", "exif")  # options of config.data that preprocessing depends on
 CLASSES = "classes"  # entry of state: names by class number
 
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     dtype = next(model.parameters()).dtype
     model.eval()
     for name in images:
-        image = transform(decode(Path(name).read_bytes(), name), 0).to(session.device, dtype)
+        image = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0).to(session.device, dtype)
         with torch.inference_mode(), autocast(config.engine.precision, session.device):
             output = model(image[None])
         logits = output[0] if isinstance(output, tuple) else output

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from swin_moe.checkpoint import Piece
@@ -120,7 +120,7 @@ def _preprocess(config: DataConfig, img_size: tuple[int, int]) -> Preprocess:
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         if isinstance(image, Image.Image):
-            return transform(to_rgb(image), 0)
-        return transform(decode(Path(image).read_bytes(), str(image)), 0)
+            return transform(to_rgb(ImageOps.exif_transpose(image) if config.exif else image), 0)
+        return transform(decode(Path(image).read_bytes(), str(image), exif=config.exif), 0)
 
     return preprocess

@@ -23,7 +23,7 @@ from swin_moe.official_names import is_wrapped, weight_key
 _AVERAGE = "ema/"
 # Momentum networks follow the online ones, so a new run's begin where those do.
 _NO_WEIGHTS = ("optim.", "master/", "momentum_", _AVERAGE)
-_READING = ("interpolation", "eval_crop", "resize")  # what of config.data makes an image a network's input
+_READING = ("interpolation", "eval_crop", "resize", "exif")  # what of config.data makes an image a network's input
 _TOLD = ("img_size", "window_size")  # what a network is, beside what its tensors tell
 
 

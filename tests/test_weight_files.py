@@ -280,3 +280,19 @@ def test_what_was_taken_off_is_told(files):
     for path, text in told.items():
         assert text in begin(path, files)[1]
     assert "note" not in begin("dense-official.pth", files)[1]
+
+
+def test_prediction_turns_images_as_training_does(files, tmp_path, capfd):
+    """A picture on its side with its orientation in EXIF is the upright one with data.exif, and only then."""
+    upright = Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 20).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the scene's top is the stored picture's left side
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    answers = {}
+    for name, option in (("upright", "false"), ("turned", "false"), ("turned", "true")):
+        words = ("--json", f"data.exif={option}", str(tmp_path / f"{name}.png"))
+        code, out, _ = perform("predict", "dense-run", files, capfd, *words)
+        assert code == 0
+        answers[name, option] = json.loads(out)["classes"]
+    assert answers["turned", "true"] == answers["upright", "false"] != answers["turned", "false"]
