@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from swin_moe.moe.router import Routing
 from swin_moe.ops import moe_plan
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.transforms import apply
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,12 @@ class _CombineTokens(torch.autograd.Function):
 
 def take_tokens(x: Tensor, plan: Plan) -> Tensor:
     """Returns (N, D), the token of each kept pair, in the plan's order."""
-    return _TakeTokens.apply(x, plan)
+    return apply(_TakeTokens, x, plan)
 
 
 def combine_tokens(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
     """Returns (T, D), sum over kept choices of gate * y, in the wider dtype; zeros for a fully dropped token."""
-    return _CombineTokens.apply(y, gate, plan)
+    return apply(_CombineTokens, y, gate, plan)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.router import row_chunks
+from swin_moe.ops.transforms import apply
 
 
 def gshard_of_sums(score_GE: Tensor, first_GE: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def score_sums(scores: Tensor, group_size: int, *, shares: bool) -> Tensor:
     if not len(scores):
         return scores.sum(dim=0, keepdim=True)
     if shares:
-        return _ShareSums.apply(scores, group_size)
+        return apply(_ShareSums, scores, group_size)
     return scores.view(-1, group_size, scores.shape[1]).sum(dim=1)
 
 
@@ -139,7 +140,7 @@ def load_of(probabilities: Tensor, threshold: Tensor, *, noise_std: float, group
     """Returns (G, E), the load of every group; zeros for no tokens. Arguments as load_importance."""
     if not len(probabilities):
         return probabilities.sum(dim=0, keepdim=True) + threshold.sum()
-    return _Load.apply(probabilities, threshold, noise_std, group_size)
+    return apply(_Load, probabilities, threshold, noise_std, group_size)
 
 
 def load_importance_of_sums(importance_GE: Tensor, load_GE: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
     It keeps logits small, so that their rounding in low precision stays small.
     """
-    return _MeanSquareLogSum.apply(logits) if len(logits) else logits.sum()
+    return apply(_MeanSquareLogSum, logits) if len(logits) else logits.sum()
 
 
 @torch.no_grad()
