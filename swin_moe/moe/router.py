@@ -80,7 +80,8 @@ def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: fl
     """
     if factor == 0:
         return None
-    return top_k * int(abs(factor) * math.ceil(num_tokens / num_experts))
+    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int.
+    return top_k * torch.sym_int(abs(factor) * -(-num_tokens // num_experts))
 
 
 def route(

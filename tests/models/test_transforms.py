@@ -75,6 +75,39 @@ def test_a_second_derivative_is_refused_never_wrong(case):
         torch.func.grad(lambda x: slope(x).square().sum())(image.detach())
 
 
+# Experts that choose take numbers of tokens from the data, which no program holds.
+QUICK = ("swinv2", "swin_mlp", "gshard")
+EXPORTED = [
+    case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES if case != "expert choice"
+]
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_an_exported_network_takes_any_number_of_images(case):
+    model = network(case).eval()
+    size = CASES[case][1].get("img_size", 32)
+    image = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = {count: model(image[:count]) for count in (1, 2, 5)}
+        program = torch.export.export(model, (image[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        for count, wanted in expected.items():
+            torch.testing.assert_close(program.module()(image[:count]), wanted, rtol=1e-6, atol=1e-6)
+        fixed = torch.export.export(model, (image[:2].clone(),)).module()
+        torch.testing.assert_close(fixed(image[:2]), expected[2], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model(image), expected[5], rtol=0, atol=0)  # nothing of the tracing is left
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "swin_mlp"])
+def test_a_traced_network_takes_any_number_of_images(name):
+    model = create_model(name, **{**SMALL, "img_size": 40}).eval()
+    image = torch.randn(3, 3, 40, 40)
+    traced = torch.jit.trace(model, image[:2], check_trace=False)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(image), model(image))
+    with pytest.raises(RuntimeError, match="torch.jit.trace would fix how many tokens an expert gets; torch.export"):
+        torch.jit.trace(network("moe").eval(), image[:, :, :32, :32], check_trace=False)
+
+
 def test_the_reference_has_second_derivatives():
     model = create_model("swin", **{**SMALL, "attention": "reference"}).double().eval()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
