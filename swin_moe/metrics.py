@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from swin_moe.ops.linear import packed_product, serves
+
 LOGGER = logging.getLogger("swin_moe")
 
 # Dense peak rates by data sheet, FLOP/s: (float32, bfloat16 or float16). Other devices are measured.
@@ -24,23 +26,34 @@ DEVICE_PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Returns the device's peak, FLOP/s: by data sheet for known GPUs, else measured by a matrix product (0.2 s)."""
+    """Returns the device's peak, FLOP/s: by data sheet for known GPUs, else the fastest of some measured products.
+
+    Measured are square products in every library that a network's layers may use, at several sizes, within a second:
+    where float32 layers run in oneDNN, MKL alone is half as fast as the network. A measurement beside other work may
+    still be too low, so a run that is faster is itself the peak (StepRecords, throughput.py).
+    """
     half = precision in ("bf16", "fp16")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, rates in DEVICE_PEAKS.items():
             if key in name:
                 return rates[half]
-    dtype = torch.bfloat16 if half else torch.float32
-    size = 512 if device.type == "cpu" else 4096
+    dtype = torch.bfloat16 if half else torch.float64 if precision == "fp64" else torch.float32
+    return max(_product_rate(size, device, dtype) for size in ((512, 1024) if device.type == "cpu" else (4096,)))
+
+
+def _product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Returns FLOP/s of the fastest of several products (size, size) x (size, size), in the fastest library."""
     a = torch.randn(size, size, device=device, dtype=dtype)
+    products = [torch.matmul, packed_product] if serves(a, a) else [torch.matmul]
     rates = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rates.append(2 * size**3 / (time.perf_counter() - start))
+    for product in products:
+        for _ in range(8 if size <= 512 else 3):
+            start = time.perf_counter()
+            product(a, a)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rates.append(2 * size**3 / (time.perf_counter() - start))
     return max(rates)
 
 
