@@ -12,6 +12,7 @@ from launcher import mpi, supervise
 from launcher.command import Job, Mpi, build_command, find_mpi
 from launcher.env import without_world
 from launcher.hosts import check_names, read_hostfile, write_hostfile
+from launcher.program import check_program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         job = Job(options.ranks, program, options.hostfile, options.mpi, _parse_environment(options.env))
         job.check()
+        if not options.dry_run:  # it may be a line for another machine
+            check_program(job.program, job.environment)
         found = find_mpi(job.mpirun)
         if job.hostfile:
             job = replace(job, hostfile=_translated(job.hostfile, found))

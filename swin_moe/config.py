@@ -281,7 +281,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 0  # optimizer steps between checkpoints; 0 = once per epoch
+    every: int = 0  # optimizer steps between checkpoints; 0 = by every_epochs
+    every_epochs: float = 1.0  # epochs between checkpoints
+    resume: Literal["auto", "never"] = "auto"  # never: a run folder that holds checkpoints is refused, not continued
     keep: int = 2  # newest checkpoints kept, besides the best; 0 = all
     asynchronous: bool = False  # training goes on from a copy of the rank's share while a thread writes it
     load: str = ""  # checkpoint to continue from or to evaluate; "" = newest of the run
@@ -291,7 +293,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "checkpoint")
-        _check(self.every >= 0, "checkpoint.every", self.every, ">= 0 (0 = once per epoch)")
+        _check(self.every >= 0, "checkpoint.every", self.every, ">= 0 (0 = by checkpoint.every_epochs)")
         _check(self.keep >= 0, "checkpoint.keep", self.keep, ">= 0 (0 = all)")
 
 
@@ -300,6 +302,7 @@ class LogConfig:
     every: int = 10  # optimizer steps between metric records
     tensorboard: bool = True
     eval_every: float = 1.0  # epochs between evaluations; 0 = only at the end
+    eval_first: bool = False  # evaluate what was loaded before the first step, as the official scripts do
 
     def __post_init__(self) -> None:
         _check_choices(self, "log")

@@ -171,8 +171,8 @@ RANGES: dict[str, tuple] = {
     "optim.layer_decay": _POSITIVE, "optim.ema": _BELOW_ONE,
     "parallel.expert": _COUNT, "parallel.expert_shard": _COUNT, "parallel.zero": _range(0, 3),
     "engine.timeout": _POSITIVE, "engine.threads": _range(0, MOST_THREADS),
-    "checkpoint.every": _COUNT, "checkpoint.keep": _COUNT, "checkpoint.file_size": _SOME,
-    "log.every": _SOME, "log.eval_every": _COUNT, "debug.check_replicas": _COUNT,
+    "checkpoint.every": _COUNT, "checkpoint.every_epochs": _POSITIVE, "checkpoint.keep": _COUNT,
+    "checkpoint.file_size": _SOME, "log.every": _SOME, "log.eval_every": _COUNT, "debug.check_replicas": _COUNT,
 }  # fmt: skip
 
 

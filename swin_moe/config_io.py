@@ -18,6 +18,7 @@ import yaml
 
 from swin_moe.config import Config
 from swin_moe.config_official import convert_official, is_official, our_key
+from swin_moe.official_options import refusal
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +72,12 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, worl
     path = _resolve(path_or_name)
     given = _parse_overrides(overrides)
     notes: list[str] = []
-    tree = merge(_read_tree(path, (), _Context(world_size, frozenset(_flatten(given)), notes)), given)
-    tree.setdefault("run", {}).setdefault("name", path.stem)
+    own = _read_tree(path, (), _Context(world_size, frozenset(_flatten(given)), notes))
+    own.setdefault("run", {}).setdefault("name", path.stem)
     try:
-        config = _build(Config, tree)
+        config = _build(Config, merge(own, given))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{_culprit(path, own, given, str(error))}: {error}") from None
     for note in notes:
         logger.info("%s: %s", path.name, note)
     return config
@@ -151,6 +152,18 @@ def config_folder() -> Path:
     return next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package / "configs")
 
 
+def _culprit(path: Path, own: dict, given: dict, error: str) -> str:
+    """Returns what a value out of range came from: the file, the command line, or both together."""
+    overridden = list(_flatten(given))
+    if any(re.match(rf"{re.escape(key)}\b", error) for key in overridden):
+        return "command line"
+    try:
+        _build(Config, own)
+    except ValueError:
+        return str(path)
+    return f"{path} with {', '.join(overridden)} from the command line" if overridden else str(path)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Context:
     """What reading a file needs besides its text: see load_config."""
@@ -164,6 +177,8 @@ def _resolve(path_or_name: str | Path, *, beside: Path | None = None) -> Path:
     """Returns the file a path or a name stands for; paths are relative to `beside` or the working directory."""
     if not str(path_or_name):
         raise ValueError("no config given: a YAML file, or the name of a shipped config, is needed")
+    if str(path_or_name).startswith("--"):
+        raise ValueError(refusal(str(path_or_name)))
     path = Path(path_or_name).expanduser()
     for candidate in (path, Path(f"{path}.yaml")):
         full = beside / candidate if beside else candidate
@@ -226,6 +241,8 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
     tree: dict = {}
     for word in overrides:
         key, equals, text = word.partition("=")
+        if word.startswith("-"):
+            raise ValueError(refusal(word))
         if not equals:
             raise ValueError(f"override {word!r} must have the form section.key=value")
         key = key.strip()
@@ -336,13 +353,17 @@ def _type_of(key: str, *, source: str) -> Any:
 
 def _hint(key: str) -> str:
     """Returns "; did you mean ...?": near spellings, the same last word elsewhere, or our name of an official key."""
-    if ours := our_key(key):
-        return f", a key of the official files; here it is {ours}"
+    if told := our_key(key):
+        return told
     keys = list(_schema_keys(Config))
     leaf = key.rpartition(".")[2]
     initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate is lr
     near = [k for k in keys if k.rpartition(".")[2] in (leaf, initials)]
-    near += [k for k in difflib.get_close_matches(key, keys, n=3) if k not in near]
+    near += difflib.get_close_matches(key, keys, n=3, cutoff=0.9)
+    words = {word for word in leaf.split("_") if len(word) > 2}
+    section = key.rpartition(".")[0]
+    near += [k for k in keys if k.rpartition(".")[0] == section and words & set(k.rpartition(".")[2].split("_"))]
+    near = list(dict.fromkeys(near + difflib.get_close_matches(key, keys, n=3)))
     if not near:
         leaves = {k.rpartition(".")[2]: k for k in keys}
         near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=2)]

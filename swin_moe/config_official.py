@@ -26,7 +26,8 @@ class Rule:
         default: The official default; its type is the type allowed.
         key: Our key, or "" where `why` says what happens instead.
         convert: Official value -> ours.
-        why: Why the key is ignored, or how it is used together with others.
+        into: Our keys that it becomes together with other official keys.
+        why: Why the key is ignored.
         only: Any value but the default is an error (for `why`).
     """
 
@@ -35,6 +36,7 @@ class Rule:
     convert: Callable[[Any], Any] = lambda value: value
     why: str = ""
     only: bool = False
+    into: str = ""
 
 
 def _one_of(**choices: Any) -> Callable[[Any], Any]:
@@ -65,7 +67,7 @@ def _resampling(value: str) -> str:
     return value
 
 
-_COMBINED = "read together with other keys"
+_CACHE = "samples are drawn in one global order, so no rank owns a part; files once read stay in the system's cache"
 _EXACT_EVAL = "evaluation counts every image exactly once, in any order"
 _COMMAND = "a command of its own (swin-moe evaluate, swin-moe throughput)"
 _OTHER_MODEL = "set checkpoint.init=FILE instead, which a new run begins with (swin_moe.load_official in Python)"
@@ -73,13 +75,13 @@ _OTHER_RUN = "set checkpoint.load=PATH instead (swin-moe checkpoint convert --to
 _SMALL_IMAGE = 32  # pixels; data/build.py pads and crops images up to this size and does not resize them
 
 OFFICIAL: dict[str, Rule] = {
-    "DATA.BATCH_SIZE": Rule(128, why=_COMBINED),  # data.global_batch, data.micro_batch
-    "DATA.DATA_PATH": Rule("", why=_COMBINED),  # data.path
-    "DATA.DATASET": Rule("imagenet", why=_COMBINED),  # data.name, model.num_classes
+    "DATA.BATCH_SIZE": Rule(128, into="data.global_batch, data.micro_batch"),
+    "DATA.DATA_PATH": Rule("", into="data.path"),
+    "DATA.DATASET": Rule("imagenet", into="data.name, model.num_classes"),
     "DATA.IMG_SIZE": Rule(224, "model.img_size"),
     "DATA.INTERPOLATION": Rule("bicubic", "data.interpolation", _resampling),
-    "DATA.ZIP_MODE": Rule(False, why=_COMBINED),  # data.name
-    "DATA.CACHE_MODE": Rule("part", why="samples are drawn in one global order, so no rank owns a part"),
+    "DATA.ZIP_MODE": Rule(False, into="data.name"),
+    "DATA.CACHE_MODE": Rule("part", why=_CACHE),
     "DATA.PIN_MEMORY": Rule(True, why="memory is pinned where a GPU is used"),
     "DATA.NUM_WORKERS": Rule(8, "data.workers"),
     "DATA.MASK_PATCH_SIZE": Rule(32, "task.mask_patch_size"),
@@ -92,8 +94,8 @@ OFFICIAL: dict[str, Rule] = {
     "MODEL.DROP_RATE": Rule(0.0, "model.drop_rate"),
     "MODEL.DROP_PATH_RATE": Rule(0.1, "model.drop_path_rate"),
     "MODEL.LABEL_SMOOTHING": Rule(0.1, "task.label_smoothing"),
-    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, why=_COMBINED),  # task.target_window
-    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, why=_COMBINED),
+    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, into="task.target_window"),
+    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, into="task.target_window"),
     "TRAIN.START_EPOCH": Rule(0, why="a resumed run (checkpoint.load) knows its position", only=True),
     "TRAIN.EPOCHS": Rule(300, "optim.epochs"),
     "TRAIN.WARMUP_EPOCHS": Rule(20, "optim.warmup_epochs"),
@@ -102,14 +104,14 @@ OFFICIAL: dict[str, Rule] = {
     "TRAIN.WARMUP_LR": Rule(5e-7, "optim.warmup_lr"),
     "TRAIN.MIN_LR": Rule(5e-6, "optim.min_lr"),
     "TRAIN.CLIP_GRAD": Rule(5.0, "optim.clip_norm"),
-    "TRAIN.AUTO_RESUME": Rule(True, why="a run always continues from its newest checkpoint"),
-    "TRAIN.ACCUMULATION_STEPS": Rule(1, why=_COMBINED),  # data.global_batch, data.micro_batch
+    "TRAIN.AUTO_RESUME": Rule(True, "checkpoint.resume", lambda on: "auto" if on else "never"),
+    "TRAIN.ACCUMULATION_STEPS": Rule(1, into="data.global_batch, data.micro_batch"),
     "TRAIN.USE_CHECKPOINT": Rule(False, "parallel.recompute", lambda on: "block" if on else "none"),
     "TRAIN.LR_SCHEDULER.NAME": Rule("cosine", "optim.schedule"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Rule(30, "optim.decay_epochs"),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Rule(0.1, why=_COMBINED),  # optim.decay_rate, unless multistep
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Rule(0.1, into="optim.decay_rate"),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Rule(True, "optim.warmup_prefix"),
-    "TRAIN.LR_SCHEDULER.GAMMA": Rule(0.1, why=_COMBINED),  # optim.decay_rate of multistep
+    "TRAIN.LR_SCHEDULER.GAMMA": Rule(0.1, into="optim.decay_rate"),
     "TRAIN.LR_SCHEDULER.MULTISTEPS": Rule([], "optim.milestones"),
     "TRAIN.OPTIMIZER.NAME": Rule("adamw", "optim.name", _optimizer),
     "TRAIN.OPTIMIZER.EPS": Rule(1e-8, "optim.eps"),
@@ -137,8 +139,8 @@ OFFICIAL: dict[str, Rule] = {
     "AMP_ENABLE": Rule(True, "engine.precision", lambda on: "fp16" if on else "fp32"),
     "AMP_OPT_LEVEL": Rule("", why="deprecated and without effect in a file"),
     "OUTPUT": Rule("", "run.output", lambda v: v or "output"),
-    "TAG": Rule("default", why=_COMBINED),  # run.name
-    "SAVE_FREQ": Rule(1, why="in epochs; a checkpoint is written every epoch, or every checkpoint.every steps"),
+    "TAG": Rule("default", into="run.name"),
+    "SAVE_FREQ": Rule(1, "checkpoint.every_epochs"),
     "PRINT_FREQ": Rule(10, "log.every"),
     "SEED": Rule(0, "run.seed"),
     "EVAL_MODE": Rule(False, why=_COMMAND, only=True),
@@ -166,7 +168,7 @@ _MOE = {
     "MLP_FC2_BIAS": Rule(True, "model.mlp_fc2_bias"),
     "INIT_STD": Rule(0.02, "model.init_std"),
     "MOE_BLOCKS": Rule([[-1], [-1], [-1], [-1]], "model.moe.blocks"),
-    "NUM_LOCAL_EXPERTS": Rule(1, why=_COMBINED),  # model.moe.num_experts
+    "NUM_LOCAL_EXPERTS": Rule(1, into="model.moe.num_experts"),
     "TOP_VALUE": Rule(1, "model.moe.top_k"),
     "CAPACITY_FACTOR": Rule(1.25, "model.moe.capacity_factor"),
     "COSINE_ROUTER": Rule(False, "model.moe.router", lambda on: "cosine" if on else "linear"),
@@ -208,8 +210,13 @@ def is_official(tree: dict) -> bool:
 
 
 def our_key(official: str) -> str:
-    """Returns our key for an official one, "" if it has none of its own."""
-    return OFFICIAL[official].key if official in OFFICIAL else ""
+    """Returns what an official key is here, as the end of a sentence about it; "" for a key that is not official."""
+    rule = OFFICIAL.get(official)
+    if rule is None:
+        return ""
+    if rule.key or rule.into:
+        return f", a key of the official files; here it is {rule.key or rule.into}"
+    return f", a key of the official files that is not offered here: {rule.why}"
 
 
 def convert_official(
@@ -245,7 +252,7 @@ def convert_official(
                 flat[rule.key] = rule.convert(values[key])
             except ValueError as error:
                 raise ValueError(f"{path}: {key} must be {error}, got {values[key]!r}") from None
-        if key in stated and stated[key] != rule.default and rule.why and rule.why != _COMBINED and not rule.only:
+        if key in stated and stated[key] != rule.default and rule.why and not rule.only:
             notes.append(f"{key}={stated[key]!r} is ignored: {rule.why}")
     if values["TAG"] not in ("default", path.stem):
         flat["run.name"] = f"{path.stem}_{values['TAG']}"

@@ -5,12 +5,17 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from swin_moe.ops.linear import packed_product, serves
 
 LOGGER = logging.getLogger("swin_moe")
 
@@ -24,23 +29,34 @@ DEVICE_PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Returns the device's peak, FLOP/s: by data sheet for known GPUs, else measured by a matrix product (0.2 s)."""
+    """Returns the device's peak, FLOP/s: by data sheet for known GPUs, else the fastest of some measured products.
+
+    Measured are square products in every library that a network's layers may use, at several sizes, within a second:
+    where float32 layers run in oneDNN, MKL alone is half as fast as the network. A measurement beside other work may
+    still be too low, so a run that is faster is itself the peak (StepRecords, throughput.py).
+    """
     half = precision in ("bf16", "fp16")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, rates in DEVICE_PEAKS.items():
             if key in name:
                 return rates[half]
-    dtype = torch.bfloat16 if half else torch.float32
-    size = 512 if device.type == "cpu" else 4096
+    dtype = torch.bfloat16 if half else torch.float64 if precision == "fp64" else torch.float32
+    return max(_product_rate(size, device, dtype) for size in ((512, 1024) if device.type == "cpu" else (4096,)))
+
+
+def _product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Returns FLOP/s of the fastest of several products (size, size) x (size, size), in the fastest library."""
     a = torch.randn(size, size, device=device, dtype=dtype)
+    products = [torch.matmul, packed_product] if serves(a, a) else [torch.matmul]
     rates = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rates.append(2 * size**3 / (time.perf_counter() - start))
+    for product in products:
+        for _ in range(8 if size <= 512 else 3):
+            start = time.perf_counter()
+            product(a, a)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rates.append(2 * size**3 / (time.perf_counter() - start))
     return max(rates)
 
 
@@ -58,13 +74,21 @@ def start_logging(directory: Path | None, rank: int) -> None:
     LOGGER.propagate = False
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(directory / f"log-rank{rank}.txt")
+        file = _LogFile(directory / f"log-rank{rank}.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(file)
     if rank == 0:
         console = logging.StreamHandler(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         LOGGER.addHandler(console)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says once, in one line, that it cannot be written any more; logging prints a traceback per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        LOGGER.removeHandler(self)
+        print(f"{self.baseFilename} cannot be written any more: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +132,8 @@ class Progress:
 class MetricsWriter:
     """Records to metrics.jsonl and, if wanted, TensorBoard; writes on rank 0 only.
 
-    After a resume, records of steps that will be run again are removed, so that every step stands once.
+    After a resume, records of steps that will be run again are removed, so that every step stands once. An error of
+    writing names the file, also where it comes from a thread of TensorBoard's.
     """
 
     def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool, resume_step: int):
@@ -116,28 +141,47 @@ class MetricsWriter:
         if not enabled:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(path)
-        self.file = path.open("a")
+        self.path, self._folder = directory / "metrics.jsonl", directory.stat()
+        with _naming(self.path):
+            if self.path.exists():
+                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resume_step]
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.replace(self.path)
+            self.file = self.path.open("a")
         if tensorboard:
             self.board = _open_board(directory / "tb", resume_step + 1)
 
     def write(self, step: int, values: dict, *, histograms: dict | None = None) -> None:
-        """Appends one record; values are numbers, histograms name -> list of counts per bucket (expert)."""
+        """Appends one record; values are numbers, histograms name -> list of counts per bucket (expert).
+
+        Raises:
+            OSError: The run's folder is gone, or the disk is full; names the file.
+        """
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, **values, **(histograms or {})}) + "\n")
-        self.file.flush()
-        if self.board is None:
-            return
+        self._check_folder()
+        with _naming(self.path):
+            self.file.write(json.dumps({"step": step, **values, **(histograms or {})}) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            with _naming(self.directory / "tb"):
+                self._write_board(step, values, histograms or {})
+
+    def _check_folder(self) -> None:
+        """Raises OSError where the folder that is written to is no longer there: an open file would not tell."""
+        try:
+            same = os.path.samestat(self.directory.stat(), self._folder)
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise FileNotFoundError(f"{self.directory} was removed or moved while the run was writing to it")
+
+    def _write_board(self, step: int, values: dict, histograms: dict) -> None:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
-        for name, counts in (histograms or {}).items():
+        for name, counts in histograms.items():
             total = sum(counts)
             edges = list(range(len(counts) + 1))
             self.board.add_histogram_raw(
@@ -157,16 +201,31 @@ class MetricsWriter:
         if self.file is None:
             return
         for name, picture in pictures.items():
-            save_picture(self.directory, f"{name}-{step:07d}", picture)
+            with _naming(self.directory / "pictures"):
+                save_picture(self.directory, f"{name}-{step:07d}", picture)
             if self.board is not None:
-                self.board.add_image(name, picture, step, dataformats="HWC")
+                with _naming(self.directory / "tb"):
+                    self.board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        """Flushes and closes both files; what cannot be written any more is said, not raised: the run is over."""
+        for path, writer in (("metrics.jsonl", self.file), ("tb", self.board)):
+            try:
+                if writer is not None:
+                    writer.close()
+            except OSError as error:
+                LOGGER.warning("%s: the last records could not be written: %s", self.directory / path, error)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that does not say of which file it is this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def save_picture(directory: Path, name: str, picture: np.ndarray) -> Path:
@@ -189,7 +248,22 @@ def _open_board(directory: Path, purge_step: int) -> Any:
             "swin-moe[tensorboard], or set log.tensorboard=false"
         )
         return None
-    return SummaryWriter(str(directory), purge_step=purge_step)
+    with _naming(directory):
+        board = SummaryWriter(str(directory), purge_step=purge_step)
+    _silence_threads()
+    return board
+
+
+def _silence_threads() -> None:
+    """Lets a thread of TensorBoard's end without a traceback of its own: the next record raises its error again."""
+    before = threading.excepthook
+
+    def hook(arguments: Any) -> None:
+        ours = isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorboard.")
+        if not ours:
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def _step_of(line: str) -> float:

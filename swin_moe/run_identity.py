@@ -9,6 +9,8 @@ from swin_moe.checkpoint import Index, resolve
 from swin_moe.config import Config
 from swin_moe.data.datasets import Dataset
 from swin_moe.data.listing import listing_digest
+from swin_moe.data.loader import steps_in_epoch
+from swin_moe.run_state import Progressed
 
 _log = logging.getLogger(__name__)
 _PROVENANCE = "provenance.json"
@@ -95,6 +97,41 @@ class RunIdentity:
                 f"checkpoint.init={index.path} to begin with its weights), or checkpoint.accept_changes=true"
             )
         return meaning + course
+
+
+def place_in_data(index: Index, config: Config, *, images: int, own: bool) -> Progressed:
+    """Returns how far a checkpoint's run is in steps of this run's batch, which may be another than the checkpoint's.
+
+    A checkpoint of another run is read at the same epoch and the same image of it; where the new batch does not divide
+    the images before, those of one begun batch are seen again.
+
+    Args:
+        images: Length of the training data.
+        own: The checkpoint is of this run, whose checkpoints and records are numbered by steps of one batch.
+
+    Raises:
+        ValueError: `own`, and the batch is another.
+    """
+    saved, batch = index.state["progress"], config.data.global_batch
+    progress = Progressed(saved["step"], saved["samples"], saved["best"], saved["skipped"])
+    if saved["global_batch"] == batch:
+        return progress
+    if own:
+        raise ValueError(
+            f"data.global_batch={batch}, but this run's checkpoint of step {saved['step']} was trained with "
+            f"{saved['global_batch']}; a run keeps its batch. Use the same one, or a new run.name with "
+            f"checkpoint.load={index.path}"
+        )
+    drop_last = index.config.get("data", {}).get("drop_last", config.data.drop_last)
+    epoch, inside = divmod(saved["step"], steps_in_epoch(images, saved["global_batch"], drop_last=drop_last))
+    before = inside * saved["global_batch"]
+    progress.step = epoch * steps_in_epoch(images, batch, drop_last=config.data.drop_last) + before // batch
+    again = f"; {before % batch} images are seen again" if before % batch else ""
+    _log.info(
+        "the checkpoint's step %d of %d images is step %d of %d images%s",
+        saved["step"], saved["global_batch"], progress.step, batch, again,
+    )  # fmt: skip
+    return progress
 
 
 def _data_changes(run: RunIdentity, state: dict[str, Any]) -> tuple[list[str], list[str]]:

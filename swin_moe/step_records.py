@@ -50,6 +50,7 @@ class StepRecords:
         model, groups = self.engine.local_model, self.session.groups
         # Forward and backward cost three forwards (two operations per multiply-accumulate).
         flops = 6 * model.active_flops() * rate / self.session.world_size
+        self.peak = max(self.peak, flops)
         values = {
             "train/loss": self.loss / self.steps,
             "train/aux": self.aux / self.steps,

@@ -21,7 +21,7 @@ from swin_moe.parallel.padded import even_batches
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
 from swin_moe.run_folder import FolderLock, holding
-from swin_moe.run_identity import RunIdentity
+from swin_moe.run_identity import RunIdentity, place_in_data
 from swin_moe.run_state import Progressed, Stopped, StopRequest
 from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.step_records import StepRecords
@@ -104,21 +104,21 @@ class Trainer:
     def resume(self) -> None:
         """Continues from checkpoint.load if given, else from the run's newest checkpoint; a run without any begins
         with the weights of checkpoint.init, where that is set."""
+        if self.config.checkpoint.resume == "never" and (newest := self.checkpoints.latest()) is not None:
+            raise ValueError(
+                f"checkpoint.resume=never, but {self.session.directory} holds {newest.name}; choose another run.name, "
+                "or continue it with checkpoint.resume=auto"
+            )
         state = self.checkpoints.resume(self.engine.pieces(), source=self.config.checkpoint.load)
         if state is None:
             if self.config.checkpoint.init:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
-        changed = self.identity.check_resume(self.checkpoints.resumed_from)
+        index = self.checkpoints.resumed_from
+        changed = self.identity.check_resume(index)
         self.engine.load_state(state["engine"])
-        saved = state["progress"]
-        batch = self.config.data.global_batch
-        if saved["global_batch"] != batch:
-            raise ValueError(
-                f"data.global_batch={batch}, but the checkpoint of step {saved['step']} was trained with "
-                f"{saved['global_batch']}: its data position is counted in batches; resume with the same one"
-            )
-        self.progress = Progressed(saved["step"], saved["samples"], saved["best"], saved["skipped"])
+        own = index.path.parent == self.checkpoints.root
+        self.progress = place_in_data(index, self.config, images=len(self.loader), own=own)
         LOGGER.info("resumed from step %d (%d images seen)", self.progress.step, self.progress.samples)
         if changed:
             LOGGER.info("resumed with changed options: %s", ", ".join(changed))
@@ -147,6 +147,8 @@ class Trainer:
         self.graphs_before = graphs_made() if self.heartbeat.patient else 0
         self.heartbeat.enter("loading data", step=self.progress.step, long=True)  # loader processes start
         try:
+            if self.config.log.eval_first:
+                self._report(self._evaluate(), "before the first step")
             for batches in self.loader.batches(self.progress.step, total):
                 if self._train_step(batches):
                     break
@@ -290,9 +292,9 @@ class Trainer:
         step, finished = self.progress.step, self.progress.step >= self.schedule.total
         improved = False
         if (self._due(self.config.log.eval_every) or finished) and not (stopping and not finished):
-            improved = self._evaluate()
+            improved = self._judge()
         every = self.config.checkpoint.every
-        due = step % every == 0 if every else self._due(1.0)
+        due = step % every == 0 if every else self._due(self.config.checkpoint.every_epochs)
         if due or finished or stopping or improved:
             self._save(improved)
         if stopping or finished:
@@ -305,31 +307,34 @@ class Trainer:
                 step,
             )
 
-    def _evaluate(self) -> bool:
-        """Evaluates, writes the result, and returns whether it is the best so far."""
-        started = time.monotonic()
+    def _evaluate(self) -> dict[str, float]:
+        """Returns the metrics of the weights as they are."""
         with self.engine.evaluation():
             loaded = self.heartbeat.over(self.eval_loader, "evaluation batch")
             batches = (to_device(b, self.device, self.config.engine.precision) for b in loaded)
-            result = self.task.evaluate(self.engine.local_model, batches, self._context(self.progress.step, 0))
+            return self.task.evaluate(self.engine.local_model, batches, self._context(self.progress.step, 0))
+
+    def _judge(self) -> bool:
+        """Evaluates, writes the result, and returns whether it is the best so far."""
+        started = time.monotonic()
+        result = self._evaluate()
         value = result[self.task.metric] * (1 if self.task.higher_is_better else -1)
         improved = self.progress.best is None or value > self.progress.best
         if improved:
             self.progress.best = value
         self.writer.write(self.progress.step, {f"eval/{k}": v for k, v in result.items()})
         self.writer.show(self.progress.step, self.task.pictures())
-        self.bar.clear()
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
-        LOGGER.info(
-            "evaluation at step %d (epoch %.1f): %s%s (%s)",
-            self.progress.step,
-            self.progress.step / self.loader.steps_per_epoch,
-            numbers,
-            " - best so far" if improved else "",
-            duration(time.monotonic() - started),
-        )
-        self.records.start_anew()
+        took = duration(time.monotonic() - started)
+        self._report(result, f"at step {self.progress.step}", f"{' - best so far' if improved else ''} ({took})")
         return improved
+
+    def _report(self, result: dict[str, float], when: str, more: str = "") -> None:
+        """Logs an evaluation; what it took belongs to no step's record."""
+        self.bar.clear()
+        epoch = self.progress.step / self.loader.steps_per_epoch
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items())
+        LOGGER.info("evaluation %s (epoch %.1f): %s%s", when, epoch, numbers, more)
+        self.records.start_anew()
 
     def _save(self, best: bool) -> None:
         saved = {k: getattr(self.progress, k) for k in ("step", "samples", "best", "skipped")}

@@ -27,8 +27,8 @@ def test_official_files_equal_our_configs(path):
 def test_every_rule_names_a_key_of_ours_or_a_reason():
     ours = set(_schema_keys(Config))
     for key, rule in OFFICIAL.items():
-        assert bool(rule.key) != bool(rule.why), key
-        assert not rule.key or rule.key in ours, key
+        assert [bool(told) for told in (rule.key, rule.into, rule.why)].count(True) == 1, key
+        assert set(filter(None, (rule.key, *rule.into.split(", ")))) <= ours, key
 
 
 def test_an_empty_official_section_gives_the_official_defaults(tmp_path):
@@ -160,14 +160,21 @@ def test_the_optimizers_name_ignores_case(tmp_path):
 
 
 def test_keys_that_change_nothing_are_told(tmp_path, caplog):
-    text = "SAVE_FREQ: 5\nTRAIN: {AUTO_RESUME: false, MOE: {SAVE_MASTER: true}}\n"
+    text = "TRAIN: {MOE: {SAVE_MASTER: true}}\n"
     text += "DATA: {CACHE_MODE: full, PIN_MEMORY: true}\nMODEL: {NUM_CLASSES: 7}"
     with caplog.at_level(logging.INFO):
         load(tmp_path, text)
-    told = ("SAVE_FREQ=5", "TRAIN.AUTO_RESUME=False", "TRAIN.MOE.SAVE_MASTER=True", "DATA.CACHE_MODE='full'")
+    told = ("TRAIN.MOE.SAVE_MASTER=True", "DATA.CACHE_MODE='full'")
     for text in (*told, "MODEL.NUM_CLASSES=7"):
         assert f"{text} is ignored: " in caplog.text
     assert "PIN_MEMORY" not in caplog.text  # as it is anyway
+
+
+def test_when_to_save_and_whether_to_resume(tmp_path):
+    checkpoint = load(tmp_path, "SAVE_FREQ: 5\nTRAIN: {AUTO_RESUME: false}").checkpoint
+    assert (checkpoint.every_epochs, checkpoint.resume) == (5.0, "never")
+    checkpoint = load(tmp_path, "DATA: {}").checkpoint
+    assert (checkpoint.every_epochs, checkpoint.resume) == (1.0, "auto")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
     ("config_checks", "run_state", "run_folder"),
-    ("layout", "registry", "choice_cache", "config", "randomness", "official_names", "state_dict_names"),
+    ("layout", "registry", "choice_cache", "config", "randomness", "official_names", "state_dict_names", "official_options"),
     ("config_official",),
     ("config_io",),
     ("ops",),

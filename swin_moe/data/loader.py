@@ -73,6 +73,11 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key).random_raw(num_samples), kind="stable")
 
 
+def steps_in_epoch(images: int, batch: int, *, drop_last: bool) -> int:
+    """Returns the optimizer steps of an epoch; drop_last: images after the last full batch are left out."""
+    return images // batch if drop_last else -(-images // batch)
+
+
 class ImageSource:
     """Loads and transforms one Request; picklable, used in this process or in a loader process."""
 
@@ -237,8 +242,7 @@ class TrainLoader(_Loader):
                 f"x {world_size} ranks"
             )
         length = len(self.dataset)
-        full, rest = divmod(length, self.global_batch)
-        self.steps_per_epoch = full if config.drop_last else full + (rest > 0)
+        self.steps_per_epoch = steps_in_epoch(length, self.global_batch, drop_last=config.drop_last)
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"data.global_batch={self.global_batch} is larger than the {length} training images; "

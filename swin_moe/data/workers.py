@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,18 @@ def _detach(worker: int) -> None:
     # torch's own check for a dead parent runs every 5 seconds only.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _obituary(pid: int, code: int, workers: int) -> str:
+    """Returns the sentence about a loader process that ended with this exit code, -n for signal n."""
+    how = f"exited with code {code}"
+    if code < 0:
+        causes = {
+            signal.SIGKILL: " (kill -9, or the kernel for lack of memory: fewer data.workers need less)",
+            signal.SIGBUS: " (as a rule /dev/shm is full: fewer data.workers need less)",
+        }
+        how = f"was killed by {signal.Signals(-code).name}{causes.get(-code, '')}"
+    return f"loader process {pid} (of data.workers={workers}) {how}; what was saved before is kept"
 
 
 def _identity(value: Any) -> Any:
@@ -69,13 +82,29 @@ class WorkerPool:
             worker_init_fn=_detach,
             generator=torch.Generator(),  # or it would draw from the global one
         )
+        handler = signal.getsignal(signal.SIGCHLD)
         self._items = self._iterator = iter(loader)
+        # torch's handler raises wherever the main thread is when a process dies, in the middle of a save for one.
+        # Without it the next batch finds out, within 5 s.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         self._processes = self._iterator._workers
         # Runs before multiprocessing's own exit handler, which would wait for ever for children that ignore SIGTERM.
         atexit.register(self.close)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._items
+        """Yields what was loaded.
+
+        Raises:
+            ChildProcessError: A loader process died; one sentence.
+        """
+        try:
+            yield from self._items
+        except RuntimeError as error:
+            died = [process for process in self._processes if process.exitcode]
+            if not died:
+                raise
+            raise ChildProcessError(_obituary(died[0].pid, died[0].exitcode, len(self._processes))) from error
 
     def close(self) -> None:
         """Ends the processes: a clean stop first, SIGKILL for one that hangs in a read. Idempotent."""

@@ -1,5 +1,6 @@
 """Loader processes keep order, pass errors on and end with their parent, whatever ends it."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -36,6 +37,29 @@ def test_a_bug_keeps_its_type_and_text(workers):
     pool = WorkerPool(Square(), [1, 99, 2], workers=workers)
     with pytest.raises(RuntimeError, match="cannot square 99"):
         list(pool)
+    pool.close()
+
+
+class OwnProcess:
+    """Gives the number of the process that loads; each waits long enough for the other to load too."""
+
+    def __getitem__(self, request):
+        time.sleep(0.05)
+        return os.getpid()
+
+
+@pytest.mark.parametrize("number, cause", [(signal.SIGKILL, "lack of memory"), (signal.SIGBUS, "/dev/shm is full")])
+def test_a_killed_process_is_one_sentence_at_the_next_batch(number, cause):
+    pool = WorkerPool(OwnProcess(), itertools.count(), workers=2)
+    items = iter(pool)
+    victim = next(items)
+    os.kill(victim, number)
+    time.sleep(0.5)  # a handler of SIGCHLD that raises would do it here
+    sentence = rf"^loader process {victim} \(of data.workers=2\) was killed by {number.name} "
+    with pytest.raises(ChildProcessError, match=sentence) as error:
+        for _ in items:
+            pass
+    assert cause in str(error.value)
     pool.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 from launcher import command
 from launcher.__main__ import main
 from launcher.command import Job, Mpi, build_command, find_mpi
+from launcher.program import check_program
 from tests.ranks import ROOT
 
 PROGRAM = ["-m", "swin_moe.train", "a.yaml", "optim.lr=1"]
@@ -88,12 +89,51 @@ def test_no_mpirun_anywhere(tmp_path, monkeypatch):
         (["--hostfile", "missing", "--", *PROGRAM], "--hostfile 'missing' does not exist"),
         (["--env", "A", "--", *PROGRAM], "--env takes NAME=VALUE, got 'A'"),
         (["--mpi", "missing", "--", *PROGRAM], "--mpi 'missing' is not an executable file"),
-    ],
+        (
+            ["--", "-m", "swin_moe.trian", "a.yaml"],
+            "-m swin_moe.trian: there is no module 'trian' in swin_moe; did you mean swin_moe.train?",
+        ),
+        (["--", "-m", "swin_mo.train"], "-m swin_mo.train: there is no module 'swin_mo'; did you mean swin_moe.train?"),
+        (["--", "-m", "swin_moe.train.x"], "-m swin_moe.train.x: there is no module 'x' in swin_moe.train"),
+        (["--", "-m", "swin_moe.data", "a.yaml"], "-m swin_moe.data: this package is no program"),
+        (["--", "-m", "swin_moe/train.py"], "-m takes the name of a module, such as swin_moe.train, got"),
+    ],  # fmt: skip
 )
 def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"launcher: {sentence}") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, text, sentence", [
+    ("a.yaml", "model: {}\n", "is no program but a YAML file; name the program before it, as in: -- -m swin_moe.train"),
+    ("a.json", "{}", "is no program but a JSON file"),
+    ("train", "#!/bin/sh\nexec python x\n", "is not Python, line 2: Missing parentheses"),
+    ("binary", "\0\1", "is not Python: source code string cannot contain null bytes"),
+])  # fmt: skip
+def test_a_file_that_is_no_program(name, text, sentence, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert main(["--", str(tmp_path / name)]) == 2
+    message = capsys.readouterr().err
+    assert sentence in message and str(tmp_path / name) in message and message.count("\n") == 1
+
+
+def test_modules_are_found_without_importing_anything(tmp_path, monkeypatch):
+    for name in ("__init__", "inner", "spread/late"):
+        (tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pack" / f"{name}.py").write_text("raise SystemExit('imported')\n")
+    own = {"PYTHONPATH": str(tmp_path)}
+    check_program(["-m", "pack.inner"], own)  # as ranks with --env PYTHONPATH will find it
+    check_program(["-m", "pack.spread.late"], own)
+    with pytest.raises(ValueError, match="no module 'pack'"):
+        check_program(["-m", "pack.inner"], {})
+    monkeypatch.chdir(tmp_path)
+    check_program(["-m", "pack.inner"], {})
+    # A package that widens its own path when it is imported is believed.
+    (tmp_path / "pack" / "__init__.py").write_text("__path__.append(__path__[0] + '/spread')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_program(["-m", "pack.late"], {})
+    assert "pack.inner" not in sys.modules
 
 
 def test_missing_mpi4py(monkeypatch, capsys):

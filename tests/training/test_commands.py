@@ -146,6 +146,8 @@ def test_predict_throughput_and_official_weights(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("swin_moe.throughput.WARMUP", 1)
     monkeypatch.setattr("swin_moe.throughput.TIMED", 2)
     assert "images/s (1 ranks, batch 6 a rank, fp32)" in perform("throughput", tmp_path, capfd, *options)
+    monkeypatch.setattr("swin_moe.throughput.peak_flops", lambda *_: 1.0)  # what a run reaches, the device can do
+    assert "fp32), 100.0% of peak" in perform("throughput", tmp_path, capfd, *options)
 
     dense = [*options, "model.moe.blocks=[]", "run.name=dense"]
     model = build_model(load_config("digits_swin_moe", [*QUICK, *dense]).model)

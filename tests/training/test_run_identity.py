@@ -1,6 +1,7 @@
 """What a run is, is checked when it is continued: classes, data, seed, network; and class names follow a checkpoint."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,11 +11,11 @@ from PIL import Image
 
 from swin_moe import train
 from swin_moe.checkpoint import Index
-from swin_moe.config import DataConfig
+from swin_moe.config import Config, DataConfig
 from swin_moe.config_io import load_config
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.listing import Relabeled, listing_digest
-from swin_moe.run_identity import RunIdentity
+from swin_moe.run_identity import RunIdentity, place_in_data
 from swin_moe.session import run_main
 from tests.ranks import run_ranks
 from tests.training.test_commands import QUICK, checkpoints, perform, refused
@@ -75,6 +76,62 @@ def test_what_changes_the_course_is_said_in_one_line(run, capfd):
     for text in ("optim.epochs: 1.0 -> 2.0", "optim.lr: ", "engine.precision: fp32 -> bf16"):
         assert text in line
     assert "model" not in line and "run." not in line
+
+
+@pytest.mark.parametrize("saved, old, new, drop_last, step, again", [
+    (3, 8, 8, True, 3, 0), (3, 8, 4, True, 6, 0), (2, 8, 12, True, 1, 4), (5, 8, 4, True, 10, 0),
+    (2, 8, 16, True, 1, 0),
+    (2, 10, 4, True, 6, 0),  # 24 images are two batches of ten: the second epoch begins, for both
+    (2, 10, 4, False, 5, 0),  # and three with the last four
+    (3, 10, 8, False, 3, 0), (4, 4, 10, False, 1, 6),
+])  # fmt: skip
+def test_another_batch_begins_at_the_same_image(saved, old, new, drop_last, step, again, caplog):
+    progress = {"step": saved, "samples": saved * old, "best": 0.5, "skipped": 0, "global_batch": old}
+    config = Config(data=DataConfig(global_batch=new, drop_last=drop_last))
+    config_then = {"data": {"drop_last": drop_last}}
+    index = Index(saved, 1, {}, {}, {"progress": progress}, config_then)
+    with caplog.at_level("INFO"):
+        found = place_in_data(index, config, images=24, own=False)
+    assert (found.step, found.samples, found.best) == (step, saved * old, 0.5)
+    assert (f"; {again} images are seen again" in caplog.text) is bool(again)
+    if old != new:
+        with pytest.raises(ValueError, match=f"data.global_batch={new}, but this run's checkpoint of step {saved} was"):
+            place_in_data(index, config, images=24, own=True)
+
+
+def test_a_new_run_continues_another_with_another_batch(run, capfd):
+    larger = options(run, "data.global_batch=4", "optim.epochs=2")
+    refusal = refused("train", run, capfd, *larger)
+    assert "was trained with 8; a run keeps its batch" in refusal and "checkpoint.load=" in refusal
+    out = perform("train", run, capfd, *larger, "run.name=larger", f"checkpoint.load={run / 'run'}", "log.every=1")
+    assert "the checkpoint's step 3 of 8 images is step 6 of 4 images" in out and "resumed from step 6" in out
+    assert "data.global_batch: 8 -> 4" in out and "finished: step 12 of 12" in out
+    records = [json.loads(line) for line in (run / "larger" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "train/loss" in r] == list(range(7, 13))
+
+
+def test_a_folder_that_is_not_to_be_continued_is_refused(run, capfd):
+    before = checkpoints(run)
+    sentence = refused("train", run, capfd, *options(run, "checkpoint.resume=never", "optim.epochs=2"))
+    assert "checkpoint.resume=never, but" in sentence and before[-1] in sentence and checkpoints(run) == before
+    assert "finished" in perform("train", run, capfd, *options(run, "checkpoint.resume=never", "run.name=other"))
+
+
+def test_what_was_loaded_is_evaluated_before_the_first_step_and_counts_not_as_best(run, capfd):
+    more = ("log.eval_first=true", "optim.epochs=2", "run.name=more", f"checkpoint.load={run / 'run'}")
+    out = perform("train", run, capfd, *options(run, *more))
+    wanted = accuracy(perform("evaluate", run, capfd, *options(run)))
+    line = next(line for line in out.splitlines() if "evaluation before the first step (epoch 1.0): " in line)
+    numbers = [re.findall(r"[\d.]+", text) for text in (accuracy(line), wanted)]
+    assert [float(n) for n in numbers[0]] == pytest.approx([float(n) for n in numbers[1]], rel=1e-3)
+    assert "best" not in line
+    assert "before the first step" not in perform("train", run, capfd, *options(run, "optim.epochs=2"))
+
+
+def test_checkpoints_come_by_epochs(run, capfd):
+    perform("train", run, capfd, *options(run, "optim.epochs=6", "checkpoint.every=0", "checkpoint.every_epochs=2",
+                                          "checkpoint.keep=0", "log.eval_every=0"))  # fmt: skip
+    assert [int(name) for name in checkpoints(run)] == [3, 6, 12, 18]  # 3: from before
 
 
 def rename_class(run):

@@ -1,0 +1,108 @@
+"""Records, also where tensorboard is missing, the disk is full or the folder is gone; and the peak of a device."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from swin_moe import metrics
+from swin_moe.metrics import MetricsWriter, peak_flops
+
+
+def test_without_tensorboard_one_warning_and_records(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it raises ImportError
+    monkeypatch.setattr(logging.getLogger("swin_moe"), "propagate", True)
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=True, resume_step=0)
+    writer.write(1, {"loss": 2.0}, histograms={"load": [1, 2]})
+    writer.close()
+    (record,) = [record for record in caplog.records if "tensorboard" in record.getMessage()]
+    assert record.levelname == "WARNING" and "log.tensorboard=false" in record.getMessage()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0, "load": [1, 2]}
+
+
+def test_the_peak_is_the_fastest_librarys(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(metrics, "serves", lambda x, weight: False)
+    alone = peak_flops(cpu, "fp32")
+    monkeypatch.setattr(metrics, "serves", lambda x, weight: True)
+    monkeypatch.setattr(metrics, "packed_product", lambda x, weight: x)
+    assert peak_flops(cpu, "fp32") > 100 * alone
+    monkeypatch.setattr(metrics, "packed_product", lambda x, weight: time.sleep(0.05))
+    assert peak_flops(cpu, "fp32") < 100 * alone
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Returns a folder on a file system of 64 KiB; needs root."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("board", [False, True])
+def test_a_full_disk_names_the_file(small_disk, board, capfd):
+    writer = MetricsWriter(small_disk, enabled=True, tensorboard=board, resume_step=0)
+    if not board:
+        (small_disk / "rest").write_bytes(bytes(60_000))
+    else:  # records fit into the page that metrics.jsonl has, TensorBoard's do not
+        writer.write(1, {"loss": 1.0})
+        writer.board.flush()
+        fill = (small_disk / "rest").open("wb", buffering=0)
+        with contextlib.suppress(OSError):
+            while fill.write(bytes(4096)):
+                pass
+    with pytest.raises(OSError, match="No space left on device: '.*/(metrics.jsonl|tb)'") as error:
+        for step in range(2, 2000):
+            writer.write(step, {"loss": float(step)}, histograms={"load": [step] * 40} if board else None)
+    assert error.value.errno == errno.ENOSPC and (board or error.value.filename.endswith("metrics.jsonl"))
+    writer.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_tensorboard_on_a_full_disk_names_its_folder(tmp_path, monkeypatch, capfd):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=True, resume_step=0)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/tb'"):
+        for step in range(1000):
+            writer.write(step, {"loss": 1.0})
+            time.sleep(0.001)
+    writer.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_log_on_a_full_disk_is_told_once(small_disk, capfd):
+    metrics.start_logging(small_disk, 1)
+    (small_disk / "rest").write_bytes(bytes(60_000))
+    for number in range(2000):
+        metrics.LOGGER.info("line %d", number)
+    metrics.LOGGER.handlers.clear()
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "log-rank1.txt cannot be written any more: [Errno 28] No space" in err
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path):
+    folder = tmp_path / "run"
+    writer = MetricsWriter(folder, enabled=True, tensorboard=False, resume_step=0)
+    writer.write(1, {"loss": 1.0})
+    shutil.rmtree(folder)
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="run was removed or moved while the run was writing to it"):
+            writer.write(2, {"loss": 1.0})
+        folder.mkdir(exist_ok=True)  # as a save makes it anew
+    writer.close()
