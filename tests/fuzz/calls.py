@@ -18,8 +18,9 @@ SECTIONS = [getattr(schema, name) for name in
             ("RunConfig", "DataConfig", "MoEConfig", "ModelConfig", "TaskConfig", "OptimConfig", "ParallelConfig",
              "EngineConfig", "CheckpointConfig", "LogConfig", "DebugConfig", "CompatConfig")]  # fmt: skip
 SMALL = {"img_size": 16, "window_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 3}
-VALUES = [None, "x", "", 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, True, [], [1], (), (1, 2, 3), [[1]], {}, {"a": 1},
-          b"x", object(), torch.ones(2), torch.ones(()), range(3), "é☃", "a\0b", ("x",), [None], 1j, int, {1, 2}, -0.0]  # fmt: skip
+VALUES = [None, "x", "", 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, True, [], [1], (), (1, 2, 3),
+          [[1]], {}, {"a": 1}, b"x", object(), torch.ones(2),
+          torch.ones(()), range(3), "é☃", "a\0b", ("x",), [None], 1j, int, {1, 2}, -0.0]  # fmt: skip
 # Names of arguments: what a sentence may name beside keys and files.
 SUBJECTS = ("load_official", "create_model", "build_model", "parallelize", "moe", "config", "state dict", "override",
             "image", "path", "format", "max_memory", "model", "tensor", "source", "interpolation", "seed")  # fmt: skip
@@ -82,7 +83,9 @@ def _official(draw: random.Random, files: dict[str, str]) -> Call:
         name = draw.choice(list(state))
         changes = [{name: value}, {value if isinstance(value, str | int | float) else "x": state[name]}]
         given = draw.choice([value, state | draw.choice(changes), {"model": value}, {"model": state | changes[0]}])
-        arguments = draw.choice([(model, given), (given, model), (value, state), (model, state | {name: state[name].T})])
+        arguments = draw.choice(
+            [(model, given), (given, model), (value, state), (model, state | {name: state[name].T})]
+        )
         swin_moe.load_official(*arguments, **draw.choice([{}, {"strict": False}, {"interpolation": value}]))
 
     value = draw.choice(VALUES)
@@ -92,7 +95,8 @@ def _official(draw: random.Random, files: dict[str, str]) -> Call:
 def _model(draw: random.Random, files: dict[str, str]) -> Call:
     """Returns calls of the network with images that are none, and of what builds and spreads it."""
     value = draw.choice(VALUES)
-    images = [value, torch.ones(3, 16, 16), torch.ones(1, 1, 16, 16), torch.ones(1, 16, 16, 3), torch.ones(0, 3, 16, 16),
+    images = [value, torch.ones(3, 16, 16), torch.ones(1, 1, 16, 16), torch.ones(1, 16, 16, 3),
+              torch.ones(0, 3, 16, 16),
               torch.ones(1, 3, 16, 16).long(), torch.ones(1, 3, 16, 16).half(), torch.ones(1, 3, 0, 16), torch.ones(3),
               torch.ones(1, 3, 3, 3), torch.ones(1, 3, 16, 16, dtype=torch.complex64)]  # fmt: skip
     image = draw.choice(images)

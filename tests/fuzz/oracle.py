@@ -14,9 +14,11 @@ FOUND = ("checkpoint", "doctor")  # commands whose code 1 is an answer
 LONGEST = 900  # characters
 RAW = re.compile(
     r"\b[A-Z]\w+Error\b|Errno|object has no|object is not|not subscriptable|cannot reshape|broadcast|not iterable"
-    r"|unexpected keyword|NoneType|invalid literal|must be real|unhashable|positional argument|^error: '\w+'$"
+    r"|unexpected keyword|'NoneType'|invalid literal|must be real|unhashable type|positional argument|^error: '\w+'$"
 )
-KEYS = re.compile(rf"\b({'|'.join(map(re.escape, sorted((k for k in _schema_keys(Config) if '.' in k), key=len)))})\b")
+_KEYS = {part for key in _schema_keys(Config) for part in (key, key.rpartition(".")[2]) if re.search("[._]", part)}
+KEYS = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_KEYS)))})\b")
+TOLD = re.compile(r"(weights: |engine\.precision=)")  # what a command says of its course on stderr
 NAMES = re.compile(r"--?[a-z]\w*|/|\.(yaml|pth|png|safetensors)\b")  # an option, or a path
 
 
@@ -32,8 +34,11 @@ def judge_command(command: str, code: object, error: str, subjects: tuple[str, .
     if code != 2:
         return "wrong", f"exit code {code}"
     trace, lines = _split(error)
+    lines = [line for line in lines if not TOLD.match(line)]
     if len(lines) != 1 or not lines[0].startswith(("error: ", "launcher: ")):
         return "wrong", f"{len(lines)} lines"
+    if lines[0].startswith("error: out of memory"):
+        return "refused", ""
     if trace and not _raised_by_us(trace):
         return "wrong", "no sentence of ours"
     return _judge_sentence(lines[0], subjects)
