@@ -3,7 +3,6 @@
 A verb is a module with two functions, `configure(parser)` and `run(arguments, options) -> exit code`, and a row here.
 """
 
-import argparse
 import importlib
 import os
 import sys
@@ -12,6 +11,7 @@ import traceback
 
 from checkpoint_tools.arguments import add_common_arguments, build_options
 from checkpoint_tools.ranks import join_ranks
+from swin_moe.arguments import Parser
 from swin_moe.checkpoint.errors import describe
 
 PROGRAM = "swin-moe checkpoint"
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module, text = VERBS[argv[0]]
         verb = importlib.import_module(module)
-        parser = argparse.ArgumentParser(prog=f"{PROGRAM} {argv[0]}", description=text + ".")
+        parser = Parser(prog=f"{PROGRAM} {argv[0]}", description=text + ".")
         verb.configure(parser)
         add_common_arguments(parser)
         arguments = parser.parse_args(argv[1:])

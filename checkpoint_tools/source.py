@@ -57,6 +57,12 @@ class Options:
     progress: Callable[[int], None] = lambda num_bytes: None  # bytes just written
 
     def __post_init__(self) -> None:
+        for name in ("max_memory", "file_size", "world"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"--{name.replace('_', '-')} must be a whole number, got {value!r}")
+        if not isinstance(self.extra, Mapping):
+            raise ValueError(f"--set must be a mapping of texts (Options.extra), got {self.extra!r}")
         if self.max_memory < MIN_MEMORY:
             raise ValueError(f"--max-memory must be at least {MIN_MEMORY >> 20} MiB, got {self.max_memory} bytes")
         if self.on_drift not in ("error", "first", "mean"):

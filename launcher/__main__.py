@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from launcher import mpi, supervise
 from launcher.command import Job, Mpi, build_command, find_mpi
@@ -19,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the job's exit code; 2 with one sentence on stderr where the job cannot start."""
     arguments = sys.argv[1:] if arguments is None else arguments
     own, program = _split_at_dashes(arguments)
-    options = _parser().parse_args(own)
     try:
+        options = _parser().parse_args(own)
         job = Job(options.ranks, program, options.hostfile, options.mpi, _parse_environment(options.env))
         job.check()
         if not options.dry_run:  # it may be a line for another machine
@@ -75,8 +76,15 @@ def _parse_environment(pairs: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one sentence that names the option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{' '.join(message.split())[:300]}; {self.prog} --help says more")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launcher", usage=__doc__)
+    parser = _Parser(prog="python -m launcher", usage=__doc__)
     add = parser.add_argument
     add("-n", "--ranks", type=int, default=1, help="number of ranks (default 1)")
     add("--hostfile", default="", help="file with a host per line: host, host:4 or host slots=4")

@@ -1,5 +1,6 @@
 """`swin-moe COMMAND ...`, or `python -m swin_moe COMMAND ...`: one name for every entry point."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
@@ -38,7 +39,8 @@ def main() -> None:
         sys.exit(2)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
-        check_before_launch(*module.parse(arguments))
+        with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
+            check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
     if name in ("checkpoint", "doctor"):
         module.run(arguments)
@@ -53,6 +55,7 @@ def check_before_launch(ranks: int, program: list[str]) -> None:
 
     `python -m launcher` knows nothing of us; under it each rank finds the same before it allocates or meets the others.
     """
+    from swin_moe.checkpoint.errors import describe
     from swin_moe.config_io import load_config
     from swin_moe.session import check_layout
 
@@ -63,7 +66,7 @@ def check_before_launch(ranks: int, program: list[str]) -> None:
     try:
         check_layout(load_config(options[0], options[1:]), ranks)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
 
 

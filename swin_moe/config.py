@@ -323,6 +323,9 @@ class CompatConfig:
     # odd side one pixel shorter, as timm 0.4.12 cuts them
     official: bool = False
 
+    def __post_init__(self) -> None:
+        _check_choices(self, "compat")
+
 
 @dataclass(frozen=True)
 class Config:

@@ -1,27 +1,78 @@
 """How options are refused, and which options contradict each other. Plain data; config.py is the schema."""
 
 import math
+import types
 from collections.abc import Iterator
-from dataclasses import fields
-from numbers import Real
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
+
+_SHOWN = 120  # characters of a refused value
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def check(condition: bool, key: str, value: object, allowed: str) -> None:
     """Raises ValueError with key, value and what is allowed, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+        raise ValueError(f"{key} must be {allowed}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Returns a refused value as a sentence shows it: its beginning where it is long."""
+    if isinstance(value, int) and value.bit_length() > 4 * _SHOWN:  # Python writes out no more than 4,300 digits
+        return "a number of too many digits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def check_choices(section: object, prefix: str) -> None:
-    """Raises ValueError for a Literal field whose value is not one of its choices, or a number out of range."""
+    """Raises ValueError for a field of another type, a Literal that is none of its choices, a number out of range."""
     for f in fields(section):
-        choices = get_args(f.type) if getattr(f.type, "__origin__", None) is Literal else ()
-        if choices and getattr(section, f.name) not in choices:
-            allowed = "one of " + ", ".join(map(str, choices))
-            check(False, f"{prefix}.{f.name}", getattr(section, f.name), allowed)
+        value, key = getattr(section, f.name), f"{prefix}.{f.name}"
+        if not _fits(value, f.type):
+            check(False, key, value, describe_kind(f.type))
     check_ranges(section, prefix)
+
+
+def describe_kind(kind: Any, *, written: bool = False) -> str:
+    """Returns a field's type in words.
+
+    Args:
+        written: In YAML, where texts have quotes and one number stands for a list of it.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is types.UnionType:
+        return " or ".join("null" if a is types.NoneType else describe_kind(a) for a in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        if get_origin(arguments[0]) is tuple:
+            return "a list of lists such as [[1, 2], [3]]"
+        return f"a list, each item {describe_kind(arguments[0])}"
+    if origin is tuple:
+        one = describe_kind(arguments[0])
+        return f"{one} or a list of {len(arguments)} of them" if written else f"{len(arguments)} items, each {one}"
+    if kind is str and written:
+        return "text (in quotes)"
+    return _WORDS.get(kind) or f"a {kind.__name__}"
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Returns whether a value is of a field's type. Ranges, and whether a number is finite, are checked afterwards."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return any(isinstance(value, type(choice)) and value == choice for choice in arguments)
+    if origin is types.UnionType:
+        return value is None or _fits(value, arguments[0])
+    if origin is tuple:
+        sized = isinstance(value, (tuple, list)) and (arguments[-1] is Ellipsis or len(value) == len(arguments))
+        return sized and all(_fits(item, arguments[0]) for item in value)
+    if is_dataclass(kind) or kind is str:
+        return isinstance(value, kind)
+    if kind is bool:
+        return isinstance(value, Integral) and value in (0, 1)
+    return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
 
 
 # (option, its value, other option, values of that which go with it, why).
@@ -184,7 +235,7 @@ def check_ranges(section: object, prefix: str) -> None:
             continue
         holds, words = RANGES[key]
         for number in _leaves(value):
-            known = isinstance(number, Real) and math.isfinite(number)
+            known = isinstance(number, Integral) or math.isfinite(number)
             check(known, key, value, f"a finite number {words}".rstrip())
             check(holds(number), key, value, words)
 

@@ -8,51 +8,23 @@ import dataclasses
 import difflib
 import logging
 import math
-import re
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from swin_moe.config import Config
+from swin_moe.config_checks import describe_kind, shown
 from swin_moe.config_official import convert_official, is_official, our_key
 from swin_moe.official_options import refusal
+from swin_moe.yaml_files import ConfigLoader, read_yaml
 
 logger = logging.getLogger(__name__)
 
 _PATHS = ("data.path", "run.output", "checkpoint.load", "checkpoint.init", "task.teacher", "model.moe.tune_cache")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-4` is a number and `off` a word, not as in YAML 1.1; a key that stands twice fails."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Returns the mapping; raises yaml.YAMLError for a key that stands twice, where PyYAML keeps the last."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:[0-9][0-9_]*)?\.?[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+\.(?:[eE][-+]?[0-9]+)?",
-        "-+.0123456789",
-    ),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None) -> Config:
@@ -85,6 +57,7 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, worl
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     """Returns the config with `section.key=value` overrides applied and checked; raises ValueError as load_config."""
+    _check_config(config)
     return _build(Config, merge(_tree_of(config), _parse_overrides(overrides)))
 
 
@@ -97,6 +70,8 @@ def config_from_tree(tree: dict, *, source: str) -> Config:
     Raises:
         ValueError: With source, key and what is allowed.
     """
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source}: a config is a tree of sections such as 'model', got {shown(tree)}")
     try:
         return _build(Config, _coerce_tree(tree, Config, source=source))
     except ValueError as error:
@@ -114,6 +89,8 @@ def typed_tree(tree: dict, *, source: str) -> dict:
 
 def dump_config(config: Config, path: str | Path) -> None:
     """Writes every option as YAML that load_config reads back equal."""
+    _check_config(config)
+    _check_name(path)
     text = yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)
     Path(path).write_text(text, encoding="utf-8")
 
@@ -124,6 +101,7 @@ def find_config(name: str) -> Path:
     Raises:
         ValueError: No file of that name (with near names), or more than one.
     """
+    _check_name(name)
     folder = config_folder()
     wanted = Path(name.removesuffix(".yaml"))
     files = sorted(folder.rglob("*.yaml"))
@@ -134,7 +112,7 @@ def find_config(name: str) -> Path:
         raise ValueError(f"config {name!r} is ambiguous: {', '.join(str(f.relative_to(folder)) for f in found)}")
     near = difflib.get_close_matches(wanted.name, [f.stem for f in files], n=3)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise ValueError(f"no config file or config name {name!r} (looked in {folder}){hint}")
+    raise ValueError(f"no config file or config name {shown(name)} (looked in {folder}){hint}")
 
 
 def merge(below: dict, above: dict) -> dict:
@@ -173,8 +151,22 @@ class _Context:
     notes: list[str]
 
 
+def _check_name(name: object) -> None:
+    """Raises TypeError or ValueError for what cannot be a path or the name of a config."""
+    if not isinstance(name, str | Path):
+        raise TypeError(f"a config must be the path of a YAML file or a name, got {shown(name)}")
+    if "\0" in str(name):
+        raise ValueError(f"a config must be the path of a YAML file or a name, without NUL, got {shown(name)}")
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a Config, got {shown(config)}")
+
+
 def _resolve(path_or_name: str | Path, *, beside: Path | None = None) -> Path:
     """Returns the file a path or a name stands for; paths are relative to `beside` or the working directory."""
+    _check_name(path_or_name)
     if not str(path_or_name):
         raise ValueError("no config given: a YAML file, or the name of a shipped config, is needed")
     if str(path_or_name).startswith("--"):
@@ -193,7 +185,7 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
         names = " -> ".join(p.name for p in (*chain, path.resolve()))
         raise ValueError(f"{path}: base files form a cycle: {names}")
     chain = (*chain, path.resolve())
-    raw = _read_yaml(path)
+    raw = read_yaml(path)
     if is_official(raw):
         raw = convert_official(
             _read_official(path, raw, chain), path=path, world_size=context.world_size, given=context.overridden,
@@ -204,7 +196,7 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
     tree: dict = {}
     for base in bases:
         if not isinstance(base, str):
-            raise ValueError(f"{path}: base must be a file or config name, or a list of them, got {base!r}")
+            raise ValueError(f"{path}: base must be a file or config name, or a list of them, got {shown(base)}")
         above = dataclasses.replace(context, overridden=context.overridden | frozenset(_flatten(raw)))
         tree = merge(tree, _read_tree(_resolve(base, beside=path.parent), chain, above))
     return merge(tree, _coerce_tree(raw, Config, source=str(path)))
@@ -220,35 +212,27 @@ def _read_official(path: Path, raw: dict, chain: tuple[Path, ...]) -> dict:
             raise ValueError(f"{path}: BASE files form a cycle at {base}")
         if not parent.is_file():
             raise ValueError(f"{path}: BASE file {base!r} does not exist beside it")
-        tree = merge(tree, _read_official(parent, _read_yaml(parent), (*chain, parent.resolve())))
+        tree = merge(tree, _read_official(parent, read_yaml(parent), (*chain, parent.resolve())))
     return merge(tree, raw)
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold sections such as 'model:', got {type(tree).__name__}")
-    return tree
 
 
 def _parse_overrides(overrides: Iterable[str]) -> dict:
     """Returns the typed tree of "section.key=value" words; later words win."""
     tree: dict = {}
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise TypeError(f"overrides must be a list of texts such as 'optim.lr=0.1', got {shown(overrides)}")
     for word in overrides:
+        if not isinstance(word, str):
+            raise TypeError(f"an override must be a text such as 'optim.lr=0.1', got {shown(word)}")
         key, equals, text = word.partition("=")
         if word.startswith("-"):
             raise ValueError(refusal(word))
         if not equals:
-            raise ValueError(f"override {word!r} must have the form section.key=value")
+            raise ValueError(f"override {shown(word)} must have the form section.key=value")
         key = key.strip()
         kind = _type_of(key, source="command line")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, ConfigLoader)
         except yaml.YAMLError:
             value = text
         if kind is str and not isinstance(value, str):
@@ -267,7 +251,7 @@ def _coerce_tree(tree: dict, schema: type, *, source: str, prefix: str = "") -> 
         kind = _type_of(full, source=source)
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ValueError(f"{source}: {full} is a section of keys, got {value!r}")
+                raise ValueError(f"{source}: {full} is a section of keys, got {shown(value)}")
             out[key] = _coerce_tree(value, kind, source=source, prefix=f"{full}.")
         else:
             try:
@@ -275,7 +259,8 @@ def _coerce_tree(tree: dict, schema: type, *, source: str, prefix: str = "") -> 
                 if full in _PATHS and out[key].startswith("~"):  # a shell does not expand it after key=
                     out[key] = str(Path(out[key]).expanduser())
             except (TypeError, ValueError):
-                raise ValueError(f"{source}: {full} must be {_describe(kind)}, got {value!r}") from None
+                allowed = describe_kind(kind, written=True)
+                raise ValueError(f"{source}: {full} must be {allowed}, got {shown(value)}") from None
     return out
 
 
@@ -324,29 +309,13 @@ def _coerce_tuple(value: Any, arguments: tuple) -> tuple:
     return tuple(map(_coerce, value, kinds))
 
 
-def _describe(kind: Any) -> str:
-    """Returns a field type in a user's words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is types.UnionType:
-        return " or ".join("null" if a is types.NoneType else _describe(a) for a in arguments)
-    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        if get_origin(arguments[0]) is tuple:
-            return "a list of lists such as [[1, 2], [3]]"
-        return f"a list, each item {_describe(arguments[0])}"
-    if origin is tuple:
-        return f"{_describe(arguments[0])} or a list of {len(arguments)} of them"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes)"}[kind]
-
-
 def _type_of(key: str, *, source: str) -> Any:
     """Returns the type of a dotted key; raises ValueError with near keys where there is none."""
     kind: Any = Config
     for part in key.split("."):
         hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}{_hint(key)}")
+            raise ValueError(f"{source}: unknown key {shown(key)}{_hint(key)}")
         kind = hints[part]
     return kind
 

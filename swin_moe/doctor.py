@@ -4,7 +4,6 @@ Prints one line per part and ends with exit code 1 where something required is b
 missing are said to be missing. Every part is imported when it is looked at, so a broken one hides no other.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import os
@@ -13,6 +12,8 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+
+from swin_moe.arguments import Parser
 
 MARK = {True: "ok", False: "BROKEN", None: "-"}
 # Name of a distribution -> what is imported, where they differ.
@@ -36,9 +37,13 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 1 where something required is broken."""
-    parser = argparse.ArgumentParser(prog="swin-moe doctor", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="swin-moe doctor", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--no-measure", action="store_true", help="leave out the times of the attention paths")
-    options = parser.parse_args(argv)
+    try:
+        options = parser.parse_args(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     broken = 0
     parts: list[Callable[[], Iterator[Line]]] = [python_lines, package_lines, device_lines, mpi_lines, kernel_lines]
     if not options.no_measure:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from swin_moe.arguments import Parser
 from swin_moe.config import Config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
@@ -25,7 +26,7 @@ What the backbone's features tell about classes, whatever task trained it: a vot
 
 def parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     """Returns (key=value overrides, options)."""
-    parser = argparse.ArgumentParser("swin-moe evaluate-features", usage=USAGE.removeprefix("usage: "), add_help=False)
+    parser = Parser("swin-moe evaluate-features", add_help=False)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--temperature", type=float, default=0.07)
     parser.add_argument("--shots", type=int, default=5)

@@ -106,7 +106,10 @@ def _class_names(session: Session, file: str) -> Sequence[str]:
     if file:
         if not Path(file).is_file():
             raise ValueError(f"--names {file}: no such file")
-        names = tuple(Path(file).read_text(encoding="utf-8").splitlines())
+        try:
+            names = tuple(Path(file).read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError:
+            raise ValueError(f"--names {file}: is no text of UTF-8, a name a line") from None
         if len(names) != outputs:
             raise ValueError(f"--names {file} has {len(names)} names, the network {outputs} outputs")
         return names

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config, ParallelConfig
 from swin_moe.config_io import load_config
 from swin_moe.engine.common import materialize
@@ -247,18 +248,33 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
         ending.fail("error: interrupted by Ctrl-C; what was saved before is kept", ending.INTERRUPTED)
     except Stopped:
         code = STOPPED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        sentence = describe(error) if isinstance(error, ValueError | OSError) else _out_of_memory(error)
+        if sentence is None:
+            raise
         if os.environ.get("SWIN_MOE_TRACEBACK"):
             traceback.print_exc()
-        _log_to_file(str(error))
+        _log_to_file(sentence)
         _let_rank_0_speak()
-        ending.fail(f"error: {error}", 2)
+        ending.fail(f"error: {sentence}", 2)
     else:
         code = 0
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:
         ending.fail("", code)
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """Returns what to change where torch, numpy or Python got no memory; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r"allocate ([\d.]+ ?(?:[KMGTPE]i?B|bytes))", text)
+    return (
+        f"out of memory{f' ({asked[1]} more were needed)' if asked else ''}: lower data.micro_batch (in evaluation "
+        f"data.eval_batch) or the sizes under model, set parallel.recompute=block, or use more ranks"
+    )
 
 
 def _let_rank_0_speak() -> None:

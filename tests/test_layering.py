@@ -11,9 +11,12 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
-    ("config_checks", "run_state", "run_folder"),
-    ("layout", "registry", "choice_cache", "config", "randomness", "official_names", "state_dict_names", "official_options"),
-    ("config_official",),
+    ("arguments", "config_checks", "run_state", "run_folder"),
+    (
+        "layout", "registry", "choice_cache", "config", "randomness", "official_names", "state_dict_names",
+        "official_options",
+    ),  # fmt: skip
+    ("config_official", "yaml_files"),
     ("config_io",),
     ("ops",),
     ("moe",),
@@ -32,7 +35,8 @@ LAYERS = (
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
 # swin_moe modules that checkpoint_tools may use; prefixes.
 TOOLS_MAY_IMPORT = (
-    "layout", "registry", "config", "config_io", "config_official", "official_names", "state_dict_names", "checkpoint",
+    "arguments", "layout", "registry", "config", "config_io", "config_official", "official_names", "state_dict_names",
+    "checkpoint",
     "parallel.sharding",
 )  # fmt: skip
 # What single tools need beyond that: they build a network, so they load torch, when they are chosen.

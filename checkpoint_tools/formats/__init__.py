@@ -9,6 +9,7 @@
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +108,7 @@ def find_format(path: Path, *, advice: bool = True) -> str:
     Raises:
         CheckpointError: None does; says what the path is instead, and what to give.
     """
+    path = as_path(path)
     refuse_part(path)
     for name, row in FORMATS.items():
         if row.detect and lookup({name: row.detect}, name, key="--from")(path):
@@ -139,12 +141,35 @@ def refuse_part(path: Path) -> None:
             raise CheckpointError(f"{path}: is one file of a checkpoint; give its directory: {path.parent}")
 
 
+def as_path(path: Path | str) -> Path:
+    """Returns the path of a checkpoint; raises TypeError or CheckpointError where it cannot be one."""
+    if not isinstance(path, Path | str):
+        raise TypeError(f"the path of a checkpoint must be text or a Path, got {path!r}")
+    if "\0" in str(path) or not Path(path).resolve().name:
+        raise CheckpointError(f"the path of a checkpoint must name a file or folder, got {str(path)!r}")
+    return Path(path)
+
+
+def _check_options(options: Options) -> None:
+    if not isinstance(options, Options):
+        raise TypeError(f"the options of a checkpoint must be an Options of checkpoint_tools.source, got {options!r}")
+    check_settings(options)
+
+
+def _look_up(rows: dict[str, str], name: str, key: str) -> Callable:
+    """Returns the function of a format; raises ValueError with the formats there are."""
+    if not isinstance(name, str):
+        raise TypeError(f"{key} takes the name of a format ({', '.join(rows)}), got {name!r}")
+    return lookup(rows, name, key=key)
+
+
 def open_source(path: Path, options: Options, name: str = "") -> Source:
     """Returns the opened checkpoint at `path`; the format is guessed where `name` is empty."""
-    check_settings(options)
+    path = as_path(path)
+    _check_options(options)
     finish_publishing(path)
     name = name or find_format(path)
-    source = lookup({key: row.open for key, row in FORMATS.items() if row.open}, name, key="--from")(path, options)
+    source = _look_up({key: row.open for key, row in FORMATS.items() if row.open}, name, "--from")(path, options)
     taken = taken_off(path) or taken_off(path.with_name(f"{path.name}.rank0"))
     if taken:
         options.report(f"{path}: read without {taken}")
@@ -159,4 +184,6 @@ def plan_output(source: Source, path: Path, options: Options, name: str = "nativ
 
 def write_checkpoint(source: Source, path: Path, options: Options, name: str = "native") -> None:
     """Writes any source as a new checkpoint of the format `name`; nothing may be at `path` yet."""
-    lookup({key: row.write for key, row in FORMATS.items() if row.write}, name, key="--to")(source, path, options)
+    _check_options(options)
+    write = _look_up({key: row.write for key, row in FORMATS.items() if row.write}, name, "--to")
+    write(source, as_path(path), options)

@@ -13,6 +13,6 @@ def describe(error: BaseException) -> str:
     """Returns an error as one sentence; operating-system errors name their path."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, CheckpointError | ValueError):
+    if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"

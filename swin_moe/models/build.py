@@ -38,6 +38,10 @@ def build_model(config: ModelConfig, *, recompute: str = "none") -> SwinTransfor
         config: All sizes and numbers are global; nothing depends on the world size.
         recompute: "none", or "block": activations of every block are recomputed in backward.
     """
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"build_model takes a ModelConfig, got a {type(config).__name__}; create_model takes names")
+    if recompute not in ("none", "block"):
+        raise ValueError(f"build_model: recompute must be none or block, got {recompute!r}")
     return SwinTransformer(config, recompute=recompute)
 
 

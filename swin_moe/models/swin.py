@@ -19,7 +19,7 @@ from swin_moe.config import ModelConfig
 from swin_moe.models import flops
 from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
 from swin_moe.models.initialize import initialize
-from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_and_norm, dropout
+from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_and_norm, check_image, dropout
 from swin_moe.moe import MoELayer
 from swin_moe.ops.random_draws import drop_path_factors, with_words
 from swin_moe.ops.residual_norm import add_branch
@@ -200,6 +200,7 @@ class SwinTransformer(nn.Module):
 
         mask: (B, H, W) over patches, 1 where the patch is replaced by the mask token; None = no patch.
         """
+        check_image(x, self.patch_embed.proj.weight)
         unknown = [s for s in stages if not 0 <= s < len(self.layers)]
         if unknown:
             raise ValueError(f"stages must be in [0, {len(self.layers) - 1}], got {unknown[0]}")

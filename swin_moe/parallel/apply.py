@@ -59,6 +59,9 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         ValueError: The backend is unknown or cannot do it, the groups were built for other degrees, or the model is
             parallel already.
     """
+    for value, kind in ((model, nn.Module), (parallel, ParallelConfig), (groups, Groups)):
+        if not isinstance(value, kind):
+            raise TypeError(f"parallelize(model, parallel, groups) takes a {kind.__name__}, got {type(value).__name__}")
     degrees = groups.degrees
     if parallel.expert not in (0, degrees.expert) or parallel.expert_shard not in (0, degrees.expert_shard):
         raise ValueError(f"groups of {degrees} do not fit {parallel}")

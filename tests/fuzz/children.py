@@ -1,0 +1,137 @@
+"""Runs cases in a child process with little memory and a time limit each; another child goes on after one that died."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.fuzz.cases import Case, draw_case
+from tests.fuzz.oracle import judge_call, judge_command
+
+MEMORY = 4 << 30  # bytes of address space beyond what the process has already
+AT_ONCE = 50  # cases of one child: threads and caches of torch add up
+SECONDS = 120  # of one case on a crowded machine
+
+
+class Result(NamedTuple):
+    """What became of a case."""
+
+    number: int
+    command: str
+    kind: str
+    outcome: str  # works, refused or wrong
+    why: str
+    said: str
+
+    def report(self, seed: int, case: Case) -> str:
+        """Returns a failure with the line that repeats it."""
+        repeat = f"{sys.executable} -m tests.fuzz {seed}:{self.number}"
+        return f"{self.why}\n  {case.text[:2000]}\n  {self.said[-1500:]}\n  repeat: {repeat}"
+
+
+def run_cases(seed: int, numbers: Iterable[int], files: dict[str, str], folder: Path) -> list[Result]:
+    """Returns a result per case, in order."""
+    waiting, results = list(numbers), []
+    folder.mkdir(parents=True, exist_ok=True)
+    while waiting:
+        journal = folder / "journal"
+        journal.write_text("")
+        child = os.fork()
+        if child == 0:
+            _run_here(seed, waiting[:AT_ONCE], files, folder, journal)
+        status = os.waitpid(child, 0)[1]
+        lines = journal.read_text().splitlines()
+        results += [Result(*json.loads(line)) for line in lines if line.startswith("[")]
+        done = sum(line.startswith("[") for line in lines)
+        waiting = waiting[done:]
+        if waiting and done < AT_ONCE:  # the one that was begun last ended the child
+            case = draw_case(seed, waiting[0], files, folder)
+            said = (folder / "stderr").read_text(errors="replace")
+            why = f"the process ended with {os.waitstatus_to_exitcode(status)}"
+            results.append(Result(waiting.pop(0), case.command, case.kind, "wrong", why, said))
+    return results
+
+
+def run_case(case: Case, folder: Path) -> tuple[str, str, str]:
+    """Returns (outcome, why, what was said) of a case in this process, whose stderr is the file `folder`/stderr."""
+    errors = folder / "stderr"
+    sys.stderr.flush()
+    os.ftruncate(2, 0)
+    os.lseek(2, 0, os.SEEK_SET)
+    if case.call is not None:
+        raised = None
+        try:
+            case.call()
+        except Exception as error:
+            raised = error
+        outcome, why = judge_call(raised, case.subjects)
+        said = "" if raised is None else "".join(traceback.format_exception(raised)[-2:])
+        return outcome, why, said
+    code = _command(case.words)
+    sys.stderr.flush()
+    said = errors.read_text(errors="replace")
+    outcome, why = judge_command(case.command, code, said, case.subjects)
+    return outcome, why, said
+
+
+def _command(words: tuple[str, ...]) -> object:
+    from swin_moe import cli
+
+    sys.argv = ["swin-moe", *words]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return 0 if stop.code is None else stop.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _run_here(seed: int, numbers: list[int], files: dict[str, str], folder: Path, journal: Path) -> None:
+    try:
+        confine(folder)
+        with journal.open("a") as file:
+            for number in numbers:
+                faulthandler.dump_traceback_later(SECONDS, exit=True)
+                random.seed(0)
+                case = draw_case(seed, number, files, folder)
+                outcome, why, said = run_case(case, folder)
+                file.write(json.dumps([number, case.command, case.kind, outcome, why, said]) + "\n")
+                file.flush()
+    finally:
+        os._exit(0)
+
+
+def confine(folder: Path) -> None:
+    """Limits this process, turns its output into files, and makes long commands short: one step, two forwards."""
+    from launcher import supervise
+    from swin_moe import doctor, throughput, train
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    faulthandler.enable(sys.stderr)
+    os.environ["SWIN_MOE_TRACEBACK"] = "1"
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.chdir(folder)
+    step = train.Trainer._train_step
+    train.Trainer._train_step = lambda trainer, batches: step(trainer, batches) or True
+    throughput.WARMUP = throughput.TIMED = 1
+    doctor.COMMON = {}
+    supervise.run = lambda *arguments, **options: 0  # ranks would cost seconds each
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
