@@ -11,7 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from swin_moe import create_model
 from swin_moe.config import MoEConfig
+from swin_moe.engine.graphs import GraphedForward, Recording, record_on_device
 from swin_moe.moe.layer import MoELayer
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
@@ -228,6 +230,30 @@ def random_draws(device: torch.device, size: str) -> Problem:
     return Problem({"rows": rows.to(device)}, run, lambda given: run(given.cpu()), gradients=False, tolerance=1e-6)
 
 
+def run_again(call: Callable[[], Tensor]) -> Recording:
+    """Returns the recording of a call where there is no device to record: it is called again."""
+    output = call()
+    return Recording(lambda: output.copy_(call()), output)
+
+
+def graph_of_a_network(device: torch.device, size: str) -> Problem:
+    """Returns a network whose forward is recorded with other images and replayed, and its forward as always."""
+    images = {"small": 1, "medium": 4, "large": 32}[size]
+    shape = dict(img_size=64, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[1, 2], window_size=8)
+    network = create_model("swinv2", num_classes=11, **shape).to(device).eval()
+    graphed = GraphedForward(network, record_on_device if device.type == "cuda" else run_again)
+
+    def ours(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return [graphed(other) for other in (x + 1, x - 1, x)][-1]
+
+    def plain(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network(x)
+
+    return Problem({"x": draw(device, torch.float32, images, 3, 64, 64)}, ours, plain, gradients=False, tolerance=1e-6)
+
+
 def cases() -> list[Case]:
     """Returns every row, in the order in which they run."""
     rows = [
@@ -249,4 +275,5 @@ def cases() -> list[Case]:
         rows.append(Case(f"grouped_linear, {name}, nan around", partial(one_layer_per_expert, dtype)))
     rows.append(Case("moe layer, bf16, capacity 1.25, nan around", layer_that_drops))
     rows.append(Case("random draws", random_draws))
+    rows.append(Case("cuda graph of a network", graph_of_a_network))
     return rows

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import logging
 import math
+import re
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path

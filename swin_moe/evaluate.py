@@ -3,6 +3,7 @@
 from swin_moe.config import Config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
+from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.metrics import LOGGER, save_picture, start_logging
 from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     path, overrides = parse_arguments(argv, USAGE)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
+    check_graphs(session.config, session.device.type, session.world_size)
     loader = build_eval_loader(session.config, session)
     task = build_task(session.config)
     if task.needs_teacher:
@@ -44,11 +46,12 @@ def main(argv: list[str]) -> None:
     model = build_local_model(session, task)
     LOGGER.info("weights: %s", load_weights(model, session))
     config = session.config
+    network = with_graphs(model.eval(), config)
     context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))
     loaded = session.heartbeat.over(loader, "evaluation batch")
     batches = (to_device(batch, session.device, config.engine.precision) for batch in loaded)
     with session.watched():
-        result = task.evaluate(model.eval(), batches, context)
+        result = task.evaluate(network, batches, context)
     LOGGER.info("%s", ", ".join(f"{k} {v:.6g}" for k, v in result.items()))
     for name, picture in task.pictures().items():
         if session.rank == 0:

@@ -13,6 +13,7 @@ import torch
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
 from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import build_transform
+from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
 from swin_moe.weight_sources import is_own
@@ -36,12 +37,13 @@ def main(argv: list[str]) -> None:
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
     config = session.config
+    check_graphs(config, session.device.type, session.world_size)
     classes = _class_names(session, options.names)
     model = build_classifier(session)
     print(f"weights: {load_weights(model, session)}", file=sys.stderr)
     transform = build_transform(config.data, config.model.img_size, train=False)
     dtype = next(model.parameters()).dtype
-    model.eval()
+    model = with_graphs(model.eval(), config)
     for name in images:
         image = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0).to(session.device, dtype)
         with torch.inference_mode(), autocast(config.engine.precision, session.device):

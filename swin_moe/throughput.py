@@ -5,6 +5,7 @@ import time
 import torch
 
 from swin_moe.data.batch import to_device
+from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.evaluate import build_eval_loader
 from swin_moe.metrics import LOGGER, peak_flops, peak_memory, start_logging
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     path, overrides = parse_arguments(argv, USAGE)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
+    check_graphs(session.config, session.device.type, session.world_size)
     loader = build_eval_loader(session.config, session)
     model = build_classifier(session)
     precision = session.config.engine.precision
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> None:
     if not len(images):
         raise ValueError(f"rank {session.rank} got no image to measure with; use fewer ranks or data.name=synthetic")
     peaks = [peak_flops(session.device, precision)]
-    seconds = measure(model.eval(), images, lambda: autocast(precision, session.device))
+    graphed = with_graphs(model.eval(), session.config)
+    seconds = measure(graphed, images, lambda: autocast(precision, session.device))
     rate = len(images) * session.world_size / seconds
     flops = 2 * model.active_flops() * rate / session.world_size
     peaks += [peak_flops(session.device, precision), flops]  # again: other work may have slowed the first

@@ -13,6 +13,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.engine.gradient_watch import GradientWatch
+from swin_moe.engine.graphs import check_training
 from swin_moe.expert_load import start_clocks
 from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
 from swin_moe.optim import build_schedule
@@ -365,6 +366,7 @@ def main(argv: list[str]) -> None:
 
 def train(session: Session) -> None:
     """Trains a run to its end, or continues it."""
+    check_training(session.config)
     trainer = Trainer(session)
     for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)

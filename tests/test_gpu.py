@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import swin_moe
+from swin_moe.engine.graphs import GraphedForward
 from swin_moe.parallel.payload import PAYLOADS
 from swin_moe.randomness import RandomContext, keep_mask, normal, uniform
 
@@ -49,6 +50,19 @@ def test_network_and_gradients_equal_the_cpu(name):
         results.append([logits, x.grad] + [p.grad for p in model.parameters() if p.grad is not None])
     for cpu, cuda in zip(*results):
         assert (cpu - cuda.cpu()).norm() <= 1e-4 * cpu.norm() + 1e-7
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_replayed_forward_equals_the_eager_one(name):
+    model = swin_moe.create_model(name, **SMALL, **MODELS[name]).eval().cuda()
+    graphed = GraphedForward(model)
+    with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+        for seed in range(4):
+            x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).cuda()
+            found, expected = (out[0] if isinstance(out, tuple) else out for out in (graphed(x), model(x)))
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        remainder = model(x[:1]), graphed(x[:1])
+        torch.testing.assert_close(*(out[0] if isinstance(out, tuple) else out for out in remainder))
 
 
 def test_draws_equal_the_cpu():
