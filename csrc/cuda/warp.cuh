@@ -151,6 +151,19 @@ __device__ __forceinline__ void load_pair(const T* from, float& first, float& se
   second = to_float(T{uint16_t(both >> 16)});
 }
 
+// 16 aligned bytes at once.
+struct alignas(16) FourFloats {
+  float values[4];
+};
+__device__ __forceinline__ void load_four(const float* from, float* to) {
+  const FourFloats four = *reinterpret_cast<const FourFloats*>(from);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = four.values[i];
+}
+__device__ __forceinline__ void store_four(float* to, const float (&from)[4]) {
+  *reinterpret_cast<FourFloats*>(to) = {{from[0], from[1], from[2], from[3]}};
+}
+
 // float64 stays what it is, so that one source serves every element.
 __device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ void from_float(double& to, double x) { to = x; }

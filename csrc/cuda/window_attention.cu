@@ -32,6 +32,11 @@ size_t swin_moe_window_workspace(const WindowLaunch* launch) {
   return variant ? swin_moe::Workspace(*launch, variant->plan(*launch)).bytes : 0;
 }
 
+int swin_moe_window_needs_log_sums(const WindowLaunch* launch) {
+  const auto* variant = swin_moe::find_backward(*launch);
+  return variant && variant->log_sums;
+}
+
 cudaError_t swin_moe_window_forward(const WindowLaunch* launch, cudaStream_t stream) {
   const auto* variant = swin_moe::find_forward(*launch);
   return variant ? variant->run(*launch, stream) : cudaErrorInvalidValue;

@@ -191,6 +191,8 @@ struct RunningSoftmax {
   }
   __device__ __forceinline__ float inverse_total(int h) const { return ScoreUnit<T>::reciprocal(quad_sum(sum[h])); }
   __device__ __forceinline__ float largest_score(int h) const { return largest[h] * factor; }
+  // Of the sum of exponentials of whole scores, to the base in whose units they are; 16-bit elements only.
+  __device__ __forceinline__ float log_total(int h) const { return largest_score(h) + log2f(quad_sum(sum[h])); }
 };
 
 // Where the products of 16 rows with columns begin, of `Tiles` tiles of a block: the bias and the mask.
@@ -255,12 +257,12 @@ __device__ __forceinline__ void set_zero(float (&sums)[Tiles][kTileSums]) {
 }
 
 // Writes a warp's 16 rows of sums to shared memory, each row times its factor.
-template <class S>
-__device__ __forceinline__ void write_sums(typename S::T* tile, int row, const float (&sums)[S::kSlices][kTileSums],
+template <class S, int Slices>
+__device__ __forceinline__ void write_sums(typename S::T* tile, int row, const float (&sums)[Slices][kTileSums],
                                            float upper, float lower) {
   const Lane lane;
 #pragma unroll
-  for (int s = 0; s < S::kSlices; ++s)
+  for (int s = 0; s < Slices; ++s)
 #pragma unroll
     for (int e = 0; e < kTileSums; e += 2) {
       const float factor = e / 2 % 2 ? lower : upper;

@@ -14,6 +14,7 @@ struct BackwardVariant {
   int head_dim, window, tokens;  // tokens: the most of a window
   BackwardPlan (*plan)(const WindowLaunch&);
   cudaError_t (*run)(const WindowLaunch&, cudaStream_t);
+  bool log_sums;                 // whether it reads what the forward left
 };
 
 // Kernels with the window as a constant are for head dimension 32 exactly, which is that of all published models.
