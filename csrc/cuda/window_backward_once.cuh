@@ -3,9 +3,9 @@
 // gives the other number of a row, delta, so weights and their gradients are computed once. Gradients of scores go
 // through shared memory, kOthers queries at a time, to the gradients of queries.
 //
-// Gradients of all pairs of tokens, summed over windows, for the position bias: in registers, or, where a tile of 16
-// tokens is a row of the window, one tile per distance of rows in shared memory. There all warps work on the same row of
-// queries at a time, each with another row of keys, so that no two have the same distance.
+// Gradients of all pairs of tokens, summed over windows, stay in shared memory for the position bias. Where a tile of 16
+// tokens is a row of the window, it is one tile per distance of rows: all warps work on the same row of queries at a
+// time, each with another row of keys, so that no two have the same distance.
 #pragma once
 
 #include "window_gradients.cuh"
@@ -16,14 +16,15 @@ template <class S>
 struct OnceShared {
   using T = typename S::T;
   static constexpr bool kRowTiles = S::kWindow == kTile;
-  static constexpr int kDistances = 2 * S::kWindow - 1;
-  static constexpr int kTileSize = kTile * kTile;
+  static constexpr int kPairTiles = kRowTiles ? 2 * S::kWindow - 1 : S::kWarps * S::kWarps;
   static constexpr int kScorePitch = S::kOthers + 8;   // rows then start in different banks
   static constexpr int kParts = S::kWarps / S::kTiles;  // warps that share the gradient of 16 queries, by columns
+  static constexpr int kUnrolled = kRowTiles ? 4 : 3;  // tiles of queries that make whole rows of the window
   static_assert(sizeof(T) == 2 && S::kWarps % S::kTiles == 0 && S::kSlices % kParts == 0, "every warp has its columns");
   static_assert(S::kWindow * S::kWindow == S::kRows && S::kRows % S::kOthers == 0, "a window in one piece");
+  static_assert(kUnrolled * kTile % S::kWindow == 0 && S::kTiles % kUnrolled == 0, "columns at constant places");
   TokenTable table;
-  float *inverse_queries, *inverse_keys, *pad, *scratch, *along, *log_sums, *deltas, *distance_sums, *pairs;
+  float *inverse_queries, *inverse_keys, *pad, *scratch, *along, *log_sums, *deltas, *pair_sums;
   T *queries, *keys, *values, *grad_out;
   T *grad_scores;                    // (keys, queries at a time); before, the output
 
@@ -37,15 +38,13 @@ struct OnceShared {
     along = pieces.take<float>(kParts * S::kOthers);
     log_sums = pieces.take<float>(S::kRows);
     deltas = pieces.take<float>(2 * S::kRows);
-    distance_sums = pieces.take<float>(kRowTiles ? kDistances * kTileSize : 0);
-    SharedPieces after = pieces;  // the pairs lie where the rows were
-    pairs = after.take<float>(kRowTiles ? 0 : S::kRows * (S::kRows + 1));
+    pair_sums = pieces.take<float>(kPairTiles * kTile * kTile);
     queries = pieces.take<T>(S::kRows * S::kPitch);
     keys = pieces.take<T>(S::kRows * S::kPitch);
     values = pieces.take<T>(S::kRows * S::kPitch);
     grad_out = pieces.take<T>(S::kRows * S::kPitch);
     grad_scores = pieces.take<T>(S::kRows * kScorePitch);
-    return pieces.used > after.used ? pieces.used : after.used;
+    return pieces.used;
   }
 
   // Brings in a window; its tokens are in the table.
@@ -146,63 +145,53 @@ __device__ __forceinline__ void leave_scores(const OnceShared<S>& shared, const 
                                  lane.column_of(2 * i)) = left.r[i];
 }
 
-// The sums over windows of what pairs of tokens contribute to the gradient of the position bias.
-template <class S, bool RowTiles>
+// The sums over windows of what pairs of tokens contribute to the gradient of the position bias, in shared memory: tiles
+// as lanes hold them, four numbers of each lane side by side.
+template <class S>
 struct PairSums {
-  static constexpr int kTilesAtATime = 1;
+  using Shared = OnceShared<S>;
 
-  __device__ __forceinline__ explicit PairSums(const OnceShared<S>& shared) {
-    for (int i = threadIdx.x; i < OnceShared<S>::kDistances * OnceShared<S>::kTileSize; i += S::kThreads)
-      shared.distance_sums[i] = 0.f;
+  static __device__ __forceinline__ float* at(const Shared& shared, int key_tile, int query_tile) {
+    const int tile = Shared::kRowTiles ? query_tile - key_tile + S::kWindow - 1 : key_tile * S::kWarps + query_tile;
+    return shared.pair_sums + tile * kTile * kTile;
+  }
+  static __device__ __forceinline__ int place(int key, int query) {
+    return query % kTile / 8 * 128 + (key % 8 * 4 + query % 8 / 2) * 4 + key % kTile / 8 * 2 + query % 2;
   }
 
-  // A barrier comes before: nobody still adds for the row of queries before.
-  __device__ __forceinline__ void add(const OnceShared<S>& shared, const float (&grad_scores)[kTileSums], int row,
-                                      int query, int) {
-    __syncthreads();
-    float* at = shared.distance_sums + ((query - row) / kTile + S::kWindow - 1) * OnceShared<S>::kTileSize +
-                threadIdx.x % 32 * 4;
+  static __device__ __forceinline__ void clear(const Shared& shared) {
+    for (int i = threadIdx.x; i < Shared::kPairTiles * kTile * kTile; i += S::kThreads) shared.pair_sums[i] = 0.f;
+  }
+
+  static __device__ __forceinline__ void add(const Shared& shared, const float (&grad_scores)[kTileSums], int key,
+                                             int query) {
+    if constexpr (Shared::kRowTiles) __syncthreads();  // nobody still adds for the row of queries before
+    float* to = at(shared, key / kTile, query / kTile) + threadIdx.x % 32 * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sums[4];
-      load_four(at + half * 128, sums);
+      load_four(to + half * 128, sums);
 #pragma unroll
       for (int e = 0; e < 4; ++e) sums[e] += grad_scores[4 * half + e];
-      store_four(at + half * 128, sums);
+      store_four(to + half * 128, sums);
     }
   }
 
-  __device__ __forceinline__ void write(const OnceShared<S>& shared, float* partial, const WindowGeometry& g) {
-    __syncthreads();
+  // One cell of the bias table per thread. A tile per distance holds the pairs of all rows that far apart already.
+  static __device__ __forceinline__ void write(const Shared& shared, float* partial, const WindowGeometry& g) {
     constexpr int kWidth = 2 * S::kWindow - 1;
+    __syncthreads();
     for (int r = threadIdx.x; r < g.table_rows(); r += S::kThreads) {
-      const float* tile = shared.distance_sums + r / kWidth * OnceShared<S>::kTileSize;
-      const int apart = r % kWidth - (S::kWindow - 1);
+      const int dy = r / kWidth - (S::kWindow - 1), dx = r % kWidth - (S::kWindow - 1), apart = dy * S::kWindow + dx;
+      const int begin_y = max(0, -dy), end_y = Shared::kRowTiles ? begin_y + 1 : min(S::kWindow, S::kWindow - dy);
       float sum = 0.f;
-      for (int key = max(0, -apart); key < min(kTile, kTile - apart); ++key) {
-        const int query = key + apart;  // lane and element that own the pair: see fragments.cuh
-        sum += tile[query / 8 * 128 + (key % 8 * 4 + query % 8 / 2) * 4 + key / 8 * 2 + query % 2];
-      }
+      for (int y = begin_y; y < end_y; ++y)
+        for (int x = max(0, -dx); x < min(S::kWindow, S::kWindow - dx); ++x) {
+          const int key = y * S::kWindow + x, query = key + apart;
+          sum += at(shared, key / kTile, query / kTile)[place(key, query)];
+        }
       partial[r] = sum;
     }
-  }
-};
-
-template <class S>
-struct PairSums<S, false> {
-  static constexpr int kTilesAtATime = S::kTiles;
-  float sums[S::kTiles][kTileSums];
-
-  __device__ __forceinline__ explicit PairSums(const OnceShared<S>&) {
-    static_assert(S::kTiles == S::kWarps, "all queries at a time");
-    set_zero(sums);
-  }
-  __device__ __forceinline__ void add(const OnceShared<S>&, const float (&grad_scores)[kTileSums], int, int, int tile) {
-#pragma unroll
-    for (int e = 0; e < kTileSums; ++e) sums[tile][e] += grad_scores[e];
-  }
-  __device__ __forceinline__ void write(const OnceShared<S>& shared, float* partial, const WindowGeometry& g) {
-    write_bias<S, true>(sums, shared.pairs, partial, g, 0, 0);
   }
 };
 
@@ -253,31 +242,30 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     window_backward_once_kernel(const WindowLaunch p, const Partials partials, int64_t chunks) {
   using Shared = OnceShared<S>;
-  using Pairs = PairSums<S, Shared::kRowTiles>;
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const BlockTask task(p, 1, chunks);
   Shared shared;
   ScoreRule rule = start_block(shared, p, g, task.head, S::kRows);
   for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
   const int row = threadIdx.x / 32 * kTile;
-  Pairs pairs(shared);
+  PairSums<S>::clear(shared);
   float grad_factor = 0.f;
 
-  for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = enter_window(shared.table, rule, g, window, S::kRows);
+  for (uint32_t window = task.begin; window < task.end; ++window) {
+    const uint32_t image = enter_window(shared.table, rule, g, window, S::kRows);
     shared.load(p, window, image, task.head);
     const ScoreRows<S, true> rows(shared.table, rule, row);
     OwnedKeys<S> owned(shared, rule, row);
 #pragma unroll 1
     for (int first = 0; first < S::kRows; first += S::kOthers) {
 #pragma unroll 1
-      for (int block = 0; block < S::kTiles; block += Pairs::kTilesAtATime)
+      for (int block = 0; block < S::kOthers; block += Shared::kUnrolled * kTile)
 #pragma unroll
-        for (int u = 0; u < Pairs::kTilesAtATime; ++u) {
+        for (int u = 0; u < Shared::kUnrolled; ++u) {
           float grad_scores[kTileSums];
-          const auto left = owned.step(grad_scores, shared, rows, first + block * kTile, u);
-          pairs.add(shared, grad_scores, row, first + block * kTile, u);
-          leave_scores<S>(shared, left, row, (block + u) * kTile);
+          const auto left = owned.step(grad_scores, shared, rows, first + block, u);
+          PairSums<S>::add(shared, grad_scores, row, first + block + u * kTile);
+          leave_scores<S>(shared, left, row, block + u * kTile);
         }
       __syncthreads();  // the gradients of the scores of these queries are all there
       grad_factor += differentiate_queries<S>(p, shared, task.head, first);
@@ -298,7 +286,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk, task.head);
   if (partials.pad) write_padding<S>(p, partials, shared.pad, task.chunk, task.head);
-  pairs.write(shared, partials.bias + (task.chunk * p.num_heads + task.head) * g.table_rows(), g);
+  PairSums<S>::write(shared, partials.bias + (int64_t(task.chunk) * p.num_heads + task.head) * g.table_rows(), g);
 }
 
 }  // namespace swin_moe

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
 
-  for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = enter_window(shared.table, rule, g, window, padded);
+  for (uint32_t window = task.begin; window < task.end; ++window) {
+    const uint32_t image = enter_window(shared.table, rule, g, window, padded);
     const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
     const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
     load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
       if (block == 0) load_left<S>(queries, shared.queries, warp_row, rule);
       attend<S>(out, softmax, rows, queries, shared.keys + stage, shared.values + stage, first_key);
     }
-    leave_log_sums<S>(p, softmax, (window * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
+    leave_log_sums<S>(p, softmax, (int64_t(window) * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
     // The queries of this warp are in registers by now, so its rows of them take the result.
     __syncwarp();
     write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));

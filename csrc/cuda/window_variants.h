@@ -23,6 +23,9 @@ inline bool fits(const WindowLaunch& p, int head_dim, int window) {
   return window ? p.head_dim == head_dim && g.window_h == window && g.window_w == window : p.head_dim <= head_dim;
 }
 
+// Kernels count windows in 32 bits.
+inline bool countable(const WindowLaunch& p) { return p.windows() <= 0x7fffffff; }
+
 // The tables of the elements, one per source file.
 const ForwardVariant* find_forward_fp32(const WindowLaunch& p);
 const ForwardVariant* find_forward_bf16(const WindowLaunch& p);
