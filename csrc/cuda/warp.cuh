@@ -111,6 +111,14 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// What a block of the current device can have; 0 without one.
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return error == cudaSuccess ? size_t(bytes) : 0;
+}
+
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    P... arguments) {

@@ -36,7 +36,7 @@ size_t swin_moe_window_workspace(const WindowLaunch* launch) {
 
 int swin_moe_window_needs_log_sums(const WindowLaunch* launch) {
   const auto* variant = swin_moe::find_backward(*launch);
-  return variant && variant->log_sums;
+  return variant && variant->shared_bytes;
 }
 
 cudaError_t swin_moe_window_forward(const WindowLaunch* launch, cudaStream_t stream) {

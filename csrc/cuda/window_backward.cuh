@@ -48,13 +48,16 @@ struct WholeBackward {
     return {chunks, chunks, chunks, false};
   }
 
+  static size_t shared_bytes(const WindowLaunch& p) {
+    typename Kernel::Shared shared;
+    return shared.place(nullptr, p.geometry);
+  }
+
   static cudaError_t run(const WindowLaunch& p, cudaStream_t stream) {
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
-    typename Kernel::Shared shared;
-    const size_t bytes = shared.place(nullptr, p.geometry);
-    cudaError_t error = launch(Kernel::kKernel, parts.bias * p.num_heads, Kernel::Shape::kThreads, bytes, stream, p,
-                               workspace.partials, parts.bias);
+    cudaError_t error = launch(Kernel::kKernel, parts.bias * p.num_heads, Kernel::Shape::kThreads, shared_bytes(p),
+                               stream, p, workspace.partials, parts.bias);
     return error == cudaSuccess ? add_partials(p, parts, workspace.partials, stream) : error;
   }
 };

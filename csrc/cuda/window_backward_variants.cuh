@@ -14,25 +14,26 @@ struct BackwardVariants {
   template <int HeadDim, int Window>
   static constexpr BackwardVariant whole() {
     using Backward = WholeBackward<WholeKernel<Shape<T, HeadDim, Window, 4, kWhole>>>;
-    return {HeadDim, Window, kWhole, &Backward::plan, &Backward::run, false};
+    return {HeadDim, Window, kWhole, &Backward::plan, &Backward::run, nullptr};
   }
 
   // Queries: whose gradients of scores are in shared memory at a time.
   template <int Window, int Queries>
   static constexpr BackwardVariant once() {
     using Backward = WholeBackward<OnceKernel<Shape<T, 32, Window, Window * Window / kTile, Queries>>>;
-    return {32, Window, Window * Window, &Backward::plan, &Backward::run, true};
+    return {32, Window, Window * Window, &Backward::plan, &Backward::run, &Backward::shared_bytes};
   }
 
   template <int HeadDim, int Window, int Warps, int KeysAtATime, int QueriesAtATime>
   static constexpr BackwardVariant split() {
     using Backward = SplitBackward<Shape<T, HeadDim, Window, Warps, KeysAtATime>,
                                    Shape<T, HeadDim, Window, Warps, QueriesAtATime>>;
-    return {HeadDim, Window, kMaxWindowTokens, &Backward::plan, &Backward::run, false};
+    return {HeadDim, Window, kMaxWindowTokens, &Backward::plan, &Backward::run, nullptr};
   }
 
   static bool fits(const WindowLaunch& p, const BackwardVariant& v) {
-    return p.geometry.tokens() <= v.tokens && swin_moe::fits(p, v.head_dim, v.window);
+    return p.geometry.tokens() <= v.tokens && swin_moe::fits(p, v.head_dim, v.window) &&
+           (!v.shared_bytes || v.shared_bytes(p) <= most_shared_bytes());
   }
 
   static const BackwardVariant* find(const WindowLaunch& p) {

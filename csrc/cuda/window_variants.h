@@ -14,7 +14,8 @@ struct BackwardVariant {
   int head_dim, window, tokens;  // tokens: the most of a window
   BackwardPlan (*plan)(const WindowLaunch&);
   cudaError_t (*run)(const WindowLaunch&, cudaStream_t);
-  bool log_sums;                 // whether it reads what the forward left
+  // Of a kernel that reads what the forward left and needs more shared memory than every device has; null otherwise.
+  size_t (*shared_bytes)(const WindowLaunch&);
 };
 
 // Kernels with the window as a constant are for head dimension 32 exactly, which is that of all published models.

@@ -23,6 +23,8 @@ FLAGS = [
     "-O1",
     "-std=c++17",
     "-fPIC",
+    # Statics of templates would otherwise be one for the process: a CUDA build of the extension has the same names.
+    "-fno-gnu-unique",
     "-fno-strict-aliasing",
     "-Wno-unknown-pragmas",
     "-DSWIN_MOE_EMULATION",
@@ -140,8 +142,8 @@ def window_attention(library: ctypes.CDLL, *, offset: int = 0) -> Callable[..., 
             made = {"out": Guarded((*qkv.shape[:3], qkv.shape[3] // 3), qkv.dtype, offset=offset)}
             launch = _describe(given | made, numbers)
             if library.swin_moe_window_needs_log_sums(ctypes.byref(launch)):
-                g, heads = launch.geometry, launch.num_heads
-                made["log_sums"] = Guarded((len(qkv) * g.rows * g.columns, heads, g.window_h * g.window_w), torch.float32)
+                g, windows = launch.geometry, len(qkv) * launch.geometry.rows * launch.geometry.columns
+                made["log_sums"] = Guarded((windows, launch.num_heads, g.window_h * g.window_w), torch.float32)
             _launch(library.swin_moe_window_forward, given, made, numbers)
             ctx.save_for_backward(qkv, table, factor, pad)
             ctx.numbers, ctx.made = numbers, made if "log_sums" in made else {}
