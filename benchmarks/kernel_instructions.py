@@ -25,7 +25,7 @@ SOURCES = ("window_forward_bf16.cu", "window_backward_bf16.cu")
 PRODUCTS = {
     "window_forward": (2,),
     "window_backward_whole": (3, 2),
-    "window_backward_kept": (3,),
+    "window_backward_once": (4, 1),
     "window_backward_keys": (4,),
     "window_backward_queries": (2, 3),
 }

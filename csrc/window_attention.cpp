@@ -155,7 +155,7 @@ Tensor window_attention_cpu(const Tensor& qkv, const Tensor& bias_table, const s
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
     const Tensor& grad_out, const Tensor& qkv, const Tensor& bias_table, const std::optional<Tensor>& logit_scale,
     const std::optional<Tensor>& pad_qkv, int64_t num_heads, int64_t window_h, int64_t window_w, int64_t shift_h,
-    int64_t shift_w, double scale, double mask_value) {
+    int64_t shift_w, double scale, double mask_value, const std::optional<Tensor>&, const std::optional<Tensor>&) {
   Inputs in({qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value});
   check_gradient(grad_out, qkv);
   auto element = element_of(qkv.scalar_type());
@@ -185,9 +185,12 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
       "window_attention(Tensor qkv, Tensor bias_table, Tensor? logit_scale, Tensor? pad_qkv, int num_heads, "
       "int window_h, int window_w, int shift_h, int shift_w, float scale, float mask_value) -> Tensor");
   m.def(
+      "window_attention_and_sums(Tensor qkv, Tensor bias_table, Tensor? logit_scale, Tensor? pad_qkv, int num_heads, "
+      "int window_h, int window_w, int shift_h, int shift_w, float scale, float mask_value) -> (Tensor, Tensor)");
+  m.def(
       "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor? logit_scale, "
       "Tensor? pad_qkv, int num_heads, int window_h, int window_w, int shift_h, int shift_w, float scale, "
-      "float mask_value) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float mask_value, Tensor? out=None, Tensor? log_sums=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str", &swin_moe::cpu_capability);
 }
 

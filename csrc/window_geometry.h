@@ -38,25 +38,48 @@ SWIN_MOE_BOTH WindowGeometry make_geometry(int64_t height, int64_t width, int wi
           window_h, window_w, shift_h, shift_w};
 }
 
+// Where a window lies in its image, in windows. Int: int64_t, or uint32_t on a device, which divides 64 bits by a call:
+// for images of fewer than 2 ** 31 tokens.
+template <class Int>
+struct WindowPlace {
+  Int row, column;
+
+  SWIN_MOE_BOTH WindowPlace(const WindowGeometry& g, Int window)
+      : row(window / Int(g.columns)), column(window - row * Int(g.columns)) {}
+};
+
 // Index y * width + x of a window's token in its image, or kPadding.
+template <class Int>
+SWIN_MOE_BOTH int64_t source_token(const WindowGeometry& g, const WindowPlace<Int>& at, int token) {
+  Int y = at.row * Int(g.window_h) + Int(token / g.window_w + g.shift_h);
+  Int x = at.column * Int(g.window_w) + Int(token % g.window_w + g.shift_w);
+  const Int height = Int(g.rows) * Int(g.window_h), width = Int(g.columns) * Int(g.window_w);
+  if (y >= height) y -= height;
+  if (x >= width) x -= width;
+  return y < Int(g.height) && x < Int(g.width) ? int64_t(y * Int(g.width) + x) : kPadding;
+}
 SWIN_MOE_BOTH int64_t source_token(const WindowGeometry& g, int64_t window, int token) {
-  int64_t y = window / g.columns * g.window_h + token / g.window_w + g.shift_h;
-  int64_t x = window % g.columns * g.window_w + token % g.window_w + g.shift_w;
-  if (y >= g.rows * g.window_h) y -= g.rows * g.window_h;
-  if (x >= g.columns * g.window_w) x -= g.columns * g.window_w;
-  return y < g.height && x < g.width ? y * g.width + x : kPadding;
+  return source_token(g, WindowPlace<int64_t>(g, window), token);
 }
 
 // Whether tokens of this window come from both sides of the seam of the roll, so that scores are masked.
+template <class Int>
+SWIN_MOE_BOTH bool crosses_seam(const WindowGeometry& g, const WindowPlace<Int>& at) {
+  return (g.shift_h > 0 && at.row == Int(g.rows - 1)) || (g.shift_w > 0 && at.column == Int(g.columns - 1));
+}
 SWIN_MOE_BOTH bool crosses_seam(const WindowGeometry& g, int64_t window) {
-  return (g.shift_h > 0 && window / g.columns == g.rows - 1) || (g.shift_w > 0 && window % g.columns == g.columns - 1);
+  return crosses_seam(g, WindowPlace<int64_t>(g, window));
 }
 
 // Which side of the seams a token came from, 0 to 3. Tokens of one window attend unmasked where it is equal.
-SWIN_MOE_BOTH int seam_side(const WindowGeometry& g, int64_t window, int token) {
-  bool below = window / g.columns == g.rows - 1 && token / g.window_w >= g.window_h - g.shift_h;
-  bool right = window % g.columns == g.columns - 1 && token % g.window_w >= g.window_w - g.shift_w;
+template <class Int>
+SWIN_MOE_BOTH int seam_side(const WindowGeometry& g, const WindowPlace<Int>& at, int token) {
+  bool below = at.row == Int(g.rows - 1) && token / g.window_w >= g.window_h - g.shift_h;
+  bool right = at.column == Int(g.columns - 1) && token % g.window_w >= g.window_w - g.shift_w;
   return 2 * below + right;
+}
+SWIN_MOE_BOTH int seam_side(const WindowGeometry& g, int64_t window, int token) {
+  return seam_side(g, WindowPlace<int64_t>(g, window), token);
 }
 
 // Row of the bias table for a (query, key) pair of tokens of one window.

@@ -54,6 +54,9 @@ struct WindowInputs {
     p.head_dim = int(qkv.size(3) / 3 / a.num_heads);
     p.scale = float(a.scale);
     p.mask_value = float(a.mask_value);
+    TORCH_CHECK_VALUE(p.windows() <= std::numeric_limits<int>::max(),
+                      "window_attention: the images of a batch must have fewer than 2 ** 31 windows on CUDA, got ",
+                      p.windows());
     p.qkv = qkv.const_data_ptr();
     p.bias_table = table.const_data_ptr<float>();
     if (a.logit_scale) {
@@ -67,26 +70,76 @@ struct WindowInputs {
   }
 };
 
+// Runs the forward; `log_sums` undefined = not wanted.
+Tensor run_forward(WindowInputs& in, const Tensor& log_sums) {
+  const Tensor& qkv = in.qkv;
+  Tensor out = at::empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, qkv.options());
+  in.p.out = out.mutable_data_ptr();
+  in.p.log_sums = log_sums.defined() ? log_sums.mutable_data_ptr<float>() : nullptr;
+  C10_CUDA_CHECK(swin_moe_window_forward(&in.p, c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+// (windows, heads, tokens); kernels of float32 leave the zeros.
+Tensor empty_log_sums(const WindowInputs& in) {
+  const at::IntArrayRef shape = {in.p.windows(), in.p.num_heads, in.p.geometry.tokens()};
+  const auto options = in.qkv.options().dtype(at::kFloat);
+  return in.qkv.scalar_type() == at::kFloat ? at::zeros(shape, options) : at::empty(shape, options);
+}
+
 Tensor window_attention_cuda(const Tensor& qkv, const Tensor& bias_table, const OptionalTensor& logit_scale,
                              const OptionalTensor& pad_qkv, int64_t num_heads, int64_t window_h, int64_t window_w,
                              int64_t shift_h, int64_t shift_w, double scale, double mask_value) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   WindowInputs in({qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale,
                    mask_value});
-  Tensor out = at::empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, qkv.options());
-  in.p.out = out.mutable_data_ptr();
-  C10_CUDA_CHECK(swin_moe_window_forward(&in.p, c10::cuda::getCurrentCUDAStream()));
-  return out;
+  return run_forward(in, {});
 }
+
+std::tuple<Tensor, Tensor> window_attention_and_sums_cuda(
+    const Tensor& qkv, const Tensor& bias_table, const OptionalTensor& logit_scale, const OptionalTensor& pad_qkv,
+    int64_t num_heads, int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w, double scale,
+    double mask_value) {
+  const c10::cuda::CUDAGuard guard(qkv.device());
+  WindowInputs in({qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale,
+                   mask_value});
+  Tensor log_sums = empty_log_sums(in), out = run_forward(in, log_sums);
+  return {out, log_sums};
+}
+
+// What the forward left, for backward kernels that read it, and the pointers to it; computed again if it is not given.
+struct ForwardResults {
+  Tensor out, log_sums;
+
+  ForwardResults(WindowInputs& in, const OptionalTensor& given_out, const OptionalTensor& given_sums) {
+    if (!swin_moe_window_needs_log_sums(&in.p)) return;
+    if (given_out && given_sums) {
+      TORCH_CHECK_VALUE(given_out->numel() * 3 == in.qkv.numel() && given_out->scalar_type() == in.qkv.scalar_type(),
+                        "window_attention_backward: out must be the forward's (B, H, W, C), got ", given_out->sizes());
+      TORCH_CHECK_VALUE(given_sums->numel() == in.p.windows() * in.p.num_heads * in.p.geometry.tokens() &&
+                            given_sums->scalar_type() == at::kFloat,
+                        "window_attention_backward: log_sums must be the forward's, (windows, heads, tokens) of "
+                        "float32, got ", given_sums->sizes());
+      out = given_out->contiguous();
+      log_sums = given_sums->contiguous();
+    } else {
+      log_sums = empty_log_sums(in);
+      out = run_forward(in, log_sums);
+    }
+    in.p.out = out.mutable_data_ptr();
+    in.p.log_sums = log_sums.mutable_data_ptr<float>();
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cuda(
     const Tensor& grad_out, const Tensor& qkv, const Tensor& bias_table, const OptionalTensor& logit_scale,
     const OptionalTensor& pad_qkv, int64_t num_heads, int64_t window_h, int64_t window_w, int64_t shift_h,
-    int64_t shift_w, double scale, double mask_value) {
+    int64_t shift_w, double scale, double mask_value, const OptionalTensor& out, const OptionalTensor& log_sums) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   WindowInputs in({qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale,
                    mask_value});
   check_gradient(grad_out, qkv);
+  const ForwardResults forward(in, out, log_sums);
   const auto sums = qkv.options().dtype(at::kFloat);
   Tensor grad = grad_out.contiguous();
   Tensor grad_qkv = at::empty_like(in.qkv, at::MemoryFormat::Contiguous);
@@ -133,6 +186,7 @@ Tensor window_merge_cuda(const Tensor& windows, int64_t batch, int64_t height, i
 
 TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
   m.impl("window_attention", &swin_moe::window_attention_cuda);
+  m.impl("window_attention_and_sums", &swin_moe::window_attention_and_sums_cuda);
   m.impl("window_attention_backward", &swin_moe::window_attention_backward_cuda);
   m.impl("window_partition", &swin_moe::window_partition_cuda);
   m.impl("window_merge", &swin_moe::window_merge_cuda);

@@ -111,6 +111,14 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// What a block of the current device can have; 0 without one.
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return error == cudaSuccess ? size_t(bytes) : 0;
+}
+
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                    P... arguments) {
@@ -149,6 +157,19 @@ __device__ __forceinline__ void load_pair(const T* from, float& first, float& se
   const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
   first = to_float(T{uint16_t(both)});
   second = to_float(T{uint16_t(both >> 16)});
+}
+
+// 16 aligned bytes at once.
+struct alignas(16) FourFloats {
+  float values[4];
+};
+__device__ __forceinline__ void load_four(const float* from, float* to) {
+  const FourFloats four = *reinterpret_cast<const FourFloats*>(from);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = four.values[i];
+}
+__device__ __forceinline__ void store_four(float* to, const float (&from)[4]) {
+  *reinterpret_cast<FourFloats*>(to) = {{from[0], from[1], from[2], from[3]}};
 }
 
 // float64 stays what it is, so that one source serves every element.

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "partial_sums.cuh"
-#include "window_backward_kept.cuh"
 #include "window_backward_keys.cuh"
+#include "window_backward_once.cuh"
 #include "window_backward_queries.cuh"
 #include "window_backward_whole.cuh"
 
@@ -29,42 +29,42 @@ inline cudaError_t add_partials(const WindowLaunch& p, const BackwardPlan& plan,
 
 // Windows that fit a block: one launch and the sums.
 template <class S>
+struct WholeKernel {
+  using Shape = S;
+  using Shared = WholeShared<S>;
+  static constexpr auto kKernel = &window_backward_whole_kernel<S>;
+};
+template <class S>
+struct OnceKernel {
+  using Shape = S;
+  using Shared = OnceShared<S>;
+  static constexpr auto kKernel = &window_backward_once_kernel<S>;
+};
+
+template <class Kernel>
 struct WholeBackward {
   static BackwardPlan plan(const WindowLaunch& p) {
     const int64_t chunks = window_chunks(p, p.num_heads);
     return {chunks, chunks, chunks, false};
   }
 
+  static size_t shared_bytes(const WindowLaunch& p) {
+    typename Kernel::Shared shared;
+    return shared.place(nullptr, p.geometry);
+  }
+
   static cudaError_t run(const WindowLaunch& p, cudaStream_t stream) {
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
-    WholeShared<S> shared;
-    const size_t bytes = shared.place(nullptr, p.geometry);
-    cudaError_t error = launch(window_backward_whole_kernel<S>, parts.bias * p.num_heads, S::kThreads, bytes, stream, p,
-                               workspace.partials, parts.bias);
+    cudaError_t error = launch(Kernel::kKernel, parts.bias * p.num_heads, Kernel::Shape::kThreads, shared_bytes(p),
+                               stream, p, workspace.partials, parts.bias);
     return error == cudaSuccess ? add_partials(p, parts, workspace.partials, stream) : error;
   }
 };
 
-// The kernels for queries: keys and values stream past twice, or the rows of weights are kept in registers.
-template <class S>
-struct StreamedQueries {
-  using Shape = S;
-  using Shared = QueriesShared<S>;
-  static constexpr auto kKernel = &window_backward_queries_kernel<S>;
-};
-template <class S, int Group>
-struct KeptQueries {
-  using Shape = S;
-  using Shared = KeptShared<S>;
-  static constexpr auto kKernel = &window_backward_kept_kernel<S, Group>;
-};
-
-// Larger windows: Queries, then keys, whose kernel has shape K. PairTiles: all queries of a window in tiles, where
-// their gradients with the keys of a block fit in registers; 0 = a launch of its own for the bias.
-template <class Queries, class K, int PairTiles>
+// Larger windows: launches for queries, keys and the bias. Q, K: the shapes of the first and of the others.
+template <class Q, class K>
 struct SplitBackward {
-  using Q = typename Queries::Shape;
   static constexpr int kBiasTiles = 8;  // of the queries that a block of that launch takes
 
   struct Division {
@@ -76,8 +76,8 @@ struct SplitBackward {
       key_blocks = blocks_of(tokens, K::kRows);
       query_chunks = window_chunks(p, p.num_heads * query_blocks);
       key_chunks = window_chunks(p, p.num_heads * key_blocks);
-      bias_ranges = PairTiles ? 1 : blocks_of(tokens, kBiasTiles * kTile);
-      bias_chunks = PairTiles ? key_chunks : window_chunks(p, p.num_heads * key_blocks * bias_ranges);
+      bias_ranges = blocks_of(tokens, kBiasTiles * kTile);
+      bias_chunks = window_chunks(p, p.num_heads * key_blocks * bias_ranges);
     }
   };
 
@@ -100,15 +100,14 @@ struct SplitBackward {
     const Division d(p);
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
-    typename Queries::Shared shared;
+    QueriesShared<Q> shared;
     cudaError_t error =
-        launch(Queries::kKernel, d.query_chunks * d.query_blocks * p.num_heads, Q::kThreads,
+        launch(window_backward_queries_kernel<Q>, d.query_chunks * d.query_blocks * p.num_heads, Q::kThreads,
                shared.place(nullptr, p.geometry), stream, p, workspace.partials, workspace.statistics, d.query_chunks);
     if (error == cudaSuccess)
-      error = run_keys<PairTiles, true>(p, workspace, d.key_blocks, 1, d.key_chunks, stream);
-    if constexpr (PairTiles == 0)
-      if (error == cudaSuccess)
-        error = run_keys<kBiasTiles, false>(p, workspace, d.key_blocks, d.bias_ranges, d.bias_chunks, stream);
+      error = run_keys<0, true>(p, workspace, d.key_blocks, 1, d.key_chunks, stream);
+    if (error == cudaSuccess)
+      error = run_keys<kBiasTiles, false>(p, workspace, d.key_blocks, d.bias_ranges, d.bias_chunks, stream);
     return error == cudaSuccess ? add_partials(p, parts, workspace.partials, stream) : error;
   }
 };

@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 
   float grad_bias[PairTiles ? PairTiles : 1][kTileSums];
   set_zero(grad_bias);
 
-  for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = enter_window(shared.table, rule, g, window, padded);
+  for (uint32_t window = task.begin; window < task.end; ++window) {
+    const uint32_t image = enter_window(shared.table, rule, g, window, padded);
     load_rows<S>(shared.keys, qkv_rows<const T>(p, p.qkv, image, task.head, 1), row_source, S::kRows);
     load_rows<S>(shared.values, qkv_rows<const T>(p, p.qkv, image, task.head, 2), row_source, S::kRows);
     shared.load_queries(p, statistics, 0, window, image, task.head, tokens, first_query);

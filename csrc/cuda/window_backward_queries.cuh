@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
   const int* row_source = shared.table.source + first_row;
   float grad_factor = 0.f;
 
-  for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = enter_window(shared.table, rule, g, window, padded);
+  for (uint32_t window = task.begin; window < task.end; ++window) {
+    const uint32_t image = enter_window(shared.table, rule, g, window, padded);
     const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
     const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
     load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);

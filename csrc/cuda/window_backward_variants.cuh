@@ -13,44 +13,44 @@ struct BackwardVariants {
 
   template <int HeadDim, int Window>
   static constexpr BackwardVariant whole() {
-    using Backward = WholeBackward<Shape<T, HeadDim, Window, 4, kWhole>>;
-    return {HeadDim, Window, kWhole, &Backward::plan, &Backward::run};
+    using Backward = WholeBackward<WholeKernel<Shape<T, HeadDim, Window, 4, kWhole>>>;
+    return {HeadDim, Window, kWhole, &Backward::plan, &Backward::run, nullptr};
   }
 
-  template <int HeadDim, int Window, class Queries, int KeyWarps, int QueriesAtATime, int PairTiles>
+  // Queries: whose gradients of scores are in shared memory at a time.
+  template <int Window, int Queries>
+  static constexpr BackwardVariant once() {
+    using Backward = WholeBackward<OnceKernel<Shape<T, 32, Window, Window * Window / kTile, Queries>>>;
+    return {32, Window, Window * Window, &Backward::plan, &Backward::run, &Backward::shared_bytes};
+  }
+
+  template <int HeadDim, int Window, int Warps, int KeysAtATime, int QueriesAtATime>
   static constexpr BackwardVariant split() {
-    using Backward = SplitBackward<Queries, Shape<T, HeadDim, Window, KeyWarps, QueriesAtATime>, PairTiles>;
-    return {HeadDim, Window, kMaxWindowTokens, &Backward::plan, &Backward::run};
+    using Backward = SplitBackward<Shape<T, HeadDim, Window, Warps, KeysAtATime>,
+                                   Shape<T, HeadDim, Window, Warps, QueriesAtATime>>;
+    return {HeadDim, Window, kMaxWindowTokens, &Backward::plan, &Backward::run, nullptr};
   }
-
-  template <int HeadDim, int Window, int Warps, int Keys>
-  using Streamed = StreamedQueries<Shape<T, HeadDim, Window, Warps, Keys>>;
-  // Keys: all of a window.
-  template <int Window, int Warps, int Keys, int Group>
-  using Kept = KeptQueries<Shape<T, 32, Window, Warps, Keys>, Group>;
 
   static bool fits(const WindowLaunch& p, const BackwardVariant& v) {
-    return p.geometry.tokens() <= v.tokens && swin_moe::fits(p, v.head_dim, v.window);
+    return p.geometry.tokens() <= v.tokens && swin_moe::fits(p, v.head_dim, v.window) &&
+           (!v.shared_bytes || v.shared_bytes(p) <= most_shared_bytes());
   }
 
   static const BackwardVariant* find(const WindowLaunch& p) {
     if constexpr (Fixed) {
       static constexpr BackwardVariant kFixed[] = {
-          whole<32, 7>(), whole<32, 8>(), split<32, 12, Kept<12, 3, 144, 3>, 3, 48, 9>(),
-          split<32, 16, Kept<16, 4, 256, 4>, 4, 64, 16>(), split<32, 24, Streamed<32, 24, 6, 64>, 6, 64, 0>()};
+          whole<32, 7>(), whole<32, 8>(), once<12, 144>(), once<16, 128>(), split<32, 24, 6, 64, 64>()};
       for (const auto& v : kFixed)
         if (fits(p, v)) return &v;
       static constexpr BackwardVariant kAny[] = {
           whole<16, 0>(), whole<32, 0>(), whole<48, 0>(), whole<64, 0>(),
-          split<16, 0, Streamed<16, 0, 4, 32>, 4, 64, 0>(), split<32, 0, Streamed<32, 0, 4, 32>, 4, 64, 0>(),
-          split<48, 0, Streamed<48, 0, 4, 32>, 4, 64, 0>(), split<64, 0, Streamed<64, 0, 4, 32>, 4, 64, 0>()};
+          split<16, 0, 4, 32, 64>(), split<32, 0, 4, 32, 64>(), split<48, 0, 4, 32, 64>(), split<64, 0, 4, 32, 64>()};
       for (const auto& v : kAny)
         if (fits(p, v)) return &v;
     } else {
       // float32, whose products are many instructions, would take minutes to compile with more.
-      static constexpr BackwardVariant kFew[] = {whole<32, 0>(), whole<64, 0>(),
-                                                 split<32, 0, Streamed<32, 0, 4, 32>, 4, 64, 0>(),
-                                                 split<64, 0, Streamed<64, 0, 4, 32>, 4, 64, 0>()};
+      static constexpr BackwardVariant kFew[] = {whole<32, 0>(), whole<64, 0>(), split<32, 0, 4, 32, 64>(),
+                                                 split<64, 0, 4, 32, 64>()};
       for (const auto& v : kFew)
         if (fits(p, v)) return &v;
     }

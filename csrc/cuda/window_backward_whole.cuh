@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(S::kThreads)
   float grad_bias[S::kTiles][kTileSums], grad_factor = 0.f;
   set_zero(grad_bias);
 
-  for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = enter_window(shared.table, rule, g, window, S::kRows);
+  for (uint32_t window = task.begin; window < task.end; ++window) {
+    const uint32_t image = enter_window(shared.table, rule, g, window, S::kRows);
     shared.load(p, image, task.head);
 
     float grad_queries[S::kSlices][kTileSums], query_factor[2], along[2] = {0.f, 0.f};

@@ -79,11 +79,11 @@ struct TokenTable {
   }
 
   // Once per window; the caller synchronizes.
-  __device__ __forceinline__ void fill_window(const WindowGeometry& g, int64_t window, int padded) {
+  __device__ __forceinline__ void fill_window(const WindowGeometry& g, const WindowPlace<uint32_t>& at, int padded) {
     for (int t = threadIdx.x; t < padded; t += blockDim.x) {
       const bool inside = t < g.tokens();
-      source[t] = inside ? int(source_token(g, window, t)) : kNoToken;
-      side[t] = inside ? seam_side(g, window, t) : 0;
+      source[t] = inside ? int(source_token(g, at, t)) : kNoToken;
+      side[t] = inside ? seam_side(g, at, t) : 0;
     }
   }
 };

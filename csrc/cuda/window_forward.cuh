@@ -45,6 +45,22 @@ __device__ __forceinline__ void attend(float (&out)[S::kSlices][kTileSums], Runn
   for (int u = 0; u < S::kTiles; ++u) multiply_weights<S>(out, scores[u], values, u * kTile);
 }
 
+// What a backward pass in one piece wants of 16 rows of scores, of which row `rows` is the window's first.
+template <class S>
+__device__ __forceinline__ void leave_log_sums(const WindowLaunch& p, const RunningSoftmax<S>& softmax, int64_t rows,
+                                               int first, int tokens) {
+  if constexpr (sizeof(typename S::T) == 2) {
+    if (!p.log_sums) return;
+    const Lane lane;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float total = softmax.log_total(h);
+      const int query = first + lane.row + 8 * h;
+      if (lane.column == 0 && query < tokens) p.log_sums[rows + query] = total;
+    }
+  }
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const WindowLaunch p, int64_t chunks) {
   using T = typename S::T;
@@ -56,8 +72,8 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
 
-  for (int64_t window = task.begin; window < task.end; ++window) {
-    const int64_t image = enter_window(shared.table, rule, g, window, padded);
+  for (uint32_t window = task.begin; window < task.end; ++window) {
+    const uint32_t image = enter_window(shared.table, rule, g, window, padded);
     const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
     const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
     load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);
@@ -86,6 +102,7 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
       if (block == 0) load_left<S>(queries, shared.queries, warp_row, rule);
       attend<S>(out, softmax, rows, queries, shared.keys + stage, shared.values + stage, first_key);
     }
+    leave_log_sums<S>(p, softmax, (int64_t(window) * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
     // The queries of this warp are in registers by now, so its rows of them take the result.
     __syncwarp();
     write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));

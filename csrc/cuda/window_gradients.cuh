@@ -36,6 +36,34 @@ __device__ __forceinline__ void key_step(float (&grad_scores)[kTileSums], float 
   }
 }
 
+// Of row h of a lane's two: the product of a tile's rows of sums with the rows `unit`.
+template <class S, int Slices>
+__device__ __forceinline__ float product_with_row(const float (&sums)[Slices][kTileSums], const typename S::T* unit,
+                                                  int h) {
+  const Lane lane;
+  float product = 0.f;
+#pragma unroll
+  for (int s = 0; s < Slices; ++s)
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e)
+      if (e / 2 % 2 == h)
+        product += sums[s][e] * to_float(unit[(lane.row + 8 * h) * S::kPitch + s * kTile + lane.column_of(e)]);
+  return quad_sum(product);
+}
+
+// Takes `removed` times that row away from the sums.
+template <class S, int Slices>
+__device__ __forceinline__ void remove_along(float (&sums)[Slices][kTileSums], const typename S::T* unit, int h,
+                                             float removed) {
+  const Lane lane;
+#pragma unroll
+  for (int s = 0; s < Slices; ++s)
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e)
+      if (e / 2 % 2 == h)
+        sums[s][e] -= removed * to_float(unit[(lane.row + 8 * h) * S::kPitch + s * kTile + lane.column_of(e)]);
+}
+
 // Gradients of rows from those of their scores' factors: d (f x / |x|) = f / |x| (s - (s . u) u), u = x / |x|; without
 // the second term where the length was clamped. Products s . u of the two rows of a lane come back in `along`.
 template <class S>
@@ -49,23 +77,10 @@ __device__ __forceinline__ void finish_rows(float (&sums)[S::kSlices][kTileSums]
   const Lane lane;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const typename S::T* at = unit + (row + lane.row + 8 * h) * S::kPitch;
     const float scale = inverse[row + lane.row + 8 * h];
-    float product = 0.f;
-#pragma unroll
-    for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-      for (int e = 0; e < kTileSums; ++e)
-        if (e / 2 % 2 == h) product += sums[s][e] * to_float(at[s * kTile + lane.column_of(e)]);
-    product = quad_sum(product);
-    const float removed = scale < kLargestInverse ? product : 0.f;
-#pragma unroll
-    for (int s = 0; s < S::kSlices; ++s)
-#pragma unroll
-      for (int e = 0; e < kTileSums; ++e)
-        if (e / 2 % 2 == h) sums[s][e] -= removed * to_float(at[s * kTile + lane.column_of(e)]);
+    along[h] = product_with_row<S>(sums, unit + row * S::kPitch, h);
+    remove_along<S>(sums, unit + row * S::kPitch, h, scale < kLargestInverse ? along[h] : 0.f);
     factor[h] = p.logit_scale[head] * scale;
-    along[h] = product;
   }
 }
 

@@ -16,7 +16,11 @@ struct WindowLaunch {
   const void* pad_qkv;           // (3C), what padding holds; null = zeros
   const float* bias_table;       // (table_rows, heads)
   const float* logit_scale;      // (heads), factor of cosine scores; null = dot products
-  void* out;                     // (B, H, W, C); forward only, and the following only backward
+  void* out;                     // (B, H, W, C)
+  // (windows, heads, tokens): log2 of the sums of 2 ** (score * log2 e). Written by forward kernels of 16-bit elements,
+  // null = not wanted; read, with out, by backward kernels where swin_moe_window_needs_log_sums.
+  float* log_sums;
+  // Backward only:
   const void* grad_out;          // (B, H, W, C)
   void* grad_qkv;                // (B, H, W, 3C)
   float* grad_bias_table;        // (table_rows, heads)
@@ -44,6 +48,8 @@ struct WindowLaunch {
 extern "C" {
 // Bytes of workspace that swin_moe_window_backward needs.
 size_t swin_moe_window_workspace(const swin_moe::WindowLaunch* launch);
+// Whether swin_moe_window_backward needs what the forward left in `out` and `log_sums`.
+int swin_moe_window_needs_log_sums(const swin_moe::WindowLaunch* launch);
 cudaError_t swin_moe_window_forward(const swin_moe::WindowLaunch* launch, cudaStream_t stream);
 // Sums in a fixed order: the same bits every time.
 cudaError_t swin_moe_window_backward(const swin_moe::WindowLaunch* launch, cudaStream_t stream);

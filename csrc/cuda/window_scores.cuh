@@ -42,16 +42,16 @@ struct ScoreRule {
 
 // Which head, rows and windows a block works on; heads vary fastest, so that neighbours read the same lines.
 struct BlockTask {
-  int head, row_block;
-  int64_t chunk, begin, end;         // windows, counted over all images
+  int head, row_block, chunk;
+  uint32_t begin, end;               // windows, counted over all images
 
   __device__ __forceinline__ BlockTask(const WindowLaunch& p, int row_blocks, int64_t chunks) {
     const unsigned index = blockIdx.x;
     head = index % p.num_heads;
     row_block = index / p.num_heads % row_blocks;
     chunk = index / p.num_heads / row_blocks;
-    begin = p.windows() * chunk / chunks;
-    end = p.windows() * (chunk + 1) / chunks;
+    begin = uint32_t(p.windows() * chunk / chunks);
+    end = uint32_t(p.windows() * (chunk + 1) / chunks);
   }
 };
 
@@ -66,14 +66,15 @@ __device__ __forceinline__ ScoreRule start_block(Shared& shared, const WindowLau
 }
 
 // Moves a block on to a window, counted over all images: its tokens, and whether it has a seam. Returns the image.
-__device__ __forceinline__ int64_t enter_window(TokenTable& table, ScoreRule& rule, const WindowGeometry& g,
-                                                int64_t window, int padded) {
-  const int64_t place = window % g.windows();
+__device__ __forceinline__ uint32_t enter_window(TokenTable& table, ScoreRule& rule, const WindowGeometry& g,
+                                                 uint32_t window, int padded) {
+  const uint32_t windows = uint32_t(g.rows) * uint32_t(g.columns), image = window / windows;
+  const WindowPlace<uint32_t> place(g, window - image * windows);
   rule.crosses = crosses_seam(g, place);
   __syncthreads();  // the rows and tokens of the window before are no longer read
   table.fill_window(g, place, padded);
   __syncthreads();
-  return window / g.windows();
+  return image;
 }
 
 // Rows of the bias table by columns of tiles. In a window that is a constant, tokens 8 a + b + 2 (l % 4), b = 0 or 1, of
@@ -191,6 +192,8 @@ struct RunningSoftmax {
   }
   __device__ __forceinline__ float inverse_total(int h) const { return ScoreUnit<T>::reciprocal(quad_sum(sum[h])); }
   __device__ __forceinline__ float largest_score(int h) const { return largest[h] * factor; }
+  // Of the sum of exponentials of whole scores, to the base in whose units they are; 16-bit elements only.
+  __device__ __forceinline__ float log_total(int h) const { return largest_score(h) + log2f(quad_sum(sum[h])); }
 };
 
 // Where the products of 16 rows with columns begin, of `Tiles` tiles of a block: the bias and the mask.
@@ -255,12 +258,12 @@ __device__ __forceinline__ void set_zero(float (&sums)[Tiles][kTileSums]) {
 }
 
 // Writes a warp's 16 rows of sums to shared memory, each row times its factor.
-template <class S>
-__device__ __forceinline__ void write_sums(typename S::T* tile, int row, const float (&sums)[S::kSlices][kTileSums],
+template <class S, int Slices>
+__device__ __forceinline__ void write_sums(typename S::T* tile, int row, const float (&sums)[Slices][kTileSums],
                                            float upper, float lower) {
   const Lane lane;
 #pragma unroll
-  for (int s = 0; s < S::kSlices; ++s)
+  for (int s = 0; s < Slices; ++s)
 #pragma unroll
     for (int e = 0; e < kTileSums; e += 2) {
       const float factor = e / 2 % 2 ? lower : upper;

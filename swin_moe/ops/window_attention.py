@@ -22,13 +22,17 @@ _ARGUMENTS = (
 )
 SCHEMAS = {
     "window_attention": f"window_attention({_ARGUMENTS}) -> Tensor",
+    "window_attention_and_sums": f"window_attention_and_sums({_ARGUMENTS}) -> (Tensor, Tensor)",
     "window_attention_backward": (
-        f"window_attention_backward(Tensor grad_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"window_attention_backward(Tensor grad_out, {_ARGUMENTS}, Tensor? out=None, Tensor? log_sums=None) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 # Limits of the compiled kernels, csrc/window_geometry.h.
 HEAD_DIMS = (8, 64)
 MAX_WINDOW_TOKENS = 1024
+# Of the CUDA kernels whose backward reads what the forward left, csrc/cuda/window_backward_variants.cuh.
+_READS_SUMS = {"head_dims": (32,), "windows": ((12, 12), (16, 16)), "dtypes": (torch.bfloat16, torch.float16)}
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -59,10 +63,21 @@ def fused_window_attention(
         pad_qkv: (3C,), what a padded token has in qkv, in its dtype; None = zeros.
         mask_value: Added to scores across the seam of the shift.
     """
-    return call_operator(
-        torch.ops.swin_moe.window_attention, _differentiate, _save,
-        qkv_BHWC.contiguous(), bias_table, logit_scale, pad_qkv, num_heads, *window, *shift, scale, mask_value,
-    )  # fmt: skip
+    qkv = qkv_BHWC.contiguous()
+    arguments = (qkv, bias_table, logit_scale, pad_qkv, num_heads, *window, *shift, scale, mask_value)
+    head_dim = qkv.shape[3] // 3 // num_heads
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
+    if differentiated and _backward_reads_sums(qkv.device.type, qkv.dtype, head_dim, window):
+        operator = torch.ops.swin_moe.window_attention_and_sums
+        return call_operator(operator, _differentiate_with_sums, _save_with_sums, *arguments)[0]
+    return call_operator(torch.ops.swin_moe.window_attention, _differentiate, _save, *arguments)
+
+
+def _backward_reads_sums(device_type: str, dtype: torch.dtype, head_dim: int, window: Pair) -> bool:
+    """Returns whether a backward kernel reads the row sums of scores, so that they are worth keeping."""
+    if device_type != "cuda" or "cuda" not in extension.COMPILED or dtype not in _READS_SUMS["dtypes"]:
+        return False
+    return head_dim in _READS_SUMS["head_dims"] and tuple(window) in _READS_SUMS["windows"]
 
 
 def unsupported(
@@ -102,6 +117,32 @@ def _fake(qkv: Tensor, bias_table: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty((batch, height, width, channels // 3))
 
 
+def _attend_and_sum(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    *numbers: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the attended values (B, H, W, C), and (windows, heads, tokens) float32 for the backward of the device:
+    zeros here, since the reference's backward does not read them."""
+    out = attend_map(qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, *numbers)
+    return out, qkv.new_zeros(_sums_shape(qkv, num_heads, window_h, window_w), dtype=torch.float32)
+
+
+def _sums_shape(qkv: Tensor, num_heads: int, window_h: int, window_w: int) -> tuple[int, int, int]:
+    batch, height, width, _ = qkv.shape
+    windows = -(-height // window_h) * -(-width // window_w)
+    return batch * windows, num_heads, window_h * window_w
+
+
+def _fake_and_sum(qkv: Tensor, bias_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake(qkv, bias_table), qkv.new_empty(_sums_shape(qkv, *rest[2:5]), dtype=torch.float32)
+
+
 def _fake_backward(
     grad_out: Tensor, qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None, pad_qkv: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
@@ -112,6 +153,21 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.numbers = inputs[4:]
+
+
+def _save_with_sums(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.numbers = inputs[4:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_with_sums(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * (4 + len(ctx.numbers))
+    *inputs, out, log_sums = ctx.saved_tensors
+    grads = torch.ops.swin_moe.window_attention_backward(grad_out.contiguous(), *inputs, *ctx.numbers, out, log_sums)
+    needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4]))
+    return *needed, *(None for _ in ctx.numbers)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,4 +189,5 @@ def _register(name: str, kernel: Callable, fake: Callable, differentiate: Callab
 
 
 _register("window_attention", attend_map, _fake, _differentiate, _save)
+_register("window_attention_and_sums", _attend_and_sum, _fake_and_sum, _differentiate_with_sums, _save_with_sums)
 _register("window_attention_backward", attend_map_backward, _fake_backward, _refuse_second_derivative, None)

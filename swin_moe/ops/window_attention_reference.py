@@ -61,10 +61,12 @@ def attend_map_backward(
     shift_w: int,
     scale: float,
     mask_value: float,
+    out: Tensor | None = None,
+    log_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, bias_table, logit_scale and pad_qkv, an empty tensor for what was None.
 
-    The forward is computed again and differentiated by autograd.
+    The forward is computed again and differentiated by autograd; its results, which kernels may be given, are not read.
     """
     numbers = (num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value)
     tensors = (qkv, bias_table, logit_scale, pad_qkv)

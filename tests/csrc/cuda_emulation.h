@@ -357,6 +357,12 @@ inline void wait_for_copies() {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 
+// Of an H100, or what SWIN_MOE_EMULATION_SHARED says.
+inline size_t most_shared_bytes() {
+  const char* bytes = std::getenv("SWIN_MOE_EMULATION_SHARED");
+  return bytes ? size_t(std::atoll(bytes)) : size_t(227) << 10;
+}
+
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
                    P... arguments) {
@@ -370,6 +376,7 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t sha
   machine.fibers.resize(threads);
   machine.shared_bytes = shared_bytes;
   machine.error = nullptr;
+  if (shared_bytes > most_shared_bytes()) return cudaErrorInvalidValue;
   blockDim = {unsigned(threads), 1, 1};
   gridDim = {unsigned(blocks), 1, 1};
   for (int64_t block = 0; block < blocks; ++block) {

@@ -23,6 +23,8 @@ FLAGS = [
     "-O1",
     "-std=c++17",
     "-fPIC",
+    # Statics of templates would otherwise be one for the process: a CUDA build of the extension has the same names.
+    "-fno-gnu-unique",
     "-fno-strict-aliasing",
     "-Wno-unknown-pragmas",
     "-DSWIN_MOE_EMULATION",
@@ -80,8 +82,8 @@ class WindowLaunch(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
-            "qkv", "pad_qkv", "bias_table", "logit_scale", "out", "grad_out", "grad_qkv", "grad_bias_table",
-            "grad_logit_scale", "grad_pad_qkv", "workspace",
+            "qkv", "pad_qkv", "bias_table", "logit_scale", "out", "log_sums", "grad_out", "grad_qkv",
+            "grad_bias_table", "grad_logit_scale", "grad_pad_qkv", "workspace",
         )
     ] + [
         ("geometry", Geometry), ("batch", ctypes.c_int64), ("num_heads", ctypes.c_int), ("head_dim", ctypes.c_int),
@@ -136,16 +138,22 @@ def window_attention(library: ctypes.CDLL, *, offset: int = 0) -> Callable[..., 
     class Emulated(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, qkv, table, factor, pad, *numbers) -> Tensor:
+            given = _inputs(qkv, table, factor, pad, offset)
+            made = {"out": Guarded((*qkv.shape[:3], qkv.shape[3] // 3), qkv.dtype, offset=offset)}
+            launch = _describe(given | made, numbers)
+            if library.swin_moe_window_needs_log_sums(ctypes.byref(launch)):
+                g, windows = launch.geometry, len(qkv) * launch.geometry.rows * launch.geometry.columns
+                made["log_sums"] = Guarded((windows, launch.num_heads, g.window_h * g.window_w), torch.float32)
+            _launch(library.swin_moe_window_forward, given, made, numbers)
             ctx.save_for_backward(qkv, table, factor, pad)
-            ctx.numbers = numbers
-            out = Guarded((*qkv.shape[:3], qkv.shape[3] // 3), qkv.dtype, offset=offset)
-            _launch(library.swin_moe_window_forward, _inputs(qkv, table, factor, pad, offset), {"out": out}, numbers)
-            return out.tensor
+            ctx.numbers, ctx.made = numbers, made if "log_sums" in made else {}
+            return made["out"].tensor.clone()
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor) -> tuple:
             qkv, table, factor, pad = ctx.saved_tensors
-            given = _inputs(qkv, table, factor, pad, offset) | {"grad_out": Guarded.copy(grad_out, offset=offset)}
+            given = _inputs(qkv, table, factor, pad, offset) | ctx.made
+            given["grad_out"] = Guarded.copy(grad_out, offset=offset)
             made = {"grad_qkv": Guarded(qkv.shape, qkv.dtype, offset=offset)}
             for name, x in (("grad_bias_table", table), ("grad_logit_scale", factor), ("grad_pad_qkv", pad)):
                 if x is not None:

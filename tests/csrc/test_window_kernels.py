@@ -1,14 +1,16 @@
 """The CUDA kernels of window attention, run on the host (cuda_emulation.h), against float64: the forward and every
 gradient, no less exact than eager; every variant of the tables; the same bits in any order of threads."""
 
+import ctypes
 import math
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 
 from swin_moe.ops.window_attention_reference import attend_map
-from tests.csrc.emulation import build, window_attention
+from tests.csrc.emulation import ELEMENTS, Geometry, WindowLaunch, build, window_attention
 from tests.ops.window_attention_cases import (
     FLOORS,
     MANY,
@@ -28,6 +30,8 @@ VARIANTS = {
     "window 8": Case(2, 16, 8, 2, 32, (8, 8), (4, 3), cosine=True, pad=False),
     "window 12": Case(1, 12, 20, 1, 32, (12, 12), (5, 6), cosine=True, pad=True),
     "window 16": Case(1, 16, 15, 1, 32, (16, 16), (0, 8), cosine=False, pad=True),
+    "window 12, three heads": Case(2, 24, 24, 3, 32, (12, 12), (6, 6), cosine=False, pad=False),
+    "window 16, three heads": Case(2, 32, 18, 3, 32, (16, 16), (8, 8), cosine=True, pad=True),
     "window 24": Case(1, 20, 24, 1, 32, (24, 24), (12, 0), cosine=True, pad=True),
     "any, 16": Case(1, 9, 7, 2, 9, (4, 3), (1, 2), cosine=True, pad=True),
     "any, 32": Case(2, 5, 11, 1, 24, (5, 6), (0, 5), cosine=False, pad=True),
@@ -90,7 +94,25 @@ def test_the_largest_window(library, cosine):
     check(Case(1, 32, 32, 1, 64, (32, 32), (16, 16), cosine, pad=False), torch.bfloat16, window_attention(library))
 
 
-@pytest.mark.parametrize("name", ["window 8", "large, 32"])
+def test_statics_are_not_shared_with_a_cuda_build_of_the_extension(library):
+    symbols = subprocess.run(["nm", "-DC", library._name], capture_output=True, text=True, check=True).stdout
+    assert "swin_moe_window_forward" in symbols
+    assert [line for line in symbols.splitlines() if " u " in line] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["window 12", "window 16"])
+def test_a_device_with_little_shared_memory_takes_other_kernels(library, name, dtype, monkeypatch):
+    monkeypatch.setenv("SWIN_MOE_EMULATION_SHARED", str(99 << 10))
+    geometry = Geometry.of(16, 16, VARIANTS[name].window, (0, 0))
+    launch = WindowLaunch(geometry=geometry, batch=1, num_heads=1, head_dim=32, element=ELEMENTS[dtype])
+    assert not library.swin_moe_window_needs_log_sums(ctypes.byref(launch))
+    check(VARIANTS[name], dtype, window_attention(library))
+    monkeypatch.delenv("SWIN_MOE_EMULATION_SHARED")
+    assert library.swin_moe_window_needs_log_sums(ctypes.byref(launch))
+
+
+@pytest.mark.parametrize("name", ["window 8", "window 12", "window 16", "large, 32"])
 def test_any_order_of_threads_gives_the_same_bits(library, name, monkeypatch):
     case, results = VARIANTS[name], []
     for reverse in ("0", "1"):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from swin_moe.ops import extension
+from swin_moe.ops import extension, window_attention
 from swin_moe.ops.window_attention import SCHEMAS, fused_window_attention, unsupported
 from swin_moe.ops.window_attention_reference import attend_map
 from tests.ops.window_attention_cases import (
@@ -20,6 +20,7 @@ from tests.ops.window_attention_cases import (
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPERATOR = torch.ops.swin_moe.window_attention
+WITH_SUMS = torch.ops.swin_moe.window_attention_and_sums
 SMALL = {
     "dot": Case(2, 4, 6, 2, 8, (2, 3), (1, 1), cosine=False, pad=False),
     "cosine": Case(2, 4, 6, 2, 8, (2, 3), (1, 2), cosine=True, pad=False),
@@ -115,6 +116,51 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(
         torch.ops.swin_moe.window_attention_backward, (grad, *plain, *case.numbers), test_utils=utilities
     )
+
+
+@pytest.mark.parametrize("name", ["dot", "padded_cosine"])
+def test_the_operator_that_keeps_sums_is_the_same_operator(name):
+    case, results = SMALL[name], []
+    for attend in (OPERATOR, lambda *t: WITH_SUMS(*t)[0]):
+        tensors = [None if t is None else t.requires_grad_() for t in case.tensors()]
+        out = attend(*tensors, *case.numbers)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [t for t in tensors if t is not None])])
+    # Forward by the reference here and by a kernel there: the same numbers to their last bits.
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    windows, tokens = {"dot": (8, 6), "padded_cosine": (4, 9)}[name]
+    assert WITH_SUMS(*tensors, *case.numbers)[1].shape == (windows, case.heads, tokens)
+    torch.library.opcheck(WITH_SUMS, (*tensors, *case.numbers))
+
+
+def test_row_sums_are_kept_where_a_backward_kernel_reads_them(monkeypatch):
+    monkeypatch.setattr(extension, "COMPILED", frozenset({"cpu", "cuda"}))
+    reads = window_attention._backward_reads_sums
+    assert reads("cuda", torch.bfloat16, 32, (16, 16)) and reads("cuda", torch.float16, 32, (12, 12))
+    assert not reads("cuda", torch.float32, 32, (16, 16)) and not reads("cuda", torch.bfloat16, 32, (8, 8))
+    assert not reads("cuda", torch.bfloat16, 24, (16, 16)) and not reads("cpu", torch.bfloat16, 32, (16, 16))
+    monkeypatch.setattr(extension, "COMPILED", frozenset({"cpu"}))
+    assert not reads("cuda", torch.bfloat16, 32, (16, 16))
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_row_sums_are_kept_only_for_a_backward(monkeypatch, differentiated):
+    monkeypatch.setattr(window_attention, "_backward_reads_sums", lambda *_: True)
+    case, called = SMALL["dot"], []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    qkv, table, *_ = case.tensors()
+    with Record():
+        out = fused_window_attention(
+            qkv.requires_grad_(differentiated), table, num_heads=case.heads, window=case.window, shift=case.shift
+        )
+    assert out.requires_grad == differentiated
+    assert ("swin_moe::window_attention_and_sums" in called) == differentiated
+    assert ("swin_moe::window_attention" in called) != differentiated
 
 
 def test_second_derivatives_are_refused():

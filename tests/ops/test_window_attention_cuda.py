@@ -53,6 +53,18 @@ def test_gradients_have_the_same_bits_every_time(name):
         assert all(torch.equal(a, b) for a, b in zip(results[0], again))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["window 12", "window 16", "window 24"])
+def test_what_the_forward_keeps_changes_no_bit(name, dtype):
+    """fused_window_attention keeps row sums for some windows; the plain operator computes them again."""
+    case, results = VARIANTS[name], []
+    for operator in (OPERATOR, lambda *t: torch.ops.swin_moe.window_attention_and_sums(*t)[0]):
+        tensors = [None if t is None else t.cuda().requires_grad_() for t in case.tensors(4, dtype)]
+        out = operator(*tensors, *case.numbers)
+        results.append([out, *torch.autograd.grad(out.float().sin().sum(), [t for t in tensors if t is not None])])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_runs_on_the_current_stream():
     case, stream = VARIANTS["window 16"], torch.cuda.Stream()
     tensors = [None if t is None else t.cuda() for t in case.tensors(3, torch.bfloat16)]
