@@ -23,12 +23,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 from swin_moe.config import MoEConfig, ParallelConfig  # noqa: E402
 from swin_moe.moe import MoELayer  # noqa: E402
 from swin_moe.moe.phases import PhaseClock  # noqa: E402
-from swin_moe.parallel.all_to_all import AllToAllDispatcher  # noqa: E402
 from swin_moe.parallel.apply import parallelize  # noqa: E402
+from swin_moe.parallel.exchange.all_to_all import AllToAllDispatcher  # noqa: E402
+from swin_moe.parallel.exchange.link import EXPOSED, Link  # noqa: E402
+from swin_moe.parallel.exchange.transport import build_transport  # noqa: E402
+from swin_moe.parallel.exchange.tune import even_routing, layer_pass, random_experts  # noqa: E402
 from swin_moe.parallel.groups import build_groups, init_distributed  # noqa: E402
-from swin_moe.parallel.link import EXPOSED, Link  # noqa: E402
-from swin_moe.parallel.transport import build_transport  # noqa: E402
-from swin_moe.parallel.tune import even_routing, layer_pass, random_experts  # noqa: E402
 
 CPU = torch.device("cpu")
 # tokens a rank, channels, hidden channels, experts, choices

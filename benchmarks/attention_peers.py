@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops.attention_in_windows import attend_windows
-from swin_moe.ops.window_attention import fused_window_attention
-from swin_moe.ops.window_attention_reference import attend_map
-from swin_moe.ops.window_geometry import MASKED, gather_bias, merge_windows, partition_windows, shift_mask
+from swin_moe.ops.attention.fused import fused_window_attention
+from swin_moe.ops.attention.geometry import MASKED, gather_bias, merge_windows, partition_windows, shift_mask
+from swin_moe.ops.attention.in_windows import attend_windows
+from swin_moe.ops.attention.reference import attend_map
 
 Attend = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 HEAD_DIM = 32  # of all published models

@@ -77,7 +77,7 @@ def run_output(*arguments: object) -> str:
 
 def idle_peak() -> int:
     """Returns the resident bytes of the interpreter with the tool's modules, before it does anything."""
-    code = "import checkpoint_tools.__main__, checkpoint_tools.convert, checkpoint_tools.formats.native"
+    code = "import checkpoint_tools.__main__, checkpoint_tools.verbs.convert, checkpoint_tools.formats.native"
     return run_measured(sys.executable, "-c", code).peak
 
 
@@ -114,7 +114,7 @@ def shapes_of(name: str, *overrides: str) -> tuple[dict[str, tuple[int, ...]], d
 
     import torch
 
-    from swin_moe.config_io import load_config
+    from swin_moe.config.io import load_config
     from swin_moe.models import build_model
 
     config = load_config(name, overrides)
@@ -192,8 +192,8 @@ def write_large(directory: Path) -> None:
     """Writes a native checkpoint of a large network with masters and moments, streamed; as large as the disk allows."""
     import numpy as np
 
-    from checkpoint_tools.source import Options, Source, SourceTensor
-    from checkpoint_tools.stream import write_native
+    from checkpoint_tools.sources.base import Options, Source, SourceTensor
+    from checkpoint_tools.sources.stream import write_native
 
     room = shutil.disk_usage(directory).free
     layers = next(n for n in range(LAYERS, 0, -2) if 2.2 * 16 * count_large(n) < room)

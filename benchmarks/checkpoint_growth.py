@@ -39,7 +39,7 @@ def network(experts: int) -> tuple[list[Piece], dict]:
     """Returns the pieces of a small network with moments, and its config."""
     import torch
 
-    from swin_moe.config_io import load_config
+    from swin_moe.config.io import load_config
     from swin_moe.models import build_model
 
     config = load_config("synthetic_swin_moe", [

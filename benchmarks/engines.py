@@ -95,12 +95,12 @@ def run_rank(argv: list[str]) -> None:
     from large_step import PeakSampler, read_memory, take_step
 
     from swin_moe.parallel.sharding import placement
-    from swin_moe.session import open_session
+    from swin_moe.run.session import open_session
     from swin_moe.train import Trainer
 
     session = open_session("digits_swin_moe", argv)
     if session.config.engine.name == "deepspeed":  # its import alone is no state of the model
-        from swin_moe.engine.deepspeed_start import import_deepspeed
+        from swin_moe.engine.deepspeed.start import import_deepspeed
         from swin_moe.parallel.groups import ensure_distributed
 
         ensure_distributed(session.device)
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
-        from swin_moe.session import run_main
+        from swin_moe.run.session import run_main
 
         run_main(run_rank, sys.argv[2:])
     else:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from swin_moe.ops import extension
-from swin_moe.ops.window_attention import fused_window_attention
+from swin_moe.ops.attention.fused import fused_window_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = runpy.run_path(str(ROOT / "csrc" / "build_facts.py"))

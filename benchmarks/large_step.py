@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.data.batch import to_device
-from swin_moe.metrics import peak_memory
-from swin_moe.session import Session, open_session, run_main
+from swin_moe.run.metrics import peak_memory
+from swin_moe.run.session import Session, open_session, run_main
 from swin_moe.train import Trainer
 
 CONFIG = "swin_moe_base_patch4_window12_192_32expert_32gpu_22k"

@@ -160,7 +160,7 @@ def deepspeed(shape: Shape, layer: MoELayer) -> Contender:
     if world_size() > 1:
         raise Skipped("one rank only here: its groups are global and cannot be built beside another engine's")
     try:
-        from swin_moe.engine.deepspeed_start import import_deepspeed
+        from swin_moe.engine.deepspeed.start import import_deepspeed
         from swin_moe.parallel.groups import ensure_distributed
 
         ensure_distributed(CPU)

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from swin_moe.config import LogConfig
-from swin_moe.config_io import find_config, load_config
-from swin_moe.expert_load import expert_load, moe_layers, phase_times, start_clocks
-from swin_moe.metrics import MetricsWriter
+from swin_moe.config.io import find_config, load_config
 from swin_moe.models.build import build_model
 from swin_moe.parallel.groups import single_process_groups
 from swin_moe.randomness import RandomContext
+from swin_moe.run.expert_load import expert_load, moe_layers, phase_times, start_clocks
+from swin_moe.run.metrics import MetricsWriter
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from swin_moe.metrics import start_logging  # noqa: E402
 from swin_moe.moe.experts import GroupedExperts  # noqa: E402
-from swin_moe.parallel.payload import PAYLOADS, ScaledRows, rounding_error  # noqa: E402
-from swin_moe.session import open_session  # noqa: E402
+from swin_moe.parallel.exchange.payload import PAYLOADS, ScaledRows, rounding_error  # noqa: E402
+from swin_moe.run.metrics import start_logging  # noqa: E402
+from swin_moe.run.session import open_session  # noqa: E402
 from swin_moe.train import Trainer  # noqa: E402
 
 CODECS = {

@@ -21,7 +21,7 @@ import torch
 from attention_peers import HEAD_DIM, PEERS, STAGES, Stage, fused
 from torch import Tensor
 
-from swin_moe.ops.window_geometry import MASKED
+from swin_moe.ops.attention.geometry import MASKED
 
 DTYPE, ELEMENT_BYTES = torch.bfloat16, 2
 ROUNDS = 7

@@ -15,11 +15,11 @@ from swin_moe import create_model
 from swin_moe.config import MoEConfig
 from swin_moe.engine.graphs import GraphedForward, Recording, record_on_device
 from swin_moe.moe.layer import MoELayer
+from swin_moe.ops.attention.fused import fused_window_attention
+from swin_moe.ops.attention.geometry import MASKED, merge_windows, partition_windows
+from swin_moe.ops.attention.reference import attend_map
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
-from swin_moe.ops.window_attention import fused_window_attention
-from swin_moe.ops.window_attention_reference import attend_map
-from swin_moe.ops.window_geometry import MASKED, merge_windows, partition_windows
 from swin_moe.ops.window_shift import window_merge, window_partition
 from swin_moe.randomness import RandomContext, derive_key, keep_mask, normal, uniform
 

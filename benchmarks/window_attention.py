@@ -24,8 +24,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from window_attention_peers import Half, Row, peers, rows  # noqa: E402
 
 from swin_moe.ops import extension  # noqa: E402
-from swin_moe.ops.attention_choice import choose_path  # noqa: E402
-from swin_moe.ops.attention_half import PATHS, HalfTensors, attention_half  # noqa: E402
+from swin_moe.ops.attention.choice import choose_path  # noqa: E402
+from swin_moe.ops.attention.half import PATHS, HalfTensors, attention_half  # noqa: E402
 
 TARGET_SECONDS = 0.025  # of a call of eager, which the number of images is chosen by
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops.attention_half import HalfShape, HalfTensors
+from swin_moe.ops.attention.half import HalfShape, HalfTensors
 
 Half = Callable[[Tensor], Tensor]
 

@@ -9,23 +9,23 @@ import sys
 import time
 import traceback
 
-from checkpoint_tools.arguments import add_common_arguments, build_options
 from checkpoint_tools.ranks import join_ranks
-from swin_moe.arguments import Parser
+from checkpoint_tools.verbs.arguments import add_common_arguments, build_options
 from swin_moe.checkpoint.errors import describe
+from swin_moe.config.arguments import Parser
 
 PROGRAM = "swin-moe checkpoint"
 VERBS = {
-    "inspect": ("checkpoint_tools.inspect", "what a checkpoint holds, and where"),
-    "verify": ("checkpoint_tools.verify", "compare every byte with its digest; every element is there exactly once"),
-    "diff": ("checkpoint_tools.diff", "what differs between two checkpoints of any formats"),
-    "plan": ("checkpoint_tools.plan", "what a conversion would read and write; touches nothing"),
-    "reshard": ("checkpoint_tools.reshard", "write a checkpoint anew, checked against another number of ranks"),
-    "convert": ("checkpoint_tools.convert", "from any format to any format"),
-    "upcycle": ("checkpoint_tools.upcycle", "a dense network as one with experts"),
-    "experts": ("checkpoint_tools.experts", "another number of experts: duplicate, split, merge or prune them"),
-    "average": ("checkpoint_tools.average", "the weighted mean of several checkpoints' parameters"),
-    "export": ("checkpoint_tools.export", "to safetensors, ONNX or a torch.export program"),
+    "inspect": ("checkpoint_tools.verbs.inspect", "what a checkpoint holds, and where"),
+    "verify": ("checkpoint_tools.verbs.verify", "compare every byte with its digest; each element is there just once"),
+    "diff": ("checkpoint_tools.verbs.diff", "what differs between two checkpoints of any formats"),
+    "plan": ("checkpoint_tools.verbs.plan", "what a conversion would read and write; touches nothing"),
+    "reshard": ("checkpoint_tools.verbs.reshard", "write a checkpoint anew, checked against another number of ranks"),
+    "convert": ("checkpoint_tools.verbs.convert", "from any format to any format"),
+    "upcycle": ("checkpoint_tools.verbs.upcycle", "a dense network as one with experts"),
+    "experts": ("checkpoint_tools.verbs.experts", "another number of experts: duplicate, split, merge or prune them"),
+    "average": ("checkpoint_tools.verbs.average", "the weighted mean of several checkpoints' parameters"),
+    "export": ("checkpoint_tools.verbs.export", "to safetensors, ONNX or a torch.export program"),
 }
 
 

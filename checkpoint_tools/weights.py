@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint_tools.formats import find_format, open_source
-from checkpoint_tools.formats.simmim import is_moby
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import peek
+from checkpoint_tools.formats.official.simmim import is_moby
+from checkpoint_tools.formats.state_dict import peek
+from checkpoint_tools.sources.base import Options, Source
 
 PRETRAINED = "encoder."  # before the names of a file that was pre-trained without classes
 

@@ -45,7 +45,7 @@ def main() -> None:
     if name in ("checkpoint", "doctor"):
         module.run(arguments)
     else:
-        from swin_moe.session import run_main
+        from swin_moe.run.session import run_main
 
         run_main(module.main, arguments)
 
@@ -56,8 +56,8 @@ def check_before_launch(ranks: int, program: list[str]) -> None:
     `python -m launcher` knows nothing of us; under it each rank finds the same before it allocates or meets the others.
     """
     from swin_moe.checkpoint.errors import describe
-    from swin_moe.config_io import load_config
-    from swin_moe.session import check_layout
+    from swin_moe.config.io import load_config
+    from swin_moe.run.session import check_layout
 
     starts = [["-m", f"swin_moe.{name}"] for name in ("train", "evaluate", "throughput")]
     options = program[2:]

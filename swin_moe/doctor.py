@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 
-from swin_moe.arguments import Parser
+from swin_moe.config.arguments import Parser
 
 MARK = {True: "ok", False: "BROKEN", None: "-"}
 # Name of a distribution -> what is imported, where they differ.
@@ -158,7 +158,7 @@ def path_lines() -> Iterator[Line]:
     """Yields which attention path `auto` takes for common shapes here, and the times that decide."""
     import torch
 
-    from swin_moe.ops.attention_choice import Case, fastest, measure
+    from swin_moe.ops.attention.choice import Case, fastest, measure
 
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     for name, (window, heads, head_dim, cosine) in COMMON.items():
@@ -178,8 +178,8 @@ def _kernel_error(device: str) -> float:
     """Returns the largest relative error of a float32 result or gradient of the compiled operator."""
     import torch
 
-    from swin_moe.ops.window_attention import fused_window_attention
-    from swin_moe.ops.window_attention_reference import attend_map
+    from swin_moe.ops.attention.fused import fused_window_attention
+    from swin_moe.ops.attention.reference import attend_map
 
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(size, generator=generator) for size in ((2, 9, 14, 192), (169, 2), (2, 9, 14, 64))]

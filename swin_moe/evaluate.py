@@ -5,11 +5,11 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
-from swin_moe.metrics import LOGGER, save_picture, start_logging
-from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.run.metrics import LOGGER, save_picture, start_logging
+from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
-from swin_moe.teacher import load_teacher
-from swin_moe.weights import load_weights, stored_classes
+from swin_moe.weights.load import load_weights, stored_classes
+from swin_moe.weights.teacher import load_teacher
 
 USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
 

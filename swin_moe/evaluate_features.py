@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import torch
 
-from swin_moe.arguments import Parser
 from swin_moe.config import Config
+from swin_moe.config.arguments import Parser
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.precision import autocast
-from swin_moe.metrics import LOGGER, start_logging
-from swin_moe.session import Session, build_local_model, open_session, parse_arguments, run_main
+from swin_moe.run.metrics import LOGGER, start_logging
+from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.tasks.features import Features, extract, knn_accuracy, pooled, ridge_accuracy
-from swin_moe.teacher import load_teacher
-from swin_moe.weights import backbone_of, load_weights
+from swin_moe.weights.load import backbone_of, load_weights
+from swin_moe.weights.teacher import load_teacher
 
 USAGE = """usage: swin-moe evaluate-features CONFIG [checkpoint.load=PATH] [key=value ...] [--k 20] [--temperature 0.07]
        [--shots 5] [--draws 3] [--l2 1024]

@@ -16,13 +16,13 @@ from swin_moe.data.loader import EvalLoader
 from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
 from swin_moe.engine.precision import autocast
-from swin_moe.metrics import LOGGER, start_logging
 from swin_moe.models.swin import Block
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import Routing
-from swin_moe.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
-from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weights import load_weights, stored_classes
+from swin_moe.run.metrics import LOGGER, start_logging
+from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
+from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
+from swin_moe.weights.load import load_weights, stored_classes
 
 USAGE = """usage: swin-moe inspect-routing CONFIG [key=value ...] [--out DIR] [--images N] IMAGE ...
 

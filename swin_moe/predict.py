@@ -15,9 +15,9 @@ from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
-from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weight_sources import is_own
-from swin_moe.weights import load_weights, stored_classes
+from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
+from swin_moe.weights.load import load_weights, stored_classes
+from swin_moe.weights.sources import is_own
 
 USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] [--top N] [--json] [--names FILE]
        IMAGE|FOLDER ...

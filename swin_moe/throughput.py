@@ -8,8 +8,8 @@ from swin_moe.data.batch import to_device
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.evaluate import build_eval_loader
-from swin_moe.metrics import LOGGER, peak_flops, peak_memory, start_logging
-from swin_moe.session import build_classifier, open_session, parse_arguments, run_main
+from swin_moe.run.metrics import LOGGER, peak_flops, peak_memory, start_logging
+from swin_moe.run.session import build_classifier, open_session, parse_arguments, run_main
 
 USAGE = """usage: swin-moe throughput CONFIG [data.name=synthetic] [data.eval_batch=64] [key=value ...]
 

@@ -8,28 +8,28 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.checkpoint import CheckpointManager, resolve, together
-from swin_moe.config_io import dump_config
+from swin_moe.config.io import dump_config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats
 from swin_moe.engine.gradient_watch import GradientWatch
 from swin_moe.engine.graphs import check_training
-from swin_moe.expert_load import start_clocks
-from swin_moe.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
-from swin_moe.parallel.padded import even_batches
+from swin_moe.parallel.exchange.padded import even_batches
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
-from swin_moe.run_folder import FolderLock, holding
-from swin_moe.run_identity import RunIdentity, place_in_data
-from swin_moe.run_state import Progressed, Stopped, StopRequest
-from swin_moe.session import Session, build_meta_model, open_session, parse_arguments, run_main
-from swin_moe.step_records import StepRecords
-from swin_moe.summary import describe
+from swin_moe.run.expert_load import start_clocks
+from swin_moe.run.folder import FolderLock, holding
+from swin_moe.run.identity import RunIdentity, place_in_data
+from swin_moe.run.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
+from swin_moe.run.session import Session, build_meta_model, open_session, parse_arguments, run_main
+from swin_moe.run.state import Progressed, Stopped, StopRequest
+from swin_moe.run.step_records import StepRecords
+from swin_moe.run.summary import describe
 from swin_moe.tasks.base import StepContext, StepDone, build_task
-from swin_moe.teacher import load_teacher
-from swin_moe.weights import start_from
+from swin_moe.weights.load import start_from
+from swin_moe.weights.teacher import load_teacher
 
 USAGE = """usage: swin-moe train CONFIG [key=value ...]
 

@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 
-    from swin_moe.ops.attention_choice import Measuring
+    from swin_moe.ops.attention.choice import Measuring
 
     torch.set_num_threads(1)
     Measuring.enabled = False  # the same path in every run of a test

@@ -6,10 +6,10 @@ import typing
 import pytest
 
 from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
-from swin_moe.config_checks import RANGES
-from swin_moe.config_io import apply_overrides, load_config
-from swin_moe.parallel.payload import PAYLOADS
-from swin_moe.parallel.transport import TRANSPORTS
+from swin_moe.config.checks import RANGES
+from swin_moe.config.io import apply_overrides, load_config
+from swin_moe.parallel.exchange.payload import PAYLOADS
+from swin_moe.parallel.exchange.transport import TRANSPORTS
 
 
 @pytest.mark.parametrize(("batch", "micro", "group", "world", "ranks"), [

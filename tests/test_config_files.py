@@ -6,7 +6,7 @@ Parameters and multiply-accumulates are those of the official code, run once (fa
 import pytest
 import torch
 
-from swin_moe.config_io import config_folder, load_config
+from swin_moe.config.io import config_folder, load_config
 from swin_moe.models.build import build_model
 
 NAMES = sorted(p.stem for p in config_folder().rglob("*.yaml") if not p.stem.startswith("base_"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from swin_moe.config import Config
-from swin_moe.config_io import apply_overrides, config_folder, dump_config, find_config, load_config
+from swin_moe.config.io import apply_overrides, config_folder, dump_config, find_config, load_config
 
 
 def write(folder: Path, **files: str) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from swin_moe.config import Config
-from swin_moe.config_io import _schema_keys, load_config
-from swin_moe.config_official import OFFICIAL
+from swin_moe.config.io import _schema_keys, load_config
+from swin_moe.config.official import OFFICIAL
 
 FILES = sorted((Path(__file__).parent / "golden" / "official_configs").glob("*.yaml"))
 MOE = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"

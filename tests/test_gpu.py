@@ -13,7 +13,7 @@ import torch
 
 import swin_moe
 from swin_moe.engine.graphs import GraphedForward
-from swin_moe.parallel.payload import PAYLOADS
+from swin_moe.parallel.exchange.payload import PAYLOADS
 from swin_moe.randomness import RandomContext, keep_mask, normal, uniform
 
 pytestmark = pytest.mark.gpu
@@ -93,9 +93,9 @@ def test_training_saves_and_resumes(tmp_path, precision):
 
 @pytest.mark.parametrize("backend", ["native", "padded"])
 def test_a_training_step_waits_once(tmp_path, monkeypatch, backend):
-    from swin_moe.config_io import load_config
+    from swin_moe.config.io import load_config
     from swin_moe.parallel.groups import single_process_groups
-    from swin_moe.session import Session
+    from swin_moe.run.session import Session
     from swin_moe.train import Trainer
     from tests.training.cases import TINY
 

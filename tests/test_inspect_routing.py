@@ -7,7 +7,7 @@ from torch import Tensor
 
 import swin_moe
 from swin_moe.inspect_routing import RoutingRecorder, _picture_paths
-from swin_moe.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches, expert_colour, heat
+from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches, expert_colour, heat
 
 SMALL = dict(
     img_size=(32, 48), patch_size=4, num_classes=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2], window_size=4,

@@ -11,21 +11,14 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
-    ("arguments", "config_checks", "run_state", "run_folder"),
-    (
-        "layout", "registry", "choice_cache", "config", "randomness", "official_names", "state_dict_names",
-        "official_options",
-    ),  # fmt: skip
-    ("config_official", "yaml_files"),
-    ("config_io",),
+    ("layout", "registry", "choice_cache", "config", "randomness", "names"),
     ("ops",),
     ("moe",),
     ("models", "parallel"),
-    ("data", "optim", "checkpoint", "metrics", "expert_load", "routing_pictures"),
-    ("engine", "tasks", "planner", "run_identity", "weight_sources"),
-    ("session",),
-    ("summary", "weights", "step_records"),
-    ("teacher", "pretrained"),
+    ("data", "optim", "checkpoint"),
+    ("engine", "tasks", "planner"),
+    ("run",),
+    ("weights",),
     ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),
@@ -34,17 +27,13 @@ LAYERS = (
 )
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
 # swin_moe modules that checkpoint_tools may use; prefixes.
-TOOLS_MAY_IMPORT = (
-    "arguments", "layout", "registry", "config", "config_io", "config_official", "official_names", "state_dict_names",
-    "checkpoint",
-    "parallel.sharding",
-)  # fmt: skip
+TOOLS_MAY_IMPORT = ("layout", "registry", "config", "names", "checkpoint", "parallel.sharding")
 # What single tools need beyond that: they build a network, so they load torch, when they are chosen.
-TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.export_program": ("models", "moe")}
+TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.verbs.export_program": ("models", "moe")}
 # Programs may start as a rank of plain mpirun, so they call launcher.mpi; nothing else knows the launcher.
-ENTRY_POINTS = ("session", "cli", "doctor")
+ENTRY_POINTS = ("run", "cli", "doctor")
 # What reads files of other programs asks checkpoint_tools, through one module; that imports lower rows only.
-READERS = {"weight_sources": "checkpoint_tools.weights"}
+READERS = {"weights": "checkpoint_tools.weights"}
 OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "launcher"}
 
 MAX_FILE_LINES = 400

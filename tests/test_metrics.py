@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from swin_moe import metrics
-from swin_moe.metrics import MetricsWriter, peak_flops
+from swin_moe.run import metrics
+from swin_moe.run.metrics import MetricsWriter, peak_flops
 
 
 def test_without_tensorboard_one_warning_and_records(tmp_path, monkeypatch, caplog):

@@ -13,7 +13,7 @@ import swin_moe
 from checkpoint_tools.__main__ import main as tools
 from swin_moe.checkpoint import CheckpointError, Piece
 from swin_moe.checkpoint.manager import CheckpointManager
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swin_moe.models.attention import relative_coords_table
 from tests.test_weight_files import CLASSES, DENSE, MOE, files  # noqa: F401 - a fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swin_moe.config import Config, EngineConfig
-from swin_moe.session import fit_precision
+from swin_moe.run.session import fit_precision
 
 CPU = torch.device("cpu")
 

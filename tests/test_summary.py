@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from swin_moe import summary
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.moe import MoELayer
 from swin_moe.ops import extension
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.summary import (
+from swin_moe.run import summary
+from swin_moe.run.summary import (
     attention_path,
     describe_balance,
     describe_choice,
@@ -91,7 +91,7 @@ def test_what_computes_linear_layers_is_said_where_it_is_not_what_pytorch_takes(
 ])  # fmt: skip
 def test_how_windows_attend(monkeypatch, options, device, dtype, kernels, said):
     monkeypatch.setattr(extension, "COMPILED", frozenset(kernels))
-    monkeypatch.setattr("swin_moe.summary.cpu_capability", lambda: "some")
+    monkeypatch.setattr("swin_moe.run.summary.cpu_capability", lambda: "some")
     text = attention_path(ModelConfig(**options), device, getattr(torch, dtype))
     assert text.startswith("window attention: ") and said in text, text
 

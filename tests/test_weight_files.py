@@ -18,13 +18,13 @@ from swin_moe.checkpoint import CheckpointError, load
 from swin_moe.checkpoint.manager import CheckpointManager
 from swin_moe.checkpoint.pieces import Piece
 from swin_moe.config import DataConfig
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.transforms import EvalTransform
 from swin_moe.models import build_model
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.session import Session, run_main
+from swin_moe.run.session import Session, run_main
 from swin_moe.train import Trainer
-from swin_moe.weights import start_from
+from swin_moe.weights.load import start_from
 
 DENSE = (
     "model.name=swin", "model.img_size=32", "model.patch_size=4", "model.embed_dim=8", "model.depths=[1,2]",

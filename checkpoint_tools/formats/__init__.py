@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint_tools.publish import finish_publishing
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import taken_off, why_unknown
+from checkpoint_tools.files.publish import finish_publishing
+from checkpoint_tools.formats.state_dict import taken_off, why_unknown
+from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.registry import lookup
 
@@ -38,10 +38,10 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.native:plan_native",
     ),
     "official-moe": Format(
-        "checkpoint_tools.formats.official_moe:detect",
-        "checkpoint_tools.formats.official_moe:open_official_moe",
-        "checkpoint_tools.formats.official_moe:write_official_moe",
-        "checkpoint_tools.formats.official_moe:plan_official_moe",
+        "checkpoint_tools.formats.official.ranks:detect",
+        "checkpoint_tools.formats.official.ranks:open_official_moe",
+        "checkpoint_tools.formats.official.ranks:write_official_moe",
+        "checkpoint_tools.formats.official.ranks:plan_official_moe",
     ),
     "safetensors": Format(
         "checkpoint_tools.formats.safetensors:detect", "checkpoint_tools.formats.safetensors:open_safetensors", ""
@@ -55,19 +55,19 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.dcp:write_dcp",
     ),
     "fairscale": Format(
-        "checkpoint_tools.formats.fairscale:detect",
-        "checkpoint_tools.formats.fairscale:open_fairscale",
-        "checkpoint_tools.formats.fairscale:write_fairscale",
+        "checkpoint_tools.formats.official.fairscale:detect",
+        "checkpoint_tools.formats.official.fairscale:open_fairscale",
+        "checkpoint_tools.formats.official.fairscale:write_fairscale",
     ),
     "simmim": Format(
-        "checkpoint_tools.formats.simmim:detect",
-        "checkpoint_tools.formats.simmim:open_simmim",
-        "checkpoint_tools.formats.simmim:write_simmim",
+        "checkpoint_tools.formats.official.simmim:detect",
+        "checkpoint_tools.formats.official.simmim:open_simmim",
+        "checkpoint_tools.formats.official.simmim:write_simmim",
     ),
     "tutel": Format(
-        "checkpoint_tools.formats.tutel:detect",
-        "checkpoint_tools.formats.tutel:open_tutel",
-        "checkpoint_tools.formats.tutel:write_tutel",
+        "checkpoint_tools.formats.official.tutel:detect",
+        "checkpoint_tools.formats.official.tutel:open_tutel",
+        "checkpoint_tools.formats.official.tutel:write_tutel",
     ),
     "timm": Format(
         "checkpoint_tools.formats.timm:detect",
@@ -80,10 +80,10 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.hf:write_hf",
     ),
     "official": Format(
-        "checkpoint_tools.formats.official:detect",
-        "checkpoint_tools.formats.official:open_official",
-        "checkpoint_tools.formats.official:write_official",
-        "checkpoint_tools.formats.official:plan_official",
+        "checkpoint_tools.formats.official.single:detect",
+        "checkpoint_tools.formats.official.single:open_official",
+        "checkpoint_tools.formats.official.single:write_official",
+        "checkpoint_tools.formats.official.single:plan_official",
     ),
 }
 
@@ -152,7 +152,7 @@ def as_path(path: Path | str) -> Path:
 
 def _check_options(options: Options) -> None:
     if not isinstance(options, Options):
-        raise TypeError(f"the options of a checkpoint must be an Options of checkpoint_tools.source, got {options!r}")
+        raise TypeError(f"the options of a checkpoint must be an Options of checkpoint_tools.sources.base, got {options!r}")
     check_settings(options)
 
 

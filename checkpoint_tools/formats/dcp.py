@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint_tools.assembled import AssembledSource, Leaf, Part
-from checkpoint_tools.infer import infer_model, known_step
-from checkpoint_tools.pickle_reader import BUILDERS, MAX_PICKLE_BYTES, Instance, read_pickle
-from checkpoint_tools.plain_read import sizes_of
-from checkpoint_tools.publish import publish_files
-from checkpoint_tools.record_file import OpenFiles
-from checkpoint_tools.rules import FROM_OFFICIAL, check_ours, to_ours
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.text import split_kind
-from checkpoint_tools.torch_file import DTYPES, TorchFile, Window
-from checkpoint_tools.torch_writer import NewGlobal, NewObject, NewTensor, pickled, write_torch_stream
+from checkpoint_tools.files.pickle_reader import BUILDERS, MAX_PICKLE_BYTES, Instance, read_pickle
+from checkpoint_tools.files.publish import publish_files
+from checkpoint_tools.files.record_file import OpenFiles
+from checkpoint_tools.files.torch_file import TorchFile, Window
+from checkpoint_tools.files.torch_tensors import DTYPES
+from checkpoint_tools.files.torch_writer import NewGlobal, NewObject, NewTensor, pickled, write_torch_stream
+from checkpoint_tools.formats.infer import infer_model, known_step
+from checkpoint_tools.formats.plain_read import sizes_of
+from checkpoint_tools.formats.rules import FROM_OFFICIAL, check_ours, to_ours
+from checkpoint_tools.sources.assembled import AssembledSource, Leaf, Part
+from checkpoint_tools.sources.base import Options, Source, split_kind
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.checkpoint.plan import canonical_chunks

@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint_tools.assembled import AssembledSource, Leaf, Part
-from checkpoint_tools.infer import infer_model
-from checkpoint_tools.official_state import whole_number
-from checkpoint_tools.plain_read import sizes_of
-from checkpoint_tools.record_file import OpenFiles, TensorRecord
-from checkpoint_tools.rules import FROM_OFFICIAL, check_ours, to_ours
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.files.record_file import OpenFiles, TensorRecord
+from checkpoint_tools.files.torch_file import TorchFile
+from checkpoint_tools.formats.infer import infer_model
+from checkpoint_tools.formats.official.state import whole_number
+from checkpoint_tools.formats.plain_read import sizes_of
+from checkpoint_tools.formats.rules import FROM_OFFICIAL, check_ours, to_ours
+from checkpoint_tools.sources.assembled import AssembledSource, Leaf, Part
+from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.boxes import row_strides
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.pieces import is_expert_tensor

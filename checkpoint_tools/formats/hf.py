@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.assembled import AssembledSource
-from checkpoint_tools.images import CLASSES, labels, named_classes, preprocessor, stated_reading
-from checkpoint_tools.infer import given_sizes, infer_model, merge_model
-from checkpoint_tools.plain_read import place_records, sizes_of
-from checkpoint_tools.plain_write import plain_tensors
-from checkpoint_tools.publish import publish_files
-from checkpoint_tools.record_file import OpenFiles, RecordFile, TensorRecord
-from checkpoint_tools.rules import FROM_HF, FROM_HF_V2, to_hf
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import open_file, peek, state_dict, stream_safetensors, write_state_dict
+from checkpoint_tools.files.publish import publish_files
+from checkpoint_tools.files.record_file import OpenFiles, RecordFile, TensorRecord
+from checkpoint_tools.formats.images import CLASSES, labels, named_classes, preprocessor, stated_reading
+from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
+from checkpoint_tools.formats.plain_read import place_records, sizes_of
+from checkpoint_tools.formats.plain_write import plain_tensors
+from checkpoint_tools.formats.rules import FROM_HF, FROM_HF_V2, to_hf
+from checkpoint_tools.formats.state_dict import open_file, peek, state_dict, stream_safetensors, write_state_dict
+from checkpoint_tools.sources.assembled import AssembledSource
+from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.sealed_json import MAX_BYTES
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_tools import stream
-from checkpoint_tools.source import Options, Source, SourceTensor
+from checkpoint_tools.sources import stream
+from checkpoint_tools.sources.base import Options, Source, SourceTensor
 from swin_moe.checkpoint.directory import list_checkpoints, read_complete
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import FILE_NAME, Index

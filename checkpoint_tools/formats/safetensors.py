@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.assembled import AssembledSource, Leaf, Part
-from checkpoint_tools.images import READING
-from checkpoint_tools.infer import given_sizes, infer_model, merge_model
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import is_safetensors, open_file
+from checkpoint_tools.formats.images import READING
+from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
+from checkpoint_tools.formats.state_dict import is_safetensors, open_file
+from checkpoint_tools.sources.assembled import AssembledSource, Leaf, Part
+from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.layout import Chunk
 

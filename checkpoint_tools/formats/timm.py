@@ -7,13 +7,13 @@ and options are not part of the format; --set img_size=N and window_size=N say w
 
 from pathlib import Path
 
-from checkpoint_tools.assembled import AssembledSource
-from checkpoint_tools.infer import given_sizes, infer_model
-from checkpoint_tools.plain_read import place_records, sizes_of
-from checkpoint_tools.plain_write import plain_tensors
-from checkpoint_tools.rules import FROM_TIMM, TO_TIMM
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import open_file, peek, state_dict, write_state_dict
+from checkpoint_tools.formats.infer import given_sizes, infer_model
+from checkpoint_tools.formats.plain_read import place_records, sizes_of
+from checkpoint_tools.formats.plain_write import plain_tensors
+from checkpoint_tools.formats.rules import FROM_TIMM, TO_TIMM
+from checkpoint_tools.formats.state_dict import open_file, peek, state_dict, write_state_dict
+from checkpoint_tools.sources.assembled import AssembledSource
+from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 
 

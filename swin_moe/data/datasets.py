@@ -13,13 +13,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from swin_moe.config import DataConfig
+from swin_moe.data.base import Dataset
 from swin_moe.data.pixels import BrokenImage, decode
+from swin_moe.data.subset import ClassSubset
 from swin_moe.randomness import derive_key
 from swin_moe.registry import lookup
 
@@ -31,27 +32,6 @@ DATASETS = {
     "imagenet22k": "swin_moe.data.datasets:ImageNet22k",
     "synthetic": "swin_moe.data.datasets:Synthetic",
 }
-
-
-class Dataset(Protocol):
-    """What every data set offers."""
-
-    num_classes: int
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def path(self, index: int) -> str:
-        """Returns what to call this image in messages."""
-        ...
-
-    def sample(self, index: int) -> tuple[Image.Image, int]:
-        """Returns (RGB image, label)."""
-        ...
-
-    def labels(self) -> np.ndarray:
-        """Returns (N,) the label of every image, without decoding one."""
-        ...
 
 
 def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], num_classes: int = 1000) -> Dataset:
@@ -68,8 +48,6 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
     if isinstance(dataset, _FileDataset):
         dataset.exif = config.exif
     if split == "train" and config.images_per_class:
-        from swin_moe.data.subset import ClassSubset  # which needs Dataset
-
         return ClassSubset(dataset, config.images_per_class, draw=config.subset)
     return dataset
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from swin_moe.data.datasets import Dataset
+from swin_moe.data.base import Dataset
 
 
 def listing_digest(dataset: Dataset) -> str:

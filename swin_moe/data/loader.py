@@ -21,7 +21,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from swin_moe.config import DataConfig
-from swin_moe.data.datasets import BrokenImage, Dataset, build_dataset
+from swin_moe.data.base import Dataset
+from swin_moe.data.datasets import BrokenImage, build_dataset
 from swin_moe.data.listing import Relabeled
 from swin_moe.data.transforms import Transform, augment_key, build_transform
 from swin_moe.data.views import ViewTransform

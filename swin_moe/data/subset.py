@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from swin_moe.data.datasets import Dataset
+from swin_moe.data.base import Dataset
 from swin_moe.randomness import PURPOSES, derive_key
 
 

@@ -13,7 +13,7 @@ from swin_moe.layout import Chunk
 
 ENGINES = {
     "torch": "swin_moe.engine.torch_native:torch_engine",
-    "deepspeed": "swin_moe.engine.deepspeed:DeepSpeedEngine",
+    "deepspeed": "swin_moe.engine.deepspeed.engine:DeepSpeedEngine",
     "fairscale": "swin_moe.engine.fairscale:fairscale_engine",
 }
 

@@ -1,14 +1,17 @@
 """The default engine: torch's own data parallelism and optimizers, one variant per ZeRO stage."""
 
+import logging
+
 import torch
 from torch import nn
 
 from swin_moe.config import Config
 from swin_moe.engine.base import Engine
-from swin_moe.metrics import LOGGER
 from swin_moe.optim import Schedule
 from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
+
+LOGGER = logging.getLogger("swin_moe")
 
 VARIANTS = {
     "0": "swin_moe.engine.replicated:ReplicatedEngine",

@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import ModelConfig
 from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropout_factor, pad_to_multiple, token_rows
-from swin_moe.ops.attention_choice import choose_path, fused_refusal
-from swin_moe.ops.attention_half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
-from swin_moe.ops.attention_in_windows import attend_windows
+from swin_moe.ops.attention.choice import choose_path, fused_refusal
+from swin_moe.ops.attention.fused import unsupported, unsupported_shape
+from swin_moe.ops.attention.geometry import gather_bias, made_once, merge_windows, partition_windows
+from swin_moe.ops.attention.half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
+from swin_moe.ops.attention.in_windows import attend_windows
+from swin_moe.ops.attention.reference import without_autocast
 from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear
-from swin_moe.ops.window_attention import unsupported, unsupported_shape
-from swin_moe.ops.window_attention_reference import without_autocast
-from swin_moe.ops.window_geometry import gather_bias, made_once, merge_windows, partition_windows
 from swin_moe.randomness import RandomContext
 
 CPB_HIDDEN = 512  # width of the network behind the log-spaced continuous position bias, SwinV2
@@ -96,7 +96,7 @@ class WindowAttention(nn.Module):
     forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
     section 3.5).
 
-    path: Which implementation runs (swin_moe/ops/attention_half.py), or auto. Chunks, weights that are dropped in
+    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Chunks, weights that are dropped in
     training, and anything in the place of qkv or proj (LoRA, quantization) are computed window by window whatever it
     says. Hooks on qkv and proj are called.
     """

@@ -82,7 +82,7 @@ def _named_config(name: str | Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"create_model: name must be a family, a file or the name of a config, got {name!r}")
     if name in VARIANTS:
         return ModelConfig(name=name, moe=_FAMILY_MOE), "none"
-    from swin_moe.config_io import load_config  # only here: models do not depend on YAML
+    from swin_moe.config.io import load_config  # only here: models do not depend on YAML
 
     config = load_config(name)
     moe = config.model.moe
@@ -93,7 +93,7 @@ def _named_config(name: str | Path) -> tuple[ModelConfig, str]:
 
 def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) -> tuple[ModelConfig, str]:
     """Returns the config and recomputation with overrides applied."""
-    from swin_moe.config_io import typed_tree  # only here: models do not depend on YAML
+    from swin_moe.config.io import typed_tree  # only here: models do not depend on YAML
 
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}

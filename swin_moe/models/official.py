@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.models.load_report import LoadReport, Named
-from swin_moe.official_names import (
+from swin_moe.names.official import (
     DROPPED,
     OUTSIDE,
     PRETRAINING_DROPPED,
@@ -27,7 +27,7 @@ from swin_moe.official_names import (
     is_wrapped,
     weight_key,
 )
-from swin_moe.state_dict_names import find_weights, unknown_prefix
+from swin_moe.names.state_dict import find_weights, unknown_prefix
 
 CLASSES_22K, CLASSES_1K = 21841, 1000
 _LARGEST_COORDINATE = 16.0  # log2(8 x + 1) / 3 of an x beyond 1e13

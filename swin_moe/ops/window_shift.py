@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops import extension
+from swin_moe.ops.attention.geometry import Pair
 from swin_moe.ops.transforms import call_operator
-from swin_moe.ops.window_geometry import Pair
 
 SCHEMAS = {
     "window_partition": "window_partition(Tensor x, int window_h, int window_w, int shift_h, int shift_w) -> Tensor",

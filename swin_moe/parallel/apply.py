@@ -24,21 +24,21 @@ from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
-from swin_moe.parallel.all_to_all import ShardGather
 from swin_moe.parallel.compile import compile_network
+from swin_moe.parallel.exchange.all_to_all import ShardGather
+from swin_moe.parallel.exchange.link import build_link
 from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
-from swin_moe.parallel.link import build_link
 from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import lookup
 
 # model.moe.backend -> builder(groups, number of experts, link) -> Dispatcher; link: what rows travel through, None
 # where all experts are here. All take our routing, so that a routing group that spans ranks is nothing special to them.
 DISPATCHERS = {
-    "local": "swin_moe.parallel.all_to_all:local",
-    "native": "swin_moe.parallel.all_to_all:native",
-    "padded": "swin_moe.parallel.padded:padded",
-    "tutel": "swin_moe.parallel.tutel:tutel",
+    "local": "swin_moe.parallel.exchange.all_to_all:local",
+    "native": "swin_moe.parallel.exchange.all_to_all:native",
+    "padded": "swin_moe.parallel.exchange.padded:padded",
+    "tutel": "swin_moe.parallel.exchange.tutel:tutel",
 }
 _BUCKET_BYTES = 32 * 2**20  # gradients reduced together: large enough to hide latency, small beside the experts
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from swin_moe.config import ParallelConfig
+from swin_moe.parallel.exchange.topology import Topology
 from swin_moe.parallel.meeting import meet
 from swin_moe.parallel.sharding import Coordinates, Degrees
-from swin_moe.parallel.topology import Topology
 
 __all__ = ["Degrees", "Groups", "build_groups", "ensure_distributed", "init_distributed", "single_process_groups"]
 

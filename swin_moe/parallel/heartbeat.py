@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from swin_moe.moe.layer import MoELayer
-from swin_moe.parallel.transport import Flight
+from swin_moe.parallel.exchange.transport import Flight
 
 T = TypeVar("T")
 

@@ -87,7 +87,7 @@ class Task:
     needs_partners = False  # batches must hold every image's neighbour in global order, for mixing
     needs_views = False  # batches must hold a second augmentation of every image, as "view"
     changes_weights = False  # after_step does something
-    needs_teacher = False  # `teacher` must be set before build_network; swin_moe/teacher.py loads it
+    needs_teacher = False  # `teacher` must be set before build_network; swin_moe/weights/teacher.py loads it
 
     def __init__(self, config: Config):
         self.config = config

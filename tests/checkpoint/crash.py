@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint_tools.formats import open_source
-from checkpoint_tools.source import Options
-from checkpoint_tools.stream import write_native
+from checkpoint_tools.sources.base import Options
+from checkpoint_tools.sources.stream import write_native
 from swin_moe.checkpoint.background import BackgroundSaver
 from swin_moe.checkpoint.directory import find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from checkpoint_tools.formats import open_source, write_checkpoint
-from checkpoint_tools.source import Options
+from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint import Piece, load
 from swin_moe.checkpoint.index import Index
 from tests.models.reference import GOLDEN

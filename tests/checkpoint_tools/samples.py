@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from checkpoint_tools.formats import open_source
-from checkpoint_tools.source import Options
-from checkpoint_tools.stream import write_native
+from checkpoint_tools.sources.base import Options
+from checkpoint_tools.sources.stream import write_native
 from swin_moe.checkpoint.save import write_checkpoint
 from tests.checkpoint.samples import CONFIG, FILE_SIZE, STATE, sample_state, whole_pieces
 

@@ -132,7 +132,8 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path, capsys, mounted,
     source = save(tmp_path / "run", state={"w": np.random.default_rng(0).standard_normal(1 << 14)})  # 128 KiB
     code, _, error = run(capsys, "convert", source, mounted / "out", "--to", "native")
     assert code == 2 and "bytes do not fit" in error and list(mounted.iterdir()) == []
-    monkeypatch.setattr("checkpoint_tools.stream.check_space", lambda *arguments: None)  # others fill it meanwhile
+    # Others fill it after the check.
+    monkeypatch.setattr("checkpoint_tools.sources.stream.check_space", lambda *arguments: None)
     code, _, error = run(capsys, "convert", source, mounted / "out", "--to", "native")
     assert code == 2 and "No space left on device" in error and str(mounted) in error
     assert not (mounted / "out").exists()

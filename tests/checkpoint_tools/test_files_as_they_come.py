@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_tools import text
 from checkpoint_tools.__main__ import main
 from checkpoint_tools.formats import find_format
+from checkpoint_tools.verbs import text
 from swin_moe import create_model
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index

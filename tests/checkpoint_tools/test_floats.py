@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_tools.floats import WRITABLE, decode, encode
+from checkpoint_tools.files.floats import WRITABLE, decode, encode
 from swin_moe.checkpoint.errors import CheckpointError
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.formats import find_format, open_source, write_checkpoint
-from checkpoint_tools.source import Options
+from checkpoint_tools.sources.base import Options
 from swin_moe import create_model
 from swin_moe.checkpoint import CheckpointError, Piece, load
 from swin_moe.checkpoint.index import Index

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from checkpoint_tools import plain_write
-from checkpoint_tools.geometry import check_geometry
+from checkpoint_tools.formats import plain_write
+from checkpoint_tools.formats.geometry import check_geometry
 from swin_moe import create_model
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.manager import save

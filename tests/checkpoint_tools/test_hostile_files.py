@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from checkpoint_tools.__main__ import main
+from checkpoint_tools.files.pickle_reader import plain, read_pickle
+from checkpoint_tools.files.safetensors_file import SafetensorsFile
+from checkpoint_tools.files.torch_file import TorchFile
 from checkpoint_tools.formats import open_source, write_checkpoint
-from checkpoint_tools.pickle_reader import plain, read_pickle
-from checkpoint_tools.safetensors_file import SafetensorsFile
-from checkpoint_tools.source import Options
-from checkpoint_tools.torch_file import TorchFile
+from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint.errors import CheckpointError
 from tests.models.reference import GOLDEN
 

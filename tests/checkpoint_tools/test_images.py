@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint_tools.images import MEAN, STD, class_names, preprocessing, preprocessor
+from checkpoint_tools.formats.images import MEAN, STD, class_names, preprocessing, preprocessor
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
 from swin_moe.config import DataConfig

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from checkpoint_tools import reshard
 from checkpoint_tools.formats import open_source
-from checkpoint_tools.source import Options
+from checkpoint_tools.sources.base import Options
+from checkpoint_tools.verbs import reshard
 from swin_moe.checkpoint import digest, shards
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index

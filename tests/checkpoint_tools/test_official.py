@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_tools.formats import open_source
-from checkpoint_tools.source import Options
+from checkpoint_tools.sources.base import Options
 from swin_moe import create_model
 from swin_moe.checkpoint import CheckpointError, CorruptionError, Piece, load
 from swin_moe.checkpoint.index import Index

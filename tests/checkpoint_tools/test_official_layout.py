@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_tools.official_layout import coordinates, in_module_order, official_buffers, position_index
+from checkpoint_tools.formats.official.layout import coordinates, in_module_order, official_buffers, position_index
 from launcher import mpi
 from launcher.env import without_world
 from swin_moe import create_model

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from checkpoint_tools.publish import Lock, finish_publishing, hidden, publish_files
+from checkpoint_tools.files.publish import Lock, finish_publishing, hidden, publish_files
 from swin_moe.checkpoint.errors import CheckpointError
 from tests.checkpoint.crash import run_killed
 from tests.checkpoint.samples import run_threads

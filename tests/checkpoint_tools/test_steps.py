@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoint_tools.__main__ import main
-from checkpoint_tools.official_state import steps_of_schedule
+from checkpoint_tools.formats.official.state import steps_of_schedule
 from swin_moe import create_model
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from checkpoint_tools import stream
+from checkpoint_tools.files.publish import Lock, hidden
 from checkpoint_tools.formats import open_source
-from checkpoint_tools.journal import Journal
-from checkpoint_tools.publish import Lock, hidden
-from checkpoint_tools.source import Options
+from checkpoint_tools.sources import stream
+from checkpoint_tools.sources.base import Options
+from checkpoint_tools.sources.journal import Journal
 from swin_moe.checkpoint.digest import BLOCK_BYTES
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
@@ -180,7 +180,7 @@ def test_what_came_into_the_place_meanwhile_is_not_overwritten(tmp_path, monkeyp
 def test_too_small_a_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     source = save(tmp_path / "source")
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("checkpoint_tools.publish.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("checkpoint_tools.files.publish.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: \d+ bytes do not fit, 10 bytes are free"):
         convert(source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
@@ -197,7 +197,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from checkpoint_tools.__main__ import main
-import checkpoint_tools.convert, checkpoint_tools.formats.native
+import checkpoint_tools.verbs.convert, checkpoint_tools.formats.native
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 before = peak()
 assert main(["convert", sys.argv[1], sys.argv[2], "--to", "native", "--max-memory", sys.argv[3]]) == 0

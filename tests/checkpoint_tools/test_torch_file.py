@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_tools import record_file
-from checkpoint_tools.record_file import split_spans
-from checkpoint_tools.torch_file import TorchFile
-from checkpoint_tools.torch_writer import constant, write_torch
+from checkpoint_tools.files import record_file
+from checkpoint_tools.files.record_file import split_spans
+from checkpoint_tools.files.torch_file import TorchFile
+from checkpoint_tools.files.torch_writer import constant, write_torch
 from swin_moe.checkpoint.errors import CorruptionError
 from swin_moe.checkpoint.manager import to_raw
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, dtype_name

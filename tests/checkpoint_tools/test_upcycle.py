@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from checkpoint_tools.__main__ import main
-from checkpoint_tools.experts import merge_weights, share_copies
+from checkpoint_tools.verbs.experts import merge_weights, share_copies
 from swin_moe import create_model
 from swin_moe.checkpoint import Piece, load, save
 from swin_moe.checkpoint.index import Index
-from swin_moe.config_io import config_from_tree
+from swin_moe.config.io import config_from_tree
 from swin_moe.models import build_model
 from tests.checkpoint_tools.official_files import FILES, FORMS, convert, tensors_of
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from checkpoint_tools import text
 from checkpoint_tools.__main__ import VERBS, main
+from checkpoint_tools.verbs import text
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import read_arrays, verify
 from swin_moe.checkpoint.pieces import Piece

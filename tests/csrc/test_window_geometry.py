@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swin_moe.ops.window_geometry import padded_size, partition_windows, relative_position_index, shift_mask
+from swin_moe.ops.attention.geometry import padded_size, partition_windows, relative_position_index, shift_mask
 
 PROGRAM = Path(__file__).with_name("window_geometry_program.cpp")
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swin_moe.ops.window_attention_reference import attend_map
+from swin_moe.ops.attention.reference import attend_map
 from tests.csrc.emulation import ELEMENTS, Geometry, WindowLaunch, build, window_attention
 from tests.ops.window_attention_cases import (
     FLOORS,

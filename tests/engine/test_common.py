@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.engine.common import average_name, decide, materialize, state_name, state_tensors
 from swin_moe.engine.torch_native import torch_engine
 from swin_moe.models import build_model

@@ -2,7 +2,7 @@
 
 import torch
 
-from swin_moe.engine.flat import Fragment, flat_pieces
+from swin_moe.engine.deepspeed.flat import Fragment, flat_pieces
 from swin_moe.layout import Chunk
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.engine.graphs import MOST_GRAPHS, GraphedForward, Recording, check_graphs, check_training, with_graphs
 from swin_moe.models import build_model
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.engine.limits import check_engine
 
 

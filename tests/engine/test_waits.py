@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.moe import dispatch
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
-from swin_moe.parallel import chunks, transport
+from swin_moe.parallel.exchange import overlap as chunks
+from swin_moe.parallel.exchange import transport
+from swin_moe.parallel.exchange.padded import PaddedAllToAll
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.parallel.padded import PaddedAllToAll
 from swin_moe.randomness import RandomContext
-from swin_moe.session import Session
+from swin_moe.run.session import Session
 from swin_moe.train import Trainer
 from tests.ranks import run_ranks
 from tests.training.cases import TINY, open_tiny

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.batch import to_device
 from swin_moe.engine.base import StepStats
 from swin_moe.parallel.groups import build_groups
-from swin_moe.session import Session
+from swin_moe.run.session import Session
 from swin_moe.train import Trainer
 from tests.equivalence.engine_cases import BALANCED, BATCH, CHECKPOINTS, POISONED, STEPS, Case, runnable
 

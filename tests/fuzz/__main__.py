@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from swin_moe.ops.attention_choice import Measuring
+from swin_moe.ops.attention.choice import Measuring
 from tests.fuzz.cases import draw_case
 from tests.fuzz.children import Result, run_cases
 from tests.fuzz.files import make_files

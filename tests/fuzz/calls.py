@@ -10,9 +10,9 @@ import torch
 
 import swin_moe
 from checkpoint_tools.formats import FORMATS, find_format, open_source, write_checkpoint
-from checkpoint_tools.source import Options
+from checkpoint_tools.sources.base import Options
 from swin_moe import config as schema
-from swin_moe.config_io import apply_overrides, config_from_tree, dump_config, find_config, load_config
+from swin_moe.config.io import apply_overrides, config_from_tree, dump_config, find_config, load_config
 
 SECTIONS = [getattr(schema, name) for name in
             ("RunConfig", "DataConfig", "MoEConfig", "ModelConfig", "TaskConfig", "OptimConfig", "ParallelConfig",

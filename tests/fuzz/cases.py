@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoint_tools.__main__ import VERBS
 from swin_moe.config import Config
-from swin_moe.config_io import _schema_keys
+from swin_moe.config.io import _schema_keys
 from tests.fuzz import calls
 
 KEYS = [key for key in _schema_keys(Config) if "." in key]

@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 from swin_moe.config import Config
-from swin_moe.config_io import _schema_keys
+from swin_moe.config.io import _schema_keys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = tuple(str(ROOT / package) for package in ("swin_moe", "launcher", "checkpoint_tools"))

@@ -11,7 +11,7 @@ from swin_moe import create_model
 from swin_moe.config import ModelConfig
 from swin_moe.models.attention import WindowAttention, check_attention, relative_coords_table, resize_bias_table
 from swin_moe.ops import extension
-from swin_moe.ops.window_geometry import relative_position_index, shift_mask
+from swin_moe.ops.attention.geometry import relative_position_index, shift_mask
 from tests.models.reference import NUMBERS
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.models import build_model
 from swin_moe.randomness import RandomContext
 from tests.training.cases import TINY

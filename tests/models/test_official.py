@@ -11,7 +11,7 @@ from torch import Tensor
 
 import swin_moe.models.official as official_module
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.models.attention import relative_coords_table, resize_bias_table
 from swin_moe.models.build import build_model
 from swin_moe.models.official import (

@@ -8,10 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe import choice_cache
-from swin_moe.ops import attention_choice as choices
 from swin_moe.ops import extension
-from swin_moe.ops.attention_choice import Case, choose_path, fastest, measure
-from swin_moe.ops.attention_half import PATHS, HalfShape, HalfTensors, attention_half
+from swin_moe.ops.attention import choice as choices
+from swin_moe.ops.attention.choice import Case, choose_path, fastest, measure
+from swin_moe.ops.attention.half import PATHS, HalfShape, HalfTensors, attention_half
 
 SHAPE = HalfShape(2, (4, 4), (2, 2), 0.25)
 CASE = Case(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swin_moe.ops.attention_in_windows import IMPLEMENTATIONS, attend_windows, choose
+from swin_moe.ops.attention.in_windows import IMPLEMENTATIONS, attend_windows, choose
 
 IMAGES, MASKS, TOKENS, HEADS, DIM = 2, 3, 9, 2, 8
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from swin_moe.ops import extension, window_attention
-from swin_moe.ops.window_attention import SCHEMAS, fused_window_attention, unsupported
-from swin_moe.ops.window_attention_reference import attend_map
+from swin_moe.ops import extension
+from swin_moe.ops.attention import fused as window_attention
+from swin_moe.ops.attention.fused import SCHEMAS, fused_window_attention, unsupported
+from swin_moe.ops.attention.reference import attend_map
 from tests.ops.window_attention_cases import (
     Case,
     check_against_eager,

@@ -2,7 +2,7 @@
 
 import torch
 
-from swin_moe.ops.window_geometry import (
+from swin_moe.ops.attention.geometry import (
     gather_bias,
     merge_windows,
     padded_size,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import swin_moe.ops.window_attention  # noqa: F401  defines the operator
-from swin_moe.ops.window_attention_reference import attend_map
+import swin_moe.ops.attention.fused  # noqa: F401  defines the operator
+from swin_moe.ops.attention.reference import attend_map
 
 INPUTS = ("qkv", "bias_table", "logit_scale", "pad_qkv")
 # Added to the bound on the relative error of one case: a few roundings, where eager happens to be exact (48 float32

@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from swin_moe.config import ParallelConfig
 from swin_moe.moe.phases import PhaseClock
+from swin_moe.parallel.exchange.link import EXPOSED, Link, Trip, arrive, depart, travel
+from swin_moe.parallel.exchange.payload import PAYLOADS
+from swin_moe.parallel.exchange.transport import build_transport
 from swin_moe.parallel.groups import build_groups
-from swin_moe.parallel.link import EXPOSED, Link, Trip, arrive, depart, travel
-from swin_moe.parallel.payload import PAYLOADS
-from swin_moe.parallel.transport import build_transport
 
 DIM = 16
 HOSTS = {1: (0,), 2: (0, 1), 4: (0, 0, 0, 1)}

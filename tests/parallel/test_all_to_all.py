@@ -3,11 +3,11 @@
 import torch
 
 from swin_moe.moe.dispatch import Plan
-from swin_moe.parallel.all_to_all import AllToAllDispatcher
-from swin_moe.parallel.chunks import chunk_plan, rows_in_chunk
+from swin_moe.parallel.exchange.all_to_all import AllToAllDispatcher
+from swin_moe.parallel.exchange.link import Link
+from swin_moe.parallel.exchange.overlap import chunk_plan, rows_in_chunk
+from swin_moe.parallel.exchange.transport import LinearTransport
 from swin_moe.parallel.groups import Degrees, Groups
-from swin_moe.parallel.link import Link
-from swin_moe.parallel.transport import LinearTransport
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from swin_moe.moe.experts import GroupedExperts
-from swin_moe.parallel.chunks import ChunkTravel
-from swin_moe.parallel.link import Link
-from swin_moe.parallel.transport import Hop, Route
+from swin_moe.parallel.exchange.link import Link
+from swin_moe.parallel.exchange.overlap import ChunkTravel
+from swin_moe.parallel.exchange.transport import Hop, Route
 
 
 class Noted(torch.autograd.Function):

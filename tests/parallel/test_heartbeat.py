@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from swin_moe.parallel.exchange.transport import Flight, Hop, Route
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Beat, Heartbeat, _in_collective
-from swin_moe.parallel.transport import Flight, Hop, Route
 
 
 def judge(own, *others, rank=0, ages=None):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swin_moe.parallel.owners import Owners
+from swin_moe.parallel.exchange.owners import Owners
 from swin_moe.parallel.sharding import Degrees
 
 

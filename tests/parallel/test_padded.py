@@ -10,11 +10,11 @@ from swin_moe.moe.dispatch import VERBS, LocalDispatcher, PaddedDispatcher, make
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import route
 from swin_moe.parallel.apply import parallelize
-from swin_moe.parallel.chunks import chunk_plan
+from swin_moe.parallel.exchange.link import Link
+from swin_moe.parallel.exchange.overlap import chunk_plan
+from swin_moe.parallel.exchange.padded import PaddedAllToAll
+from swin_moe.parallel.exchange.transport import LinearTransport
 from swin_moe.parallel.groups import Degrees, Groups, single_process_groups
-from swin_moe.parallel.link import Link
-from swin_moe.parallel.padded import PaddedAllToAll
-from swin_moe.parallel.transport import LinearTransport
 
 CPU = torch.device("cpu")
 

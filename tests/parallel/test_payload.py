@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swin_moe.parallel.payload import PAYLOADS, HalfRows, ScaledRows, rounding_error
+from swin_moe.parallel.exchange.payload import PAYLOADS, HalfRows, ScaledRows, rounding_error
 
 E4M3 = ScaledRows(torch.float8_e4m3fn)
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from swin_moe.parallel.topology import Topology
+from swin_moe.parallel.exchange.topology import Topology
 
 
 def test_equal_nodes_by_hand():

@@ -5,11 +5,10 @@ import random
 import pytest
 import torch
 
-from swin_moe.parallel.groups import Degrees, Groups
-from swin_moe.parallel.hierarchical import HierarchicalTransport
-from swin_moe.parallel.owners import Owners
-from swin_moe.parallel.topology import Topology
-from swin_moe.parallel.transport import (
+from swin_moe.parallel.exchange.hierarchical import HierarchicalTransport
+from swin_moe.parallel.exchange.owners import Owners
+from swin_moe.parallel.exchange.topology import Topology
+from swin_moe.parallel.exchange.transport import (
     Flight,
     Hop,
     LinearTransport,
@@ -20,6 +19,7 @@ from swin_moe.parallel.transport import (
     by_expert,
     even_route,
 )
+from swin_moe.parallel.groups import Degrees, Groups
 
 CPU = torch.device("cpu")
 

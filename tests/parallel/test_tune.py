@@ -5,8 +5,8 @@ import torch
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe.dispatch import make_plan
+from swin_moe.parallel.exchange.tune import candidates, choose, even_routing, tune
 from swin_moe.parallel.groups import Degrees, Groups
-from swin_moe.parallel.tune import candidates, choose, even_routing, tune
 from tests.parallel.tune_cases import run_world
 from tests.ranks import run_ranks
 

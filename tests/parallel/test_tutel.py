@@ -16,8 +16,8 @@ from swin_moe.moe.dispatch import VERBS, PaddedDispatcher, make_padded_plan, pad
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.router import route
 from swin_moe.parallel.apply import parallelize
+from swin_moe.parallel.exchange.tutel import CHANGES_NUMERICS, tutel, tutel_verbs
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.parallel.tutel import CHANGES_NUMERICS, tutel, tutel_verbs
 from swin_moe.randomness import RandomContext
 from tests.parallel import tutel_stand_in
 

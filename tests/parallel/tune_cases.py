@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from swin_moe.config import MoEConfig, ParallelConfig
 from swin_moe.moe import MoELayer
-from swin_moe.parallel import tune as tuning
 from swin_moe.parallel.apply import parallelize
+from swin_moe.parallel.exchange import tune as tuning
 from swin_moe.parallel.groups import build_groups
 
 CPU = torch.device("cpu")

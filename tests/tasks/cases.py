@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.batch import to_device
 from swin_moe.evaluate import build_eval_loader
 from swin_moe.evaluate_features import measure, parse_options
 from swin_moe.models import build_model
 from swin_moe.parallel.groups import build_groups
-from swin_moe.session import Session, build_local_model
+from swin_moe.run.session import Session, build_local_model
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.train import Trainer
-from swin_moe.weights import backbone_of, load_weights, start_from
+from swin_moe.weights.load import backbone_of, load_weights, start_from
 
 # 50 images in batches of 20: 3 steps an epoch, the last one of 10, so that of 4 ranks two have none.
 TINY = (

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from swin_moe.checkpoint import CheckpointError
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.session import Session
+from swin_moe.run.session import Session
 from swin_moe.tasks.base import StepContext, build_task
-from swin_moe.teacher import load_teacher
+from swin_moe.weights.teacher import load_teacher
 from tests.tasks import cases
 from tests.tasks.test_transfer import TINY, trained, weights
 

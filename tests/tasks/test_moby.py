@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from swin_moe.config import DataConfig
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.loader import TrainLoader
 from swin_moe.data.views import VIEWS, ViewTransform, shift_hue
 from swin_moe.engine.limits import check_engine

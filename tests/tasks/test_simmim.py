@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from swin_moe.config_io import load_config
-from swin_moe.metrics import MetricsWriter
+from swin_moe.config.io import load_config
 from swin_moe.models.heads import mask_of_order, masked_l1, normalize_targets, num_masked
 from swin_moe.optim import build_schedule, parameter_groups
 from swin_moe.randomness import RandomContext
+from swin_moe.run.metrics import MetricsWriter
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.tasks.simmim import tiled
 

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 
 from checkpoint_tools.__main__ import main as tools
 from swin_moe.checkpoint import CheckpointError
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.engine.common import materialize
 from swin_moe.models import build_model
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.models.heads import EncoderModel
 from swin_moe.models.official import CLASSES_1K, CLASSES_22K, read_class_map, resize_bias_table_geometric
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.session import Session, check_layout
+from swin_moe.run.session import Session, check_layout
 from swin_moe.tasks.base import TASKS
 from swin_moe.tasks.classify import Classify
 from swin_moe.train import Trainer
-from swin_moe.weights import load_weights, start_from
+from swin_moe.weights.load import load_weights, start_from
 from tests.ranks import run_ranks
 from tests.tasks import cases
 
@@ -427,7 +427,7 @@ def test_pre_trained_on_four_ranks_tuned_on_two_evaluated_on_one(tmp_path):
 def test_the_report_is_in_the_log(tmp_path, caplog):
     source = trained(tmp_path, "digits_simmim", "run.name=source")
     trainer = Trainer(session_of(tmp_path, "digits_dense", f"checkpoint.init={source.session.directory}"))
-    from swin_moe.metrics import LOGGER
+    from swin_moe.run.metrics import LOGGER
 
     LOGGER.propagate = True
     with caplog.at_level("INFO"):

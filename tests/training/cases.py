@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.parallel.groups import build_groups
 from swin_moe.parallel.replicas import first_differing_replica
-from swin_moe.session import Session
+from swin_moe.run.session import Session
 from swin_moe.train import Trainer
 
 TINY = [

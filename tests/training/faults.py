@@ -9,7 +9,7 @@ import torch
 
 from swin_moe import train
 from swin_moe.moe.layer import MoELayer
-from swin_moe.session import run_main
+from swin_moe.run.session import run_main
 
 STEP, SLOW = 3, 8.0  # seconds, longer than the engine.timeout of the tests
 

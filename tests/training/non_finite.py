@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from swin_moe.metrics import LOGGER
+from swin_moe.run.metrics import LOGGER
 from swin_moe.train import Trainer
 from tests.training.cases import open_tiny
 

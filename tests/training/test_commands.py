@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from launcher.env import without_world
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.models import build_model
-from swin_moe.session import run_main
+from swin_moe.run.session import run_main
 from tests.training.cases import TINY
 
 ROOT = Path(__file__).resolve().parents[2]

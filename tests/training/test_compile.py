@@ -8,10 +8,10 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.engine.limits import check_engine
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.session import Session
+from swin_moe.run.session import Session
 from swin_moe.train import Trainer
 from tests.ranks import run_ranks
 from tests.training.cases import TINY, losses, open_tiny

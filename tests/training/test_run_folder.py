@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from swin_moe.run_folder import NAME, FolderLock
+from swin_moe.run.folder import NAME, FolderLock
 from tests.training.test_commands import QUICK, ROOT, environment
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from swin_moe.run_folder import FolderLock
+from swin_moe.run.folder import FolderLock
 FolderLock(Path(sys.argv[1])).take()
 print("held", flush=True)
 time.sleep(60)

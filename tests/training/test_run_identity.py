@@ -12,11 +12,11 @@ from PIL import Image
 from swin_moe import train
 from swin_moe.checkpoint import Index
 from swin_moe.config import Config, DataConfig
-from swin_moe.config_io import load_config
+from swin_moe.config.io import load_config
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.listing import Relabeled, listing_digest
-from swin_moe.run_identity import RunIdentity, place_in_data
-from swin_moe.session import run_main
+from swin_moe.run.identity import RunIdentity, place_in_data
+from swin_moe.run.session import run_main
 from tests.ranks import run_ranks
 from tests.training.test_commands import QUICK, checkpoints, perform, refused
 

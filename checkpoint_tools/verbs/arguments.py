@@ -1,0 +1,42 @@
+"""Arguments that several verbs share, and the options they mean."""
+
+import argparse
+
+from checkpoint_tools.sources.base import MAX_MEMORY, Options
+from checkpoint_tools.verbs.text import parse_bytes
+from swin_moe.checkpoint.communicator import Communicator
+from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT
+from swin_moe.checkpoint.save import FILE_SIZE
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of every verb."""
+    add = parser.add_argument
+    memory = "resident bytes per process beyond the interpreter and its modules (default 512M)"
+    add("--max-memory", type=parse_bytes, default=MAX_MEMORY, metavar="SIZE", help=memory)
+    add("--no-verify", action="store_true", help="do not compare what is read with its digests")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of verbs that write a checkpoint."""
+    add = parser.add_argument
+    add("--file-size", type=parse_bytes, default=FILE_SIZE, metavar="SIZE", help="data per shard file (default 1G)")
+    add("--digest", choices=sorted(ALGORITHMS), default=DEFAULT, help=f"of native output (default {DEFAULT})")
+    add("--on-drift", choices=("error", "first", "mean"), default="error", help="where replicas in rank files differ")
+    add("--dry-run", action="store_true", help="say what would be read and written, and stop")
+
+
+def build_options(arguments: argparse.Namespace, comm: Communicator) -> Options:
+    """Returns what the arguments ask for; ranks other than 0 are silent."""
+    given = vars(arguments)
+    return Options(
+        max_memory=arguments.max_memory,
+        file_size=given.get("file_size", FILE_SIZE),
+        algorithm=given.get("digest", DEFAULT),
+        verify=not arguments.no_verify,
+        on_drift=given.get("on_drift", "error"),
+        world=given.get("world") or 0,
+        extra=dict(text.partition("=")[::2] for text in given.get("set") or []),
+        comm=comm,
+        report=print if comm.rank == 0 else lambda text: None,
+    )

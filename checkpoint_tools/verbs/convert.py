@@ -1,0 +1,59 @@
+"""`convert SRC DST --from F --to F`: any format to any format."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from checkpoint_tools.files.publish import tell_new_parent
+from checkpoint_tools.formats import FORMATS, open_source, write_checkpoint
+from checkpoint_tools.sources.base import Options, Source
+from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.plan import describe_plan
+from checkpoint_tools.verbs.text import format_bytes, progress_of
+from swin_moe.checkpoint.communicator import SingleProcess
+from swin_moe.checkpoint.errors import CheckpointError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's arguments."""
+    add = parser.add_argument
+    add("source", type=Path, help="a checkpoint; for rank files the path without .rank0")
+    add("destination", type=Path, help="what to write; nothing may be there yet")
+    readable, writable = (sorted(n for n, row in FORMATS.items() if getattr(row, what)) for what in ("open", "write"))
+    add("--from", dest="format", default="", choices=readable, help="default: guessed")
+    add("--to", required=True, choices=writable)
+    add("--world", type=int, default=0, help="rank files to write, for formats that have them")
+    add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, options: Options) -> int:
+    """Converts, or says what that would do."""
+    with open_source(arguments.source, options, arguments.format) as source:
+        write_or_plan(source, arguments.destination, options, arguments.to, dry_run=arguments.dry_run)
+    return 0
+
+
+def write_or_plan(source: Source, path: Path, options: Options, to: str = "native", *, dry_run: bool) -> None:
+    """Writes a source as a new checkpoint, with a progress bar, or prints what that would read and write."""
+    if dry_run:
+        options.report(describe_plan(source, path, options, to))
+        return
+    tell_new_parent(path, options.report)
+    total = sum(tensor.num_bytes for tensor in source.tensors.values())
+    with progress_of(options, total // options.comm.size) as advance:
+        write_checkpoint(source, path, dataclasses.replace(options, progress=advance), to)
+    options.report(f"{path}: {to}, {_describe_written(path, options, to)}, from {source.described}")
+
+
+def _describe_written(path: Path, options: Options, to: str) -> str:
+    """Returns how many tensors and bytes the output has, by its headers: it may hold less than the source."""
+    if options.comm.rank:
+        return ""
+    quiet = dataclasses.replace(options, report=lambda text: None, extra={}, comm=SingleProcess(), verify=False)
+    try:
+        with open_source(path, quiet, to) as written:
+            total = sum(tensor.num_bytes for tensor in written.tensors.values())
+            return f"{len(written.tensors)} tensors, {format_bytes(total)}"
+    except CheckpointError:  # rank files of a network without experts: all is in the .master, which is no checkpoint
+        return "written"

@@ -1,0 +1,100 @@
+"""Window attention of a whole map in the official order of operations: what every compiled kernel is compared with.
+
+Padding, roll, partition, scores, bias, mask, softmax, values, merge, roll, crop (microsoft/Swin-Transformer,
+models/swin_transformer.py and swin_transformer_v2.py; padding: SwinTransformer/Swin-Transformer-Object-Detection).
+It runs as the kernel of the operator wherever no compiled one is registered.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swin_moe.ops.attention.geometry import gather_bias, merge_windows, padded_size, partition_windows, shift_mask
+from swin_moe.ops.attention.in_windows import attend_explicitly
+
+
+def attend_map(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    mask_value: float,
+) -> Tensor:
+    """Returns (B, H, W, C); arguments as the operator's (window_attention.py). Differentiable by autograd."""
+    batch, height, width, channels = qkv.shape
+    window, shift = (window_h, window_w), (shift_h, shift_w)
+    full = (padded_size(height, window_h), padded_size(width, window_w))
+    with without_autocast(qkv.device.type):
+        x = _pad(qkv, full, pad_qkv)
+        if any(shift):
+            x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
+        bias = gather_bias(bias_table, window)[None]
+        if any(shift):
+            bias = bias + shift_mask(*full, window, shift, bias.device, bias.dtype, mask_value)[:, None]
+        factor = None if logit_scale is None else logit_scale.view(num_heads, 1, 1)
+        out_WAND = attend_explicitly(partition_windows(x, window), bias, scale, factor)
+        out = out_WAND.transpose(1, 2).reshape(-1, window_h * window_w, channels // 3)
+        x = merge_windows(out, window, batch, *full)
+        if any(shift):
+            x = torch.roll(x, shifts=shift, dims=(1, 2))
+        return x[:, :height, :width].contiguous()
+
+
+def attend_map_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    mask_value: float,
+    out: Tensor | None = None,
+    log_sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of qkv, bias_table, logit_scale and pad_qkv, an empty tensor for what was None.
+
+    The forward is computed again and differentiated by autograd; its results, which kernels may be given, are not read.
+    """
+    numbers = (num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value)
+    tensors = (qkv, bias_table, logit_scale, pad_qkv)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [None if t is None else _leaf(t) for t in tensors]
+        given = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad(attend_map(*leaves, *numbers), given, _leaf(grad_out), materialize_grads=True))
+        # new_empty: a result of an operator must not be one of its other results.
+        return tuple(qkv.new_empty(0) if leaf is None else next(grads).contiguous() for leaf in leaves)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """Returns the same values as a leaf of a new graph; a tensor of inference mode cannot be one and is copied."""
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def _pad(qkv: Tensor, full: tuple[int, int], pad_qkv: Tensor | None) -> Tensor:
+    """Returns the map with padded tokens at the bottom and right, zeros or pad_qkv."""
+    rows, columns = full[0] - qkv.shape[1], full[1] - qkv.shape[2]
+    if not rows and not columns:
+        return qkv
+    if pad_qkv is None:
+        return F.pad(qkv, (0, 0, 0, columns, 0, rows))
+    inside = F.pad(qkv.new_ones((*qkv.shape[1:3], 1), dtype=torch.bool), (0, 0, 0, columns, 0, rows))
+    return torch.where(inside, F.pad(qkv, (0, 0, 0, columns, 0, rows)), pad_qkv)
+
+
+def without_autocast(device_type: str) -> torch.autocast | nullcontext:
+    """Returns a context in which the dtypes given are the dtypes computed in, as in a compiled kernel."""
+    # torch.amp.is_autocast_available would ask the same, which torch 2.11 cannot trace.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

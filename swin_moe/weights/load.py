@@ -1,0 +1,183 @@
+"""Weights from elsewhere: to evaluate and predict with, or for a new run to begin with.
+
+A source is a checkpoint of this system, of any task and in any layout, or whatever else checkpoint_tools reads
+(weight_sources.py). Every rank reads only what it holds, except of tensors that have to be changed to fit (bias tables
+of another window, class heads).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, find_latest, resolve, together
+from swin_moe.config import ModelConfig
+from swin_moe.engine.base import Engine
+from swin_moe.models.attention import stage_geometry
+from swin_moe.models.official import LoadReport, fit_weights
+from swin_moe.names.official import is_wrapped, weight_key
+from swin_moe.parallel.apply import parameter_layout
+from swin_moe.run.session import Session
+from swin_moe.weights.sources import Source, is_own, open_weights
+
+_AVERAGE = "ema/"
+_NAMES_SHOWN = 160  # characters
+
+
+def why_refused(error: Exception) -> str:
+    """Returns one clause for an error of torch or timm about a file; torch.load's own text advises to execute it."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+) was not an allowed", text):
+        return f"it holds an object of {found[1]}; `swin-moe checkpoint convert` reads it without executing anything"
+    if not text or "WeightsUnpickler error" in text:
+        return "it is no file that torch.save wrote, or a damaged one"
+    first, _, rest = text.partition("\n")
+    if first.endswith(":"):  # a list of names follows
+        return f"{first} {rest.strip().splitlines()[0][:_NAMES_SHOWN]}" if rest.strip() else first
+    return first.split(". ")[0]
+
+
+def load_weights(model: nn.Module, session: Session) -> str:
+    """Fills the model from checkpoint.load, or from the newest checkpoint of the run; returns what was loaded.
+
+    Averaged weights (EMA) are taken where the checkpoint has them.
+
+    Raises:
+        ValueError: Nothing to load, or the checkpoint does not fit the model.
+    """
+    source = session.config.checkpoint.load
+    layout = parameter_layout(model, session.groups)
+    pieces = [Piece(n, layout[n][0], p.dtype, layout[n][1], p.detach()) for n, p in model.named_parameters()]
+    if source and not is_own(Path(source)):
+        shapes = {n: shape for n, (shape, _) in layout.items()}
+
+        def fill() -> str:
+            opened = open_weights(source, key="checkpoint.load")
+            report = fill_pieces(opened, pieces, backbone_of(model), shapes, same_classes=True)
+            return f"{opened.description}: {report}"
+
+        return together(resolve(session.groups.world), fill)
+    folder = session.directory / "checkpoints"
+    path = find_checkpoint(source, key="checkpoint.load") if source else find_latest(folder)
+    if path is not None:
+        _check_positions(path, backbone_of(model))
+    return CheckpointManager(folder, group=session.groups.world).load_parameters(pieces, source=source)
+
+
+def _check_positions(path: Path, backbone: nn.Module) -> None:
+    """Raises ValueError where absolute positions are as many as the model's, but of an image of another shape."""
+    trained = open_weights(path, key="checkpoint.load").model_config()
+    if trained is None or not trained.ape or not hasattr(backbone, "absolute_pos_embed"):
+        return
+    there, here = stage_geometry(trained, 0).resolution, backbone.grid
+    if there != here and math.prod(there) == math.prod(here):
+        height, width = trained.img_size
+        raise ValueError(
+            f"{path}: its absolute positions are of {there[0]} x {there[1]} tokens, the model has {here[0]} x "
+            f"{here[1]}; set model.img_size=[{height},{width}]"
+        )
+
+
+def stored_classes(session: Session) -> tuple[str, ...]:
+    """Returns the class names of the checkpoint that load_weights loads, in the order of outputs; () where it has none.
+
+    Official files and checkpoints of older versions have none.
+    """
+    source = session.config.checkpoint.load
+    if source:
+        return open_weights(source, key="checkpoint.load").classes
+    path = find_latest(session.directory / "checkpoints")
+    return () if path is None else tuple(Index.read(path).state.get("classes", ()))
+
+
+def start_from(source: str, engine: Engine, session: Session) -> str:
+    """Fills an engine's parameters, and their averages, with the weights of `source`; returns what became of them.
+
+    Every rank calls it.
+
+    Args:
+        source: See weight_sources.open_weights.
+
+    Raises:
+        CheckpointError: On every rank: it cannot be read, or does not fit the network.
+    """
+
+    def fill() -> str:
+        opened = open_weights(source, key="checkpoint.init")
+        shapes = {name: shape for name, (shape, _) in engine.layout.items()}
+        backbone = backbone_of(engine.local_model)
+        report = fill_pieces(opened, engine.pieces(), backbone, shapes, own_parts=True)
+        return f"{opened.description}: {report}"
+
+    text = together(resolve(session.groups.world), fill)
+    engine.load_state(engine.state())  # publishes the weights to wherever the engine has copies of them
+    return text
+
+
+def fill_pieces(
+    source: Source,
+    pieces: Iterable[Piece],
+    backbone: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    own_parts: bool = False,
+    same_classes: bool = False,
+) -> LoadReport:
+    """Returns the report of filling parameters and averages among `pieces`; changes nothing if something does not fit.
+
+    Args:
+        shapes: Global shapes of the network's parameters by name.
+        own_parts, same_classes: See fit_weights.
+    """
+    wrapped, trained = is_wrapped(shapes), source.model_config()
+    key_shapes = {weight_key(name, wrapped=wrapped): tuple(shape) for name, shape in shapes.items()}
+    grid = trained and stage_geometry(trained, 0).resolution
+    other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
+    tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
+    values, report = fit_weights(
+        backbone, tensors, key_shapes, own_parts=own_parts, same_classes=same_classes, grid=grid
+    )
+    direct = []
+    for piece in pieces:
+        name = piece.name.removeprefix(_AVERAGE)
+        key = weight_key(name, wrapped=wrapped)
+        value = values.get(key)
+        if name not in shapes or value is None or not piece.chunk.numel:
+            continue
+        if value.is_meta:
+            direct.append(dataclasses.replace(piece, name=key))
+            continue
+        box = tuple(slice(o, o + n) for o, n in zip(piece.chunk.offset, piece.chunk.size))
+        with torch.no_grad():
+            piece.tensor.copy_(value[box])
+    source.fill(direct)
+    report.notes += source.notes
+    if not source.has_tables:
+        report.notes += window_notes(trained, backbone)
+    return report
+
+
+def window_notes(trained: ModelConfig | None, backbone: nn.Module) -> list[str]:
+    """Returns a note where bias networks would be asked for other coordinates than they were trained for."""
+    if trained is None or backbone.variant.bias != "log_cpb":
+        return []
+    windows = []
+    for stage in range(len(trained.depths)):
+        before = trained.pretrained_window_sizes[stage : stage + 1]
+        windows.append((before and before[0]) or stage_geometry(trained, stage).window)
+    asked = [stage.blocks[0].attn.pretrained_window for stage in backbone.layers]
+    if asked == windows:
+        return []
+    return [
+        f"the position biases were trained with windows {windows}, the model reads them with {asked}; set "
+        f"model.pretrained_window_sizes={windows}, as the official fine-tuning configs do"
+    ]
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Returns the SwinTransformer in a task's network."""
+    return getattr(model, "encoder", model)
