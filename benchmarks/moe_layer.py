@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from moe_peers import CPU, PEERS, Contender, Shape, Skipped, ours, world_size  # noqa: E402
 
 from swin_moe.moe.layer import MoELayer  # noqa: E402
-from swin_moe.moe.router import expert_capacity, route  # noqa: E402
+from swin_moe.moe.routing import expert_capacity, route  # noqa: E402
 from swin_moe.parallel.groups import init_distributed  # noqa: E402
 
 HOTTEST = 5.0  # load of the hottest expert over the mean, where k choices among E experts allow it: at most E / k

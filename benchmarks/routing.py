@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 
 from swin_moe.config import MoEConfig
+from swin_moe.moe.choices import Choice, build_choice
 from swin_moe.moe.dispatch import make_plan
-from swin_moe.moe.layer import build_router
-from swin_moe.moe.routing import RoutingRule
+from swin_moe.moe.routers import build_router
 from swin_moe.ops import moe_plan, moe_route
 
 TOKENS_PER_IMAGE = 64
@@ -35,7 +35,7 @@ class Case:
 
     def __init__(self, images: int, experts: int, top_k: int, options: dict) -> None:
         config = MoEConfig(num_experts=experts, top_k=top_k, **options)
-        self.rule = RoutingRule(config, 1)
+        self.choice = build_choice(config, 1)
         self.router = build_router(8, config)
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(images * TOKENS_PER_IMAGE, 8, generator=generator)
@@ -46,9 +46,9 @@ class Case:
         """Routes and differentiates; the router's product and the noise are not part of it."""
         with (
             mock.patch.object(type(self.router), "forward", lambda *_: self.clean),
-            mock.patch.object(RoutingRule, "_add_noise", lambda *_: self.clean + self.noise),
+            mock.patch.object(Choice, "add_noise", lambda *_: self.clean + self.noise),
         ):
-            routed = self.rule.route(
+            routed = self.choice.route(
                 self.x, self.router, tokens_per_image=TOKENS_PER_IMAGE, training=True, random=None, token=None
             )
         make_plan(routed.routing, int(routed.stats.kept.sum()))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swin_moe.config.choices import refuse_choice
 from swin_moe.data.batch import to_device
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.loader import EvalLoader
@@ -18,7 +19,7 @@ from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transfor
 from swin_moe.engine.precision import autocast
 from swin_moe.models.swin import Block
 from swin_moe.moe.layer import MoELayer
-from swin_moe.moe.router import Routing
+from swin_moe.moe.routing import Routing
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
@@ -114,8 +115,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"inspect-routing runs in one process, got {session.world_size} ranks")
     if not session.config.model.moe.has_blocks:
         raise ValueError(f"{path}: the model has no MoE layer (model.moe.blocks names none), so nothing is routed")
-    if session.config.model.moe.choice == "soft":
-        raise ValueError("model.moe.choice=soft: every expert gets a mean of all patches, so none is an expert's own")
+    refuse_choice(session.config.model.moe, "inspect-routing")
     start_logging(None, 0)
     directory = Path(out) if out else session.directory / "routing"
     directory.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,7 @@ def as_path(path: Path | str) -> Path:
 
 def _check_options(options: Options) -> None:
     if not isinstance(options, Options):
-        raise TypeError(f"the options of a checkpoint must be an Options of checkpoint_tools.sources.base, got {options!r}")
+        raise TypeError(f"options must be an Options of checkpoint_tools.sources.base, got {options!r}")
     check_settings(options)
 
 

@@ -21,12 +21,13 @@ from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.verbs.export import read_parts
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.config import MoEConfig
+from swin_moe.config.choices import refuse_choice
 from swin_moe.config.io import config_from_tree
 from swin_moe.models.attention import WindowAttention
 from swin_moe.models.build import build_model
 from swin_moe.moe.dispatch import Dispatched
 from swin_moe.moe.layer import MoELayer
-from swin_moe.moe.router import Routing
+from swin_moe.moe.routing import Routing
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _RAW = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -74,10 +75,11 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
         raise CheckpointError(f"{source.path}: does not say which network it holds (no config); convert it with one")
     described = {"model": source.config["model"]}  # other sections need what checkpoints leave out, as data.path
     config = config_from_tree(described, source=str(source.path)).model
-    if config.moe.has_blocks and config.moe.choice == "expert":
-        raise CheckpointError(
-            f"{source.path}: model.moe.choice=expert cannot be exported, as tokens have any number of experts"
-        )
+    if config.moe.has_blocks:
+        try:
+            refuse_choice(config.moe, "export")
+        except ValueError as error:
+            raise CheckpointError(f"{source.path}: {error}") from None
     moe = with_fixed_capacity(config.moe)
     with torch.device("meta"):
         network = build_model(dataclasses.replace(config, moe=moe))

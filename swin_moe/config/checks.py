@@ -8,6 +8,8 @@ from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin
 
+from swin_moe.config.choices import CHOICES
+
 _SHOWN = 120  # characters of a refused value
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -78,18 +80,7 @@ def _fits(value: object, kind: Any) -> bool:
 # (option, its value, other option, values of that which go with it, why).
 EXCLUSIONS: tuple[tuple[str, Any, str, tuple, str], ...] = (
     ("scores", "sigmoid", "balance_loss", ("gshard", "none"), "load_importance is about the noise of softmax logits"),
-    ("choice", "expert", "balance_loss", ("none",), "every expert takes as many tokens as the others"),
-    ("choice", "expert", "normalize_gate", (False,), "a token may have any number of experts"),
-    ("choice", "expert", "group_limit", (0,), "it limits the experts that a token chooses"),
-    ("choice", "expert", "bias_rate", (0.0,), "loads are even by construction"),
-    ("choice", "soft", "balance_loss", ("none",), "every expert gets its slots filled"),
-    ("choice", "soft", "scores", ("softmax",), "its weights are means"),
-    ("choice", "soft", "normalize_gate", (False,), "its weights sum to 1 already"),
-    ("choice", "soft", "group_limit", (0,), "a token uses all experts"),
-    ("choice", "soft", "bias_rate", (0.0,), "nothing is chosen"),
-    ("choice", "soft", "top_k", (1,), "nothing is chosen; model.moe.slots sets the cost"),
-    ("choice", "token", "slots", (1,), "slots belong to model.moe.choice=soft"),
-    ("choice", "expert", "slots", (1,), "slots belong to model.moe.choice=soft"),
+    *(("choice", name, *excluded) for name, facts in CHOICES.items() for excluded in facts.excludes),
     ("scores", "softmax", "bias_rate", (0.0,), "the bias is added to model.moe.scores=sigmoid"),
     ("balance_loss", "none", "balance_scope", ("group",), "there is no loss to balance by"),
 )
@@ -97,6 +88,7 @@ EXCLUSIONS: tuple[tuple[str, Any, str, tuple, str], ...] = (
 
 def check_routing(moe: Any) -> None:
     """Raises ValueError where routing options of a MoEConfig are out of range or contradict each other."""
+    check(moe.choice in CHOICES, "model.moe.choice", moe.choice, f"one of {', '.join(CHOICES)}")
     for option, value, other, allowed, why in EXCLUSIONS:
         if getattr(moe, option) == value:
             words = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in allowed)
@@ -116,11 +108,8 @@ def check_routing(moe: Any) -> None:
         estimate = limit == groups or moe.balance_loss != "load_importance"
         allowed = "gshard or none with model.moe.group_limit (its load term knows no groups)"
         check(estimate, "model.moe.balance_loss", moe.balance_loss, allowed)
-    if moe.choice == "expert":
-        needs = "with model.moe.choice=expert (an expert that chooses has no need to go by)"
-        check(moe.capacity_factor > 0, "model.moe.capacity_factor", moe.capacity_factor, f"> 0 {needs}")
-        allowed = f">= 0 {needs}; 0 = model.moe.capacity_factor"
-        check(moe.eval_factor >= 0, "model.moe.eval_capacity_factor", moe.eval_capacity_factor, allowed)
+    for holds, option, value, allowed in CHOICES[moe.choice].requirements(moe):
+        check(holds, f"model.moe.{option}", value, allowed)
 
 
 def check_task(config: Any, *, forwards: int) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 from swin_moe.config.checks import check as _check
 from swin_moe.config.checks import check_choices as _check_choices
 from swin_moe.config.checks import check_routing, check_run, check_task
+from swin_moe.config.choices import CHOICES
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
 DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
@@ -77,9 +78,9 @@ class MoEConfig:
         "rank"  # who competes for slots: a rank's micro-batch, or group_images images
     )
     group_images: int = 0  # images per routing group with capacity_scope=images
-    choice: Literal["token", "expert", "soft"] = (
-        "token"  # who chooses: tokens their top_k experts, experts their tokens (arXiv:2202.09368), or nobody: Soft MoE
-    )
+    # Who chooses, a row of choices.CHOICES: tokens their top_k experts, experts their tokens (arXiv:2202.09368), or
+    # nobody, soft.
+    choice: str = "token"
     slots: int = 1  # choice=soft (arXiv:2308.00951): slots of one expert for one image
     router: Literal["linear", "cosine"] = "linear"
     scores: Literal["softmax", "sigmoid"] = "softmax"  # over experts, or of each for itself (DeepSeek-V3)
@@ -369,7 +370,8 @@ class Config:
         """
         micro, _ = self.accumulation(world_size)
         moe = self.model.moe
-        if not moe.has_blocks or moe.capacity_scope == "rank" or moe.choice == "soft" or micro % moe.group_images == 0:
+        facts = CHOICES[moe.choice]
+        if not moe.has_blocks or moe.capacity_scope == "rank" or not facts.has_groups or micro % moe.group_images == 0:
             return 1
         ranks, rest = divmod(moe.group_images, micro)
         if rest or world_size % ranks:
@@ -379,10 +381,10 @@ class Config:
                 f"model.moe.group_images={moe.group_images} must divide the micro-batch of {micro} images{also}; "
                 f"data.global_batch={self.data.global_batch} over {world_size} ranks"
             )
-        if moe.choice == "expert":
+        if facts.within_rank:
             raise ValueError(
                 f"model.moe.group_images={moe.group_images} must fit one rank's micro-batch of {micro} images with "
-                f"model.moe.choice=expert: an expert compares the scores of all tokens of its group"
+                f"model.moe.choice={moe.choice}: {facts.within_rank}"
             )
         if moe.eval_capacity_factor != 0:
             raise ValueError(

@@ -8,6 +8,7 @@ they do not divide the map, biases and softmax are free, a router costs nothing.
 from torch import nn
 
 from swin_moe.config import ModelConfig
+from swin_moe.config.choices import CHOICES
 from swin_moe.models.attention import StageGeometry, stage_geometry
 
 
@@ -77,12 +78,9 @@ def _block(geometry: StageGeometry, mixer: float, mlp_ratio: float, experts: flo
 def _passes(config: ModelConfig, geometry: StageGeometry, capacity_factor: float) -> float:
     """Returns what a MoE block's feed-forward network costs, in passes of all tokens through one expert."""
     moe, tokens = config.moe, geometry.resolution[0] * geometry.resolution[1]
-    if moe.choice == "soft":
-        slots = moe.num_experts * moe.slots
-        mixing = slots / (geometry.dim * config.mlp_ratio)  # 2 x tokens x slots x dim, in passes
-        return slots / tokens + mixing + moe.shared_experts
-    factor = moe.capacity_factor if moe.choice == "expert" else capacity_factor
-    return factor * moe.top_k + moe.shared_experts
+    hidden = geometry.dim * config.mlp_ratio
+    passes = CHOICES[moe.choice].passes(moe, capacity_factor, tokens=tokens, hidden=hidden)
+    return passes + moe.shared_experts
 
 
 def _attention(geometry: StageGeometry, heads: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from swin_moe.moe.router import Routing, assign_slots, route
+from swin_moe.moe.routing import Routing, assign_slots, route
 
 
 class GroupExchange(Protocol):

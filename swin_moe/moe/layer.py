@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: router -> dispatcher -> experts -> combine.
+"""The Mixture-of-Experts layer: router -> choice -> dispatcher -> experts -> combine.
 
 Facts matched to the official Swin-MoE on Tutel (microsoft/Swin-Transformer models/swin_transformer_moe.py:MoEMlp,
 microsoft/Tutel tutel/impls/moe_layer.py). The output is sum_k gate_k * expert_k(x); a dropped pair adds nothing.
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
+from swin_moe.moe.choices import RoutingStats, build_choice
 from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.phases import PhaseClock, mark
-from swin_moe.moe.router import CosineRouter, LinearRouter, Router, Routing
-from swin_moe.moe.routing import RoutingRule, RoutingStats
+from swin_moe.moe.routers import build_router
+from swin_moe.moe.routing import Routing
 from swin_moe.moe.shared import SharedExpert
 from swin_moe.ops.random_draws import with_words
 from swin_moe.randomness import RandomContext, derive_key
@@ -49,7 +50,7 @@ class MoELayer(nn.Module):
         shared_dim = config.shared_experts * hidden_dim
         self.shared = SharedExpert(dim, shared_dim, fc2_bias=fc2_bias) if shared_dim else None
         self.dispatcher: Dispatcher = PaddedDispatcher() if config.backend == "padded" else LocalDispatcher()
-        self.rule = RoutingRule(config, layer)
+        self.choice = build_choice(config, layer)
         self.stats: RoutingStats | None = None
         self.observer: Callable[[Routing], None] | None = None  # sees the routing of every forward
         self.clock: PhaseClock | None = None  # measures forward and backward while it is set
@@ -76,7 +77,7 @@ class MoELayer(nn.Module):
             token = (random.sample[:, None] * num_tokens + torch.arange(num_tokens, device=x.device)).flatten()
         # Only where there is something to switch off: torch.export cannot hold a region with these results.
         with torch.autocast(device_type, enabled=False) if is_mixed else nullcontext():
-            routed = self.rule.route(
+            routed = self.choice.route(
                 x, self.router, tokens_per_image=num_tokens, training=self.training, random=random, token=token
             )
             routing, self.stats = routed.routing, routed.stats
@@ -86,7 +87,7 @@ class MoELayer(nn.Module):
             rows = mark(routed.rows.to(dtype), self.clock, forward="route", backward="dispatch")
             pair = dropout = None
             if random is not None and self.config.dropout > 0:
-                pair = self.rule.pairs(routing, random, token)
+                pair = self.choice.pairs(routing, random, token)
             dispatched = self.dispatcher.dispatch(rows, routing, pair)
             tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
             if pair is not None:
@@ -107,13 +108,3 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             generator = torch.Generator().manual_seed(derive_key(seed, zlib.crc32(name.encode()), _SHARED_WORD))
             self.shared.init_weights(generator, self.init_std)
-
-
-def build_router(dim: int, config: MoEConfig) -> Router:
-    """Returns the router of a layer: one output per expert, or per slot with soft MoE."""
-    outputs = config.num_experts * (config.slots if config.choice == "soft" else 1)
-    balanced = config.scores == "sigmoid" and config.choice == "token"
-    if config.router == "cosine":
-        cosine = {"projection_dim": config.cosine_dim, "init_t": config.cosine_init_t}
-        return CosineRouter(dim, outputs, balanced=balanced, **cosine)
-    return LinearRouter(dim, outputs, balanced=balanced)

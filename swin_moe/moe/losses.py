@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swin_moe.moe.router import row_chunks
+from swin_moe.moe.routing import row_chunks
 from swin_moe.ops.transforms import apply
 
 

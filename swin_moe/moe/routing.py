@@ -1,7 +1,12 @@
-"""What a MoE layer does with its router's logits: noise, scores, routing groups, capacity, balance loss, statistics.
+"""Which experts a token goes to and which slot it gets there: pure functions of scores, and Routing, what they return.
 
-Shape legend: B images, L tokens per image, T = B * L, D channels, E experts (with soft MoE: slots of an image), k
-choices per token, G routing groups, R rows to dispatch.
+Nothing here allocates as much as the scores: what needs all experts of a token goes through chunks of tokens.
+
+Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/fast_dispatch.py:extract_critical and tutel/gates; differences
+are named where they are: ties are broken by rule, capacity is never rounded up, capacity by need never drops anything.
+
+Shape legend: T tokens, E experts, k choices per token, G routing groups,
+S tokens per routing group (T = G * S), N = T * k pairs of a token and a choice.
 """
 
 from collections.abc import Sequence
@@ -9,293 +14,237 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from swin_moe.config import MoEConfig
-from swin_moe.moe import losses
-from swin_moe.moe.expert_choice import route_by_expert
-from swin_moe.moe.group_exchange import GroupDemand, GroupExchange, route_across
-from swin_moe.moe.router import Router, Routing, expert_capacity, join, pick, route, row_chunks
-from swin_moe.moe.soft import SoftMix, route_slots
-from swin_moe.ops import moe_balance, moe_route
-from swin_moe.ops.random_draws import gate_noise, with_words
-from swin_moe.randomness import RandomContext
+from swin_moe.ops.transforms import apply
 
-
-@dataclass(frozen=True)
-class RoutingStats:
-    """What the last forward did with this rank's tokens. Detached; nothing waits for the device."""
-
-    demand: Tensor  # (E,) int64, pairs that chose each expert
-    kept: Tensor  # (E,) int64, those that got a slot
-    dropped: Tensor  # scalar int64, pairs without a slot
-    entropy: Tensor  # scalar, mean over tokens of the router's entropy in nats, without noise; 0 for no tokens
-    aux: Tensor  # scalar, unweighted balance loss
+# Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
+_MAX_PASSES = 8
+# Elements of a chunk: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
+_CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
+FILLER_SLOT = 2**31 - 1  # of cells that stand for no pair, where tokens have unequally many
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The logits of T tokens and what was made of them, each (T, E): all that routing may hold of that size."""
+class Routing:
+    """Where every (token, choice) pair goes. Only `gate` carries a gradient.
 
-    clean: Tensor
-    noisy: Tensor  # clean in evaluation
-    scores: Tensor  # of the noisy logits: who is chosen, and the gates
-    probabilities: Tensor | None  # softmax of the clean logits; None with sigmoid scores
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What a layer has to do with a batch."""
-
-    rows: Tensor  # (R, D) to dispatch: the tokens, or the slots of soft MoE
-    routing: Routing  # of the rows
-    aux: Tensor  # scalar, auxiliary losses times their weights
-    stats: RoutingStats
-    mix: SoftMix | None = None
-
-    def restore(self, y: Tensor) -> Tensor:
-        """Returns (T, D), the layer's output, of what was combined for the rows."""
-        return y if self.mix is None else self.mix.tokens(y)
-
-
-class RoutingRule:
-    """The rule by which a layer's logits become a routing and a loss. Has no parameters: those are the router's.
-
-    Args:
-        layer: Number of the block in the network; the noise depends on it.
+    Within one (group, expert) the slots 0 ... demand - 1 are all taken, each once. Where tokens have unequally many
+    experts (expert choice), k is the most that one has; the other cells are not kept and have FILLER_SLOT.
     """
 
-    def __init__(self, config: MoEConfig, layer: int) -> None:
-        self.config, self.layer = config, layer
-        self.exchange: GroupExchange | None = None  # set where a routing group of training spans ranks
-        self.balance_exchange: GroupExchange | None = None  # set where the balance loss of training does
+    expert: Tensor  # (T, k) int64
+    slot: Tensor  # (T, k) int64, counts dropped pairs too
+    gate: Tensor  # (T, k), weight of the expert's output
+    keep: Tensor  # (T, k) bool: slot < capacity
+    capacity: int | None  # slots of one expert in one group (the largest group's, if groups differ); None = by need
+    demand: Tensor  # (G, E) int64, pairs that chose the expert
+    kept: Tensor  # (G, E) int64, those of them that got a slot
+    group_size: int  # S; the last group may hold fewer tokens
 
-    def route(
-        self,
-        x: Tensor,
-        router: Router,
-        *,
-        tokens_per_image: int,
-        training: bool,
-        random: RandomContext | None,
-        token: Tensor | None,
-    ) -> Routed:
-        """Returns what to do with the tokens x (T, D) of whole images. To be called outside autocast.
+    @property
+    def top_k(self) -> int:
+        """Choices per token, k."""
+        return self.expert.shape[1]
 
-        Args:
-            random, token: What noise is drawn from, and the (T,) global index of every token; None = no noise.
-        """
-        config = self.config
-        clean = router(x)
-        noisy = self._add_noise(clean, random, token)
-        # Once, however many parts follow: where an engine gathers parameters per module this is a collective.
-        bias = None if router.balance is None else router.balance()
-        if self._is_fused(clean, training):
-            return self._route_fused(x, clean, noisy, bias, tokens_per_image=tokens_per_image, training=training)
-        scored = self._score(clean, noisy)
-        mix = demand = None
-        parts = [(x.shape[0], max(x.shape[0], 1))]
-        rows = x
-        if config.choice == "soft":
-            mix = SoftMix.of(scored.noisy.view(-1, tokens_per_image, scored.noisy.shape[1]))
-            rows = mix.slots(x)
-            routing = route_slots(mix.combine.shape[0], config.num_experts, config.slots, like=mix.combine)
-        elif self.exchange is not None and training:
-            # The ranks of the group decide together, each for its own tokens.
-            routing, demand = route_across(
-                scored.noisy, self.exchange, capacity=self._capacity, **self._options(scored.scores, bias)
-            )
+    @property
+    def is_pair(self) -> Tensor:
+        """(T, k) bool, False for cells that stand for no pair."""
+        return self.slot != FILLER_SLOT
+
+
+def row_chunks(value: Tensor) -> list[slice]:
+    """Returns slices of the rows of (rows, columns), each of a bounded number of elements; [] for no rows.
+
+    One slice in a traced graph: the compiler fuses what would be temporaries here, and would unroll every chunk.
+    """
+    num_rows, num_columns = value.shape
+    if torch.compiler.is_compiling():
+        return [slice(0, num_rows)] if num_rows else []
+    size = max((_CHUNK_CPU if value.device.type == "cpu" else _CHUNK_DEVICE) // num_columns, 1)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: float) -> int | None:
+    """Returns how many pairs one expert accepts from one routing group, C; None: as many as there are.
+
+    factor > 0: C = k * int(factor * ceil(T / E)). factor = 0: by need. factor < 0: by need, but at most the same
+    formula with -factor; a cap above the need drops nothing, so the cap is all that routing has to know. Tutel then
+    rounds C up to a multiple of shards x overlap; we do not, or the layout of a run would change what is dropped. 0 is
+    legal.
+    """
+    if factor == 0:
+        return None
+    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int.
+    return top_k * torch.sym_int(abs(factor) * -(-num_tokens // num_experts))
+
+
+def route(
+    logits: Tensor,
+    *,
+    top_k: int,
+    capacity: int | None,
+    group_size: int | None = None,
+    batch_prioritized: bool = False,
+    normalize_gate: bool = False,
+    scores: Tensor | None = None,
+    bias: Tensor | None = None,
+    expert_groups: int = 1,
+    group_limit: int = 1,
+) -> Routing:
+    """Returns the routing of T tokens by their (T, E) logits (noise already added).
+
+    Slots are choice-major: second choices start after the group's first choices, dropped ones included. Within a
+    choice they follow token order, or descending confidence (largest score) with ties in token order. Costs O(T (E + k
+    log T)).
+
+    Args:
+        capacity: Slots per expert and group; None = by need, nothing is dropped.
+        group_size: Tokens per routing group, consecutive; None = all tokens are one group.
+        batch_prioritized: Confident tokens take slots first (arXiv:2106.05974).
+        normalize_gate: The k gates of a token sum to 1 (before any drop); no effect for k = 1.
+        scores: softmax(logits) if the caller has it already, or other scores than those. Gates are scores.
+        bias, expert_groups, group_limit: See choose_experts; they change who is chosen, not the gates.
+
+    Raises:
+        ValueError: top_k > E, or tokens that do not fill their groups.
+    """
+    num_tokens, num_experts = logits.shape
+    size = num_tokens if group_size is None else group_size
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"model.moe.top_k must be in [1, {num_experts}], got {top_k}")
+    if num_tokens % max(size, 1):
+        raise ValueError(f"{num_tokens} tokens do not fill routing groups of {size}")
+    scores = torch.softmax(logits, dim=1) if scores is None else scores
+    with torch.no_grad():
+        expert = choose_experts(scores, top_k, bias=bias, expert_groups=expert_groups, group_limit=group_limit)
+        confidence = scores.gather(1, expert[:, :1]).squeeze(1) if batch_prioritized else None
+        slot, demand = assign_slots(expert, num_experts, max(size, 1), confidence)
+        if capacity is None:
+            keep, kept = torch.ones_like(slot, dtype=torch.bool), demand
         else:
-            parts = group_parts(x.shape[0], self._group_size(x.shape[0], tokens_per_image, training))
-            routing = self._route_parts(scored, bias, parts, training)
-        balance = self._balance(scored, routing, parts, demand, training)
-        aux = balance * config.aux_loss_weight
-        if config.z_loss_weight:
-            aux = aux + losses.z_loss(scored.clean) * config.z_loss_weight
-        return Routed(rows, routing, aux, _statistics(routing, scored, balance), mix)
-
-    def pairs(self, routing: Routing, random: RandomContext, token: Tensor) -> Tensor:
-        """Returns (R, k) int64, a number for every pair that no layout of the run changes."""
-        config, device = self.config, token.device
-        if config.choice == "soft":
-            slots = config.num_experts * config.slots
-            return (random.sample[:, None] * slots + torch.arange(slots, device=device)).view(-1, 1)
-        if config.choice == "expert":
-            return token[:, None] * config.num_experts + routing.expert
-        return token[:, None] * config.top_k + torch.arange(config.top_k, device=device)
-
-    def _add_noise(self, clean: Tensor, random: RandomContext | None, token: Tensor | None) -> Tensor:
-        config, noisy = self.config, clean
-        if random is not None and config.gate_noise > 0:
-            random, std = with_words(random), config.gate_noise / config.num_experts
-            noisy = torch.empty_like(clean, requires_grad=False)
-            for rows in row_chunks(clean):
-                noise = gate_noise(random, token[rows], clean.shape[1], layer=self.layer)
-                noisy[rows] = std * noise.to(clean.dtype)
-            noisy = noisy.add_(clean)  # into the memory of the noise
-        return noisy
-
-    def _score(self, clean: Tensor, noisy: Tensor) -> Scored:
-        if self.config.scores == "softmax":
-            scores = torch.softmax(noisy, dim=1)
-            return Scored(clean, noisy, scores, scores if noisy is clean else torch.softmax(clean, dim=1))
-        return Scored(clean, noisy, torch.sigmoid(noisy), None)
-
-    def _is_fused(self, clean: Tensor, training: bool) -> bool:
-        """Returns whether the compiled operator covers the options; if not, the Python form does what it would."""
-        config = self.config
-        limited = 0 < config.group_limit < config.expert_groups
-        across = training and (self.exchange is not None or self.balance_exchange is not None)
-        covered = config.choice == "token" and not limited and not across
-        return covered and moe_route.available(clean)
-
-    def _route_fused(
-        self,
-        x: Tensor,
-        clean: Tensor,
-        noisy: Tensor,
-        bias: Tensor | None,
-        *,
-        tokens_per_image: int,
-        training: bool,
-    ) -> Routed:
-        config, num_experts = self.config, clean.shape[1]
-        parts = group_parts(x.shape[0], self._group_size(x.shape[0], tokens_per_image, training))
-        capacities = [self._capacity(size, training=training) for _, size in parts]
-        noise = None if noisy is clean else noisy
-        own = config.balance_loss == "load_importance" and noise is not None  # else they are the scores
-        result = moe_route.route_tokens(
-            clean, noise, bias=bias, top_k=config.top_k, group_size=max(parts[0][1], 1), capacity=capacities[0],
-            last_capacity=capacities[-1], sigmoid=config.scores == "sigmoid", normalize=config.normalize_gate,
-            prioritized=config.batch_prioritized, probabilities=own,
-        )  # fmt: skip
-        capacity = None if capacities[0] is None else max(capacities)
-        columns = {name: getattr(result, name) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
-        routing = Routing(capacity=capacity, group_size=max(parts[0][1], 1), **columns)
-        scored = Scored(clean, noisy, result.scores, result.probabilities if own else result.scores)
-        aux, balance = self._fused_loss(scored, result.threshold, routing, parts)
-        demand, kept, dropped = result.totals.split([num_experts, num_experts, 1])
-        stats = RoutingStats(demand, kept, dropped.view(()), result.entropy, balance)
-        return Routed(x, routing, aux, stats)
-
-    def _fused_loss(
-        self, scored: Scored, threshold: Tensor, routing: Routing, parts: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the weighted losses and the balance loss, by the operator where the device has it."""
-        config = self.config
-        if not moe_balance.available(scored.clean):
-            balance = self._balance(scored, routing, parts, None, False)
-            aux = balance * config.aux_loss_weight
-            if config.z_loss_weight:
-                aux = aux + losses.z_loss(scored.clean) * config.z_loss_weight
-            return aux, balance.detach()
-        kind = config.balance_loss
-        if kind == "gshard" and config.scores == "sigmoid":
-            kind = "gshard of shares"
-        size = max(scored.clean.shape[0], 1) if config.balance_scope == "global" else max(parts[0][1], 1)
-        return moe_balance.auxiliary_loss(
-            scored.probabilities, threshold, routing.expert, kind=kind,
-            noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight, group_size=size,
-            logits=scored.clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
-        )  # fmt: skip
-
-    def _group_size(self, num_tokens: int, tokens_per_image: int, training: bool) -> int:
-        """Returns the tokens of a full routing group.
-
-        Where experts choose, an image is evaluated by itself: its result must not depend on what else is in the batch.
-        """
-        if self.config.choice == "expert" and not training:
-            return tokens_per_image
-        return num_tokens if self.config.capacity_scope == "rank" else self.config.group_images * tokens_per_image
-
-    def _capacity(self, group_size: int, *, training: bool = True) -> int | None:
-        config = self.config
-        factor = config.capacity_factor if training else config.eval_factor
-        if config.choice == "expert" and factor == 0:
-            factor = config.capacity_factor  # experts that choose have no need to go by: on as in training
-        return expert_capacity(group_size, config.num_experts, top_k=config.top_k, factor=factor)
-
-    def _options(self, scores: Tensor, bias: Tensor | None) -> dict[str, Any]:
-        config = self.config
-        return {
-            "top_k": config.top_k,
-            "batch_prioritized": config.batch_prioritized,
-            "normalize_gate": config.normalize_gate,
-            "scores": scores,
-            "bias": bias,
-            "expert_groups": config.expert_groups,
-            "group_limit": config.group_limit or config.expert_groups,
-        }
-
-    def _route_parts(
-        self, scored: Scored, bias: Tensor | None, parts: list[tuple[int, int]], training: bool
-    ) -> Routing:
-        routings = []
-        for scores, logits, (_, size) in zip(_cut(scored.scores, parts), _cut(scored.noisy, parts), parts):
-            capacity = self._capacity(size, training=training)
-            if self.config.choice == "expert":
-                routings.append(route_by_expert(scores, capacity=capacity, group_size=size))
-            else:
-                options = self._options(scores, bias)
-                routings.append(route(logits, capacity=capacity, group_size=size, **options))
-        return join(routings)
-
-    def _balance(
-        self,
-        scored: Scored,
-        routing: Routing,
-        parts: list[tuple[int, int]],
-        demand: GroupDemand | None,
-        training: bool,
-    ) -> Tensor:
-        """Returns the balance loss without its weight: a mean over tokens of the groups' losses.
-
-        Over ranks it has the same value on all of them, and weights that sum to one weigh it later (the task weighs a
-        rank by its images), so it counts once.
-        """
-        config, num_tokens = self.config, scored.clean.shape[0]
-        if config.balance_loss == "none":
-            return scored.clean.new_zeros(())
-        exchange = self.balance_exchange if config.balance_scope == "global" else self.exchange
-        if exchange is not None and training:
-            return self._balance_across(exchange, scored, routing, demand)
-        if config.balance_scope == "global":
-            parts = [(num_tokens, max(num_tokens, 1))]
-        if config.balance_loss == "gshard":
-            inputs = [_cut(value, parts) for value in (scored.scores, routing.expert[:, 0])]
-            options = {"shares": config.scores == "sigmoid"}
-            groups = [losses.gshard(*part, group_size=size, **options) for *part, (_, size) in zip(*inputs, parts)]
-        else:
-            inputs = [_cut(value, parts) for value in (scored.probabilities, _threshold(scored, routing))]
-            options = {"noise_std": config.gate_noise / config.num_experts}
-            groups = [losses.load_importance(*p, group_size=size, **options) for *p, (_, size) in zip(*inputs, parts)]
-        weighted = [loss * (part.shape[0] / max(num_tokens, 1)) for loss, part in zip(groups, inputs[0])]
-        return sum(weighted[1:], weighted[0])
-
-    def _balance_across(
-        self, exchange: GroupExchange, scored: Scored, routing: Routing, demand: GroupDemand | None
-    ) -> Tensor:
-        """Returns the balance loss of all tokens of the ranks of the exchange as one group."""
-        config, num_tokens = self.config, scored.clean.shape[0]
-        if config.balance_loss == "gshard":
-            if config.balance_scope == "group":
-                first_GE = demand.count_RkE[:, :1].sum(dim=0)
-            else:
-                own = losses.count_first(routing.expert[:, 0], config.num_experts, max(num_tokens, 1))
-                first_GE = exchange.gather(own.sum(dim=0)).sum(dim=0, keepdim=True)
-            own = losses.score_sums(scored.scores, max(num_tokens, 1), shares=config.scores == "sigmoid")
-            return losses.gshard_of_sums(exchange.sum(own), first_GE)
-        std = config.gate_noise / config.num_experts
-        load = losses.load_of(
-            scored.probabilities, _threshold(scored, routing), noise_std=std, group_size=max(num_tokens, 1)
-        )
-        sums = exchange.sum(torch.stack([scored.probabilities.sum(dim=0), load[0]]))
-        return losses.load_importance_of_sums(sums[:1], sums[1:])
+            keep, kept = slot < capacity, demand.clamp(max=capacity)
+    gate = pick(scores, expert)
+    if normalize_gate and top_k > 1:
+        gate = gate / gate.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gate.dtype).eps)
+    return Routing(expert, slot, gate, keep, capacity, demand, kept, max(size, 1))
 
 
-def _threshold(scored: Scored, routing: Routing) -> Tensor:
-    """Returns (T,), the noisy logit of every token's last choice."""
-    return pick(scored.noisy, routing.expert[:, -1:]).squeeze(1)
+class _Pick(torch.autograd.Function):
+    """torch.gather along dim 1 keeps its whole input for the backward, which needs no more than the shape."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_columns = values.shape[1]
+        return values.gather(1, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros((len(grad), ctx.num_columns)).scatter_add_(1, index, grad), None
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Returns (T, k), the values (T, E) at the given columns (T, k)."""
+    return apply(_Pick, values, index)
+
+
+def join(routings: Sequence[Routing]) -> Routing:
+    """Returns one routing over the tokens of several, in order; all groups but the last one have the first's size."""
+    if len(routings) == 1:
+        return routings[0]
+    width = max(r.top_k for r in routings)
+    fillers = {"expert": 0, "slot": FILLER_SLOT, "gate": 0.0, "keep": False}
+    columns = {
+        name: torch.cat([F.pad(getattr(r, name), (0, width - r.top_k), value=value) for r in routings])
+        for name, value in fillers.items()
+    }
+    columns |= {name: torch.cat([getattr(r, name) for r in routings]) for name in ("demand", "kept")}
+    capacities = [r.capacity for r in routings]
+    capacity = None if None in capacities else max(capacities)
+    return Routing(capacity=capacity, group_size=routings[0].group_size, **columns)
+
+
+@torch.no_grad()
+def choose_experts(
+    scores: Tensor, top_k: int, *, bias: Tensor | None = None, expert_groups: int = 1, group_limit: int = 1
+) -> Tensor:
+    """Returns (T, k) int64, the experts with the largest score + bias, best first; equal ones by lower number.
+
+    torch.topk leaves the order of ties open. max returns the first maximum and a stable sort keeps order; both are
+    documented.
+
+    Args:
+        bias: (E,) of each expert (arXiv:2408.15664, equation 3); None = 0.
+        expert_groups, group_limit: Experts are in groups of consecutive numbers, equal in size, and a token uses those
+            of its best `group_limit` groups only (DeepSeek-V3, arXiv:2412.19437, section 2.1.2, "node-limited").
+    """
+    if top_k == 1 and bias is None and group_limit == expert_groups:
+        return scores.max(dim=1, keepdim=True).indices  # nothing to mask, so nothing to copy
+    chosen = scores.new_empty((scores.shape[0], top_k), dtype=torch.int64)
+    for rows in row_chunks(scores):
+        rest = scores[rows].clone() if bias is None else scores[rows] + bias.to(scores.dtype)
+        if group_limit < expert_groups:
+            _leave_groups(rest, top_k, expert_groups, group_limit)
+        _choose_in_place(rest, chosen[rows])
+    return chosen
+
+
+def _choose_in_place(rest: Tensor, chosen: Tensor) -> None:
+    """Fills chosen (n, k); overwrites rest (n, E)."""
+    top_k = chosen.shape[1]
+    if top_k > _MAX_PASSES:
+        chosen.copy_(rest.sort(dim=1, descending=True, stable=True).indices[:, :top_k])
+        return
+    for choice in range(top_k):
+        best = rest.max(dim=1, keepdim=True).indices
+        chosen[:, choice : choice + 1] = best
+        if choice + 1 < top_k:
+            rest.scatter_(1, best, -torch.inf)
+
+
+def _leave_groups(rest: Tensor, top_k: int, expert_groups: int, group_limit: int) -> None:
+    """Sets scores outside a token's best groups to -inf. A group counts with its k / limit largest scores, summed."""
+    grouped = rest.view(len(rest), expert_groups, -1)
+    count = min(max(top_k // group_limit, 1), grouped.shape[2])
+    strength = grouped.topk(count, dim=2).values.sum(dim=2)
+    allowed = strength.sort(dim=1, descending=True, stable=True).indices[:, :group_limit]
+    closed = torch.ones_like(strength, dtype=torch.bool).scatter_(1, allowed, False)
+    grouped.masked_fill_(closed[:, :, None], -torch.inf)
+
+
+def assign_slots(expert: Tensor, num_experts: int, group_size: int, confidence: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (slot (T, k), demand (G, E)): the rank of each pair among those of its group that chose the same expert.
+
+    One stable sort by (group, expert) of pairs listed in the order in which they take slots; never a one-hot.
+    """
+    num_tokens, top_k = expert.shape
+    num_groups = num_tokens // group_size
+    if num_tokens == 0:
+        return expert, expert.new_zeros((0, num_experts))
+    expert_GkS = expert.view(num_groups, group_size, top_k).transpose(1, 2)
+    if confidence is not None:
+        order_GS = confidence.view(num_groups, group_size).sort(dim=1, descending=True, stable=True).indices
+        order_GkS = order_GS[:, None, :].expand(-1, top_k, -1)
+        expert_GkS = expert_GkS.gather(2, order_GkS)
+    num_buckets = num_groups * num_experts
+    group = torch.arange(num_groups, device=expert.device).view(-1, 1, 1)
+    bucket_N = (group * num_experts + expert_GkS).flatten()
+    if num_buckets <= torch.iinfo(torch.int16).max:  # half the passes of the radix sort
+        bucket_N = bucket_N.to(torch.int16)
+    sorted_N, pair_N = bucket_N.sort(stable=True)
+    edges = torch.searchsorted(sorted_N, torch.arange(num_buckets + 1, device=expert.device, dtype=sorted_N.dtype))
+    slot_N = torch.empty_like(pair_N)
+    slot_N[pair_N] = torch.arange(pair_N.numel(), device=expert.device) - edges[sorted_N.long()]
+    slot_GkS = slot_N.view(num_groups, top_k, group_size)
+    if confidence is not None:
+        slot_GkS = torch.empty_like(slot_GkS).scatter_(2, order_GkS, slot_GkS)
+    slot = slot_GkS.transpose(1, 2).reshape(num_tokens, top_k)
+    return slot, edges.diff().view(num_groups, num_experts)
 
 
 def group_parts(num_tokens: int, group_size: int) -> list[tuple[int, int]]:
@@ -307,18 +256,3 @@ def group_parts(num_tokens: int, group_size: int) -> list[tuple[int, int]]:
     group_size = max(group_size if group_size <= num_tokens else num_tokens, 1)  # no min: of symbols it is never simple
     rest = num_tokens % group_size
     return [(num_tokens - rest, group_size), (rest, rest)] if rest else [(num_tokens, group_size)]
-
-
-def _cut(value: Tensor, parts: list[tuple[int, int]]) -> Sequence[Tensor]:
-    """Returns the rows of every part; `value` itself where it is one, for a view would have a gradient of its own."""
-    return [value] if len(parts) == 1 else value.split([count for count, _ in parts])
-
-
-@torch.no_grad()
-def _statistics(routing: Routing, scored: Scored, aux: Tensor) -> RoutingStats:
-    demand, kept = routing.demand.sum(dim=0), routing.kept.sum(dim=0)
-    if scored.probabilities is None:
-        entropy = losses.mean_entropy(scored.clean, logits=True)
-    else:
-        entropy = losses.mean_entropy(scored.probabilities)
-    return RoutingStats(demand, kept, (demand - kept).sum(), entropy, aux.detach())

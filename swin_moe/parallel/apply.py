@@ -67,9 +67,9 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
         raise ValueError(f"groups of {degrees} do not fit {parallel}")
     exchange = None if groups.routing is None else RankExchange(groups.routing)
     for name, layer in _layers(model):
-        layer.rule.exchange = exchange
+        layer.choice.exchange = exchange
         if layer.config.balance_scope == "global" and groups.world is not None:
-            layer.rule.balance_exchange = RankExchange(groups.world)
+            layer.choice.balance_exchange = RankExchange(groups.world)
         build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
         layer.dispatcher = build(groups, layer.experts.num_experts, build_link(layer.config, groups))
         if groups.expert_size > 1:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from swin_moe.config import MoEConfig
+from swin_moe.config.choices import CHOICES
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
 
@@ -67,13 +68,13 @@ def _in_training(module: nn.Module, *, fullgraph: bool) -> Callable[..., Any]:
 def traceable(layer: MoELayer) -> bool:
     """Returns whether the whole layer is one graph in training: nothing travels, and no size depends on the data."""
     here = type(layer.dispatcher) in (LocalDispatcher, PaddedDispatcher)
-    alone = layer.rule.exchange is None and layer.rule.balance_exchange is None
+    alone = layer.choice.exchange is None and layer.choice.balance_exchange is None
     return here and alone and static_routing(layer.config)
 
 
 def static_routing(moe: MoEConfig) -> bool:
     """Returns whether no shape of a layer's forward on one process depends on the data, or can be left unknown."""
-    return moe.choice == "token" and (moe.backend != "padded" or moe.capacity_factor > 0)
+    return CHOICES[moe.choice].compiles_whole and (moe.backend != "padded" or moe.capacity_factor > 0)
 
 
 def run_eager() -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from swin_moe.config import ModelConfig, MoEConfig
+from swin_moe.config.choices import CHOICES
 from swin_moe.engine.base import Engine
 from swin_moe.engine.precision import DTYPES
 from swin_moe.layout import Chunk, even_split
@@ -30,7 +31,7 @@ def parameter_counts(layout: Mapping[str, tuple[tuple[int, ...], Chunk]], sessio
     """
     total = active = local = 0
     moe = session.config.model.moe
-    used = moe.num_experts if moe.choice == "soft" else moe.top_k
+    used = CHOICES[moe.choice].active_experts(moe)
     for name, (shape, chunk) in layout.items():
         frozen = name.endswith("experts.fc2_bias") and not session.config.model.mlp_fc2_bias
         if frozen or name.endswith("router.balance.bias"):
@@ -91,18 +92,7 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
 def describe_choice(moe: MoEConfig, scope: str) -> str:
     """Returns how tokens and experts come together. scope: What a routing group is."""
     shared = f", {moe.shared_experts} shared" if moe.shared_experts else ""
-    if moe.choice == "soft":
-        return f"soft: {moe.slots} slots an expert and image{shared}"
-    if moe.choice == "expert":
-        factor = moe.eval_factor or moe.capacity_factor
-        return (
-            f"every expert chooses its tokens, capacity factor {moe.capacity_factor} x {moe.top_k} within {scope}; "
-            f"evaluation {factor} x {moe.top_k} within an image{shared}"
-        )
-    return (
-        f"top-{moe.top_k} by {moe.scores}, capacity factor {moe.capacity_factor} within {scope}; evaluation "
-        f"{moe.eval_factor}{shared}"
-    )
+    return CHOICES[moe.choice].describe(moe, scope) + shared
 
 
 def describe_balance(moe: MoEConfig, images: int) -> str:

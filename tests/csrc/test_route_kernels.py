@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from swin_moe.moe.losses import mean_entropy
-from swin_moe.moe.router import join, route
-from swin_moe.moe.routing import group_parts
+from swin_moe.moe.routing import group_parts, join, route
 from tests.csrc.emulation import build
 
 POINTERS = (

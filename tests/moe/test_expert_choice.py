@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from swin_moe.moe.choices.expert import route_by_expert
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
-from swin_moe.moe.expert_choice import route_by_expert
-from swin_moe.moe.router import FILLER_SLOT, join, row_chunks
+from swin_moe.moe.routing import FILLER_SLOT, join, row_chunks
 from tests.moe.reference import experts_choose_slowly
 
 

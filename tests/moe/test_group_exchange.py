@@ -11,7 +11,7 @@ import torch
 
 from swin_moe.moe import expert_capacity
 from swin_moe.moe.group_exchange import gather_demand, route_across, slots_by_confidence, slots_by_token
-from swin_moe.moe.router import route
+from swin_moe.moe.routing import route
 from tests.moe.reference import route_slowly
 
 

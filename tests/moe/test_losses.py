@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swin_moe.moe import losses
-from swin_moe.moe.router import row_chunks
+from swin_moe.moe.routing import row_chunks
 from tests.moe.reference import gshard_slowly, load_importance_slowly
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from swin_moe.moe import expert_capacity, losses, route
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.experts import GroupedExperts
-from swin_moe.moe.router import CosineRouter, LinearRouter, choose_experts, join, row_chunks
+from swin_moe.moe.routers import CosineRouter, LinearRouter
+from swin_moe.moe.routing import choose_experts, join, row_chunks
 from tests.moe.reference import route_slowly
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "numbers.json").read_text())["moe_routing"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.layer import build_router
-from swin_moe.moe.routing import RoutingRule
+from swin_moe.moe.choices import build_choice
+from swin_moe.moe.routers import build_router
 from swin_moe.randomness import RandomContext
 from tests.moe.live_tensors import LiveTensors
 from tests.moe.test_layer import BALANCED, EXPERTS_CHOOSE, KINDS, LIMITED
@@ -17,7 +17,7 @@ def rule_and_router(experts, **options):
     config = MoEConfig(**{"num_experts": experts, "cosine_dim": 5, **options})
     router = build_router(DIM, config)
     router.init_weights(torch.Generator().manual_seed(1), 0.5)
-    return RoutingRule(config, 3), router
+    return build_choice(config, 3), router
 
 
 def routed(rule, router, x, *, training=True):

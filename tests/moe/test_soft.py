@@ -2,7 +2,7 @@
 
 import torch
 
-from swin_moe.moe.soft import SoftMix, route_slots
+from swin_moe.moe.choices.soft import SoftMix, route_slots
 from tests.moe.reference import soft_slowly
 from tests.moe.test_layer import DIM, build, images, weights
 

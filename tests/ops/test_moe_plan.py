@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from swin_moe.moe.choices.expert import route_by_expert
 from swin_moe.moe.dispatch import make_padded_plan, make_plan, padded_rows
-from swin_moe.moe.expert_choice import route_by_expert
-from swin_moe.moe.router import join, route
+from swin_moe.moe.routing import join, route
 from swin_moe.ops import moe_plan
 from swin_moe.ops.moe_plan import order_rows
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.layer import build_router
-from swin_moe.moe.router import choose_experts
-from swin_moe.moe.routing import RoutingRule
+from swin_moe.moe.choices import build_choice
+from swin_moe.moe.routers import build_router
+from swin_moe.moe.routing import choose_experts
 from swin_moe.ops import moe_balance, moe_route
 from swin_moe.randomness import RandomContext
 from tests.moe.reference import route_slowly
@@ -54,7 +54,7 @@ def run(monkeypatch, fused, options, *, images, training, dtype, logits=None):
         patch.setattr(moe_route, "route_tokens", lambda *a, **k: calls.append(1) or real(*a, **k))
         if not fused:
             patch.setattr(moe_route, "available", lambda logits: False)
-        result = RoutingRule(config, 3).route(
+        result = build_choice(config, 3).route(
             x, router, tokens_per_image=PER_IMAGE, training=training, random=random, token=torch.arange(len(x))
         )
     assert len(calls) == fused

@@ -8,7 +8,7 @@ import torch
 from swin_moe.config import MoEConfig, ParallelConfig
 from swin_moe.moe.dispatch import VERBS, LocalDispatcher, PaddedDispatcher, make_padded_plan
 from swin_moe.moe.layer import MoELayer
-from swin_moe.moe.router import route
+from swin_moe.moe.routing import route
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.link import Link
 from swin_moe.parallel.exchange.overlap import chunk_plan

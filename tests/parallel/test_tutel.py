@@ -14,7 +14,7 @@ import torch
 from swin_moe.config import MoEConfig, ParallelConfig
 from swin_moe.moe.dispatch import VERBS, PaddedDispatcher, make_padded_plan, padded_rows
 from swin_moe.moe.layer import MoELayer
-from swin_moe.moe.router import route
+from swin_moe.moe.routing import route
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.tutel import CHANGES_NUMERICS, tutel, tutel_verbs
 from swin_moe.parallel.groups import single_process_groups

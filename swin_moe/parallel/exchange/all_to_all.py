@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher, combine_tokens, make_plan, take_tokens
-from swin_moe.moe.router import Routing
+from swin_moe.moe.routing import Routing
 from swin_moe.parallel.exchange.link import Link
 from swin_moe.parallel.exchange.overlap import chunk_plan, come_home, rows_in_chunk, set_out
 from swin_moe.parallel.exchange.owners import Owners

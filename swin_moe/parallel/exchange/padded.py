@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swin_moe.moe.dispatch import VERBS, Dispatched, Dispatcher, PaddedDispatcher, Verbs, make_padded_plan, padded_rows
 from swin_moe.moe.layer import MoELayer
-from swin_moe.moe.router import Routing
+from swin_moe.moe.routing import Routing
 from swin_moe.parallel.exchange.link import Link
 from swin_moe.parallel.exchange.overlap import chunk_plan, come_home, rows_in_chunk, set_out
 from swin_moe.parallel.exchange.owners import Owners

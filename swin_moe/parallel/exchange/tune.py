@@ -24,7 +24,7 @@ from swin_moe import choice_cache
 from swin_moe.config import MoEConfig
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
-from swin_moe.moe.router import Routing
+from swin_moe.moe.routing import Routing
 from swin_moe.parallel.exchange.link import Link
 from swin_moe.parallel.exchange.payload import PAYLOADS
 from swin_moe.parallel.exchange.transport import build_transport

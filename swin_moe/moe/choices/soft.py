@@ -12,7 +12,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swin_moe.moe.router import Routing
+from swin_moe.moe.choices.base import Assigned, Batch, Choice, Routed
+from swin_moe.moe.routing import Routing
+from swin_moe.moe.scored import Scored
+from swin_moe.randomness import RandomContext
+
+
+class SoftChoice(Choice):
+    """Every expert takes slots, means of all tokens of an image."""
+
+    def assign(self, batch: Batch, scored: Scored, bias: Tensor | None) -> Assigned:
+        """Returns the routing of the slots, each to its own expert."""
+        config, num_images = self.config, batch.x.shape[0] // max(batch.tokens_per_image, 1)
+        routing = route_slots(num_images, config.num_experts, config.slots, like=scored.noisy)
+        return Assigned(routing, [(batch.x.shape[0], max(batch.x.shape[0], 1))])
+
+    def pairs(self, routing: Routing, random: RandomContext, token: Tensor) -> Tensor:
+        """Returns (B * E * P, 1), the number of the image's slot."""
+        slots = self.config.num_experts * self.config.slots
+        return (random.sample[:, None] * slots + torch.arange(slots, device=token.device)).view(-1, 1)
+
+    def finish(self, batch: Batch, clean: Tensor, noisy: Tensor, bias: Tensor | None) -> Routed:
+        """Returns the slots as rows, and how tokens get means of their results back."""
+        mix = SoftMix.of(noisy.view(-1, batch.tokens_per_image, noisy.shape[1]))
+        routed = super().finish(batch, clean, noisy, bias)
+        return MixedRows(mix.slots(batch.x), routed.routing, routed.aux, routed.stats, mix)
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,17 @@ class SoftMix:
         """Returns (T, D) of the experts' results y (B * E * P, D)."""
         batch, _, slots = self.combine.shape
         return (self.combine @ y.view(batch, slots, y.shape[1]).to(self.combine.dtype)).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class MixedRows(Routed):
+    """What a layer has to do with slots."""
+
+    mix: SoftMix
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Returns (T, D), every token's mean of the slots' results y."""
+        return self.mix.tokens(y)
 
 
 def route_slots(num_images: int, num_experts: int, slots_per_expert: int, *, like: Tensor) -> Routing:

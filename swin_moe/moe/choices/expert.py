@@ -10,7 +10,37 @@ experts that one token has, M = G * E * C pairs, in the order (expert, group, to
 import torch
 from torch import Tensor
 
-from swin_moe.moe.router import FILLER_SLOT, Routing, pick, row_chunks
+from swin_moe.moe.balance import cut
+from swin_moe.moe.choices.base import Assigned, Batch, Choice
+from swin_moe.moe.routing import FILLER_SLOT, Routing, join, pick, row_chunks
+from swin_moe.moe.scored import Scored
+from swin_moe.randomness import RandomContext
+
+
+class ExpertChoice(Choice):
+    """Every expert takes the tokens of a routing group that score highest for it, as many as it has slots."""
+
+    def assign(self, batch: Batch, scored: Scored, bias: Tensor | None) -> Assigned:
+        """Returns the routing of every routing group. A choice without a bias: loads are even by construction."""
+        parts = self.parts(batch)
+        routings = [
+            route_by_expert(scores, capacity=self.capacity(size, training=batch.training), group_size=size)
+            for scores, (_, size) in zip(cut(scored.scores, parts), parts)
+        ]
+        return Assigned(join(routings), parts)
+
+    def pairs(self, routing: Routing, random: RandomContext, token: Tensor) -> Tensor:
+        """Returns (T, k), the number of the token and its expert."""
+        return token[:, None] * self.config.num_experts + routing.expert
+
+    def group_size(self, num_tokens: int, tokens_per_image: int, *, training: bool) -> int:
+        """Returns the tokens of a routing group: in evaluation an image, whose result must not depend on others."""
+        return super().group_size(num_tokens, tokens_per_image, training=training) if training else tokens_per_image
+
+    def capacity(self, group_size: int, *, training: bool = True) -> int | None:
+        """Returns the slots of an expert; in evaluation those of training, where no other factor is given."""
+        factor = 0 if training else self.config.eval_factor
+        return self.capacity_of(group_size, factor or self.config.capacity_factor)
 
 
 def route_by_expert(scores: Tensor, *, capacity: int, group_size: int) -> Routing:
