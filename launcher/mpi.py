@@ -127,8 +127,13 @@ def _import_mpi() -> Any:
         MPI.Init_thread()
         # UCX, inside the mpich wheel, answers a SIGHUP by pages of debug output from then on.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
-        atexit.register(lambda: MPI.Is_finalized() or MPI.Finalize())
+        atexit.register(_finalize, MPI)
     return MPI
+
+
+def _finalize(MPI: Any) -> None:
+    if not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def _library(MPI: Any) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, order=True)
@@ -28,7 +29,7 @@ class Chunk:
         size = tuple(h - l for h, l in zip(high, low))
         return Chunk(low, size) if all(n > 0 for n in size) else None
 
-    def within(self, outer: "Chunk") -> tuple[slice, ...]:
+    def within(self, outer: "Chunk") -> tuple[Any, ...]:
         """Returns the slices that cut this box out of a tensor holding `outer`."""
         return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, outer.offset, self.size))
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -13,11 +14,11 @@ BLOCK_BYTES = 4 << 20  # of a chunk, from its first byte; part of the format
 DEFAULT = "xxh3-128"  # about 26 GB/s a core; sha256 at 1.8 would cost more than the copy
 
 
-def _xxh3_128(data: object) -> str:
+def _xxh3_128(data: Any) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def _sha256(data: object) -> str:
+def _sha256(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -25,7 +26,7 @@ ALGORITHMS = {"xxh3-128": _xxh3_128, "sha256": _sha256}
 HEX_DIGITS = {"xxh3-128": 32, "sha256": 64}
 
 
-def digest(data: object, algorithm: str) -> str:
+def digest(data: Any, algorithm: str) -> str:
     """Returns the digest of a bytes-like object as lower-case hex digits."""
     return ALGORITHMS[algorithm](data)
 

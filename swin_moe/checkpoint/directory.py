@@ -220,7 +220,7 @@ def read_best(root: str | Path) -> tuple[int, float] | None:
         return None
     content = read_sealed(path)
     step, metric = content.get("step"), content.get("metric")
-    if type(step) is not int or type(metric) not in (int, float):
+    if type(step) is not int or type(metric) is not int and type(metric) is not float:
         raise CorruptionError(f"{path}: must hold a step and a metric")
     return step, metric
 

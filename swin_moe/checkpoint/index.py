@@ -190,7 +190,7 @@ def _expect(condition: bool, message: str) -> None:
         raise _Invalid(message)
 
 
-def _field(content: object, key: str, kind: type, where: str) -> Any:
+def _field(content: Any, key: str, kind: type, where: str) -> Any:
     _expect(isinstance(content, dict), f"{where} must be an object")
     _expect(key in content, f"{where} has no {key!r}")
     value = content[key]
@@ -206,7 +206,7 @@ def _numbers(content: object, key: str, where: str, length: int | None = None) -
     return tuple(values)
 
 
-def _hex(value: object, algorithm: str, where: str) -> str:
+def _hex(value: Any, algorithm: str, where: str) -> str:
     digits = HEX_DIGITS[algorithm]
     good = isinstance(value, str) and len(value) == digits and not set(value) - set("0123456789abcdef")
     _expect(good, f"{where}: a digest must be {digits} lower-case hex digits")
@@ -276,7 +276,7 @@ _DIGESTS = {name: re.compile(f"[0-9a-f]{{{digits}}}") for name, digits in HEX_DI
 
 
 def _usual_chunk(
-    content: object, shape: tuple[int, ...], dtype: str, files: dict[str, StoredFile], algorithm: str
+    content: Any, shape: tuple[int, ...], dtype: str, files: dict[str, StoredFile], algorithm: str
 ) -> StoredChunk | None:
     """Returns what _parse_chunk does for a chunk in which nothing is wrong; None where that has to look closer.
 
@@ -333,10 +333,10 @@ def _check_tiling(tensors: dict[str, StoredTensor], files: dict[str, StoredFile]
             ranges[stored.file].append((stored.begin, stored.end, name, stored.chunk))
     for name, file in files.items():
         reached = file.header
-        for begin, end, tensor, chunk in sorted(ranges[name]):
+        for begin, end, held, chunk in sorted(ranges[name]):
             if begin != reached:
                 problem = "shares bytes with the chunk before it" if begin < reached else "leaves a gap before it"
-                place = place_text(tensor, chunk)
+                place = place_text(held, chunk)
                 raise _Invalid(f"{place}: {problem} in {name} (begins at {begin}, expected {reached})")
             reached = end
         _expect(reached == file.size, f"file {name!r}: bytes {reached} to {file.size} belong to no chunk")

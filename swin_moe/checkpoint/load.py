@@ -5,6 +5,7 @@ Imports no torch: destinations are raw-integer arrays; manager.py makes them fro
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,11 +89,11 @@ def load_newest_valid(
             checkpoints are corrupt (starting over silently would lose the run).
     """
     comm = comm or SingleProcess()
-    candidates = collect(comm, lambda: list_checkpoints(root) if comm.rank == 0 else None)[0]
+    candidates = collect(comm, lambda: list_checkpoints(root) if comm.rank == 0 else [])[0]
     failure = None
     for path in candidates:
         try:
-            return path, together(comm, lambda path=path: loader(path))
+            return path, together(comm, partial(loader, path))
         except CorruptionError as error:
             failure = failure or error
             if comm.rank == 0:

@@ -185,7 +185,7 @@ class CheckpointManager:
 
         An asynchronous save first waits for the one before it, and raises what that met.
         """
-        if dataclasses.is_dataclass(config):
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
             config = dataclasses.asdict(config)
         return save(
             self.root, step, pieces, state=state, config=config, group=self._save_group, file_size=self._file_size,

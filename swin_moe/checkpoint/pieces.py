@@ -20,7 +20,7 @@ _LIBRARY_NAMES = {
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 # Bytes are moved as integers of the element's size, so no float is ever interpreted (bf16 and fp8 have no numpy type).
-RAW = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4"), 8: np.dtype("<i8")}
+RAW: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4"), 8: np.dtype("<i8")}
 _EXPERTS = "experts"
 
 
@@ -44,7 +44,7 @@ class Piece:
 
     name: str
     shape: tuple[int, ...]  # of the global tensor
-    dtype: str  # safetensors name; a torch or numpy dtype is accepted
+    dtype: Any  # safetensors name, a str; a torch or numpy dtype is accepted and becomes one
     chunk: Chunk
     tensor: Any  # torch tensor or numpy array of shape chunk.size
 

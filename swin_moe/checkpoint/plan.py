@@ -174,10 +174,10 @@ def assign_shares(specs: dict[str, tuple[tuple[int, ...], str]], ranks: Sequence
         written = {box: [box] for box in boxes if box.numel}
         if find_overlap(written) is not None:
             order = {box: number for number, box in enumerate(written)}  # of their ranks
-            held = sorted(written)
-            finder = BoxFinder(held)
+            ordered = sorted(written)
+            finder = BoxFinder(ordered)
             for box in written:
-                earlier = (held[i] for i, _ in finder.overlapping(box) if order[held[i]] < order[box])
+                earlier = (ordered[i] for i, _ in finder.overlapping(box) if order[ordered[i]] < order[box])
                 written[box] = subtract_all(box, earlier)
         gap = find_gap(specs[name][0], [box for parts in written.values() for box in parts])
         if gap is not None:

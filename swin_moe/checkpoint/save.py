@@ -31,6 +31,7 @@ from swin_moe.checkpoint.pieces import Piece, array_to_raw
 from swin_moe.checkpoint.plan import FilePlan, Share, Spec, assign_shares, merge_specs, plan_files, split_evenly
 from swin_moe.checkpoint.sealed_json import check_json, seal, write_durably
 from swin_moe.checkpoint.shards import ShardWriter, create_files, open_checked
+from swin_moe.layout import Chunk
 
 PROVENANCE = "provenance.json"
 FILE_SIZE = 1 << 30
@@ -134,7 +135,7 @@ def complete_save(planned: PlannedSave, pieces: list[Piece], to_raw: Callable[[A
     """
     root, comm, plan, step = planned.root, planned.comm, planned.plan, planned.index.step
     final, staging = planned.path, staging_path(root, step, planned.writer)
-    held: list[int] = []
+    held: list[int | None] = []
 
     def begin() -> None:
         create_staging(root, step, plan.num_bytes, planned.writer)
@@ -237,7 +238,7 @@ def write_shares(
     """
     if shares and not staging.is_dir():
         raise CheckpointError(f"{staging}: is not visible on this rank; checkpoints need storage that all ranks share")
-    held = {}
+    held: dict[tuple[str, Chunk], Piece] = {}
     for piece in pieces:
         held.setdefault((piece.name, piece.chunk), piece)
     writer = ShardWriter(staging)

@@ -28,7 +28,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
-def check_choices(section: object, prefix: str) -> None:
+def check_choices(section: Any, prefix: str) -> None:
     """Raises ValueError for a field of another type, a Literal that is none of its choices, a number out of range."""
     for f in fields(section):
         value, key = getattr(section, f.name), f"{prefix}.{f.name}"
@@ -89,11 +89,11 @@ EXCLUSIONS: tuple[tuple[str, Any, str, tuple, str], ...] = (
 def check_routing(moe: Any) -> None:
     """Raises ValueError where routing options of a MoEConfig are out of range or contradict each other."""
     check(moe.choice in CHOICES, "model.moe.choice", moe.choice, f"one of {', '.join(CHOICES)}")
-    for option, value, other, allowed, why in EXCLUSIONS:
+    for option, value, other, fitting, why in EXCLUSIONS:
         if getattr(moe, option) == value:
-            words = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in allowed)
+            words = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in fitting)
             reason = f"{words} with model.moe.{option}={value} ({why})"
-            check(getattr(moe, other) in allowed, f"model.moe.{other}", getattr(moe, other), reason)
+            check(getattr(moe, other) in fitting, f"model.moe.{other}", getattr(moe, other), reason)
     for name in ("bias_rate", "z_loss_weight", "aux_loss_weight", "gate_noise"):
         check(getattr(moe, name) >= 0, f"model.moe.{name}", getattr(moe, name), ">= 0")
     check(moe.slots >= 1, "model.moe.slots", moe.slots, ">= 1")
@@ -216,7 +216,7 @@ RANGES: dict[str, tuple] = {
 }  # fmt: skip
 
 
-def check_ranges(section: object, prefix: str) -> None:
+def check_ranges(section: Any, prefix: str) -> None:
     """Raises ValueError for a number of a section that is out of its range, not finite, or no number."""
     for f in fields(section):
         key, value = f"{prefix}.{f.name}", getattr(section, f.name)

@@ -244,7 +244,7 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
     return tree
 
 
-def _coerce_tree(tree: dict, schema: type, *, source: str, prefix: str = "") -> dict:
+def _coerce_tree(tree: dict, schema: Any, *, source: str, prefix: str = "") -> dict:
     """Returns the tree with every value in its field's type; raises ValueError naming source, key, value and type."""
     out: dict = {}
     for key, value in tree.items():
@@ -340,7 +340,7 @@ def _hint(key: str) -> str:
     return f"; did you mean {', '.join(near[:3])}?" if near else f"; sections: {', '.join(get_type_hints(Config))}"
 
 
-def _schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def _schema_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     """Yields every dotted key of the schema, sections included."""
     for name, kind in get_type_hints(schema).items():
         yield f"{prefix}{name}"
