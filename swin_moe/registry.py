@@ -1,12 +1,15 @@
-"""Tables of lazily imported backends: a name in a config stands for "module:attribute"."""
+"""Tables of lazily imported backends: a name in a config stands for "module:attribute", or is one itself."""
 
 import importlib
 import importlib.metadata
+import re
 from typing import Any
 
 
 def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
     """Returns the object that `name` stands for, importing its module only now.
+
+    A name of the form "package.module:Name" stands for itself, so that a variant may live outside this repository.
 
     Args:
         table: Choices, name -> "module:attribute".
@@ -16,12 +19,16 @@ def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
     Raises:
         ValueError: `name` is not in the table, or an optional package it needs is not installed.
     """
-    if name not in table:
-        raise ValueError(f"{key}: unknown choice {name!r}; allowed: {', '.join(sorted(table))}")
-    module, _, attribute = table[name].partition(":")
+    if name not in table and not is_outside(name):
+        raise ValueError(f"{key}: unknown choice {name!r}; allowed: {', '.join(sorted(table))}, or package.module:Name")
+    module, _, attribute = table.get(name, name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        raise ValueError(f"{key}={name}: the module {module} has no {attribute}") from None
     except ModuleNotFoundError as error:
+        if name not in table and module.startswith(str(error.name)):
+            raise ValueError(f"{key}={name}: there is no module {error.name} (is it on PYTHONPATH?)") from None
         package = (error.name or "").partition(".")[0]
         if package in ("", "swin_moe"):
             raise
@@ -29,6 +36,11 @@ def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
             f"{key}={name} needs the package {package!r}, which is not installed; "
             f"install it with: pip install 'swin-moe[{name}]'"
         ) from error
+
+
+def is_outside(name: object) -> bool:
+    """Returns whether a name has the form "package.module:Name"."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name) is not None
 
 
 def require(package: str, version: str) -> None:

@@ -11,7 +11,8 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
-    ("layout", "registry", "choice_cache", "config", "randomness", "names"),
+    ("layout", "registry", "choice_cache", "randomness", "names"),
+    ("config",),
     ("ops",),
     ("moe",),
     ("models", "parallel"),

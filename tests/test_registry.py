@@ -8,7 +8,7 @@ from swin_moe.registry import lookup, require
 
 
 def test_an_unknown_choice_names_the_allowed_ones():
-    with pytest.raises(ValueError, match="engine.name: unknown choice 'x'; allowed: a, b"):
+    with pytest.raises(ValueError, match="engine.name: unknown choice 'x'; allowed: a, b, or package.module:Name"):
         lookup({"b": "math:pi", "a": "math:e"}, "x", key="engine.name")
 
 

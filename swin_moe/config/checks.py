@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin
 
 from swin_moe.config.choices import CHOICES
+from swin_moe.registry import is_outside
 
 _SHOWN = 120  # characters of a refused value
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -28,11 +29,20 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
+# Options whose value may be "package.module:Name", a variant that lives elsewhere (see registry.lookup).
+OPEN = ("data.name", "task.name", "engine.name", "model.moe.router")
+
+
+def is_open(key: str, value: object) -> bool:
+    """Returns whether the value of an option is a variant that lives elsewhere; `value` may be the option's section."""
+    return key in OPEN and is_outside(getattr(value, key.rpartition(".")[2], value))
+
+
 def check_choices(section: Any, prefix: str) -> None:
     """Raises ValueError for a field of another type, a Literal that is none of its choices, a number out of range."""
     for f in fields(section):
         value, key = getattr(section, f.name), f"{prefix}.{f.name}"
-        if not _fits(value, f.type):
+        if not _fits(value, f.type) and not is_open(key, value):
             check(False, key, value, describe_kind(f.type))
     check_ranges(section, prefix)
 

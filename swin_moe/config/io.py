@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from swin_moe.config.checks import describe_kind, shown
+from swin_moe.config.checks import describe_kind, is_open, shown
 from swin_moe.config.official import convert_official, is_official, our_key
 from swin_moe.config.official_options import refusal
 from swin_moe.config.schema import Config
@@ -256,7 +256,7 @@ def _coerce_tree(tree: dict, schema: Any, *, source: str, prefix: str = "") -> d
             out[key] = _coerce_tree(value, kind, source=source, prefix=f"{full}.")
         else:
             try:
-                out[key] = _coerce(value, kind)
+                out[key] = value if is_open(full, value) else _coerce(value, kind)
                 if full in _PATHS and out[key].startswith("~"):  # a shell does not expand it after key=
                     out[key] = str(Path(out[key]).expanduser())
             except (TypeError, ValueError):

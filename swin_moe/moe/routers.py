@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from swin_moe.config import MoEConfig
 from swin_moe.config.choices import CHOICES
 from swin_moe.randomness import truncated_normal_
+from swin_moe.registry import lookup
+
+ROUTERS = {
+    "linear": "swin_moe.moe.routers:LinearRouter",
+    "cosine": "swin_moe.moe.routers:CosineRouter",
+}
 
 _MAX_LOG_SCALE = math.log(100.0)  # cosine router: the logit scale never exceeds 100
 
@@ -41,7 +47,11 @@ class BalanceBias(nn.Module):
 
 
 class Router(nn.Module):
-    """What routers have in common: init_weights, and the bias of those that balance by it."""
+    """What routers have in common: init_weights, and the bias of those that balance by it.
+
+    A row of ROUTERS is called as f(dim, num_experts, config, balanced=): D, the logits of a token, the layer's options,
+    and whether it holds a BalanceBias. Its forward returns (T, num_experts) logits of x (T, D), outside autocast.
+    """
 
     balance: BalanceBias | None
 
@@ -59,7 +69,7 @@ class Router(nn.Module):
 class LinearRouter(Router):
     """logits = x W^T, no bias."""
 
-    def __init__(self, dim: int, num_experts: int, *, balanced: bool = False) -> None:
+    def __init__(self, dim: int, num_experts: int, config: MoEConfig, *, balanced: bool = False) -> None:
         super().__init__()
         self.balance = BalanceBias(num_experts) if balanced else None
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
@@ -76,15 +86,13 @@ class LinearRouter(Router):
 class CosineRouter(Router):
     """logits = cosine(W x + b, s_e) * exp(temperature): an expert is a direction s_e (Tutel, cosine_top)."""
 
-    def __init__(
-        self, dim: int, num_experts: int, *, projection_dim: int, init_t: float, balanced: bool = False
-    ) -> None:
+    def __init__(self, dim: int, num_experts: int, config: MoEConfig, *, balanced: bool = False) -> None:
         super().__init__()
         self.balance = BalanceBias(num_experts) if balanced else None
-        self.init_t = init_t
+        self.init_t = config.cosine_init_t
         self.temperature = nn.Parameter(torch.empty(1))
-        self.projector = nn.Linear(dim, projection_dim)
-        self.sim_matrix = nn.Parameter(torch.empty(projection_dim, num_experts))
+        self.projector = nn.Linear(dim, config.cosine_dim)
+        self.sim_matrix = nn.Parameter(torch.empty(config.cosine_dim, num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (T, E) logits of x (T, D). To be called outside autocast."""
@@ -114,8 +122,5 @@ def _fill(parameter: Tensor, rule: Callable[[Tensor], object]) -> None:
 def build_router(dim: int, config: MoEConfig) -> Router:
     """Returns the router of a layer: one output per expert, or per slot with soft MoE."""
     facts = CHOICES[config.choice]
-    outputs, balanced = facts.logits(config), facts.has_balance_bias(config)
-    if config.router == "cosine":
-        cosine = {"projection_dim": config.cosine_dim, "init_t": config.cosine_init_t}
-        return CosineRouter(dim, outputs, balanced=balanced, **cosine)
-    return LinearRouter(dim, outputs, balanced=balanced)
+    router = lookup(ROUTERS, config.router, key="model.moe.router")
+    return router(dim, facts.logits(config), config, balanced=facts.has_balance_bias(config))

@@ -123,7 +123,7 @@ def test_routing_whose_shapes_are_data_is_refused(tmp_path, capsys):
                     balance_loss="none", capacity_factor=1.0, eval_capacity_factor=None)  # fmt: skip
     path, _ = saved(tmp_path, ModelConfig(name="swin_moe", **SMALL, moe=moe))
     assert main(["export", str(path), str(tmp_path / "net"), "--to", "torch-export"]) == 2
-    assert "model.moe.choice=expert cannot be exported" in capsys.readouterr().err
+    assert "model.moe.choice=expert is not for export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "no config"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from swin_moe.config import MoEConfig
 from swin_moe.moe import expert_capacity, losses, route
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.experts import GroupedExperts
@@ -244,7 +245,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_routers_compute_in_single_precision_or_better(dtype):
     x = torch.randn(10, 8).to(dtype)
-    for router in (LinearRouter(8, 4), CosineRouter(8, 4, projection_dim=6, init_t=0.5)):
+    for router in (LinearRouter(8, 4, MoEConfig()), CosineRouter(8, 4, MoEConfig(cosine_dim=6, cosine_init_t=0.5))):
         router.init_weights(torch.Generator().manual_seed(1), 0.02)
         router = router.to(dtype)
         logits = router(x)
@@ -252,7 +253,7 @@ def test_routers_compute_in_single_precision_or_better(dtype):
 
 
 def test_cosine_router_by_hand():
-    router = CosineRouter(2, 2, projection_dim=2, init_t=0.5).double()
+    router = CosineRouter(2, 2, MoEConfig(cosine_dim=2, cosine_init_t=0.5)).double()
     with torch.no_grad():
         router.projector.weight.copy_(torch.eye(2))
         router.projector.bias.zero_()
