@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.config.variants import VARIANTS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,7 +46,7 @@ def _infer(shapes: Shapes, buffers: Shapes) -> dict[str, Any]:
         "ape": "absolute_pos_embed" in shapes,
         "patch_norm": "patch_embed.norm.weight" in shapes,
     }
-    if _family(shapes) != "swin_mlp":
+    if VARIANTS[_family(shapes)].mixer == "window":
         model["qkv_bias"] = any(name.endswith((".attn.qkv.bias", ".attn.q_bias")) for name in shapes)
     first = next((shapes[name] for name in sorted(shapes) if name.endswith("0.mlp.fc1.weight")), None)
     if first is not None:
@@ -75,11 +76,13 @@ def _depths(shapes: Shapes) -> list[int]:
 def _family(shapes: Shapes) -> str:
     """Returns model.name: the families differ in the parameters of their token mixers."""
     endings = {name.rpartition("blocks.")[2].partition(".")[2] for name in shapes}
-    if "attn.logit_scale" in endings:
-        return "swinv2"
-    if "attn.relative_position_bias_table" in endings:
-        return "swin"
-    return "swin_moe" if "attn.cpb_mlp.0.weight" in endings else "swin_mlp"
+    biases = {"attn.relative_position_bias_table": "table", "attn.cpb_mlp.0.weight": "log_cpb"}
+    bias = next((kind for ending, kind in biases.items() if ending in endings), "none")
+    cosine = "attn.logit_scale" in endings
+    found = [name for name, v in VARIANTS.items() if (v.bias, v.scores == "cosine") == (bias, cosine)]
+    if not found:
+        raise ValueError("a mixture of families")
+    return found[0]
 
 
 def _heads(shapes: Shapes, stage: int) -> int:

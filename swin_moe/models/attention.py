@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import ModelConfig
+from swin_moe.config.variants import VARIANTS
 from swin_moe.models.layers import ATTENTION_WEIGHTS, MIXER_OUT, dropout, dropout_factor, pad_to_multiple, token_rows
 from swin_moe.ops.attention.choice import choose_path, fused_refusal
 from swin_moe.ops.attention.fused import unsupported, unsupported_shape
@@ -80,7 +81,7 @@ def fused_problem(
 
 def check_attention(config: ModelConfig, *, device_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
     """Raises ValueError where model.attention=fused cannot run, with the reason; arguments as fused_problem's."""
-    if config.attention == "fused" and config.name != "swin_mlp":
+    if config.attention == "fused" and VARIANTS[config.name].mixer == "window":
         problem = fused_problem(config, device_type=device_type, dtype=dtype)
         if problem:
             raise ValueError(fused_refusal(problem))

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.models.swin import VARIANTS, SwinTransformer
+from swin_moe.config.variants import VARIANTS
+from swin_moe.models.swin import SwinTransformer
 
 # Defaults of the official SwinTransformer*.__init__ that differ from ours (microsoft/Swin-Transformer, models/*.py).
 # eval_capacity_factor None: the official model evaluates with the capacity it trains with, ours by need.

@@ -1,4 +1,5 @@
-"""One network for Swin, SwinV2, Swin-MLP and Swin-MoE: their differences are the rows of VARIANTS.
+"""One network for Swin, SwinV2, Swin-MLP and Swin-MoE: their differences are the rows of
+config.variants.VARIANTS.
 
 Parameter names of the dense parts are the official ones (microsoft/Swin-Transformer), patch merging at the end of its
 stage. Any variant takes MoE blocks, so SwinV2-MoE is name=swinv2 with moe.blocks.
@@ -7,8 +8,8 @@ Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels, K 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe.config import ModelConfig
+from swin_moe.config.variants import VARIANTS
 from swin_moe.models import flops
 from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
 from swin_moe.models.initialize import initialize
@@ -24,26 +26,6 @@ from swin_moe.moe import MoELayer
 from swin_moe.ops.random_draws import drop_path_factors, with_words
 from swin_moe.ops.residual_norm import add_branch
 from swin_moe.randomness import RandomContext
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What tells one family from another."""
-
-    mixer: Literal["window", "mlp"]
-    bias: Literal["table", "log_cpb", "none"]
-    bias_sigmoid: bool  # 16 * sigmoid of the bias network's output
-    scores: Literal["dot", "cosine", "none"]
-    norm: Literal["pre", "post"]  # norm before each branch, or of its output before the residual sum
-    merge_norm: Literal["before", "after"]  # the norm of patch merging and its reduction
-
-
-VARIANTS = {
-    "swin": Variant("window", "table", False, "dot", "pre", "before"),
-    "swinv2": Variant("window", "log_cpb", True, "cosine", "post", "after"),
-    "swin_mlp": Variant("mlp", "none", False, "none", "pre", "before"),
-    "swin_moe": Variant("window", "log_cpb", False, "dot", "pre", "before"),
-}
 
 
 class Encoded(NamedTuple):
@@ -232,7 +214,9 @@ class SwinTransformer(nn.Module):
             ValueError: Swin-MLP, whose weights belong to one window; or absolute positions with a new img_size.
         """
         if self.variant.mixer == "mlp":
-            raise ValueError("set_window_size: model.name=swin_mlp has weights per token of a window, it cannot change")
+            raise ValueError(
+                f"set_window_size: model.name={self.config.name} has weights per token of a window, it cannot change"
+            )
         if self.config.ape and img_size not in (None, self.config.img_size):
             raise ValueError("set_window_size: img_size cannot change with model.ape; pass images of any size instead")
         trained = tuple(stage.blocks[0].attn.pretrained_window for stage in self.layers)

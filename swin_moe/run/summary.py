@@ -8,6 +8,7 @@ import torch
 
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.config.choices import CHOICES
+from swin_moe.config.variants import VARIANTS
 from swin_moe.engine.base import Engine
 from swin_moe.engine.precision import DTYPES
 from swin_moe.layout import Chunk, even_split
@@ -134,8 +135,8 @@ def describe_links(layers: list[MoELayer]) -> list[str]:
 
 def attention_path(config: ModelConfig, device_type: str, dtype: torch.dtype) -> str:
     """Returns which attention path runs, and why. dtype: Of queries, keys and values, as autocast makes them."""
-    if config.name == "swin_mlp":
-        return "token mixing: one product per head (model.name=swin_mlp has no attention)"
+    if VARIANTS[config.name].mixer == "mlp":
+        return f"token mixing: one product per head (model.name={config.name} has no attention)"
     table_dtype = torch.promote_types(dtype, torch.float32)
     training, evaluation = (choose(device_type, dtype, table_dtype, gradients=g) for g in (True, False))
     plain = training if training == evaluation else f"{training} in training, {evaluation} in evaluation"

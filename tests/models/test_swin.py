@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from swin_moe import create_model
-from swin_moe.models.swin import VARIANTS
+from swin_moe.config.variants import VARIANTS
 from swin_moe.ops.attention.geometry import relative_position_index, shift_mask
 from swin_moe.ops.random_draws import drop_path_factors
 from swin_moe.randomness import RandomContext

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.config.variants import VARIANTS
 
 # A module's own parameters and buffers come before its children; one order serves every level.
 _ORDER = (
@@ -70,7 +71,8 @@ def official_buffers(model: Mapping[str, Any]) -> dict[str, np.ndarray]:
         model: config.model as JSON; img_size and window_size must be known.
     """
     buffers: dict[str, np.ndarray] = {}
-    if model["name"] == "swin_mlp":
+    variant = VARIANTS[model["name"]]
+    if variant.mixer == "mlp":
         return buffers
     pretrained = [*model.get("pretrained_window_sizes", ()), *(0 for _ in model["depths"])]
     for stage, depth in enumerate(model["depths"]):
@@ -80,7 +82,7 @@ def official_buffers(model: Mapping[str, Any]) -> dict[str, np.ndarray]:
         for block in range(depth):
             prefix = f"layers.{stage}.blocks.{block}"
             buffers[f"{prefix}.attn.relative_position_index"] = index
-            if model["name"] in ("swinv2", "swin_moe"):
+            if variant.bias == "log_cpb":
                 buffers[f"{prefix}.attn.relative_coords_table"] = table
             if block % 2 and mask is not None:
                 buffers[f"{prefix}.attn_mask"] = mask

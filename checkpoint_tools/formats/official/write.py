@@ -21,6 +21,7 @@ from checkpoint_tools.formats.rules import TO_OFFICIAL, Rule, from_ours
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
+from swin_moe.config.variants import VARIANTS
 from swin_moe.layout import Chunk
 
 _BEYOND = (".mlp.shared.", ".router.balance.")
@@ -85,7 +86,8 @@ class OfficialContent:
 
     def _buffers(self) -> dict[str, NewTensor]:
         missing = [key for key in ("img_size", "window_size") if key not in self.network]
-        if missing and self.network.get("name") != "swin_mlp":
+        variant = VARIANTS.get(self.network.get("name", ""))
+        if missing and (variant is None or variant.mixer == "window"):
             raise CheckpointError(
                 f"{self.source.path}: does not tell {' and '.join(missing)}, which the official buffers depend on; "
                 f"give {' '.join(f'--set {key}=N' for key in missing)}"
