@@ -36,7 +36,7 @@ FILES = tracked()
 
 def missing_files(text: str) -> list[str]:
     """Returns the files named in a text that are no file here; a name may be the end of a path."""
-    names = {name for name in FILE.findall(text) if not OUTSIDE.match(name) and name not in MADE}
+    names = {name for name in FILE.findall(text) if not name.startswith("my_") and not OUTSIDE.match(name) and name not in MADE}
     return sorted(n for n in names if not any(f == n or f.endswith(f"/{n}") for f in FILES))
 
 

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin
 
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import CHOICES, facts_of
 from swin_moe.registry import is_outside
 
 _SHOWN = 120  # characters of a refused value
@@ -30,7 +30,7 @@ def shown(value: object) -> str:
 
 
 # Options whose value may be "package.module:Name", a variant that lives elsewhere (see registry.lookup).
-OPEN = ("data.name", "task.name", "engine.name", "model.moe.router")
+OPEN = ("data.name", "task.name", "engine.name", "model.moe.router", "model.moe.choice")
 
 
 def is_open(key: str, value: object) -> bool:
@@ -90,7 +90,6 @@ def _fits(value: object, kind: Any) -> bool:
 # (option, its value, other option, values of that which go with it, why).
 EXCLUSIONS: tuple[tuple[str, Any, str, tuple, str], ...] = (
     ("scores", "sigmoid", "balance_loss", ("gshard", "none"), "load_importance is about the noise of softmax logits"),
-    *(("choice", name, *excluded) for name, facts in CHOICES.items() for excluded in facts.excludes),
     ("scores", "softmax", "bias_rate", (0.0,), "the bias is added to model.moe.scores=sigmoid"),
     ("balance_loss", "none", "balance_scope", ("group",), "there is no loss to balance by"),
 )
@@ -98,8 +97,10 @@ EXCLUSIONS: tuple[tuple[str, Any, str, tuple, str], ...] = (
 
 def check_routing(moe: Any) -> None:
     """Raises ValueError where routing options of a MoEConfig are out of range or contradict each other."""
-    check(moe.choice in CHOICES, "model.moe.choice", moe.choice, f"one of {', '.join(CHOICES)}")
-    for option, value, other, fitting, why in EXCLUSIONS:
+    known = moe.choice in CHOICES or is_outside(moe.choice)
+    check(known, "model.moe.choice", moe.choice, f"one of {', '.join(CHOICES)}")
+    own = (("choice", moe.choice, *excluded) for excluded in facts_of(moe).excludes)
+    for option, value, other, fitting, why in (*EXCLUSIONS, *own):
         if getattr(moe, option) == value:
             words = " or ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in fitting)
             reason = f"{words} with model.moe.{option}={value} ({why})"
@@ -118,7 +119,7 @@ def check_routing(moe: Any) -> None:
         estimate = limit == groups or moe.balance_loss != "load_importance"
         allowed = "gshard or none with model.moe.group_limit (its load term knows no groups)"
         check(estimate, "model.moe.balance_loss", moe.balance_loss, allowed)
-    for holds, option, value, allowed in CHOICES[moe.choice].requirements(moe):
+    for holds, option, value, allowed in facts_of(moe).requirements(moe):
         check(holds, f"model.moe.{option}", value, allowed)
 
 

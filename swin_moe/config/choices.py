@@ -6,6 +6,8 @@ One row of CHOICES each. The classes that route are rows of swin_moe.moe.choices
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from swin_moe.registry import lookup
+
 
 class TokenFacts:
     """Tokens choose experts: top-k by score."""
@@ -132,8 +134,17 @@ class SoftFacts(TokenFacts):
 CHOICES: Mapping[str, TokenFacts] = {"token": TokenFacts(), "expert": ExpertFacts(), "soft": SoftFacts()}
 
 
+def facts_of(moe: Any) -> TokenFacts:
+    """Returns the row of a MoEConfig's choice; of one that lives elsewhere (package.module:Name) its class's `facts`.
+
+    Raises:
+        ValueError: There is no such choice.
+    """
+    return CHOICES[moe.choice] if moe.choice in CHOICES else lookup({}, moe.choice, key="model.moe.choice").facts
+
+
 def refuse_choice(moe: Any, what: str) -> None:
     """Raises ValueError, naming the option, where the choice says that `what` cannot serve it."""
-    why = CHOICES[moe.choice].refuses.get(what)
+    why = facts_of(moe).refuses.get(what)
     if why is not None:
         raise ValueError(f"model.moe.choice={moe.choice} is not for {what}: {why}")

@@ -11,7 +11,7 @@ from typing import Literal
 from swin_moe.config.checks import check as _check
 from swin_moe.config.checks import check_choices as _check_choices
 from swin_moe.config.checks import check_routing, check_run, check_task
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import facts_of
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
 DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
@@ -370,7 +370,7 @@ class Config:
         """
         micro, _ = self.accumulation(world_size)
         moe = self.model.moe
-        facts = CHOICES[moe.choice]
+        facts = facts_of(moe)
         if not moe.has_blocks or moe.capacity_scope == "rank" or not facts.has_groups or micro % moe.group_images == 0:
             return 1
         ranks, rest = divmod(moe.group_images, micro)

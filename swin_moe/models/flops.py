@@ -8,7 +8,7 @@ they do not divide the map, biases and softmax are free, a router costs nothing.
 from torch import nn
 
 from swin_moe.config import ModelConfig
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import facts_of
 from swin_moe.models.attention import StageGeometry, stage_geometry
 
 
@@ -79,7 +79,7 @@ def _passes(config: ModelConfig, geometry: StageGeometry, capacity_factor: float
     """Returns what a MoE block's feed-forward network costs, in passes of all tokens through one expert."""
     moe, tokens = config.moe, geometry.resolution[0] * geometry.resolution[1]
     hidden = geometry.dim * config.mlp_ratio
-    passes = CHOICES[moe.choice].passes(moe, capacity_factor, tokens=tokens, hidden=hidden)
+    passes = facts_of(moe).passes(moe, capacity_factor, tokens=tokens, hidden=hidden)
     return passes + moe.shared_experts
 
 

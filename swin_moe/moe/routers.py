@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import facts_of
 from swin_moe.randomness import truncated_normal_
 from swin_moe.registry import lookup
 
@@ -121,6 +121,6 @@ def _fill(parameter: Tensor, rule: Callable[[Tensor], object]) -> None:
 
 def build_router(dim: int, config: MoEConfig) -> Router:
     """Returns the router of a layer: one output per expert, or per slot with soft MoE."""
-    facts = CHOICES[config.choice]
+    facts = facts_of(config)
     router = lookup(ROUTERS, config.router, key="model.moe.router")
     return router(dim, facts.logits(config), config, balanced=facts.has_balance_bias(config))

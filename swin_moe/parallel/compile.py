@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from swin_moe.config import MoEConfig
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import facts_of
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
 
@@ -74,7 +74,7 @@ def traceable(layer: MoELayer) -> bool:
 
 def static_routing(moe: MoEConfig) -> bool:
     """Returns whether no shape of a layer's forward on one process depends on the data, or can be left unknown."""
-    return CHOICES[moe.choice].compiles_whole and (moe.backend != "padded" or moe.capacity_factor > 0)
+    return facts_of(moe).compiles_whole and (moe.backend != "padded" or moe.capacity_factor > 0)
 
 
 def run_eager() -> Any:

@@ -18,7 +18,7 @@ from torch import nn
 
 from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config, ParallelConfig
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import facts_of
 from swin_moe.config.io import load_config
 from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
@@ -211,7 +211,7 @@ def _rows_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterat
     stages = [stage for stage, depth in enumerate(config.model.depths) for _ in range(depth)]
     for _, layer in moe_layers(model):
         tokens = math.prod(stage_geometry(config.model, stages[layer.layer]).resolution)
-        yield layer, micro_batch * CHOICES[moe.choice].rows(moe, tokens)
+        yield layer, micro_batch * facts_of(moe).rows(moe, tokens)
 
 
 def build_local_model(session: Session, task: Task) -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.config.choices import CHOICES
+from swin_moe.config.choices import facts_of
 from swin_moe.config.variants import VARIANTS
 from swin_moe.engine.base import Engine
 from swin_moe.engine.precision import DTYPES
@@ -32,7 +32,7 @@ def parameter_counts(layout: Mapping[str, tuple[tuple[int, ...], Chunk]], sessio
     """
     total = active = local = 0
     moe = session.config.model.moe
-    used = CHOICES[moe.choice].active_experts(moe)
+    used = facts_of(moe).active_experts(moe)
     for name, (shape, chunk) in layout.items():
         frozen = name.endswith("experts.fc2_bias") and not session.config.model.mlp_fc2_bias
         if frozen or name.endswith("router.balance.bias"):
@@ -93,7 +93,7 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
 def describe_choice(moe: MoEConfig, scope: str) -> str:
     """Returns how tokens and experts come together. scope: What a routing group is."""
     shared = f", {moe.shared_experts} shared" if moe.shared_experts else ""
-    return CHOICES[moe.choice].describe(moe, scope) + shared
+    return facts_of(moe).describe(moe, scope) + shared
 
 
 def describe_balance(moe: MoEConfig, images: int) -> str:
