@@ -36,8 +36,9 @@ FILES = tracked()
 
 def missing_files(text: str) -> list[str]:
     """Returns the files named in a text that are no file here; a name may be the end of a path."""
-    names = {name for name in FILE.findall(text) if not name.startswith("my_") and not OUTSIDE.match(name) and name not in MADE}
-    return sorted(n for n in names if not any(f == n or f.endswith(f"/{n}") for f in FILES))
+    names = {name for name in FILE.findall(text) if not OUTSIDE.match(name)} - MADE
+    ours = (name for name in names if not name.startswith("my_"))  # the reader's own
+    return sorted(n for n in ours if not any(f == n or f.endswith(f"/{n}") for f in FILES))
 
 
 def missing_symbols(text: str) -> list[str]:

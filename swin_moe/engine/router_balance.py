@@ -34,7 +34,7 @@ class RouterBalance:
     def count(self) -> None:
         """Adds the loads of the last forward. After its backward, so that a recomputed forward is not counted twice."""
         if self.layers:
-            load_LE = torch.stack([layer.stats.demand for layer in self.layers])
+            load_LE = torch.stack([layer.stats.demand for layer in self.layers if layer.stats is not None])
             self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
 
     def clear(self) -> None:
@@ -47,6 +47,7 @@ class RouterBalance:
         if not self.layers:
             return
         load_LE, self.load_LE = self.load_LE, None
+        assert load_LE is not None, "an update follows a forward"
         if self.groups.world_size > 1:
             dist.all_reduce(load_LE, group=self.groups.world)
         num_experts = load_LE.shape[1]

@@ -27,12 +27,12 @@ def balance_loss(config: MoEConfig, scored: Scored, routing: Routing, parts: lis
         parts = [(num_tokens, max(num_tokens, 1))]
     if config.balance_loss == "gshard":
         inputs = [cut(value, parts) for value in (scored.scores, routing.expert[:, 0])]
-        options = {"shares": config.scores == "sigmoid"}
-        groups = [losses.gshard(*part, group_size=size, **options) for *part, (_, size) in zip(*inputs, parts)]
+        shares = config.scores == "sigmoid"
+        groups = [losses.gshard(*p, group_size=size, shares=shares) for *p, (_, size) in zip(*inputs, parts)]
     else:
-        inputs = [cut(value, parts) for value in (scored.probabilities, scored.threshold(routing))]
-        options = {"noise_std": config.gate_noise / config.num_experts}
-        groups = [losses.load_importance(*p, group_size=size, **options) for *p, (_, size) in zip(*inputs, parts)]
+        inputs = [cut(value, parts) for value in (scored.softmax, scored.threshold(routing))]
+        std = config.gate_noise / config.num_experts
+        groups = [losses.load_importance(*p, group_size=size, noise_std=std) for *p, (_, size) in zip(*inputs, parts)]
     weighted = [loss * (part.shape[0] / max(num_tokens, 1)) for loss, part in zip(groups, inputs[0])]
     return sum(weighted[1:], weighted[0])
 
@@ -48,6 +48,7 @@ def balance_loss_across(
     num_tokens = scored.clean.shape[0]
     if config.balance_loss == "gshard":
         if config.balance_scope == "group":
+            assert demand is not None, "a routing group that spans ranks has a common demand"
             first_GE = demand.count_RkE[:, :1].sum(dim=0)
         else:
             own = losses.count_first(routing.expert[:, 0], config.num_experts, max(num_tokens, 1))
@@ -56,9 +57,9 @@ def balance_loss_across(
         return losses.gshard_of_sums(exchange.sum(own), first_GE)
     std = config.gate_noise / config.num_experts
     load = losses.load_of(
-        scored.probabilities, scored.threshold(routing), noise_std=std, group_size=max(num_tokens, 1)
+        scored.softmax, scored.threshold(routing), noise_std=std, group_size=max(num_tokens, 1)
     )
-    sums = exchange.sum(torch.stack([scored.probabilities.sum(dim=0), load[0]]))
+    sums = exchange.sum(torch.stack([scored.softmax.sum(dim=0), load[0]]))
     return losses.load_importance_of_sums(sums[:1], sums[1:])
 
 

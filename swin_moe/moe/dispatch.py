@@ -51,6 +51,10 @@ class Chunks(Protocol):
         """Returns what stands for the experts' results y of this chunk, on their way home."""
         ...
 
+    def finish(self, departed: list[Tensor]) -> Tensor:
+        """Returns (N, D), the experts' results of all chunks, once they are home."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dispatched:
@@ -76,10 +80,10 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
+    def combine(self, y: Any, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """Returns (T, D), sum over choices of gate * y, of the experts' results y, ordered as `dispatched.tokens`.
 
-        In chunks, y is a list of what Chunks.depart returned.
+        y: (rows, D); in chunks, a list of what Chunks.depart returned.
         """
         ...
 
@@ -168,7 +172,7 @@ def _plan_and_counts(routing: Routing, *, ask: bool) -> tuple[Plan, Tensor]:
     return Plan(order.position, None if all_kept else routing.keep, order.pair), order.counts
 
 
-def _order(routing: Routing, **size: int | None) -> moe_plan.Order:
+def _order(routing: Routing, **size: Any) -> moe_plan.Order:
     columns = (routing.expert, routing.slot, routing.keep, routing.kept)
     return moe_plan.order_rows(*columns, group_size=routing.group_size, **size)
 

@@ -86,11 +86,11 @@ class MoELayer(nn.Module):
             # Cast before the rows travel: half the bytes between ranks.
             rows = mark(routed.rows.to(dtype), self.clock, forward="route", backward="dispatch")
             pair = dropout = None
-            if random is not None and self.config.dropout > 0:
+            if random is not None and token is not None and self.config.dropout > 0:
                 pair = self.choice.pairs(routing, random, token)
             dispatched = self.dispatcher.dispatch(rows, routing, pair)
             tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
-            if pair is not None:
+            if random is not None and dispatched.pair is not None:
                 dropout = Dropout(self.config.dropout, random, self.layer, dispatched.pair)
             y = self.experts(tokens, dispatched.counts, dropout, dispatched.chunks)
             y = mark(y, self.clock, forward="experts", backward="combine")

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stamps: list[tuple[str, float | torch.cuda.Event]] = []
+        self._stamps: list[tuple[str, Any]] = []  # phase, seconds or torch.cuda.Event
 
     def end(self, phase: str) -> None:
         """A phase ends now; "" = what happened since the last stamp belongs to none."""
@@ -53,6 +53,12 @@ class _Mark(torch.autograd.Function):
         return None, None, *grads
 
 
+@overload
+def mark(x: Tensor, clock: PhaseClock | None, *, forward: str, backward: str) -> Tensor: ...
+@overload
+def mark(
+    x: Tensor | list[Tensor], clock: PhaseClock | None, *, forward: str, backward: str
+) -> Tensor | list[Tensor]: ...
 def mark(x: Tensor | list[Tensor], clock: PhaseClock | None, *, forward: str, backward: str) -> Tensor | list[Tensor]:
     """Returns x, having ended a phase of the forward; `backward` ends when the gradient of x is there. "" = none.
 

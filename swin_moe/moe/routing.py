@@ -164,8 +164,8 @@ def join(routings: Sequence[Routing]) -> Routing:
         for name, value in fillers.items()
     }
     columns |= {name: torch.cat([getattr(r, name) for r in routings]) for name in ("demand", "kept")}
-    capacities = [r.capacity for r in routings]
-    capacity = None if None in capacities else max(capacities)
+    capacities = [r.capacity for r in routings if r.capacity is not None]
+    capacity = max(capacities) if len(capacities) == len(routings) else None
     return Routing(capacity=capacity, group_size=routings[0].group_size, **columns)
 
 

@@ -28,6 +28,12 @@ class Scored:
             return cls(clean, noisy, scores, scores if noisy is clean else torch.softmax(clean, dim=1))
         return cls(clean, noisy, torch.sigmoid(noisy), None)
 
+    @property
+    def softmax(self) -> Tensor:
+        """The softmax of the clean logits, where scores are softmax."""
+        assert self.probabilities is not None, "sigmoid scores have no probabilities"
+        return self.probabilities
+
     def threshold(self, routing: Routing) -> Tensor:
         """Returns (T,), the noisy logit of every token's last choice."""
         return pick(self.noisy, routing.expert[:, -1:]).squeeze(1)
@@ -42,7 +48,7 @@ def with_noise(
         layer: Number of the block in the network; the noise depends on it.
         random, token: What noise is drawn from, and the (T,) global index of every token; None = no noise.
     """
-    if random is None or config.gate_noise <= 0:
+    if random is None or token is None or config.gate_noise <= 0:
         return clean
     random, std = with_words(random), config.gate_noise / config.num_experts
     noisy = torch.empty_like(clean, requires_grad=False)

@@ -165,8 +165,9 @@ def build_groups(
     routing = [list(range(start, start + routing_ranks)) for start in range(0, world_size, routing_ranks)]
     hosts = hosts or _gather_hosts(world_size, device)
     inside, between = _two_hops(expert, hosts) if two_hops else ([], [])
-    own = (_group_of(rank, lists, timeout) for lists in (expert, shards, replicas, routing, inside, between))
-    groups = Groups(world_size, rank, degrees, dist.group.WORLD, *own, hosts=hosts)
+    lists = {"expert": expert, "shard": shards, "expert_data": replicas, "routing": routing, "node": inside}
+    own = {name: _group_of(rank, ranks, timeout) for name, ranks in (lists | {"crossing": between}).items()}
+    groups = Groups(world_size, rank, degrees, dist.group.WORLD, hosts=hosts, **own)
     if saves_in_background:
         saving = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         groups = replace(groups, checkpoint=saving)

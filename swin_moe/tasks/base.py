@@ -1,6 +1,7 @@
 """What a training task gives the loop: a network, a loss from a batch, and an exact evaluation."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class StepContext:
     step: int  # optimizer step
     world_size: int
     num_samples: int  # images of the whole optimizer step: all ranks, all micro-batches
-    autocast: object  # () -> context manager for the forward
+    autocast: Callable[[], AbstractContextManager]  # for the forward
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Classify(Task):
                 ]
             )
             totals = sums if totals is None else totals + sums
+        assert totals is not None, "an evaluation has a batch, which may have no image"
         if context.world_size > 1:
             dist.all_reduce(totals)
         loss, top1, top5, count = totals.tolist()

@@ -37,11 +37,13 @@ class Distill(Task):
         """See Task. The student has no head, whatever model.num_classes says."""
         config = replace(self.config.model, num_classes=0)
         encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
+        assert self.teacher is not None, "weights.teacher sets it before"
         return FeatureModel(encoder, self.teacher.num_features)
 
     @torch.no_grad()
     def targets(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Returns what is predicted, (B, H, W, C) in at least float32: averaged to the student's grid, whitened."""
+        assert self.teacher is not None
         feature_BHWC = self.teacher(image)
         if tuple(feature_BHWC.shape[1:3]) != grid:
             pooled = F.adaptive_avg_pool2d(feature_BHWC.permute(0, 3, 1, 2), grid)
@@ -74,6 +76,7 @@ class Distill(Task):
             errors = [self._error(guess, target).double() for guess in (predicted, torch.zeros_like(predicted))]
             sums = torch.stack([*errors, errors[0].new_tensor(target.numel()), errors[0].new_tensor(len(target))])
             totals = sums if totals is None else totals + sums
+        assert totals is not None, "an evaluation has a batch, which may have no image"
         if context.world_size > 1:
             dist.all_reduce(totals)
         error, mean_error, values, count = totals.tolist()

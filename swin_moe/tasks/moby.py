@@ -57,7 +57,7 @@ class MoBY(Task):
         self._keys = (*contrast.keys, sample)
         first = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)  # where the positive one stands
         losses = [F.cross_entropy(logits, first, reduction="sum") for logits in contrast.logits]
-        task = sum(losses) / context.num_samples
+        task = sum(losses[1:], losses[0]) / context.num_samples
         return micro_loss(task, contrast.aux, len(sample), context)
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
@@ -66,6 +66,7 @@ class MoBY(Task):
         for name, (part, _) in parts.items():
             if name.startswith("momentum_"):
                 part.lerp_(parts[name.removeprefix("momentum_")][0], 1 - momentum)
+        assert self._keys is not None, "a step has a loss"
         *keys, sample = (gathered(x) for x in self._keys)
         order = sample.argsort()
         for name, key in zip(("queue1", "queue2"), keys):

@@ -99,6 +99,7 @@ class SimMIM(Task):
             sums = torch.stack([*errors, errors[0].new_tensor(len(image))])
             totals = sums if totals is None else totals + sums
             drawn = self._draw(drawn, image, reconstruction, mask, sample)
+        assert totals is not None, "an evaluation has a batch, which may have no image"
         if context.world_size > 1:
             dist.all_reduce(totals)
             dist.all_reduce(drawn)

@@ -43,7 +43,7 @@ class ExpertChoice(Choice):
         return self.capacity_of(group_size, factor or self.config.capacity_factor)
 
 
-def route_by_expert(scores: Tensor, *, capacity: int, group_size: int) -> Routing:
+def route_by_expert(scores: Tensor, *, capacity: int | None, group_size: int) -> Routing:
     """Returns the routing in which every expert takes its best tokens; the gates are the scores.
 
     Equal scores go to the lower token. Slots are in token order. Every pair is kept; a token with fewer than k experts
@@ -51,12 +51,12 @@ def route_by_expert(scores: Tensor, *, capacity: int, group_size: int) -> Routin
 
     Args:
         scores: (T, E), softmax over experts of the logits (equation 1), or sigmoid.
-        capacity: C, the paper's k = n * c / e; at most S are taken.
+        capacity: C, the paper's k = n * c / e; at most S are taken, and all where it is None.
         group_size: S; consecutive tokens, T a multiple of it.
     """
     num_tokens, num_experts = scores.shape
     num_groups = num_tokens // max(group_size, 1)
-    capacity = min(capacity, group_size)
+    capacity = group_size if capacity is None else min(capacity, group_size)
     with torch.no_grad():
         token_M = _take_tokens(scores, num_groups, capacity)
         expert, slot = _by_token(token_M, num_tokens, num_experts, num_groups, capacity)

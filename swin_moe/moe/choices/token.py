@@ -82,7 +82,8 @@ class TokenChoice(Choice):
             last_capacity=capacities[-1], sigmoid=config.scores == "sigmoid", normalize=config.normalize_gate,
             prioritized=config.batch_prioritized, probabilities=own,
         )  # fmt: skip
-        capacity = None if capacities[0] is None else max(capacities)
+        known = [capacity for capacity in capacities if capacity is not None]
+        capacity = max(known) if known else None
         columns = {name: getattr(result, name) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
         routing = Routing(capacity=capacity, group_size=max(parts[0][1], 1), **columns)
         scored = Scored(clean, noisy, result.scores, result.probabilities if own else result.scores)
@@ -97,12 +98,11 @@ class TokenChoice(Choice):
         if not moe_balance.available(scored.clean):
             balance, aux = self.losses(scored, assigned, training=False)
             return aux, balance.detach()
-        kind = config.balance_loss
-        if kind == "gshard" and config.scores == "sigmoid":
-            kind = "gshard of shares"
+        of_shares = config.balance_loss == "gshard" and config.scores == "sigmoid"
+        kind = "gshard of shares" if of_shares else config.balance_loss
         size = max(scored.clean.shape[0], 1) if config.balance_scope == "global" else max(parts[0][1], 1)
         return moe_balance.auxiliary_loss(
-            scored.probabilities, threshold, assigned.routing.expert, kind=kind,
+            scored.softmax, threshold, assigned.routing.expert, kind=kind,
             noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight, group_size=size,
             logits=scored.clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
         )  # fmt: skip

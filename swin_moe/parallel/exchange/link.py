@@ -125,8 +125,8 @@ class Trip:
 
     def __init__(self, link: Link, route: Route) -> None:
         self.link, self.route = link, route
-        self.out: tuple | None = None
-        self.back: tuple | None = None
+        self.out: Any = None  # what Link.launch returned
+        self.back: Any = None
 
 
 class _Depart(torch.autograd.Function):

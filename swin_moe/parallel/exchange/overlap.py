@@ -8,7 +8,7 @@ Shape legend: N rows, D channels.
 """
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -75,16 +75,16 @@ def set_out(
     """
     if len(routes) == 1:
         (route,) = routes
-        pair = None if pair is None else link.exchange(pick_rows(pair.flatten(), plan.pair), route)
-        return Dispatched(travel(tokens, link, route), counts[0], pair, plan, route)
-    chunks = ChunkTravel(link, routes)
+        travelled = None if pair is None else link.exchange(pick_rows(pair.flatten(), plan.pair), route)
+        return Dispatched(travel(tokens, link, route), counts[0], travelled, plan, route)
+    chunks, by_chunk = ChunkTravel(link, routes), None
     if pair is not None:
         pairs = pick_rows(pair.flatten(), plan.pair).split(chunks.sizes)
-        pair = [link.exchange(part, route) for part, route in zip(pairs, routes)]
-    return Dispatched(chunks.start(tokens), counts, pair, plan, chunks=chunks)
+        by_chunk = [link.exchange(part, route) for part, route in zip(pairs, routes)]
+    return Dispatched(chunks.start(tokens), counts, by_chunk, plan, chunks=chunks)
 
 
-def come_home(y: Tensor | list[Tensor], dispatched: Dispatched, link: Link) -> Tensor:
+def come_home(y: Any, dispatched: Dispatched, link: Link) -> Tensor:
     """Returns (N, D), the experts' results of the rows that set out, in the plan's order."""
     if dispatched.chunks is not None:
         return dispatched.chunks.finish(y)

@@ -99,7 +99,7 @@ class Flight:
     def _launch(self) -> None:
         # Contiguous first: an output made like a transposed input would scramble rows.
         rows, hop = _reorder(self._rows, self._route.orders[self._hop]).contiguous(), self._route.hops[self._hop]
-        self._sent = rows  # kept alive until it has been sent
+        self._sent: Tensor | None = rows  # kept alive until it has been sent
         if hop.group is None:
             self._rows, self._work = rows, None
             return
@@ -131,7 +131,7 @@ def _reorder(rows: Tensor, order: Order | None) -> Tensor:
     return rows if order is None else rows.index_select(0, order.index)
 
 
-def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
+def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: ProcessGroup | None) -> Tensor:
     """Returns (M, ...), the rows the ranks of the group sent here, in rank order: one all-to-all. No gradient.
 
     send, receive: Rows to and from each rank.

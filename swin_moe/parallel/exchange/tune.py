@@ -65,7 +65,7 @@ def candidates(config: MoEConfig, groups: Groups, dtype: torch.dtype) -> list[Ca
     transports = ["linear"] if groups.topology.is_flat else ["linear", "hierarchical"]
     allowed = list(PAYLOADS)[: list(PAYLOADS).index(config.payload) + 1]
     row = torch.empty((1, 64), dtype=dtype)
-    payloads = [name for name in allowed if PAYLOADS[name] is None or PAYLOADS[name].applies(row)]
+    payloads = [name for name in allowed if (codec := PAYLOADS[name]) is None or codec.applies(row)]
     return [Candidate(t, p, o) for p in payloads for t in transports for o in OVERLAPS]
 
 
@@ -102,7 +102,8 @@ def tune(layers: Iterable[tuple[MoELayer, int]], groups: Groups, *, dtype: torch
                 value = {"choice": str(options[number]), "seconds": dict(zip(map(str, options), seconds))}
                 choice_cache.write(directory, key, value, option=OPTION)
         for layer in alike:
-            layer.dispatcher.link = _link(options[number], groups, f"model.moe.tune=measure: {how}")
+            dispatcher: Any = layer.dispatcher  # one with a link: others have nothing to tune
+            dispatcher.link = _link(options[number], groups, f"model.moe.tune=measure: {how}")
 
 
 def choose(seconds: list[float]) -> int:
@@ -175,7 +176,7 @@ def _measure(
     routing = even_routing(shape.rows, shape.num_experts, device=device)
     generator = torch.Generator().manual_seed(groups.rank)
     x = torch.randn((shape.rows, shape.dim), generator=generator).to(device=device, dtype=dtype)
-    dispatcher = copy.deepcopy(layer.dispatcher)
+    dispatcher: Any = copy.deepcopy(layer.dispatcher)
     links = [_link(option, groups, "") for option in options]
     seconds: list[list[float]] = [[] for _ in options]
     for number in range(ROUNDS + 1):
