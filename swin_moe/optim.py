@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from swin_moe.config import OptimConfig
+from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 
 
@@ -127,7 +128,7 @@ def layer_id(name: str, depths: tuple[int, ...]) -> int:
     return sum(depths) + 1
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig, depths: tuple[int, ...]) -> list[dict]:
+def parameter_groups(model: Network, config: OptimConfig, depths: tuple[int, ...]) -> list[dict]:
     """Returns optimizer groups {"params", "names", "weight_decay", "lr_scale"} over all trainable parameters.
 
     Without layer decay: one group with and one without weight decay, empty ones left out.

@@ -48,6 +48,7 @@ class RandomContext:
 
     def key(self, purpose: str, layer: int = 0) -> int:
         """Returns the 64-bit key of one kind of draw in one layer of this step; the seed is to be a number."""
+        assert not isinstance(self.seed, Tensor), "traced draws take words"
         return derive_key(self.seed, self.step, layer, PURPOSES.index(purpose))
 
 

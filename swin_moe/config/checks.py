@@ -70,7 +70,7 @@ def describe_kind(kind: Any, *, written: bool = False) -> str:
     return _WORDS.get(kind) or f"a {kind.__name__}"
 
 
-def _fits(value: object, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     """Returns whether a value is of a field's type. Ranges, and whether a number is finite, are checked afterwards."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -81,7 +81,7 @@ def _fits(value: object, kind: Any) -> bool:
         sized = isinstance(value, (tuple, list)) and (arguments[-1] is Ellipsis or len(value) == len(arguments))
         return sized and all(_fits(item, arguments[0]) for item in value)
     if is_dataclass(kind) or kind is str:
-        return isinstance(value, kind)
+        return isinstance(value, kind)  # type: ignore[arg-type]
     if kind is bool:
         return isinstance(value, Integral) and value in (0, 1)
     return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
@@ -240,7 +240,7 @@ def check_ranges(section: Any, prefix: str) -> None:
             check(holds(number), key, value, words)
 
 
-def _leaves(value: object) -> Iterator[object]:
+def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _leaves(item)

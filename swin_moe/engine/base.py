@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from swin_moe.checkpoint import Piece
 from swin_moe.engine.precision import LossScale
 from swin_moe.layout import Chunk
+from swin_moe.models.network import Network
 
 ENGINES = {
     "torch": "swin_moe.engine.torch_native:torch_engine",
@@ -42,9 +43,12 @@ class Engine(Protocol):
     """
 
     loss_scale: LossScale
-    model: nn.Module  # call this one in training
-    local_model: nn.Module  # the network itself: call it in evaluation, read statistics from it
+    model: Any  # call this one in training
+    local_model: Network  # the network itself: call it in evaluation, read statistics from it
     layout: dict[str, tuple[tuple[int, ...], Chunk]]  # parameter -> (global shape, this rank's box before ZeRO cuts it)
+
+    def autocast(self) -> AbstractContextManager:
+        """Returns the context for the forward; the loss is computed outside it, in float32."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """Returns a context for forward and backward; gradients are communicated only in the last one of a step."""
@@ -80,3 +84,16 @@ class Engine(Protocol):
 
     def load_state(self, state: dict) -> None:
         """Takes back `state`, after the tensors of `pieces` were filled in place."""
+
+
+def check_members(engine: object, name: str) -> None:
+    """Raises ValueError, naming them, where an engine lacks members of Engine: found at start, not at the first step
+    that is skipped.
+
+    name: Of the engine in the config.
+    """
+    wanted = [*Engine.__annotations__, *(key for key, value in vars(Engine).items() if callable(value))]
+    missing = [member for member in wanted if not member.startswith("_") and not hasattr(engine, member)]
+    if missing:
+        lacks = ", ".join(missing)
+        raise ValueError(f"engine.name={name}: {type(engine).__name__} lacks {lacks} (swin_moe/engine/base.py: Engine)")

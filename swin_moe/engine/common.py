@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from swin_moe.engine.ema import WeightAverage
 from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
+from swin_moe.models.network import Network
 from swin_moe.optim import Schedule, build_optimizer, frozen_parameters, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.parallel.clip import SquareSums, norm_and_numbers
@@ -44,8 +46,8 @@ def average_name(name: str) -> str:
 
 
 def materialize(
-    model: nn.Module, config: Config, device: torch.device, *, only: Collection[nn.Module] | None = None
-) -> nn.Module:
+    model: Network, config: Config, device: torch.device, *, only: Collection[nn.Module] | None = None
+) -> Network:
     """Returns the model, with parameters that were on meta allocated on `device` and filled from run.seed.
 
     A parameter's initial value is a function of the seed and its name, so a large model can be materialized and cut
@@ -111,11 +113,11 @@ class StepEngine:
         device: Where this rank computes.
     """
 
-    def __init__(self, model: nn.Module, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device):
+    def __init__(self, model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device):
         self.config, self.groups, self.schedule, self.device = config, groups, schedule, device
         self.local_model = model
         self.layout = parameter_layout(model, groups)
-        self.model = self.distribute(model)
+        self.model: Any = self.distribute(model)  # wrapped, by whatever spreads it
         self.parts = {name: self._part(name, parameter) for name, parameter in model.named_parameters()}
         self.param_groups = parameter_groups(model, config.optim, config.model.depths)
         for group in self.param_groups:
@@ -132,7 +134,7 @@ class StepEngine:
 
     # What the variants differ in.
 
-    def distribute(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: Network) -> nn.Module:
         """Returns what the training loop calls, after materializing `model` and spreading it over the ranks."""
         raise NotImplementedError
 
@@ -193,6 +195,7 @@ class StepEngine:
         if self._norm is None:
             self.measure()
         norm, scale, self._norm = self._norm, self.loss_scale.value, None
+        assert norm is not None, "measure sets it"
         finite, factor = decide(norm, self.config.optim.clip_norm)
         if finite:
             if factor < 1.0:
@@ -254,15 +257,15 @@ class StepEngine:
         """See Engine."""
         self.local_model.eval()
         try:
-            with self._averaged() if self.ema else nullcontext():
+            with self._averaged(self.ema) if self.ema else nullcontext():
                 yield
         finally:
             self.local_model.train()
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged(self, ema: WeightAverage) -> Iterator[None]:
         try:
-            with self.ema.swapped():
+            with ema.swapped():
                 self._take_weights()
                 yield
         finally:

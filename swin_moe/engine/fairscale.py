@@ -19,6 +19,7 @@ from swin_moe.engine.base import Engine
 from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.zero_redundancy import ZeroRedundancyEngine
+from swin_moe.models.network import Network
 from swin_moe.optim import Schedule, build_optimizer, optimizer_class
 from swin_moe.parallel.clip import SquareSums, sharded_squares, sum_of_squares
 from swin_moe.parallel.expert_reduction import ExpertReduction
@@ -30,7 +31,7 @@ require("fairscale", "0.4.13")
 
 
 def fairscale_engine(
-    model: nn.Module, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device
+    model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device
 ) -> Engine:
     """Returns the engine of parallel.zero."""
     check_engine(config, groups.world_size)
@@ -68,7 +69,7 @@ class ShardedOptimizerEngine(ZeroRedundancyEngine):
 class ShardedGradientEngine(ShardedOptimizerEngine):
     """OSS with ShardedDDP: a dense gradient is kept by the rank that updates the parameter, by no other."""
 
-    def distribute(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: Network) -> nn.Module:
         """See StepEngine. ShardedDDP needs the optimizer, so `_wrap` does it."""
         materialize(model, self.config, self.device)
         self.experts = ExpertReduction(model, self.groups)

@@ -11,6 +11,7 @@ precision by autocast, not by FSDP, so that routers and norms see the same numbe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from swin_moe.engine.common import Part, StepEngine, materialize
 from swin_moe.layout import Chunk
+from swin_moe.models.network import Network
 from swin_moe.models.swin import Block
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.parallel.clip import SquareSums, sharded_squares, sum_of_squares
@@ -30,11 +32,11 @@ from swin_moe.parallel.sharding import cut_dim, placement, sub_chunk
 class FullyShardedEngine(StepEngine):
     """Every rank updates its shards; gradients arrive by reduce-scatter during backward."""
 
-    def distribute(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: Network) -> nn.Module:
         """See StepEngine. Block by block: allocated, filled, cut, so that the model is never whole on a rank."""
         world = self._mesh(self.groups.world)
         replicas = self._mesh(self.groups.expert_data)
-        options = {"mesh": world, "reshard_after_forward": self.config.parallel.zero == 3}
+        options: dict[str, Any] = {"mesh": world, "reshard_after_forward": self.config.parallel.zero == 3}
         rest = set(model.modules())
         for block in [module for module in model.modules() if isinstance(module, Block)]:
             inside = set(block.modules())
@@ -68,6 +70,7 @@ class FullyShardedEngine(StepEngine):
         if not isinstance(parameter, DTensor):
             return parameter.detach(), chunk
         mesh, (cut,) = parameter.device_mesh, parameter.placements
+        assert isinstance(cut, Shard)
         return parameter.to_local().detach(), sub_chunk(chunk, cut.dim, mesh.get_local_rank(), mesh.size())
 
     def gradient(self, part: Part) -> Tensor | None:
@@ -86,8 +89,8 @@ class FullyShardedEngine(StepEngine):
 
     def reduce(self) -> None:
         """See StepEngine. FSDP has averaged over the ranks it cut over: over the world, or over expert_data."""
-        gradients = [self.gradient(part) for part in self.trainable if placement(part.name).is_expert]
-        gradients = [gradient for gradient in gradients if gradient is not None]
+        found = [self.gradient(part) for part in self.trainable if placement(part.name).is_expert]
+        gradients = [gradient for gradient in found if gradient is not None]
         if gradients and self.groups.expert_size > 1:
             torch._foreach_mul_(gradients, 1.0 / self.groups.expert_size)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swin_moe.engine.common import StepEngine, materialize
+from swin_moe.models.network import Network
 from swin_moe.parallel.apply import expert_parameters
 from swin_moe.parallel.clip import SquareSums, replicated_squares
 from swin_moe.parallel.expert_reduction import ExpertReduction
@@ -71,7 +72,7 @@ def replicate(model: nn.Module, groups: Groups) -> nn.Module:
 class ReplicatedEngine(StepEngine):
     """Every rank updates all dense parameters with the same gradients."""
 
-    def distribute(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: Network) -> nn.Module:
         """See StepEngine."""
         materialize(model, self.config, self.device)
         self.experts = ExpertReduction(model, self.groups)

@@ -3,10 +3,10 @@
 import logging
 
 import torch
-from torch import nn
 
 from swin_moe.config import Config
 from swin_moe.engine.base import Engine
+from swin_moe.models.network import Network
 from swin_moe.optim import Schedule
 from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def torch_engine(
-    model: nn.Module, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device
+    model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device
 ) -> Engine:
     """Returns the engine of parallel.zero; one rank alone has nothing to shard and gets the replicated one."""
     stage = config.parallel.zero

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.initialize import initialize
+from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
 
@@ -31,7 +32,7 @@ class PixelShuffle(nn.PixelShuffle):
         return x.reshape(0, channels // r**2, height * r, width * r)
 
 
-class EncoderModel(nn.Module):
+class EncoderModel(Network):
     """An encoder and what a pre-training task puts on it; subclasses add that in other children.
 
     official_groups: Weight decay where the official SimMIM code has it: also on bias tables, bias networks and logit

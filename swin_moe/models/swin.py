@@ -22,6 +22,7 @@ from swin_moe.models import flops
 from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
 from swin_moe.models.initialize import initialize
 from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_and_norm, check_image, dropout
+from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 from swin_moe.ops.random_draws import drop_path_factors, with_words
 from swin_moe.ops.residual_norm import add_branch
@@ -122,7 +123,7 @@ class Stage(nn.Module):
         self.downsample = None if last else PatchMerging(geometry.dim, norm_after=norm_after)
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(Network):
     """A Swin network of any family, for images of any size.
 
     Images of `config.img_size` get the official classification numerics. Any other size is treated as the official

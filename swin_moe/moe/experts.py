@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class Dropout:
 
     def apply(self, hidden: Tensor) -> Tensor:
         """Returns the hidden layer (N, H) with units dropped and the others divided by 1 - rate."""
+        assert isinstance(self.pair, Tensor), "rows in chunks have a dropout of each"
         return drop_units(
             hidden, self.random, self.pair, purpose="expert_dropout", layer=self.layer,
             drop=self.rate, scale=1.0 / (1.0 - self.rate),
@@ -51,13 +53,14 @@ def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor
 
 def _two_layers(
     tokens: Tensor,
-    counts: Tensor | int,
+    counts: Any,
     dropout: Dropout | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
 ) -> Tensor:
+    linear: Callable[..., Tensor]
     if not isinstance(counts, Tensor):
         linear = _padded_linear
     else:
@@ -125,13 +128,14 @@ class GroupedExperts(nn.Module):
             counts: Rows of each local expert, in order: (E,) int64 for ragged runs, one number where all have as many.
             chunks: Of rows that are still under way (dispatch.py:Dispatched); all with one copy of the weights.
         """
-        dtype = tokens.dtype if chunks is None else tokens[0].dtype
+        dtype = tokens.dtype if isinstance(tokens, Tensor) else tokens[0].dtype
         # grouped_linear converts each expert's matrix when its turn comes; with chunks every one of them would again.
         by_expert = chunks is None and isinstance(counts, Tensor)
         whole = [self._whole(name) for name in PARAMETERS]
         weights = [w if by_expert and w.ndim == 3 else w.to(dtype) for w in whole]
-        if chunks is None:
+        if isinstance(tokens, Tensor) and not isinstance(counts, list):
             return _two_layers(tokens, counts, dropout, *weights)
+        assert chunks is not None and isinstance(counts, list)
         results = []
         for number, departed in enumerate(tokens):
             rows, own = chunks.arrive(number, departed), dropout and dropout.of(number)

@@ -14,7 +14,8 @@ An engine that already averages over expert_data divides by expert x expert_shar
 Checked by tests/equivalence/test_expert_parallel.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import lookup
+
+T = TypeVar("T", bound=Tensor)
 
 # model.moe.backend -> builder(groups, number of experts, link) -> Dispatcher; link: what rows travel through, None
 # where all experts are here. All take our routing, so that a routing group that spans ranks is nothing special to them.
@@ -140,10 +143,10 @@ def reduce_expert_gradients(model: nn.Module, groups: Groups, divisor: float) ->
         torch._foreach_mul_(gradients, 1.0 / divisor)
 
 
-def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: Sequence[T]) -> Iterator[list[T]]:
     """Yields runs of tensors that are reduced together, in order: of one dtype, at most _BUCKET_BYTES or one larger
     tensor."""
-    bucket: list[Tensor] = []
+    bucket: list[T] = []
     size = 0
     for tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()

@@ -53,7 +53,7 @@ class ExpertReduction:
         self._next -= 1
         if not parameters:
             return
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
             parameter.grad = part.view(parameter.shape)
         self._flights.append(dist.all_reduce(flat, group=self._group, async_op=True))

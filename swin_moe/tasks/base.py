@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swin_moe.config import Config
 from swin_moe.layout import Chunk
-from swin_moe.models import build_model
+from swin_moe.models import Network, build_model
 from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
 
@@ -94,7 +94,7 @@ class Task:
         self.config = config
         self.teacher: Teacher | None = None
 
-    def build_network(self) -> nn.Module:
+    def build_network(self) -> Network:
         """Returns the network this task trains, without meaningful weights; works on meta."""
         return build_model(self.config.model, recompute=self.config.parallel.recompute)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from swin_moe.config import Config
 from swin_moe.models.heads import FeatureModel
 from swin_moe.models.layers import widened
+from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
@@ -33,7 +34,7 @@ class Distill(Task):
         super().__init__(config)
         self.beta = config.task.smooth_l1_beta
 
-    def build_network(self) -> nn.Module:
+    def build_network(self) -> Network:
         """See Task. The student has no head, whatever model.num_classes says."""
         config = replace(self.config.model, num_classes=0)
         encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)

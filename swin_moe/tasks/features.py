@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from swin_moe.models import SwinTransformer
 from swin_moe.tasks.base import StepContext
 
 _CHUNK = 1024  # queries compared at once
@@ -35,7 +36,7 @@ def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[dict], con
     return Features(torch.cat(features), torch.cat(labels))
 
 
-def pooled(backbone: nn.Module, image: Tensor) -> Tensor:
+def pooled(backbone: SwinTransformer, image: Tensor) -> Tensor:
     """Returns (B, C), the mean over the normalized tokens of the last stage: what a class head sees."""
     return backbone.encode(image).tokens.flatten(1, 2).mean(dim=1)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.contrastive import BatchNorm, ContrastiveModel
+from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
@@ -31,7 +32,7 @@ class MoBY(Task):
     needs_views = True
     changes_weights = True
 
-    def build_network(self) -> nn.Module:
+    def build_network(self) -> Network:
         """See Task. The encoders have no head, whatever model.num_classes says."""
         task = self.config.task
         config = replace(self.config.model, num_classes=0)

@@ -28,6 +28,7 @@ from swin_moe.models.heads import (
     num_masked,
 )
 from swin_moe.models.layers import widened
+from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext, bits
 from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
@@ -50,7 +51,7 @@ class SimMIM(Task):
         self.hidden_pixels = self.hidden * unit**2  # of one image
         self._pictures: dict[str, np.ndarray] = {}
 
-    def build_network(self) -> nn.Module:
+    def build_network(self) -> Network:
         """See Task. The encoder has no head, whatever model.num_classes says."""
         config = replace(self.config.model, num_classes=0)
         encoder = SwinTransformer(config, recompute=self.config.parallel.recompute, mask_token=True)
@@ -99,7 +100,7 @@ class SimMIM(Task):
             sums = torch.stack([*errors, errors[0].new_tensor(len(image))])
             totals = sums if totals is None else totals + sums
             drawn = self._draw(drawn, image, reconstruction, mask, sample)
-        assert totals is not None, "an evaluation has a batch, which may have no image"
+        assert totals is not None and drawn is not None, "an evaluation has a batch, which may have no image"
         if context.world_size > 1:
             dist.all_reduce(totals)
             dist.all_reduce(drawn)

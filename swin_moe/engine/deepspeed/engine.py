@@ -22,6 +22,7 @@ from swin_moe.engine.ema import WeightAverage
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
+from swin_moe.models.network import Network
 from swin_moe.optim import Schedule, build_optimizer, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.parallel.clip import norm_and_numbers, sharded_squares, sum_of_squares
@@ -34,7 +35,7 @@ require("deepspeed", "0.19.8")
 class DeepSpeedEngine:
     """See engine/base.py for the protocol."""
 
-    def __init__(self, model: nn.Module, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device):
+    def __init__(self, model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device):
         check_engine(config, groups.world_size)
         ensure_distributed(device)
         self.config, self.groups, self.schedule, self.device = config, groups, schedule, device
@@ -105,6 +106,7 @@ class DeepSpeedEngine:
         if self._norm is None:
             self.measure()
         norm, scale, self._norm = self._norm, self.loss_scale.value, None
+        assert norm is not None, "measure sets it"
         finite, factor = decide(norm, self.config.optim.clip_norm)
         if finite:
             if factor != scale:
@@ -143,15 +145,15 @@ class DeepSpeedEngine:
         """See Engine."""
         self.local_model.eval()
         try:
-            with self._averaged() if self.ema else nullcontext():
+            with self._averaged(self.ema) if self.ema else nullcontext():
                 yield
         finally:
             self.local_model.train()
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged(self, ema: WeightAverage) -> Iterator[None]:
         try:
-            with self.ema.swapped():
+            with ema.swapped():
                 self.shards.publish()
                 yield
         finally:

@@ -41,6 +41,7 @@ class OptimizerShards:
         self.buffers = list(optimizer.single_partition_of_fp32_groups)
         self.num_updated = len(self.buffers)
         self.fragments = {}
+        parameter: Any  # with the library's attributes
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 self.fragments[name] = [Fragment(name, 0, parameter.numel(), len(self.buffers), 0)]
@@ -88,6 +89,7 @@ class WeightShards:
         self.buffers = list(optimizer.fp32_partitioned_groups_flat)
         self.num_updated = len(self.buffers)
         self.fragments = {}
+        parameter: Any  # with the library's attributes
         for name, parameter in model.named_parameters():
             size = parameter.ds_tensor.ds_numel
             start = size * optimizer._get_param_partition_rank(parameter)

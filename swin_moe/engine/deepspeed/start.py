@@ -57,6 +57,7 @@ def mark_experts(model: nn.Module, groups: Groups, *, stage: int) -> str | None:
     replicas = dist.get_process_group_ranks(expert_groups._get_expert_data_parallel_group(name))
     ours = list(range(groups.expert_rank, groups.world_size, groups.expert_size))
     assert replicas == ours, f"DeepSpeed replicates experts over ranks {replicas}, we over {ours}"
+    parameter: Any  # takes the library's attributes
     for parameter in experts.values():
         parameter.allreduce, parameter.group_name = False, name
         if stage == 3:  # private attributes of this version, by which its AutoEP says what to partition over what
