@@ -11,7 +11,7 @@ from swin_moe.checkpoint import CheckpointManager, resolve, together
 from swin_moe.config.io import dump_config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
-from swin_moe.engine.base import ENGINES, Engine, StepStats
+from swin_moe.engine.base import ENGINES, Engine, StepStats, check_members
 from swin_moe.engine.gradient_watch import GradientWatch
 from swin_moe.engine.graphs import check_training
 from swin_moe.optim import build_schedule
@@ -65,6 +65,7 @@ class Trainer:
             schedule=self.schedule,
             device=session.device,
         )
+        check_members(self.engine, config.engine.name)
         self.heartbeat = session.heartbeat
         self.heartbeat.follow(self.engine.local_model)
         self.gradients = GradientWatch(self.engine.local_model, session.groups)

@@ -37,6 +37,18 @@ class FewDigits(Digits):
         return 64
 
 
+class Unfinished:
+    """An engine as the protocol was once: without what a skipped step needs."""
+
+    def __init__(self, model, *, config, groups, schedule, device):
+        self._engine = ReplicatedEngine(model, config=config, groups=groups, schedule=schedule, device=device)
+
+    def __getattr__(self, name):
+        if name in ("autocast", "discard_gradients"):
+            raise AttributeError(name)
+        return getattr(self._engine, name)
+
+
 class OwnEngine(ReplicatedEngine):
     def step(self, t):
         seen.append("engine")
@@ -76,6 +88,10 @@ def test_all_four_train_together_and_continue(elsewhere, tmp_path):
     [
         ("task.name=elsewhere.nowhere:X", "task.name=elsewhere.nowhere:X: there is no module elsewhere.nowhere"),
         ("engine.name=elsewhere.parts:X", "engine.name=elsewhere.parts:X: the module elsewhere.parts has no X"),
+        (
+            "engine.name=elsewhere.parts:Unfinished",
+            "engine.name=elsewhere.parts:Unfinished: Unfinished lacks autocast, discard_gradients",
+        ),
         ("model.moe.router=nowhere:X", "model.moe.router=nowhere:X: there is no module nowhere"),
         ("data.name=elsewhere:", "data.name must be one of"),
         ("model.name=elsewhere.parts:X", "model.name must be one of"),
