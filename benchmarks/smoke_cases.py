@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe import create_model
@@ -17,6 +18,7 @@ from swin_moe.engine.graphs import GraphedForward, Recording, record_on_device
 from swin_moe.moe.layer import MoELayer
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.residual_norm import norm_residual, residual_norm
 from swin_moe.ops.window_attention import fused_window_attention
 from swin_moe.ops.window_attention_reference import attend_map
 from swin_moe.ops.window_geometry import MASKED, merge_windows, partition_windows
@@ -218,6 +220,31 @@ def layer_that_drops(device: torch.device, size: str) -> Problem:
     return Problem(tensors, run, run, tolerance=1e-3, fill=True)
 
 
+def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torch.device, size: str) -> Problem:
+    """Returns a residual sum with drop path and the LayerNorm of the sum (residual_norm) or branch (norm_residual)."""
+    images = {"small": 3, "medium": 16, "large": 128}[size]
+    factor = torch.arange(images, device=device) % 3 * 0.75
+    tensors = {
+        "branch": draw(device, dtype, images, 49, channels, seed=1),
+        "x": draw(device, torch.float32, images, 49, channels),
+        "weight": draw(device, torch.float32, channels, seed=2),
+        "bias": draw(device, torch.float32, channels, seed=3),
+    }
+    operator = {"residual_norm": residual_norm, "norm_residual": norm_residual}[form]
+
+    def ours(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return operator(x, branch, factor.to(x.dtype), weight, bias, 1e-5)
+
+    def plain(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
+        of = factor[:, None, None]
+        if form == "norm_residual":
+            return x + of.to(x.dtype) * F.layer_norm(branch.to(x.dtype), (channels,), weight, bias)
+        total = x + branch * of.to(branch.dtype)
+        return total, F.layer_norm(total, (channels,), weight, bias)
+
+    return Problem(tensors, ours, plain)
+
+
 def random_draws(device: torch.device, size: str) -> Problem:
     """Returns draws on the device and on the CPU: the same bits but for the logarithm and cosine of normal ones."""
     rows = torch.arange({"small": 100, "medium": 5000, "large": 100_000}[size]) + (1 << 33)
@@ -273,6 +300,11 @@ def cases() -> list[Case]:
             for top_k, c in ((1, 96), (2, 33))
         ]
         rows.append(Case(f"grouped_linear, {name}, nan around", partial(one_layer_per_expert, dtype)))
+        rows += [
+            Case(f"{form}, {name}, {c} channels", partial(residual_and_norm, form, dtype, c))
+            for form in ("residual_norm", "norm_residual")
+            for c in (96, 33)
+        ]
     rows.append(Case("moe layer, bf16, capacity 1.25, nan around", layer_that_drops))
     rows.append(Case("random draws", random_draws))
     rows.append(Case("cuda graph of a network", graph_of_a_network))
