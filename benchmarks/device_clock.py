@@ -5,21 +5,17 @@ from collections.abc import Callable
 
 import torch
 
+from swin_moe.ops.device_clock import device_seconds
+
 
 def seconds_per_call(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Returns the seconds of one of `calls` calls.
 
-    A device works them off between two events and waits for nobody in between: a wait after each would time the host.
-    On the CPU it is processor time of this process where it computes in one thread, which no other process adds to.
+    A device works them off between two events; see device_seconds. On the CPU it is processor time of this
+    process where it computes in one thread, which no other process adds to.
     """
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
+        return device_seconds(call, calls)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
     for _ in range(calls):

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe import create_model
 from swin_moe.config import MoEConfig
 from swin_moe.engine.graphs import GraphedForward, Recording, record_on_device
 from swin_moe.moe.layer import MoELayer
+from swin_moe.moe.routing import Routing, route
 from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.geometry import MASKED, merge_windows, partition_windows
 from swin_moe.ops.attention.reference import attend_map
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.moe_route import Routed, route_tokens
+from swin_moe.ops.residual_norm import norm_residual, residual_norm
 from swin_moe.ops.window_shift import window_merge, window_partition
 from swin_moe.randomness import RandomContext, derive_key, keep_mask, normal, uniform
 
@@ -218,6 +222,52 @@ def layer_that_drops(device: torch.device, size: str) -> Problem:
     return Problem(tensors, run, run, tolerance=1e-3, fill=True)
 
 
+def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torch.device, size: str) -> Problem:
+    """Returns a residual sum with drop path and the LayerNorm of the sum (residual_norm) or branch (norm_residual)."""
+    images = {"small": 3, "medium": 16, "large": 128}[size]
+    factor = torch.arange(images, device=device) % 3 * 0.75
+    tensors = {
+        "branch": draw(device, dtype, images, 49, channels, seed=1),
+        "x": draw(device, torch.float32, images, 49, channels),
+        "weight": draw(device, torch.float32, channels, seed=2),
+        "bias": draw(device, torch.float32, channels, seed=3),
+    }
+    operator = {"residual_norm": residual_norm, "norm_residual": norm_residual}[form]
+
+    def ours(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return operator(x, branch, factor.to(x.dtype), weight, bias, 1e-5)
+
+    def plain(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
+        of = factor[:, None, None]
+        if form == "norm_residual":
+            return x + of.to(x.dtype) * F.layer_norm(branch.to(x.dtype), (channels,), weight, bias)
+        total = x + branch * of.to(branch.dtype)
+        return total, F.layer_norm(total, (channels,), weight, bias)
+
+    return Problem(tensors, ours, plain)
+
+
+def routing_of_tokens(sigmoid: bool, device: torch.device, size: str) -> Problem:
+    """Returns moe_route with groups and a capacity, and the reference: every token's gates times slots, by expert."""
+    group = {"small": 20, "medium": 1000, "large": 30_000}[size]
+    rule = {"top_k": 2, "group_size": group, "capacity": group // 4}
+
+    def by_expert(routing: Routed | Routing, logits: Tensor) -> Tensor:
+        weights = routing.gate * torch.where(routing.keep, routing.slot + 1, 0)
+        return torch.zeros_like(logits).scatter(1, routing.expert, weights)
+
+    def ours(logits: Tensor) -> Tensor:
+        options = {"sigmoid": sigmoid, "normalize": True, "prioritized": False, "probabilities": False}
+        return by_expert(route_tokens(logits, None, bias=None, last_capacity=group // 4, **rule, **options), logits)
+
+    def plain(logits: Tensor) -> Tensor:
+        scores = torch.sigmoid(logits) if sigmoid else None
+        routing = route(logits, normalize_gate=True, scores=scores, **rule)
+        return by_expert(routing, logits)
+
+    return Problem({"logits": draw(device, torch.float32, 3 * group, 8)}, ours, plain, tolerance=1e-5)
+
+
 def random_draws(device: torch.device, size: str) -> Problem:
     """Returns draws on the device and on the CPU: the same bits but for the logarithm and cosine of normal ones."""
     rows = torch.arange({"small": 100, "medium": 5000, "large": 100_000}[size]) + (1 << 33)
@@ -251,7 +301,7 @@ def graph_of_a_network(device: torch.device, size: str) -> Problem:
         with torch.no_grad():
             return network(x)
 
-    return Problem({"x": draw(device, torch.float32, images, 3, 64, 64)}, ours, plain, gradients=False, tolerance=1e-6)
+    return Problem({"x": draw(device, torch.float32, images, 3, 64, 64)}, ours, plain, gradients=False, tolerance=1e-3)
 
 
 def cases() -> list[Case]:
@@ -273,6 +323,12 @@ def cases() -> list[Case]:
             for top_k, c in ((1, 96), (2, 33))
         ]
         rows.append(Case(f"grouped_linear, {name}, nan around", partial(one_layer_per_expert, dtype)))
+        rows += [
+            Case(f"{form}, {name}, {c} channels", partial(residual_and_norm, form, dtype, c))
+            for form in ("residual_norm", "norm_residual")
+            for c in (96, 33)
+        ]
+    rows += [Case(f"moe_route, {n}", partial(routing_of_tokens, n == "sigmoid")) for n in ("softmax", "sigmoid")]
     rows.append(Case("moe layer, bf16, capacity 1.25, nan around", layer_that_drops))
     rows.append(Case("random draws", random_draws))
     rows.append(Case("cuda graph of a network", graph_of_a_network))

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "../moe_plan.h"
+#include "devices.h"
 #include "plan_launch.h"
 
 namespace swin_moe {
@@ -21,9 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_plan_cuda(const Tensor& expert_, 
                                                          const Tensor& keep_, const Tensor& kept_, int64_t group_size,
                                                          int64_t num_rows, int64_t padded_rows) {
   check_plan(expert_, slot_, keep_, kept_, group_size);
-  TORCH_CHECK_VALUE(slot_.device() == expert_.device() && keep_.device() == expert_.device() &&
-                        kept_.device() == expert_.device(),
-                    "moe_plan: all of a routing must be on ", expert_.device());
+  check_one_device("moe_plan", "a routing", expert_, {slot_, keep_, kept_});
   const c10::cuda::CUDAGuard guard(expert_.device());
   const Tensor expert = expert_.contiguous(), slot = slot_.contiguous(), keep = keep_.contiguous();
   const Tensor kept = kept_.contiguous();

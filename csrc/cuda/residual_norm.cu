@@ -1,4 +1,4 @@
-// x + factor * branch and its LayerNorm: a warp for a row, whose lanes each keep to their own channels, so that what a
+// x + factor * branch and its LayerNorm, and x + factor * LayerNorm of branch: a warp for a row, whose lanes each keep to their own channels, so that what a
 // lane leaves in shared memory only it reads. Sums have a fixed order.
 #include "partial_sums.cuh"
 #include "residual_norm.h"
@@ -41,6 +41,15 @@ __device__ __forceinline__ Vector<T, Width> load(const void* from, int64_t row, 
 template <class T, int Width>
 __device__ __forceinline__ Vector<T, Width>& place(void* to, int64_t row, int64_t channels, int64_t vector) {
   return reinterpret_cast<Vector<T, Width>*>(static_cast<T*>(to) + row * channels)[vector];
+}
+
+// Adds what the warps of a block left for weight and bias, in the order of warps.
+__device__ __forceinline__ void add_warps(const ResidualNormLaunch& p, const float* sums) {
+  for (int64_t cell = threadIdx.x; cell < 2 * p.channels; cell += kNormThreads) {
+    float sum = 0.f;
+    for (int other = 0; other < kNormWarps; ++other) sum += sums[other * 2 * p.channels + cell];
+    p.partials[blockIdx.x * 2 * p.channels + cell] = sum;
+  }
 }
 
 template <class T, int Width>
@@ -132,28 +141,114 @@ __global__ void __launch_bounds__(kNormThreads) residual_norm_backward_kernel(co
     }
   }
   __syncthreads();
-  for (int64_t cell = threadIdx.x; cell < 2 * channels; cell += kNormThreads) {
-    float sum = 0.f;
-    for (int other = 0; other < kNormWarps; ++other) sum += sums[other * 2 * channels + cell];
-    p.partials[blockIdx.x * 2 * channels + cell] = sum;
+  add_warps(p, sums);
+}
+
+template <class T, int Width>
+__global__ void __launch_bounds__(kNormThreads) norm_residual_kernel(const ResidualNormLaunch p) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp, channels = p.channels, vectors = channels / Width;
+  if (row >= p.rows) return;
+  float* kept = reinterpret_cast<float*>(shared_memory());
+  const float factor = factor_of<float>(p, row);
+  float total = 0.f;
+  for (int64_t i = lane; i < vectors; i += 32) {
+    const auto branch = load<T, Width>(p.branch, row, channels, i);
+    Vector<float, Width> wide;
+#pragma unroll
+    for (int c = 0; c < Width; ++c) total += wide.values[c] = to_float(branch.values[c]);
+    place<float, Width>(kept, warp, channels, i) = wide;
   }
+  const float mean = warp_sum(total) / float(channels);
+  float squares = 0.f;
+  for (int64_t i = lane; i < vectors; i += 32) {
+    const auto branch = load<float, Width>(kept, warp, channels, i);
+#pragma unroll
+    for (int c = 0; c < Width; ++c) squares += (branch.values[c] - mean) * (branch.values[c] - mean);
+  }
+  const float rstd = 1.f / sqrtf(warp_sum(squares) / float(channels) + p.eps);
+  for (int64_t i = lane; i < vectors; i += 32) {
+    const auto branch = load<float, Width>(kept, warp, channels, i);
+    const auto weight = load<float, Width>(p.weight, 0, channels, i);
+    const auto bias = load<float, Width>(p.bias, 0, channels, i);
+    auto sum = load<float, Width>(p.x, row, channels, i);
+#pragma unroll
+    for (int c = 0; c < Width; ++c)
+      sum.values[c] += factor * ((branch.values[c] - mean) * rstd * weight.values[c] + bias.values[c]);
+    place<float, Width>(p.sum, row, channels, i) = sum;
+  }
+  if (lane != 0) return;
+  p.mean[row] = mean;
+  p.rstd[row] = rstd;
+}
+
+// The gradient of x is that of the sum, so only the branch's and those of weight and bias are made.
+template <class T, int Width>
+__global__ void __launch_bounds__(kNormThreads) norm_residual_backward_kernel(const ResidualNormLaunch p, int64_t step) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t channels = p.channels, vectors = channels / Width;
+  float* sums = reinterpret_cast<float*>(shared_memory());  // (warps, 2, channels)
+  for (int64_t i = lane; i < vectors; i += 32)
+    place<float, Width>(sums, 2 * warp, channels, i) = place<float, Width>(sums, 2 * warp + 1, channels, i) = {};
+  for (int64_t row = int64_t(blockIdx.x) * kNormWarps + warp; row < p.rows; row += step) {
+    const float mean = p.mean[row], rstd = p.rstd[row], factor = factor_of<float>(p, row);
+    float plain = 0.f, along = 0.f;
+    for (int64_t i = lane; i < vectors; i += 32) {
+      const auto branch = load<T, Width>(p.branch, row, channels, i);
+      const auto grad = load<float, Width>(p.grad_sum, row, channels, i);
+      const auto weight = load<float, Width>(p.weight, 0, channels, i);
+      auto& of_weight = place<float, Width>(sums, 2 * warp, channels, i);
+      auto& of_bias = place<float, Width>(sums, 2 * warp + 1, channels, i);
+#pragma unroll
+      for (int c = 0; c < Width; ++c) {
+        const float normal = (to_float(branch.values[c]) - mean) * rstd, given = grad.values[c] * factor;
+        const float scaled = given * weight.values[c];
+        plain += scaled;
+        along += scaled * normal;
+        of_weight.values[c] += given * normal;
+        of_bias.values[c] += given;
+      }
+    }
+    plain = warp_sum(plain) / float(channels);
+    along = warp_sum(along) / float(channels);
+    for (int64_t i = lane; i < vectors; i += 32) {
+      const auto branch = load<T, Width>(p.branch, row, channels, i);
+      const auto grad = load<float, Width>(p.grad_sum, row, channels, i);
+      const auto weight = load<float, Width>(p.weight, 0, channels, i);
+      Vector<T, Width> made;
+#pragma unroll
+      for (int c = 0; c < Width; ++c) {
+        const float normal = (to_float(branch.values[c]) - mean) * rstd;
+        from_float(made.values[c], rstd * (grad.values[c] * factor * weight.values[c] - plain - normal * along));
+      }
+      place<T, Width>(p.grad_branch, row, channels, i) = made;
+    }
+  }
+  __syncthreads();
+  add_warps(p, sums);
 }
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+enum class Pass { kSumThenNorm, kSumThenNormBackward, kNormThenSum, kNormThenSumBackward };
+
 template <class T, int Width>
-cudaError_t run(const ResidualNormLaunch& p, bool backward, cudaStream_t stream) {
+cudaError_t run(const ResidualNormLaunch& p, Pass pass, cudaStream_t stream) {
+  const bool backward = pass == Pass::kSumThenNormBackward || pass == Pass::kNormThenSumBackward;
   if (!backward)
-    return launch(residual_norm_kernel<T, Width>, (p.rows + kNormWarps - 1) / kNormWarps, kNormThreads,
-                  kNormWarps * p.channels * sizeof(float), stream, p);
+    return launch(pass == Pass::kSumThenNorm ? residual_norm_kernel<T, Width> : norm_residual_kernel<T, Width>,
+                  (p.rows + kNormWarps - 1) / kNormWarps, kNormThreads, kNormWarps * p.channels * sizeof(float),
+                  stream, p);
   const int64_t blocks = swin_moe_residual_norm_blocks(p.rows);
-  const cudaError_t error = launch(residual_norm_backward_kernel<T, Width>, blocks, kNormThreads,
-                                   2 * kNormWarps * p.channels * sizeof(float), stream, p, blocks * kNormWarps);
+  const cudaError_t error = launch(
+      pass == Pass::kSumThenNormBackward ? residual_norm_backward_kernel<T, Width>
+                                         : norm_residual_backward_kernel<T, Width>,
+      blocks, kNormThreads, 2 * kNormWarps * p.channels * sizeof(float), stream, p, blocks * kNormWarps);
   if (error != cudaSuccess) return error;
   return sum_partials(p.partials, blocks, {2 * p.channels, 2 * p.channels, 0}, p.grad_weight, stream);
 }
 
-cudaError_t run_element(const ResidualNormLaunch& p, bool backward, cudaStream_t stream) {
+cudaError_t run_element(const ResidualNormLaunch& p, Pass pass, cudaStream_t stream) {
   if (p.channels > kLargestNormChannels) return cudaErrorInvalidValue;
   bool wide = p.channels % 4 == 0;
   for (const void* rows : {static_cast<const void*>(p.x), p.branch, static_cast<const void*>(p.weight),
@@ -163,11 +258,11 @@ cudaError_t run_element(const ResidualNormLaunch& p, bool backward, cudaStream_t
                            static_cast<const void*>(p.grad_branch)})
     wide = wide && aligned(rows);
   switch (RowElement(p.element)) {
-    case RowElement::kFloat32: return wide ? run<float, 4>(p, backward, stream) : run<float, 1>(p, backward, stream);
+    case RowElement::kFloat32: return wide ? run<float, 4>(p, pass, stream) : run<float, 1>(p, pass, stream);
     case RowElement::kBFloat16:
-      return wide ? run<BFloat16, 4>(p, backward, stream) : run<BFloat16, 1>(p, backward, stream);
+      return wide ? run<BFloat16, 4>(p, pass, stream) : run<BFloat16, 1>(p, pass, stream);
     case RowElement::kFloat16:
-      return wide ? run<Float16, 4>(p, backward, stream) : run<Float16, 1>(p, backward, stream);
+      return wide ? run<Float16, 4>(p, pass, stream) : run<Float16, 1>(p, pass, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -176,11 +271,19 @@ cudaError_t run_element(const ResidualNormLaunch& p, bool backward, cudaStream_t
 }  // namespace swin_moe
 
 cudaError_t swin_moe_residual_norm(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
-  return swin_moe::run_element(*p, false, stream);
+  return swin_moe::run_element(*p, swin_moe::Pass::kSumThenNorm, stream);
 }
 
 cudaError_t swin_moe_residual_norm_backward(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
-  return swin_moe::run_element(*p, true, stream);
+  return swin_moe::run_element(*p, swin_moe::Pass::kSumThenNormBackward, stream);
+}
+
+cudaError_t swin_moe_norm_residual(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
+  return swin_moe::run_element(*p, swin_moe::Pass::kNormThenSum, stream);
+}
+
+cudaError_t swin_moe_norm_residual_backward(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
+  return swin_moe::run_element(*p, swin_moe::Pass::kNormThenSumBackward, stream);
 }
 
 int64_t swin_moe_residual_norm_blocks(int64_t rows) {

@@ -34,6 +34,9 @@ struct ResidualNormLaunch {
 extern "C" {
 cudaError_t swin_moe_residual_norm(const swin_moe::ResidualNormLaunch* launch, cudaStream_t stream);
 cudaError_t swin_moe_residual_norm_backward(const swin_moe::ResidualNormLaunch* launch, cudaStream_t stream);
+// The same of x + factor * LayerNorm(branch): without normed, grad_normed and grad_x, which is grad_sum.
+cudaError_t swin_moe_norm_residual(const swin_moe::ResidualNormLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_norm_residual_backward(const swin_moe::ResidualNormLaunch* launch, cudaStream_t stream);
 // Partial sums of the backward of so many rows.
 int64_t swin_moe_residual_norm_blocks(int64_t rows);
 }

@@ -1,4 +1,4 @@
-// residual_norm and its backward on CUDA tensors: schemas and kernels. Compiled only where torch is a CUDA build; any
+// residual_norm, norm_residual and their backwards on CUDA tensors: schemas and kernels. Compiled only where torch is a CUDA build; any
 // other has the Python form of swin_moe/ops/residual_norm.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -34,6 +34,11 @@ void check(const char* name, const char* what, const Tensor& x, at::IntArrayRef 
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, name, ": ", what, " must be float32, got ", x.scalar_type());
 }
 
+void check_branch(const char* name, const Tensor& branch, const Tensor& x) {
+  TORCH_CHECK_VALUE(branch.sizes() == x.sizes() && branch.device() == x.device(), name, ": branch must be ",
+                    x.sizes(), " on ", x.device(), ", got ", branch.sizes(), " on ", branch.device());
+}
+
 // The contiguous factors of images; also fills in how rows belong to them.
 Tensor describe(const char* name, const Tensor& x, const std::optional<Tensor>& factor, ResidualNormLaunch& p) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(-1) > 0 && x.size(-1) <= kLargestNormChannels, name,
@@ -57,8 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_cuda(const Tensor& x, c
   check(kName, "x", x, x.sizes(), x);
   check(kName, "weight", weight, {p.channels}, x);
   check(kName, "bias", bias, {p.channels}, x);
-  TORCH_CHECK_VALUE(branch.sizes() == x.sizes() && branch.device() == x.device(), kName, ": branch must be ",
-                    x.sizes(), " on ", x.device(), ", got ", branch.sizes(), " on ", branch.device());
+  check_branch(kName, branch, x);
   p.element = element_of(kName, branch.scalar_type());
   const Tensor own = x.contiguous(), added = branch.contiguous(), scale = weight.contiguous(),
                offset = bias.contiguous();
@@ -118,6 +122,69 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_backward_cuda(
   return {grad_x, grad_branch, grad_weight};
 }
 
+std::tuple<Tensor, Tensor, Tensor> norm_residual_cuda(const Tensor& x, const Tensor& branch,
+                                                      const std::optional<Tensor>& factor, const Tensor& weight,
+                                                      const Tensor& bias, double eps) {
+  constexpr const char* kName = "norm_residual";
+  ResidualNormLaunch p{};
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor factors = describe(kName, x, factor, p);
+  check(kName, "x", x, x.sizes(), x);
+  check(kName, "weight", weight, {p.channels}, x);
+  check(kName, "bias", bias, {p.channels}, x);
+  check_branch(kName, branch, x);
+  p.element = element_of(kName, branch.scalar_type());
+  const Tensor own = x.contiguous(), added = branch.contiguous(), scale = weight.contiguous(),
+               offset = bias.contiguous();
+  Tensor sum = at::empty(x.sizes(), x.options());
+  Tensor mean = at::empty({p.rows}, x.options()), rstd = at::empty({p.rows}, x.options());
+  if (p.rows == 0) return {sum, mean, rstd};
+  p.x = own.const_data_ptr<float>();
+  p.branch = added.const_data_ptr();
+  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
+  p.weight = scale.const_data_ptr<float>();
+  p.bias = offset.const_data_ptr<float>();
+  p.sum = sum.mutable_data_ptr<float>();
+  p.mean = mean.mutable_data_ptr<float>();
+  p.rstd = rstd.mutable_data_ptr<float>();
+  p.eps = float(eps);
+  C10_CUDA_CHECK(swin_moe_norm_residual(&p, c10::cuda::getCurrentCUDAStream()));
+  return {sum, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> norm_residual_backward_cuda(const Tensor& grad_sum, const Tensor& branch,
+                                                       const std::optional<Tensor>& factor, const Tensor& weight,
+                                                       const Tensor& mean, const Tensor& rstd) {
+  constexpr const char* kName = "norm_residual_backward";
+  ResidualNormLaunch p{};
+  const c10::cuda::CUDAGuard guard(grad_sum.device());
+  const Tensor factors = describe(kName, grad_sum, factor, p);
+  check(kName, "grad_sum", grad_sum, grad_sum.sizes(), grad_sum);
+  check(kName, "weight", weight, {p.channels}, grad_sum);
+  check(kName, "mean", mean, {p.rows}, grad_sum);
+  check(kName, "rstd", rstd, {p.rows}, grad_sum);
+  check_branch(kName, branch, grad_sum);
+  p.element = element_of(kName, branch.scalar_type());
+  Tensor grad_branch = at::empty(branch.sizes(), branch.options());
+  if (p.rows == 0) return {grad_branch, at::zeros({2, p.channels}, grad_sum.options())};
+  Tensor grad_weight = at::empty({2, p.channels}, grad_sum.options());
+  Tensor partials = at::empty({swin_moe_residual_norm_blocks(p.rows), 2, p.channels}, grad_sum.options());
+  const Tensor given = grad_sum.contiguous(), added = branch.contiguous(), scale = weight.contiguous();
+  const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  p.branch = added.const_data_ptr();
+  // The kernel only reads these; the forward's launch writes the same fields.
+  p.mean = const_cast<float*>(means.const_data_ptr<float>());
+  p.rstd = const_cast<float*>(rstds.const_data_ptr<float>());
+  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
+  p.weight = scale.const_data_ptr<float>();
+  p.grad_sum = given.const_data_ptr<float>();
+  p.grad_branch = grad_branch.mutable_data_ptr();
+  p.partials = partials.mutable_data_ptr<float>();
+  p.grad_weight = grad_weight.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(swin_moe_norm_residual_backward(&p, c10::cuda::getCurrentCUDAStream()));
+  return {grad_branch, grad_weight};
+}
+
 }  // namespace
 }  // namespace swin_moe
 
@@ -128,9 +195,17 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
   m.def(
       "residual_norm_backward(Tensor? grad_sum, Tensor grad_normed, Tensor sum, Tensor? factor, Tensor weight, "
       "Tensor mean, Tensor rstd, ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_residual(Tensor x, Tensor branch, Tensor? factor, Tensor weight, Tensor bias, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_residual_backward(Tensor grad_sum, Tensor branch, Tensor? factor, Tensor weight, Tensor mean, "
+      "Tensor rstd) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
   m.impl("residual_norm", &swin_moe::residual_norm_cuda);
   m.impl("residual_norm_backward", &swin_moe::residual_norm_backward_cuda);
+  m.impl("norm_residual", &swin_moe::norm_residual_cuda);
+  m.impl("norm_residual_backward", &swin_moe::norm_residual_backward_cuda);
 }

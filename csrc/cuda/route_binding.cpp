@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "../moe_route.h"
+#include "devices.h"
 #include "route_launch.h"
 
 namespace swin_moe {
@@ -38,8 +39,7 @@ Routed moe_route_cuda(const Tensor& clean_, const OptionalTensor& noise, const O
                       bool prioritized, bool with_probabilities) {
   const Tensor& noisy_ = noise ? *noise : clean_;
   const RoutingGroups groups = check_route(clean_, noisy_, bias_, top_k, group_size, capacity, last_capacity);
-  TORCH_CHECK_VALUE(noisy_.device() == clean_.device() && (!bias_ || bias_->device() == clean_.device()),
-                    "moe_route: all of the logits must be on ", clean_.device());
+  check_one_device("moe_route", "the logits", clean_, {noisy_, bias_.value_or(Tensor())});
   TORCH_CHECK_VALUE(clean_.size(1) <= kMaxRoutedExperts, "moe_route: at most ", kMaxRoutedExperts,
                     " experts on a CUDA device, got ", clean_.size(1));
   const c10::cuda::CUDAGuard guard(clean_.device());

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swin_moe.ops.linear import Linear
 from swin_moe.ops.random_draws import drop_units
-from swin_moe.ops.residual_norm import add_branch, is_fused, residual_norm
+from swin_moe.ops.residual_norm import add_branch, is_fused, norm_residual, residual_norm
 from swin_moe.randomness import RandomContext
 
 # Sites of one block that draw from the purpose "dropout"; each has its own key.
@@ -34,6 +34,13 @@ def add_and_norm(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Mo
         return residual_norm(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
     x = add_branch(x, branch, factor_B)
     return x, norm(x)
+
+
+def norm_and_add(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Module) -> Tensor:
+    """Returns x + factor * the norm of branch, in one kernel where there is one; see add_branch."""
+    if is_fused(x, branch, norm):
+        return norm_residual(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
+    return add_branch(x, norm(branch), factor_B)
 
 
 def token_rows(sample_B: Tensor, num_tokens: int) -> Tensor:

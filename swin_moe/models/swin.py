@@ -21,7 +21,7 @@ from swin_moe.config.variants import VARIANTS
 from swin_moe.models import flops
 from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
 from swin_moe.models.initialize import initialize
-from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_and_norm, check_image, dropout
+from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_and_norm, check_image, dropout, norm_and_add
 from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 from swin_moe.ops.random_draws import drop_path_factors, with_words
@@ -93,14 +93,14 @@ class Block(nn.Module):
         x, shift = x_BHWC, self.shift(nominal=nominal)
         mixer_factor, ffn_factor = (None, None) if factors_2B is None or not self.drop_path else factors_2B.unbind(0)
         if self.post_norm:
-            x = add_branch(x, self.norm1(self.mixer(x, shift=shift, random=random)), mixer_factor)
+            x = norm_and_add(x, self.mixer(x, shift=shift, random=random), mixer_factor, self.norm1)
             branch, aux = self._feed_forward(x, random)
-            branch = self.norm2(branch)
+            x = norm_and_add(x, branch, ffn_factor, self.norm2)
         else:
             branch = self.mixer(self.norm1(x), shift=shift, random=random)
             x, normed = add_and_norm(x, branch, mixer_factor, self.norm2)
             branch, aux = self._feed_forward(normed, random)
-        x = add_branch(x, branch, ffn_factor)
+            x = add_branch(x, branch, ffn_factor)
         return (x if self.enorm is None else self.enorm(x)), aux
 
     def _feed_forward(self, x_BHWC: Tensor, random: RandomContext | None) -> tuple[Tensor, Tensor | None]:

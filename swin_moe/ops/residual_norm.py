@@ -1,4 +1,6 @@
-"""The residual sum, drop path and LayerNorm of a pre-norm block as one operator: one kernel instead of two to four.
+"""The residual sum, drop path and LayerNorm of a block as one operator: one kernel instead of two to four.
+
+`residual_norm` serves pre-norm blocks, which normalize the sum, `norm_residual` SwinV2's, which normalize the branch.
 
 The kernels are CUDA's (csrc/cuda/residual_norm.cu); any other device runs the Python form, which is what the network
 computes without them.
@@ -22,6 +24,14 @@ SCHEMAS = {
     "residual_norm_backward": (
         "residual_norm_backward(Tensor? grad_sum, Tensor grad_normed, Tensor sum, Tensor? factor, Tensor weight, "
         "Tensor mean, Tensor rstd, ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)"
+    ),
+    "norm_residual": (
+        "norm_residual(Tensor x, Tensor branch, Tensor? factor, Tensor weight, Tensor bias, float eps) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "norm_residual_backward": (
+        "norm_residual_backward(Tensor grad_sum, Tensor branch, Tensor? factor, Tensor weight, Tensor mean, "
+        "Tensor rstd) -> (Tensor, Tensor)"
     ),
 }
 LARGEST_CHANNELS = 1536  # swin_moe::kLargestNormChannels: sums of a block's rows fit the shared memory of any device
@@ -51,8 +61,18 @@ def residual_norm(
     return total, normed
 
 
+def norm_residual(
+    x: Tensor, branch: Tensor, factor_B: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """Returns x + factor * LayerNorm(branch), (B, ..., C); first derivatives only, none for the factor.
+
+    Args: As of residual_norm; the branch is normalized in the dtype of x, to which factor_B is rounded.
+    """
+    return torch.ops.swin_moe.norm_residual(x, branch, factor_B, weight, bias, eps)[0]
+
+
 def is_fused(x: Tensor, branch: Tensor, norm: nn.Module) -> bool:
-    """Returns whether the kernel computes what `norm` would compute of the sum; false on the CPU, which has none."""
+    """Returns whether the kernels compute what `norm` would of a sum or branch; false on the CPU, which has none."""
     if not x.is_cuda or "cuda" not in _COMPILED:
         return False
     return is_replaceable(norm, x.shape[-1]) and x.dtype == torch.float32 and branch.dtype in _BRANCHES
@@ -123,16 +143,66 @@ def _differentiate(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None
     return grad_x, grad_branch, None, *parameters.unbind(0), None
 
 
+def _norm_forward(
+    x: Tensor, branch: Tensor, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, mean, rstd = torch.native_layer_norm(branch.to(x.dtype).contiguous(), weight.shape, weight, bias, eps)
+    return add_branch(x, normed, factor).contiguous(), mean.flatten(), rstd.flatten()
+
+
+def _norm_backward(
+    grad_sum: Tensor, branch: Tensor, factor: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    given = grad_sum if factor is None else grad_sum * factor.view(-1, *(1,) * (branch.dim() - 1))
+    rows = (*branch.shape[:-1], 1)
+    grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        given.contiguous(), branch.to(given.dtype).contiguous(), weight.shape, mean.view(rows), rstd.view(rows),
+        weight, weight, [True] * 3,
+    )  # fmt: skip
+    return grad.to(branch.dtype), torch.stack([grad_weight, grad_bias])
+
+
+def _norm_forward_fake(
+    x: Tensor, branch: Tensor, factor: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    return x.new_empty(x.shape), x.new_empty((rows,)), x.new_empty((rows,))
+
+
+def _norm_backward_fake(
+    grad_sum: Tensor, branch: Tensor, factor: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return branch.new_empty(branch.shape), weight.new_empty((2, branch.shape[-1]))
+
+
+def _norm_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, branch, factor, weight, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(branch, factor, weight, *output[1:])
+
+
+def _norm_differentiate(ctx: Any, grad_sum: Tensor | None, *_: None) -> tuple:
+    if grad_sum is None:
+        return (None,) * 6
+    branch, factor, weight, mean, rstd = ctx.saved_tensors
+    grad_branch, parameters = torch.ops.swin_moe.norm_residual_backward(grad_sum, branch, factor, weight, mean, rstd)
+    return grad_sum, grad_branch, None, *parameters.unbind(0), None
+
+
 for _name, _kernel, _fake in (
     ("residual_norm", _forward, _forward_fake),
     ("residual_norm_backward", _backward, _backward_fake),
+    ("norm_residual", _norm_forward, _norm_forward_fake),
+    ("norm_residual_backward", _norm_backward, _norm_backward_fake),
 ):
     _library = extension.define(SCHEMAS[_name])
     # The CUDA kernel takes precedence over this one, which serves the rest.
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    f"{extension.NAMESPACE}::residual_norm", _differentiate, setup_context=_save, lib=_library
-)
+for _name, _gradient, _keep in (
+    ("residual_norm", _differentiate, _save),
+    ("norm_residual", _norm_differentiate, _norm_save),
+):
+    torch.library.register_autograd(f"{extension.NAMESPACE}::{_name}", _gradient, setup_context=_keep, lib=_library)
 # Asked once both exist: where there is no CUDA build, only Python has defined them.
 _COMPILED = extension.compiled_for(*SCHEMAS)

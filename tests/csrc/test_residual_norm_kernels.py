@@ -36,7 +36,7 @@ def library():
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize("channels", [1, 33, 96, 260])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_and_backward(library, dtype, channels, optional, offset):
+def test_norm_of_the_sum(library, dtype, channels, optional, offset):
     images, tokens, rows = 3, 7, 21
     generator = torch.Generator().manual_seed(channels)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -68,6 +68,42 @@ def test_forward_and_backward(library, dtype, channels, optional, offset):
     )
     names = ("sum", "normed", "mean", "rstd", "grad_x", "grad_branch", "grad_weight")
     for name, wanted in zip(names, (*expected, *gradients)):
+        got = memory[name].tensor
+        rounding = 2e-5 if got.dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("channels", [1, 33, 96, 260])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_of_the_branch(library, dtype, channels, optional, offset):
+    images, tokens, rows = 3, 7, 21
+    generator = torch.Generator().manual_seed(channels)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    shape = images, tokens, channels
+    given = {"x": draw(*shape), "branch": (3 + draw(*shape)).to(dtype), "weight": draw(channels)}
+    given |= {"bias": draw(channels), "grad_sum": draw(*shape)}
+    if optional:
+        given["factor"] = torch.tensor([0.0, 1.375, 1.0])
+    blocks = library.swin_moe_residual_norm_blocks(rows)
+    made = {"sum": (shape, torch.float32), "grad_branch": (shape, dtype)}
+    made |= {"mean": ((rows,), torch.float32), "rstd": ((rows,), torch.float32)}
+    made |= {"partials": ((blocks, 2, channels), torch.float32), "grad_weight": ((2, channels), torch.float32)}
+    memory = {name: Guarded.copy(tensor, offset=offset) for name, tensor in given.items()}
+    memory |= {name: Guarded(*what, offset=offset) for name, what in made.items()}
+    launch = ResidualNormLaunch(
+        rows=rows, rows_per_image=tokens, channels=channels, eps=1e-5, element=ELEMENTS[dtype],
+        **{name: guarded.address for name, guarded in memory.items()},
+    )  # fmt: skip
+    assert library.swin_moe_norm_residual(ctypes.byref(launch), None) == 0
+    assert library.swin_moe_norm_residual_backward(ctypes.byref(launch), None) == 0
+    assert all(guarded.intact() for guarded in memory.values())
+    wide = {name: tensor.double() for name, tensor in given.items()}
+    arguments = wide["branch"], wide.get("factor"), wide["weight"]
+    expected = residual_norm._norm_forward(wide["x"], *arguments, wide["bias"], 1e-5)
+    gradients = residual_norm._norm_backward(wide["grad_sum"], *arguments, *expected[1:])
+    for name, wanted in zip(("sum", "mean", "rstd", "grad_branch", "grad_weight"), (*expected, *gradients)):
         got = memory[name].tensor
         rounding = 2e-5 if got.dtype == torch.float32 else torch.finfo(dtype).eps
         torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=rounding)

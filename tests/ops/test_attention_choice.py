@@ -12,6 +12,7 @@ from swin_moe.ops import extension
 from swin_moe.ops.attention import choice as choices
 from swin_moe.ops.attention.choice import Case, choose_path, fastest, measure
 from swin_moe.ops.attention.half import PATHS, HalfShape, HalfTensors, attention_half
+from swin_moe.ops.device_clock import device_seconds
 
 SHAPE = HalfShape(2, (4, 4), (2, 2), 0.25)
 CASE = Case(
@@ -284,7 +285,7 @@ def test_a_device_is_timed_over_calls_between_two_events(monkeypatch):
             return 6000.0  # milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert choices._device_seconds(lambda: happened.append("call")) == 6.0 / choices.CALLS
+    assert device_seconds(lambda: happened.append("call"), choices.CALLS) == 6.0 / choices.CALLS
     assert happened == ["record", *["call"] * choices.CALLS, "record", "wait"]
 
 

@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import swin_moe
-from swin_moe.models.layers import add_and_norm
-from swin_moe.ops.residual_norm import LARGEST_CHANNELS, add_branch, is_fused, is_replaceable, residual_norm
+from swin_moe.models.layers import add_and_norm, norm_and_add
+from swin_moe.ops.residual_norm import (
+    LARGEST_CHANNELS,
+    add_branch,
+    is_fused,
+    is_replaceable,
+    norm_residual,
+    residual_norm,
+)
 from swin_moe.randomness import RandomContext
 
 SHAPES = [(3, 4, 5, 96), (2, 7, 33), (5, 1), (0, 4, 8)]
@@ -52,6 +59,38 @@ def test_equals_the_plain_expression(shape, dtypes, factor):
             torch.testing.assert_close(made, wanted, rtol=2**-7 if made.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_norm_of_a_branch_equals_the_plain_expression(shape, dtypes, factor):
+    tensors, factors = inputs(shape, *dtypes, factor=factor)
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtypes[0])
+
+    def plain(x, branch, weight, bias):
+        return add_branch(x, F.layer_norm(branch.to(x.dtype), weight.shape, weight, bias, 1e-5), factors)
+
+    def strided(x, branch, *rest):
+        x, branch = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, branch))
+        return norm_residual(x, branch, factors, *rest, 1e-5)
+
+    made = []
+    for function in (plain, strided, lambda x, branch, *rest: norm_residual(x, branch, factors, *rest, 1e-5)):
+        out = function(*tensors)
+        made.append([out, *torch.autograd.grad(out, tensors, weights)])
+    for expected, *others in zip(*made):
+        for found in others:
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_the_norm_of_a_branch():
+    tensors, factors = inputs((3, 2, 5), torch.float64, torch.float64, factor=True)
+    x, branch, *parameters = tensors
+    assert torch.autograd.gradcheck(lambda *t: norm_residual(t[0], t[1], factors, *t[2:], 1e-5), tensors)
+    assert torch.autograd.gradcheck(lambda *t: norm_residual(x, t[0], None, *parameters, 1e-5), [branch])
+    torch.library.opcheck(torch.ops.swin_moe.norm_residual, (x, branch, factors, *parameters, 1e-5))
+
+
 def test_gradients_and_operator():
     tensors, factors = inputs((3, 2, 5), torch.float64, torch.float64, factor=True)
     x, branch, *parameters = tensors
@@ -68,6 +107,7 @@ def test_the_cpu_keeps_its_operators():
     assert not is_fused(x, branch, norm)
     total, normed = add_and_norm(x, branch, None, norm)
     assert torch.equal(total, x + branch) and torch.equal(normed, norm(x + branch))
+    assert torch.equal(norm_and_add(x, branch, None, norm), x + norm(branch))
 
 
 def test_a_norm_that_does_more_is_called():
@@ -83,9 +123,10 @@ def test_a_norm_that_does_more_is_called():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_on_the_device(dtype, monkeypatch):
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_a_block_on_the_device(name, dtype, monkeypatch):
     block = swin_moe.create_model(
-        "swin", img_size=32, patch_size=2, embed_dim=32, depths=[2], num_heads=[2], window_size=8, drop_path_rate=0.3
+        name, img_size=32, patch_size=2, embed_dim=32, depths=[2], num_heads=[2], window_size=8, drop_path_rate=0.3
     ).layers[0].blocks[1].cuda()  # fmt: skip
     x = torch.randn(4, 16, 16, 32, device="cuda", requires_grad=True)
     factors = torch.tensor([[0.0, 1.4, 1.4, 1.4], [1.4, 0.0, 1.4, 1.4]], device="cuda")

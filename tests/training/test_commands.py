@@ -68,6 +68,7 @@ def checkpoints(directory: Path) -> list[str]:
         (["model.num_classes=5"], "model.num_classes=5"),
         (["engine.device=cuda"], "engine.device=cuda"),
         (["parallel.zero=9"], "parallel.zero"),
+        (["engine.cuda_graphs=true"], "engine.cuda_graphs=true is for predict, evaluate and throughput"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capfd, options, sentence):
@@ -134,6 +135,10 @@ def test_predict_throughput_and_official_weights(tmp_path, capfd, monkeypatch):
     lines = perform("predict", tmp_path, capfd, *options, str(image)).splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{image}: ") and "cat" in lines[0] and "dog" in lines[0]
     assert "nowhere.png" in refused("predict", tmp_path, capfd, *options, "/tmp/nowhere.png")
+
+    for command, rest in (("predict", [str(image)]), ("evaluate", []), ("throughput", [])):
+        found = refused(command, tmp_path, capfd, *options, "engine.device=cpu", "engine.cuda_graphs=true", *rest)
+        assert "engine.cuda_graphs=true needs a CUDA device" in found
 
     out = tmp_path / "drawn"
     perform("inspect_routing", tmp_path, capfd, *options, "--out", str(out), "--images", "4", str(image))

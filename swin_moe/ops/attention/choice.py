@@ -8,7 +8,6 @@ choose. Processes that measure at the same time agree: the first to write decide
 import logging
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from swin_moe.ops.attention.fused import unsupported, unsupported_shape
 from swin_moe.ops.attention.geometry import Pair
 from swin_moe.ops.attention.half import HalfShape, HalfTensors, attention_half
 from swin_moe.ops.attention.in_windows import choose
+from swin_moe.ops.device_clock import device_seconds
 
 LOGGER = logging.getLogger("swin_moe")
 OPTION = "model.attention=auto"
@@ -346,22 +346,11 @@ def _seconds(path: str, x: Tensor, tensors: HalfTensors, shape: HalfShape, gradi
                 torch.autograd.grad(out, [x, *(t for t in tensors if t is not None)], torch.ones_like(out))
 
     if x.is_cuda:
-        return _device_seconds(run)
+        return device_seconds(run, CALLS)
     clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
     start = clock()
     run()
     return clock() - start
-
-
-def _device_seconds(run: Callable[[], None]) -> float:
-    """Returns the seconds of one of CALLS calls that a device works off without waiting for the host between them."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(CALLS):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / CALLS
 
 
 def _computed_dtype(x: Tensor) -> torch.dtype:
