@@ -1,6 +1,6 @@
 """How the cost of checkpoints and of their tools grows with experts: with the chunks, never with their square.
 
-    python benchmarks/checkpoint_growth.py [--most 2048] [--directory DIR]
+    python benchmarks/checkpoint_growth.py [--least 8] [--most 2048] [--directory DIR]
 
 A network of two MoE layers and its moments, of which an expert takes 3 KB: what is measured is the work per chunk, not
 per byte. CPU seconds of each verb in this process, without the start of the interpreter; the last column is the growth
@@ -116,10 +116,11 @@ def measure(directory: Path, experts: int) -> dict[str, float]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--least", type=int, default=COUNTS[0], help="experts")
     parser.add_argument("--most", type=int, default=COUNTS[-1], help="experts")
     parser.add_argument("--directory", default=None)
     arguments = parser.parse_args()
-    counts = [count for count in COUNTS if count <= arguments.most]
+    counts = [count for count in COUNTS if arguments.least <= count <= arguments.most]
     columns = []
     for count in counts:
         directory = Path(tempfile.mkdtemp(dir=arguments.directory, prefix="growth-"))
@@ -132,7 +133,8 @@ def main() -> None:
     for name in columns[0]:
         found = [column[name] for column in columns if name in column]
         cells = [f"{value:.2f}" for value in found] + ["-"] * (len(counts) - len(found))
-        print(f"| {name} | {' | '.join(cells)} | {found[-1] / max(found[-2], 1e-9):.1f} |")
+        growth = f"{found[-1] / max(found[-2], 1e-9):.1f}" if len(found) > 1 else "-"
+        print(f"| {name} | {' | '.join(cells)} | {growth} |")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,14 @@ def even_split(length: int, parts: int) -> list[tuple[int, int]]:
 
     The same rule as DTensor's Shard, so that engines, checkpoints and tools agree on uneven splits.
     """
+    return [even_part(length, parts, index) for index in range(parts)]
+
+
+def even_part(length: int, parts: int, index: int) -> tuple[int, int]:
+    """Returns (offset, size) of one part of even_split, at a cost that does not grow with the parts."""
     size = -(-length // parts)
-    offsets = [min(i * size, length) for i in range(parts)]
-    return [(o, min(size, length - o)) for o in offsets]
+    offset = min(index * size, length)
+    return offset, min(size, length - offset)
 
 
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Chunk]:

@@ -5,7 +5,8 @@ import random
 
 import torch
 
-from swin_moe.layout import Chunk, boxes_of_range
+from swin_moe.layout import Chunk, boxes_of_range, even_part, even_split
+from swin_moe.parallel.sharding import local_chunk
 
 
 def test_a_range_that_begins_and_ends_within_rows_by_hand():
@@ -30,3 +31,11 @@ def test_boxes_cover_the_range_in_order_and_are_contiguous():
         assert all(part.is_contiguous() for part in parts)
         assert [int(v) for part in parts for v in part.flatten()] == list(range(start, stop))
         assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def test_one_part_costs_nothing_of_the_others():
+    for length, parts in ((4, 3), (8, 8), (3, 8), (0, 2), (10, 4)):
+        assert [even_part(length, parts, i) for i in range(parts)] == even_split(length, parts)
+    # As for every rank of a world: with a whole split for each of them, as many as ranks squared.
+    name, coordinates = "layers.0.blocks.1.mlp.experts.fc1_weight", {"expert": (5, 10**12), "expert_shard": (0, 1)}
+    assert local_chunk(name, (10**12, 4, 2), coordinates).size[0] == 1

@@ -2,12 +2,16 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -15,6 +19,7 @@ import torch
 
 from swin_moe.run import metrics
 from swin_moe.run.metrics import MetricsWriter, peak_flops
+from tests.ranks import ROOT
 
 
 def test_without_tensorboard_one_warning_and_records(tmp_path, monkeypatch, caplog):
@@ -106,3 +111,21 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
             writer.write(2, {"loss": 1.0})
         folder.mkdir(exist_ok=True)  # as a save makes it anew
     writer.close()
+
+
+def test_a_log_line_takes_the_place_of_the_bar(tmp_path):
+    code = (
+        "from pathlib import Path; from swin_moe.metrics import *\n"
+        "start_logging(None, 0); bar = Progress(4, enabled=True)\n"
+        "LOGGER.info('before'); bar.show(1, 'one'); LOGGER.info('said'); LOGGER.info('more'); bar.show(2, 'two')\n"
+        "bar.clear(); LOGGER.info('end')\n"
+    )
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run([sys.executable, "-c", code], stdout=terminal, cwd=ROOT, check=True)
+    os.close(terminal)
+    shown = os.read(master, 10_000).decode().replace("\r\n", "\n")
+    os.close(master)
+    # What stands on a line when all is over: text after the last "erase this line".
+    lines = [line.rpartition("\r\x1b[K")[2] for line in shown.split("\n")]
+    assert lines == ["before", "said", "more", "end", ""] and "1/4 | one" in shown and "2/4 | two" in shown

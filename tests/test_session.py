@@ -1,10 +1,17 @@
 """What a session makes of a config on the device it finds."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from launcher.env import without_world
 from swin_moe.config import Config, EngineConfig
 from swin_moe.run.session import fit_precision
+from tests.ranks import ROOT
 
 CPU = torch.device("cpu")
 
@@ -29,3 +36,31 @@ def test_other_precisions_and_devices_stay(precision):
     assert fit_precision(config, CPU, told=True) is config
     half = Config(engine=EngineConfig(precision="fp16"))
     assert fit_precision(half, torch.device("cuda", 0), told=True) is half
+
+
+def test_a_rank_without_mpi_ends_with_its_sentence_and_no_word_of_the_interpreters(tmp_path):
+    """Threads of gloo are still there, and must not meet an interpreter that is being taken down."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('taken down', flush=True))\n"
+        "from swin_moe.session import open_session, run_main\n"
+        "def main(argv):\n"
+        "    open_session(argv[0], argv[1:])\n"
+        "    print('met', end='')\n"
+        "    raise ValueError('no luck')\n"
+        "run_main(main)\n"
+    )
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    world = without_world(os.environ) | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-c", code, "digits_swin_moe", "run.name=none"]
+    ranks = [
+        subprocess.Popen(words, env=world | {"RANK": str(r), "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for r in range(2)
+    ]  # fmt: skip
+    out, err = ranks[0].communicate(timeout=120)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert (ranks[0].returncode, out, err.splitlines()[-1]) == (2, "met", "error: no luck") and "Traceback" not in err

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swin_moe.config import ParallelConfig
-from swin_moe.layout import Chunk, even_split
+from swin_moe.layout import Chunk, even_part
 
 Coordinates = Mapping[str, tuple[int, int]]  # axis -> (index, size)
 
@@ -126,7 +126,7 @@ def cut_dim(shape: tuple[int, ...], parts: int) -> int:
 
 def sub_chunk(chunk: Chunk, dim: int, index: int, parts: int) -> Chunk:
     """Returns part `index` of a box that is cut along `dim` as torch.chunk cuts; may be empty."""
-    start, length = even_split(chunk.size[dim], parts)[index]
+    start, length = even_part(chunk.size[dim], parts, index)
     offset, size = list(chunk.offset), list(chunk.size)
     offset[dim] += start
     size[dim] = length
@@ -139,5 +139,5 @@ def local_chunk(name: str, shape: tuple[int, ...], coordinates: Coordinates) -> 
     for dim, axis in enumerate(placement(name).axes):
         if axis is not None:
             index, parts = coordinates[axis]
-            offset[dim], size[dim] = even_split(shape[dim], parts)[index]
+            offset[dim], size[dim] = even_part(shape[dim], parts, index)
     return Chunk(tuple(offset), tuple(size))

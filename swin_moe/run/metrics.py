@@ -18,6 +18,7 @@ import torch
 from swin_moe.ops.linear import packed_product, serves
 
 LOGGER = logging.getLogger("swin_moe")
+_ERASE_LINE = "\r\x1b[K"
 
 # Dense peak rates by data sheet, FLOP/s: (float32, bfloat16 or float16). Other devices are measured.
 DEVICE_PEAKS = {
@@ -78,9 +79,21 @@ def start_logging(directory: Path | None, rank: int) -> None:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(file)
     if rank == 0:
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setFormatter(logging.Formatter("%(message)s"))
         LOGGER.addHandler(console)
+
+
+class _Console(logging.StreamHandler):
+    """Lines on a terminal, each in place of a progress bar that stands there."""
+
+    bar_shown = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.bar_shown:
+            self.stream.write(_ERASE_LINE)
+            self.bar_shown = False
+        super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -119,14 +132,17 @@ class Progress:
         line = f"[{'#' * filled}{'.' * (20 - filled)}] {step}/{self.total} | {text} | {left} left"
         if self.interactive:
             width = os.get_terminal_size().columns if sys.stdout.isatty() else 120
-            print("\r\x1b[K" + line[: width - 1], end="", flush=True)
+            print(_ERASE_LINE + line[: width - 1], end="", flush=True)
+            for handler in LOGGER.handlers:
+                if isinstance(handler, _Console):
+                    handler.bar_shown = True
         else:
             LOGGER.info(line)
 
     def clear(self) -> None:
         """Ends the redrawn line before something else is printed."""
         if self.interactive:
-            print("\r\x1b[K", end="", flush=True)
+            print(_ERASE_LINE, end="", flush=True)
 
 
 class MetricsWriter:
@@ -138,6 +154,7 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool, resume_step: int):
         self.file, self.board, self.directory = None, None, directory
+        self._failed = False
         if not enabled:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,6 +177,7 @@ class MetricsWriter:
         """
         if self.file is None:
             return
+        self._failed = True  # until it is done
         self._check_folder()
         with _naming(self.path):
             self.file.write(json.dumps({"step": step, **values, **(histograms or {})}) + "\n")
@@ -167,6 +185,7 @@ class MetricsWriter:
         if self.board is not None:
             with _naming(self.directory / "tb"):
                 self._write_board(step, values, histograms or {})
+        self._failed = False
 
     def _check_folder(self) -> None:
         """Raises OSError where the folder that is written to is no longer there: an open file would not tell."""
@@ -208,12 +227,14 @@ class MetricsWriter:
                     self.board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes and closes both files; what cannot be written any more is said, not raised: the run is over."""
+        """Flushes and closes both files; a failure is told, unless `write` met it before, not raised: all is over."""
         for path, writer in (("metrics.jsonl", self.file), ("tb", self.board)):
             try:
                 if writer is not None:
                     writer.close()
             except OSError as error:
+                if self._failed:
+                    continue
                 LOGGER.warning("%s: the last records could not be written: %s", self.directory / path, error)
 
 
@@ -223,9 +244,9 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.errno is None:  # a sentence of ours
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, os.fsdecode(error.filename or str(path))) from error
 
 
 def save_picture(directory: Path, name: str, picture: np.ndarray) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -246,7 +247,7 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main(argv)
     except KeyboardInterrupt:
-        ending.fail("error: interrupted by Ctrl-C; what was saved before is kept", ending.INTERRUPTED)
+        _fail("error: interrupted by Ctrl-C; what was saved before is kept", ending.INTERRUPTED)
     except Stopped:
         code = STOPPED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -257,7 +258,7 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
             traceback.print_exc()
         _log_to_file(sentence)
         _let_rank_0_speak()
-        ending.fail(f"error: {sentence}", 2)
+        _fail(f"error: {sentence}", 2)
     else:
         code = 0
     if dist.is_initialized():
@@ -276,6 +277,23 @@ def _out_of_memory(error: Exception) -> str | None:
         f"out of memory{f' ({asked[1]} more were needed)' if asked else ''}: lower data.micro_batch (in evaluation "
         f"data.eval_batch) or the sizes under model, set parallel.recompute=block, or use more ranks"
     )
+
+
+def _fail(words: str, code: int) -> NoReturn:
+    """Ends every rank as ending.fail does; where MPI does not end them, without a word of the interpreter's.
+
+    Threads of gloo still run then, perhaps in a collective that will never end. One that asks for the interpreter while
+    that is being taken down would end the process with "terminate called without an active exception" instead.
+    """
+    from launcher import ending
+
+    ending.end_all_ranks(code, words)
+    if dist.is_initialized():
+        print(words, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    ending.fail(words, code)
 
 
 def _let_rank_0_speak() -> None:
