@@ -51,7 +51,10 @@ def load_official(
 
     Raises:
         ValueError: Every unexplained missing, unexpected and mis-shaped name (strict); no state dict; a meta model.
+        TypeError: No model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_official(model, state_dict) takes a network first, got a {type(model).__name__}")
     if interpolation not in (None, "bicubic", "geometric"):
         raise ValueError(f"interpolation must be bicubic, geometric or None, got {interpolation!r}")
     target = model.state_dict()
@@ -65,7 +68,7 @@ def load_official(
         loading.report.notes.append(f"read without {note}")
     with torch.no_grad():
         for name, tensor in loading.new.items():
-            target[name].copy_(tensor)
+            target[name].copy_(tensor.clone() if tensor.data_ptr() == target[name].data_ptr() else tensor)
     return loading.report
 
 

@@ -61,7 +61,8 @@ def judge_call(error: BaseException | None, subjects: tuple[str, ...]) -> tuple[
 def _judge_sentence(text: str, subjects: tuple[str, ...]) -> tuple[str, str]:
     if RAW.search(text):
         return "wrong", f"raw words: {RAW.search(text)[0]}"
-    if len(text) > LONGEST or "\n" in text:
+    all_names = "weights do not fit the model (" in text  # whose contract is to name every tensor
+    if len(text) > LONGEST and not all_names or "\n" in text:
         return "wrong", f"{len(text)} characters, {text.count(chr(10)) + 1} lines"
     named = NAMES.search(text) or KEYS.search(text) or any(word and word in text for word in subjects)
     return ("refused", "") if named else ("wrong", "names neither key nor file")
