@@ -115,7 +115,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
 
 def test_a_log_line_takes_the_place_of_the_bar(tmp_path):
     code = (
-        "from pathlib import Path; from swin_moe.metrics import *\n"
+        "from pathlib import Path; from swin_moe.run.metrics import *\n"
         "start_logging(None, 0); bar = Progress(4, enabled=True)\n"
         "LOGGER.info('before'); bar.show(1, 'one'); LOGGER.info('said'); LOGGER.info('more'); bar.show(2, 'two')\n"
         "bar.clear(); LOGGER.info('end')\n"

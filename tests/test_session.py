@@ -43,7 +43,7 @@ def test_a_rank_without_mpi_ends_with_its_sentence_and_no_word_of_the_interprete
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print('taken down', flush=True))\n"
-        "from swin_moe.session import open_session, run_main\n"
+        "from swin_moe.run.session import open_session, run_main\n"
         "def main(argv):\n"
         "    open_session(argv[0], argv[1:])\n"
         "    print('met', end='')\n"
