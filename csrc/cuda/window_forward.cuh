@@ -61,8 +61,9 @@ __device__ __forceinline__ void leave_log_sums(const WindowLaunch& p, const Runn
   }
 }
 
+// Least blocks for a multiprocessor where the compiler would spill to fit one more.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : 0)
+__global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kHeadDim > 48 ? 3 : 0)
     window_forward_kernel(const WindowLaunch p, int64_t chunks) {
   using T = typename S::T;
   const WindowGeometry g = known_geometry<S>(p.geometry);
