@@ -7,7 +7,6 @@ backbone (SwinTransformer/Swin-Transformer-Object-Detection).
 Shape legend: B images, H x W tokens, C channels, M windows of one image, N = window ** 2 tokens of a window.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from swin_moe.ops.attention_half import HalfShape, HalfTensors, attention_half, 
 from swin_moe.ops.attention_in_windows import attend_windows
 from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear
 from swin_moe.ops.window_attention import unsupported, unsupported_shape
+from swin_moe.ops.window_attention_reference import without_autocast
 from swin_moe.ops.window_geometry import gather_bias, made_once, merge_windows, partition_windows
 from swin_moe.randomness import RandomContext
 
@@ -262,8 +262,7 @@ class WindowAttention(nn.Module):
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
         weight = self.cpb_mlp[0].weight
         coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
-        device = weight.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(weight.device.type):
             table = self.cpb_mlp(coords)
         # Before the gather: N ** 2 / (2 * window - 1) ** 2, about a quarter, of the sigmoids of the official order.
         return 16.0 * torch.sigmoid(table) if self.bias_sigmoid else table
