@@ -3,6 +3,8 @@
 #include "row_groups.cuh"
 #include "row_launch.h"
 
+#include <type_traits>
+
 namespace swin_moe {
 namespace {
 
@@ -12,22 +14,43 @@ struct alignas(sizeof(T) * Width > 16 ? 16 : sizeof(T) * Width) Elements {
   T values[Width];
 };
 
+// Rounds sums to elements, those of 16 bits two at a time.
+template <class T, class Sum, int Width>
+__device__ __forceinline__ void round_to(Elements<T, Width>& to, const Sum (&sums)[Width]) {
+  if constexpr (sizeof(T) == 2 && Width % 2 == 0) {
+#pragma unroll
+    for (int c = 0; c < Width; c += 2) store_pair(to.values + c, sums[c], sums[c + 1]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < Width; ++c) from_float(to.values[c], sums[c]);
+  }
+}
+
 template <class T, class Out, int Width>
 __global__ void __launch_bounds__(kRowThreads) permute_kernel(const MoeLaunch p, int lanes) {
   using Sum = typename SumOf<T>::Type;
   const RowGroup group(lanes);
   if (group.row >= p.outputs) return;
-  const int64_t pair = p.index[group.row], vectors = p.channels / Width;
+  const int64_t pair = p.index[group.row];
+  const int vectors = int(p.channels / Width);
   // Without a gate a vacant row may hold anything finite; with one it must add nothing to gradients.
   const bool vacant = p.gate && p.flags && p.flags[group.row];
-  const Sum gate = p.gate ? static_cast<const Sum*>(p.gate)[pair] : Sum(1);
-  const auto* from = static_cast<const Elements<T, Width>*>(p.rows) + pair / p.top_k * vectors;
+  const Sum gate = vacant ? Sum(0) : p.gate ? static_cast<const Sum*>(p.gate)[pair] : Sum(1);
+  const auto* from = static_cast<const Elements<T, Width>*>(p.rows) + quotient(pair, p.top_k) * vectors;
   auto* to = static_cast<Elements<Out, Width>*>(p.out) + group.row * vectors;
-  for (int64_t i = group.lane; i < vectors; i += lanes) {
-    const auto x = from[i];
-    Elements<Out, Width> y;
+  if constexpr (std::is_same_v<T, Out>)
+    if (!p.gate) {
+      for (int i = group.lane; i < vectors; i += lanes) to[i] = from[i];
+      return;
+    }
+  for (int i = group.lane; i < vectors; i += lanes) {
+    Elements<T, Width> x{};
+    if (!vacant) x = from[i];
+    Sum sums[Width];
 #pragma unroll
-    for (int c = 0; c < Width; ++c) from_float(y.values[c], vacant ? Sum(0) : to_float(x.values[c]) * gate);
+    for (int c = 0; c < Width; ++c) sums[c] = to_float(x.values[c]) * gate;
+    Elements<Out, Width> y;
+    round_to(y, sums);
     to[i] = y;
   }
 }
@@ -37,9 +60,10 @@ __global__ void __launch_bounds__(kRowThreads) unpermute_kernel(const MoeLaunch 
   using Sum = typename SumOf<Out>::Type;
   const RowGroup group(lanes);
   if (group.row >= p.outputs) return;
-  const int64_t vectors = p.channels / Width, first = group.row * p.top_k;
+  const int64_t first = group.row * p.top_k;
+  const int vectors = int(p.channels / Width);
   auto* to = static_cast<Elements<Out, Width>*>(p.out) + group.row * vectors;
-  for (int64_t i = group.lane; i < vectors; i += lanes) {
+  for (int i = group.lane; i < vectors; i += lanes) {
     Sum sums[Width] = {};
     for (int choice = 0; choice < p.top_k; ++choice) {
       if (p.flags && !p.flags[first + choice]) continue;  // its row 0 may hold inf or nan
@@ -49,8 +73,7 @@ __global__ void __launch_bounds__(kRowThreads) unpermute_kernel(const MoeLaunch 
       for (int c = 0; c < Width; ++c) sums[c] += gate * Sum(to_float(x.values[c]));
     }
     Elements<Out, Width> y;
-#pragma unroll
-    for (int c = 0; c < Width; ++c) from_float(y.values[c], sums[c]);
+    round_to(y, sums);
     to[i] = y;
   }
 }
@@ -59,14 +82,14 @@ template <class T, class Grad, int Width>
 __global__ void __launch_bounds__(kRowThreads) gate_gradient_kernel(const MoeLaunch p, int lanes) {
   using Sum = typename SumOf<T>::Type;
   const RowGroup group(lanes);
-  const int64_t vectors = p.channels / Width;
+  const int vectors = int(p.channels / Width);
   // Every lane stays until the sum over lanes, also those beyond the last pair.
   const bool kept = group.row < p.outputs && (!p.flags || p.flags[group.row]);
   Sum sum = 0;
   if (kept) {
     const auto* rows = static_cast<const Elements<T, Width>*>(p.rows) + p.index[group.row] * vectors;
-    const auto* grads = static_cast<const Elements<Grad, Width>*>(p.grad_out) + group.row / p.top_k * vectors;
-    for (int64_t i = group.lane; i < vectors; i += lanes) {
+    const auto* grads = static_cast<const Elements<Grad, Width>*>(p.grad_out) + quotient(group.row, p.top_k) * vectors;
+    for (int i = group.lane; i < vectors; i += lanes) {
       const auto x = rows[i];
       const auto g = grads[i];
 #pragma unroll
@@ -98,6 +121,7 @@ cudaError_t run_pair(const MoeLaunch& p, cudaStream_t stream) {
   const void* written = kVerb == Verb::kGateGradient ? nullptr : p.out;
   const auto addresses = reinterpret_cast<uintptr_t>(p.rows) | reinterpret_cast<uintptr_t>(p.grad_out) |
                          reinterpret_cast<uintptr_t>(written);
+  if (p.channels > 0x7fffffff) return cudaErrorInvalidValue;  // counted in 32 bits
   const bool whole = p.channels % kWidth == 0 && addresses % 16 == 0;
   return whole ? run_width<kVerb, T, Other, kWidth>(p, stream) : run_width<kVerb, T, Other, 1>(p, stream);
 }

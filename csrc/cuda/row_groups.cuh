@@ -23,9 +23,16 @@ struct RowGroup {
   int lane, lanes;
 
   __device__ __forceinline__ explicit RowGroup(int lanes_)
-      : row((int64_t(blockIdx.x) * kRowThreads + threadIdx.x) / lanes_), lane(threadIdx.x % lanes_), lanes(lanes_) {}
+      : row(int64_t(blockIdx.x) * (unsigned(kRowThreads) / unsigned(lanes_)) + threadIdx.x / unsigned(lanes_)),
+        lane(threadIdx.x % unsigned(lanes_)), lanes(lanes_) {}
 };
 
+// a / b for numbers that are not negative: a device divides 64 bits by a call, and most are smaller.
+__device__ __forceinline__ int64_t quotient(int64_t a, int b) {
+  return a <= 0xffffffffLL ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+}
+
+// A divisor of kRowThreads.
 inline int lanes_for(int64_t vectors) {
   int lanes = 1;
   while (lanes < 32 && lanes < vectors) lanes *= 2;

@@ -48,14 +48,11 @@ struct KeysShared {
   }
 };
 
-// Up to so many tiles of pairs a thread needs no more than 168 registers, so that 12 warps fit a multiprocessor.
-constexpr int kMostWithCompany = 9;
-
 // What a launch of the kernel computes. PairTiles: tiles of queries whose gradients with every key stay in registers
 // from window to window, for the bias; 0 = none, and then any number of queries is streamed. Gradients: of keys and
-// values.
+// values. 12 warps fit a multiprocessor with the 168 registers that a thread needs, but for pairs of long heads.
 template <class S, int PairTiles, bool Gradients>
-__global__ void __launch_bounds__(S::kThreads, PairTiles > kMostWithCompany ? 1 : 12 / S::kWarps)
+__global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2 : 12 / S::kWarps)
     window_backward_keys_kernel(const WindowLaunch p, const Partials partials, const RowStatistics statistics,
                                 int query_ranges, int64_t chunks) {
   using T = typename S::T;

@@ -81,8 +81,9 @@ struct QueryRows {
   }
 };
 
+// Least blocks for a multiprocessor where the compiler would spill to fit one more.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) window_backward_queries_kernel(
+__global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 16 ? 4 : 0) window_backward_queries_kernel(
     const WindowLaunch p, const Partials partials, const RowStatistics statistics, int64_t chunks) {
   using T = typename S::T;
   const WindowGeometry g = known_geometry<S>(p.geometry);

@@ -135,8 +135,9 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[S::kSlices][kTile
   }
 }
 
+// Least blocks for a multiprocessor where the compiler would spill to fit one more.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 48 ? 2 : S::kHeadDim == 16 ? 3 : 0)
     window_backward_whole_kernel(const WindowLaunch p, const Partials partials, int64_t chunks) {
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const BlockTask task(p, 1, chunks);

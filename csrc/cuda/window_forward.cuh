@@ -61,8 +61,10 @@ __device__ __forceinline__ void leave_log_sums(const WindowLaunch& p, const Runn
   }
 }
 
+// Least blocks for a multiprocessor where the compiler would spill to fit one more.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const WindowLaunch p, int64_t chunks) {
+__global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kHeadDim > 48 ? 3 : 0)
+    window_forward_kernel(const WindowLaunch p, int64_t chunks) {
   using T = typename S::T;
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const int tokens = g.tokens(), padded = padded_tokens<S>(tokens), key_blocks = blocks_of(tokens, S::kOthers);
@@ -72,6 +74,7 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
 
+#pragma unroll 1
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, padded);
     const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
@@ -102,13 +105,13 @@ __global__ void __launch_bounds__(S::kThreads) window_forward_kernel(const Windo
       if (block == 0) load_left<S>(queries, shared.queries, warp_row, rule);
       attend<S>(out, softmax, rows, queries, shared.keys + stage, shared.values + stage, first_key);
     }
-    leave_log_sums<S>(p, softmax, (int64_t(window) * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
     // The queries of this warp are in registers by now, so its rows of them take the result.
     __syncwarp();
     write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));
     __syncwarp();
     store_rows<S>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
                   row_source + warp_row, kTile, threadIdx.x % 32, 32);
+    leave_log_sums<S>(p, softmax, (int64_t(window) * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
   }
 }
 
