@@ -44,7 +44,9 @@ def forget_graphs():
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
-@pytest.mark.skipif(not hasattr(dist, "all_gather_single"), reason="inductor before torch 2.13 asks for more of a graph")
+@pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="inductor before torch 2.13 asks for more of a graph"
+)
 @pytest.mark.parametrize(
     "name", [n if n == "digits_swin_moe" else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
 )
