@@ -64,6 +64,11 @@ class AssembledSource(Source):
         self.tensors = {name: _whole(path, name, parts[name]) for name in sorted(parts)}
         self.has_digests = all(file.has_digests for file in self._open)
         self._told: set[str] = set()
+        self.tables: dict[str, Leaf] = {}  # coordinate tables: no parameters, but they tell the windows trained with
+
+    def read_table(self, name: str) -> np.ndarray:
+        """Returns a coordinate table as raw integers."""
+        return _load(self.tables[name], Chunk.whole(self.tables[name].record.shape))
 
     def read(self, name: str, box: Chunk, destination: np.ndarray) -> None:
         """See Source."""

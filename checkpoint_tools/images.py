@@ -9,6 +9,7 @@ from swin_moe.checkpoint.errors import CheckpointError
 # ImageNet's, which every family is trained with (swin_moe/data/transforms.py).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+READING = ("interpolation", "eval_crop", "resize", "exif")  # options of config.data that preprocessing depends on
 CLASSES = "classes"  # entry of state: names by class number
 
 
@@ -76,3 +77,14 @@ def preprocessor(config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, 
         "rescale_factor": found["scale"], "do_normalize": True, "image_mean": found["mean"], "image_std": found["std"],
         "do_convert_rgb": True, **cut,
     }  # fmt: skip
+
+
+def stated_reading(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of config.data that a preprocessor_config.json stands for; {} where it says nothing."""
+    names = {number: name for name, number in _RESAMPLING.items()}
+    reading: dict[str, Any] = {}
+    if preprocessor.get("resample") in names:
+        reading["interpolation"] = names[preprocessor["resample"]]
+    if preprocessor.get("do_resize"):
+        reading["eval_crop"] = bool(preprocessor.get("do_center_crop"))
+    return reading

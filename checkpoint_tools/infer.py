@@ -105,14 +105,20 @@ def _window(shapes: Shapes, buffers: Shapes) -> int:
 
 
 def _image_side(shapes: Shapes, buffers: Shapes) -> int:
-    """Returns the side of a square image in patches; 0 where nothing tells it."""
+    """Returns the side of a square image in patches; 0 where nothing tells it, or what does is of no square."""
     if "absolute_pos_embed" in shapes:
-        return math.isqrt(shapes["absolute_pos_embed"][1])
+        return _exact_root(shapes["absolute_pos_embed"][1])
     for name, shape in sorted(buffers.items()):
         match = re.match(r"layers\.(\d{1,2})\.blocks\.\d{1,4}\.attn_mask$", name)
         if match:
-            return math.isqrt(shape[0] * shape[1]) << int(match[1])
+            return _exact_root(shape[0] * shape[1]) << int(match[1])
     return 0
+
+
+def _exact_root(number: int) -> int:
+    """Returns the square root of a square number, else 0."""
+    root = math.isqrt(number)
+    return root if root * root == number else 0
 
 
 def _infer_moe(shapes: Shapes, stages: int) -> dict[str, Any]:
@@ -133,11 +139,21 @@ def _infer_moe(shapes: Shapes, stages: int) -> dict[str, Any]:
 
 
 def merge_model(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config whose model section agrees with what the tensors are; all else is kept."""
+    """Returns a config whose model section agrees with what the tensors are; all else is kept.
+
+    An image that is stated counts: tensors tell how many tokens it has, and not whether it is a square.
+    """
     model = dict(config.get("model", {}))
+    inferred = {key: value for key, value in inferred.items() if key != "img_size" or not _is_stated(model, value)}
     moe = {**model.get("moe", {}), **inferred.get("moe", {})}
     model |= {key: value for key, value in inferred.items() if key != "moe"}
     return {**config, "model": model | ({"moe": moe} if moe else {})}
+
+
+def _is_stated(model: Mapping[str, Any], found: list[int]) -> bool:
+    """Returns whether a model section names an image of as many pixels as the square that was found."""
+    stated = model.get("img_size")
+    return isinstance(stated, list | tuple) and len(stated) == 2 and math.prod(stated) == math.prod(found)
 
 
 def known_step(step: int | None, options: Options) -> tuple[int, bool]:

@@ -12,10 +12,11 @@ from checkpoint_tools.official_state import Moments, native_config, read_moments
 from checkpoint_tools.plain_read import sizes_of
 from checkpoint_tools.record_file import RecordFile, TensorRecord
 from checkpoint_tools.rules import FROM_OFFICIAL, Place, Rule, check_ours, to_ours
-from checkpoint_tools.source import Options, Source
-from checkpoint_tools.state_dict_files import Weights, find_weights, state_dict
+from checkpoint_tools.source import Options
+from checkpoint_tools.state_dict_files import find_weights, state_dict
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
+from swin_moe.state_dict_names import Weights
 
 Model = dict[str, TensorRecord]
 Rules = tuple[Rule, ...]
@@ -30,13 +31,11 @@ def assemble(
     *,
     rules: Rules = FROM_OFFICIAL,
     optimizer: bool = True,
-    config: dict[str, Any] | None = None,
-) -> Source:
+) -> AssembledSource:
     """Returns the source that the files of all ranks make, with what only `shared` holds.
 
     Args:
         optimizer: Whether its state is read; only of files with the official key "model".
-        config: What the network is, where that does not stand in the first file as the official code writes it.
 
     Raises:
         CheckpointError: A tensor is missing on some rank, has another shape than its layout says, or experts are lost.
@@ -64,10 +63,7 @@ def assemble(
         newest = newest._replace(step=step)
     first = ranks[0]
     content = first.content if isinstance(first.content, dict) else {}
-    if config is None:
-        config = native_config(content, inferred, first.path, options, world=len(ranks))
-    else:
-        config = merge_model(config, inferred)
+    config = native_config(content, inferred, first.path, options, world=len(ranks))
     config = merge_model(config, given_sizes(options.extra)) if inferred else config
     source = AssembledSource(
         form,
@@ -80,6 +76,7 @@ def assemble(
         provenance={"source": {"format": form, "files": len(ranks) + (shared is not None)}},
     )
     source.step_unknown = unknown
+    source.tables = {n: Leaf(first, r) for n, r in models[0].items() if n.endswith("relative_coords_table")}
     return source
 
 

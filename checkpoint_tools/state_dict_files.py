@@ -1,9 +1,9 @@
 """Files that hold one state dict: read from torch.save or safetensors files, written to either by the path's ending."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,32 +13,11 @@ from checkpoint_tools.safetensors_file import SafetensorsFile
 from checkpoint_tools.source import Options
 from checkpoint_tools.torch_file import TorchFile
 from checkpoint_tools.torch_writer import NewTensor, num_bytes, write_torch
+from swin_moe import state_dict_names
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.checkpoint.plan import encode_header
-
-# Under which key training loops keep the weights, and what wrappers of modules put before names.
-_WRAPPERS = ("model", "state_dict", "module", "model_state", "model_state_dict", "net", "network", "weights")
-_PREFIXES = ("module.", "backbone.", "model.", "net.", "network.")
-_INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
-_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
-# The tensor that every network of ours has, here and in transformers: what stands before its name is a prefix.
-_FIRST = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-_OWN_PREFIXES = ("", "encoder.", "encoder_k.", "swin.", "swinv2.")  # which the rules of formats take off
-
-
-class Weights(NamedTuple):
-    """The tensors of a file by name, and what was taken off to find them."""
-
-    records: dict[str, TensorRecord]
-    wrapper: str = ""  # key of the content
-    taken: tuple[str, ...] = ()  # prefixes
-
-    @property
-    def note(self) -> str:
-        """What a user should know of it; "" where the file is as the official code writes it."""
-        parts = [f"the key {self.wrapper!r}"] if self.wrapper not in ("", "model") else []
-        return " and ".join([*parts, *(f"the prefix {prefix!r}" for prefix in self.taken)])
+from swin_moe.state_dict_names import Weights, unknown_prefix
 
 
 def open_file(path: Path, files: OpenFiles | None = None) -> TorchFile | SafetensorsFile:
@@ -69,66 +48,18 @@ def state_dict(content: Any, path: Path) -> dict[str, TensorRecord]:
     return find_weights(content, path).records
 
 
-def find_weights(content: Any, path: Path) -> Weights:
-    """Returns the tensors of a file: the file itself, or what a training loop wrapped in "model", "state_dict", ...
-
-    Known prefixes of wrapped modules are taken off.
+def find_weights(content: Any, path: Path) -> Weights[TensorRecord]:
+    """Returns the tensors of a file; see state_dict_names.find_weights.
 
     Raises:
         CheckpointError: It holds something else; names it.
     """
-    wrapped, wrapper = content, ""
-    if isinstance(content, dict):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), "")
-        wrapped = content[wrapper] if wrapper else content
-    if not isinstance(wrapped, dict) or not wrapped:
-        raise CheckpointError(f"{path}: holds no state dict")
-    found = {}
-    for name, value in wrapped.items():
-        # Tutel's gather stores the number of experts as a plain number.
-        if isinstance(value, TensorRecord):
-            found[str(name)] = value
-        elif not (isinstance(value, int) and str(name).endswith("_num_global_experts")):
-            raise CheckpointError(f"{path}: {_strange(wrapped, str(name)[:100], value)}")
-    return _unwrapped(found, wrapper, path)
-
-
-def _strange(content: dict, name: str, value: Any) -> str:
-    """Returns why a dict with this entry is no state dict."""
-    inner = next((k for k, v in content.items() if isinstance(v, dict) and _holds_tensors(v)), None)
-    if inner is None:
-        return f"{name!r} is a {type(value).__name__}, not a tensor"
-    return f"holds tensors under the key {str(inner)[:100]!r}; known are {', '.join(_WRAPPERS)}"
-
-
-def _holds_tensors(content: dict) -> bool:
-    return any(isinstance(value, TensorRecord) for value in content.values())
-
-
-def _unwrapped(found: dict[str, TensorRecord], wrapper: str, path: Path) -> Weights:
-    """Returns the weights under their names without known prefixes."""
-    taken = [prefix for prefix in _INNER if any(prefix in name for name in found)]
-    plain = {name: name for name in found if name not in _COUNTERS}
-    for prefix in taken:
-        plain = {name: short.replace(prefix, "") for name, short in plain.items()}
-    start, rest = "", first_prefix(plain.values()) or ""
-    while prefix := next((p for p in _PREFIXES if rest.startswith(p)), ""):
-        start, rest = start + prefix, rest.removeprefix(prefix)
-    if start:
-        taken.append(start)
-    records: dict[str, TensorRecord] = {}
-    for name, short in plain.items():
-        short = short.removeprefix(start)
-        if short in records:
-            raise CheckpointError(f"{path}: two tensors stand for {short}, one of them {name[:100]}")
-        records[short] = found[name]
-    return Weights(records, wrapper, tuple(taken))
-
-
-def first_prefix(names: Iterable[str]) -> str | None:
-    """Returns what stands before the names of a Swin network's tensors; None where it has none of them."""
-    starts = (name.removesuffix(first) for name in names for first in _FIRST if name.endswith(first))
-    return min(starts, key=len, default=None)
+    try:
+        found = state_dict_names.find_weights(content, lambda value: isinstance(value, TensorRecord))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    records = {name: record for name, record in found.records.items() if isinstance(record, TensorRecord)}
+    return found._replace(records=records)
 
 
 def peek(path: Path) -> frozenset[str]:
@@ -164,9 +95,8 @@ def why_unknown(path: Path) -> str:
     file = open_file(path)
     file.files.close()
     names = sorted(find_weights(file.content, path).records)
-    start = first_prefix(names)
-    if start not in (None, *_OWN_PREFIXES):
-        return f"its tensors have the prefix {start!r}; known are {', '.join((*_PREFIXES, *_INNER))}"
+    if clause := unknown_prefix(names):
+        return clause
     shown = ", ".join(name[:60] for name in names[:3])
     return f"its {len(names)} tensors ({shown}, ...) are no Swin network's" if names else "it holds no tensors"
 

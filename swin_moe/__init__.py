@@ -8,9 +8,10 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that tools which need no torch do not load it.
 _EXPORTS = {
-    "create_model": "swin_moe.models.build:create_model",
+    "load": "swin_moe.pretrained:load",
+    "create_model": "swin_moe.pretrained:create_model",
     "build_model": "swin_moe.models.build:build_model",
-    "load_official": "swin_moe.models.official:load_official",
+    "load_official": "swin_moe.pretrained:load_official",
     "parallelize": "swin_moe.parallel.apply:parallelize",
 }
 __all__ = ["__version__", *_EXPORTS]

@@ -49,6 +49,7 @@ class DataConfig:
     erase_count: int = 1
     eval_crop: bool = True  # resize to 256/224 of the image size, then centre crop; False = resize to the size
     resize: bool = True  # False: images have the model's size; training crops them out of a black border of 4 pixels
+    exif: bool = False  # turn images as their EXIF orientation says; torchvision, so the official code, does not
     synthetic_samples: int = 10_000  # training images of the synthetic data set
     cache: bool = True  # keep decoded images of the digits in memory
 

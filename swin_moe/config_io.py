@@ -77,6 +77,15 @@ def config_from_tree(tree: dict, *, source: str) -> Config:
         raise ValueError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
 
 
+def typed_tree(tree: dict, *, source: str) -> dict:
+    """Returns nested values of options in their fields' types; raises ValueError with source, key and what is allowed.
+
+    Args:
+        source: What the tree came from, for errors.
+    """
+    return _coerce_tree(tree, Config, source=source)
+
+
 def dump_config(config: Config, path: str | Path) -> None:
     """Writes every option as YAML that load_config reads back equal."""
     _check_config(config)

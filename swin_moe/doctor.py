@@ -68,6 +68,7 @@ def python_lines() -> Iterator[Line]:
 def package_lines() -> Iterator[Line]:
     """Yields every required and optional package with its version."""
     from swin_moe.data.torchvision_compat import import_torchvision
+    from swin_moe.data.torchvision_site import NAME, MissingOperators
 
     try:
         requirements = importlib.metadata.requires("swin-moe") or []
@@ -75,6 +76,9 @@ def package_lines() -> Iterator[Line]:
         yield None, "packages", "swin-moe is not installed (pip install -e .), so its requirements are not known"
         return
     import_torchvision()  # beside a CPU torch it, and with it timm, imports only with our help
+    if MissingOperators.library is not None and NAME not in sys.modules:
+        remedy = "your own scripts import it after python -m swin_moe.data.torchvision_site"
+        yield None, "torchvision", f"was built for another torch; {remedy}"
     for requirement in requirements:
         name = re.match(r"[\w.-]+", requirement)[0]
         extra = re.search(r"extra == ['\"](.+?)['\"]", requirement)

@@ -12,7 +12,8 @@ from swin_moe.weights import load_weights, stored_classes
 
 USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
 
-PATH is a checkpoint directory of this system, a run directory (newest checkpoint), or an official .pth file.
+PATH is a checkpoint directory of this system, a run directory (newest checkpoint), or weights of any format that
+`swin-moe checkpoint convert` reads: official, timm or transformers files, rank files by their path without .rank0, ...
 Every sample counts once, whatever the batch size or number of ranks."""
 
 

@@ -155,7 +155,7 @@ def _draw_images(
     transform = build_transform(config.data, config.model.img_size, train=False)
     targets = _picture_paths(names, directory)
     for name, target in zip(names, targets):
-        pixels = transform(decode(Path(name).read_bytes(), name), 0)
+        pixels = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0)
         _forward(session, model, pixels[None])
         maps = recorder.patch_maps(0)
         draw_patches(_to_rgb(pixels), maps, recorder.num_experts).save(target)

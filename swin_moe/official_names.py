@@ -3,6 +3,8 @@
 Facts: microsoft/Swin-Transformer, models/*.py; microsoft/Tutel, tutel/impls/moe_layer.py.
 """
 
+from collections.abc import Iterable
+
 # Official -> ours, (pattern, replacement); every rule is applied, in this order.
 RENAMED = (
     (r"rpe_mlp", "cpb_mlp"),
@@ -18,6 +20,28 @@ DROPPED = (
     (r"\b_num_global_experts$", "checked against the model"),
 )
 SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)
-# What belongs to a task and not to the backbone: another task starts its own.
-TASK_PARTS = r"^(mask_token$|decoder\.|head\.|projector\.|predictor\.|queue[12]$)"
+# What belongs to a task and stands in the backbone or under its names: another task starts its own.
+TASK_PARTS = r"^(mask_token$|head\.)"
 PRETRAINING_DROPPED = (*SIMMIM_DROPPED, (r"^(projector|predictor)\.|^queue[12]$|^momentum_", "only for pre-training"))
+BACKBONE = "encoder."  # before the backbone's names in a network that has more than a backbone
+OUTSIDE = "/"  # before the key of what stands beside the backbone there, whose names may be the backbone's own
+_MOMENTUM = "momentum_"  # before the names of networks that follow others
+
+
+def is_wrapped(names: Iterable[str]) -> bool:
+    """Returns whether parameters of these names are of a network that has its backbone as `encoder`."""
+    return any(name.startswith(BACKBONE) for name in names)
+
+
+def weight_key(name: str, *, wrapped: bool) -> str:
+    """Returns what a parameter is matched by: its name in the backbone, or OUTSIDE and its name beside one.
+
+    Momentum networks have the keys of what they follow.
+
+    Args:
+        wrapped: is_wrapped of the network, or file, that the name is from.
+    """
+    followed = name.removeprefix(_MOMENTUM)
+    if not wrapped:
+        return followed
+    return followed.removeprefix(BACKBONE) if followed.startswith(BACKBONE) else OUTSIDE + followed

@@ -15,7 +15,8 @@ from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.precision import autocast
 from swin_moe.session import Session, build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weights import is_torch_file, load_weights, stored_classes
+from swin_moe.weight_sources import is_own
+from swin_moe.weights import load_weights, stored_classes
 
 USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] [--top N] [--json] [--names FILE]
        IMAGE|FOLDER ...
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     dtype = next(model.parameters()).dtype
     model.eval()
     for name in images:
-        image = transform(decode(Path(name).read_bytes(), name), 0).to(session.device, dtype)
+        image = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0).to(session.device, dtype)
         with torch.inference_mode(), autocast(config.engine.precision, session.device):
             output = model(image[None])
         logits = output[0] if isinstance(output, tuple) else output
@@ -113,7 +114,7 @@ def _class_names(session: Session, file: str) -> Sequence[str]:
             raise ValueError(f"--names {file} has {len(names)} names, the network {outputs} outputs")
         return names
     names = stored_classes(session)
-    if not names and not is_torch_file(config.checkpoint.load):
+    if not names and (not config.checkpoint.load or is_own(Path(config.checkpoint.load))):
         with contextlib.suppress(ValueError):  # a checkpoint of an older version, away from its data: numbers
             names = build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=outputs).classes
     return tuple(names) + tuple(str(label) for label in range(len(names), outputs))

@@ -30,8 +30,9 @@ from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
 from swin_moe.parallel.tune import tune
+from swin_moe.registry import lookup
 from swin_moe.run_state import STOPPED, Stopped
-from swin_moe.tasks.base import Task, build_task
+from swin_moe.tasks.base import TASKS, Task, build_task
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
 _BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
@@ -135,7 +136,8 @@ def default_threads() -> int:
 def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError where a world of this many ranks cannot run the config; pure arithmetic, starts nothing."""
     config.check(world_size)
-    check_engine(config, world_size)
+    task = lookup(TASKS, config.task.name, key="task.name")
+    check_engine(config, world_size, changes_weights=task.changes_weights)
     Degrees.resolve(*layout_of(config), world_size)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from swin_moe.checkpoint import Piece, find_checkpoint, resolve, together
+from swin_moe.checkpoint import Piece, resolve, together
 from swin_moe.config import ModelConfig
 from swin_moe.config_io import load_config
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -26,7 +26,8 @@ from swin_moe.models.swin import Block
 from swin_moe.parallel.sharding import sub_chunk
 from swin_moe.session import Session
 from swin_moe.tasks.base import Teacher
-from swin_moe.weights import OfficialFile, OwnCheckpoint, fill_pieces, is_torch_file, why_refused
+from swin_moe.weight_sources import open_weights
+from swin_moe.weights import fill_pieces, why_refused
 
 _TIMM = "timm:"
 
@@ -117,11 +118,7 @@ def _load_ours(session: Session) -> tuple[Teacher, str]:
     pieces = [_piece(name, shapes[name], p) for name, p in network.named_parameters()]
 
     def fill() -> str:
-        source = (
-            OfficialFile(Path(task.teacher), key="task.teacher")
-            if is_torch_file(task.teacher)
-            else OwnCheckpoint(find_checkpoint(task.teacher, key="task.teacher"))
-        )
+        source = open_weights(task.teacher, key="task.teacher")
         return f"{source.description}: {fill_pieces(source, pieces, network.encoder, shapes)}"
 
     report = together(resolve(session.groups.world), fill)
@@ -134,7 +131,7 @@ def _model_config(source: str, named: str) -> ModelConfig:
     """Returns the teacher's network: of the config named, or as its checkpoint tells."""
     if named:
         return load_config(named).model
-    found = OwnCheckpoint(find_checkpoint(source, key="task.teacher")).model_config()
+    found = open_weights(source, key="task.teacher").model_config()
     if found is None:
         raise ValueError(f"task.teacher={source} does not tell its network; set task.teacher_model to its config")
     return found

@@ -1,126 +1,31 @@
 """Weights from elsewhere: to evaluate and predict with, or for a new run to begin with.
 
-A source is a checkpoint of this system, of any task and in any layout, or an official file. Every rank reads only what
-it holds, except of tensors that have to be changed to fit (bias tables of another window, class heads).
+A source is a checkpoint of this system, of any task and in any layout, or whatever else checkpoint_tools reads
+(weight_sources.py). Every rank reads only what it holds, except of tensors that have to be changed to fit (bias tables
+of another window, class heads).
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, find_latest, load, resolve, together
+from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, find_latest, resolve, together
 from swin_moe.config import ModelConfig
-from swin_moe.config_io import config_from_tree
 from swin_moe.engine.base import Engine
-from swin_moe.layout import Chunk
 from swin_moe.models.attention import stage_geometry
-from swin_moe.models.official import LoadReport, fit_weights, unwrap
+from swin_moe.models.official import LoadReport, fit_weights
+from swin_moe.official_names import is_wrapped, weight_key
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.session import Session
+from swin_moe.weight_sources import Source, is_own, open_weights
 
 _AVERAGE = "ema/"
 _NAMES_SHOWN = 160  # characters
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class Source(Protocol):
-    """Named global tensors that are read in parts."""
-
-    description: str
-
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Returns every tensor by name; one of the shape wanted may be on meta, and is then read by `fill`.
-
-        shapes: Global shapes wanted, by name without "encoder.".
-        """
-
-    def fill(self, pieces: list[Piece]) -> None:
-        """Fills pieces, whose names are those of the network's parameters, from tensors that were on meta."""
-
-    def model_config(self) -> ModelConfig | None:
-        """Returns the network the weights were trained in, where the source tells."""
-
-
-class OwnCheckpoint:
-    """A checkpoint of this system; averaged weights (EMA) are taken where it has them."""
-
-    def __init__(self, path: Path) -> None:
-        self.index = Index.read(path)
-        # Momentum networks follow the online ones, so a new run's begin where those do.
-        other = ("optim.", "master/", "momentum_", _AVERAGE)
-        names = [name for name in self.index.tensors if not name.startswith(other)]
-        averaged = {name for name in names if _AVERAGE + name in self.index.tensors}
-        self._stored = {name: _AVERAGE + name if name in averaged else name for name in names}
-        self._by_inner_name = {inner_name(name): stored for name, stored in self._stored.items()}
-        task = self.index.config.get("task", {}).get("name", "?")
-        self.description = f"{path} (task {task}, step {self.index.step}, {len(averaged)} of {len(names)} averaged)"
-
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """See Source."""
-        found = {}
-        for name, stored in self._stored.items():
-            tensor = self.index.tensors[stored]
-            dtype = _DTYPES.get(tensor.dtype, torch.int64)
-            wanted = shapes.get(inner_name(name))
-            changes = wanted is not None and wanted != tensor.shape and dtype.is_floating_point
-            value = torch.empty(tensor.shape, dtype=dtype, device="cpu" if changes else "meta")
-            if changes:
-                whole = Chunk((0,) * value.ndim, tuple(value.shape))
-                load(self.index.path, [Piece(stored, tensor.shape, value.dtype, whole, value)])
-            found[name] = value
-        return found
-
-    def fill(self, pieces: list[Piece]) -> None:
-        """See Source."""
-        renamed = [dataclasses.replace(p, name=self._by_inner_name[inner_name(p.name)]) for p in pieces]
-        load(self.index.path, renamed, convert=True)
-
-    def model_config(self) -> ModelConfig | None:
-        """See Source."""
-        model = self.index.config.get("model")
-        return config_from_tree({"model": model}, source=str(self.index.path)).model if model else None
-
-
-class OfficialFile:
-    """An official .pth file, dense or with all experts; mapped into memory, so that a rank reads what it uses."""
-
-    def __init__(self, path: Path, *, key: str) -> None:
-        if not path.is_file():
-            raise ValueError(f"{key}={path}: no such file")
-        self.description = str(path)
-        self._tensors = unwrap(read_torch_file(path, key=key))
-
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """See Source."""
-        return self._tensors
-
-    def fill(self, pieces: list[Piece]) -> None:
-        """See Source. Nothing was on meta."""
-        assert not pieces
-
-    def model_config(self) -> ModelConfig | None:
-        """See Source. Official files hold buffers that tell what matters (models/official.py)."""
-        return None
-
-
-def read_torch_file(path: Path, *, key: str) -> Any:
-    """Returns the content of a torch file of plain tensors; its pickled config would be refused.
-
-    Raises:
-        ValueError: It holds anything else, or is no torch file.
-    """
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds; all mean that the file is not plain tensors
-        raise ValueError(f"{key}={path} cannot be read as plain tensors: {why_refused(error)}") from error
 
 
 def why_refused(error: Exception) -> str:
@@ -147,12 +52,34 @@ def load_weights(model: nn.Module, session: Session) -> str:
     source = session.config.checkpoint.load
     layout = parameter_layout(model, session.groups)
     pieces = [Piece(n, layout[n][0], p.dtype, layout[n][1], p.detach()) for n, p in model.named_parameters()]
-    if is_torch_file(source):
-        opened = OfficialFile(Path(source), key="checkpoint.load")
-        report = fill_pieces(opened, pieces, backbone_of(model), {n: shape for n, (shape, _) in layout.items()})
-        return f"{opened.description}: {report}"
-    manager = CheckpointManager(session.directory / "checkpoints", group=session.groups.world)
-    return manager.load_parameters(pieces, source=source)
+    if source and not is_own(Path(source)):
+        shapes = {n: shape for n, (shape, _) in layout.items()}
+
+        def fill() -> str:
+            opened = open_weights(source, key="checkpoint.load")
+            report = fill_pieces(opened, pieces, backbone_of(model), shapes, same_classes=True)
+            return f"{opened.description}: {report}"
+
+        return together(resolve(session.groups.world), fill)
+    folder = session.directory / "checkpoints"
+    path = find_checkpoint(source, key="checkpoint.load") if source else find_latest(folder)
+    if path is not None:
+        _check_positions(path, backbone_of(model))
+    return CheckpointManager(folder, group=session.groups.world).load_parameters(pieces, source=source)
+
+
+def _check_positions(path: Path, backbone: nn.Module) -> None:
+    """Raises ValueError where absolute positions are as many as the model's, but of an image of another shape."""
+    trained = open_weights(path, key="checkpoint.load").model_config()
+    if trained is None or not trained.ape or not hasattr(backbone, "absolute_pos_embed"):
+        return
+    there, here = stage_geometry(trained, 0).resolution, backbone.grid
+    if there != here and math.prod(there) == math.prod(here):
+        height, width = trained.img_size
+        raise ValueError(
+            f"{path}: its absolute positions are of {there[0]} x {there[1]} tokens, the model has {here[0]} x "
+            f"{here[1]}; set model.img_size=[{height},{width}]"
+        )
 
 
 def stored_classes(session: Session) -> tuple[str, ...]:
@@ -161,10 +88,9 @@ def stored_classes(session: Session) -> tuple[str, ...]:
     Official files and checkpoints of older versions have none.
     """
     source = session.config.checkpoint.load
-    if is_torch_file(source):
-        return ()
-    folder = session.directory / "checkpoints"
-    path = find_checkpoint(source, key="checkpoint.load") if source else find_latest(folder)
+    if source:
+        return open_weights(source, key="checkpoint.load").classes
+    path = find_latest(session.directory / "checkpoints")
     return () if path is None else tuple(Index.read(path).state.get("classes", ()))
 
 
@@ -174,23 +100,17 @@ def start_from(source: str, engine: Engine, session: Session) -> str:
     Every rank calls it.
 
     Args:
-        source: A checkpoint or run directory of any task, or an official .pth file.
+        source: See weight_sources.open_weights.
 
     Raises:
         CheckpointError: On every rank: it cannot be read, or does not fit the network.
     """
 
     def fill() -> str:
-        file = is_torch_file(source)
-        opened = (
-            OfficialFile(Path(source), key="checkpoint.init")
-            if file
-            else OwnCheckpoint(find_checkpoint(source, key="checkpoint.init"))
-        )
+        opened = open_weights(source, key="checkpoint.init")
         shapes = {name: shape for name, (shape, _) in engine.layout.items()}
         backbone = backbone_of(engine.local_model)
         report = fill_pieces(opened, engine.pieces(), backbone, shapes, own_parts=True)
-        report.notes += window_notes(opened.model_config(), backbone)
         return f"{opened.description}: {report}"
 
     text = together(resolve(session.groups.world), fill)
@@ -205,28 +125,39 @@ def fill_pieces(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     own_parts: bool = False,
+    same_classes: bool = False,
 ) -> LoadReport:
     """Returns the report of filling parameters and averages among `pieces`; changes nothing if something does not fit.
 
     Args:
         shapes: Global shapes of the network's parameters by name.
-        own_parts: See fit_weights.
+        own_parts, same_classes: See fit_weights.
     """
-    inner_shapes = {inner_name(name): tuple(shape) for name, shape in shapes.items()}
-    values, report = fit_weights(backbone, source.tensors(inner_shapes), inner_shapes, own_parts=own_parts)
+    wrapped, trained = is_wrapped(shapes), source.model_config()
+    key_shapes = {weight_key(name, wrapped=wrapped): tuple(shape) for name, shape in shapes.items()}
+    grid = trained and stage_geometry(trained, 0).resolution
+    other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
+    tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
+    values, report = fit_weights(
+        backbone, tensors, key_shapes, own_parts=own_parts, same_classes=same_classes, grid=grid
+    )
     direct = []
     for piece in pieces:
         name = piece.name.removeprefix(_AVERAGE)
-        value = values.get(inner_name(name))
+        key = weight_key(name, wrapped=wrapped)
+        value = values.get(key)
         if name not in shapes or value is None or not piece.chunk.numel:
             continue
         if value.is_meta:
-            direct.append(dataclasses.replace(piece, name=name))
+            direct.append(dataclasses.replace(piece, name=key))
             continue
         box = tuple(slice(o, o + n) for o, n in zip(piece.chunk.offset, piece.chunk.size))
         with torch.no_grad():
             piece.tensor.copy_(value[box])
     source.fill(direct)
+    report.notes += source.notes
+    if not source.has_tables:
+        report.notes += window_notes(trained, backbone)
     return report
 
 
@@ -250,13 +181,3 @@ def window_notes(trained: ModelConfig | None, backbone: nn.Module) -> list[str]:
 def backbone_of(model: nn.Module) -> nn.Module:
     """Returns the SwinTransformer in a task's network."""
     return getattr(model, "encoder", model)
-
-
-def inner_name(name: str) -> str:
-    """Returns a parameter's name in the backbone, or in a head; momentum networks have those of what they follow."""
-    return name.removeprefix("momentum_").removeprefix("encoder.")
-
-
-def is_torch_file(source: str) -> bool:
-    """Returns whether a source is a file of torch's, by its name."""
-    return source.endswith((".pth", ".pt"))

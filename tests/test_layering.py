@@ -12,17 +12,17 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 # Lowest first; a unit (module or sub-package of swin_moe) imports only units of rows above its own.
 LAYERS = (
     ("arguments", "config_checks", "run_state", "run_folder"),
-    ("layout", "registry", "choice_cache", "config", "randomness", "official_names"),
+    ("layout", "registry", "choice_cache", "config", "randomness", "official_names", "state_dict_names"),
     ("config_official", "yaml_files"),
     ("config_io",),
     ("ops",),
     ("moe",),
     ("models", "parallel"),
     ("data", "optim", "checkpoint", "metrics", "expert_load", "routing_pictures"),
-    ("engine", "tasks", "planner", "run_identity"),
+    ("engine", "tasks", "planner", "run_identity", "weight_sources"),
     ("session",),
     ("summary", "weights", "step_records"),
-    ("teacher",),
+    ("teacher", "pretrained"),
     ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),
@@ -32,13 +32,16 @@ LAYERS = (
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
 # swin_moe modules that checkpoint_tools may use; prefixes.
 TOOLS_MAY_IMPORT = (
-    "arguments", "layout", "registry", "config", "config_io", "config_official", "official_names", "checkpoint",
+    "arguments", "layout", "registry", "config", "config_io", "config_official", "official_names", "state_dict_names",
+    "checkpoint",
     "parallel.sharding",
 )  # fmt: skip
 # What single tools need beyond that: they build a network, so they load torch, when they are chosen.
 TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.export_program": ("models", "moe")}
 # Programs may start as a rank of plain mpirun, so they call launcher.mpi; nothing else knows the launcher.
 ENTRY_POINTS = ("session", "cli", "doctor")
+# What reads files of other programs asks checkpoint_tools, through one module; that imports lower rows only.
+READERS = {"weight_sources": "checkpoint_tools.weights"}
 OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "launcher"}
 
 MAX_FILE_LINES = 400
@@ -100,8 +103,16 @@ def test_swin_moe_imports_only_lower_layers(path):
 def test_swin_moe_imports_optional_packages_lazily(path):
     at_import = {module.split(".")[0] for module in imports(path, whole=False)} & OPTIONAL
     assert not at_import, f"{name_of(path)} imports {at_import} at module level; import it where it is chosen"
-    others = {module.split(".")[0] for module in imports(path)}
-    assert not others & {"launcher", "checkpoint_tools"} or unit_of(name_of(path)) in ENTRY_POINTS
+    unit = unit_of(name_of(path))
+    others = {module for module in imports(path) if module.split(".")[0] in ("launcher", "checkpoint_tools")}
+    door = READERS.get(unit, "launcher or checkpoint_tools")
+    assert unit in ENTRY_POINTS or all(module.startswith(f"{door}.") or module == door for module in others)
+
+
+@pytest.mark.parametrize("unit", READERS)
+def test_tools_import_nothing_above_what_reads_through_them(unit):
+    used = {name.partition(".")[0] for name in TOOLS_MAY_IMPORT}
+    assert all(ROW[name] < ROW[unit] for name in used)
 
 
 @pytest.mark.parametrize("path", sources("launcher"), ids=name_of)

@@ -99,8 +99,11 @@ def check_settings(options: Options) -> None:
         raise ValueError(f"--set {unknown[0]} is unknown; allowed: {', '.join(SETTINGS)}")
 
 
-def find_format(path: Path) -> str:
+def find_format(path: Path, *, advice: bool = True) -> str:
     """Returns the name of the format that recognizes `path`.
+
+    Args:
+        advice: Whether an error names --from, which only the verbs have.
 
     Raises:
         CheckpointError: None does; says what the path is instead, and what to give.
@@ -113,7 +116,8 @@ def find_format(path: Path) -> str:
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist")
     kind = why_unknown(path) if path.is_file() else "is no checkpoint of a known format"
-    raise CheckpointError(f"{path}: {kind}; name one with --from ({', '.join(FORMATS)})")
+    remedy = f"; name one with --from ({', '.join(FORMATS)})" if advice else ""
+    raise CheckpointError(f"{path}: {kind}{remedy}")
 
 
 # A file of a checkpoint of many: what its name matches -> what shows that its directory is one.

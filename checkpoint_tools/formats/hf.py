@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.assembled import AssembledSource
-from checkpoint_tools.images import CLASSES, labels, named_classes, preprocessor
+from checkpoint_tools.images import CLASSES, labels, named_classes, preprocessor, stated_reading
 from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.plain_read import place_records, sizes_of
 from checkpoint_tools.plain_write import plain_tensors
@@ -46,12 +46,13 @@ def open_hf(path: Path, options: Options) -> Source:
         raise CheckpointError(f"{path}: has absolute positions with one row more than patches, which no other Swin has")
     second = any(name.endswith("attention.self.logit_scale") for name in records)
     parts = place_records(path, records, FROM_HF_V2 if second else FROM_HF)
-    given = _options(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    given, reading = _options(folder), stated_reading(_options(folder, PREPROCESSOR))
     stated = {ours: given[key] for key, ours in _SHARED.items() if key in given}
     stated |= {key: [stated[key]] * 2 for key in _PAIRS if isinstance(stated.get(key), int)}
     buffers = {name: record.shape for name, (_, record) in records.items()}
     inferred = infer_model(path, sizes_of(parts), buffers) | given_sizes(options.extra)
-    config = merge_model({"model": stated}, inferred)
+    config = merge_model({"model": stated, **({"data": reading} if reading else {})}, inferred)
     names = named_classes(given)
     state = {CLASSES: names} if names else {}
     provenance = {"source": {"format": "hf"}}
@@ -100,9 +101,9 @@ def _config(source: Source, network: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _options(directory: Path) -> dict[str, Any]:
-    """Returns config.json of a directory; {} where there is none that can be read."""
-    path = directory / CONFIG
+def _options(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+    """Returns config.json of a directory, or another such file; {} where there is none that can be read."""
+    path = directory / name
     try:
         content = json.loads(path.read_text()) if path.is_file() and path.stat().st_size < MAX_BYTES else {}
     except (OSError, ValueError, RecursionError):

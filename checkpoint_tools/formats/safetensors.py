@@ -1,17 +1,21 @@
 """What `export --to safetensors` writes: parameters under our names, and beside them what the network is.
 
-The text `swin_moe` in the file's metadata is JSON: `config` (its section model), `step`, and `classes` where they are
-known. A file without it, which may be anyone's, is read as official, fairscale, timm or hf by its names.
+The text `swin_moe` in the file's metadata is JSON: `config` (its section model, and of data how an image becomes the
+network's input), `step`, and `classes` where they are known. A file without it, which may be anyone's, is read as
+official, fairscale, timm or hf by its names.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.official_read import assemble
+from checkpoint_tools.assembled import AssembledSource, Leaf, Part
+from checkpoint_tools.images import READING
+from checkpoint_tools.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.source import Options, Source
 from checkpoint_tools.state_dict_files import is_safetensors, open_file
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.layout import Chunk
 
 KEY = "swin_moe"
 
@@ -31,17 +35,25 @@ def detect(path: Path) -> bool:
 def open_safetensors(path: Path, options: Options) -> Source:
     """Returns the checkpoint in the file `path`; see formats/__init__.py."""
     file = open_file(path)
-    config = described(file.metadata, path)
-    source = assemble("safetensors", path, [file], None, options, optimizer=False, config=config)
-    known = _content(file.metadata, path)
-    source.step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
-    source.state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
-    return source
+    config, known = described(file.metadata, path), _content(file.metadata, path)
+    # Names are ours, also those of tasks that the formats of others know nothing of.
+    parts = {name: [Part(Chunk.whole(record.shape), (Leaf(file, record),))] for name, record in file.content.items()}
+    sizes = {name.removeprefix("encoder."): record.shape for name, record in file.content.items()}
+    inferred = infer_model(path, sizes)
+    config = merge_model(config, inferred | given_sizes(options.extra)) if inferred else config
+    step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
+    state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
+    provenance = {"source": {"format": "safetensors", "files": 1}}
+    return AssembledSource(
+        "safetensors", path, parts, options, step=step, state=state, config=config, provenance=provenance
+    )
 
 
 def describe(source: Source) -> dict[str, str]:
     """Returns the metadata that says what a source's network is."""
     content: dict[str, Any] = {"config": {key: source.config[key] for key in ("model",) if key in source.config}}
+    reading = {key: value for key, value in source.config.get("data", {}).items() if key in READING}
+    content["config"] |= {"data": reading} if reading else {}
     content["step"] = source.step
     if "classes" in source.state:
         content["classes"] = source.state["classes"]
@@ -55,7 +67,7 @@ def described(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         CheckpointError: It is none.
     """
     config = _content(metadata, path).get("config", {})
-    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+    if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in ("model", "data")):
         raise CheckpointError(f"{path}: its metadata {KEY!r} holds no config")
     return config
 

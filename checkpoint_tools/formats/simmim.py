@@ -6,6 +6,7 @@ Files of MoBY have the prefix too: of them the encoder is read.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from checkpoint_tools.formats.official import publish_content
@@ -28,13 +29,18 @@ def open_simmim(path: Path, options: Options) -> Source:
     if kept not in ("strip", "keep"):
         raise CheckpointError(f"--set encoder must be strip or keep, got {kept!r}")
     file = open_file(path)
-    if not any(re.search(MOBY_PARTS, name) for name in state_dict(file.content, path)):
+    if not is_moby(state_dict(file.content, path)):
         rules = FROM_OFFICIAL if kept == "keep" else FROM_SIMMIM
         return assemble("simmim", path, [file], None, options, rules=rules)
     if kept == "keep":
         raise CheckpointError(f"{path}: is a file of MoBY, of which only the encoder is read; leave out --set encoder")
     options.report(f"{path}: a file of MoBY: its momentum network, heads, queue and optimizer are left out")
     return assemble("simmim", path, [file], None, options, rules=FROM_MOBY, optimizer=False)
+
+
+def is_moby(names: Iterable[str]) -> bool:
+    """Returns whether tensors of these names are of a file of MoBY."""
+    return any(re.search(MOBY_PARTS, name) for name in names)
 
 
 def write_simmim(source: Source, path: Path, options: Options) -> None:

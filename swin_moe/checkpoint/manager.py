@@ -265,6 +265,11 @@ def _kind_of(path: Path, key: str = "checkpoint.load") -> str:
     for below in ("checkpoints", "."):
         if list_checkpoints(path / below):
             return below
+    if path.is_file() or path.with_name(f"{path.name}.rank0").is_file():
+        raise CheckpointError(
+            f"{key}={path}: is a file, and a run goes on from a checkpoint of this system; `swin-moe checkpoint "
+            f"convert {path} DIR --to native` makes one, checkpoint.init={path} takes the weights alone"
+        )
     raise CheckpointError(f"{key}={path}: is neither a checkpoint (no {INDEX_NAME}) nor a run that holds one")
 
 
@@ -291,13 +296,14 @@ def _fill_tensor(reader: ShardReader, piece: Piece, reads: list, stored_dtype: s
     if stored_dtype == piece.dtype and tensor.device.type == "cpu":
         reading.fill(reader, piece, to_raw(tensor), reads)
         return
-    host = torch.empty(piece.chunk.size, dtype=_torch_dtype(stored_dtype))
+    host = torch.empty(piece.chunk.size, dtype=torch_dtype(stored_dtype))
     reading.fill(reader, piece, to_raw(host), reads)
     with torch.no_grad():
         tensor.copy_(host)
 
 
-def _torch_dtype(name: str) -> Any:
+def torch_dtype(name: str) -> Any:
+    """Returns torch's dtype of a name in an index."""
     import torch
 
     table = {

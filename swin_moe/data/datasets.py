@@ -65,6 +65,8 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
     dataset_class = lookup(DATASETS, config.name, key="data.name")
     shape = {"img_size": img_size, "num_classes": num_classes} if config.name == "synthetic" else {}
     dataset = dataset_class(config, split, **shape)
+    if isinstance(dataset, _FileDataset):
+        dataset.exif = config.exif
     if split == "train" and config.images_per_class:
         from swin_moe.data.subset import ClassSubset  # which needs Dataset
 
@@ -99,6 +101,8 @@ class PathTable:
 
 class _FileDataset:
     """Images that are files: everything but how a file is found and its bytes are read."""
+
+    exif = False  # data.exif
 
     def __init__(
         self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str], *, folder: str = ""
@@ -139,7 +143,7 @@ class _FileDataset:
             data = self._read(index)
         except OSError as error:
             raise BrokenImage(path, error.strerror or str(error)) from error
-        return decode(data, path), int(self._labels[index])
+        return decode(data, path, exif=self.exif), int(self._labels[index])
 
 
 def _is_no_data(member: zipfile.ZipInfo) -> bool:

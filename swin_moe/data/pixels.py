@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class BrokenImage(ValueError):
@@ -17,8 +17,10 @@ class BrokenImage(ValueError):
         return BrokenImage, (self.path, self.reason)
 
 
-def decode(data: bytes, path: str) -> Image.Image:
+def decode(data: bytes, path: str, *, exif: bool = False) -> Image.Image:
     """Returns the RGB image in these bytes, fully decoded: PIL is lazy, and a truncated file fails only in load().
+
+    exif: Turn it as its EXIF orientation says (data.exif).
 
     Raises:
         BrokenImage: PIL cannot decode it, for whatever reason (its decoders raise many types), or see to_rgb.
@@ -26,7 +28,7 @@ def decode(data: bytes, path: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-        return to_rgb(image)
+        return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except Exception as error:
         # The message of an unidentified file holds an object's address; its class says enough.
         known = not isinstance(error, Image.UnidentifiedImageError)

@@ -28,12 +28,6 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
             "parallel", "compile", ("none",), "its hooks on modules and parameters break graphs; use engine.name=torch"
         ),
         Limit("parallel", "zero", (1, 2, 3), "its stage 0 clips by a wrong norm; use engine.name=torch for it"),
-        Limit(
-            "task",
-            "name",
-            ("classify", "distill", "simmim"),
-            "it cuts the momentum networks elsewhere than those they follow; use engine.name=torch",
-        ),
         Limit("engine", "precision", ("fp32", "bf16", "fp16"), "its master weights are float32; use engine.name=torch"),
     ),
     "fairscale": (
@@ -50,9 +44,19 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
 }
 
 
-def check_engine(config: Config, world_size: int) -> None:
-    """Raises ValueError where engine.name cannot run the config in a world of this many ranks; pure arithmetic."""
-    name = config.engine.name
+# Tasks that change weights after an update, and of what; another one is known by its Task.changes_weights alone.
+_MOVED = {"moby": "the momentum networks elsewhere than those they follow"}
+
+
+def check_engine(config: Config, world_size: int, *, changes_weights: bool = False) -> None:
+    """Raises ValueError where engine.name cannot run the config in a world of this many ranks; pure arithmetic.
+
+    changes_weights: What the class of task.name says (tasks/base.py), which engines do not know.
+    """
+    name, task = config.engine.name, config.task.name
+    if name == "deepspeed" and (changes_weights or task in _MOVED):
+        cut = _MOVED.get(task, "weights otherwise than what the task changes them by after each step")
+        raise ValueError(f"engine.name=deepspeed does not run task.name={task}: it cuts {cut}; use engine.name=torch")
     for limit in LIMITS.get(name, ()):
         value = getattr(getattr(config, limit.section), limit.option)
         if value not in limit.allowed:

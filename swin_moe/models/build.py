@@ -1,8 +1,9 @@
 """Models by name: a family with the official constructor's defaults, or a file of configs/ with its own."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ _RENAMED: dict[str, tuple[str, Any]] = {
 }
 _MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig)) - {"name", "moe"}
 _MOE_FIELDS = frozenset(f.name for f in fields(MoEConfig))
-_PAIRS = ("img_size", "patch_size")
 
 
 def build_model(config: ModelConfig, *, recompute: str = "none") -> SwinTransformer:
@@ -45,7 +45,7 @@ def build_model(config: ModelConfig, *, recompute: str = "none") -> SwinTransfor
     return SwinTransformer(config, recompute=recompute)
 
 
-def create_model(name: str, **overrides: Any) -> SwinTransformer:
+def create_model(name: str | Path, **overrides: Any) -> SwinTransformer:
     """Returns an initialized model; on torch.device("meta") the weights stay empty.
 
     The capacity at evaluation is the training capacity (eval_capacity_factor=None), as in the official code, unless an
@@ -62,6 +62,8 @@ def create_model(name: str, **overrides: Any) -> SwinTransformer:
         ValueError: Unknown name or override, or a value out of range.
     """
     seed = overrides.pop("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"create_model: seed must be a whole number, got {seed!r}")
     config, recompute = _named_config(name)
     config, recompute = _override(config, recompute, overrides)
     device = torch.get_default_device()
@@ -74,8 +76,10 @@ def create_model(name: str, **overrides: Any) -> SwinTransformer:
     return model
 
 
-def _named_config(name: str) -> tuple[ModelConfig, str]:
+def _named_config(name: str | Path) -> tuple[ModelConfig, str]:
     """Returns (model config, recompute) of a family or a config file."""
+    if not isinstance(name, str | Path):
+        raise ValueError(f"create_model: name must be a family, a file or the name of a config, got {name!r}")
     if name in VARIANTS:
         return ModelConfig(name=name, moe=_FAMILY_MOE), "none"
     from swin_moe.config_io import load_config  # only here: models do not depend on YAML
@@ -89,26 +93,30 @@ def _named_config(name: str) -> tuple[ModelConfig, str]:
 
 def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) -> tuple[ModelConfig, str]:
     """Returns the config and recomputation with overrides applied."""
+    from swin_moe.config_io import typed_tree  # only here: models do not depend on YAML
+
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}
     for key, value in overrides.items():
         if key == "moe":
             moe |= _moe_fields(value)
         elif key == "use_checkpoint":
+            if not isinstance(value, bool | int):
+                raise ValueError(f"create_model: use_checkpoint must be true or false, got {value!r}")
             recompute = "block" if value else "none"
         elif key in ("norm_layer", "fused_window_process"):
             _check_ignored(key, value)
         elif key in _RENAMED:
             field, values = _RENAMED[key]
-            moe[field] = _tuples(value) if values is None else values[bool(value)]
-        elif key in _PAIRS:
-            model[key] = (value, value) if isinstance(value, int) else tuple(value)
+            moe[field] = value if values is None else values[bool(value)]
         elif key in _MODEL_FIELDS:
-            model[key] = _tuples(value)
+            model[key] = value
         elif key in _MOE_FIELDS:
-            moe[key] = _tuples(value)
+            moe[key] = value
         else:
             raise ValueError(_unknown(key))
+    model = typed_tree({"model": {**model, "moe": moe}}, source="create_model")["model"]
+    moe = model.pop("moe")
     # At once: new depths are checked with the new blocks, never with the old ones.
     return replace(config, moe=replace(config.moe, **moe), **model), recompute
 
@@ -124,7 +132,7 @@ def _moe_fields(value: Any) -> dict[str, Any]:
         close = difflib.get_close_matches(str(unknown), _MOE_FIELDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(_MOE_FIELDS))}"
         raise ValueError(f"create_model: moe has no field {unknown!r}; {hint}")
-    return {key: _tuples(item) for key, item in value.items()}
+    return dict(value)
 
 
 def _check_ignored(key: str, value: Any) -> None:
@@ -141,8 +149,3 @@ def _unknown(key: str) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
     return f"create_model has no argument {key!r}{hint}"
-
-
-def _tuples(value: Any) -> Any:
-    """Returns the value with lists as tuples, as frozen configs hold them."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, Iterable) and not isinstance(value, str) else value

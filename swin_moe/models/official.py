@@ -9,7 +9,6 @@ Shape legend: L offsets of a bias table or tokens of an embedding, H heads, S so
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,40 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.official_names import DROPPED, PRETRAINING_DROPPED, RENAMED, TASK_PARTS
-
-Named = list[tuple[str, str]]  # (parameter name, reason)
+from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.official_names import (
+    DROPPED,
+    OUTSIDE,
+    PRETRAINING_DROPPED,
+    RENAMED,
+    TASK_PARTS,
+    is_wrapped,
+    weight_key,
+)
+from swin_moe.state_dict_names import find_weights, unknown_prefix
 
 CLASSES_22K, CLASSES_1K = 21841, 1000
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor; `print` shows a line per reason.
-
-    Attributes:
-        loaded: Parameters copied as they are.
-        interpolated: Parameters copied in another shape, and by which rule.
-        dropped: Tensors of the file without a place in the model.
-        reinitialized: Parameters the file did not fill.
-        notes: Advice in whole sentences.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    interpolated: Named = field(default_factory=list)
-    dropped: Named = field(default_factory=list)
-    reinitialized: Named = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        """Returns the report as text, a line per reason."""
-        lines = [f"loaded {len(self.loaded)} tensors"]
-        for title in ("interpolated", "dropped", "reinitialized"):
-            reasons: dict[str, list[str]] = {}
-            for name, reason in getattr(self, title):
-                reasons.setdefault(reason, []).append(name)
-            lines += [f"{title} {_some(names)}: {reason}" for reason, names in reasons.items()]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+_LARGEST_COORDINATE = 16.0  # log2(8 x + 1) / 3 of an x beyond 1e13
+_OTHER_EXPERTS = "`swin-moe checkpoint experts` makes another number of experts"
 
 
 def load_official(
@@ -80,10 +60,12 @@ def load_official(
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
-    official = unwrap(state_dict)
-    simmim = any(name.startswith("encoder.") for name in official)
+    official, note = unwrap(state_dict)
+    simmim = is_wrapped(official)
     loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
     loading.fit_all(official, strict=strict)
+    if note:
+        loading.report.notes.append(f"read without {note}")
     with torch.no_grad():
         for name, tensor in loading.new.items():
             target[name].copy_(tensor.clone() if tensor.data_ptr() == target[name].data_ptr() else tensor)
@@ -91,7 +73,13 @@ def load_official(
 
 
 def fit_weights(
-    backbone: nn.Module, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, own_parts: bool = False
+    backbone: nn.Module,
+    source: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    own_parts: bool = False,
+    same_classes: bool = False,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Returns (name -> value of every parameter that is not kept as it is; the report), by load_official's rules.
 
@@ -100,15 +88,19 @@ def fit_weights(
     Args:
         backbone: The SwinTransformer in a task's network, or the network itself.
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
-        shapes: Global shapes of the network's parameters by name, without "encoder.".
-        own_parts: What belongs to a task (class head, decoder, ...) may be missing, and starts from the seed.
+        shapes: Global shapes of the network's parameters by weight_key.
+        own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing, and
+            starts from the seed, or stand in the source alone.
+        same_classes: A head of other classes is an error: weights to compute with, not to begin from.
+        grid: Height and width in tokens of the source's absolute positions; None = those of a square image.
 
     Raises:
         ValueError: Every unexplained missing, unexpected and mis-shaped name.
     """
     target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    simmim = any(name.startswith("encoder.") for name in source)
-    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic", own_parts=own_parts)
+    simmim = is_wrapped(source)
+    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic")
+    loading.own_parts, loading.same_classes, loading.grid = own_parts, same_classes, grid
     loading.fit_all(dict(source), strict=True)
     return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
 
@@ -116,13 +108,13 @@ def fit_weights(
 class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
-    def __init__(
-        self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str, *, own_parts: bool = False
-    ) -> None:
+    own_parts, same_classes, grid = False, False, None  # see fit_weights
+
+    def __init__(self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
         self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
-        self.own_parts = own_parts
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
+        self.experts_told: dict[str, int] = {}  # by block, as the file says it beside its tensors
         self.report = LoadReport()
 
     def fit_all(self, official: dict[str, Tensor], *, strict: bool) -> None:
@@ -130,16 +122,17 @@ class _Loading:
         source = self.rename(official)
         self.fit_head(source)
         self.fit(source)
+        windows = self.trained_windows(official)
         if strict and self.problems:
             listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.problems))
             raise ValueError(f"weights do not fit the model ({len(self.problems)} tensors): {listed}")
-        self.note_windows(official)
+        self.note_windows(windows)
 
     def rename(self, official: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = key.removeprefix("encoder.")
+            name = weight_key(key, wrapped=self.simmim)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:
@@ -147,7 +140,9 @@ class _Loading:
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
             rules = DROPPED + (PRETRAINING_DROPPED if self.simmim else ())
-            reason = next((reason for pattern, reason in rules if re.search(pattern, name)), "")
+            known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
+            other_task = self.own_parts and name.startswith(OUTSIDE)
+            reason = next(known, "only for the task it was trained for" if other_task else "")
             if name in self.target or not reason:
                 source[name] = value
             else:
@@ -156,8 +151,10 @@ class _Loading:
 
     def _check_experts(self, name: str, value: Tensor) -> None:
         experts = self.target.get(name.replace("_moe_layer._num_global_experts", "experts.fc1_weight"))
+        self.experts_told[name.partition(".mlp.")[0]] = int(value)
         if experts is not None and int(value) != experts.shape[0]:
-            self.problems.append((name, f"{int(value)} experts in the file, {experts.shape[0]} in the model"))
+            wrong = f"{int(value)} experts in the file, {experts.shape[0]} in the model; {_OTHER_EXPERTS}"
+            self.problems.append((name, wrong))
 
     def fit_head(self, source: dict[str, Tensor]) -> None:
         """Takes the class head out of `source` where the classes differ from the model's, or one has none."""
@@ -177,6 +174,9 @@ class _Loading:
         same_width = source["head.weight"].shape[1:] == self.target["head.weight"].shape[1:]
         if old == new or len(source["head.weight"]) != old or not same_width:
             return
+        if self.same_classes and (old, new) != (CLASSES_22K, CLASSES_1K):
+            told = f"{old} classes in the file, {new} in the model; set model.num_classes={old}"
+            self.problems.append(("head", told))
         for name in names:
             value = source.pop(name)
             if (old, new) == (CLASSES_22K, CLASSES_1K):
@@ -202,7 +202,7 @@ class _Loading:
             if rule:
                 self.report.interpolated.append((name, rule))
             else:
-                self.report.loaded.append(name)
+                self.report.loaded.append(name.removeprefix(OUTSIDE))
         for name in source:
             if name not in self.target:
                 self._problem(name, "unexpected: the model has no such parameter", self.report.dropped)
@@ -210,12 +210,13 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and re.search(TASK_PARTS, name):
-            self.report.reinitialized.append((name, "not in the file: begins from the seed"))
+        elif self.own_parts and (name.startswith(OUTSIDE) or re.search(TASK_PARTS, name)):
+            self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
 
     def _problem(self, name: str, reason: str, told: Named) -> None:
+        name = name.removeprefix(OUTSIDE)
         self.problems.append((name, reason))
         told.append((name, reason))
 
@@ -228,7 +229,7 @@ class _Loading:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias and _holds_numbers(value):
             # The official module holds a frozen bias and loads whatever stands there; its output includes it.
             self.report.notes.append(f"{name} is not zero although model.mlp_fc2_bias=false; loaded and frozen")
-        if value.shape == want.shape:
+        if value.shape == want.shape and not (name == "absolute_pos_embed" and self._is_of_another_grid(value)):
             return value, ""
         if name.endswith("relative_position_bias_table") and value.ndim == 2 and value.shape[1] == want.shape[1]:
             old, new = _side(value.shape[0]), _side(want.shape[0])
@@ -238,40 +239,53 @@ class _Loading:
         if name == "absolute_pos_embed" and value.ndim == 3 and value.shape[2] == want.shape[2]:
             return self._fitted_embedding(value, want)
         hint = ""
-        if ".mlp.experts." in name and value.ndim == want.ndim:
-            hint = "; a file of one rank? gather all experts first"
+        if ".mlp.experts." in name and self.experts_told.get(name.partition(".mlp.")[0]) == want.shape[0]:
+            hint = "; a file of one rank? give all of them by their path without .rank0"
+        elif ".mlp.experts." in name and value.shape[1:] == want.shape[1:]:
+            hint = f"; {_OTHER_EXPERTS}"
         raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model{hint}")
 
+    def _is_of_another_grid(self, value: Tensor) -> bool:
+        """Returns whether as many positions as the model's are known to be those of another image: 8 x 32, 16 x 16."""
+        return self.grid is not None and self.grid != self.model.grid and math.prod(self.grid) == value.shape[1]
+
     def _fitted_embedding(self, value: Tensor, want: Tensor) -> tuple[Tensor, str]:
-        """Returns an absolute position embedding (1, L, C) of a square image for the model's nominal image."""
+        """Returns an absolute position embedding (1, L, C) for the model's nominal image."""
         height, width = self.model.grid
-        old = _side(value.shape[1])
-        image = value.float().transpose(1, 2).unflatten(2, (old, old))
+        old = self.grid
+        if old is None or math.prod(old) != value.shape[1]:
+            old = (_side(value.shape[1]),) * 2
+        image = value.float().transpose(1, 2).unflatten(2, old)
         resized = F.interpolate(image, size=(height, width), mode="bicubic").flatten(2).transpose(1, 2)
         if resized.shape != want.shape:
             raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model")
-        return resized, f"bicubic, {old} x {old} to {height} x {width} tokens"
+        return resized, f"bicubic, {old[0]} x {old[1]} to {height} x {width} tokens"
 
-    def note_windows(self, official: dict[str, Tensor]) -> None:
-        """Notes bias networks that were trained for other coordinates than the model will ask them for.
+    def trained_windows(self, official: dict[str, Tensor]) -> dict[tuple[int, str], int]:
+        """Returns (stage, name of the attention) -> the window that offsets were divided by in training.
 
         The official buffer relative_coords_table (1, 2w-1, 2w-1, 2) tells both: its side the window, its largest value
-        log2(8 (w - 1) / (p - 1) + 1) / 3 the window p that offsets were divided by.
+        log2(8 (w - 1) / (p - 1) + 1) / 3 the window p. A table that no window gives is a problem.
         """
-        found: dict[int, int] = {}
-        wrong = False
+        found: dict[tuple[int, str], int] = {}
         for key, table in official.items():
             match = re.search(r"(layers\.(\d+)\.blocks\.\d+\.attn)\.relative_coords_table$", key)
-            if not match or table.shape[1] < 3:
+            if not match or table.ndim != 4 or table.shape[1] < 3:
                 continue
-            attention = dict(self.model.named_modules()).get(match[1])
-            if attention is None or not hasattr(attention, "pretrained_window"):
+            window, largest = (table.shape[1] + 1) // 2, float(table.max())
+            if not 0 < largest < _LARGEST_COORDINATE:  # also false for NaN
+                self.problems.append((key, f"its largest number is {largest}, not finite and positive as in a table"))
                 continue
-            window = (table.shape[1] + 1) // 2
-            trained = round(8 * (window - 1) / (2 ** (3 * float(table.max())) - 1) + 1)
-            found[int(match[2])] = trained
-            wrong |= trained != attention.pretrained_window
-        if wrong:
+            found[int(match[2]), match[1]] = round(8 * (window - 1) / (2 ** (3 * largest) - 1) + 1)
+        return found
+
+    def note_windows(self, trained: dict[tuple[int, str], int]) -> None:
+        """Notes bias networks that were trained for other coordinates than the model will ask them for."""
+        modules = dict(self.model.named_modules())
+        asked = {name: getattr(modules.get(name), "pretrained_window", None) for _, name in trained}
+        known = {place: window for place, window in trained.items() if asked[place[1]] is not None}
+        if any(window != asked[name] for (_, name), window in known.items()):
+            found = {stage: window for (stage, _), window in known.items()}
             windows = [found.get(stage, 0) for stage in range(max(found) + 1)]
             self.report.notes.append(
                 f"the position biases were trained with windows {windows}, the model reads them with others; "
@@ -343,15 +357,19 @@ def spline_matrix(positions_S: Tensor, wanted_T: Tensor) -> Tensor:
     return linear + bend * (width**2 / 6)[:, None]
 
 
-def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors of an official file, with or without its {"model": ...} around them."""
-    inner = state_dict.get("model", state_dict)
-    if not isinstance(inner, Mapping) or not inner:
-        raise ValueError(f"not an official state dict: model is {type(inner).__name__}")
-    for name, value in inner.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"not an official state dict: {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(inner)
+def unwrap(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Returns (the tensors of an official file, out of what a training loop wrapped around them; what was taken off).
+
+    Raises:
+        ValueError: It is no state dict of a Swin network, or its names have an unknown prefix.
+    """
+    try:
+        found = find_weights(state_dict, lambda value: isinstance(value, Tensor))
+        if clause := unknown_prefix(found.records):
+            raise ValueError(clause)
+    except ValueError as error:
+        raise ValueError(f"not an official state dict: {error}") from None
+    return found.records, found.note
 
 
 def _holds_numbers(value: Tensor) -> bool:
@@ -365,8 +383,3 @@ def _side(length: int) -> int:
     if side * side != length:
         raise ValueError(f"{length} rows are no square, so there is nothing to interpolate over")
     return side
-
-
-def _some(names: list[str]) -> str:
-    """Returns a count and the first name or two."""
-    return f"{len(names)} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from swin_moe.moe.router import Routing
 from swin_moe.ops import moe_plan
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.transforms import apply
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class PaddedDispatcher:
 
 def padded_rows(routing: Routing) -> int:
     """Returns how many rows hold what any expert gets from these tokens: by the slots, or by need without a limit."""
-    num_tokens, num_groups = len(routing.expert), len(routing.kept)
+    num_tokens, num_groups = routing.expert.shape[0], routing.kept.shape[0]
     if routing.capacity is None:
         return int(routing.kept.sum(dim=0).max()) if num_tokens else 0
     return min(num_groups * routing.capacity, num_tokens)  # a token chooses an expert once
@@ -163,7 +164,7 @@ def _plan_and_counts(routing: Routing, *, ask: bool) -> tuple[Plan, Tensor]:
         return make_plan(routing, int(counts.sum()) if ask else None), counts
     num_pairs = routing.expert.numel()
     order = _order(routing, num_rows=None if ask else num_pairs)
-    all_kept = routing.capacity is None or (ask and len(order.pair) == num_pairs)
+    all_kept = routing.capacity is None or (ask and order.pair.shape[0] == num_pairs)
     return Plan(order.position, None if all_kept else routing.keep, order.pair), order.counts
 
 
@@ -175,7 +176,7 @@ def _order(routing: Routing, **size: int | None) -> moe_plan.Order:
 def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | None) -> Plan:
     """Returns the plan in which the pairs of an expert and a group start at row first_EG[expert * G + group]."""
     num_tokens, top_k = routing.expert.shape
-    num_groups = len(routing.kept)
+    num_groups = routing.kept.shape[0]
     device = routing.expert.device
     if num_groups == 1:
         bucket = routing.expert
@@ -224,12 +225,12 @@ class _CombineTokens(torch.autograd.Function):
 
 def take_tokens(x: Tensor, plan: Plan) -> Tensor:
     """Returns (N, D), the token of each kept pair, in the plan's order."""
-    return _TakeTokens.apply(x, plan)
+    return apply(_TakeTokens, x, plan)
 
 
 def combine_tokens(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
     """Returns (T, D), sum over kept choices of gate * y, in the wider dtype; zeros for a fully dropped token."""
-    return _CombineTokens.apply(y, gate, plan)
+    return apply(_CombineTokens, y, gate, plan)
 
 
 @dataclass(frozen=True)

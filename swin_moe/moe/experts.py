@@ -58,10 +58,10 @@ def _two_layers(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
 ) -> Tensor:
-    if isinstance(counts, int):
+    if not isinstance(counts, Tensor):
         linear = _padded_linear
     else:
-        grouped = len(tokens) > 0 and use_grouped(tokens.device, tokens.dtype, *fc1_weight.shape[1:])
+        grouped = tokens.shape[0] > 0 and use_grouped(tokens.device, tokens.dtype, *fc1_weight.shape[1:])
         linear = partial(grouped_linear, ends=row_ends(counts, tokens) if grouped else None)
     hidden = F.gelu(linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
     if dropout is not None:
@@ -127,7 +127,7 @@ class GroupedExperts(nn.Module):
         """
         dtype = tokens.dtype if chunks is None else tokens[0].dtype
         # grouped_linear converts each expert's matrix when its turn comes; with chunks every one of them would again.
-        by_expert = chunks is None and not isinstance(counts, int)
+        by_expert = chunks is None and isinstance(counts, Tensor)
         whole = [self._whole(name) for name in PARAMETERS]
         weights = [w if by_expert and w.ndim == 3 else w.to(dtype) for w in whole]
         if chunks is None:

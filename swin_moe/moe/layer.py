@@ -59,6 +59,8 @@ class MoELayer(nn.Module):
 
         random: What training draws from; None in training makes a fresh one. Evaluation draws nothing.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace would fix how many tokens an expert gets; torch.export.export does not")
         batch, num_tokens, dim = x_BLD.shape
         x = mark(x_BLD.reshape(batch * num_tokens, dim), self.clock, forward="", backward="route")
         device_type = x.device.type

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.router import row_chunks
+from swin_moe.ops.transforms import apply
 
 
 def gshard_of_sums(score_GE: Tensor, first_GE: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def gshard_of_sums(score_GE: Tensor, first_GE: Tensor) -> Tensor:
 def count_first(first_choice: Tensor, num_experts: int, group_size: int) -> Tensor:
     """Returns (G, E) int64, how many tokens of each group have each expert as their first choice, first_choice (T,)."""
     chosen_GS = first_choice.view(-1, group_size)
-    count_GE = chosen_GS.new_zeros((len(chosen_GS), num_experts))
+    count_GE = chosen_GS.new_zeros((chosen_GS.shape[0], num_experts))
     return count_GE.scatter_add_(1, chosen_GS, torch.ones_like(chosen_GS))
 
 
@@ -39,7 +40,7 @@ def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int, shares: boo
         shares: Scores do not sum to 1 over experts; P_e is the mean of a score divided by that sum (DeepSeek-V3,
             arXiv:2412.19437, equations 19 and 20).
     """
-    if not len(scores):
+    if not scores.shape[0]:
         return scores.sum()
     score_GE = score_sums(scores, group_size, shares=shares)
     return gshard_of_sums(score_GE, count_first(first_choice, scores.shape[1], group_size))
@@ -49,11 +50,11 @@ def _group_chunks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice
     """Yields (groups, rows) of pieces of (T, E): some whole groups, or a part of one where it is large."""
     limit = max(row_chunks(value)[0].stop, 1)
     if group_size <= limit:
-        for first in range(0, len(value) // group_size, limit // group_size):
-            groups = slice(first, min(first + limit // group_size, len(value) // group_size))
+        for first in range(0, value.shape[0] // group_size, limit // group_size):
+            groups = slice(first, min(first + limit // group_size, value.shape[0] // group_size))
             yield groups, slice(groups.start * group_size, groups.stop * group_size)
         return
-    for group in range(len(value) // group_size):
+    for group in range(value.shape[0] // group_size):
         for start in range(0, group_size, limit):
             begin = group * group_size
             yield slice(group, group + 1), slice(begin + start, begin + min(start + limit, group_size))
@@ -66,7 +67,7 @@ class _Load(torch.autograd.Function):
     def forward(ctx: Any, probabilities: Tensor, threshold: Tensor, noise_std: float, group_size: int) -> Tensor:
         ctx.save_for_backward(probabilities, threshold)
         ctx.noise_std, ctx.group_size = noise_std, group_size
-        load_GE = probabilities.new_zeros((len(probabilities) // group_size, probabilities.shape[1]))
+        load_GE = probabilities.new_zeros((probabilities.shape[0] // group_size, probabilities.shape[1]))
         for groups, rows in _group_chunks(probabilities, group_size):
             chosen = probabilities[rows] - threshold[rows, None]
             if noise_std > 0:  # Phi(x) = erfc(-x / sqrt 2) / 2
@@ -102,7 +103,7 @@ class _ShareSums(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, group_size: int) -> Tensor:
         ctx.save_for_backward(scores)
         ctx.group_size = group_size
-        sum_GE = scores.new_zeros((len(scores) // group_size, scores.shape[1]))
+        sum_GE = scores.new_zeros((scores.shape[0] // group_size, scores.shape[1]))
         for groups, rows in _group_chunks(scores, group_size):
             share = scores[rows] / _row_sums(scores[rows])
             sum_GE[groups] += share.view(groups.stop - groups.start, -1, share.shape[1]).sum(dim=1)
@@ -128,18 +129,18 @@ def _row_sums(scores: Tensor) -> Tensor:
 
 def score_sums(scores: Tensor, group_size: int, *, shares: bool) -> Tensor:
     """Returns (G, E), the sums over each group of (T, E) scores, or of their shares; zeros for no tokens."""
-    if not len(scores):
+    if not scores.shape[0]:
         return scores.sum(dim=0, keepdim=True)
     if shares:
-        return _ShareSums.apply(scores, group_size)
+        return apply(_ShareSums, scores, group_size)
     return scores.view(-1, group_size, scores.shape[1]).sum(dim=1)
 
 
 def load_of(probabilities: Tensor, threshold: Tensor, *, noise_std: float, group_size: int) -> Tensor:
     """Returns (G, E), the load of every group; zeros for no tokens. Arguments as load_importance."""
-    if not len(probabilities):
+    if not probabilities.shape[0]:
         return probabilities.sum(dim=0, keepdim=True) + threshold.sum()
-    return _Load.apply(probabilities, threshold, noise_std, group_size)
+    return apply(_Load, probabilities, threshold, noise_std, group_size)
 
 
 def load_importance_of_sums(importance_GE: Tensor, load_GE: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ def load_importance(probabilities: Tensor, threshold: Tensor, *, noise_std: floa
         threshold: (T,) the k-th largest noisy *logit* (that of the last choice).
         noise_std: Standard deviation of the logit noise, gate_noise / E; 0 takes the limit, a step function.
     """
-    if not len(probabilities):
+    if not probabilities.shape[0]:
         return probabilities.sum() + threshold.sum()
     importance_GE = score_sums(probabilities, group_size, shares=False)
     load_GE = load_of(probabilities, threshold, noise_std=noise_std, group_size=group_size)
@@ -177,7 +178,7 @@ class _MeanSquareLogSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
-        log_sum = logits.new_empty(len(logits))
+        log_sum = logits.new_empty(logits.shape[0])
         for rows in row_chunks(logits):
             log_sum[rows] = torch.logsumexp(logits[rows], dim=1)
         ctx.save_for_backward(logits, log_sum)
@@ -187,7 +188,7 @@ class _MeanSquareLogSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         logits, log_sum = ctx.saved_tensors
-        grad_logits, scale = torch.empty_like(logits), log_sum * (grad * (2.0 / len(logits)))
+        grad_logits, scale = torch.empty_like(logits), log_sum * (grad * (2.0 / logits.shape[0]))
         for rows in row_chunks(logits):
             grad_logits[rows] = (logits[rows] - log_sum[rows, None]).exp_().mul_(scale[rows, None])
         return (grad_logits,)
@@ -198,7 +199,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
     It keeps logits small, so that their rounding in low precision stays small.
     """
-    return _MeanSquareLogSum.apply(logits) if len(logits) else logits.sum()
+    return apply(_MeanSquareLogSum, logits) if logits.shape[0] else logits.sum()
 
 
 @torch.no_grad()
@@ -216,4 +217,4 @@ def mean_entropy(values: Tensor, *, logits: bool = False) -> Tensor:
             part = torch.sigmoid(part)
             part /= _row_sums(part)
         total -= part.clamp(min=tiny).log_().mul_(part).sum()
-    return total / max(len(values), 1)
+    return total / max(values.shape[0], 1)

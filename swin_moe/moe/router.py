@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swin_moe.ops.transforms import apply
 from swin_moe.randomness import truncated_normal_
 
 # Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
@@ -79,7 +80,8 @@ def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: fl
     """
     if factor == 0:
         return None
-    return top_k * int(abs(factor) * math.ceil(num_tokens / num_experts))
+    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int.
+    return top_k * torch.sym_int(abs(factor) * -(-num_tokens // num_experts))
 
 
 def route(
@@ -151,7 +153,7 @@ class _Pick(torch.autograd.Function):
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
     """Returns (T, k), the values (T, E) at the given columns (T, k)."""
-    return _Pick.apply(values, index)
+    return apply(_Pick, values, index)
 
 
 def join(routings: Sequence[Routing]) -> Routing:

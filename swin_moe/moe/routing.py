@@ -94,19 +94,19 @@ class RoutingRule:
             return self._route_fused(x, clean, noisy, bias, tokens_per_image=tokens_per_image, training=training)
         scored = self._score(clean, noisy)
         mix = demand = None
-        parts = [(len(x), max(len(x), 1))]
+        parts = [(x.shape[0], max(x.shape[0], 1))]
         rows = x
         if config.choice == "soft":
             mix = SoftMix.of(scored.noisy.view(-1, tokens_per_image, scored.noisy.shape[1]))
             rows = mix.slots(x)
-            routing = route_slots(len(mix.combine), config.num_experts, config.slots, like=mix.combine)
+            routing = route_slots(mix.combine.shape[0], config.num_experts, config.slots, like=mix.combine)
         elif self.exchange is not None and training:
             # The ranks of the group decide together, each for its own tokens.
             routing, demand = route_across(
                 scored.noisy, self.exchange, capacity=self._capacity, **self._options(scored.scores, bias)
             )
         else:
-            parts = group_parts(len(x), self._group_size(len(x), tokens_per_image, training))
+            parts = group_parts(x.shape[0], self._group_size(x.shape[0], tokens_per_image, training))
             routing = self._route_parts(scored, bias, parts, training)
         balance = self._balance(scored, routing, parts, demand, training)
         aux = balance * config.aux_loss_weight
@@ -160,7 +160,7 @@ class RoutingRule:
         training: bool,
     ) -> Routed:
         config, num_experts = self.config, clean.shape[1]
-        parts = group_parts(len(x), self._group_size(len(x), tokens_per_image, training))
+        parts = group_parts(x.shape[0], self._group_size(x.shape[0], tokens_per_image, training))
         capacities = [self._capacity(size, training=training) for _, size in parts]
         noise = None if noisy is clean else noisy
         own = config.balance_loss == "load_importance" and noise is not None  # else they are the scores
@@ -192,7 +192,7 @@ class RoutingRule:
         kind = config.balance_loss
         if kind == "gshard" and config.scores == "sigmoid":
             kind = "gshard of shares"
-        size = max(len(scored.clean), 1) if config.balance_scope == "global" else max(parts[0][1], 1)
+        size = max(scored.clean.shape[0], 1) if config.balance_scope == "global" else max(parts[0][1], 1)
         return moe_balance.auxiliary_loss(
             scored.probabilities, threshold, routing.expert, kind=kind,
             noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight, group_size=size,
@@ -253,7 +253,7 @@ class RoutingRule:
         Over ranks it has the same value on all of them, and weights that sum to one weigh it later (the task weighs a
         rank by its images), so it counts once.
         """
-        config, num_tokens = self.config, len(scored.clean)
+        config, num_tokens = self.config, scored.clean.shape[0]
         if config.balance_loss == "none":
             return scored.clean.new_zeros(())
         exchange = self.balance_exchange if config.balance_scope == "global" else self.exchange
@@ -269,14 +269,14 @@ class RoutingRule:
             inputs = [_cut(value, parts) for value in (scored.probabilities, _threshold(scored, routing))]
             options = {"noise_std": config.gate_noise / config.num_experts}
             groups = [losses.load_importance(*p, group_size=size, **options) for *p, (_, size) in zip(*inputs, parts)]
-        weighted = [loss * (len(part) / max(num_tokens, 1)) for loss, part in zip(groups, inputs[0])]
+        weighted = [loss * (part.shape[0] / max(num_tokens, 1)) for loss, part in zip(groups, inputs[0])]
         return sum(weighted[1:], weighted[0])
 
     def _balance_across(
         self, exchange: GroupExchange, scored: Scored, routing: Routing, demand: GroupDemand | None
     ) -> Tensor:
         """Returns the balance loss of all tokens of the ranks of the exchange as one group."""
-        config, num_tokens = self.config, len(scored.clean)
+        config, num_tokens = self.config, scored.clean.shape[0]
         if config.balance_loss == "gshard":
             if config.balance_scope == "group":
                 first_GE = demand.count_RkE[:, :1].sum(dim=0)
@@ -304,7 +304,7 @@ def group_parts(num_tokens: int, group_size: int) -> list[tuple[int, int]]:
     A smaller group occurs in the last, uneven batch of an epoch or an evaluation; it competes for its own share of
     slots.
     """
-    group_size = max(min(group_size, num_tokens), 1)
+    group_size = max(group_size if group_size <= num_tokens else num_tokens, 1)  # no min: of symbols it is never simple
     rest = num_tokens % group_size
     return [(num_tokens - rest, group_size), (rest, rest)] if rest else [(num_tokens, group_size)]
 

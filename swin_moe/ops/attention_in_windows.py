@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swin_moe.ops.transforms import apply
+
 IMPLEMENTATIONS = ("auto", "reference", "analytic", "sdpa")
 MAX_LOGIT_SCALE = math.log(100.0)  # clamp of the learned log-scale of cosine scores, SwinV2 (arXiv:2111.09883, 3.3)
 NORM_EPS = 1e-12  # smallest length a query or key is divided by, as F.normalize
@@ -56,7 +58,7 @@ def attend_windows(
     # Merged once per call: the score matrix is then read and written once less than with two additions.
     bias = bias_HNN[None] if mask_MNN is None else bias_HNN[None] + mask_MNN[:, None]
     if implementation == "analytic":
-        return _Analytic.apply(qkv_WNC, bias, scale, logit_scale)
+        return apply(_Analytic, qkv_WNC, bias, scale, logit_scale)
     if implementation == "sdpa":
         out_WHND = _sdpa(qkv_WNC, bias, scale, logit_scale)
     else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swin_moe.ops.linear import packed_product, serves, weight_gradient
 from swin_moe.ops.reused_memory import empty_like_reused
+from swin_moe.ops.transforms import call_operator
 
 _ALIGNED = 8  # grouped_mm wants row strides of 16 bytes
 _BIAS_ROWS = 8  # rows of ones that sum a bias gradient by a grouped product: as few as its alignment allows
@@ -44,9 +45,9 @@ def grouped_linear(
     if grouped is None:
         grouped = x.shape[0] > 0 and use_grouped(x.device, x.dtype, *weight.shape[1:])
     if not grouped:
-        return torch.ops.swin_moe.grouped_linear(x, weight, bias, counts, False)
+        return call_operator(_operator, _differentiate, _save, x, weight, bias, counts, False)
     ends = row_ends(counts, x) if ends is None else ends
-    return torch.ops.swin_moe.grouped_linear(x, weight.to(x.dtype), bias, ends, True)
+    return call_operator(_operator, _differentiate, _save, x, weight.to(x.dtype), bias, ends, True)
 
 
 def row_ends(counts: Tensor, x: Tensor) -> Tensor:
@@ -168,6 +169,7 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_operator = torch.ops.swin_moe.grouped_linear
 
 
 def _empty_gradients(

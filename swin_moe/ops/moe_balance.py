@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops import extension
+from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_balance", "moe_balance_backward")
 KINDS = {"none": 0, "gshard": 1, "gshard of shares": 2, "load_importance": 3}  # Kind in csrc/cpu/moe_balance.cpp
@@ -50,8 +51,8 @@ def auxiliary_loss(
     """
     if kind != "load_importance":
         threshold = None
-    return _AuxiliaryLoss.apply(
-        scores, threshold, expert, logits, KINDS[kind], noise_std, group_size, weight, z_weight
+    return apply(
+        _AuxiliaryLoss, scores, threshold, expert, logits, KINDS[kind], noise_std, group_size, weight, z_weight
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops import extension
+from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_route", "moe_route_backward")
 MAX_EXPERTS_CUDA = 2048  # kMaxRoutedExperts in csrc/cuda/route_launch.h
@@ -77,8 +78,8 @@ def route_tokens(
     """
     limits = [-1 if limit is None else limit for limit in (capacity, last_capacity)]
     return Routed(
-        *_Route.apply(
-            clean, noisy, bias, top_k, group_size, *limits, sigmoid, normalize, prioritized, probabilities
+        *apply(
+            _Route, clean, noisy, bias, top_k, group_size, *limits, sigmoid, normalize, prioritized, probabilities
         )
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops import extension
+from swin_moe.ops.transforms import call_operator
 from swin_moe.randomness import PURPOSES, RandomContext, derive_key, keep_mask, normal
 
 SCHEMAS = {
@@ -70,7 +71,8 @@ def drop_units(
     """
     site = _NO_SITE if site is None else site
     words = with_words(random).words
-    return torch.ops.swin_moe.random_dropout(x, words, layer, PURPOSES.index(purpose), site, rows, drop, scale)
+    numbers = (layer, PURPOSES.index(purpose), site, rows, drop, scale)
+    return call_operator(torch.ops.swin_moe.random_dropout, _differentiate, _save, x, words, *numbers)
 
 
 def gate_noise(random: RandomContext, rows: Tensor, units: int, *, layer: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops import extension
+from swin_moe.ops.transforms import call_operator
 from swin_moe.ops.window_attention_reference import attend_map, attend_map_backward
 from swin_moe.ops.window_geometry import MASKED, Pair
 
@@ -58,9 +59,10 @@ def fused_window_attention(
         pad_qkv: (3C,), what a padded token has in qkv, in its dtype; None = zeros.
         mask_value: Added to scores across the seam of the shift.
     """
-    return torch.ops.swin_moe.window_attention(
-        qkv_BHWC.contiguous(), bias_table, logit_scale, pad_qkv, num_heads, *window, *shift, scale, mask_value
-    )
+    return call_operator(
+        torch.ops.swin_moe.window_attention, _differentiate, _save,
+        qkv_BHWC.contiguous(), bias_table, logit_scale, pad_qkv, num_heads, *window, *shift, scale, mask_value,
+    )  # fmt: skip
 
 
 def unsupported(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops import extension
+from swin_moe.ops.transforms import call_operator
 from swin_moe.ops.window_geometry import Pair
 
 SCHEMAS = {
@@ -33,7 +34,8 @@ def window_partition(x_BHWC: Tensor, *, window: Pair, shift: Pair = (0, 0)) -> T
     Raises:
         ValueError: A shape, window or shift that is not allowed.
     """
-    return torch.ops.swin_moe.window_partition(x_BHWC, *window, *shift)
+    operator = torch.ops.swin_moe.window_partition
+    return call_operator(operator, _differentiate_partition, _save_map, x_BHWC, *window, *shift)
 
 
 def window_merge(windows: Tensor, *, batch: int, height: int, width: int, window: Pair, shift: Pair = (0, 0)) -> Tensor:
@@ -42,7 +44,8 @@ def window_merge(windows: Tensor, *, batch: int, height: int, width: int, window
     Raises:
         ValueError: A shape, window or shift that is not allowed.
     """
-    return torch.ops.swin_moe.window_merge(windows, batch, height, width, *window, *shift)
+    numbers = (batch, height, width, *window, *shift)
+    return call_operator(torch.ops.swin_moe.window_merge, _differentiate_merge, _save_windows, windows, *numbers)
 
 
 def _check(name: str, height: int, width: int, window: Pair, shift: Pair) -> None:

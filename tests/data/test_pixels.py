@@ -57,3 +57,38 @@ def test_what_macos_adds_to_a_zip_is_no_class(tmp_path):
             archive.writestr(name, picture if "MACOSX" not in name else b"fork")
     dataset = build_dataset(DataConfig(name="zip", path=str(tmp_path)), "train", img_size=(4, 4))
     assert dataset.classes == ("cat", "dog") and len(dataset) == 2
+
+
+def oriented(path, orientation: int) -> np.ndarray:
+    """Writes a picture with an EXIF orientation; returns its pixels as they are stored."""
+    pixels = np.zeros((6, 10, 3), dtype=np.uint8)
+    pixels[:3, :5], pixels[3:, 5:] = (255, 0, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return pixels
+
+
+# EXIF 2.3, tag 0x0112: which side of the stored picture is the top of the scene.
+UPRIGHT = {
+    1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1), 6: lambda p: np.rot90(p, -1), 7: lambda p: np.rot90(p.swapaxes(0, 1), 2),
+    8: lambda p: np.rot90(p, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_pictures_are_turned_as_their_exif_says_where_it_is_asked_for(orientation, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        stored = oriented(tmp_path / split / "a" / "x.png", orientation)
+    for exif, expected in ((False, stored), (True, UPRIGHT[orientation](stored))):
+        config = DataConfig(name="folder", path=str(tmp_path), exif=exif)
+        for split in ("train", "val"):
+            image, _ = build_dataset(config, split, img_size=(8, 8)).sample(0)
+            assert (np.asarray(image) == expected).all()
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        archive.write(tmp_path / "val" / "a" / "x.png", "val/a/x.png")
+    config = DataConfig(name="zip", path=str(tmp_path), exif=True)
+    image, _ = build_dataset(config, "val", img_size=(8, 8)).sample(0)
+    assert (np.asarray(image) == UPRIGHT[orientation](stored)).all()

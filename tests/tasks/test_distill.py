@@ -168,8 +168,8 @@ def test_what_contradicts_itself_is_refused(tmp_path, options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("task.teacher=nowhere",), "task.teacher=nowhere: is neither"),
-        (("task.teacher=gone.pth", "task.teacher_model=digits_dense"), "task.teacher=gone.pth: no such file"),
+        (("task.teacher=nowhere",), "task.teacher=nowhere: does not exist"),
+        (("task.teacher=gone.pth", "task.teacher_model=digits_dense"), "task.teacher=gone.pth: does not exist"),
         (("task.teacher=gone.pth", "task.teacher_model=timm:test_vit"), "task.teacher=gone.pth: no such file"),
         (("task.teacher=pretrained", "task.teacher_model=timm:no_such_net"), "task.teacher_model=timm:no_such_net"),
         (("task.teacher=bad.pth", "task.teacher_model=timm:test_vit"), "task.teacher=bad.pth: "),

@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from checkpoint_tools.__main__ import main as tools
 from swin_moe.checkpoint import CheckpointError
 from swin_moe.config_io import load_config
 from swin_moe.engine.common import materialize
 from swin_moe.models import build_model
 from swin_moe.models.attention import resize_bias_table
+from swin_moe.models.heads import EncoderModel
 from swin_moe.models.official import CLASSES_1K, CLASSES_22K, read_class_map, resize_bias_table_geometric
 from swin_moe.parallel.groups import single_process_groups
-from swin_moe.session import Session
+from swin_moe.session import Session, check_layout
+from swin_moe.tasks.base import TASKS
+from swin_moe.tasks.classify import Classify
 from swin_moe.train import Trainer
 from swin_moe.weights import load_weights, start_from
 from tests.ranks import run_ranks
@@ -96,6 +101,21 @@ def test_simmim_goes_on_with_its_decoder(tmp_path):
     assert "dropped" not in report and "reinitialized" not in report
 
 
+@pytest.mark.parametrize("task", ["digits_simmim", "digits_moby", "digits_distill"])
+def test_the_export_of_any_task_begins_a_run_as_its_checkpoint_does(tmp_path, task):
+    options = [f"task.teacher={trained(tmp_path, 'digits_dense').session.directory}"] if "distill" in task else []
+    options += ["task.queue=20"] if "moby" in task else []
+    source = trained(tmp_path, task, "run.name=source", *options).session.directory
+    exported = tmp_path / "x.safetensors"
+    assert tools(["export", str(source), str(exported), "--to", "safetensors"]) == 0
+    for config in (task, "digits_dense"):
+        given = options if config == task else []
+        (wanted, _), (found, report) = (begun(tmp_path, config, path, *given) for path in (source, exported))
+        assert all(torch.equal(value, weights(found)[name]) for name, value in weights(wanted).items())
+    assert tools(["convert", str(exported), str(tmp_path / "native"), "--to", "native"]) == 0
+    assert tools(["diff", str(exported), str(tmp_path / "native")]) in (0, 1)
+
+
 def test_averaged_weights_come_first_and_start_the_new_average(tmp_path):
     source = trained(tmp_path, "digits_dense", "optim.ema=0.9")
     average = {name: value.clone() for name, value in source.engine.ema.average.items()}
@@ -147,6 +167,93 @@ def test_absolute_positions_follow_a_new_resolution(tmp_path):
     new, report = begun(tmp_path, "digits_dense", source.session.directory, "model.ape=true", "model.img_size=32")
     assert weights(new)["absolute_pos_embed"].shape == (1, 256, 8)
     assert "bicubic, 8 x 8 to 16 x 16 tokens" in report
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_absolute_positions_know_the_shape_of_their_image(tmp_path, kind):
+    """8 x 32 tokens into 16 x 16, as many: interpolated as the picture they are of, never read in another order."""
+    wide = ("model.ape=true", "model.img_size=[16,64]")
+    source = trained(tmp_path, "digits_dense", *wide)
+    folder = source.session.directory
+    if kind == "export":
+        assert tools(["export", str(folder), str(tmp_path / "x.safetensors"), "--to", "safetensors"]) == 0
+    path = folder if kind == "run" else tmp_path / "x.safetensors"
+    old = weights(source)["absolute_pos_embed"]
+    for size, grid in (("32", (16, 16)), ("[32,128]", (16, 64)), ("[64,16]", (32, 8))):
+        new, report = begun(tmp_path, "digits_dense", path, "model.ape=true", f"model.img_size={size}")
+        picture = old.transpose(1, 2).unflatten(2, (8, 32))
+        wanted = F.interpolate(picture, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
+        torch.testing.assert_close(weights(new)["absolute_pos_embed"], wanted)
+        assert f"bicubic, 8 x 32 to {grid[0]} x {grid[1]} tokens" in report
+    new, report = begun(tmp_path, "digits_dense", path, *wide)
+    assert torch.equal(weights(new)["absolute_pos_embed"], old) and "bicubic" not in report
+    if kind == "run":
+        session = session_of(tmp_path, "digits_dense", "model.ape=true", "model.img_size=32", f"checkpoint.load={path}")
+        model = materialize(build_model(session.config.model), session.config, CPU)
+        said = r"are of 8 x 32 tokens, the model has 16 x 16; set model.img_size=\[16,64\]"
+        with pytest.raises(ValueError, match=said):
+            load_weights(model, session)
+
+
+# Heads of tasks that are still to come.
+
+
+class Tagged(EncoderModel):
+    """An encoder with children named as some of its own."""
+
+    def __init__(self, encoder):
+        super().__init__(encoder)
+        self.norm = torch.nn.LayerNorm(encoder.num_features)
+        self.head = torch.nn.Linear(encoder.num_features, 10)
+        self.layers = torch.nn.ModuleDict({"0": torch.nn.Linear(4, 4)})
+        self.laterals = torch.nn.Linear(3, 3)
+
+
+class Tagging(Classify):
+    """A task of somebody's: names of its own, among them the encoder's."""
+
+    def build_network(self):
+        return Tagged(build_model(replace(self.config.model, num_classes=0)))
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_a_head_keeps_its_own_weights_whatever_it_is_called(tmp_path, monkeypatch, kind):
+    source = trained(tmp_path, "digits_dense", "optim.lr=1.0")
+    path = source.session.directory
+    if kind == "export":
+        path = tmp_path / "x.safetensors"
+        assert tools(["export", str(source.session.directory), str(path), "--to", "safetensors"]) == 0
+    monkeypatch.setitem(TASKS, "tagging", f"{__name__}:Tagging")
+    new, report = begun(tmp_path, "digits_dense", path, "task.name=tagging")
+    fresh, before = untouched(new), weights(source)
+    for name, value in weights(new).items():
+        wanted = before[name.removeprefix("encoder.")] if name.startswith("encoder.") else fresh[name]
+        assert torch.equal(value, wanted), name
+    assert "reinitialized 8 (" in report and "begins from the seed" in report
+    assert "dropped 2 (head.weight, head.bias): the model has no head" in report
+
+    other = Trainer(new.session)
+    with torch.no_grad():
+        for value in other.engine.local_model.parameters():
+            value.add_(1.0)
+    other._save(False)
+    saved = other.session.directory
+    again, report = begun(tmp_path, "digits_dense", saved, "task.name=tagging")
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(again).items())
+    back, report = begun(tmp_path, "digits_dense", saved)
+    for name, value in weights(back).items():
+        if not name.startswith("head."):
+            assert torch.equal(value, weights(other)[f"encoder.{name}"]), name
+    assert "dropped 8 (" in report and "only for the task it was trained for" in report
+
+
+def test_another_engine_refuses_a_new_task_for_a_true_reason(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "tagging", f"{__name__}:Tagging")
+    options = [*TINY, "task.name=tagging", "engine.name=deepspeed", "parallel.zero=1"]
+    check_layout(load_config("digits_dense", options), 1)
+    monkeypatch.setattr(Tagging, "changes_weights", True)
+    with pytest.raises(ValueError, match="does not run task.name=tagging: it cuts weights otherwise than what"):
+        check_layout(load_config("digits_dense", options), 1)
 
 
 # Class heads.
@@ -225,17 +332,19 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, option
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nowhere", "checkpoint.init=.*nowhere: is neither"),
-        ("x.pth", "checkpoint.init=.*x.pth: no such file"),
-        ("bad.pth", "bad.pth cannot be read as plain tensors: it is no file that torch.save wrote, or a damaged one$"),
-        ("empty.pth", "empty.pth cannot be read as plain tensors: it is no file that torch.save wrote"),
-        ("cut.pth", "cut.pth cannot be read as plain tensors: PytorchStreamReader failed .*central directory$"),
-        ("object.pth", r"it holds an object of fractions.Fraction; `swin-moe checkpoint convert` reads it without"),
+        ("nowhere", "^checkpoint.init=[^ ]*nowhere: does not exist$"),
+        ("x.pth", "^checkpoint.init=[^ ]*x.pth: does not exist$"),
+        ("folder", "^checkpoint.init=[^ ]*folder: is no checkpoint of a known format$"),
+        ("bad.pth", "^checkpoint.init=[^ ]*bad.pth: is neither a file of torch.save nor a safetensors file$"),
+        ("empty.pth", "^checkpoint.init=[^ ]*empty.pth: is empty$"),
+        ("cut.pth", "^checkpoint.init=[^ ]*cut.pth: is cut off: it begins as a file of torch.save, its end is"),
+        ("object.pth", "object.pth: its pickle asks for the global fractions.Fraction, which is refused: only tensors"),
     ],
 )
 def test_a_source_that_is_none_is_named(tmp_path, name, said):
     (tmp_path / "bad.pth").write_bytes(b"not a file of torch's")
     (tmp_path / "empty.pth").touch()
+    (tmp_path / "folder").mkdir()
     torch.save({"model": {"x": Fraction(1, 2)}}, tmp_path / "object.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "object.pth").read_bytes()[:-100])
     trainer = Trainer(session_of(tmp_path, "digits_dense"))

@@ -1,0 +1,128 @@
+"""load, create_model(pretrained=) and load_official(path): a user's own Python, one call each."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import swin_moe
+from checkpoint_tools.__main__ import main as tools
+from swin_moe.checkpoint import CheckpointError, Piece
+from swin_moe.checkpoint.manager import CheckpointManager
+from swin_moe.config_io import load_config
+from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from swin_moe.models.attention import relative_coords_table
+from tests.test_weight_files import CLASSES, DENSE, MOE, files  # noqa: F401 - a fixture
+
+SMALL = {"img_size": 32, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "num_classes": 10}
+
+
+def own(files, family):  # noqa: F811
+    return swin_moe.load(files / f"{family}-run").model.state_dict()
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_a_run_is_loaded_in_one_call(family, files):  # noqa: F811
+    model, classes, preprocess = swin_moe.load(files / f"{family}-run")
+    expected = load_config("digits_dense", MOE if family == "moe" else DENSE)
+    assert model.config == expected.model and not model.training and list(classes) == CLASSES
+    image = preprocess(files / "photos" / "x.png")
+    assert image.shape == (3, 32, 32) and torch.equal(image, preprocess(Image.open(files / "photos" / "x.png")))
+    assert torch.isfinite(torch.as_tensor(model(image[None])[0])).all()
+
+
+@pytest.mark.parametrize("path", ["dense-run/checkpoints/0000000003", "dense.safetensors", "dense-hf"])
+def test_the_same_network_from_what_tells_it(path, files):  # noqa: F811
+    loaded = swin_moe.load(files / path)
+    assert list(loaded.classes) == CLASSES
+    for name, value in own(files, "dense").items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("path", ["run", "x.safetensors", "native", "hf"])
+def test_preprocessing_is_that_of_the_run(path, tmp_path):
+    """Squeezed bilinear images, not cropped bicubic ones as by default, whatever the weights went through."""
+    config = load_config("digits_dense", [*DENSE, "data.eval_crop=false", "data.interpolation=bilinear"])
+    model = swin_moe.build_model(config.model)
+    model.init_weights(0)
+    manager = CheckpointManager(tmp_path / "run" / "checkpoints")
+    pieces = [Piece.of(name, p.detach()) for name, p in model.named_parameters()]
+    manager.save(1, pieces, state={}, config=json.loads(json.dumps(dataclasses.asdict(config))))
+    for verb, to, name in (("export", "safetensors", "x.safetensors"), ("convert", "native", "native"),
+                           ("convert", "hf", "hf")):  # fmt: skip
+        assert tools([verb, str(tmp_path / "run"), str(tmp_path / name), "--to", to]) == 0
+    image = Image.effect_mandelbrot((50, 90), (-2, -1, 1, 1), 20).convert("RGB")
+    pixels = torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(swin_moe.load(tmp_path / path).preprocess(image), (pixels - mean) / std)
+
+
+def test_what_a_file_does_not_tell_is_asked_for(files):  # noqa: F811
+    with pytest.raises(ValueError, match=r"timm.pth: does not tell all .* give swin_moe.load\(path, img_size=...\)"):
+        swin_moe.load(files / "dense-timm.pth")
+    found = swin_moe.load(files / "dense-timm.pth", img_size=32).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in own(files, "dense").items())
+    with pytest.raises(ValueError, match="top_k"):
+        swin_moe.load(files / "moe-tutel.pth", img_size=32, window_size=4)
+    sizes = {"img_size": 32, "window_size": 4, "moe": {"top_k": 1}}
+    found = swin_moe.load(files / "moe-tutel.pth", **sizes).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in own(files, "moe").items())
+    with pytest.raises(ValueError, match="model.img_sise"):
+        swin_moe.load(files / "dense-run", img_sise=3)
+    with pytest.raises(ValueError, match="model.img_size must be a whole number"):
+        swin_moe.load(files / "dense-run", img_size="big")
+
+
+@pytest.mark.parametrize("call", [swin_moe.load, lambda path: swin_moe.create_model("swin", pretrained=path, **SMALL)])
+def test_what_is_none_is_one_sentence(call, files):  # noqa: F811
+    for path in ("nowhere", "cut.pth", "whole.pth", "photos", "moe-ranks.pth.rank0", "text.yaml"):
+        with pytest.raises(CheckpointError, match=f"^(path|pretrained)={files / path}: ") as refused:
+            call(files / path)
+        assert "\n" not in str(refused.value) and "--from" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["dense-run", "dense-training.pth", "dense-timm.pth", "dense-hf", "dense.safetensors"])
+def test_a_network_is_created_with_weights(path, files, caplog):  # noqa: F811
+    with caplog.at_level(logging.INFO, "swin_moe"):
+        model = swin_moe.create_model("swin", pretrained=files / path, **SMALL)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in own(files, "dense").items())
+    assert f"{files / path}: loaded 50 tensors" in caplog.text
+    fewer = swin_moe.create_model("swin", pretrained=files / path, **{**SMALL, "num_classes": 3})
+    assert not fewer.head.weight.any() and "10 classes in the file, 3 in the model: set to zero" in caplog.text
+    with pytest.raises(ValueError, match="weights do not fit the model"):
+        swin_moe.create_model("swin", pretrained=files / path, **{**SMALL, "embed_dim": 16})
+    with torch.device("meta"), pytest.raises(ValueError, match="pretrained needs real parameters"):
+        swin_moe.create_model("swin", pretrained=files / path, **SMALL)
+
+
+def test_official_files_are_loaded_by_their_path(files):  # noqa: F811
+    model = swin_moe.create_model("swin", **SMALL, seed=9)
+    report = swin_moe.load_official(model, files / "dense-training.pth")
+    assert len(report.loaded) == 50 and not report.reinitialized
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in own(files, "dense").items())
+    content = torch.load(files / "dense-compiled.pth.tar", weights_only=True)
+    report = swin_moe.load_official(model, content)
+    assert "read without the key 'model_state_dict'" in str(report)
+    with pytest.raises(ValueError, match="not an official state dict: its tensors have the prefix 'student.'; known"):
+        swin_moe.load_official(model, torch.load(files / "dense-prefix.pth", weights_only=True))
+
+
+def test_tables_in_a_file_tell_the_windows_of_training(tmp_path):
+    """Of SwinV2, whose biases are asked for other coordinates in another window."""
+    small = {**SMALL, "window_size": 4, "img_size": 32}
+    state = swin_moe.create_model("swinv2", **small).state_dict()
+    table = relative_coords_table(4, 4, torch.device("cpu"), torch.float32).reshape(1, 7, 7, 2)
+    blocks = ("layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1")
+    state |= {f"{block}.attn.relative_coords_table": table for block in blocks}
+    torch.save({"model": state}, tmp_path / "v2.pth")
+    larger = swin_moe.create_model("swinv2", **{**small, "window_size": 8, "img_size": 64})
+    for given in (tmp_path / "v2.pth", {"model": state}):
+        report = swin_moe.load_official(larger, given)
+        assert "build it with pretrained_window_sizes=[4, 4]" in str(report)
+    broken = state | {"layers.0.blocks.0.attn.relative_coords_table": table * float("nan")}
+    with pytest.raises(ValueError, match="layers.0.blocks.0.attn.relative_coords_table: .*not finite"):
+        swin_moe.load_official(larger, {"model": broken})
