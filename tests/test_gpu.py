@@ -134,8 +134,7 @@ def test_payloads_equal_the_cpu(name, dtype):
 
 
 ALONE = (
-    "import torch, sys; from swin_moe.parallel.groups import ensure_distributed; "
-    "{}from swin_moe.train import main; "
+    "import torch, sys; from swin_moe.parallel.groups import ensure_distributed; {}from swin_moe.train import main; "
 )
 NCCL = "torch.cuda.set_device(0); ensure_distributed(torch.device('cuda', 0)); "
 LAYOUTS = {  # name -> (ranks, what runs before, options)

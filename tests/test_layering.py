@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", 
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_FILES = 16  # of a folder
+ROOMS = ("files", "sources", "formats", "verbs")  # of checkpoint_tools, lowest first
+# What mypy checks without an error (pyproject.toml); the list may only grow.
+TYPED = (
+    "swin_moe/layout.py", "swin_moe/registry.py", "swin_moe/randomness.py", "swin_moe/optim.py", "swin_moe/config",
+    "swin_moe/checkpoint", "swin_moe/engine", "swin_moe/tasks", "swin_moe/moe", "swin_moe/parallel", "swin_moe/names",
+    "swin_moe/models/network.py", "launcher",
+)  # fmt: skip
 
 
 def sources(*packages: str) -> list[Path]:
@@ -135,6 +144,53 @@ def test_files_and_functions_stay_readable(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+def arrows() -> dict[str, set[str]]:
+    """Returns file -> the files of ours it imports, as module names; what a package's first file hands on counts."""
+    files = {name_of(path): path for path in sources(*PACKAGES)}
+
+    def target(module: str) -> str:
+        while module and module not in files:
+            module = module.rpartition(".")[0]
+        return module
+
+    return {name: {target(module) for module in imports(path)} - {"", name} for name, path in files.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Returns the files of a circle of imports, [] where there is none."""
+    left = {name: set(others) for name, others in graph.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_files_import_in_a_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle(arrows()) == []
+
+
+def test_rooms_of_checkpoint_tools_import_only_lower_ones():
+    for name, others in arrows().items():
+        room = name.split(".")[1] if name.startswith("checkpoint_tools.") else ""
+        if room in ROOMS:
+            higher = ROOMS[ROOMS.index(room) + 1 :]
+            above = {other for other in others if other.split(".")[1:2] and other.split(".")[1] in higher}
+            assert not above, f"{name} imports {above}"
+
+
+def test_folders_stay_small():
+    for folder in {path.parent for path in sources(*PACKAGES)}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MAX_FILES, f"{folder} has {len(files)} files"
+
+
+def test_the_list_of_what_is_type_checked_does_not_shrink():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    assert set(TYPED) <= set(listed)
 
 
 def test_the_checker_sees_what_it_should(tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ def files(tmp_path_factory) -> Path:
 
 def make_files(root: Path, family: str, weights: dict[str, torch.Tensor]) -> None:
     """Writes one network as people have it; formats of others by `checkpoint convert`, tested elsewhere."""
+
     def convert(to: str, name: str, *more: str) -> None:
         assert tools(["convert", str(root / f"{family}-run"), str(root / name), "--to", to, *more]) == 0
 

@@ -54,8 +54,7 @@ class TensorRecord:
 
 
 class OpenFiles:
-    """Descriptors of files read in turn; the least recently used ones are closed, as ranks may outnumber what is legal.
-    """
+    """Descriptors of files read in turn; the least recently used ones are closed, as ranks may outnumber what is legal."""
 
     def __init__(self, limit: int = 128) -> None:
         self._limit = limit
@@ -124,7 +123,6 @@ class RecordFile:
             data = np.empty(count * item, np.uint8)
             read_exactly(fd, memoryview(data), begin, self.path)
             target[...] = np.ndarray(part.size, RAW[item], data, strides=tuple(s * item for s in strides))
-
 
     def verify(self, name: str, record: TensorRecord) -> None:
         """Compares the storage of a tensor with its CRC-32, the first time; files without one pass.

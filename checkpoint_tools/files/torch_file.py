@@ -22,6 +22,8 @@ from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES
 
 MAX_RECORDS = 1 << 20
+
+
 class Window(io.RawIOBase):
     """Part of a file as a file of its own, for reading or for writing at its end.
 

@@ -1,11 +1,11 @@
 """The table of formats. A format is one module here and one row: how to recognize, read and write it.
 
-    detect(path: Path) -> bool                                    looks at names and headers only, never raises
-    open(path: Path, options: Options) -> Source                  raises CheckpointError or CorruptionError
-    write(source: Source, path: Path, options: Options) -> None   through publish.publish_files, so that a kill leaves
-                                                                  nothing or all; every rank of options.comm calls it
-    plan(source: Source, path: Path, options: Options)            optional, for --dry-run: the files that `write` would
-        -> dict[str, int]                                         make, with their bytes
+detect(path: Path) -> bool                                    looks at names and headers only, never raises
+open(path: Path, options: Options) -> Source                  raises CheckpointError or CorruptionError
+write(source: Source, path: Path, options: Options) -> None   through publish.publish_files, so that a kill leaves
+                                                              nothing or all; every rank of options.comm calls it
+plan(source: Source, path: Path, options: Options)            optional, for --dry-run: the files that `write` would
+    -> dict[str, int]                                         make, with their bytes
 """
 
 import re

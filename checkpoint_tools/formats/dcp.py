@@ -220,9 +220,7 @@ def _write_directory(source: Source, named: dict[str, Any], directory: Path, opt
                     stream = open(directory / f"__0_{number}.distcp", "wb")
                 window = Window(stream, begin)
                 content = _chunk(source, name, chunk, dtype)
-                write_torch_stream(
-                    window, "archive", content, box_bytes=options.box_bytes, progress=options.progress
-                )
+                write_torch_stream(window, "archive", content, box_bytes=options.box_bytes, progress=options.progress)
                 length = window.seek(0, 2)
                 places[foreign, chunk.offset] = (f"__0_{number}.distcp", begin, length)
                 begin += length

@@ -174,9 +174,7 @@ class _Reading:
         for name, shape in self.groups[group].items():
             numel = math.prod(shape)
             size = -(-numel // count)
-            found[name] = [
-                (part * spread + share, at, max(0, min(size, numel - part * size))) for part in range(count)
-            ]
+            found[name] = [(part * spread + share, at, max(0, min(size, numel - part * size))) for part in range(count)]
             at += size
         return found
 
@@ -234,4 +232,3 @@ class _Reading:
                 )
             result[name] = [Part(Chunk.whole(record.shape), (Leaf(self.model, record),))]
         return result
-

@@ -132,4 +132,3 @@ def stream_safetensors(path: Path, tensors: Mapping[str, NewTensor], options: Op
                 tensors[name].fill(box, data)
                 file.write(memoryview(data.reshape(-1).view(np.uint8)))
                 options.progress(data.nbytes)
-

@@ -213,4 +213,3 @@ def join_parts(path: Path, placed: Iterable[tuple[Place, tuple[Leaf, ...]]]) -> 
             row += shape[0] if shape else 0
         result[name] = parts
     return result
-

@@ -14,9 +14,7 @@ IMAGES = 2
 TOLERANCE = 1e-4  # of the largest logit: rounding of float32 through a network
 
 
-def report_difference(
-    before: Source, path: Path, options: Options, *, exact: bool, config: Mapping[str, Any]
-) -> None:
+def report_difference(before: Source, path: Path, options: Options, *, exact: bool, config: Mapping[str, Any]) -> None:
     """Says how much the logits of the new checkpoint at `path` differ from those of the old one, on random images.
 
     Networks that do not fit Options.max_memory together, or whose configuration is not complete, are not run, and that
@@ -45,9 +43,7 @@ def report_difference(
     options.report(f"{path}: {'the same function' if exact else 'another function'}: {text}")
 
 
-def compare(
-    before: Source, after: Source, config: Mapping[str, Any], options: Options
-) -> tuple[float, float]:
+def compare(before: Source, after: Source, config: Mapping[str, Any], options: Options) -> tuple[float, float]:
     """Returns (largest difference of the logits, or of the last features without a head; the largest of them)."""
     import torch
 

@@ -114,9 +114,7 @@ class Upcycling:
             }  # fmt: skip
         state, step = self._state()
         recipe = {"verb": "upcycle", **{k: v for k, v in vars(self.arguments).items() if k in _RECIPE}}
-        return DerivedSource(
-            self.dense, tensors, step=step, state=state, config=self._config(), recipe=recipe
-        )
+        return DerivedSource(self.dense, tensors, step=step, state=state, config=self._config(), recipe=recipe)
 
     def _drops(self, kind: str) -> bool:
         return self.arguments.optimizer != "copy" or kind not in ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -175,9 +173,7 @@ class Upcycling:
             if kind != "weight" or out.ndim == 1:
                 out[row] = 0
                 continue
-            values = generator(self.arguments.seed, target, expert, number).standard_normal(
-                box.offset[1] + box.size[1]
-            )
+            values = generator(self.arguments.seed, target, expert, number).standard_normal(box.offset[1] + box.size[1])
             factor = self.factor if target.endswith("fc2_weight") else 1.0
             encode(values[box.offset[1] :] * std * factor, dtype, out[row])
 
@@ -268,5 +264,3 @@ def parse_blocks(text: str, depths: list[int]) -> list[list[int]]:
 def generator(seed: int, name: str, *numbers: int) -> np.random.Generator:
     """Returns what values of a tensor are drawn from: a function of seed, name and numbers alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), *numbers])))
-
-

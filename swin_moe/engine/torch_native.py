@@ -21,9 +21,7 @@ VARIANTS = {
 }
 
 
-def torch_engine(
-    model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device
-) -> Engine:
+def torch_engine(model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device) -> Engine:
     """Returns the engine of parallel.zero; one rank alone has nothing to shard and gets the replicated one."""
     stage = config.parallel.zero
     if stage and groups.world_size == 1:

@@ -56,9 +56,7 @@ def balance_loss_across(
         own = losses.score_sums(scored.scores, max(num_tokens, 1), shares=config.scores == "sigmoid")
         return losses.gshard_of_sums(exchange.sum(own), first_GE)
     std = config.gate_noise / config.num_experts
-    load = losses.load_of(
-        scored.softmax, scored.threshold(routing), noise_std=std, group_size=max(num_tokens, 1)
-    )
+    load = losses.load_of(scored.softmax, scored.threshold(routing), noise_std=std, group_size=max(num_tokens, 1))
     sums = exchange.sum(torch.stack([scored.softmax.sum(dim=0), load[0]]))
     return losses.load_importance_of_sums(sums[:1], sums[1:])
 

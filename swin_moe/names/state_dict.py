@@ -49,7 +49,8 @@ def find_weights(content: Any, is_tensor: Callable[[Any], bool]) -> Weights:
     Raises:
         ValueError: It holds something else; a clause that names it.
     """
-    keys, averages, inner = [], "", content
+    keys: list[str] = []
+    averages, inner = "", content
     while isinstance(inner, Mapping) and len(keys) < _DEPTH and not _holds(inner, is_tensor):
         inside = [key for key in WRAPPERS if isinstance(inner.get(key), Mapping)]
         key = next((key for key in inside if _holds(inner[key], is_tensor, deep=True)), next(iter(inside), None))

@@ -138,9 +138,12 @@ def fill_pieces(
     grid = trained and stage_geometry(trained, 0).resolution
     other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
     tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
-    values, report = fit_weights(
-        backbone, tensors, key_shapes, own_parts=own_parts, same_classes=same_classes, grid=grid
-    )
+    try:
+        values, report = fit_weights(
+            backbone, tensors, key_shapes, own_parts=own_parts, same_classes=same_classes, grid=grid
+        )
+    except ValueError as error:
+        raise ValueError(f"{source.description}: {error}") from None
     direct = []
     for piece in pieces:
         name = piece.name.removeprefix(_AVERAGE)

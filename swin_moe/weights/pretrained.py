@@ -97,6 +97,8 @@ def load_official(
     """
     if isinstance(state_dict, Mapping):
         return load_state_dict(model, state_dict, strict, interpolation=interpolation)
+    if not isinstance(state_dict, str | Path):
+        raise TypeError(f"load_official(model, state_dict) takes tensors or a path, got a {type(state_dict).__name__}")
     source = open_weights(state_dict, key="state_dict")
     report = load_state_dict(model, source.tensors({}), strict, interpolation=interpolation)
     report.notes += source.notes

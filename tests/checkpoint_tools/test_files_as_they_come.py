@@ -186,7 +186,6 @@ def test_an_optimizer_in_another_order_is_left_out_and_told(weights, tmp_path):
     assert any("its optimizer is not in the official order" in text for text in said)
 
 
-
 @pytest.mark.parametrize("to", ["native", "timm", "hf", "dcp", "official", "official-moe"])
 def test_convert_reports_what_it_wrote_and_the_folders_it_makes(to, weights, tmp_path, run):
     """Of weights, two moments and averages some formats hold the weights alone."""
@@ -219,7 +218,7 @@ def test_a_long_entry_does_not_widen_the_table_of_differences(weights, tmp_path,
         pieces = [Piece.of(name, value) for name, value in weights.items()]
         paths.append(CheckpointManager(tmp_path / str(step)).save(step, pieces, state=state, config={}))
     code, out, _ = run("diff", *paths)
-    assert code == 1 and 'names' in out and max(map(len, out.splitlines())) < 80 + 2 * max(60, len(str(paths[0])))
+    assert code == 1 and "names" in out and max(map(len, out.splitlines())) < 80 + 2 * max(60, len(str(paths[0])))
     assert json.loads(run("diff", *paths, "--json")[1])["entries"]["state.names"][0] == ["x" * 90] * 40
 
 

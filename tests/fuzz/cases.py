@@ -55,7 +55,7 @@ def draw_case(seed: int, number: int, files: dict[str, str], scratch: Path) -> C
     kind = draw.choices(list(kinds), list(kinds.values()))[0]
     if kind == "python":
         name, text, call = calls.draw_call(draw, files)
-        return Case(name, kind, text, (*calls.SUBJECTS, "x: does not exist"), call=call)
+        return Case(name, kind, text, (*calls.SUBJECTS, ": does not exist"), call=call)
     words, subjects = _WORDS[kind](draw, files, scratch)
     return Case(words[0] if words else "", kind, f"swin-moe {' '.join(map(repr, words))}", subjects, tuple(words))
 

@@ -107,6 +107,7 @@ def gshard_slowly(scores, first):
 
 def load_importance_slowly(probabilities, threshold, noise_std):
     """Returns half the sum of the squared coefficients of variation of importance and load."""
+
     def squared_variation(values):
         mean = sum(values) / len(values)
         return sum((v - mean) ** 2 for v in values) / (len(values) - 1) / (mean**2 + 1e-10)

@@ -58,9 +58,7 @@ class StageGeometry(NamedTuple):
 
 def stage_geometry(model: Mapping[str, Any], stage: int) -> StageGeometry:
     """Returns the geometry at the nominal image size; a window larger than the map shrinks to it."""
-    height, width = (
-        size // patch >> stage for size, patch in zip(model["img_size"], model["patch_size"], strict=True)
-    )
+    height, width = (size // patch >> stage for size, patch in zip(model["img_size"], model["patch_size"], strict=True))
     return StageGeometry(height, width, min(height, width, model["window_size"]))
 
 
@@ -154,9 +152,7 @@ def layer_number(name: str, depths: list[int]) -> int:
     return sum(depths[:stage]) + int(match[2]) + 1
 
 
-def plan_groups(
-    parameters: Mapping[str, tuple[int, ...]], *, layered: bool
-) -> dict[str, list[str]]:
+def plan_groups(parameters: Mapping[str, tuple[int, ...]], *, layered: bool) -> dict[str, list[str]]:
     """Returns the names of each group of an official optimizer, in its order, by the group's name.
 
     Args:
@@ -171,9 +167,7 @@ def plan_groups(
     return named
 
 
-def group_names(
-    groups: list[Mapping[str, Any]], parameters: Mapping[str, tuple[int, ...]]
-) -> list[list[str]]:
+def group_names(groups: list[Mapping[str, Any]], parameters: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """Returns, for each group of an official optimizer, the names of its parameters in order.
 
     Args:

@@ -34,9 +34,7 @@ class Moments(NamedTuple):
     groups: list[dict[str, Any]]  # options of each group, without its parameters
 
 
-def read_moments(
-    content: Mapping[str, Any], file: RecordFile, shapes: Mapping[str, tuple[int, ...]]
-) -> Moments | None:
+def read_moments(content: Mapping[str, Any], file: RecordFile, shapes: Mapping[str, tuple[int, ...]]) -> Moments | None:
     """Returns the optimizer state of an official file, or None where it has none.
 
     A number stands for each parameter there: names come from the official grouping rule, and every tensor's shape is

@@ -1,5 +1,4 @@
-"""Any source as official files: what each rank's file holds, in the order and with the buffers of the official model.
-"""
+"""Any source as official files: what each rank's file holds, in the order and with the buffers of the official model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -210,4 +209,3 @@ def _group_options(config: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[
     else:
         values |= {"momentum": optim.get("momentum", 0.9), "nesterov": True, "dampening": 0}
     return {**values, **saved}
-
