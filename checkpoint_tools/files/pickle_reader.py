@@ -114,7 +114,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: IO[bytes] | bytes) -> Any:
-        """Returns what the pickle holds; raises ValueError, IndexError, KeyError, TypeError for one that is not valid."""
+        """Returns what the pickle holds; raises ValueError, IndexError, KeyError, TypeError for an invalid one."""
         for opcode, arg, _ in pickletools.genops(stream):
             name = opcode.name
             if name in _VALUES:

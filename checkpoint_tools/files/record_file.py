@@ -54,7 +54,7 @@ class TensorRecord:
 
 
 class OpenFiles:
-    """Descriptors of files read in turn; the least recently used ones are closed, as ranks may outnumber what is legal."""
+    """Descriptors of files read in turn; the least recently used are closed, as ranks may outnumber what is legal."""
 
     def __init__(self, limit: int = 128) -> None:
         self._limit = limit

@@ -77,7 +77,7 @@ class Killer:
 
 
 def run_killed(work: Callable[[], object], moment: int, count: Path) -> int:
-    """Returns the signal that ended `work` in a forked process, 0 if it came to its end; calls are counted in a file."""
+    """Returns the signal that ended `work` in a forked process, 0 if it ended by itself; its calls are counted."""
     child = os.fork()
     if child == 0:
         killer = Killer(moment)
@@ -149,9 +149,9 @@ def kill_reshards(root: Path, count: int, seed: int) -> list[str]:
         target, kills = root / f"{number}" / "out", 0
         # A second kill falls into a run that continues.
         while kills < 2 and run_killed(
-            lambda: reshard(source, target, []),
+            lambda: reshard(source, target, []),  # noqa: B023
             moments.randrange(total),
-            root / "count",  # noqa: B023
+            root / "count",
         ):
             kills += 1
         there, reports = target.exists(), []

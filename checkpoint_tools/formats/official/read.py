@@ -81,7 +81,7 @@ def assemble(
 
 
 def _has_official_order(path: Path, file: RecordFile, weights: Weights, options: Options) -> bool:
-    """Returns whether a file's optimizer, if it has one, numbers parameters as the official loop does; reports if not."""
+    """Returns whether the optimizer of a file, if any, numbers parameters as the official loop; reports it if not."""
     if not isinstance(file.content, dict) or "optimizer" not in file.content or weights.wrapper in ("", "model"):
         return True
     options.report(f"{path}: its optimizer is not in the official order of parameters and is left out")

@@ -1,4 +1,4 @@
-"""Any source as official files: what each rank's file holds, in the order and with the buffers of the official model."""
+"""Any source as official files: what each rank's file holds, in the official order, with the official buffers."""
 
 from collections.abc import Mapping
 from typing import Any
