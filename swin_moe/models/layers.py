@@ -69,16 +69,16 @@ def _drop(x: Tensor, rate: float, rows: Tensor, random: RandomContext, layer: in
     return drop_units(x, random, rows, purpose="dropout", layer=layer, site=site, drop=rate, scale=scale)
 
 
-def check_image(image: Tensor, weight: Tensor) -> None:
+def check_image(image: Tensor, channels: int, weight: Tensor) -> None:
     """Raises ValueError where a network cannot take what it is given for a batch of images, TypeError for no tensor.
 
-    weight: (C, channels, patch height, patch width), the projection of patches.
+    weight: The projection of patches, for its dtype; an engine may have cut its shape.
     """
     if not isinstance(image, Tensor):
-        raise TypeError(f"the model takes a tensor (B, {weight.shape[1]}, H, W), got a {type(image).__name__}")
-    if image.ndim != 4 or image.shape[1] != weight.shape[1]:
+        raise TypeError(f"the model takes a tensor (B, {channels}, H, W), got a {type(image).__name__}")
+    if image.ndim != 4 or image.shape[1] != channels:
         raise ValueError(
-            f"the model takes images of shape (B, {weight.shape[1]}, H, W), got {tuple(image.shape)}"
+            f"the model takes images of shape (B, {channels}, H, W), got {tuple(image.shape)}"
             f"{'; one image needs a batch of one: image[None]' if image.ndim == 3 else ''}"
         )
     # Under autocast both are converted, so torch is asked about it only where they differ.
