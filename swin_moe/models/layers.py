@@ -69,11 +69,12 @@ def _drop(x: Tensor, rate: float, rows: Tensor, random: RandomContext, layer: in
     return drop_units(x, random, rows, purpose="dropout", layer=layer, site=site, drop=rate, scale=scale)
 
 
-def check_image(image: Tensor, channels: int, weight: Tensor) -> None:
+def check_image(image: Tensor, projection: nn.Module) -> None:
     """Raises ValueError where a network cannot take what it is given for a batch of images, TypeError for no tensor.
 
-    weight: The projection of patches, for its dtype; an engine may have cut its shape.
+    projection: Of patches, which a user may have replaced, and of whose weight an engine may have cut the shape.
     """
+    channels = getattr(projection, "in_channels", image.shape[1] if isinstance(image, Tensor) and image.ndim > 1 else 3)
     if not isinstance(image, Tensor):
         raise TypeError(f"the model takes a tensor (B, {channels}, H, W), got a {type(image).__name__}")
     if image.ndim != 4 or image.shape[1] != channels:
@@ -81,6 +82,9 @@ def check_image(image: Tensor, channels: int, weight: Tensor) -> None:
             f"the model takes images of shape (B, {channels}, H, W), got {tuple(image.shape)}"
             f"{'; one image needs a batch of one: image[None]' if image.ndim == 3 else ''}"
         )
+    weight = getattr(projection, "weight", None)
+    if weight is None:
+        return
     # Under autocast both are converted, so torch is asked about it only where they differ.
     if image.dtype != weight.dtype and not (image.is_floating_point() and torch.is_autocast_enabled(image.device.type)):
         raise ValueError(f"the model takes images of its own type, {weight.dtype}, got {image.dtype}")

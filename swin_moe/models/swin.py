@@ -183,7 +183,7 @@ class SwinTransformer(Network):
 
         mask: (B, H, W) over patches, 1 where the patch is replaced by the mask token; None = no patch.
         """
-        check_image(x, self.config.in_chans, self.patch_embed.proj.weight)
+        check_image(x, self.patch_embed.proj)
         unknown = [s for s in stages if not 0 <= s < len(self.layers)]
         if unknown:
             raise ValueError(f"stages must be in [0, {len(self.layers) - 1}], got {unknown[0]}")
