@@ -103,7 +103,9 @@ class SoftFacts(TokenFacts):
     )
     has_groups = False
     compiles_whole = False
-    refuses: Mapping[str, str] = {"inspect-routing": "an expert gets means of all patches, so none is its own"}
+    refuses: Mapping[str, str] = {
+        "inspect-routing": "every expert gets a mean of all patches, so none is an expert's own",
+    }
 
     def logits(self, moe: Any) -> int:
         """Returns the slots of an image."""
