@@ -5,7 +5,7 @@ scramble them (measured), and one rule for norm, clip and skip has to hold for a
 named pieces that are views of its flat buffers, so saving and loading communicate nothing and copy nothing.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -22,6 +22,7 @@ from swin_moe.engine.ema import WeightAverage
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
+from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
 from swin_moe.optim import Schedule, build_optimizer, parameter_groups
 from swin_moe.parallel.apply import parameter_layout
@@ -139,6 +140,10 @@ class DeepSpeedEngine:
         self.shards.discard()
         self.balance.clear()
         return name
+
+    def change_weights(self, change: Callable[[dict[str, tuple[Tensor, Chunk]]], None]) -> None:
+        """Raises ValueError: networks are cut elsewhere than those that follow them. engine/limits.py refuses them."""
+        raise ValueError("engine.name=deepspeed cannot change weights beside the optimizer; use engine.name=torch")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
