@@ -1,6 +1,8 @@
 """Settings of the whole test suite: markers, one thread per process, the repository on the import path."""
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs --full"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Leaves no log of a command that a test ran in this process to the next test."""
+    yield
+    logger = logging.getLogger("swin_moe")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = True
