@@ -33,11 +33,14 @@ def read_hostfile(path: str) -> list[Host]:
         ValueError: No file, nothing in it, or a line that is no host, with its number.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"--hostfile {path!r} {'is a folder, not a file' if file.is_dir() else 'does not exist'}")
     try:
+        if not file.is_file():
+            raise ValueError(f"--hostfile {path!r} {'is a folder, not a file' if file.is_dir() else 'does not exist'}")
         lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        shown = path if len(path) < 200 else f"{path[:200]} ..."
+        raise ValueError(f"--hostfile {shown!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"--hostfile {path!r} cannot be read: {error}") from error
     hosts: dict[str, int | None] = {}
     for number, line in enumerate(lines, 1):

@@ -1,5 +1,6 @@
 """Runs a test function on several ranks under real MPI, with gloo ready. `python -m tests.ranks` is one such rank."""
 
+import gc
 import importlib
 import os
 import pickle
@@ -51,6 +52,13 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
     return [pickle.loads((folder / f"result-{rank}.pkl").read_bytes()) for rank in range(world)]
 
 
+def _gloo_threads() -> int:
+    """Returns how many threads of this process run collectives. One that asks for the interpreter while that is being
+    taken down ends the process with "terminate called without an active exception"."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo_runloop" in name for name in names)
+
+
 def _run_here(folder: Path) -> None:
     import torch
     from torch import distributed
@@ -67,6 +75,11 @@ def _run_here(folder: Path) -> None:
         (folder / f"result-{rank}.pkl").write_bytes(pickle.dumps(result))
         distributed.barrier()  # a rank that is done must not tear down the group others still use
         distributed.destroy_process_group()
+        del result, function
+        gc.collect()
+        # torch._dynamo, where something was compiled, holds process groups for good.
+        left = 0 if "torch._dynamo" in sys.modules else _gloo_threads()
+        assert not left, f"{left} threads of gloo are left: something still holds a process group"
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(f"[rank {rank}] {traceback.format_exc()}")
         raise

@@ -195,7 +195,8 @@ MOST_THREADS = 4096  # more than any machine's cores; OpenMP crashes on counts t
 RANGES: dict[str, tuple] = {
     "run.seed": _range(0, 2**63 - 1),
     "data.global_batch": _SOME, "data.micro_batch": _COUNT, "data.eval_batch": _COUNT, "data.images_per_class": _COUNT,
-    "data.subset": _COUNT, "data.workers": _COUNT, "data.crop_scale": _range(0, 1, above=True), "data.hflip": _SHARE,
+    "data.subset": _COUNT, "data.workers": _range(0, 1024), "data.crop_scale": _range(0, 1, above=True),
+    "data.hflip": _SHARE,
     "data.color_jitter": _COUNT, "data.erase_prob": _SHARE, "data.erase_count": _SOME, "data.synthetic_samples": _SOME,
     "model.moe.blocks": _range(-1), "model.moe.num_experts": _SOME, "model.moe.top_k": _SOME,
     "model.moe.capacity_factor": _ANY, "model.moe.eval_capacity_factor": _ANY, "model.moe.group_images": _COUNT,

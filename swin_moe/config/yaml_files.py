@@ -12,7 +12,7 @@ from swin_moe.config.checks import shown
 class ConfigLoader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-4` is a number and `off` a word, not as in YAML 1.1; a key that stands twice fails."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}  # type: ignore[misc]  # PyYAML's stubs: of an instance
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Returns the mapping; raises yaml.YAMLError for a key that stands twice, where PyYAML keeps the last."""

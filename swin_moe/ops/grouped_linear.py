@@ -11,12 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.ops import extension
 from swin_moe.ops.linear import packed_product, serves, weight_gradient
 from swin_moe.ops.reused_memory import empty_like_reused
 from swin_moe.ops.transforms import call_operator
 
 _ALIGNED = 8  # grouped_mm wants row strides of 16 bytes
 _BIAS_ROWS = 8  # rows of ones that sum a bias gradient by a grouped product: as few as its alignment allows
+
+
+SCHEMAS = {
+    "grouped_linear": "grouped_linear(Tensor x, Tensor weight, Tensor bias, Tensor parts, bool grouped) -> Tensor",
+    "grouped_linear_backward": (
+        "grouped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor parts, bool grouped, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+}
 
 
 def grouped_linear(
@@ -65,7 +75,6 @@ def use_grouped(device: torch.device, dtype: torch.dtype, num_inputs: int, num_o
     return device.type == "cuda" and dtype == torch.bfloat16 and aligned
 
 
-@torch.library.custom_op("swin_moe::grouped_linear", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
     """Returns what grouped_linear does. parts: (E,), the int64 counts, or for a grouped product the int32 ends."""
     if grouped:
@@ -86,12 +95,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bo
     return y
 
 
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[2]))
 
 
-@torch.library.custom_op("swin_moe::grouped_linear_backward", mutates_args=())
 def _backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, parts: Tensor, grouped: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +122,7 @@ def _backward(
     return grad_x, grad_weight, grad_bias
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, parts: Tensor, grouped: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(grad_y, x, weight, needs)
@@ -168,7 +174,18 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if needed else None for grad, needed in zip(grads, needs)), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+def _register() -> None:
+    # Not torch.library.custom_op: its kernels import torch._dynamo at their first call, which takes seconds and holds
+    # process groups for good.
+    forms = {"grouped_linear": (_forward, _fake_forward), "grouped_linear_backward": (_backward, _fake_backward)}
+    for name, (kernel, fake) in forms.items():
+        library = extension.define(SCHEMAS[name])
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{extension.NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_autograd("swin_moe::grouped_linear", _differentiate, setup_context=_save, lib=library)
+
+
+_register()
 _operator = torch.ops.swin_moe.grouped_linear
 
 

@@ -27,6 +27,7 @@ SCHEMAS = {
         "float scale) -> Tensor"
     ),
     "random_normal": "random_normal(Tensor words, int layer, int purpose, Tensor rows, int units) -> Tensor",
+    "random_words": "random_words(Tensor near, SymInt seed, SymInt step) -> Tensor",  # symbols: no graph per step
 }
 DROP_PATH = ("drop_path_mixer", "drop_path_ffn")
 _NO_SITE = -1
@@ -86,7 +87,6 @@ def _words_device(near: Tensor) -> torch.device:
     return near.device if extension.available(near.device.type) else torch.device("cpu")
 
 
-@torch.library.custom_op("swin_moe::random_words", mutates_args=())
 def _random_words(near: Tensor, seed: int, step: int) -> Tensor:
     """Returns (2,) int64, seed and step, on the device that _words_device names."""
     words = torch.empty(2, dtype=torch.int64, device=_words_device(near))
@@ -95,8 +95,7 @@ def _random_words(near: Tensor, seed: int, step: int) -> Tensor:
     return words
 
 
-@_random_words.register_fake
-def _(near: Tensor, seed: int, step: int) -> Tensor:
+def _fake_random_words(near: Tensor, seed: int, step: int) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device=_words_device(near))
 
 
@@ -146,6 +145,7 @@ for _name, _kernel, _fake in (
             (len(purposes), len(rates), len(sample)), dtype=dtype
         ),
     ),
+    ("random_words", _random_words, _fake_random_words),
     ("random_dropout", _random_dropout, lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format)),
     (
         "random_normal",

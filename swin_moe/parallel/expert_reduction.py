@@ -5,6 +5,7 @@ first, and a bucket sets out as soon as it and all behind it are full. So the or
 ranks, and so are the bits: every bucket holds what reduce_expert_gradients sums together.
 """
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ class ExpertReduction:
         self._next = len(self._buckets) - 1
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+                parameter.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self), number))
 
     def begin(self, *, last: bool) -> None:
         """Says whether the next backward is the last of a step; only then gradients are whole."""
@@ -76,3 +77,11 @@ class ExpertReduction:
         for flight in self._flights:
             flight.wait()
         self._flights, self._missing, self._next = [], None, len(self._buckets) - 1
+
+
+def _arrived(reduction: "weakref.ref[ExpertReduction]", number: int, parameter: nn.Parameter) -> None:
+    """A hook of a parameter. It must not hold the reduction, or both would hold each other beyond the sight of Python's
+    collector, and with them the process group, whose threads then outlive destroy_process_group."""
+    alive = reduction()
+    if alive is not None:
+        alive._arrived(number, parameter)
