@@ -114,6 +114,6 @@ def test_a_child_that_dies_or_hangs_is_told_and_the_others_run(files, tmp_path, 
 
 def test_memory_is_limited(files, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        children, "draw_case", lambda *_: Case("f", "python", "f()", (), call=lambda: bytearray(children.MEMORY))
+        children, "draw_case", lambda *_: Case("f", "python", "f()", (), call=lambda: bytearray(2 * children.MEMORY))
     )
     assert [r.why for r in run_cases(SEED, range(1), files, tmp_path)] == ["raises MemoryError"]
