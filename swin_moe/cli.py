@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
+    "configs": ("swin_moe.config.listing", "names of the shipped configs"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
@@ -42,7 +43,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("checkpoint", "doctor"):
+    if name in ("checkpoint", "configs", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main

@@ -67,3 +67,16 @@ def test_a_misspelled_command_is_answered_with_the_right_one(typed, meant, monke
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     assert f"did you mean {meant}?" in message if meant else "did you mean" not in message
+
+
+def test_configs_are_listed(capsys):
+    from swin_moe.config.io import find_config
+    from swin_moe.config.listing import run, shipped
+
+    run(["swin_moe", "32expert"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "swin_moe/" and "  swin_moe_base_patch4_window12_192_32expert_32gpu_22k" in lines
+    assert all(find_config(name).is_file() for names in shipped([]).values() for name in names)
+    with pytest.raises(SystemExit) as ended:
+        run(["nowhere"])
+    assert ended.value.code == 2 and "'nowhere'" in capsys.readouterr().err
