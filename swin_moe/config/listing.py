@@ -6,7 +6,7 @@ from swin_moe.config.io import config_folder
 
 
 def shipped(words: list[str]) -> dict[str, list[str]]:
-    """Returns folder -> names of the shipped configs with every word in them; bases, which are no runs, are left out."""
+    """Returns folder -> names of the shipped configs with every word in them, but for bases, which are no runs."""
     found: dict[str, list[str]] = {}
     for path in sorted(config_folder().rglob("*.yaml")):
         folder = path.parent.name
