@@ -1,4 +1,4 @@
-"""How options are refused, and which options contradict each other. Plain data; config.py is the schema."""
+"""How options are refused, and which options contradict each other. Plain data; schema.py is the schema."""
 
 import math
 import types
@@ -191,7 +191,7 @@ _COUNT, _SOME, _POSITIVE, _SHARE = _range(0), _range(1), _range(0, above=True), 
 _BELOW_ONE, _ANY = _range(0, 1, below=True), _range(None)
 MOST_THREADS = 4096  # more than any machine's cores; OpenMP crashes on counts that it cannot start
 
-# Every numeric option; items of a list are checked one by one. What depends on other options is checked in config.py.
+# Every numeric option; items of a list are checked one by one. What depends on other options is checked in schema.py.
 RANGES: dict[str, tuple] = {
     "run.seed": _range(0, 2**63 - 1),
     "data.global_batch": _SOME, "data.micro_batch": _COUNT, "data.eval_batch": _COUNT, "data.images_per_class": _COUNT,

@@ -1,7 +1,7 @@
 """Configs from YAML files with `base:` inheritance and `key=value` overrides, and back to YAML.
 
 A file whose top-level keys are the sections of the official repository (DATA, MODEL, TRAIN, ...) is read through
-config_official.py, unchanged. The schema, with units and ranges, is config.py.
+official.py, unchanged. The schema, with units and ranges, is schema.py.
 """
 
 import dataclasses
@@ -266,7 +266,7 @@ def _coerce_tree(tree: dict, schema: Any, *, source: str, prefix: str = "") -> d
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """Returns `value` as `kind`, a field type of config.py; raises TypeError or ValueError where it is none."""
+    """Returns `value` as `kind`, a field type of schema.py; raises TypeError or ValueError where it is none."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         if isinstance(value, bool) or value not in arguments:

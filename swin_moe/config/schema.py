@@ -1,6 +1,6 @@
 """Every option of a run: frozen dataclasses are the schema, with defaults, units and range checks in one place.
 
-YAML files and `key=value` overrides fill them (config_io.py). No field depends on the world size: degrees of
+YAML files and `key=value` overrides fill them (io.py). No field depends on the world size: degrees of
 parallelism are options, the number of ranks is not. Model field names are the argument names of the official
 constructors (microsoft/Swin-Transformer, models/*.py) where one exists.
 """

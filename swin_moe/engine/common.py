@@ -5,8 +5,8 @@ use the functions: materialize, state_name, average_name, decide, and parallel/c
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swin_moe.checkpoint import Piece
 from swin_moe.config import Config, OptimConfig
 from swin_moe.engine.base import StepStats
-from swin_moe.engine.ema import WeightAverage
+from swin_moe.engine.ema import WeightAverage, evaluating
 from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
@@ -252,24 +252,9 @@ class StepEngine:
         change({name: (part.leaf.detach(), part.chunk) for name, part in self.parts.items()})
         self._take_weights()
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> AbstractContextManager:
         """See Engine."""
-        self.local_model.eval()
-        try:
-            with self._averaged(self.ema) if self.ema else nullcontext():
-                yield
-        finally:
-            self.local_model.train()
-
-    @contextmanager
-    def _averaged(self, ema: WeightAverage) -> Iterator[None]:
-        try:
-            with ema.swapped():
-                self._take_weights()
-                yield
-        finally:
-            self._take_weights()
+        return evaluating(self.local_model, self.ema, self._take_weights)
 
     @torch.no_grad()
     def _take_weights(self) -> None:

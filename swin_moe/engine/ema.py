@@ -1,10 +1,10 @@
 """Exponential moving average of the weights, sharded as the weights are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightAverage:
@@ -44,3 +44,25 @@ class WeightAverage:
             kept = weight.clone()
             weight.copy_(self.average[name])
             self.average[name].copy_(kept)
+
+
+@contextmanager
+def evaluating(model: nn.Module, average: WeightAverage | None, publish: Callable[[], None]) -> Iterator[None]:
+    """Returns a context in which a network is in eval mode with its averaged weights, where there are any.
+
+    Args:
+        publish: Brings weights that were exchanged to the network, where it does not share their memory.
+    """
+    model.eval()
+    try:
+        if average is None:
+            yield
+            return
+        try:
+            with average.swapped():
+                publish()
+                yield
+        finally:
+            publish()
+    finally:
+        model.train()

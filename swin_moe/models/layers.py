@@ -74,10 +74,12 @@ def check_image(image: Tensor, projection: nn.Module) -> None:
 
     projection: Of patches, which a user may have replaced, and of whose weight an engine may have cut the shape.
     """
-    channels = getattr(projection, "in_channels", image.shape[1] if isinstance(image, Tensor) and image.ndim > 1 else 3)
+    channels = getattr(
+        projection, "in_channels", "C"
+    )  # C: another module than a convolution, which takes what it takes
     if not isinstance(image, Tensor):
         raise TypeError(f"the model takes a tensor (B, {channels}, H, W), got a {type(image).__name__}")
-    if image.ndim != 4 or image.shape[1] != channels or not image.shape[2] or not image.shape[3]:
+    if image.ndim != 4 or channels not in ("C", image.shape[1]) or not image.shape[2] or not image.shape[3]:
         raise ValueError(
             f"the model takes images of shape (B, {channels}, H, W), got {tuple(image.shape)}"
             f"{'; one image needs a batch of one: image[None]' if image.ndim == 3 else ''}"

@@ -18,7 +18,7 @@ from swin_moe.engine.common import average_name, decide, materialize, state_name
 from swin_moe.engine.deepspeed.flat import flat_pieces
 from swin_moe.engine.deepspeed.shards import first_not_finite, shards_of
 from swin_moe.engine.deepspeed.start import configuration, import_deepspeed, mark_experts, split_groups
-from swin_moe.engine.ema import WeightAverage
+from swin_moe.engine.ema import WeightAverage, evaluating
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
@@ -145,24 +145,9 @@ class DeepSpeedEngine:
         """Raises ValueError: networks are cut elsewhere than those that follow them. engine/limits.py refuses them."""
         raise ValueError("engine.name=deepspeed cannot change weights beside the optimizer; use engine.name=torch")
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> AbstractContextManager:
         """See Engine."""
-        self.local_model.eval()
-        try:
-            with self._averaged(self.ema) if self.ema else nullcontext():
-                yield
-        finally:
-            self.local_model.train()
-
-    @contextmanager
-    def _averaged(self, ema: WeightAverage) -> Iterator[None]:
-        try:
-            with ema.swapped():
-                self.shards.publish()
-                yield
-        finally:
-            self.shards.publish()
+        return evaluating(self.local_model, self.ema, self.shards.publish)
 
     @property
     def _updated(self) -> list[Tensor]:
