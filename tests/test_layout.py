@@ -33,6 +33,15 @@ def test_boxes_cover_the_range_in_order_and_are_contiguous():
         assert len(boxes) <= max(1, 2 * len(shape) - 1)
 
 
+def test_parts_lie_as_torch_cuts_them():
+    assert even_split(4, 3) == [(0, 2), (2, 2), (4, 0)]
+    assert even_split(10, 4) == [(0, 3), (3, 3), (6, 3), (9, 1)]
+    for length, parts in ((4, 3), (8, 8), (3, 8), (10, 4), (17, 5)):
+        numbers = torch.arange(length).chunk(parts)
+        cut = [(int(part[0]), len(part)) for part in numbers]
+        assert even_split(length, parts) == cut + [(length, 0)] * (parts - len(cut))
+
+
 def test_one_part_costs_nothing_of_the_others():
     for length, parts in ((4, 3), (8, 8), (3, 8), (0, 2), (10, 4)):
         assert [even_part(length, parts, i) for i in range(parts)] == even_split(length, parts)
