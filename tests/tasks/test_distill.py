@@ -16,7 +16,7 @@ from swin_moe.run.session import Session
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.weights.teacher import load_teacher
 from tests.tasks import cases
-from tests.tasks.test_transfer import TINY, trained, weights
+from tests.tasks.transfer import TINY, trained, weights
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from swin_moe.parallel.groups import single_process_groups
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.tasks.moby import enqueue, leave_one_out, momentum_at
-from tests.tasks.test_transfer import TINY, begun, trained, weights
+from tests.tasks.transfer import TINY, begun, trained, weights
 
 MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "task.momentum=0.99",
         "data.drop_last=true")  # fmt: skip

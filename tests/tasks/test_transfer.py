@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,61 +11,15 @@ import torch.nn.functional as F
 
 from checkpoint_tools.__main__ import main as tools
 from swin_moe.checkpoint import CheckpointError
-from swin_moe.config.io import load_config
 from swin_moe.engine.common import materialize
 from swin_moe.models import build_model
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.models.heads import EncoderModel
-from swin_moe.models.official import CLASSES_1K, CLASSES_22K, read_class_map, resize_bias_table_geometric
-from swin_moe.parallel.groups import single_process_groups
-from swin_moe.run.session import Session, check_layout
-from swin_moe.tasks.base import TASKS
-from swin_moe.tasks.classify import Classify
+from swin_moe.models.official import resize_bias_table_geometric
 from swin_moe.train import Trainer
 from swin_moe.weights.load import load_weights, start_from
 from tests.ranks import run_ranks
 from tests.tasks import cases
-
-CPU = torch.device("cpu")
-TINY = (
-    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]", "model.num_heads=[1,2]",
-    "model.window_size=4", "task.mask_patch_size=4", "data.images_per_class=2", "data.global_batch=10",
-    "optim.epochs=1", "optim.warmup_epochs=0", "log.tensorboard=false", "log.eval_every=0", "data.eval_batch=120",
-)  # fmt: skip
-MOE = ("model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.capacity_scope=images",
-       "model.moe.group_images=1")  # fmt: skip
-
-
-def session_of(root: Path, config: str, *options: str) -> Session:
-    loaded = load_config(config, [*TINY, f"run.output={root}", *options])
-    loaded.check(1)
-    return Session(loaded, single_process_groups(), CPU)
-
-
-def trained(root: Path, config: str, *options: str) -> Trainer:
-    """Returns a run at its end, with its checkpoint."""
-    trainer = Trainer(session_of(root, config, *options))
-    trainer.resume()
-    trainer.run()
-    return trainer
-
-
-def begun(root: Path, config: str, source: str | Path, *options: str) -> tuple[Trainer, str]:
-    """Returns a run that has loaded `source`, and the report."""
-    trainer = Trainer(session_of(root, config, f"run.name=new{source}".replace("/", "-"), *options))
-    return trainer, start_from(str(source), trainer.engine, trainer.session)
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.engine.local_model.named_parameters()}
-
-
-def untouched(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Returns the weights of the same run as the seed makes them."""
-    return weights(Trainer(trainer.session))
-
-
-# Pre-training to fine-tuning.
+from tests.tasks.transfer import CPU, MOE, begun, session_of, trained, untouched, weights
 
 
 @pytest.mark.parametrize("options", [(), ("model.name=swinv2",), MOE], ids=["swin", "swinv2", "moe"])
@@ -196,90 +149,6 @@ def test_absolute_positions_know_the_shape_of_their_image(tmp_path, kind):
 
 
 # Heads of tasks that are still to come.
-
-
-class Tagged(EncoderModel):
-    """An encoder with children named as some of its own."""
-
-    def __init__(self, encoder):
-        super().__init__(encoder)
-        self.norm = torch.nn.LayerNorm(encoder.num_features)
-        self.head = torch.nn.Linear(encoder.num_features, 10)
-        self.layers = torch.nn.ModuleDict({"0": torch.nn.Linear(4, 4)})
-        self.laterals = torch.nn.Linear(3, 3)
-
-
-class Tagging(Classify):
-    """A task of somebody's: names of its own, among them the encoder's."""
-
-    def build_network(self):
-        return Tagged(build_model(replace(self.config.model, num_classes=0)))
-
-
-@pytest.mark.parametrize("kind", ["run", "export"])
-def test_a_head_keeps_its_own_weights_whatever_it_is_called(tmp_path, monkeypatch, kind):
-    source = trained(tmp_path, "digits_dense", "optim.lr=1.0")
-    path = source.session.directory
-    if kind == "export":
-        path = tmp_path / "x.safetensors"
-        assert tools(["export", str(source.session.directory), str(path), "--to", "safetensors"]) == 0
-    monkeypatch.setitem(TASKS, "tagging", f"{__name__}:Tagging")
-    new, report = begun(tmp_path, "digits_dense", path, "task.name=tagging")
-    fresh, before = untouched(new), weights(source)
-    for name, value in weights(new).items():
-        wanted = before[name.removeprefix("encoder.")] if name.startswith("encoder.") else fresh[name]
-        assert torch.equal(value, wanted), name
-    assert "reinitialized 8 (" in report and "begins from the seed" in report
-    assert "dropped 2 (head.weight, head.bias): the model has no head" in report
-
-    other = Trainer(new.session)
-    with torch.no_grad():
-        for value in other.engine.local_model.parameters():
-            value.add_(1.0)
-    other._save(False)
-    saved = other.session.directory
-    again, report = begun(tmp_path, "digits_dense", saved, "task.name=tagging")
-    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(again).items())
-    back, report = begun(tmp_path, "digits_dense", saved)
-    for name, value in weights(back).items():
-        if not name.startswith("head."):
-            assert torch.equal(value, weights(other)[f"encoder.{name}"]), name
-    assert "dropped 8 (" in report and "only for the task it was trained for" in report
-
-
-def test_another_engine_refuses_a_new_task_for_a_true_reason(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "tagging", f"{__name__}:Tagging")
-    options = [*TINY, "task.name=tagging", "engine.name=deepspeed", "parallel.zero=1"]
-    check_layout(load_config("digits_dense", options), 1)
-    monkeypatch.setattr(Tagging, "changes_weights", True)
-    with pytest.raises(ValueError, match="does not run task.name=tagging: it cuts weights otherwise than what"):
-        check_layout(load_config("digits_dense", options), 1)
-
-
-# Class heads.
-
-
-def test_another_number_of_classes_begins_with_a_zero_head(tmp_path):
-    source = trained(tmp_path, "digits_dense")
-    new, report = begun(tmp_path, "digits_dense", source.session.directory, "model.num_classes=12")
-    head = new.engine.local_model.head
-    assert head.weight.shape == (12, 16) and not head.weight.any() and not head.bias.any()
-    assert "10 classes in the file, 12 in the model: set to zero" in report
-
-
-def test_classes_of_22k_become_those_of_1k(tmp_path):
-    config = load_config("digits_dense", [*TINY, f"model.num_classes={CLASSES_22K}"])
-    old = build_model(config.model)
-    old.init_weights(3)
-    with torch.no_grad():
-        old.head.bias.copy_(torch.arange(CLASSES_22K))
-    path = tmp_path / "official.pth"
-    torch.save({"model": old.state_dict()}, path)
-    new, report = begun(tmp_path, "digits_dense", path, f"model.num_classes={CLASSES_1K}")
-    head = new.engine.local_model.head
-    assert head.bias.tolist() == read_class_map()
-    assert torch.equal(head.weight, old.head.weight[read_class_map()])
-    assert "21841 to 1000 classes by map22kto1k.txt" in report
 
 
 def test_an_official_simmim_file_begins_a_run(tmp_path):
