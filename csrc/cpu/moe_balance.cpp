@@ -24,7 +24,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 enum Kind : int64_t { kNone = 0, kGshard = 1, kGshardOfShares = 2, kLoadImportance = 3 };
 
-constexpr int64_t kChunkElements = 1 << 16;  // as moe/router.py:row_chunks, or sums would round differently
+constexpr int64_t kChunkElements = 1 << 16;  // as moe/routing.py:row_chunks, or sums would round differently
 
 // Groups of equal size among the tokens: all of them, or the full ones, or the smaller last one.
 struct Part {

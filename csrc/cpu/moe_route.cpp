@@ -34,7 +34,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunkElements = 1 << 16;  // as moe/router.py:row_chunks, or sums would round differently
+constexpr int64_t kChunkElements = 1 << 16;  // as moe/routing.py:row_chunks, or sums would round differently
 constexpr int64_t kLeastElements = 1 << 14;  // of a task
 
 // The index of the first largest of n numbers. Not-a-number is larger than all, as for torch.max.

@@ -1,6 +1,6 @@
 """Token-choice routing of one rank's tokens as one operator: scores, choices, gates, slots, counts, statistics.
 
-Compiled kernels are in csrc/cpu/moe_route.cpp and csrc/cuda/moe_route.cu; swin_moe/moe/router.py:route is the
+Compiled kernels are in csrc/cpu/moe_route.cpp and csrc/cuda/moe_route.cu; swin_moe/moe/routing.py:route is the
 reference, and what runs where there are none. Integers are the reference's, and on the CPU so is every bit of the other
 numbers and of their gradients.
 

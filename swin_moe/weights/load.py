@@ -1,7 +1,7 @@
 """Weights from elsewhere: to evaluate and predict with, or for a new run to begin with.
 
 A source is a checkpoint of this system, of any task and in any layout, or whatever else checkpoint_tools reads
-(weight_sources.py). Every rank reads only what it holds, except of tensors that have to be changed to fit (bias tables
+(sources.py). Every rank reads only what it holds, except of tensors that have to be changed to fit (bias tables
 of another window, class heads).
 """
 
@@ -100,7 +100,7 @@ def start_from(source: str, engine: Engine, session: Session) -> str:
     Every rank calls it.
 
     Args:
-        source: See weight_sources.open_weights.
+        source: See sources.open_weights.
 
     Raises:
         CheckpointError: On every rank: it cannot be read, or does not fit the network.

@@ -44,7 +44,7 @@ class Source(Protocol):
         """Returns every tensor by name; one of the shape wanted may be on meta, and is then read by `fill`.
 
         Args:
-            shapes: Global shapes wanted, by official_names.weight_key.
+            shapes: Global shapes wanted, by names.official.weight_key.
             whole: Keys of tensors that are never left on meta.
         """
 
@@ -92,7 +92,19 @@ def open_weights(source: str | Path, *, key: str) -> Source:
 class _Stored:
     """What both kinds of source share: a config as JSON, and which stored tensor stands for which parameter."""
 
+    path: Path
     config: dict[str, Any]
+
+    def _arrange(self, stored: Collection[str], *, start: str = "") -> None:
+        """Notes which stored tensor stands for which parameter: its average where there is one.
+
+        start: What has to stand before the source's names.
+        """
+        names = [name for name in stored if not name.startswith(_NO_WEIGHTS)]
+        self._stored = {start + n: _AVERAGE + n if _AVERAGE + n in stored else n for n in names}
+        wrapped = is_wrapped(self._stored)
+        self._keys = {name: weight_key(name, wrapped=wrapped) for name in self._stored}
+        self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
 
     def model_config(self, **given: Any) -> ModelConfig | None:
         """See Source."""
@@ -119,14 +131,11 @@ class OwnCheckpoint(_Stored):
         self.index = Index.read(path)
         self.path, self.config, self.notes = path, self.index.config, []
         self.classes = tuple(self.index.state.get("classes", ()))
-        names = [name for name in self.index.tensors if not name.startswith(_NO_WEIGHTS)]
-        averaged = {name for name in names if _AVERAGE + name in self.index.tensors}
-        self._stored = {name: _AVERAGE + name if name in averaged else name for name in names}
-        wrapped = is_wrapped(names)
-        self._keys = {name: weight_key(name, wrapped=wrapped) for name in names}
-        self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
+        self._arrange(self.index.tensors)
+        averaged = sum(stored.startswith(_AVERAGE) for stored in self._stored.values())
         task = self.index.config.get("task", {}).get("name", "?")
-        self.description = f"{path} (task {task}, step {self.index.step}, {len(averaged)} of {len(names)} averaged)"
+        averages = f"{averaged} of {len(self._stored)} averaged"
+        self.description = f"{path} (task {task}, step {self.index.step}, {averages})"
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """See Source."""
@@ -163,12 +172,7 @@ class ForeignCheckpoint(_Stored):
         self.classes = tuple(names) if isinstance(names, list) else ()
         self._tables = getattr(self._source, "tables", {})
         self.has_tables = bool(self._tables)
-        start, stored = prefix_of(self._source), self._source.tensors
-        parameters = [name for name in stored if not name.startswith(_NO_WEIGHTS)]
-        self._stored = {start + n: _AVERAGE + n if _AVERAGE + n in stored else n for n in parameters}
-        wrapped = is_wrapped(self._stored)
-        self._keys = {name: weight_key(name, wrapped=wrapped) for name in self._stored}
-        self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
+        self._arrange(self._source.tensors, start=prefix_of(self._source))
 
     def _note(self, sentence: str) -> None:
         self.notes.append(sentence.removeprefix(f"{self.path}: "))

@@ -1,6 +1,6 @@
 """model.attention=auto: which path of the attention half runs, from measured times, kept on disk.
 
-The paths of attention_half.py take turns on random tensors of the case at hand, once per case and machine. Fused, where
+The paths of half.py take turns on random tensors of the case at hand, once per case and machine. Fused, where
 it is supported, stays unless another path is more than MARGIN faster: it keeps the least memory and noise must not
 choose. Processes that measure at the same time agree: the first to write decides, the others read what is there.
 """
@@ -96,7 +96,7 @@ class Case:
 
 
 def choose_path(wanted: str, x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape) -> str:
-    """Returns the path of attention_half.PATHS that runs for a setting of model.attention.
+    """Returns the path of half.PATHS that runs for a setting of model.attention.
 
     Nothing is measured while a graph is traced or no real data is there: fused then, if it is supported.
 

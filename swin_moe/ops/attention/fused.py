@@ -2,7 +2,7 @@
 
 Shift, padding, partition, position bias, mask, softmax and reverse happen inside; backward computes the weights again,
 so nothing of the size of a score matrix is kept. Compiled kernels are in csrc/; where a device has none the operator
-runs its reference (window_attention_reference.py), so traced graphs are the same everywhere.
+runs its reference (reference.py), so traced graphs are the same everywhere.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 The paths differ in where they cut the map. `fused` projects the map as it is and leaves shift, padding and windows to
 one operator; `reference`, `analytic` and `sdpa` pad, roll and partition first, as the official code does, and attend
-windows (attention_in_windows.py). All give the same values.
+windows (in_windows.py). All give the same values.
 
 Shape legend: B images, H x W tokens, C channels, A heads, N tokens of a window, P = (2h - 1) * (2w - 1) relative
 positions.
