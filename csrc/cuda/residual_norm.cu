@@ -1,5 +1,5 @@
-// x + factor * branch and its LayerNorm, and x + factor * LayerNorm of branch: a warp for a row, whose lanes each keep to their own channels, so that what a
-// lane leaves in shared memory only it reads. Sums have a fixed order.
+// x + factor * branch and its LayerNorm, and x + factor * LayerNorm of branch: a warp for a row, whose lanes each keep
+// to their own channels, so that what a lane leaves in shared memory only it reads. Sums have a fixed order.
 #include "partial_sums.cuh"
 #include "residual_norm.h"
 
@@ -43,6 +43,34 @@ __device__ __forceinline__ Vector<T, Width>& place(void* to, int64_t row, int64_
   return reinterpret_cast<Vector<T, Width>*>(static_cast<T*>(to) + row * channels)[vector];
 }
 
+struct Statistics {
+  float mean, rstd;
+};
+
+// Of the row whose values the lanes left in the warp's part of shared memory, each having summed its own to `total`.
+template <int Width>
+__device__ __forceinline__ Statistics row_statistics(const ResidualNormLaunch& p, float* kept, float total) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float mean = warp_sum(total) / float(p.channels);
+  float squares = 0.f;
+  for (int64_t i = lane; i < p.channels / Width; i += 32) {
+    const auto x = load<float, Width>(kept, warp, p.channels, i);
+#pragma unroll
+    for (int c = 0; c < Width; ++c) squares += (x.values[c] - mean) * (x.values[c] - mean);
+  }
+  return {mean, 1.f / sqrtf(warp_sum(squares) / float(p.channels) + p.eps)};
+}
+
+// The warps' sums for weight and bias, (warps, 2, channels), with the lane's channels of its warp at zero.
+template <int Width>
+__device__ __forceinline__ float* cleared_sums(int64_t channels) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* sums = reinterpret_cast<float*>(shared_memory());
+  for (int64_t i = lane; i < channels / Width; i += 32)
+    place<float, Width>(sums, 2 * warp, channels, i) = place<float, Width>(sums, 2 * warp + 1, channels, i) = {};
+  return sums;
+}
+
 // Adds what the warps of a block left for weight and bias, in the order of warps.
 __device__ __forceinline__ void add_warps(const ResidualNormLaunch& p, const float* sums) {
   for (int64_t cell = threadIdx.x; cell < 2 * p.channels; cell += kNormThreads) {
@@ -72,14 +100,7 @@ __global__ void __launch_bounds__(kNormThreads) residual_norm_kernel(const Resid
     place<float, Width>(p.sum, row, channels, i) = sum;
     place<float, Width>(kept, warp, channels, i) = sum;
   }
-  const float mean = warp_sum(total) / float(channels);
-  float squares = 0.f;
-  for (int64_t i = lane; i < vectors; i += 32) {
-    const auto sum = load<float, Width>(kept, warp, channels, i);
-#pragma unroll
-    for (int c = 0; c < Width; ++c) squares += (sum.values[c] - mean) * (sum.values[c] - mean);
-  }
-  const float rstd = 1.f / sqrtf(warp_sum(squares) / float(channels) + p.eps);
+  const auto [mean, rstd] = row_statistics<Width>(p, kept, total);
   for (int64_t i = lane; i < vectors; i += 32) {
     const auto sum = load<float, Width>(kept, warp, channels, i);
     const auto weight = load<float, Width>(p.weight, 0, channels, i);
@@ -100,9 +121,7 @@ template <class T, int Width>
 __global__ void __launch_bounds__(kNormThreads) residual_norm_backward_kernel(const ResidualNormLaunch p, int64_t step) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t channels = p.channels, vectors = channels / Width;
-  float* sums = reinterpret_cast<float*>(shared_memory());  // (warps, 2, channels)
-  for (int64_t i = lane; i < vectors; i += 32)
-    place<float, Width>(sums, 2 * warp, channels, i) = place<float, Width>(sums, 2 * warp + 1, channels, i) = {};
+  float* sums = cleared_sums<Width>(channels);
   for (int64_t row = int64_t(blockIdx.x) * kNormWarps + warp; row < p.rows; row += step) {
     const float mean = p.mean[row], rstd = p.rstd[row], factor = factor_of<T>(p, row);
     float plain = 0.f, along = 0.f;
@@ -159,14 +178,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_residual_kernel(const Resid
     for (int c = 0; c < Width; ++c) total += wide.values[c] = to_float(branch.values[c]);
     place<float, Width>(kept, warp, channels, i) = wide;
   }
-  const float mean = warp_sum(total) / float(channels);
-  float squares = 0.f;
-  for (int64_t i = lane; i < vectors; i += 32) {
-    const auto branch = load<float, Width>(kept, warp, channels, i);
-#pragma unroll
-    for (int c = 0; c < Width; ++c) squares += (branch.values[c] - mean) * (branch.values[c] - mean);
-  }
-  const float rstd = 1.f / sqrtf(warp_sum(squares) / float(channels) + p.eps);
+  const auto [mean, rstd] = row_statistics<Width>(p, kept, total);
   for (int64_t i = lane; i < vectors; i += 32) {
     const auto branch = load<float, Width>(kept, warp, channels, i);
     const auto weight = load<float, Width>(p.weight, 0, channels, i);
@@ -187,9 +199,7 @@ template <class T, int Width>
 __global__ void __launch_bounds__(kNormThreads) norm_residual_backward_kernel(const ResidualNormLaunch p, int64_t step) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t channels = p.channels, vectors = channels / Width;
-  float* sums = reinterpret_cast<float*>(shared_memory());  // (warps, 2, channels)
-  for (int64_t i = lane; i < vectors; i += 32)
-    place<float, Width>(sums, 2 * warp, channels, i) = place<float, Width>(sums, 2 * warp + 1, channels, i) = {};
+  float* sums = cleared_sums<Width>(channels);
   for (int64_t row = int64_t(blockIdx.x) * kNormWarps + warp; row < p.rows; row += step) {
     const float mean = p.mean[row], rstd = p.rstd[row], factor = factor_of<float>(p, row);
     float plain = 0.f, along = 0.f;

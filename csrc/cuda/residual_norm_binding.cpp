@@ -1,5 +1,5 @@
-// residual_norm, norm_residual and their backwards on CUDA tensors: schemas and kernels. Compiled only where torch is a CUDA build; any
-// other has the Python form of swin_moe/ops/residual_norm.py.
+// residual_norm, norm_residual and their backwards on CUDA tensors: schemas and kernels. Compiled only where torch is a
+// CUDA build; any other has the Python form of swin_moe/ops/residual_norm.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -52,35 +52,52 @@ Tensor describe(const char* name, const Tensor& x, const std::optional<Tensor>& 
   return factor->contiguous();
 }
 
+// What both forms read and write alike; `launch` points into the tensors, which therefore live beside it.
+struct Forward {
+  Tensor x, branch, factor, weight, bias;  // contiguous
+  Tensor sum, mean, rstd;
+  ResidualNormLaunch launch{};
+};
+
+Forward prepare(const char* name, const Tensor& x, const Tensor& branch, const std::optional<Tensor>& factor,
+                const Tensor& weight, const Tensor& bias, double eps) {
+  Forward made;
+  ResidualNormLaunch& p = made.launch;
+  made.factor = describe(name, x, factor, p);
+  check(name, "x", x, x.sizes(), x);
+  check(name, "weight", weight, {p.channels}, x);
+  check(name, "bias", bias, {p.channels}, x);
+  check_branch(name, branch, x);
+  p.element = element_of(name, branch.scalar_type());
+  made.x = x.contiguous();
+  made.branch = branch.contiguous();
+  made.weight = weight.contiguous();
+  made.bias = bias.contiguous();
+  made.sum = at::empty(x.sizes(), x.options());
+  made.mean = at::empty({p.rows}, x.options());
+  made.rstd = at::empty({p.rows}, x.options());
+  p.x = made.x.const_data_ptr<float>();
+  p.branch = made.branch.const_data_ptr();
+  p.factor = factor ? made.factor.const_data_ptr<float>() : nullptr;
+  p.weight = made.weight.const_data_ptr<float>();
+  p.bias = made.bias.const_data_ptr<float>();
+  p.sum = made.sum.mutable_data_ptr<float>();
+  p.mean = made.mean.mutable_data_ptr<float>();
+  p.rstd = made.rstd.mutable_data_ptr<float>();
+  p.eps = float(eps);
+  return made;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_cuda(const Tensor& x, const Tensor& branch,
                                                               const std::optional<Tensor>& factor,
                                                               const Tensor& weight, const Tensor& bias, double eps) {
-  constexpr const char* kName = "residual_norm";
-  ResidualNormLaunch p{};
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor factors = describe(kName, x, factor, p);
-  check(kName, "x", x, x.sizes(), x);
-  check(kName, "weight", weight, {p.channels}, x);
-  check(kName, "bias", bias, {p.channels}, x);
-  check_branch(kName, branch, x);
-  p.element = element_of(kName, branch.scalar_type());
-  const Tensor own = x.contiguous(), added = branch.contiguous(), scale = weight.contiguous(),
-               offset = bias.contiguous();
-  Tensor sum = at::empty(x.sizes(), x.options()), normed = at::empty(x.sizes(), x.options());
-  Tensor mean = at::empty({p.rows}, x.options()), rstd = at::empty({p.rows}, x.options());
-  if (p.rows == 0) return {sum, normed, mean, rstd};
-  p.x = own.const_data_ptr<float>();
-  p.branch = added.const_data_ptr();
-  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
-  p.weight = scale.const_data_ptr<float>();
-  p.bias = offset.const_data_ptr<float>();
-  p.sum = sum.mutable_data_ptr<float>();
-  p.normed = normed.mutable_data_ptr<float>();
-  p.mean = mean.mutable_data_ptr<float>();
-  p.rstd = rstd.mutable_data_ptr<float>();
-  p.eps = float(eps);
-  C10_CUDA_CHECK(swin_moe_residual_norm(&p, c10::cuda::getCurrentCUDAStream()));
-  return {sum, normed, mean, rstd};
+  Forward made = prepare("residual_norm", x, branch, factor, weight, bias, eps);
+  Tensor normed = at::empty(x.sizes(), x.options());
+  made.launch.normed = normed.mutable_data_ptr<float>();
+  if (made.launch.rows > 0)
+    C10_CUDA_CHECK(swin_moe_residual_norm(&made.launch, c10::cuda::getCurrentCUDAStream()));
+  return {made.sum, normed, made.mean, made.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> residual_norm_backward_cuda(
@@ -125,31 +142,11 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_backward_cuda(
 std::tuple<Tensor, Tensor, Tensor> norm_residual_cuda(const Tensor& x, const Tensor& branch,
                                                       const std::optional<Tensor>& factor, const Tensor& weight,
                                                       const Tensor& bias, double eps) {
-  constexpr const char* kName = "norm_residual";
-  ResidualNormLaunch p{};
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor factors = describe(kName, x, factor, p);
-  check(kName, "x", x, x.sizes(), x);
-  check(kName, "weight", weight, {p.channels}, x);
-  check(kName, "bias", bias, {p.channels}, x);
-  check_branch(kName, branch, x);
-  p.element = element_of(kName, branch.scalar_type());
-  const Tensor own = x.contiguous(), added = branch.contiguous(), scale = weight.contiguous(),
-               offset = bias.contiguous();
-  Tensor sum = at::empty(x.sizes(), x.options());
-  Tensor mean = at::empty({p.rows}, x.options()), rstd = at::empty({p.rows}, x.options());
-  if (p.rows == 0) return {sum, mean, rstd};
-  p.x = own.const_data_ptr<float>();
-  p.branch = added.const_data_ptr();
-  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
-  p.weight = scale.const_data_ptr<float>();
-  p.bias = offset.const_data_ptr<float>();
-  p.sum = sum.mutable_data_ptr<float>();
-  p.mean = mean.mutable_data_ptr<float>();
-  p.rstd = rstd.mutable_data_ptr<float>();
-  p.eps = float(eps);
-  C10_CUDA_CHECK(swin_moe_norm_residual(&p, c10::cuda::getCurrentCUDAStream()));
-  return {sum, mean, rstd};
+  Forward made = prepare("norm_residual", x, branch, factor, weight, bias, eps);
+  if (made.launch.rows > 0)
+    C10_CUDA_CHECK(swin_moe_norm_residual(&made.launch, c10::cuda::getCurrentCUDAStream()));
+  return {made.sum, made.mean, made.rstd};
 }
 
 std::tuple<Tensor, Tensor> norm_residual_backward_cuda(const Tensor& grad_sum, const Tensor& branch,
