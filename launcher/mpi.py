@@ -10,13 +10,12 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from launcher import ending, guard, watch
+from launcher.binding import NO_BIND, bind
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, world_size_of_mpi
-
-NO_BIND = "LAUNCHER_NO_BIND"  # set: ranks keep the cores they were started with
 
 
 def bootstrap() -> RankEnv:
@@ -33,7 +32,7 @@ def bootstrap() -> RankEnv:
         return parse_ready(os.environ)
     if kind == "single":
         return RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
-    if kind == "slurm":
+    if kind == "slurm" and not _slurm_speaks_mpi():
         env = parse_slurm(os.environ)
         if env.master_addr == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -70,14 +69,6 @@ def call(program: Callable[[], Any], *, says_why: bool = True) -> None:
     guard.ended()
 
 
-def share_of_cores(cores: Sequence[int], local_rank: int, local_world_size: int) -> list[int]:
-    """Returns the contiguous share of one local rank; with more ranks than cores, ranks take turns, one core each."""
-    if local_world_size >= len(cores):
-        return [cores[local_rank % len(cores)]]
-    low, high = (i * len(cores) // local_world_size for i in (local_rank, local_rank + 1))
-    return list(cores[low:high])
-
-
 def _rendezvous() -> RankEnv:
     world_size = world_size_of_mpi(os.environ)
     MPI = _import_mpi()
@@ -101,15 +92,22 @@ def _rendezvous() -> RankEnv:
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(node.rank)  # DeepSpeed asserts that it equals LOCAL_RANK
     if NO_BIND not in os.environ:
-        _bind(node)
+        bind(node)
     return RankEnv(world.rank, world.size, node.rank, node.size, address, port)
 
 
-def _import_mpi() -> Any:
-    """Returns mpi4py.MPI, initialized. Raises ValueError where mpirun and library are known not to match.
+def _slurm_speaks_mpi() -> bool:
+    """Returns whether srun offers PMIx (--mpi=pmix) and mpi4py loads an MPI that takes it: Open MPI."""
+    if "PMIX_RANK" not in os.environ:
+        return False
+    try:
+        return "Open MPI" in _load_mpi().Get_library_version()
+    except ValueError:
+        return False
 
-    Checked before MPI_Init, which would print pages about PMI and abort.
-    """
+
+def _load_mpi() -> Any:
+    """Returns mpi4py.MPI, not yet initialized. Raises ValueError where there is none."""
     try:
         import mpi4py
 
@@ -117,7 +115,16 @@ def _import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"mpi4py is needed under mpirun and cannot be imported: {error}") from error
-    started_by_open_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
+    return MPI
+
+
+def _import_mpi() -> Any:
+    """Returns mpi4py.MPI, initialized. Raises ValueError where mpirun and library are known not to match.
+
+    Checked before MPI_Init, which would print pages about PMI and abort.
+    """
+    MPI = _load_mpi()
+    started_by_open_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ
     if started_by_open_mpi != ("Open MPI" in MPI.Get_library_version()):
         raise ValueError(
             f"ranks were started by {'Open MPI' if started_by_open_mpi else 'MPICH'}'s mpirun, but mpi4py loads "
@@ -160,14 +167,3 @@ def _address_seen_from(other_host: str) -> str:
         except OSError:
             return socket.gethostname()
         return probe.getsockname()[0]
-
-
-def _bind(node: Any) -> None:
-    """Binds this rank to its share of the host's cores, unless mpirun bound the ranks already."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    everyone = node.allgather(cores)
-    if not cores or any(other != cores for other in everyone):
-        return
-    share = share_of_cores(cores, node.rank, node.size)
-    os.sched_setaffinity(0, share)
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(share)))
