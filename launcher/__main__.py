@@ -5,8 +5,8 @@ import sys
 
 from launcher import supervise
 from launcher.env import without_world
-from launcher.options import parser, split_at_dashes
-from launcher.prepare import prepare
+from launcher.job.options import parser, split_at_dashes
+from launcher.job.prepare import prepare
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from launcher.nodelist import expand, expand_counts
+from launcher.hosts.nodelist import expand, expand_counts
 
 Kind = Literal["ready", "mpi", "slurm", "single"]
 

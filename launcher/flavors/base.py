@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.hosts import Host
+from launcher.hosts.hostfile import Host
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from launcher.flavors.base import Flavor, Start
-from launcher.hosts import Host
+from launcher.hosts.hostfile import Host
 
 
 def _hostfile(hosts: Sequence[Host]) -> str:

@@ -6,7 +6,7 @@ tests/launcher/test_schedulers.py.
 
 from collections.abc import Mapping
 
-from launcher.hosts import Host
+from launcher.hosts.hostfile import Host
 from launcher.schedulers import flux, lsf, pbs, slurm
 from launcher.schedulers.base import Scheduler
 

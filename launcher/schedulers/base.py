@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.hosts import Host, merge
+from launcher.hosts.hostfile import Host, merge
 
 
 @dataclass(frozen=True)

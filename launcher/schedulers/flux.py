@@ -7,8 +7,8 @@ flux-broker-attributes(7) (hostlist: the hosts in broker rank order, in short fo
 import subprocess
 from collections.abc import Mapping
 
-from launcher.hosts import Host, merge
-from launcher.nodelist import expand
+from launcher.hosts.hostfile import Host, merge
+from launcher.hosts.nodelist import expand
 from launcher.schedulers.base import Scheduler
 
 _SECONDS = 30

@@ -6,7 +6,7 @@ for each slot), LSB_MCPU_HOSTS ("hostA 4 hostB 2").
 
 from collections.abc import Mapping
 
-from launcher.hosts import Host, merge
+from launcher.hosts.hostfile import Host, merge
 from launcher.schedulers.base import Scheduler, read_nodefile
 
 

@@ -6,7 +6,7 @@ each of its MPI processes (mpiprocs of a chunk, one where it has none).
 
 from collections.abc import Mapping
 
-from launcher.hosts import Host
+from launcher.hosts.hostfile import Host
 from launcher.schedulers.base import Scheduler, read_nodefile
 
 

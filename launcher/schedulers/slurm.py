@@ -7,8 +7,8 @@ SLURM_GPUS_ON_NODE.
 
 from collections.abc import Mapping
 
-from launcher.hosts import Host
-from launcher.nodelist import expand, expand_counts
+from launcher.hosts.hostfile import Host
+from launcher.hosts.nodelist import expand, expand_counts
 from launcher.schedulers.base import Scheduler
 
 

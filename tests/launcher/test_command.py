@@ -10,7 +10,7 @@ from launcher.__main__ import main
 from launcher.command import Mpi, find_mpi
 from launcher.flavors.hydra import MPICH
 from launcher.flavors.openmpi import OPEN_MPI_4
-from launcher.program import check_program
+from launcher.job.program import check_program
 from tests.ranks import ROOT
 
 PROGRAM = ["-m", "swin_moe.train", "a.yaml", "optim.lr=1"]

@@ -9,7 +9,7 @@ import pytest
 from launcher import flavors
 from launcher.command import Job, Mpi, build_command
 from launcher.flavors.base import Start
-from launcher.hosts import Host
+from launcher.hosts.hostfile import Host
 
 PROGRAM = ["-m", "package.module", "a=1"]
 RANK = [sys.executable, "-m", "launcher.rank", *PROGRAM]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.hosts import Host, check_names, exclude, read_hostfile
+from launcher.hosts.hostfile import Host, check_names, exclude, read_hostfile
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,26 @@ def test_a_failing_rank_ends_all_and_is_named(starter, launch):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
     assert "[rank 1] the data set is gone" in output and "[rank 0]" not in output
+
+
+PLAIN = [
+    ["mpirun", "-n", "2"],
+    ["srun", "-n", "2", "-N", "1", "--overcommit", "--mpi=none"],
+    ["srun", "-n", "2", "-N", "1", "--overcommit", "--mpi=pmi2"],
+    [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"],
+]
+
+
+@pytest.mark.parametrize("starter", PLAIN, ids=["mpirun", "srun", "srun-pmi2", "torchrun"])
+def test_without_the_launcher_ranks_find_the_same_world(starter, request, tmp_path):
+    environ = without_world(os.environ)
+    if starter[0] == "srun":
+        environ = without_world(request.getfixturevalue("slurm").environ)
+    elif starter[0] == "mpirun":
+        starter = [str(Path(sys.prefix, "bin", "mpirun")), *starter[1:]]
+    command = [*starter, sys.executable, "-m", "tests.launcher.programs", "write_environment", str(tmp_path)]
+    finished = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    for rank in (0, 1):
+        world = (tmp_path / f"facts-{rank}").read_text().split()[:5]
+        assert world[:4] == [str(rank), "2", str(rank), "2"] and world[4] in ("127.0.0.1", "localhost")

@@ -2,8 +2,9 @@ import os
 
 import pytest
 
-from launcher import binding, mpi
+from launcher import mpi
 from launcher.env import RankEnv, without_world
+from launcher.machine import binding
 
 
 @pytest.mark.parametrize(

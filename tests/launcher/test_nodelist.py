@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.nodelist import expand, expand_counts
+from launcher.hosts.nodelist import expand, expand_counts
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 
 from launcher import schedulers
-from launcher.hosts import Host
-from launcher.place import place
+from launcher.hosts.hostfile import Host
+from launcher.hosts.place import place
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_TASKS_PER_NODE": "8(x2)"}
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.nodelist import expand
+from launcher.hosts.nodelist import expand
 
 _COUNT = re.compile(r"(slots|ppn)=(\d+)")
 _OTHER = re.compile(r"(max[-_]slots|binding|sockets|cpus|user|username)=\S+")

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import binding, schedulers
+from launcher import schedulers
 from launcher.command import Job, Mpi, build_command, find_mpi
 from launcher.flavors.base import Start
-from launcher.hosts import Host, check_names, exclude, read_hostfile
-from launcher.options import parse_environment
-from launcher.place import place
-from launcher.program import check_program
+from launcher.hosts.hostfile import Host, check_names, exclude, read_hostfile
+from launcher.hosts.place import place
+from launcher.job.options import parse_environment
+from launcher.job.program import check_program
+from launcher.machine import binding
 
 
 @dataclass(frozen=True)

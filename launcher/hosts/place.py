@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.hosts import Host
+from launcher.hosts.hostfile import Host
 
 
 def place(ranks: int | None, hosts: Sequence[Host]) -> list[Host]:
