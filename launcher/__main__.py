@@ -4,7 +4,6 @@ import os
 import sys
 
 from launcher import supervise
-from launcher.env import without_world
 from launcher.job.options import parser, split_at_dashes
 from launcher.job.prepare import prepare
 
@@ -18,13 +17,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return 2
+    if not options.quiet:
+        print("\n".join(job.describe()), file=sys.stderr, flush=True)
     if options.dry_run:
-        print("\n".join(job.lines()))
+        print("\n".join(job.shell_lines()))
         return 0
-    environment = without_world(os.environ) | job.additions
     try:
         job.write_hostfile()
-        return supervise.run(job.command, environment, flavor=job.mpi.flavor, grace=options.grace)
+        return supervise.run(job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace)
     finally:
         job.remove_hostfile()
 

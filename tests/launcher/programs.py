@@ -1,6 +1,7 @@
 """The small programs that the launcher tests run as ranks: `python -m tests.launcher.programs NAME FOLDER`."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -102,6 +103,10 @@ def _count_ranks(folder: Path, rank: str) -> None:
     MPI = sys.modules.get("mpi4py.MPI")
     total, library = (MPI.COMM_WORLD.allreduce(1), MPI.Get_library_version()) if MPI else (0, "none")
     (folder / f"count-{rank}").write_text(f"{total} {os.environ.get('COLOUR')} {os.getcwd()} {library}")
+
+
+def _write_variables(folder: Path, rank: str) -> None:
+    (folder / f"variables-{rank}").write_text(json.dumps(dict(os.environ)))
 
 
 if __name__ == "__main__":
