@@ -10,7 +10,12 @@ from launcher.job.prepare import prepare
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the job's exit code; 2 with one sentence on stderr where the job cannot start."""
-    own, program = split_at_dashes(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["script"]:
+        from launcher import script  # its own options, and nothing is started
+
+        return script.main(arguments[1:])
+    own, program = split_at_dashes(arguments)
     try:
         options = parser().parse_args(own)
         job = prepare(options, program)
@@ -24,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         job.write_hostfile()
-        return supervise.run(job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace)
+        return supervise.run(
+            job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
+            save_after=options.save_after,
+        )  # fmt: skip
     finally:
         job.remove_hostfile()
 

@@ -1,6 +1,7 @@
 """The command line of the launcher."""
 
 import argparse
+import math
 from typing import NoReturn
 
 USAGE = (
@@ -34,6 +35,13 @@ def parser() -> Parser:
     )
     add("--mpi", default="", metavar="MPIRUN", help="a system's mpirun, mpiexec or srun (default: this environment's)")
     add("--grace", type=float, default=120.0, help="seconds ranks get to save after SIGTERM (default 120)")
+    add(
+        "--save-after",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="ask the ranks to save and leave then, as a SIGTERM does; for schedulers that give no warning",
+    )
     add("--no-bind", action="store_true", help="do not bind each rank to its share of the cores")
     add("--tag", action="store_true", help="begin every line of output with its rank")
     add("--no-compare", action="store_true", help="do not compare every rank's software and clock with rank 0's")

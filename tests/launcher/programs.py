@@ -109,6 +109,22 @@ def _write_variables(folder: Path, rank: str) -> None:
     (folder / f"variables-{rank}").write_text(json.dumps(dict(os.environ)))
 
 
+def _save_and_come_back(folder: Path, rank: str) -> None:
+    """Saves at a request and leaves with 75; once started again by the scheduler, finishes."""
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if start != "0":
+        (folder / f"done-{rank}-{start}").touch()
+        return
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    (folder / f"ready-{rank}-{start}").touch()
+    while not asked:
+        time.sleep(0.02)
+    (folder / f"saved-{rank}-{start}").touch()
+    sys.exit(75)
+
+
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
     from launcher.mpi import bootstrap
