@@ -6,8 +6,8 @@ from checkpoint_tools.formats import FORMATS
 from checkpoint_tools.sources.base import MAX_MEMORY, Options
 from checkpoint_tools.verbs.text import parse_bytes
 from swin_moe.checkpoint.communicator import Communicator
+from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT
-from swin_moe.checkpoint.save import FILE_SIZE
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
