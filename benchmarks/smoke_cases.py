@@ -4,7 +4,7 @@ A new operator joins by one row of `cases`: a name and a function from (device, 
 Shape legend: B images, H x W tokens, C channels, T tokens, k choices per token, E experts, N rows for experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,7 +34,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Problem:
     """Tensors, the kernel, and what it is compared with."""
 
-    tensors: dict[str, Tensor | None]
+    tensors: Mapping[str, Tensor | None]
     ours: Function
     plain: Function  # PyTorch's operators; in float64 they are the truth, in the tensors' dtype the error allowed
     gradients: bool = True  # also of every floating-point tensor
@@ -173,6 +173,7 @@ def row_movement(verb: str, dtype: torch.dtype, top_k: int, channels: int, devic
     def gate_gradient_plainly(taken: Tensor, x: Tensor) -> Tensor:
         return (taken[rows.position] * x[:, None]).sum(2) * rows.keep
 
+    ours: Function
     if verb == "moe_permute":
         ours = lambda x, gate: permute(x, rows.pair, top_k, gate=gate, vacant=rows.vacant)  # noqa: E731
         return Problem({"x": x, "gate": gate}, ours, permute_plainly, gradients=False)
@@ -232,7 +233,8 @@ def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torc
         "weight": draw(device, torch.float32, channels, seed=2),
         "bias": draw(device, torch.float32, channels, seed=3),
     }
-    operator = {"residual_norm": residual_norm, "norm_residual": norm_residual}[form]
+    operators: dict[str, Function] = {"residual_norm": residual_norm, "norm_residual": norm_residual}
+    operator = operators[form]
 
     def ours(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
         return operator(x, branch, factor.to(x.dtype), weight, bias, 1e-5)
@@ -250,19 +252,31 @@ def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torc
 def routing_of_tokens(sigmoid: bool, device: torch.device, size: str) -> Problem:
     """Returns moe_route with groups and a capacity, and the reference: every token's gates times slots, by expert."""
     group = {"small": 20, "medium": 1000, "large": 30_000}[size]
-    rule = {"top_k": 2, "group_size": group, "capacity": group // 4}
+    capacity = group // 4
 
     def by_expert(routing: Routed | Routing, logits: Tensor) -> Tensor:
         weights = routing.gate * torch.where(routing.keep, routing.slot + 1, 0)
         return torch.zeros_like(logits).scatter(1, routing.expert, weights)
 
     def ours(logits: Tensor) -> Tensor:
-        options = {"sigmoid": sigmoid, "normalize": True, "prioritized": False, "probabilities": False}
-        return by_expert(route_tokens(logits, None, bias=None, last_capacity=group // 4, **rule, **options), logits)
+        routed = route_tokens(
+            logits,
+            None,
+            bias=None,
+            top_k=2,
+            group_size=group,
+            capacity=capacity,
+            last_capacity=capacity,
+            sigmoid=sigmoid,
+            normalize=True,
+            prioritized=False,
+            probabilities=False,
+        )
+        return by_expert(routed, logits)
 
     def plain(logits: Tensor) -> Tensor:
         scores = torch.sigmoid(logits) if sigmoid else None
-        routing = route(logits, normalize_gate=True, scores=scores, **rule)
+        routing = route(logits, top_k=2, group_size=group, capacity=capacity, normalize_gate=True, scores=scores)
         return by_expert(routing, logits)
 
     return Problem({"logits": draw(device, torch.float32, 3 * group, 8)}, ours, plain, tolerance=1e-5)
@@ -280,10 +294,17 @@ def random_draws(device: torch.device, size: str) -> Problem:
     return Problem({"rows": rows.to(device)}, run, lambda given: run(given.cpu()), gradients=False, tolerance=1e-6)
 
 
-def run_again(call: Callable[[], Tensor]) -> Recording:
+def run_again(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Recording:
     """Returns the recording of a call where there is no device to record: it is called again."""
     output = call()
-    return Recording(lambda: output.copy_(call()), output)
+    assert isinstance(output, Tensor), "of a network without experts"
+
+    def replay() -> None:
+        again = call()
+        assert isinstance(again, Tensor)
+        output.copy_(again)
+
+    return Recording(replay, output)
 
 
 def graph_of_a_network(device: torch.device, size: str) -> Problem:
