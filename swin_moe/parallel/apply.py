@@ -35,6 +35,7 @@ from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import check_members, lookup
 
 T = TypeVar("T", bound=Tensor)
+M = TypeVar("M", bound=nn.Module)
 
 # model.moe.backend -> builder(groups, number of experts, link) -> Dispatcher; link: what rows travel through, None
 # where all experts are here. All take our routing, so that a routing group that spans ranks is nothing special to them.
@@ -53,7 +54,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
             yield name, module
 
 
-def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> nn.Module:
+def parallelize(model: M, parallel: ParallelConfig, groups: Groups) -> M:
     """Returns the model, changed in place: experts cut to this rank's part, rows dispatched over the expert group,
     routing decided over the routing group; then, as parallel.compile says, blocks or the network compiled.
 
