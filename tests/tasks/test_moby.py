@@ -183,7 +183,7 @@ def test_views_draw_differently_and_only_online(monkeypatch):
 def test_neighbours_leave_the_image_itself_out():
     feature = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.9]])
     assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1])) == 80.0
-    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), chunk=2) == 80.0
+    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), at_once=2) == 80.0
 
 
 # Views.
