@@ -12,6 +12,7 @@ from tests.training.test_commands import QUICK
 CODE = '''
 import torch
 from swin_moe.data.digits import Digits
+from swin_moe.engine.base import Serves
 from swin_moe.engine.replicated import ReplicatedEngine
 from swin_moe.moe.routers import Router, LinearRouter
 from swin_moe.tasks.classify import Classify
@@ -40,6 +41,8 @@ class FewDigits(Digits):
 class Unfinished:
     """An engine as the protocol was once: without what a skipped step needs."""
 
+    serves = Serves(clip=True, ema=True)
+
     def __init__(self, model, *, config, groups, schedule, device):
         self._engine = ReplicatedEngine(model, config=config, groups=groups, schedule=schedule, device=device)
 
@@ -50,9 +53,15 @@ class Unfinished:
 
 
 class OwnEngine(ReplicatedEngine):
+    serves = Serves(clip=True, ema=True)
+
     def step(self, t):
         seen.append("engine")
         return super().step(t)
+
+
+class Silent(ReplicatedEngine):
+    pass
 '''
 OPTIONS = {
     "task": "task.name=elsewhere.parts:Halved",
@@ -91,6 +100,10 @@ def test_all_four_train_together_and_continue(elsewhere, tmp_path):
         (
             "engine.name=elsewhere.parts:Unfinished",
             "engine.name=elsewhere.parts:Unfinished: Unfinished lacks autocast, discard_gradients",
+        ),
+        (
+            "engine.name=elsewhere.parts:Silent",
+            "engine.name=elsewhere.parts:Silent does not run optim.clip_norm=0.5: it",
         ),
         ("model.moe.router=nowhere:X", "model.moe.router=nowhere:X: there is no module nowhere"),
         ("data.name=elsewhere:", "data.name must be one of"),
