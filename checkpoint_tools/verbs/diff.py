@@ -15,6 +15,7 @@ from checkpoint_tools.sources.stream import Job, Unit, plan_job, split_units, un
 from checkpoint_tools.verbs.text import progress_of, shortened, table
 from swin_moe.checkpoint.communicator import collect
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
+from swin_moe.config.tasks import nested
 
 _PIECE = 1 << 18  # elements decoded at once: 2 MiB as float64
 
@@ -125,7 +126,7 @@ def _join(a: Delta | None, b: Delta) -> Delta:
 
 
 def _header(source: Source) -> dict[str, Any]:
-    return {"step": source.step, "state": source.state, "config": source.config}
+    return {"step": source.step, "state": source.state, "config": nested(source.config, source=str(source.path))}
 
 
 def _entries(a: Any, b: Any, place: str) -> Iterator[tuple[str, list]]:
