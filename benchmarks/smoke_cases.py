@@ -20,9 +20,11 @@ from swin_moe.moe.routing import Routing, route
 from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.geometry import MASKED, merge_windows, partition_windows
 from swin_moe.ops.attention.reference import attend_map
+from swin_moe.ops.bias_gelu import add_expert_bias_, bias_gelu, expert_bias_gradient
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
 from swin_moe.ops.moe_route import Routed, route_tokens
+from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.ops.residual_norm import norm_residual, residual_norm
 from swin_moe.ops.window_shift import window_merge, window_partition
 from swin_moe.randomness import RandomContext, derive_key, keep_mask, normal, uniform
@@ -203,6 +205,45 @@ def one_layer_per_expert(dtype: torch.dtype, device: torch.device, size: str) ->
     return Problem({"x": x, "weight": weight, "bias": bias}, ours, plain, fill=True)
 
 
+def bias_and_gelu(dtype: torch.dtype, channels: int, drops: bool, device: torch.device, size: str) -> Problem:
+    """Returns bias_gelu with an expert without rows and rows that belong to none; with `drops` some units are."""
+    counts = [n * {"small": 1, "medium": 32, "large": 512}[size] for n in (8, 0, 24, 3)]
+    owned, ends = sum(counts), torch.tensor(counts, device=device).cumsum(0).int()
+    numbers = torch.arange(owned + 5, device=device) * 3 + (1 << 33)
+    random = RandomContext(7, 3, numbers)
+    dropped = UnitDraw(random, numbers, "expert_dropout", layer=5, drop=0.5, scale=2.0) if drops else None
+    keep = keep_mask(random.key("expert_dropout", 5), numbers[:owned].cpu(), channels, drop=0.5).to(device)
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        return bias_gelu(torch.cat([x, x[:5]]), bias.float(), ends=ends, draw=dropped)
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        of_rows = bias.repeat_interleave(torch.tensor(counts, device=device), dim=0)
+        hidden = F.gelu(x + of_rows) * (keep * 2 if drops else 1)
+        return torch.cat([hidden, hidden.new_zeros(5, channels)])
+
+    tensors = {"x": draw(device, dtype, owned, channels), "bias": draw(device, dtype, 4, channels, seed=1)}
+    return Problem(tensors, ours, plain, fill=True)
+
+
+def bias_alone(dtype: torch.dtype, channels: int, device: torch.device, size: str) -> Problem:
+    """Returns add_expert_bias_ and expert_bias_gradient, which are parts of a grouped product's kernels on CUDA."""
+    counts = [n * {"small": 1, "medium": 32, "large": 512}[size] for n in (8, 0, 24, 3)]
+    owned, ends = sum(counts), torch.tensor(counts, device=device).cumsum(0).int()
+    expert = torch.arange(4, device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+    def ours(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.cat([x, x[:5]])
+        add_expert_bias_(y, bias, ends)
+        return y[:owned], expert_bias_gradient(x, ends)
+
+    def plain(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return x + bias[expert], torch.stack([x[expert == e].sum(0) for e in range(4)])
+
+    tensors = {"x": draw(device, dtype, owned, channels), "bias": draw(device, dtype, 4, channels, seed=1)}
+    return Problem(tensors, ours, plain, gradients=False)
+
+
 def layer_that_drops(device: torch.device, size: str) -> Problem:
     """Returns a whole MoE layer at capacity 1.25, and itself in other memory: rows that nobody owns must not show."""
     images, dim = {"small": 2, "medium": 16, "large": 128}[size], 64
@@ -344,6 +385,15 @@ def cases() -> list[Case]:
             for top_k, c in ((1, 96), (2, 33))
         ]
         rows.append(Case(f"grouped_linear, {name}, nan around", partial(one_layer_per_expert, dtype)))
+        rows += [
+            Case(
+                f"bias_gelu{', dropout' if drops else ''}, {name}, {c} channels",
+                partial(bias_and_gelu, dtype, c, drops),
+            )
+            for c in (96, 33)
+            for drops in (False, True)
+        ]
+        rows += [Case(f"expert bias, {name}, {c} channels", partial(bias_alone, dtype, c)) for c in (96, 33)]
         rows += [
             Case(f"{form}, {name}, {c} channels", partial(residual_and_norm, form, dtype, c))
             for form in ("residual_norm", "norm_residual")

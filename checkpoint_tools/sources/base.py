@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from swin_moe.checkpoint.communicator import Communicator, SingleProcess
+from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.digest import BLOCK_BYTES, DEFAULT
 from swin_moe.checkpoint.pieces import DTYPE_BYTES
-from swin_moe.checkpoint.save import FILE_SIZE
 from swin_moe.layout import Chunk
 
 MAX_MEMORY = 512 << 20

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoint_tools.files.floats import decode
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.sources.stream import Job, Unit, plan_job, split_units, unit_boxes
+from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import progress_of, shortened, table
 from swin_moe.checkpoint.communicator import collect
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
@@ -30,9 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
-    formats = sorted(FORMATS)
-    parser.add_argument("--from-a", default="", choices=formats, help="format of the first, default: guessed")
-    parser.add_argument("--from-b", default="", choices=formats, help="format of the second, default: guessed")
+    add_format_argument(parser, "--from-a", of="format of the first")
+    add_format_argument(parser, "--from-b", of="format of the second")
     parser.add_argument("--json", action="store_true", help="the differences as JSON")
 
 

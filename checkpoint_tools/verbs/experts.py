@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint_tools.files.expert_load import expert_loads
 from checkpoint_tools.files.floats import WRITABLE, decode, encode
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.files.recorded_loads import expert_loads
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from checkpoint_tools.sources.derived import Derived, DerivedSource, Fill, copied, scale
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.convert import write_or_plan
 from checkpoint_tools.verbs.same_function import report_difference
 from swin_moe.checkpoint.errors import CheckpointError
@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{operation}", type=int, metavar="N", help=f"{text}, until there are N")
     add("--load", type=Path, metavar="FILE", help="tokens per expert: a run's metrics.jsonl, or JSON {layer: [...]}")
     add("--no-check", action="store_true", help="do not run both networks on random images")
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     add_output_arguments(parser)
 
 

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, split_kind
+from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import format_bytes, table
 from swin_moe.checkpoint.pieces import is_expert_tensor
 
@@ -16,7 +17,7 @@ _KINDS = ("weight", "master", "ema", "exp_avg", "exp_avg_sq")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("path", type=Path, help="a checkpoint, or a run for its newest one")
-    parser.add_argument("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
 
 

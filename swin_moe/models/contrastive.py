@@ -17,7 +17,7 @@ from swin_moe.models.heads import EncoderModel
 from swin_moe.models.initialize import initialize
 from swin_moe.models.layers import widened
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.moe.group_exchange import GroupExchange
+from swin_moe.moe.routing_groups import GroupExchange
 from swin_moe.randomness import RandomContext, derive_key
 
 HIDDEN, FEATURES = 4096, 256  # of both heads, in the official configs

@@ -103,6 +103,14 @@ def available(device_type: str) -> bool:
     return device_type in COMPILED
 
 
+def kernels_take(x: torch.Tensor, compiled: frozenset[str]) -> bool:
+    """Returns whether an operator of which only CUDA has a kernel, compiled for these devices, takes x by it.
+
+    Elsewhere callers keep to PyTorch's operators, which on the CPU are as fast.
+    """
+    return x.is_cuda and "cuda" in compiled
+
+
 def why_not(device_type: str) -> str:
     """Returns why there are no compiled kernels for a device type, one clause; "" where there are."""
     if device_type in COMPILED:

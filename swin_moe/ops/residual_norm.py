@@ -73,7 +73,7 @@ def norm_residual(
 
 def is_fused(norm: nn.Module, x: Tensor, branch: Tensor) -> TypeGuard[nn.LayerNorm]:
     """Returns whether the kernels compute what `norm` would of a sum or branch; false on the CPU, which has none."""
-    if not x.is_cuda or "cuda" not in _COMPILED:
+    if not extension.kernels_take(x, _COMPILED):
         return False
     return is_replaceable(norm, x.shape[-1]) and x.dtype == torch.float32 and branch.dtype in _BRANCHES
 

@@ -28,8 +28,8 @@ from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.compile import compile_network
 from swin_moe.parallel.exchange.all_to_all import ShardGather
 from swin_moe.parallel.exchange.link import build_link
-from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.parallel.sharding import local_chunk, placement
 from swin_moe.registry import lookup
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from swin_moe.models.contrastive import BatchNorm, ContrastiveModel
 from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
 from swin_moe.tasks.features import everywhere, extract, gathered
