@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.models.heads import FeatureModel
 from swin_moe.models.layers import widened
 from swin_moe.models.network import Network
@@ -56,7 +57,7 @@ class Distill(Task):
         predicted = widened(predicted)
         return F.smooth_l1_loss(predicted, target.to(predicted.dtype), beta=self.beta, reduction="sum")
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         image = batch["image"]
         random = RandomContext(self.config.run.seed, context.step, batch["sample"])
@@ -67,7 +68,7 @@ class Distill(Task):
         return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. mean_loss is that of predicting 0, the mean of whitened features."""
         totals = None
         for batch in batches:

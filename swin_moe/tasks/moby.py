@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.data.batch import Batch
 from swin_moe.models.contrastive import BatchNorm, ContrastiveModel
 from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
@@ -49,7 +50,7 @@ class MoBY(Task):
             if isinstance(module, BatchNorm):
                 module.exchange = None if groups.world is None else RankExchange(groups.world)
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         sample = batch["sample"]
         random = RandomContext(self.config.run.seed, context.step, sample)
@@ -78,7 +79,7 @@ class MoBY(Task):
         self._keys = None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task: how many validation images have a nearest other validation image of their class, percent.
 
         Labels serve this number only. `swin-moe evaluate-features` compares with the training images.

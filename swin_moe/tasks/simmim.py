@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swin_moe.models.heads import (
     MaskedImageModel,
@@ -72,7 +73,7 @@ class SimMIM(Task):
         window = self.config.task.simmim.target_window
         return normalize_targets(image, window) if window else image
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task. The official mean over hidden pixels of the whole batch, however it is cut."""
         image = batch["image"]
         mask = self.masks(batch["sample"], step=context.step)
@@ -84,7 +85,7 @@ class SimMIM(Task):
         return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. mean_loss is that of predicting, per image and channel, the mean of its visible pixels."""
         totals, drawn = None, None
         for batch in batches:
