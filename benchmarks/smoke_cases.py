@@ -4,7 +4,7 @@ A new operator joins by one row of `cases`: a name and a function from (device, 
 Shape legend: B images, H x W tokens, C channels, T tokens, k choices per token, E experts, N rows for experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,9 +20,11 @@ from swin_moe.moe.routing import Routing, route
 from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.geometry import MASKED, merge_windows, partition_windows
 from swin_moe.ops.attention.reference import attend_map
+from swin_moe.ops.bias_gelu import add_expert_bias_, bias_gelu, expert_bias_gradient
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
 from swin_moe.ops.moe_route import Routed, route_tokens
+from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.ops.residual_norm import norm_residual, residual_norm
 from swin_moe.ops.window_shift import window_merge, window_partition
 from swin_moe.randomness import RandomContext, derive_key, keep_mask, normal, uniform
@@ -34,7 +36,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 class Problem:
     """Tensors, the kernel, and what it is compared with."""
 
-    tensors: dict[str, Tensor | None]
+    tensors: Mapping[str, Tensor | None]
     ours: Function
     plain: Function  # PyTorch's operators; in float64 they are the truth, in the tensors' dtype the error allowed
     gradients: bool = True  # also of every floating-point tensor
@@ -173,6 +175,7 @@ def row_movement(verb: str, dtype: torch.dtype, top_k: int, channels: int, devic
     def gate_gradient_plainly(taken: Tensor, x: Tensor) -> Tensor:
         return (taken[rows.position] * x[:, None]).sum(2) * rows.keep
 
+    ours: Function
     if verb == "moe_permute":
         ours = lambda x, gate: permute(x, rows.pair, top_k, gate=gate, vacant=rows.vacant)  # noqa: E731
         return Problem({"x": x, "gate": gate}, ours, permute_plainly, gradients=False)
@@ -200,6 +203,45 @@ def one_layer_per_expert(dtype: torch.dtype, device: torch.device, size: str) ->
         return torch.cat([part @ w.t() + b for part, w, b in zip(x.split(counts), weight, bias)])
 
     return Problem({"x": x, "weight": weight, "bias": bias}, ours, plain, fill=True)
+
+
+def bias_and_gelu(dtype: torch.dtype, channels: int, drops: bool, device: torch.device, size: str) -> Problem:
+    """Returns bias_gelu with an expert without rows and rows that belong to none; with `drops` some units are."""
+    counts = [n * {"small": 1, "medium": 32, "large": 512}[size] for n in (8, 0, 24, 3)]
+    owned, ends = sum(counts), torch.tensor(counts, device=device).cumsum(0).int()
+    numbers = torch.arange(owned + 5, device=device) * 3 + (1 << 33)
+    random = RandomContext(7, 3, numbers)
+    dropped = UnitDraw(random, numbers, "expert_dropout", layer=5, drop=0.5, scale=2.0) if drops else None
+    keep = keep_mask(random.key("expert_dropout", 5), numbers[:owned].cpu(), channels, drop=0.5).to(device)
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        return bias_gelu(torch.cat([x, x[:5]]), bias.float(), ends=ends, draw=dropped)
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        of_rows = bias.repeat_interleave(torch.tensor(counts, device=device), dim=0)
+        hidden = F.gelu(x + of_rows) * (keep * 2 if drops else 1)
+        return torch.cat([hidden, hidden.new_zeros(5, channels)])
+
+    tensors = {"x": draw(device, dtype, owned, channels), "bias": draw(device, dtype, 4, channels, seed=1)}
+    return Problem(tensors, ours, plain, fill=True)
+
+
+def bias_alone(dtype: torch.dtype, channels: int, device: torch.device, size: str) -> Problem:
+    """Returns add_expert_bias_ and expert_bias_gradient, which are parts of a grouped product's kernels on CUDA."""
+    counts = [n * {"small": 1, "medium": 32, "large": 512}[size] for n in (8, 0, 24, 3)]
+    owned, ends = sum(counts), torch.tensor(counts, device=device).cumsum(0).int()
+    expert = torch.arange(4, device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+    def ours(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.cat([x, x[:5]])
+        add_expert_bias_(y, bias, ends)
+        return y[:owned], expert_bias_gradient(x, ends)
+
+    def plain(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return x + bias[expert], torch.stack([x[expert == e].sum(0) for e in range(4)])
+
+    tensors = {"x": draw(device, dtype, owned, channels), "bias": draw(device, dtype, 4, channels, seed=1)}
+    return Problem(tensors, ours, plain, gradients=False)
 
 
 def layer_that_drops(device: torch.device, size: str) -> Problem:
@@ -232,7 +274,8 @@ def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torc
         "weight": draw(device, torch.float32, channels, seed=2),
         "bias": draw(device, torch.float32, channels, seed=3),
     }
-    operator = {"residual_norm": residual_norm, "norm_residual": norm_residual}[form]
+    operators: dict[str, Function] = {"residual_norm": residual_norm, "norm_residual": norm_residual}
+    operator = operators[form]
 
     def ours(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
         return operator(x, branch, factor.to(x.dtype), weight, bias, 1e-5)
@@ -250,19 +293,31 @@ def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torc
 def routing_of_tokens(sigmoid: bool, device: torch.device, size: str) -> Problem:
     """Returns moe_route with groups and a capacity, and the reference: every token's gates times slots, by expert."""
     group = {"small": 20, "medium": 1000, "large": 30_000}[size]
-    rule = {"top_k": 2, "group_size": group, "capacity": group // 4}
+    capacity = group // 4
 
     def by_expert(routing: Routed | Routing, logits: Tensor) -> Tensor:
         weights = routing.gate * torch.where(routing.keep, routing.slot + 1, 0)
         return torch.zeros_like(logits).scatter(1, routing.expert, weights)
 
     def ours(logits: Tensor) -> Tensor:
-        options = {"sigmoid": sigmoid, "normalize": True, "prioritized": False, "probabilities": False}
-        return by_expert(route_tokens(logits, None, bias=None, last_capacity=group // 4, **rule, **options), logits)
+        routed = route_tokens(
+            logits,
+            None,
+            bias=None,
+            top_k=2,
+            group_size=group,
+            capacity=capacity,
+            last_capacity=capacity,
+            sigmoid=sigmoid,
+            normalize=True,
+            prioritized=False,
+            probabilities=False,
+        )
+        return by_expert(routed, logits)
 
     def plain(logits: Tensor) -> Tensor:
         scores = torch.sigmoid(logits) if sigmoid else None
-        routing = route(logits, normalize_gate=True, scores=scores, **rule)
+        routing = route(logits, top_k=2, group_size=group, capacity=capacity, normalize_gate=True, scores=scores)
         return by_expert(routing, logits)
 
     return Problem({"logits": draw(device, torch.float32, 3 * group, 8)}, ours, plain, tolerance=1e-5)
@@ -280,10 +335,17 @@ def random_draws(device: torch.device, size: str) -> Problem:
     return Problem({"rows": rows.to(device)}, run, lambda given: run(given.cpu()), gradients=False, tolerance=1e-6)
 
 
-def run_again(call: Callable[[], Tensor]) -> Recording:
+def run_again(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Recording:
     """Returns the recording of a call where there is no device to record: it is called again."""
     output = call()
-    return Recording(lambda: output.copy_(call()), output)
+    assert isinstance(output, Tensor), "of a network without experts"
+
+    def replay() -> None:
+        again = call()
+        assert isinstance(again, Tensor)
+        output.copy_(again)
+
+    return Recording(replay, output)
 
 
 def graph_of_a_network(device: torch.device, size: str) -> Problem:
@@ -323,6 +385,15 @@ def cases() -> list[Case]:
             for top_k, c in ((1, 96), (2, 33))
         ]
         rows.append(Case(f"grouped_linear, {name}, nan around", partial(one_layer_per_expert, dtype)))
+        rows += [
+            Case(
+                f"bias_gelu{', dropout' if drops else ''}, {name}, {c} channels",
+                partial(bias_and_gelu, dtype, c, drops),
+            )
+            for c in (96, 33)
+            for drops in (False, True)
+        ]
+        rows += [Case(f"expert bias, {name}, {c} channels", partial(bias_alone, dtype, c)) for c in (96, 33)]
         rows += [
             Case(f"{form}, {name}, {c} channels", partial(residual_and_norm, form, dtype, c))
             for form in ("residual_norm", "norm_residual")

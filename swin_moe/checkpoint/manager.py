@@ -13,13 +13,14 @@ import numpy as np
 from swin_moe.checkpoint import load as reading
 from swin_moe.checkpoint.background import BackgroundSaver
 from swin_moe.checkpoint.communicator import SingleProcess, collect, resolve, together
+from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.directory import Report, find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import FILE_NAME as INDEX_NAME
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, Piece, array_to_raw
 from swin_moe.checkpoint.plan import plan_copies
-from swin_moe.checkpoint.save import FILE_SIZE, write_checkpoint
+from swin_moe.checkpoint.save import write_checkpoint
 from swin_moe.checkpoint.shards import ShardReader
 from swin_moe.config.state import canonical_config
 

@@ -107,7 +107,7 @@ class MoEConfig:
     backend: str = "native"  # who moves rows to experts: native, padded, tutel, local; docs/communication.md
     transport: Literal["linear", "hierarchical"] = "linear"  # one all-to-all, or inside nodes and then between them
     payload: Literal["none", "bf16", "fp8"] = "none"  # what rows between ranks are rounded to; docs/communication.md
-    overlap: int = 1  # chunks that dispatch, experts and combine are pipelined in
+    overlap: int = 1  # slices that dispatch, experts and combine are pipelined in
     tune: Literal["off", "measure"] = "off"  # measure: choose transport, overlap and payload (at most `payload`)
     tune_cache: str = ""  # folder of measured choices; "" = swin_moe/tuned/ in the user's cache directory
 

@@ -104,7 +104,8 @@ def mix(
         partner_targets: (B,) int64.
         official: See draw_mix.
     """
-    drawn = draw_mix(config, seed=seed, step=step, size=tuple(images.shape[-2:]), official=official)
+    size = (images.shape[-2], images.shape[-1])
+    drawn = draw_mix(config, seed=seed, step=step, size=size, official=official)
     labels = soft_targets(targets, num_classes=num_classes, smoothing=config.label_smoothing)
     if drawn.weight == 1:
         return images, labels

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
     OUTSIDE,
@@ -34,7 +35,7 @@ _OTHER_EXPERTS = "`swin-moe checkpoint experts` makes another number of experts"
 
 
 def load_official(
-    model: nn.Module,
+    model: SwinTransformer,
     state_dict: Mapping[str, Any],
     strict: bool = True,
     *,
@@ -72,7 +73,7 @@ def load_official(
 
 
 def fit_weights(
-    backbone: nn.Module,
+    backbone: SwinTransformer,
     source: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -85,7 +86,7 @@ def fit_weights(
     Changes nothing, and knows of no layout: values are global, and one that fits as it is may stay on meta.
 
     Args:
-        backbone: The SwinTransformer in a task's network, or the network itself.
+        backbone: In a task's network, or the network itself.
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
         shapes: Global shapes of the network's parameters by weight_key.
         own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing, and
@@ -107,9 +108,10 @@ def fit_weights(
 class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
-    own_parts, same_classes, grid = False, False, None  # see fit_weights
+    own_parts, same_classes = False, False  # see fit_weights
+    grid: tuple[int, int] | None = None
 
-    def __init__(self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
+    def __init__(self, model: SwinTransformer, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
         self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []

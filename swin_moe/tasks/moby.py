@@ -18,8 +18,8 @@ from swin_moe.data.batch import Batch
 from swin_moe.models.contrastive import BatchNorm, ContrastiveModel
 from swin_moe.models.network import Network
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
 from swin_moe.tasks.features import everywhere, extract, gathered
@@ -105,12 +105,12 @@ def enqueue(part_RD: Tensor, key_ND: Tensor, *, first_row: int, size: int, posit
     part_RD[place[mine]] = key_ND[len(key_ND) - count :][mine]
 
 
-def leave_one_out(feature_NC: Tensor, label_N: Tensor, *, chunk: int = 1024) -> float:
+def leave_one_out(feature_NC: Tensor, label_N: Tensor, *, at_once: int = 1024) -> float:
     """Returns how many images have a nearest other image of the same label, percent."""
     feature_NC, hits = F.normalize(feature_NC, dim=1), 0
-    for start in range(0, len(label_N), chunk):
-        similarity = feature_NC[start : start + chunk] @ feature_NC.t()
+    for start in range(0, len(label_N), at_once):
+        similarity = feature_NC[start : start + at_once] @ feature_NC.t()
         rows = torch.arange(len(similarity), device=similarity.device)
         similarity[rows, start + rows] = -math.inf
-        hits += int((label_N[similarity.argmax(dim=1)] == label_N[start : start + chunk]).sum())
+        hits += int((label_N[similarity.argmax(dim=1)] == label_N[start : start + at_once]).sum())
     return 100 * hits / len(label_N)
