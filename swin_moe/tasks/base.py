@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from swin_moe.config import Config
 from swin_moe.data.batch import Batch
 from swin_moe.layout import Chunk
-from swin_moe.models import Network, build_model
+from swin_moe.models import Network, SwinTransformer, build_model
 from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
 
@@ -119,6 +119,16 @@ class Task(Protocol):
     def pictures(self) -> dict[str, np.ndarray]:
         """Returns name -> (height, width, 3) uint8 that the last evaluation drew, alike on all ranks."""
         return {}
+
+
+def build_encoder(config: Config, *, mask_token: bool = False) -> SwinTransformer:
+    """Returns the backbone of a network with a head of its own (models/heads.py: EncoderModel), whatever
+    model.num_classes says; without meaningful weights.
+
+    mask_token: See SwinTransformer.
+    """
+    headless = replace(config.model, num_classes=0)
+    return SwinTransformer(headless, recompute=config.parallel.recompute, mask_token=mask_token)
 
 
 def find_task(config: Config) -> type[Task]:

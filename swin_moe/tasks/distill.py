@@ -7,7 +7,6 @@ Shape legend: B images of this micro-batch, H x W tokens of the student, C chann
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,8 @@ from swin_moe.data.batch import Batch
 from swin_moe.models.heads import FeatureModel
 from swin_moe.models.layers import widened
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, build_encoder, micro_loss
 
 
 class Distill(Task):
@@ -37,10 +35,8 @@ class Distill(Task):
 
     def build_network(self) -> Network:
         """See Task. The student has no head, whatever model.num_classes says."""
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
         assert self.teacher is not None, "weights.teacher sets it before"
-        return FeatureModel(encoder, self.teacher.num_features)
+        return FeatureModel(build_encoder(self.config), self.teacher.num_features)
 
     @torch.no_grad()
     def targets(self, image: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,7 +10,6 @@ P pictures.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,9 +29,8 @@ from swin_moe.models.heads import (
 )
 from swin_moe.models.layers import widened
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext, bits
-from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, build_encoder, micro_loss
 
 _MIN_TILE = 96  # pixels a side that a drawn image has at least
 
@@ -54,8 +52,7 @@ class SimMIM(Task):
 
     def build_network(self) -> Network:
         """See Task. The encoder has no head, whatever model.num_classes says."""
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute, mask_token=True)
+        encoder = build_encoder(self.config, mask_token=True)
         return MaskedImageModel(encoder, official_groups=self.config.compat.official)
 
     def masks(self, sample_B: Tensor, *, step: int | None) -> Tensor:
