@@ -26,8 +26,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +39,8 @@ LAYERS = 18  # of its third stage
 TURNS = 3
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """What a command took."""
 
     seconds: float
@@ -272,7 +273,10 @@ def measure_save(directory: Path) -> None:
         return time.perf_counter() - begin
 
     plain = CheckpointManager(directory / "plain", keep=1)
-    synchronous, first, later, held = [], [], [], []
+    synchronous: list[float] = []
+    first: list[float] = []
+    later: list[float] = []
+    held: list[int] = []
     for number in range(1, TURNS + 2):
         step()
         os.sync()

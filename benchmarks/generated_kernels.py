@@ -108,7 +108,7 @@ def write_for_device(graph: fx.GraphModule, inputs: list[Any], *, is_backward: b
         tracing(TracingContext(mode)),
     ):
         try:
-            compile_fx.compile_fx_inner(graph, placed, is_backward=is_backward, cudagraphs=False)
+            compile_fx.compile_fx_inner(graph, placed, is_backward=is_backward, cudagraphs=compile_fx.BoxedBool(False))
         except Exception:
             if not written:
                 raise
@@ -160,7 +160,10 @@ class CompiledCounter:
 
     def __call__(self, graph: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         """Returns what runs a traced graph, forward and backward, as inductor divides it."""
-        return compile_fx.compile_fx(graph, inputs, inner_compile=self._compile)
+        # Inductor asks for an OutputCode, and takes any function that is called with one list.
+        compiled = compile_fx.compile_fx(graph, inputs, inner_compile=self._compile)  # type: ignore[arg-type]
+        assert callable(compiled), "anything else is what compiling ahead of time gives"
+        return compiled
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
         program = write_for_device(graph, inputs, is_backward=options.get("is_backward", False))
@@ -173,5 +176,5 @@ class CompiledCounter:
             with _disable_current_modes():  # the operators of the graph are no kernels
                 return graph(*held)
 
-        run._boxed_call = True
+        run._boxed_call = True  # type: ignore[attr-defined]  # how inductor tells such a function
         return run

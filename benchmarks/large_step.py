@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.data.batch import to_device
+from swin_moe.engine.base import StepStats
 from swin_moe.run.metrics import peak_memory
 from swin_moe.run.session import Session, open_session, run_main
 from swin_moe.train import Trainer
@@ -45,7 +46,7 @@ class PeakSampler(threading.Thread):
             self.peak = max(self.peak, read_memory("smaps_rollup", "Pss:"))
 
 
-def take_step(trainer: Trainer, step: int, batches: list, report: Callable[[str], None]) -> tuple[float, object]:
+def take_step(trainer: Trainer, step: int, batches: list, report: Callable[[str], None]) -> tuple[float, StepStats]:
     """Returns (loss of this rank's last image, statistics of the step)."""
     context = trainer._context(step, trainer.config.data.global_batch)
     for index, batch in enumerate(batches):
@@ -89,9 +90,11 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(session)
     report("model and optimizer")
     for step, batches in zip(range(STEPS), trainer.loader.batches(0, STEPS)):
-        before = trainer.engine.pieces()[0].tensor.clone()
+        weight = next(iter(trainer.engine.pieces())).tensor
+        before = weight.clone()
         loss, stats = take_step(trainer, step, list(batches), report)
-        moved = float((trainer.engine.pieces()[0].tensor - before).abs().max()) if before.numel() else 0.0
+        weight = next(iter(trainer.engine.pieces())).tensor
+        moved = float((weight - before).abs().max()) if before.numel() else 0.0
         if session.rank == 0:
             print(f"           loss {loss:.4f}, gradient norm {stats.grad_norm:.4g}, skipped {stats.skipped}, "
                   f"largest change of a weight {moved:.1e}", flush=True)  # fmt: skip

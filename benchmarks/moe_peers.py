@@ -4,7 +4,7 @@ Each is a builder: builder(Shape, ours) -> Contender. Where a peer's weights can
 can be compared too. A peer that cannot run raises Skipped with the reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class Contender:
     """A layer in training."""
 
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]  # x (T, D) -> (y (T, D), auxiliary loss)
-    parameters: list[nn.Parameter]
+    parameters: Sequence[Tensor]
     comparable: bool  # has our weights and semantics, so its results must be ours
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import smoke_experts
 import torch
 import torch.nn.functional as F
-from smoke_problem import DTYPES, Case, Problem, draw
+from smoke_problem import DTYPES, Case, Function, Problem, draw
 from torch import Tensor
 
 from swin_moe import create_model
@@ -105,7 +105,8 @@ def residual_and_norm(form: str, dtype: torch.dtype, channels: int, device: torc
         "weight": draw(device, torch.float32, channels, seed=2),
         "bias": draw(device, torch.float32, channels, seed=3),
     }
-    operator = {"residual_norm": residual_norm, "norm_residual": norm_residual}[form]
+    operators: dict[str, Function] = {"residual_norm": residual_norm, "norm_residual": norm_residual}
+    operator = operators[form]
 
     def ours(branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | tuple[Tensor, ...]:
         return operator(x, branch, factor.to(x.dtype), weight, bias, 1e-5)
@@ -132,10 +133,17 @@ def random_draws(device: torch.device, size: str) -> Problem:
     return Problem({"rows": rows.to(device)}, run, lambda given: run(given.cpu()), gradients=False, tolerance=1e-6)
 
 
-def run_again(call: Callable[[], Tensor]) -> Recording:
+def run_again(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Recording:
     """Returns the recording of a call where there is no device to record: it is called again."""
     output = call()
-    return Recording(lambda: output.copy_(call()), output)
+    assert isinstance(output, Tensor), "of a network without experts"
+
+    def replay() -> None:
+        again = call()
+        assert isinstance(again, Tensor)
+        output.copy_(again)
+
+    return Recording(replay, output)
 
 
 def graph_of_a_network(device: torch.device, size: str) -> Problem:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from smoke_problem import Case, Problem, draw
+from smoke_problem import Case, Function, Problem, draw
 from torch import Tensor
 
 from swin_moe.config import MoEConfig
@@ -70,6 +70,7 @@ def row_movement(verb: str, dtype: torch.dtype, top_k: int, channels: int, devic
     def gate_gradient_plainly(taken: Tensor, x: Tensor) -> Tensor:
         return (taken[rows.position] * x[:, None]).sum(2) * rows.keep
 
+    ours: Function
     if verb == "moe_permute":
         ours = lambda x, gate: permute(x, rows.pair, top_k, gate=gate, vacant=rows.vacant)  # noqa: E731
         return Problem({"x": x, "gate": gate}, ours, permute_plainly, gradients=False)
@@ -161,19 +162,31 @@ def layer_that_drops(device: torch.device, size: str) -> Problem:
 def routing_of_tokens(sigmoid: bool, device: torch.device, size: str) -> Problem:
     """Returns moe_route with groups and a capacity, and the reference: every token's gates times slots, by expert."""
     group = {"small": 20, "medium": 1000, "large": 30_000}[size]
-    rule = {"top_k": 2, "group_size": group, "capacity": group // 4}
+    capacity = group // 4
 
     def by_expert(routing: Routed | Routing, logits: Tensor) -> Tensor:
         weights = routing.gate * torch.where(routing.keep, routing.slot + 1, 0)
         return torch.zeros_like(logits).scatter(1, routing.expert, weights)
 
     def ours(logits: Tensor) -> Tensor:
-        options = {"sigmoid": sigmoid, "normalize": True, "prioritized": False, "probabilities": False}
-        return by_expert(route_tokens(logits, None, bias=None, last_capacity=group // 4, **rule, **options), logits)
+        routed = route_tokens(
+            logits,
+            None,
+            bias=None,
+            top_k=2,
+            group_size=group,
+            capacity=capacity,
+            last_capacity=capacity,
+            sigmoid=sigmoid,
+            normalize=True,
+            prioritized=False,
+            probabilities=False,
+        )
+        return by_expert(routed, logits)
 
     def plain(logits: Tensor) -> Tensor:
         scores = torch.sigmoid(logits) if sigmoid else None
-        routing = route(logits, normalize_gate=True, scores=scores, **rule)
+        routing = route(logits, top_k=2, group_size=group, capacity=capacity, normalize_gate=True, scores=scores)
         return by_expert(routing, logits)
 
     return Problem({"logits": draw(device, torch.float32, 3 * group, 8)}, ours, plain, tolerance=1e-5)
@@ -182,11 +195,20 @@ def routing_of_tokens(sigmoid: bool, device: torch.device, size: str) -> Problem
 def balance_losses(kind: str, device: torch.device, size: str) -> Problem:
     """Returns the balance loss and the z-loss of three routing groups, the last one smaller, and losses.py's."""
     group = {"small": 20, "medium": 1000, "large": 30_000}[size]
-    parts = {"group_size": group, "noise_std": 0.2}
 
     def ours(logits: Tensor, scores: Tensor) -> Tensor:
-        options = {"threshold": scores[:, 0] * 0.7, "expert": scores.argsort(1, descending=True), "logits": logits}
-        return moe_balance.auxiliary_loss(scores, kind=kind, weight=0.5, z_weight=0.1, **parts, **options)[0]
+        threshold, expert = scores[:, 0] * 0.7, scores.argsort(1, descending=True)
+        return moe_balance.auxiliary_loss(
+            scores,
+            threshold,
+            expert,
+            kind=kind,
+            noise_std=0.2,
+            group_size=group,
+            weight=0.5,
+            logits=logits,
+            z_weight=0.1,
+        )[0]
 
     def plain(logits: Tensor, scores: Tensor) -> Tensor:
         total = losses.z_loss(logits) * 0.1

@@ -1,6 +1,6 @@
 """What a case of gpu_smoke.py is: tensors, a kernel, and plain PyTorch operators that compute the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Problem:
     """Tensors, the kernel, and what it is compared with."""
 
-    tensors: dict[str, Tensor | None]
+    tensors: Mapping[str, Tensor | None]
     ours: Function
     plain: Function  # PyTorch's operators; in float64 they are the truth, in the tensors' dtype the error allowed
     gradients: bool = True  # also of every floating-point tensor

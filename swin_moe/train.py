@@ -86,16 +86,28 @@ class Trainer:
     def _build_loaders(self) -> None:
         config, session = self.config, self.session
         micro_batch, accumulation = config.accumulation(session.world_size)
-        common = {
-            "rank": session.rank, "world_size": session.world_size, "num_classes": config.model.num_classes,
-            "pin_memory": session.device.type == "cuda",
-        }  # fmt: skip
+        pinned = session.device.type == "cuda"
         self.loader = TrainLoader(
-            config.data, config.model.img_size, seed=config.run.seed, micro_batch=micro_batch,
-            accumulation=accumulation, partners=self.task.needs_partners, views=self.task.needs_views, **common,
-        )  # fmt: skip
+            config.data,
+            config.model.img_size,
+            seed=config.run.seed,
+            rank=session.rank,
+            world_size=session.world_size,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            partners=self.task.needs_partners,
+            pin_memory=pinned,
+            num_classes=config.model.num_classes,
+            views=self.task.needs_views,
+        )
         self.eval_loader = EvalLoader(
-            config.data, config.model.img_size, batch=config.data.eval_batch or micro_batch, **common
+            config.data,
+            config.model.img_size,
+            rank=session.rank,
+            world_size=session.world_size,
+            batch=config.data.eval_batch or micro_batch,
+            pin_memory=pinned,
+            num_classes=config.model.num_classes,
         )
 
     @property
@@ -117,6 +129,7 @@ class Trainer:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
         index = self.checkpoints.resumed_from
+        assert index is not None, "it gave the state"
         changed = self.identity.check_resume(index)
         self.engine.load_state(state["engine"])
         own = index.path.parent == self.checkpoints.root

@@ -70,11 +70,13 @@ def fused_problem(
     """
     for stage, heads in enumerate(config.num_heads):
         geometry = stage_geometry(config, stage)
-        shape = {"head_dim": geometry.dim // heads, "window": (geometry.window,) * 2}
-        problem = unsupported_shape(**shape)
+        head_dim, window = geometry.dim // heads, (geometry.window,) * 2
+        problem = unsupported_shape(head_dim=head_dim, window=window)
         if problem:
             return f"stage {stage}: {problem}"
-        if device_type is not None and (problem := unsupported(device_type=device_type, dtype=dtype, **shape)):
+        if device_type is not None:
+            problem = unsupported(device_type=device_type, dtype=dtype, head_dim=head_dim, window=window)
+        if problem:
             return problem
     return None
 
@@ -180,6 +182,7 @@ class WindowAttention(nn.Module):
         """Returns what whole windows become, (W, N, C). rows: see _dropout_rows."""
         qkv, factor = self._project(x_WNC), None
         if rows is not None:
+            assert random is not None, "rows are those that it draws for"
             tokens = x_WNC.shape[1]
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
             factor = factor.view(len(x_WNC), self.num_heads, tokens, tokens)
@@ -234,14 +237,18 @@ class WindowAttention(nn.Module):
         """Returns queries, keys and values (..., 3C), by whatever stands for the layer."""
         if is_plain(self.qkv):
             return linear(x, self.qkv.weight, self._qkv_bias())
-        qkv = self.qkv(x)
-        return qkv if self.q_bias is None else qkv + self._qkv_bias().to(qkv.dtype)
+        qkv, apart = self.qkv(x), self._bias_apart()
+        return qkv if apart is None else qkv + apart.to(qkv.dtype)
 
     def _qkv_bias(self) -> Tensor | None:
         """Returns the bias of queries, keys and values, (3C,)."""
-        if self.q_bias is None:
-            return self.qkv.bias
-        return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        apart = self._bias_apart()
+        return self.qkv.bias if apart is None else apart
+
+    def _bias_apart(self) -> Tensor | None:
+        """Returns the bias that is not the layer's own, (3C,): keys have none. None where the layer has it."""
+        query, value = self.q_bias, self.v_bias
+        return None if query is None or value is None else torch.cat((query, torch.zeros_like(value), value))
 
     def _kept_cpb_table(self) -> Tensor:
         """Returns _cpb_table, the last one where the same weights would make it again: on the CPU, without gradients.
@@ -262,6 +269,7 @@ class WindowAttention(nn.Module):
     def _cpb_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
         weight = self.cpb_mlp[0].weight
+        assert isinstance(weight, Tensor), "torch does not say so of a module's attributes"
         coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
         with without_autocast(weight.device.type):
             table = self.cpb_mlp(coords)
@@ -305,6 +313,7 @@ class SpatialMLP(nn.Conv1d):
         heads = windows.view(windows.shape[0], tokens, self.num_heads, head_dim).permute(2, 1, 0, 3)
         heads = heads.reshape(self.num_heads, tokens, windows.shape[0] * head_dim)
         weight = self.weight.view(self.num_heads, tokens, tokens)
+        assert self.bias is not None, "a convolution has one unless it is told not to"
         # One product per head over all windows at once; the grouped convolution itself is slower on CPU.
         mixed = torch.baddbmm(self.bias.view(self.num_heads, tokens, 1), weight, heads)
         mixed = mixed.view(self.num_heads, tokens, windows.shape[0], head_dim).permute(2, 1, 0, 3)

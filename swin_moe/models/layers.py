@@ -3,6 +3,9 @@
 Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels. Maps are channels-last: (B, H, W, C).
 """
 
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,19 @@ from swin_moe.ops.linear import Linear
 from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.ops.residual_norm import add_branch, is_fused, norm_residual, residual_norm
 from swin_moe.randomness import RandomContext
+
+if TYPE_CHECKING:
+    M = TypeVar("M", bound=nn.Module)
+
+    class ModuleList(nn.ModuleList, Generic[M]):
+        """torch's list, which does not say modules of which type it holds."""
+
+        def __init__(self, modules: Iterable[M]) -> None: ...
+        def __iter__(self) -> Iterator[M]: ...
+        def __getitem__(self, index: int) -> M: ...  # type: ignore[override]  # of one place; torch's takes slices too
+
+else:
+    ModuleList = nn.ModuleList
 
 # Sites of one block that draw from the purpose "dropout"; each has its own key.
 ATTENTION_WEIGHTS, MIXER_OUT, FFN_HIDDEN, FFN_OUT = range(4)
@@ -31,7 +47,7 @@ def pad_to_multiple(x_BHWC: Tensor, height: int, width: int) -> Tensor:
 
 def add_and_norm(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns (x + factor * branch, the norm of that), in one kernel where there is one; see add_branch."""
-    if is_fused(x, branch, norm):
+    if is_fused(norm, x, branch):
         return residual_norm(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
     x = add_branch(x, branch, factor_B)
     return x, norm(x)
@@ -39,7 +55,7 @@ def add_and_norm(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Mo
 
 def norm_and_add(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Module) -> Tensor:
     """Returns x + factor * the norm of branch, in one kernel where there is one; see add_branch."""
-    if is_fused(x, branch, norm):
+    if is_fused(norm, x, branch):
         return norm_residual(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
     return add_branch(x, norm(branch), factor_B)
 

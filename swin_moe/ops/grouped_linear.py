@@ -182,7 +182,10 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 def _register() -> None:
     # Not torch.library.custom_op: its kernels import torch._dynamo at their first call, which takes seconds and holds
     # process groups for good.
-    forms = {"grouped_linear": (_forward, _fake_forward), "grouped_linear_backward": (_backward, _fake_backward)}
+    forms: dict[str, tuple[Callable, Callable]] = {
+        "grouped_linear": (_forward, _fake_forward),
+        "grouped_linear_backward": (_backward, _fake_backward),
+    }
     for name, (kernel, fake) in forms.items():
         library = extension.define(SCHEMAS[name])
         library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import DTYPES
 from swin_moe.models.attention import check_attention, stage_geometry
+from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.tune import tune
@@ -116,7 +117,7 @@ def fit_precision(config: Config, device: torch.device, *, told: bool, cpuinfo: 
         return config
     file = Path(cpuinfo)
     native = file.is_file() and re.search(r"\b(avx512_bf16|amx_bf16)\b", file.read_text(errors="replace"))
-    precision = "bf16" if native else "fp32"
+    precision: Literal["bf16", "fp32"] = "bf16" if native else "fp32"
     if told:
         print(f"engine.precision={precision} instead of the config's fp16, which is slow on a CPU", file=sys.stderr)
     return replace(config, engine=replace(config.engine, precision=precision))
@@ -189,7 +190,7 @@ def _log_to_file(text: str) -> None:
             handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text, (), None))
 
 
-def build_meta_model(session: Session, task: Task) -> nn.Module:
+def build_meta_model(session: Session, task: Task) -> Network:
     """Returns this rank's part of a task's network without memory: an engine shards and materializes it."""
     config = session.config
     assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
@@ -215,12 +216,12 @@ def _rows_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterat
         yield layer, micro_batch * facts_of(moe).rows(moe, tokens)
 
 
-def build_local_model(session: Session, task: Task) -> nn.Module:
+def build_local_model(session: Session, task: Task) -> Network:
     """Returns this rank's part of a task's network, initialized from the seed; never experts of other ranks."""
     return materialize(build_meta_model(session, task), session.config, session.device)
 
 
-def build_classifier(session: Session) -> nn.Module:
+def build_classifier(session: Session) -> Network:
     """Returns this rank's part of a classification network, initialized from the seed, for entry points that need one.
 
     Raises:

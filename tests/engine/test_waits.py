@@ -135,7 +135,7 @@ def waits_of_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     The order of blocks is made of numbers that the host has, as tensors of the host.
     """
-    found, forward, order = Counter(), MoELayer.forward, transport.block_order
+    found, forward, order = Counter(), MoELayer.forward, transport.block_permutation
 
     def on_host(sizes, wanted, device):
         with torch.utils._python_dispatch._disable_current_modes():
@@ -160,7 +160,7 @@ def waits_of_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(MoELayer, "forward", counted)
     monkeypatch.setattr(PaddedAllToAll, "_rows", agreed)
     for module in (transport, chunks):
-        monkeypatch.setattr(module, "block_order", on_host)
+        monkeypatch.setattr(module, "block_permutation", on_host)
     return found
 
 

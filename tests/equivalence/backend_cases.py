@@ -32,7 +32,7 @@ CASES = {
         "group by need": together((2, 1), 2, capacity_factor=0.0, **CONFIDENT),
         "group with drops": together((2, 1), 2, capacity_factor=0.5, **CONFIDENT),
         "bf16 payload": Case((2, 1), options={**CONFIDENT, "payload": "bf16"}),
-        "fp8 payload in chunks": Case((2, 1), options={**CONFIDENT, "payload": "fp8", "overlap": 2}),
+        "fp8 payload in slices": Case((2, 1), options={**CONFIDENT, "payload": "fp8", "overlap": 2}),
     },
     4: {
         "by confidence and need": Case((1, 3, 0, 1), experts=8, options={**CONFIDENT, "capacity_factor": 0.0}),

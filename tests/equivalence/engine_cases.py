@@ -99,7 +99,7 @@ class Case:
 TOP2 = ("model.moe.top_k=2",)
 COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
 # One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
-CHUNKS = (*TOP2, "model.moe.overlap=3")  # experts called once for several chunks, under every engine's hooks
+SLICES = (*TOP2, "model.moe.overlap=3")  # experts called once for several slices, under every engine's hooks
 PADDED = (*TOP2, "model.moe.backend=padded")
 SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
@@ -116,7 +116,7 @@ LABELS = {BALANCED: "balanced", GLOBAL: "global", EXPERTS_CHOOSE: "experts-choos
 
 # With seed 0 and 32 experts a ReLU of the position bias stands at 0: one rank in float32 is on the other side of it
 # than in float64, 1.2e-3 away in that bias, while two ranks in float32 (torch, DeepSpeed) are 2.7e-6 from float64.
-# So it is with chunks in float32 (5.5e-4 in that bias; gradients of the first step 1.1e-6).
+# So it is with slices in float32 (5.5e-4 in that bias; gradients of the first step 1.1e-6).
 SEED = ("run.seed=1",)
 
 # 32 experts, 16 or 64 tokens an image: in a step with one image most experts have no token.
@@ -149,11 +149,11 @@ CASES = (
     Case("torch", 0, 2, uneven=True, options=GLOBAL),
     Case("torch", 2, 2, accumulation=2, uneven=True, options=EXPERTS_CHOOSE),
     Case("torch", 3, 2, accumulation=2, uneven=True, options=SOFT),
-    Case("torch", 0, 2, options=CHUNKS),
-    Case("torch", 3, 4, expert=2, accumulation=2, recompute=True, options=CHUNKS),
-    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=CHUNKS),
-    Case("deepspeed", 3, 2, precision="fp32", options=(*CHUNKS, *SEED)),
-    Case("fairscale", 2, 2, options=CHUNKS),
+    Case("torch", 0, 2, options=SLICES),
+    Case("torch", 3, 4, expert=2, accumulation=2, recompute=True, options=SLICES),
+    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=SLICES),
+    Case("deepspeed", 3, 2, precision="fp32", options=(*SLICES, *SEED)),
+    Case("fairscale", 2, 2, options=SLICES),
     Case("torch", 3, 4, expert=2, uneven=True, recompute=True, options=PADDED),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),

@@ -84,8 +84,8 @@ def two_hops(hosts: tuple[int, ...], images: tuple[int, ...], *layout: int, **fi
     return Case(images, spread(*layout), options=options, hosts=hosts, **{"experts": 8, **fields})
 
 
-def chunked(images: tuple[int, ...], *layout: int, overlap: int = 2, **fields) -> Case:
-    """Returns a case whose rows travel in chunks."""
+def sliced(images: tuple[int, ...], *layout: int, overlap: int = 2, **fields) -> Case:
+    """Returns a case whose rows travel in slices."""
     return Case(images, spread(*layout), options={"overlap": overlap, "top_k": 2, **NOISY}, **{"experts": 8, **fields})
 
 
@@ -112,12 +112,12 @@ CASES = {
         "by need": Case((2, 1), options={"capacity_factor": 0.0, "top_k": 2, **NOISY}),
         "nothing gets a slot": Case((2, 2), options={"capacity_factor": 0.1}),
         "two hops without levels": two_hops((0, 1), (2, 1)),
-        "chunks": chunked((2, 1)),
-        "chunks, more than rows": chunked((1, 0), overlap=9),
-        "chunks, no tokens at all": chunked((0, 0)),
-        "chunks, 3 experts over 2 ranks": chunked((2, 3), 2, experts=3, overlap=3),
-        "chunks, shards": chunked((2, 1), 1, 2, hidden=9),
-        "chunks, recomputed": chunked((2, 1), overlap=3, recompute=True),
+        "slices": sliced((2, 1)),
+        "slices, more than rows": sliced((1, 0), overlap=9),
+        "slices, no tokens at all": sliced((0, 0)),
+        "slices, 3 experts over 2 ranks": sliced((2, 3), 2, experts=3, overlap=3),
+        "slices, shards": sliced((2, 1), 1, 2, hidden=9),
+        "slices, recomputed": sliced((2, 1), overlap=3, recompute=True),
         **every_kind((2, 1), 2),
         "group with an empty rank": together((2, 0), 2, top_k=2, capacity_factor=0.5),
         "group of nothing": together((0, 0), 2, top_k=2),
@@ -155,10 +155,10 @@ CASES = {
         "two hops, shards": two_hops((0, 0, 0, 1), (1, 2, 1, 1), 2, 2, hidden=9),
         "two hops in groups of two": two_hops((0, 1, 1, 1), (1, 2, 1, 1), 2),
         "two hops, no tokens at all": two_hops((0, 0, 0, 1), (0, 0, 0, 0)),
-        "chunks, two hops, 3 + 1 ranks": two_hops((0, 0, 0, 1), (2, 1, 0, 1), overlap=3),
-        "chunks, two hops, recomputed": two_hops((0, 1, 1, 1), (2, 1, 0, 1), overlap=2, recompute=True),
-        "chunks, 5 experts over 4 ranks": chunked((1, 2, 1, 2), 4, experts=5),
-        "chunks, expert 2 x data 2": chunked((2, 1, 0, 3), 2, overlap=4),
+        "slices, two hops, 3 + 1 ranks": two_hops((0, 0, 0, 1), (2, 1, 0, 1), overlap=3),
+        "slices, two hops, recomputed": two_hops((0, 1, 1, 1), (2, 1, 0, 1), overlap=2, recompute=True),
+        "slices, 5 experts over 4 ranks": sliced((1, 2, 1, 2), 4, experts=5),
+        "slices, expert 2 x data 2": sliced((2, 1, 0, 3), 2, overlap=4),
         **every_kind((2, 2, 2, 1), 2),
         "group on 4 ranks": together((2, 2, 1, 0), 4, top_k=2, capacity_factor=0.5),
         "group on 4 ranks, recomputed": together((2, 2, 2, 2), 4, router="cosine", top_k=2, recompute=True),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swin_moe.moe.balance import cut
 from swin_moe.moe.choices.base import Assigned, Batch, Choice, Routed, RoutingStats
-from swin_moe.moe.group_exchange import route_across
 from swin_moe.moe.routing import Routing, join, route
+from swin_moe.moe.routing_groups import route_across
 from swin_moe.moe.scored import Scored
 from swin_moe.ops import moe_balance, moe_route
 from swin_moe.randomness import RandomContext

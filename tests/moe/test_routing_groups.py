@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from swin_moe.moe import expert_capacity
-from swin_moe.moe.group_exchange import gather_demand, route_across, slots_by_confidence, slots_by_token
 from swin_moe.moe.routing import route
+from swin_moe.moe.routing_groups import gather_demand, route_across, slots_by_confidence, slots_by_token
 from tests.moe.reference import route_slowly
 
 
