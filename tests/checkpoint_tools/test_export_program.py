@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
 from swin_moe.models.build import build_model
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
-SMALL = dict(img_size=(32, 32), embed_dim=16, depths=(1, 2), num_heads=(2, 2), window_size=4, num_classes=5,
-             pretrained_window_sizes=(0, 0))  # fmt: skip
+SMALL: dict[str, Any] = dict(img_size=(32, 32), embed_dim=16, depths=(1, 2), num_heads=(2, 2), window_size=4)
+SMALL |= dict(num_classes=5, pretrained_window_sizes=(0, 0))
 MODELS = {
     "swin": ModelConfig(name="swin", **SMALL),
     "experts by need": ModelConfig(name="swin_moe", **SMALL, moe=MoEConfig(blocks=((), (1,)), num_experts=3, top_k=2)),

@@ -144,7 +144,7 @@ def _verb_case(draw: random.Random, files: dict[str, str], scratch: Path) -> tup
     if verb in ("convert", "reshard", "upcycle", "experts", "average", "export") and draw.random() < 0.7:
         words.append(str(scratch / "out"))
     needed = {"convert": "--to", "export": "--to", "reshard": "--world", "upcycle": "--experts"}.get(verb)
-    for option in [needed] * bool(needed) + draw.sample(VERB_OPTIONS, draw.choice((0, 1, 2))):
+    for option in ([needed] if needed else []) + draw.sample(VERB_OPTIONS, draw.choice((0, 1, 2))):
         value = draw.choice([*TYPES, *NUMBERS, "native", "timm", "hf", "onnx", "safetensors", "img_size=x", "2"])
         words += draw.choice([[option, value], [option, value], [option]])
     return words, (verb, "verb", *filter(None, paths))

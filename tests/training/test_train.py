@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
 
 def gathered(results: list, case: str) -> dict[str, torch.Tensor]:
     """Returns the global parameters, put together from every rank's part."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for result in results:
         for name, (shape, offset, part) in result[case][1].items():
             whole = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
