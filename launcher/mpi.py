@@ -153,7 +153,7 @@ def _free_port() -> int:
 
 
 def _address_seen_from(other_host: str) -> str:
-    """Returns the address of this host on the route to `other_host`; connecting a datagram socket sends nothing."""
+    """Returns the address of this host on the way to `other_host`; connecting a datagram socket sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((other_host, 9))
