@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from checkpoint_tools.sources.base import SourceTensor
 from swin_moe.data.digits import Digits
+from swin_moe.engine.base import Serves
 from swin_moe.engine.replicated import ReplicatedEngine
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.routers import Router, LinearRouter
@@ -51,6 +52,8 @@ class FewDigits(Digits):
 class Unfinished:
     """An engine as the protocol was once: without what a skipped step needs."""
 
+    serves = Serves(clip=True, ema=True)
+
     def __init__(self, model, *, config, groups, schedule, device):
         self._engine = ReplicatedEngine(model, config=config, groups=groups, schedule=schedule, device=device)
 
@@ -61,6 +64,8 @@ class Unfinished:
 
 
 class OwnEngine(ReplicatedEngine):
+    serves = Serves(clip=True, ema=True)
+
     def step(self, t):
         seen.append("engine")
         return super().step(t)
@@ -136,6 +141,10 @@ class Unreadable(Numbers):
         if name in ("locate", "step"):
             raise AttributeError(name)
         return super().__getattribute__(name)
+
+
+class Silent(ReplicatedEngine):
+    pass
 '''
 OPTIONS = {
     "task": "task.name=elsewhere.parts:Halved",
@@ -179,6 +188,10 @@ def test_all_five_train_together_and_continue(elsewhere, tmp_path):
         (
             "model.moe.backend=elsewhere.parts:one_way",
             "model.moe.backend=elsewhere.parts:one_way: OneWay lacks combine",
+        ),
+        (
+            "engine.name=elsewhere.parts:Silent",
+            "engine.name=elsewhere.parts:Silent does not run optim.clip_norm=0.5: it",
         ),
         ("model.moe.router=nowhere:X", "model.moe.router=nowhere:X: there is no module nowhere"),
         ("data.name=elsewhere:", "data.name must be one of"),

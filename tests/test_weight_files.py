@@ -53,7 +53,7 @@ def files(tmp_path_factory) -> Path:
         model = build_model(config.model)
         model.init_weights(5)
         with torch.no_grad():
-            model.head.weight.normal_(std=1.0)
+            model.get_parameter("head.weight").normal_(std=1.0)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         pieces = [Piece.of(name, value) for name, value in weights.items()]
         manager = CheckpointManager(root / f"{family}-run" / "checkpoints")
@@ -77,7 +77,7 @@ def make_files(root: Path, family: str, weights: dict[str, torch.Tensor]) -> Non
     torch.save(official, root / f"{family}-bare.bin")
     with pytest.MonkeyPatch.context() as patch:
         module = types.ModuleType("yacs.config")
-        module.CfgNode = CfgNode
+        vars(module)["CfgNode"] = CfgNode
         patch.setattr(CfgNode, "__module__", "yacs.config")
         patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
         patch.setitem(sys.modules, "yacs.config", module)
@@ -166,6 +166,7 @@ def perform(command: str, path: str, root: Path, capfd: pytest.CaptureFixture, *
         run_main(importlib.import_module(f"swin_moe.{command}").main, arguments)
         code = 0
     except SystemExit as stop:
+        assert isinstance(stop.code, int)
         code = stop.code
     return code, *capfd.readouterr()
 

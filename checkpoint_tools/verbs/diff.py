@@ -16,6 +16,7 @@ from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import progress_of, shortened, table
 from swin_moe.checkpoint.communicator import collect
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
+from swin_moe.config.tasks import nested
 from swin_moe.layout import Chunk
 
 _AT_ONCE = 1 << 18  # elements decoded at once: 2 MiB as float64
@@ -129,7 +130,7 @@ def _join(a: Delta | None, b: Delta) -> Delta:
 
 
 def _header(source: Source) -> dict[str, Any]:
-    return {"step": source.step, "state": source.state, "config": source.config}
+    return {"step": source.step, "state": source.state, "config": nested(source.config, source=str(source.path))}
 
 
 def _entries(a: Any, b: Any, place: str) -> Iterator[tuple[str, list]]:

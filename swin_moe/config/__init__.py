@@ -21,21 +21,27 @@ from swin_moe.config.schema import (
     RunConfig,
     TaskConfig,
 )
+from swin_moe.config.tasks import ClassifyOptions, DistillOptions, MoBYOptions, SimMIMOptions, TaskOptions
 
 __all__ = [
     "CheckpointConfig",
+    "ClassifyOptions",
     "CompatConfig",
     "Config",
     "DataConfig",
     "DatasetName",
     "DebugConfig",
+    "DistillOptions",
     "EngineConfig",
     "Family",
     "LogConfig",
-    "ModelConfig",
+    "MoBYOptions",
     "MoEConfig",
+    "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
     "RunConfig",
+    "SimMIMOptions",
     "TaskConfig",
+    "TaskOptions",
 ]

@@ -99,9 +99,9 @@ class WindowAttention(nn.Module):
     forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
     section 3.5).
 
-    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Windows in turns, weights that are dropped
-    in training, and anything in the place of qkv or proj (LoRA, quantization) are computed window by window whatever
-    it says. Hooks on qkv and proj are called.
+    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Windows in turns, weights dropped in
+    training, and anything in the place of qkv or proj (LoRA, quantization) are computed window by window whatever it
+    says. Hooks on qkv and proj are called.
     """
 
     def __init__(

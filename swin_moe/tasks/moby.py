@@ -34,7 +34,7 @@ class MoBY(Task):
 
     def build_network(self) -> Network:
         """See Task. The encoders have no head, whatever model.num_classes says."""
-        task = self.config.task
+        task = self.config.task.moby
         config = replace(self.config.model, num_classes=0)
         encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
         return ContrastiveModel(
@@ -63,7 +63,7 @@ class MoBY(Task):
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the momentum networks, and puts the step's keys where the oldest ones are."""
-        momentum = momentum_at(self.config.task.momentum, done.step + 1, done.total_steps)
+        momentum = momentum_at(self.config.task.moby.momentum, done.step + 1, done.total_steps)
         for name, (part, _) in parts.items():
             if name.startswith("momentum_"):
                 part.lerp_(parts[name.removeprefix("momentum_")][0], 1 - momentum)
@@ -73,7 +73,7 @@ class MoBY(Task):
         for name, key in zip(("queue1", "queue2"), keys):
             part, chunk = parts[name]
             if part.numel():
-                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.queue,
+                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.moby.queue,
                         position=done.samples_before)  # fmt: skip
         self._keys = None
 

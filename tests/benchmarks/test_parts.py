@@ -181,7 +181,7 @@ def gpu(
         path.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": str(programs)}
     environment |= {"MACHINE": str(machine), "BUILD": str(build)}
-    command = ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments]
+    command: list[str | Path] = ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     return done.returncode, done.stdout
 

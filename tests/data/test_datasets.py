@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swin_moe.config import DataConfig
+from swin_moe.config import DataConfig, DatasetName
 from swin_moe.data.datasets import BrokenImage, PathTable, build_dataset
 
 
-def build(name: str, path: Path, split: str = "train"):
+def build(name: DatasetName, path: Path, split: str = "train"):
     return build_dataset(DataConfig(name=name, path=str(path)), split, img_size=(16, 24), num_classes=7)
 
 

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from swin_moe.config import DataConfig
 from swin_moe.data.loader import EvalLoader, TrainLoader, epoch_order
 
-PLAIN = {"auto_augment": "", "erase_prob": 0.0, "color_jitter": 0.0}
+PLAIN: dict[str, Any] = {"auto_augment": "", "erase_prob": 0.0, "color_jitter": 0.0}
 
 
 def train_loader(
@@ -156,7 +157,7 @@ def broken_root(image_root):
     return image_root
 
 
-def folder_config(root, **options) -> DataConfig:
+def folder_config(root, **options: Any) -> DataConfig:
     return DataConfig(name="folder", path=str(root), **PLAIN, **options)
 
 

@@ -15,9 +15,17 @@ from swin_moe import config as schema
 from swin_moe.config.io import apply_overrides, config_from_tree, dump_config, find_config, load_config
 
 SECTIONS = [getattr(schema, name) for name in
-            ("RunConfig", "DataConfig", "MoEConfig", "ModelConfig", "TaskConfig", "OptimConfig", "ParallelConfig",
-             "EngineConfig", "CheckpointConfig", "LogConfig", "DebugConfig", "CompatConfig")]  # fmt: skip
-SMALL = {"img_size": 16, "window_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 3}
+            ("RunConfig", "DataConfig", "MoEConfig", "ModelConfig", "TaskConfig", "ClassifyOptions", "SimMIMOptions",
+             "DistillOptions", "MoBYOptions", "OptimConfig", "ParallelConfig", "EngineConfig", "CheckpointConfig",
+             "LogConfig", "DebugConfig", "CompatConfig")]  # fmt: skip
+SMALL: dict[str, Any] = {
+    "img_size": 16,
+    "window_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "num_classes": 3,
+}
 VALUES = [None, "x", "", 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, True, [], [1], (), (1, 2, 3),
           [[1]], {}, {"a": 1}, b"x", object(), torch.ones(2),
           torch.ones(()), range(3), "é☃", "a\0b", ("x",), [None], 1j, int, {1, 2}, -0.0]  # fmt: skip
@@ -38,6 +46,7 @@ def _short(value: object) -> str:
 
 
 def _create(draw: random.Random, files: dict[str, str]) -> Call:
+    name: Any
     names = [f.name for section in (schema.ModelConfig, schema.MoEConfig) for f in fields(section) if f.name != "name"]
     names += ["moe_blocks", "top_value", "cosine_router", "use_bpr", "is_gshard_loss", "seed", "moe_drop", "norm_layer",
               "use_checkpoint", "nope", "num_local_experts"]  # fmt: skip
@@ -57,7 +66,8 @@ def _section(draw: random.Random, files: dict[str, str]) -> Call:
 
 
 def _config(draw: random.Random, files: dict[str, str]) -> Call:
-    value, other = draw.choice([*VALUES, *files.values()]), draw.choice(VALUES)
+    value: Any = draw.choice([*VALUES, *files.values()])
+    other: Any = draw.choice(VALUES)
     small = files["small.yaml"]
     name, call = draw.choice([
         ("load_config", lambda: load_config(value)),
@@ -88,13 +98,13 @@ def _official(draw: random.Random, files: dict[str, str]) -> Call:
         )
         swin_moe.load_official(*arguments, **draw.choice([{}, {"strict": False}, {"interpolation": value}]))
 
-    value = draw.choice(VALUES)
+    value: Any = draw.choice(VALUES)
     return "load_official", f"load_official(... {_short(value)})", call
 
 
 def _model(draw: random.Random, files: dict[str, str]) -> Call:
     """Returns calls of the network with images that are none, and of what builds and spreads it."""
-    value = draw.choice(VALUES)
+    value: Any = draw.choice(VALUES)
     images = [value, torch.ones(3, 16, 16), torch.ones(1, 1, 16, 16), torch.ones(1, 16, 16, 3),
               torch.ones(0, 3, 16, 16),
               torch.ones(1, 3, 16, 16).long(), torch.ones(1, 3, 16, 16).half(), torch.ones(1, 3, 0, 16), torch.ones(3),
@@ -115,8 +125,9 @@ def _model(draw: random.Random, files: dict[str, str]) -> Call:
 
 def _tools(draw: random.Random, files: dict[str, str]) -> Call:
     quiet = Options(report=lambda text: None)
-    value, path = draw.choice(VALUES), draw.choice(list(files.values()))
-    form = draw.choice([*FORMATS, "nope", "", value])
+    value: Any = draw.choice(VALUES)
+    path: Any = draw.choice(list(files.values()))
+    form: Any = draw.choice([*FORMATS, "nope", "", value])
     option = draw.choice([f.name for f in fields(Options) if f.name not in ("comm", "report", "progress")])
 
     def write() -> None:

@@ -3,6 +3,7 @@
 import sys
 import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,14 +42,20 @@ class LastExpertFacts(facts.TokenFacts):
         return "tokens take the last expert"
 
 
-def moe(**options) -> MoEConfig:
-    return MoEConfig(**{"num_experts": 4, "blocks": ((1,),), "balance_loss": "none", "capacity_factor": 0.0} | options)
+def moe(**options: Any) -> MoEConfig:
+    usual: dict[str, Any] = {
+        "num_experts": 4,
+        "blocks": ((1,),),
+        "balance_loss": "none",
+        "capacity_factor": 0.0,
+    }
+    return MoEConfig(**usual | options)
 
 
 def _this_module() -> types.ModuleType:
     """Returns a module with this file's names: pytest imports test files without listing them in sys.modules."""
     module = types.ModuleType(__name__)
-    module.LastExpert = LastExpert
+    vars(module)["LastExpert"] = LastExpert
     return module
 
 

@@ -1,6 +1,7 @@
 """The whole layer in one process: against the slow reference, its gradients, its random draws, its precision."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ LIMITED = {"expert_groups": 4, "group_limit": 2, "top_k": 2, "balance_loss": "gs
 EXPERTS_CHOOSE = {"choice": "expert", "balance_loss": "none", "top_k": 2}
 SOFT = {"choice": "soft", "balance_loss": "none", "slots": 2}
 # Every way in which tokens and experts come together.
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "token": {}, "sigmoid": BALANCED, "limited": LIMITED, "experts": EXPERTS_CHOOSE, "soft": SOFT,
     "shared": {"shared_experts": 2}, "global": {"balance_scope": "global"},
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,7 +92,8 @@ def records(session: Session) -> list[dict]:
 
 def outcome(trainer: Trainer) -> dict:
     """Returns losses of every step, the evaluation, and this rank's parts of the weights."""
-    engine, rows = trainer.engine, records(trainer.session)
+    engine: Any = trainer.engine  # parts are no member that every engine has
+    rows = records(trainer.session)
     parts = {
         name: (part.shape, part.chunk.offset, part.local.clone()) for name, part in engine.parts.items()
     }  # fmt: skip
@@ -108,8 +110,8 @@ def run_world(root: str, world: int) -> dict[str, dict]:
     result = {}
     for name, (config, options) in RUNS.items():
         directory = Path(root) / f"world{world}" / name.replace(" ", "-")
-        options = [option.replace("TEACHER", f"{root}/teacher") for option in options]
-        result[name] = outcome(train(open_tiny(directory, config, *options)))
+        own = [option.replace("TEACHER", f"{root}/teacher") for option in options]
+        result[name] = outcome(train(open_tiny(directory, config, *own)))
     return result
 
 
@@ -146,9 +148,9 @@ def features(root: str, config: str, *options: str) -> dict[str, float]:
 def begin(root: str, *options: str) -> dict:
     """Returns the report of checkpoint.init, and this rank's parts of the weights of a run before its first step."""
     session = open_tiny(Path(root), "digits_dense", *options)
-    trainer = Trainer(session)
-    report = start_from(session.config.checkpoint.init, trainer.engine, session)
-    held = {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in trainer.engine.parts.items()}
+    engine: Any = Trainer(session).engine  # parts are no member that every engine has
+    report = start_from(session.config.checkpoint.init, engine, session)
+    held = {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in engine.parts.items()}
     return {"report": report, "begun": held}
 
 

@@ -245,8 +245,8 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     [
         (("data.micro_batch=5",), "data.micro_batch must be all images of a rank at once"),
         (("data.interpolation=random",), "data.interpolation must be bicubic or bilinear"),
-        (("task.queue=0",), "task.queue must be >= 1"),
-        (("task.momentum=1.5",), r"task.momentum must be in \[0, 1\]"),
+        (("task.queue=0",), "task.moby.queue must be >= 1"),
+        (("task.momentum=1.5",), r"task.moby.momentum must be in \[0, 1\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said):

@@ -3,9 +3,11 @@
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from swin_moe.run.metrics import LOGGER
 from swin_moe.train import Trainer
@@ -41,7 +43,8 @@ class Messages(logging.Handler):
 def spoil(trainer: Trainer, name: str, value: str) -> None:
     """Replaces one element of the parameter's gradient on this rank, in BAD_STEP."""
     owner, _, key = name.rpartition(".")
-    module, done = trainer.engine.local_model.get_submodule(owner), []
+    module = trainer.engine.local_model.get_submodule(owner)
+    done: list[RemovableHandle] = []
 
     def replace(gradient):
         if trainer.progress.step == BAD_STEP:
@@ -78,14 +81,15 @@ def run(root: Path, case: str) -> dict:
         updates.append((stats.skipped, all(torch.equal(weights[n], after[n]) for n in weights)))
         return stats
 
-    trainer.engine.step = step
+    trainer.engine.step = step  # type: ignore[method-assign]  # a stand-in
     LOGGER.addHandler(messages)
     try:
         trainer.run()
     finally:
         LOGGER.removeHandler(messages)
-    scale = trainer.engine.loss_scale.value
-    return {"updates": updates, "messages": messages.texts, "scale": scale, "taken": trainer.engine.updates}
+    trained: Any = trainer.engine  # updates are no member that every engine has
+    scale = trained.loss_scale.value
+    return {"updates": updates, "messages": messages.texts, "scale": scale, "taken": trained.updates}
 
 
 def run_world(root: str) -> dict:

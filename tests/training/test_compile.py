@@ -2,6 +2,8 @@
 
 import functools
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,21 +49,32 @@ def use(monkeypatch, backend: str) -> CompileCounterWithBackend:
     return counter
 
 
+def after_steps(trainer: Trainer, call: Callable[[], object]) -> None:
+    """Makes every step end with a call."""
+    original = trainer._record
+
+    def record(*arguments) -> None:
+        original(*arguments)
+        call()
+
+    trainer._record = record  # type: ignore[method-assign, assignment]  # a stand-in
+
+
 def run(directory, options: tuple[str, ...], on_step=None) -> Trainer:
     config = load_config("digits_swin_moe", [*TINY, f"run.output={directory}", "run.name=run", *options])
     check_engine(config, 1)
     trainer = Trainer(Session(config, single_process_groups(), CPU))
     if on_step is not None:
-        original = trainer._record
-        trainer._record = lambda *arguments: (original(*arguments), on_step())
+        after_steps(trainer, on_step)
     trainer.run()
     return trainer
 
 
 def assert_close(actual: Trainer, expected: Trainer) -> None:
     bf16 = expected.config.engine.precision == "bf16"
-    options = {"rtol": 1e-2, "atol": 1e-3} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(torch.tensor(losses(actual.session)), torch.tensor(losses(expected.session)), **options)
+    rtol, atol = (1e-2, 1e-3) if bf16 else (1e-5, 1e-6)
+    found, wanted = (torch.tensor(losses(trainer.session)) for trainer in (actual, expected))
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,8 +128,7 @@ RANKS = {
 
 def note_graphs(trainer: Trainer, counter: CompileCounterWithBackend, graphs: list[int]) -> None:
     """Notes after every step how many graphs there are."""
-    record = trainer._record
-    trainer._record = lambda *arguments: (record(*arguments), graphs.append(counter.frame_count))
+    after_steps(trainer, lambda: graphs.append(counter.frame_count))
 
 
 def run_on_ranks(root: str) -> dict[str, list]:
@@ -126,9 +138,10 @@ def run_on_ranks(root: str) -> dict[str, list]:
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         torch.compile = functools.partial(original, backend=counter)
-        found, graphs = [], []
+        found: list[list[tuple[float, float, float]]] = []
+        graphs: list[int] = []
         for how in ("none", what):
-            session = open_tiny(f"{root}/{case}-{how}".replace(" ", "-"), f"parallel.compile={how}", *options)
+            session = open_tiny(Path(root) / f"{case}-{how}".replace(" ", "-"), f"parallel.compile={how}", *options)
             check_engine(session.config, session.world_size)
             trainer = Trainer(session)
             note_graphs(trainer, counter, graphs)

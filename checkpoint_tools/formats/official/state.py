@@ -15,10 +15,10 @@ from checkpoint_tools.formats.infer import merge_model
 from checkpoint_tools.formats.official.layout import frozen_bias, group_names, is_buffer
 from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.checkpoint.manager import canonical_config
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.config.io import config_from_tree
 from swin_moe.config.official import OFFICIAL, convert_official, leaves, nest
+from swin_moe.config.state import canonical_config
 from swin_moe.layout import Chunk
 
 KEPT = ("lr_scheduler", "max_accuracy", "scaler", "epoch")  # copied to state["official"] and back, in this order
