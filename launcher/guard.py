@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher import watch
-from launcher.env import MPI
+from launcher.env import rank_of
 
 REPORTS = "LAUNCHER_REPORTS"  # folder of the launcher's host, in which a rank that fails leaves its exit code
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -110,4 +110,4 @@ def _obituary(code: int, page: mmap.mmap) -> str:
 
 
 def _rank() -> str:
-    return next((os.environ[rank] for rank, _ in MPI if rank in os.environ), "?")
+    return rank_of(os.environ)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import guard, watch
-from launcher.command import Flavor
+from launcher.flavors.base import Flavor
 
 _STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
 _HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *_STOP}
@@ -60,12 +60,5 @@ def _wait(process: subprocess.Popen, flavor: Flavor, grace: float) -> tuple[int,
         if number in _STOP:
             deadline = min(deadline, time.monotonic() + grace)
         if number in (signal.SIGUSR1, *_STOP):
-            process.send_signal(_as_forwarded(number, flavor))
+            process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
     return code if code >= 0 else 128 - code, False
-
-
-def _as_forwarded(number: int, flavor: Flavor) -> int:
-    """Returns the signal mpirun passes on: hydra forwards SIGTERM, Open MPI would kill the ranks at once."""
-    if flavor == "openmpi":
-        return signal.SIGUSR1
-    return number if number == signal.SIGUSR1 else signal.SIGTERM

@@ -218,6 +218,7 @@ def _entry(archive: zipfile.ZipFile, prefix: str, name: str, size: int) -> zipfi
     entry = zipfile.ZipInfo(f"{prefix}/{name}", (1980, 1, 1, 0, 0, 0))
     entry.file_size = size
     large = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile puts sizes over 4 GiB before our padding
+    assert archive.fp is not None, "the archive is open"
     begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + large + 4
     padding = -begin % _ALIGNMENT
     entry.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # torch's own padding field

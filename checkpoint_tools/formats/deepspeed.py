@@ -164,7 +164,8 @@ class _Reading:
     def _find_places(self, group: int, share: int) -> dict[str, list[tuple[int, int, int]]]:
         """Returns parameter -> (rank, first element, elements) of each of its pieces in the flat buffers of a share."""
         count = self.counts[group]
-        spread, found = len(self.states) // count, {}
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        spread = len(self.states) // count
         if self.stage < 3:
             for rank in range(share, count * spread, spread):
                 for name, where in dict(self.states[rank]["param_slice_mappings"][group]).items():

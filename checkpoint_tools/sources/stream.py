@@ -211,7 +211,7 @@ def _copy_units(source: Source, job: Job, staging: Path, journal: Journal, optio
         for unit in split_units(job, options.comm.size)[options.comm.rank]:
             digests = _check_done(job, unit, staging, options, done)
             stored = job.plan.tensors[unit.name].chunks[unit.chunk]
-            data = b""
+            data = memoryview(b"")
             if digests is None:
                 data = memoryview(read_unit(source, job, unit, buffer))
                 blocks = (data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))

@@ -1,6 +1,7 @@
 """Arguments that several verbs share, and the options they mean."""
 
 import argparse
+from typing import Any
 
 from checkpoint_tools.formats import FORMATS
 from checkpoint_tools.sources.base import MAX_MEMORY, Options
@@ -8,6 +9,7 @@ from checkpoint_tools.verbs.text import parse_bytes
 from swin_moe.checkpoint.communicator import Communicator
 from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT
+from swin_moe.registry import is_outside
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,19 @@ def add_format_argument(parser: argparse.ArgumentParser, option: str = "--from",
     """
     name = "format" if option == "--from" else None
     help_text = f"{of}, default: guessed" if of else "default: guessed"
-    parser.add_argument(option, dest=name, default="", choices=sorted(FORMATS), help=help_text)
+    shown = f"{{{','.join(sorted(FORMATS))}}}"
+    parser.add_argument(option, dest=name, default="", action=_FormatAction, metavar=shown, help=help_text)
+
+
+class _FormatAction(argparse.Action):
+    """Takes a row of FORMATS or a package.module:Name; argparse's `choices` would refuse the latter."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        if value not in FORMATS and not is_outside(value):
+            allowed = ", ".join(map(repr, sorted(FORMATS)))
+            sentence = f"invalid choice: {value!r} (choose from {allowed}, or package.module:Name)"
+            raise argparse.ArgumentError(self, sentence)
+        setattr(namespace, self.dest, value)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

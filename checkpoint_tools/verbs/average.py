@@ -117,7 +117,7 @@ class MeanSource(Source):
             if dtype in WRITABLE:
                 for start in range(0, box.numel, _PIECE):
                     total[start : start + _PIECE] += weight * decode(side[start : start + _PIECE], dtype)
-            elif number and not np.array_equal(*sides):
+            elif number and not np.array_equal(sides[0], sides[1]):
                 raise CheckpointError(f"{source.path}: tensor {name}: {dtype} has no mean, and its values differ")
         if dtype in WRITABLE:
             for start in range(0, box.numel, _PIECE):

@@ -17,6 +17,7 @@ Shape legend: E experts before, N after, c copies of one, H hidden channels, k c
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,10 +207,7 @@ class Change:
                 self.base.read(name, Chunk((box.offset[0] + start, 0), old.shape), old)
                 for column in range(box.size[1]):
                     origin = origins[box.offset[1] + column]
-                    _average(
-                        lambda e, to, old=old: np.copyto(to, old[:, e : e + 1]),
-                        dtype, origin, part[:, column : column + 1],
-                    )  # fmt: skip
+                    _average(partial(_copy_column, old), dtype, origin, part[:, column : column + 1])
 
         return fill
 
@@ -234,6 +232,10 @@ def _average(read: Callable[[int, np.ndarray], None], dtype: str, origin: Origin
         read(expert, one)
         total += weight * decode(one, dtype)
     encode(total, dtype, out)
+
+
+def _copy_column(matrix: np.ndarray, column: int, out: np.ndarray) -> None:
+    np.copyto(out, matrix[:, column : column + 1])
 
 
 def _keep_share(part: np.ndarray, box: Chunk, hidden: int, share: tuple[int, int]) -> None:

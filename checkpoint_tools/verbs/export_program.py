@@ -25,6 +25,7 @@ from swin_moe.config.choices import refuse_choice
 from swin_moe.config.io import config_from_tree
 from swin_moe.models.attention import WindowAttention
 from swin_moe.models.build import build_model
+from swin_moe.models.swin import SwinTransformer
 from swin_moe.moe.dispatch import Dispatched
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import Routing
@@ -55,7 +56,7 @@ class EveryExpert:
 class LogitsOnly(nn.Module):
     """The network without its auxiliary loss."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: SwinTransformer) -> None:
         super().__init__()
         self.network = network
 
@@ -65,7 +66,7 @@ class LogitsOnly(nn.Module):
         return result[0] if isinstance(result, tuple) else result
 
 
-def build_network(source: Source, stored: dict[str, str], options: Options) -> tuple[nn.Module, tuple[int, int]]:
+def build_network(source: Source, stored: dict[str, str], options: Options) -> tuple[LogitsOnly, tuple[int, int]]:
     """Returns (network in eval mode with the source's weights, image size).
 
     Raises:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, options: Options) -> int:
 def describe(source: Source) -> dict[str, Any]:
     """Returns all that is known without reading data, as JSON."""
     parameters = [n for n in source.tensors if split_kind(n)[0] == "weight"]
-    tensors = {
+    tensors: dict[str, dict[str, Any]] = {
         name: {
             "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.num_bytes,
             "chunks": source.num_chunks(name), "experts": num_experts(source, name),

@@ -103,8 +103,10 @@ class Upcycling:
             if kind != "weight" and self._drops(kind):
                 continue
             match = _MLP.fullmatch(parameter)
-            chosen = match and int(match[2]) in self.blocks[int(match[1])]
-            tensors |= dict(self._expert(name, kind, match)) if chosen else {name: copied(self.dense, name)}
+            if match and int(match[2]) in self.blocks[int(match[1])]:
+                tensors |= dict(self._expert(name, kind, match))
+            else:
+                tensors[name] = copied(self.dense, name)
         tensors |= dict(self._routers())
         if self.arguments.optimizer == "zero":
             tensors |= {

@@ -22,16 +22,10 @@ from swin_moe.checkpoint.pieces import DTYPE_BYTES, Piece, array_to_raw
 from swin_moe.checkpoint.plan import plan_copies
 from swin_moe.checkpoint.save import write_checkpoint
 from swin_moe.checkpoint.shards import ShardReader
+from swin_moe.config.state import canonical_config
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-# Config entries of layout, host and schedule of I/O: the same state has the same bytes whatever they say. The full
-# config stands in provenance.json. "section" drops all of it, "section.key" one entry.
-_NOT_STATE = (
-    "parallel", "engine", "checkpoint", "log", "debug",
-    "run.name", "run.output", "data.path", "data.workers", "data.micro_batch", "data.eval_batch", "data.cache",
-    "task.teacher", "task.teacher_shard", "task.pictures",
-)  # fmt: skip
 
 
 def save(
@@ -82,18 +76,6 @@ def save(
         to_raw=to_raw,
         **options,
     )
-
-
-def canonical_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config without what may differ between layouts and hosts for the same state."""
-    result = {}
-    for section, content in config.items():
-        if section in _NOT_STATE:
-            continue
-        if isinstance(content, dict):
-            content = {key: value for key, value in content.items() if f"{section}.{key}" not in _NOT_STATE}
-        result[section] = content
-    return result
 
 
 def load(

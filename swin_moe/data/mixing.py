@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swin_moe.config import TaskConfig
+from swin_moe.config import ClassifyOptions
 from swin_moe.randomness import PURPOSES, derive_key
 
 
@@ -33,12 +33,12 @@ class Mix:
     box: tuple[int, int, int, int] | None = None
 
 
-def mixing_enabled(config: TaskConfig) -> bool:
+def mixing_enabled(config: ClassifyOptions) -> bool:
     """Returns whether any image can be mixed, and the loader therefore has to supply partners."""
     return config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
 
 
-def draw_mix(config: TaskConfig, *, seed: int, step: int, size: tuple[int, int], official: bool = False) -> Mix:
+def draw_mix(config: ClassifyOptions, *, seed: int, step: int, size: tuple[int, int], official: bool = False) -> Mix:
     """Returns the mix of an optimizer step, a pure function of (seed, step); `size` is (H, W) in pixels.
 
     official: Boxes as timm 0.4.12 cuts them, which the official code pins; newer timm cuts as the default.
@@ -85,7 +85,7 @@ def mix(
     targets: Tensor,
     *,
     num_classes: int,
-    config: TaskConfig,
+    config: ClassifyOptions,
     seed: int,
     step: int,
     partner_images: Tensor | None = None,

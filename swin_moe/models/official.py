@@ -22,11 +22,10 @@ from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
     OUTSIDE,
-    PRETRAINING_DROPPED,
     RENAMED,
-    TASK_PARTS,
+    SIMMIM_DROPPED,
+    file_key,
     is_wrapped,
-    weight_key,
 )
 from swin_moe.names.state_dict import find_weights, unknown_prefix
 
@@ -134,17 +133,16 @@ class _Loading:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = weight_key(key, wrapped=self.simmim)
+            name = file_key(key, wrapped=self.simmim)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (PRETRAINING_DROPPED if self.simmim else ())
+            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ())
             known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
-            other_task = self.own_parts and name.startswith(OUTSIDE)
-            reason = next(known, "only for the task it was trained for" if other_task else "")
+            reason = next(known, "only for the task it was trained for" if name.startswith(OUTSIDE) else "")
             if name in self.target or not reason:
                 source[name] = value
             else:
@@ -212,7 +210,7 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and (name.startswith(OUTSIDE) or re.search(TASK_PARTS, name)):
+        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self.model.task_parts):
             self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)

@@ -63,7 +63,7 @@ class Dispatched:
     tokens: Tensor | list[Tensor]  # (rows, D), sorted by local expert; or what stands for a slice until it arrives
     counts: Tensor | int | list[Tensor]  # rows of each local expert, int64; one number where all have as many
     pair: Tensor | list[Tensor] | None  # (rows,) int64, global pair index of each row, if it was asked for
-    order: RowOrder
+    order: Any  # RowOrder; None of a dispatcher that needs none: only the one that made it reads it
     exchange: Any = None  # what a dispatcher across ranks has to remember for the way back
     slices: Slices | None = None
 

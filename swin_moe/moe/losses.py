@@ -47,7 +47,7 @@ def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int, shares: boo
 
 
 def _group_blocks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (groups, rows) of pieces of (T, E): some whole groups, or a part of one where it is large."""
+    """Yields (groups, rows) of blocks of (T, E): some whole groups, or a part of one where it is large."""
     limit = max(row_blocks(value)[0].stop, 1)
     if group_size <= limit:
         for first in range(0, value.shape[0] // group_size, limit // group_size):

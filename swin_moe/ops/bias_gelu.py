@@ -49,7 +49,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, ends: Tensor | None, draw: UnitDraw | 
 
 def hidden_layer(layer: nn.Module, x: Tensor, draw: UnitDraw | None) -> Tensor:
     """Returns gelu(layer(x)) with units dropped: all but the product in one kernel where there is one."""
-    if not (is_plain(layer) and layer.bias is not None and is_fused(x)):
+    if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.bias is not None and is_fused(x)):
         hidden = F.gelu(layer(x))
         return hidden if draw is None else draw.apply(hidden)
     product = F.linear(x, layer.weight)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
+from swin_moe.moe.dispatch import Dispatcher
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.compile import compile_network
@@ -31,7 +32,7 @@ from swin_moe.parallel.exchange.link import build_link
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.parallel.sharding import local_chunk, placement
-from swin_moe.registry import lookup
+from swin_moe.registry import check_members, lookup
 
 T = TypeVar("T", bound=Tensor)
 M = TypeVar("M", bound=nn.Module)
@@ -76,6 +77,8 @@ def parallelize(model: M, parallel: ParallelConfig, groups: Groups) -> M:
             layer.choice.balance_exchange = RankExchange(groups.world)
         build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
         layer.dispatcher = build(groups, layer.experts.num_experts, build_link(layer.config, groups))
+        chosen = f"model.moe.backend={layer.config.backend}"
+        check_members(layer.dispatcher, Dispatcher, chosen=chosen, where="swin_moe/moe/dispatch.py: Dispatcher")
         if groups.expert_size > 1:
             _cut_experts(name, layer.experts, groups)
     if parallel.compile != "none":

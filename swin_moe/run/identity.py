@@ -7,6 +7,7 @@ from typing import Any
 
 from swin_moe.checkpoint import Index, resolve
 from swin_moe.config import Config
+from swin_moe.config.tasks import nested
 from swin_moe.data.base import Dataset
 from swin_moe.data.listing import listing_digest
 from swin_moe.data.loader import steps_in_epoch
@@ -33,7 +34,7 @@ _COURSE = frozenset(
     )
 )  # fmt: skip
 _MEANING = ("model.", "task.name", "data.name", "data.images_per_class", "data.subset", "run.seed")
-_FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.pictures", "task.teacher")
+_FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.simmim.pictures", "task.distill.teacher")
 _ENGINE = ("engine.precision",)  # stands beside the checkpoint only, as its bytes do not depend on the section
 
 
@@ -83,7 +84,7 @@ class RunIdentity:
             ValueError: What the weights mean has changed, and checkpoint.accept_changes does not allow it.
         """
         meaning, course = _data_changes(self, index.state)
-        stored, now = _flat(index.config), _flat(dataclasses.asdict(self.config))
+        stored, now = _flat(nested(index.config, source=str(index.path))), _flat(dataclasses.asdict(self.config))
         stored |= {"run.seed": index.state["seed"]} if "seed" in index.state else {}
         stored |= {key: value for key, value in _provenance(index).items() if key in _ENGINE}
         for key, old in stored.items():
@@ -158,7 +159,7 @@ def _data_changes(run: RunIdentity, state: dict[str, Any]) -> tuple[list[str], l
 def _provenance(index: Index) -> dict[str, Any]:
     path = index.path / _PROVENANCE
     try:
-        return _flat(json.loads(path.read_bytes()).get("config") or {})
+        return _flat(nested(json.loads(path.read_bytes()).get("config") or {}, source=str(path)))
     except (OSError, ValueError, AttributeError):  # nothing that is loaded depends on it
         return {}
 

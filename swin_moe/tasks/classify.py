@@ -35,7 +35,7 @@ class Classify(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.needs_partners = mixing_enabled(config.task)
+        self.needs_partners = mixing_enabled(config.task.classify)
 
     def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
         """See Task."""
@@ -44,7 +44,7 @@ class Classify(Task):
             batch["image"],
             batch["target"],
             num_classes=self.config.model.num_classes,
-            config=self.config.task,
+            config=self.config.task.classify,
             seed=self.config.run.seed,
             step=context.step,
             partner_images=partner_images,

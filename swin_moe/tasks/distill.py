@@ -32,7 +32,7 @@ class Distill(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.beta = config.task.smooth_l1_beta
+        self.beta = config.task.distill.smooth_l1_beta
 
     def build_network(self) -> Network:
         """See Task. The student has no head, whatever model.num_classes says."""

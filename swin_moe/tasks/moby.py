@@ -34,7 +34,7 @@ class MoBY(Task):
 
     def build_network(self) -> Network:
         """See Task. The encoders have no head, whatever model.num_classes says."""
-        task = self.config.task
+        task = self.config.task.moby
         config = replace(self.config.model, num_classes=0)
         encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
         return ContrastiveModel(
@@ -63,7 +63,7 @@ class MoBY(Task):
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the momentum networks, and puts the step's keys where the oldest ones are."""
-        momentum = momentum_at(self.config.task.momentum, done.step + 1, done.total_steps)
+        momentum = momentum_at(self.config.task.moby.momentum, done.step + 1, done.total_steps)
         for name, (part, _) in parts.items():
             if name.startswith("momentum_"):
                 part.lerp_(parts[name.removeprefix("momentum_")][0], 1 - momentum)
@@ -73,7 +73,7 @@ class MoBY(Task):
         for name, key in zip(("queue1", "queue2"), keys):
             part, chunk = parts[name]
             if part.numel():
-                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.queue,
+                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.moby.queue,
                         position=done.samples_before)  # fmt: skip
         self._keys = None
 
@@ -104,12 +104,12 @@ def enqueue(part_RD: Tensor, key_ND: Tensor, *, first_row: int, size: int, posit
     part_RD[place[mine]] = key_ND[len(key_ND) - count :][mine]
 
 
-def leave_one_out(feature_NC: Tensor, label_N: Tensor, *, chunk: int = 1024) -> float:
+def leave_one_out(feature_NC: Tensor, label_N: Tensor, *, at_once: int = 1024) -> float:
     """Returns how many images have a nearest other image of the same label, percent."""
     feature_NC, hits = F.normalize(feature_NC, dim=1), 0
-    for start in range(0, len(label_N), chunk):
-        similarity = feature_NC[start : start + chunk] @ feature_NC.t()
+    for start in range(0, len(label_N), at_once):
+        similarity = feature_NC[start : start + at_once] @ feature_NC.t()
         rows = torch.arange(len(similarity), device=similarity.device)
         similarity[rows, start + rows] = -math.inf
-        hits += int((label_N[similarity.argmax(dim=1)] == label_N[start : start + chunk]).sum())
+        hits += int((label_N[similarity.argmax(dim=1)] == label_N[start : start + at_once]).sum())
     return 100 * hits / len(label_N)

@@ -44,10 +44,10 @@ class SimMIM(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        model, unit = config.model, config.task.mask_patch_size
+        model, unit = config.model, config.task.simmim.mask_patch_size
         self.patch_size = model.patch_size
         self.grid = (model.img_size[0] // unit, model.img_size[1] // unit)
-        self.hidden = num_masked(math.prod(self.grid), config.task.mask_ratio)
+        self.hidden = num_masked(math.prod(self.grid), config.task.simmim.mask_ratio)
         self.hidden_pixels = self.hidden * unit**2  # of one image
         self._pictures: dict[str, np.ndarray] = {}
 
@@ -63,13 +63,13 @@ class SimMIM(Task):
         random = RandomContext(self.config.run.seed if training else 0, step or 0, sample_B)
         drawn_BU = bits(random.key("mask", layer=0 if training else 1), sample_B, math.prod(self.grid))
         order_BU = drawn_BU.argsort(dim=1, stable=True)
-        patches = self.config.task.mask_patch_size // self.patch_size[0]
+        patches = self.config.task.simmim.mask_patch_size // self.patch_size[0]
         return mask_of_order(order_BU, self.grid, self.hidden, patches)
 
     def targets(self, image: Tensor) -> Tensor:
         """Returns what is predicted, (B, S, height, width), in at least float32."""
         image = widened(image)
-        window = self.config.task.target_window
+        window = self.config.task.simmim.target_window
         return normalize_targets(image, window) if window else image
 
     def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
@@ -128,11 +128,11 @@ class SimMIM(Task):
     ) -> Tensor:
         """Returns (P, 3, S, height, width) in [0, 1], rows of this batch filled in; other ranks' rows are zero."""
         if drawn is None:
-            rows = self.config.task.pictures if self.config.model.in_chans == 3 else 0
+            rows = self.config.task.simmim.pictures if self.config.model.in_chans == 3 else 0
             drawn = torch.zeros((rows, 3, *image.shape[1:]), device=image.device)
         image = widened(image)
-        if self.config.task.target_window:  # back from normalized to real pixels
-            mean, deviation = local_statistics(image, self.config.task.target_window)
+        if self.config.task.simmim.target_window:  # back from normalized to real pixels
+            mean, deviation = local_statistics(image, self.config.task.simmim.target_window)
             reconstruction = reconstruction * deviation + mean
         hidden = self._pixels(mask)
         seen, predicted = image.masked_fill(hidden, 0.0), torch.where(hidden, reconstruction, image)

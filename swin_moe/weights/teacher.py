@@ -35,12 +35,12 @@ _TIMM = "timm:"
 
 
 def load_teacher(session: Session) -> Teacher:
-    """Returns the teacher of task.teacher on this rank's device, in eval mode; says in the log what was loaded.
+    """Returns the teacher of task.distill.teacher on this rank's device, in eval mode; says in the log what was loaded.
 
     Raises:
         CheckpointError: On every rank: it cannot be read, or does not fit its network.
     """
-    task = session.config.task
+    task = session.config.task.distill
     load = _load_timm if task.teacher_model.startswith(_TIMM) else _load_ours
     teacher, report = load(session)
     LOGGER.info("teacher    %s", report)
@@ -116,7 +116,8 @@ class _Tokens(nn.Module):
 
 
 def _load_ours(session: Session) -> tuple[Teacher, str]:
-    task, dtype = session.config.task, DTYPES[session.config.task.teacher_precision]
+    task = session.config.task.distill
+    dtype = DTYPES[task.teacher_precision]
     config = _model_config(task.teacher, task.teacher_model)
     with torch.device("meta"):
         network = _Tokens(build_model(replace(config, num_classes=0)))
@@ -131,7 +132,7 @@ def _load_ours(session: Session) -> tuple[Teacher, str]:
     pieces = [_piece(name, shapes[name], p) for name, p in network.named_parameters()]
 
     def fill() -> str:
-        source = open_weights(task.teacher, key="task.teacher")
+        source = open_weights(task.teacher, key="task.distill.teacher")
         return f"{source.description}: {fill_pieces(source, pieces, network.encoder, shapes)}"
 
     report = together(resolve(session.groups.world), fill)
@@ -144,9 +145,11 @@ def _model_config(source: str, named: str) -> ModelConfig:
     """Returns the teacher's network: of the config named, or as its checkpoint tells."""
     if named:
         return load_config(named).model
-    found = open_weights(source, key="task.teacher").model_config()
+    found = open_weights(source, key="task.distill.teacher").model_config()
     if found is None:
-        raise ValueError(f"task.teacher={source} does not tell its network; set task.teacher_model to its config")
+        raise ValueError(
+            f"task.distill.teacher={source} does not tell its network; set task.distill.teacher_model to its config"
+        )
     return found
 
 
@@ -167,17 +170,20 @@ def _load_timm(session: Session) -> tuple[Teacher, str]:
     import_torchvision()
     import timm
 
-    task, dtype = session.config.task, DTYPES[session.config.task.teacher_precision]
+    task = session.config.task.distill
+    dtype = DTYPES[task.teacher_precision]
     name, pretrained = task.teacher_model.removeprefix(_TIMM), task.teacher == "pretrained"
 
     def create() -> nn.Module:
         path = "" if pretrained else task.teacher
         if path and not Path(path).is_file():
-            raise ValueError(f"task.teacher={path}: no such file; a path, or pretrained for timm's own weights")
+            raise ValueError(f"task.distill.teacher={path}: no such file; a path, or pretrained for timm's own weights")
         try:
             return timm.create_model(name, pretrained=pretrained, checkpoint_path=path)
         except Exception as error:  # timm and torch raise many kinds, for the name as for the file
-            where = f"task.teacher_model={task.teacher_model}" + (f", task.teacher={path}" if path else "")
+            where = f"task.distill.teacher_model={task.teacher_model}" + (
+                f", task.distill.teacher={path}" if path else ""
+            )
             raise ValueError(f"{where}: {why_refused(error)}") from error
 
     network = together(resolve(session.groups.world), create)

@@ -14,17 +14,12 @@ from checkpoint_tools.sources.base import Options
 from swin_moe import config as schema
 from swin_moe.config.io import apply_overrides, config_from_tree, dump_config, find_config, load_config
 
-SECTIONS = [getattr(schema, name) for name in
-            ("RunConfig", "DataConfig", "MoEConfig", "ModelConfig", "TaskConfig", "OptimConfig", "ParallelConfig",
-             "EngineConfig", "CheckpointConfig", "LogConfig", "DebugConfig", "CompatConfig")]  # fmt: skip
-SMALL: dict[str, Any] = {
-    "img_size": 16,
-    "window_size": 2,
-    "embed_dim": 8,
-    "depths": (1, 1),
-    "num_heads": (1, 2),
-    "num_classes": 3,
-}
+_SECTIONS = (
+    "RunConfig DataConfig MoEConfig ModelConfig TaskConfig ClassifyOptions SimMIMOptions DistillOptions MoBYOptions "
+    "OptimConfig ParallelConfig EngineConfig CheckpointConfig LogConfig DebugConfig CompatConfig"
+)
+SECTIONS = [getattr(schema, name) for name in _SECTIONS.split()]
+SMALL: dict[str, Any] = dict(img_size=16, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=3)
 VALUES = [None, "x", "", 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, True, [], [1], (), (1, 2, 3),
           [[1]], {}, {"a": 1}, b"x", object(), torch.ones(2),
           torch.ones(()), range(3), "é☃", "a\0b", ("x",), [None], 1j, int, {1, 2}, -0.0]  # fmt: skip

@@ -8,12 +8,14 @@ from typing import Any
 
 from checkpoint_tools.__main__ import VERBS
 from swin_moe.config import Config
-from swin_moe.config.io import _schema_keys
+from swin_moe.config.coerce import schema_keys
+from swin_moe.config.tasks import MOVED
 from tests.fuzz import calls
 
-KEYS = [key for key in _schema_keys(Config) if "." in key]
-PATH_KEYS = ("data.path", "run.output", "run.name", "checkpoint.load", "checkpoint.init", "task.teacher",
-             "task.teacher_model", "model.moe.tune_cache")  # fmt: skip
+KEYS = [key for key in schema_keys(Config) if "." in key] + [f"task.{name}" for name in MOVED]
+_TEACHER = "task.distill.teacher"
+PATH_KEYS = ("data.path", "run.output", "run.name", "checkpoint.load", "checkpoint.init", _TEACHER,
+             "task.distill.teacher_model", "model.moe.tune_cache")  # fmt: skip
 TYPES = ["x", "", "[1]", "[[1],[2]]", "{a: 1}", "null", "true", "1.5", "2024-01-01", "!!python/name:os.x", "&a [*a]",
          "[", "'", "é☃", "~", "[]", "[[]]", "[1, x]", "[null]", "a\0b", "=", "a=b", " ", "\t", "x" * 5000, "on",
          "!!int x", "\x1b[31m", "%s", "{0}", "-", "--x"]  # fmt: skip
@@ -130,8 +132,8 @@ def _path_case(draw: random.Random, files: dict[str, str], scratch: Path) -> tup
         return _start(command, files["small.yaml"], [value], files, scratch), (value, "image")
     key = draw.choice(PATH_KEYS)
     more = {"data.path": [f"data.name={draw.choice(('folder', 'zip', 'imagenet22k'))}"],
-            "task.teacher": ["task.name=distill", "task.teacher_model=swin_tiny_patch4_window7_224"],
-            "task.teacher_model": ["task.name=distill", f"task.teacher={files['model.pth']}"]}  # fmt: skip
+            _TEACHER: ["task.name=distill", "task.distill.teacher_model=swin_tiny_patch4_window7_224"],
+            "task.distill.teacher_model": ["task.name=distill", f"{_TEACHER}={files['model.pth']}"]}  # fmt: skip
     return _start(command, files["small.yaml"], [f"{key}={value}", *more.get(key, [])], files, scratch), (key, value)
 
 

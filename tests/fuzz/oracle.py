@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 from swin_moe.config import Config
-from swin_moe.config.io import _schema_keys
+from swin_moe.config.coerce import schema_keys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = tuple(str(ROOT / package) for package in ("swin_moe", "launcher", "checkpoint_tools"))
@@ -16,7 +16,7 @@ RAW = re.compile(
     r"\b[A-Z]\w+Error\b|Errno|object has no|object is not|not subscriptable|cannot reshape|broadcast|not iterable"
     r"|unexpected keyword|'NoneType'|invalid literal|must be real|unhashable type|positional argument|^error: '\w+'$"
 )
-_KEYS = {part for key in _schema_keys(Config) for part in (key, key.rpartition(".")[2]) if re.search("[._]", part)}
+_KEYS = {part for key in schema_keys(Config) for part in (key, key.rpartition(".")[2]) if re.search("[._]", part)}
 KEYS = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_KEYS)))})\b")
 TOLD = re.compile(r"(weights: |engine\.precision=)")  # what a command says of its course on stderr
 NAMES = re.compile(r"--?[a-z]\w*|/|\.(yaml|pth|png|safetensors)\b")  # an option, or a path

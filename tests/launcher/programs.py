@@ -97,6 +97,13 @@ def _write_environment(folder: Path, rank: str) -> None:
     (folder / f"facts-{rank}").write_text(" ".join(facts))
 
 
+def _count_ranks(folder: Path, rank: str) -> None:
+    """Has all ranks meet over MPI where there is one, and writes which it is."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    total, library = (MPI.COMM_WORLD.allreduce(1), MPI.Get_library_version()) if MPI else (0, "none")
+    (folder / f"count-{rank}").write_text(f"{total} {os.environ.get('COLOUR')} {os.getcwd()} {library}")
+
+
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
     from launcher.mpi import bootstrap

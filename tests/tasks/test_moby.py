@@ -183,7 +183,7 @@ def test_views_draw_differently_and_only_online(monkeypatch):
 def test_neighbours_leave_the_image_itself_out():
     feature = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.9]])
     assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1])) == 80.0
-    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), chunk=2) == 80.0
+    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), at_once=2) == 80.0
 
 
 # Views.
@@ -245,8 +245,8 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     [
         (("data.micro_batch=5",), "data.micro_batch must be all images of a rank at once"),
         (("data.interpolation=random",), "data.interpolation must be bicubic or bilinear"),
-        (("task.queue=0",), "task.queue must be >= 1"),
-        (("task.momentum=1.5",), r"task.momentum must be in \[0, 1\]"),
+        (("task.queue=0",), "task.moby.queue must be >= 1"),
+        (("task.momentum=1.5",), r"task.moby.momentum must be in \[0, 1\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said):

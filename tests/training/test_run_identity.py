@@ -1,5 +1,6 @@
 """What a run is, is checked when it is continued: classes, data, seed, network; and class names follow a checkpoint."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -68,6 +69,20 @@ def test_a_checkpoint_holds_classes_data_and_seed(run):
 def test_the_same_run_continues_without_a_word(run, capfd):
     out = perform("train", run, capfd, *options(run, "optim.epochs=1"))
     assert "already finished" in out and "changed options" not in out
+
+
+def test_a_checkpoint_with_the_options_of_tasks_beside_the_name_is_of_the_same_run(run):
+    index = Index.read(run / "run" / "checkpoints" / checkpoints(run)[-1])
+    config = load_config(run / "run" / "config.yaml")
+    train_data, val_data = (build_dataset(config.data, split, img_size=(16, 16)) for split in ("train", "val"))
+    identity = RunIdentity.of(config, train_data, val_data)
+    task = {"name": "classify"}
+    for section in ("classify", "simmim", "distill", "moby"):
+        task |= index.config["task"][section]
+    old = dataclasses.replace(index, config={**index.config, "task": task})
+    assert identity.check_resume(old) == identity.check_resume(index) == []
+    task["mixup"] = 0.625
+    assert identity.check_resume(old) == [f"task.classify.mixup: 0.625 -> {config.task.classify.mixup}"]
 
 
 def test_what_changes_the_course_is_said_in_one_line(run, capfd):

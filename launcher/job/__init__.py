@@ -1,0 +1,1 @@
+"""From the command line of the launcher to what is run: options, plan, environment, checks of the program."""
