@@ -52,8 +52,9 @@ def network(experts: int) -> tuple[list[Piece], dict]:
     random = np.random.default_rng(0)
     arrays = {
         kind + name: random.standard_normal(tuple(p.shape)).astype("f4")
-        for name, p in model.named_parameters() for kind in KINDS
-    }  # fmt: skip
+        for name, p in model.named_parameters()
+        for kind in KINDS
+    }
     return [Piece.of(name, array) for name, array in arrays.items()], dataclasses.asdict(config)
 
 
@@ -84,10 +85,16 @@ def measure(directory: Path, experts: int) -> dict[str, float]:
     taken["retire"] = seconds(lambda: retire_old(directory / "run", 1, newest))
     taken["load, one process"] = seconds(lambda: read_arrays(Index.read(newest), pieces))
     single = [
-        Piece.of(p.name, p.tensor[e : e + 1], shape=p.shape, chunk=dataclasses.replace(
-            p.chunk, offset=(e, *p.chunk.offset[1:]), size=(1, *p.chunk.size[1:])))
-        for p in pieces if ".experts." in p.name for e in range(experts)
-    ]  # fmt: skip
+        Piece.of(
+            p.name,
+            p.tensor[e : e + 1],
+            shape=p.shape,
+            chunk=dataclasses.replace(p.chunk, offset=(e, *p.chunk.offset[1:]), size=(1, *p.chunk.size[1:])),
+        )
+        for p in pieces
+        if ".experts." in p.name
+        for e in range(experts)
+    ]
     taken["load, a piece per expert"] = seconds(lambda: read_arrays(Index.read(newest), single))
 
     def run(name: str, *arguments: object) -> None:

@@ -149,8 +149,10 @@ def main(argv: list[str]) -> None:
     alone = measure("torch", 0, 1, overrides)
     assert isinstance(alone, dict), alone
     print(f"one process: {alone['seconds']:.2f} s a step, {alone['peak']:.2f} GiB at peak\n", flush=True)
-    print("| engine | ZeRO | ranks | peak GiB | state GiB | activations GiB | peak / (state + activations) | s a step "
-          "| of one process | sent MiB a rank |\n" + "|---" * 10 + "|")  # fmt: skip
+    print(
+        "| engine | ZeRO | ranks | peak GiB | state GiB | activations GiB | peak / (state + activations) | s a step "
+        "| of one process | sent MiB a rank |\n" + "|---" * 10 + "|"
+    )
     for world in worlds:
         for engine, zero in ROWS:
             found = measure(engine, zero, world, overrides)
@@ -158,9 +160,12 @@ def main(argv: list[str]) -> None:
                 print(f"| {engine} | {zero} | {world} | {found} |" + " |" * 6, flush=True)
                 continue
             state = state_bytes(engine, zero, world, found["dense"], found["experts"]) / GIB
-            print(f"| {engine} | {zero} | {world} | {found['peak']:.2f} | {state:.2f} | {found['activations']:.2f} "
-                  f"| {found['peak'] / (state + found['activations']):.2f} | {found['seconds']:.2f} "
-                  f"| {found['seconds'] / alone['seconds']:.2f} | {found['sent']:.0f} |", flush=True)  # fmt: skip
+            print(
+                f"| {engine} | {zero} | {world} | {found['peak']:.2f} | {state:.2f} | {found['activations']:.2f} "
+                f"| {found['peak'] / (state + found['activations']):.2f} | {found['seconds']:.2f} "
+                f"| {found['seconds'] / alone['seconds']:.2f} | {found['sent']:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -20,17 +20,20 @@ from swin_moe.run.summary import (
 LIMITED = MoEConfig(num_experts=8, expert_groups=4, group_limit=2, balance_loss="gshard")
 
 
-@pytest.mark.parametrize(("degrees", "hosts", "said"), [
-    ((4, 1, 1), (0, 0, 0, 0), "all on one node"),
-    ((4, 1, 1), (0, 1, 2, 3), "each on a node of its own: its rows go to at most 2 nodes"),
-    ((4, 2, 1), (0, 0, 1, 1, 2, 2, 3, 3), "each on a node of its own: its rows go to at most 2 nodes"),
-    ((4, 1, 2), (0, 1, 2, 3, 4, 5, 6, 7), "each on a node of its own: its rows go to at most 2 nodes"),
-    ((8, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), "each on a node of its own: its rows go to at most 2 nodes"),
-    ((8, 1, 1), (0, 1, 0, 1, 2, 2, 3, 3), "which are not the nodes: a group is on up to 2"),
-    ((4, 1, 1), (0, 0, 1, 1), "which are not the nodes: a group is on up to 1"),  # two groups on a node
-    ((4, 1, 2), (0, 1, 2, 3, 4, 4, 5, 6), "which are not the nodes: a group is on up to 1"),  # in one replica
-    ((2, 1, 1), (0, 1), "which are not the nodes: a group is on up to 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("degrees", "hosts", "said"),
+    [
+        ((4, 1, 1), (0, 0, 0, 0), "all on one node"),
+        ((4, 1, 1), (0, 1, 2, 3), "each on a node of its own: its rows go to at most 2 nodes"),
+        ((4, 2, 1), (0, 0, 1, 1, 2, 2, 3, 3), "each on a node of its own: its rows go to at most 2 nodes"),
+        ((4, 1, 2), (0, 1, 2, 3, 4, 5, 6, 7), "each on a node of its own: its rows go to at most 2 nodes"),
+        ((8, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), "each on a node of its own: its rows go to at most 2 nodes"),
+        ((8, 1, 1), (0, 1, 0, 1, 2, 2, 3, 3), "which are not the nodes: a group is on up to 2"),
+        ((4, 1, 1), (0, 0, 1, 1), "which are not the nodes: a group is on up to 1"),  # two groups on a node
+        ((4, 1, 2), (0, 1, 2, 3, 4, 4, 5, 6), "which are not the nodes: a group is on up to 1"),  # in one replica
+        ((2, 1, 1), (0, 1), "which are not the nodes: a group is on up to 1"),
+    ],
+)
 def test_expert_groups_and_nodes(degrees, hosts, said):
     text = describe_limit(LIMITED, Degrees(*degrees), hosts)
     assert text.startswith("a token uses 2 of 4 groups of 2 experts, ") and said in text, text
@@ -46,13 +49,18 @@ def test_choice(options, said):
     assert said in describe_choice(MoEConfig(**options), "S")
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({}, "load_importance x 0.01"),
-    ({"balance_scope": "global", "z_loss_weight": 0.1},
-     "load_importance over the 24 images of a forward on all ranks x 0.01, z-loss x 0.1"),
-    ({"balance_loss": "none", "scores": "sigmoid", "bias_rate": 0.001}, "bias, 0.001 a step"),
-    ({"balance_loss": "none"}, "no loss"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "load_importance x 0.01"),
+        (
+            {"balance_scope": "global", "z_loss_weight": 0.1},
+            "load_importance over the 24 images of a forward on all ranks x 0.01, z-loss x 0.1",
+        ),
+        ({"balance_loss": "none", "scores": "sigmoid", "bias_rate": 0.001}, "bias, 0.001 a step"),
+        ({"balance_loss": "none"}, "no loss"),
+    ],
+)
 def test_balance(options, said):
     assert describe_balance(MoEConfig(**options), 24) == said
 

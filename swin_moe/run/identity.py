@@ -55,9 +55,12 @@ class RunIdentity:
             _log.warning(
                 "model.num_classes=%d, but data.path=%s has %d classes: %d outputs are never right; set "
                 "model.num_classes=%d",
-                outputs, config.data.path or config.data.name, len(train.classes), outputs - len(train.classes),
+                outputs,
+                config.data.path or config.data.name,
                 len(train.classes),
-            )  # fmt: skip
+                outputs - len(train.classes),
+                len(train.classes),
+            )
         return cls(config, tuple(train.classes), digests)
 
     def state(self) -> dict[str, Any]:
@@ -130,8 +133,12 @@ def place_in_data(index: Index, config: Config, *, images: int, own: bool) -> Pr
     again = f"; {before % batch} images are seen again" if before % batch else ""
     _log.info(
         "the checkpoint's step %d of %d images is step %d of %d images%s",
-        saved["step"], saved["global_batch"], progress.step, batch, again,
-    )  # fmt: skip
+        saved["step"],
+        saved["global_batch"],
+        progress.step,
+        batch,
+        again,
+    )
     return progress
 
 

@@ -55,8 +55,11 @@ def collect(world, micro_batch, accumulation, *, config, step, drop_last=True):
 def test_equals_the_global_batch(case, cut):
     steps = (0, 3, 4)  # cover mixup, cutmix and, with mix_prob 0.5, no mixing
     for step in steps:
-        whole = next(TrainLoader(DataConfig(**CONFIG, global_batch=24), 12, seed=4, rank=0, world_size=1,
-                                 micro_batch=24, accumulation=1).batches(step)).batches[0]  # fmt: skip
+        whole = next(
+            TrainLoader(
+                DataConfig(**CONFIG, global_batch=24), 12, seed=4, rank=0, world_size=1, micro_batch=24, accumulation=1
+            ).batches(step)
+        ).batches[0]
         expected = slow_mix(whole["image"], whole["target"], CASES[case], num_classes=10, seed=4, step=step)
         result = collect(*cut, config=CASES[case], step=step)
         assert sorted(result) == list(range(24))

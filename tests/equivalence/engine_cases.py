@@ -105,10 +105,16 @@ SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0
 
 # Router state that no gradient moves: a bias that follows the loads of all ranks and micro-batches. And what is dense.
 BALANCED = (
-    "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none", "model.moe.top_k=2",
-    "model.moe.normalize_gate=true", "model.moe.z_loss_weight=0.01", "model.moe.shared_experts=1",
-    "model.moe.expert_groups=4", "model.moe.group_limit=3",
-)  # fmt: skip
+    "model.moe.scores=sigmoid",
+    "model.moe.bias_rate=0.01",
+    "model.moe.balance_loss=none",
+    "model.moe.top_k=2",
+    "model.moe.normalize_gate=true",
+    "model.moe.z_loss_weight=0.01",
+    "model.moe.shared_experts=1",
+    "model.moe.expert_groups=4",
+    "model.moe.group_limit=3",
+)
 GLOBAL = ("model.moe.balance_scope=global", "model.moe.top_k=2")
 EXPERTS_CHOOSE = ("model.moe.choice=expert", "model.moe.balance_loss=none", "model.moe.top_k=2")
 SOFT = ("model.moe.choice=soft", "model.moe.balance_loss=none", "model.moe.slots=3")

@@ -63,20 +63,22 @@ def _config(draw: random.Random, files: dict[str, str]) -> Call:
     value: Any = draw.choice([*VALUES, *files.values()])
     other: Any = draw.choice(VALUES)
     small = files["small.yaml"]
-    name, call = draw.choice([
-        ("load_config", lambda: load_config(value)),
-        ("load_config", lambda: load_config(small, value)),
-        ("load_config", lambda: load_config(small, [value])),
-        ("load_config", lambda: load_config(small, world_size=value)),
-        ("apply_overrides", lambda: apply_overrides(value, ["optim.lr=1"])),
-        ("apply_overrides", lambda: apply_overrides(schema.Config(), other)),
-        ("config_from_tree", lambda: config_from_tree(value, source="tree of config")),
-        ("config_from_tree", lambda: config_from_tree({"model": other}, source="tree of config")),
-        ("config_from_tree", lambda: config_from_tree({"model": {"depths": other}}, source="tree of config")),
-        ("find_config", lambda: find_config(value)),
-        ("dump_config", lambda: dump_config(schema.Config(), value)),
-        ("dump_config", lambda: dump_config(value, "/dev/null")),
-    ])  # fmt: skip
+    name, call = draw.choice(
+        [
+            ("load_config", lambda: load_config(value)),
+            ("load_config", lambda: load_config(small, value)),
+            ("load_config", lambda: load_config(small, [value])),
+            ("load_config", lambda: load_config(small, world_size=value)),
+            ("apply_overrides", lambda: apply_overrides(value, ["optim.lr=1"])),
+            ("apply_overrides", lambda: apply_overrides(schema.Config(), other)),
+            ("config_from_tree", lambda: config_from_tree(value, source="tree of config")),
+            ("config_from_tree", lambda: config_from_tree({"model": other}, source="tree of config")),
+            ("config_from_tree", lambda: config_from_tree({"model": {"depths": other}}, source="tree of config")),
+            ("find_config", lambda: find_config(value)),
+            ("dump_config", lambda: dump_config(schema.Config(), value)),
+            ("dump_config", lambda: dump_config(value, "/dev/null")),
+        ]
+    )
     return name, f"{name}({_short(value)} or {_short(other)})", call
 
 
@@ -105,14 +107,16 @@ def _model(draw: random.Random, files: dict[str, str]) -> Call:
               torch.ones(1, 3, 3, 3), torch.ones(1, 3, 16, 16, dtype=torch.complex64)]  # fmt: skip
     image = draw.choice(images)
     family = draw.choice(["swin", "swinv2", "swin_mlp", "swin_moe"])
-    name, call = draw.choice([
-        ("model", lambda: swin_moe.create_model(family, **SMALL)(image)),
-        ("model", lambda: swin_moe.create_model(family, **SMALL)(image)),
-        ("build_model", lambda: swin_moe.build_model(value)),
-        ("build_model", lambda: swin_moe.build_model(schema.ModelConfig(**SMALL), recompute=value)),
-        ("parallelize", lambda: swin_moe.parallelize(value, schema.ParallelConfig(), value)),
-        ("parallelize", lambda: swin_moe.parallelize(swin_moe.create_model("swin", **SMALL), value, value)),
-    ])  # fmt: skip
+    name, call = draw.choice(
+        [
+            ("model", lambda: swin_moe.create_model(family, **SMALL)(image)),
+            ("model", lambda: swin_moe.create_model(family, **SMALL)(image)),
+            ("build_model", lambda: swin_moe.build_model(value)),
+            ("build_model", lambda: swin_moe.build_model(schema.ModelConfig(**SMALL), recompute=value)),
+            ("parallelize", lambda: swin_moe.parallelize(value, schema.ParallelConfig(), value)),
+            ("parallelize", lambda: swin_moe.parallelize(swin_moe.create_model("swin", **SMALL), value, value)),
+        ]
+    )
     shown = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, torch.Tensor) else _short(image)
     return name, f"{name}: {family}, {shown}, {_short(value)}", call
 
@@ -128,15 +132,17 @@ def _tools(draw: random.Random, files: dict[str, str]) -> Call:
         with open_source(Path(files["native"]), quiet) as source:
             write_checkpoint(source, draw.choice([value, Path(path)]), quiet, form)
 
-    name, call = draw.choice([
-        ("open_source", lambda: open_source(Path(path), quiet, form).close()),
-        ("open_source", lambda: open_source(path, quiet).close()),
-        ("open_source", lambda: open_source(value, quiet).close()),
-        ("open_source", lambda: open_source(Path(files["native"]), value).close()),
-        ("find_format", lambda: find_format(value)),
-        ("Options", lambda: Options(**{option: value})),
-        ("write_checkpoint", write),
-    ])  # fmt: skip
+    name, call = draw.choice(
+        [
+            ("open_source", lambda: open_source(Path(path), quiet, form).close()),
+            ("open_source", lambda: open_source(path, quiet).close()),
+            ("open_source", lambda: open_source(value, quiet).close()),
+            ("open_source", lambda: open_source(Path(files["native"]), value).close()),
+            ("find_format", lambda: find_format(value)),
+            ("Options", lambda: Options(**{option: value})),
+            ("write_checkpoint", write),
+        ]
+    )
     return name, f"{name}({_short(path)}, {_short(form)}, {option}, {_short(value)})", call
 
 

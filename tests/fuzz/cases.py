@@ -131,9 +131,11 @@ def _path_case(draw: random.Random, files: dict[str, str], scratch: Path) -> tup
     if command in NEEDS_IMAGES and draw.random() < 0.5:
         return _start(command, files["small.yaml"], [value], files, scratch), (value, "image")
     key = draw.choice(PATH_KEYS)
-    more = {"data.path": [f"data.name={draw.choice(('folder', 'zip', 'imagenet22k'))}"],
-            _TEACHER: ["task.name=distill", "task.distill.teacher_model=swin_tiny_patch4_window7_224"],
-            "task.distill.teacher_model": ["task.name=distill", f"{_TEACHER}={files['model.pth']}"]}  # fmt: skip
+    more = {
+        "data.path": [f"data.name={draw.choice(('folder', 'zip', 'imagenet22k'))}"],
+        _TEACHER: ["task.name=distill", "task.distill.teacher_model=swin_tiny_patch4_window7_224"],
+        "task.distill.teacher_model": ["task.name=distill", f"{_TEACHER}={files['model.pth']}"],
+    }
     return _start(command, files["small.yaml"], [f"{key}={value}", *more.get(key, [])], files, scratch), (key, value)
 
 

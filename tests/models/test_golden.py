@@ -24,9 +24,12 @@ from tests.models.reference import (
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "_num_global_experts")
 TOLERANCE = 1e-5
 ATTENTION = [
-    "auto", "sdpa", "analytic", "reference",
+    "auto",
+    "sdpa",
+    "analytic",
+    "reference",
     pytest.param("fused", marks=pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")),
-]  # fmt: skip
+]
 
 DENSE = {
     "swin_tiny_patch4_window7_224": ("swin", {}),

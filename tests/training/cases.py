@@ -57,9 +57,12 @@ def open_tiny(directory: Path, *options: str) -> Session:
     world_size = torch.distributed.get_world_size()
     config.check(world_size)
     groups = build_groups(
-        config.parallel, config.model.moe.num_experts, device, routing_ranks=config.routing_ranks(world_size),
+        config.parallel,
+        config.model.moe.num_experts,
+        device,
+        routing_ranks=config.routing_ranks(world_size),
         saves_in_background=config.checkpoint.asynchronous,
-    )  # fmt: skip
+    )
     return Session(config, groups, device)
 
 

@@ -25,14 +25,19 @@ CASES = {
     "model": ("model",),
     "block, dense, recomputed": ("block", *DENSE, "parallel.recompute=block"),
     "block, padded, dropout, bf16": (
-        "block", "model.moe.backend=padded", "model.moe.dropout=0.1", "engine.precision=bf16",
+        "block",
+        "model.moe.backend=padded",
+        "model.moe.dropout=0.1",
+        "engine.precision=bf16",
     ),
     "model, accumulated": ("model", "data.micro_batch=8"),
     "block, recomputed": ("block", "parallel.recompute=block"),
     "block, experts choose": (  # their layers stay outside of graphs
-        "block", "model.moe.choice=expert", "model.moe.balance_loss=none",
+        "block",
+        "model.moe.choice=expert",
+        "model.moe.balance_loss=none",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

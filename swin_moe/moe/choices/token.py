@@ -102,7 +102,13 @@ class TokenChoice(Choice):
         kind = "gshard of shares" if of_shares else config.balance_loss
         size = max(scored.clean.shape[0], 1) if config.balance_scope == "global" else max(parts[0][1], 1)
         return moe_balance.auxiliary_loss(
-            scored.softmax, threshold, assigned.routing.expert, kind=kind,
-            noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight, group_size=size,
-            logits=scored.clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
-        )  # fmt: skip
+            scored.softmax,
+            threshold,
+            assigned.routing.expert,
+            kind=kind,
+            noise_std=config.gate_noise / config.num_experts,
+            weight=config.aux_loss_weight,
+            group_size=size,
+            logits=scored.clean if config.z_loss_weight else None,
+            z_weight=config.z_loss_weight,
+        )
