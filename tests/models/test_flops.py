@@ -80,10 +80,17 @@ ROUNDED = {
     "swinv2_G_shallow": (356.220, 3),
 }
 
-MOE = size(192, 12) | K22 | {
-    "mlp_fc2_bias": False, "init_std": 0.005, "is_gshard_loss": False, "moe_drop": 0.1,
-    "moe_blocks": [[-1], [-1], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]],
-}  # fmt: skip
+MOE = (
+    size(192, 12)
+    | K22
+    | {
+        "mlp_fc2_bias": False,
+        "init_std": 0.005,
+        "is_gshard_loss": False,
+        "moe_drop": 0.1,
+        "moe_blocks": [[-1], [-1], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]],
+    }
+)
 NO_EXPERTS = {"moe_blocks": [[-1]] * 4}
 COSINE = {"cosine_router": True}
 # (arguments, parameters, GMACs). Source: Tutel paper (arXiv:2206.03382) Table 11 and the official classes with Tutel.

@@ -78,10 +78,18 @@ class TokenChoice(Choice):
         noise = None if noisy is clean else noisy
         own = config.balance_loss == "load_importance" and noise is not None  # else they are the scores
         result = moe_route.route_tokens(
-            clean, noise, bias=bias, top_k=config.top_k, group_size=max(parts[0][1], 1), capacity=capacities[0],
-            last_capacity=capacities[-1], sigmoid=config.scores == "sigmoid", normalize=config.normalize_gate,
-            prioritized=config.batch_prioritized, probabilities=own,
-        )  # fmt: skip
+            clean,
+            noise,
+            bias=bias,
+            top_k=config.top_k,
+            group_size=max(parts[0][1], 1),
+            capacity=capacities[0],
+            last_capacity=capacities[-1],
+            sigmoid=config.scores == "sigmoid",
+            normalize=config.normalize_gate,
+            prioritized=config.batch_prioritized,
+            probabilities=own,
+        )
         known = [capacity for capacity in capacities if capacity is not None]
         capacity = max(known) if known else None
         columns = {name: getattr(result, name) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
