@@ -42,11 +42,14 @@ def network(experts: int) -> tuple[list[Piece], dict]:
     from swin_moe.config.io import load_config
     from swin_moe.models import build_model
 
-    config = load_config("synthetic_swin_moe", [
-        "model.img_size=32", "model.patch_size=4", "model.window_size=4", "model.embed_dim=8", "model.depths=[2,2]",
-        "model.num_heads=[1,2]", "model.mlp_ratio=2.0", f"model.moe.num_experts={experts}",
-        "model.moe.blocks=[[1],[1]]", "model.num_classes=4", "data.name=synthetic",
-    ])  # fmt: skip
+    config = load_config(
+        "synthetic_swin_moe",
+        (
+            "model.img_size=32 model.patch_size=4 model.window_size=4 model.embed_dim=8 model.depths=[2,2] "
+            f"model.num_heads=[1,2] model.mlp_ratio=2.0 model.moe.num_experts={experts} model.moe.blocks=[[1],[1]] "
+            "model.num_classes=4 data.name=synthetic"
+        ).split(),
+    )
     with torch.device("meta"):
         model = build_model(config.model)
     random = np.random.default_rng(0)

@@ -68,10 +68,13 @@ def open_run(argv: list[str]) -> Session:
     return open_session(
         config,
         [
-            "data.name=synthetic", "data.workers=0", "data.global_batch=2", "data.micro_batch=1", "parallel.zero=3",
-            "parallel.recompute=block", "engine.precision=bf16", "engine.device=cpu", "log.tensorboard=false", *given,
+            *(
+                "data.name=synthetic data.workers=0 data.global_batch=2 data.micro_batch=1 parallel.zero=3 "
+                "parallel.recompute=block engine.precision=bf16 engine.device=cpu log.tensorboard=false"
+            ).split(),
+            *given,
         ],
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str]) -> None:

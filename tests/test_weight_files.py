@@ -27,10 +27,10 @@ from swin_moe.train import Trainer
 from swin_moe.weights.load import start_from
 
 DENSE = (
-    "model.name=swin", "model.img_size=32", "model.patch_size=4", "model.embed_dim=8", "model.depths=[1,2]",
-    "model.num_heads=[1,2]", "model.window_size=4", "data.images_per_class=1", "data.global_batch=10",
-    "data.eval_batch=120", "data.drop_last=false", "optim.epochs=1", "optim.warmup_epochs=0", "log.tensorboard=false",
-)  # fmt: skip
+    "model.name=swin model.img_size=32 model.patch_size=4 model.embed_dim=8 model.depths=[1,2] model.num_heads=[1,2] "
+    "model.window_size=4 data.images_per_class=1 data.global_batch=10 data.eval_batch=120 data.drop_last=false "
+    "optim.epochs=1 optim.warmup_epochs=0 log.tensorboard=false"
+).split()
 MOE = (
     *DENSE,
     "model.name=swin_moe",
@@ -133,9 +133,9 @@ def make_broken(root: Path) -> None:
 
 
 WORKS = (
-    "run", "run/checkpoints/0000000003", ".safetensors", "-official.pth", "-bare.bin", "-training.pth",
-    "-lightning.ckpt", "-compiled.pth.tar", "-averaged.pt", "-backbone.bin", "-old.pth", "-dcp",
-)  # fmt: skip
+    "run run/checkpoints/0000000003 .safetensors -official.pth -bare.bin -training.pth -lightning.ckpt "
+    "-compiled.pth.tar -averaged.pt -backbone.bin -old.pth -dcp"
+).split()
 PATHS = [
     *(f"{family}-{name}" if name.startswith("run") else family + name for family in ("dense", "moe") for name in WORKS),
     "dense-timm.pth",

@@ -18,21 +18,12 @@ _PROVENANCE = "provenance.json"
 
 # Options of the network that change how it is trained or computed, not what the stored weights compute when asked; all
 # others of the section model do. Sections not named here change the course only.
-_COURSE = frozenset(
-    f"model.{name}"
-    for name in (
-        "drop_rate", "attn_drop_rate", "drop_path_rate", "init_std", "post_norm_init", "img_size", "attention",
-        "attention_chunk",
-        *(
-            f"moe.{name}"
-            for name in (
-                "capacity_factor", "eval_capacity_factor", "capacity_scope", "group_images", "batch_prioritized",
-                "balance_loss", "balance_scope", "aux_loss_weight", "z_loss_weight", "gate_noise", "bias_rate",
-                "dropout", "backend", "transport", "payload", "overlap", "tune", "tune_cache",
-            )
-        ),
-    )
-)  # fmt: skip
+_OF_MODEL = "drop_rate attn_drop_rate drop_path_rate init_std post_norm_init img_size attention attention_chunk".split()
+_OF_MOE = (
+    "capacity_factor eval_capacity_factor capacity_scope group_images batch_prioritized balance_loss balance_scope "
+    "aux_loss_weight z_loss_weight gate_noise bias_rate dropout backend transport payload overlap tune tune_cache"
+).split()
+_COURSE = frozenset([*(f"model.{name}" for name in _OF_MODEL), *(f"model.moe.{name}" for name in _OF_MOE)])
 _MEANING = ("model.", "task.name", "data.name", "data.images_per_class", "data.subset", "run.seed")
 _FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.simmim.pictures", "task.distill.teacher")
 _ENGINE = ("engine.precision",)  # stands beside the checkpoint only, as its bytes do not depend on the section

@@ -24,8 +24,11 @@ VALUES = [None, "x", "", 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, True
           [[1]], {}, {"a": 1}, b"x", object(), torch.ones(2),
           torch.ones(()), range(3), "é☃", "a\0b", ("x",), [None], 1j, int, {1, 2}, -0.0]  # fmt: skip
 # Names of arguments: what a sentence may name beside keys and files.
-SUBJECTS = ("load_official", "create_model", "build_model", "parallelize", "moe", "config", "state dict", "override",
-            "image", "path", "format", "max_memory", "model", "tensor", "source", "interpolation", "seed")  # fmt: skip
+_SUBJECTS = (
+    "load_official create_model build_model parallelize moe config override image path format max_memory model tensor "
+    "source interpolation seed"
+)
+SUBJECTS = (*_SUBJECTS.split(), "state dict")
 
 Call = tuple[str, str, Callable[[], Any]]
 
@@ -42,8 +45,10 @@ def _short(value: object) -> str:
 def _create(draw: random.Random, files: dict[str, str]) -> Call:
     name: Any
     names = [f.name for section in (schema.ModelConfig, schema.MoEConfig) for f in fields(section) if f.name != "name"]
-    names += ["moe_blocks", "top_value", "cosine_router", "use_bpr", "is_gshard_loss", "seed", "moe_drop", "norm_layer",
-              "use_checkpoint", "nope", "num_local_experts"]  # fmt: skip
+    names += (
+        "moe_blocks top_value cosine_router use_bpr is_gshard_loss seed moe_drop norm_layer use_checkpoint nope "
+        "num_local_experts"
+    ).split()
     name = draw.choice(["swin", "swin_moe", "swinv2", "swin_mlp"])
     given = {key: draw.choice(VALUES) for key in draw.sample(names, draw.choice((1, 1, 2)))}
     if draw.random() < 0.25:
@@ -101,10 +106,19 @@ def _official(draw: random.Random, files: dict[str, str]) -> Call:
 def _model(draw: random.Random, files: dict[str, str]) -> Call:
     """Returns calls of the network with images that are none, and of what builds and spreads it."""
     value: Any = draw.choice(VALUES)
-    images = [value, torch.ones(3, 16, 16), torch.ones(1, 1, 16, 16), torch.ones(1, 16, 16, 3),
-              torch.ones(0, 3, 16, 16),
-              torch.ones(1, 3, 16, 16).long(), torch.ones(1, 3, 16, 16).half(), torch.ones(1, 3, 0, 16), torch.ones(3),
-              torch.ones(1, 3, 3, 3), torch.ones(1, 3, 16, 16, dtype=torch.complex64)]  # fmt: skip
+    images = [
+        value,
+        torch.ones(3, 16, 16),
+        torch.ones(1, 1, 16, 16),
+        torch.ones(1, 16, 16, 3),
+        torch.ones(0, 3, 16, 16),
+        torch.ones(1, 3, 16, 16).long(),
+        torch.ones(1, 3, 16, 16).half(),
+        torch.ones(1, 3, 0, 16),
+        torch.ones(3),
+        torch.ones(1, 3, 3, 3),
+        torch.ones(1, 3, 16, 16, dtype=torch.complex64),
+    ]
     image = draw.choice(images)
     family = draw.choice(["swin", "swinv2", "swin_mlp", "swin_moe"])
     name, call = draw.choice(
