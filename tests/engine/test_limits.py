@@ -1,9 +1,12 @@
 """What engines of other libraries refuse, in which words, and before anything starts."""
 
+from dataclasses import fields
+
 import pytest
 
 from swin_moe.config.io import load_config
-from swin_moe.engine.limits import check_engine
+from swin_moe.engine.base import ENGINES, SERVES, Serves
+from swin_moe.engine.limits import check_engine, serves_of
 
 
 def config(*options: str):
@@ -37,3 +40,49 @@ def test_refused_with_key_value_and_what_is_allowed(options, world, sentence):
 ])  # fmt: skip
 def test_what_is_right_may_start(options):
     check_engine(config(*options), 2)
+
+
+# What the least engine does not do, as options of a run; each with the field of Serves that lets it.
+MORE = {
+    "zero": ("parallel.zero=1", (0, 1)),
+    "precision": ("engine.precision=bf16", ("fp32", "bf16")),
+    "offload": ("engine.offload=optimizer", ("none", "optimizer")),
+    "compile": ("parallel.compile=block", ("none", "block")),
+    "recompute": ("parallel.recompute=block", ("none", "block")),
+    "clip": ("optim.clip_norm=5.0", True),
+    "ema": ("optim.ema=0.9", True),
+    "accumulation": ("data.micro_batch=8", True),
+    "changed_weights": ("task.name=moby", True),
+    "uneven_experts": ("parallel.expert=3", True),
+}
+
+
+class Outside:
+    """Stands for an engine of another place."""
+
+
+@pytest.mark.parametrize("served", MORE)
+def test_what_an_engine_does_not_name_is_refused_by_the_name_of_the_option(monkeypatch, served):
+    option, values = MORE[served]
+    name, world = f"{__name__}:Outside", 3 if served == "uneven_experts" else 1
+    monkeypatch.setattr("swin_moe.engine.limits.lookup", lambda *_, **__: Outside)
+    asked = config("optim.clip_norm=0", "data.global_batch=24", option, f"engine.name={name}")
+    for others in ({}, {key: value for key, (_, value) in MORE.items() if key != served}):
+        monkeypatch.setattr(Outside, "serves", Serves(**others), raising=False)
+        with pytest.raises(ValueError, match=rf"engine.name={name} .*{option.partition('=')[0]}"):
+            check_engine(asked, world)
+    monkeypatch.setattr(Outside, "serves", Serves(**{served: values}))
+    check_engine(asked, world)
+
+
+def test_an_engine_that_says_nothing_gets_the_least(monkeypatch):
+    monkeypatch.setattr("swin_moe.engine.limits.lookup", lambda *_, **__: Outside)
+    assert serves_of("my.engines:Outside") == Serves()
+    monkeypatch.setattr(Outside, "serves", {"precision": ("bf16",)}, raising=False)
+    with pytest.raises(ValueError, match="engine.name=my.engines:Outside: its serves is .*allowed: .*Serves"):
+        serves_of("my.engines:Outside")
+
+
+def test_every_option_and_every_engine_of_ours_is_named():
+    assert MORE.keys() == {field.name for field in fields(Serves)} - {"reasons"}
+    assert SERVES.keys() == ENGINES.keys()

@@ -104,7 +104,7 @@ def test_gradients_and_operator():
 def test_the_cpu_keeps_its_operators():
     norm = nn.LayerNorm(8)
     x, branch = torch.randn(2, 2, 3, 8)
-    assert not is_fused(x, branch, norm)
+    assert not is_fused(norm, x, branch)
     total, normed = add_and_norm(x, branch, None, norm)
     assert torch.equal(total, x + branch) and torch.equal(normed, norm(x + branch))
     assert torch.equal(norm_and_add(x, branch, None, norm), x + norm(branch))

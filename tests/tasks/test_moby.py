@@ -54,6 +54,20 @@ def test_the_published_network():
     assert max(b.drop_path for s in model.encoder.layers for b in s.blocks) == 0.2
 
 
+# Views.
+
+
+def test_two_views_need_no_context():
+    task, model = task_of()
+    model.init_weights(0)
+    views = images(3, 0), images(3, 1)
+    drawn = RandomContext(1, 2, torch.arange(3))
+    with torch.no_grad():
+        given, none = model.eval()(*views, random=drawn), model(*views)
+        assert all(map(torch.equal, given.logits, none.logits))  # nothing is drawn in evaluation
+        assert all(logits.isfinite().all() for logits in model.train()(*views).logits)
+
+
 # Batch norm.
 
 
@@ -169,7 +183,7 @@ def test_views_draw_differently_and_only_online(monkeypatch):
 def test_neighbours_leave_the_image_itself_out():
     feature = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.9]])
     assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1])) == 80.0
-    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), chunk=2) == 80.0
+    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), at_once=2) == 80.0
 
 
 # Views.
@@ -216,7 +230,7 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     for name, value in weights(probe).items():
         if not name.startswith("head."):
             assert torch.equal(value, weights(source)[f"encoder.{name}"]), name
-    assert "only for pre-training" in report and "reinitialized 2 (head.weight, head.bias)" in report
+    assert "only for the task it was trained for" in report and "reinitialized 2 (head.weight, head.bias)" in report
     new, _ = begun(tmp_path, "digits_moby", source.session.directory, *MOBY)
     after = weights(new)
     for name, value in weights(source).items():
@@ -231,8 +245,8 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     [
         (("data.micro_batch=5",), "data.micro_batch must be all images of a rank at once"),
         (("data.interpolation=random",), "data.interpolation must be bicubic or bilinear"),
-        (("task.queue=0",), "task.queue must be >= 1"),
-        (("task.momentum=1.5",), r"task.momentum must be in \[0, 1\]"),
+        (("task.queue=0",), "task.moby.queue must be >= 1"),
+        (("task.momentum=1.5",), r"task.moby.momentum must be in \[0, 1\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said):
