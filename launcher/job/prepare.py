@@ -130,8 +130,12 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
     variables = tuple(dict.fromkeys([*names, *settings]))
     start = Start(mpi.mpirun, ranks, os.getcwd(), tuple(placed), hostfile, variables, options.tag)
     command, additions = build_command(job, mpi, start)
+    additions |= settings
+    if os.environ.get("SLURM_JOB_ID") and mpi.flavor.name != "srun" and "SLURM_CPU_BIND" not in os.environ:
+        # mpirun starts its daemons through srun, as one task on each node, which Slurm may bind to one core.
+        additions["SLURM_CPU_BIND"] = "none"
     secrets = [name for name in withheld(os.environ, options.forward) if name not in additions]
-    return Prepared(job, mpi, plan, command, additions | settings, secrets, hostfile, text)
+    return Prepared(job, mpi, plan, command, additions, secrets, hostfile, text)
 
 
 def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, str]:

@@ -92,6 +92,23 @@ def test_a_failing_rank_ends_all_and_is_named(starter, launch):
     assert "[rank 1] the data set is gone" in output and "[rank 0]" not in output
 
 
+@pytest.mark.parametrize("options", [(), ("--mpi", "srun")], ids=["mpich", "srun"])
+@pytest.mark.parametrize("tasks, locals", [(["--ntasks-per-node=2"], [0, 1, 0, 1]), (["--ntasks=3"], [0, 1, 0])])
+def test_nodes_of_an_allocation_know_their_own_ranks(options, tasks, locals, slurm, tmp_path):
+    """Equal and unequal nodes, and ranks bound to their share of all cores: Slurm would bind a daemon to one core."""
+    command = ["salloc", "--quiet", "--nodes=2", *tasks, sys.executable, "-m", "launcher", *options]
+    command += ["--", "-m", "tests.launcher.programs", "write_environment", str(tmp_path)]
+    finished = slurm.run(*command, timeout=120, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    facts = [(tmp_path / f"facts-{rank}").read_text().split() for rank in range(len(locals))]
+    assert [(int(rank[2]), int(rank[3])) for rank in facts] == [
+        (local, 2 if number < 2 else len(locals) - 2) for number, local in enumerate(locals)
+    ]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 2:
+        assert [rank[-1] for rank in facts[:2]] == [str(core) for core in cores]
+
+
 PLAIN = [
     ["mpirun", "-n", "2"],
     ["srun", "-n", "2", "-N", "1", "--overcommit", "--mpi=none"],
