@@ -149,6 +149,13 @@ def test_hostfiles(name):
     assert BY_NAME[name].hostfile([Host("a", 2), Host("b", 1)]) == HOSTFILES[name]
 
 
+def test_an_address_that_a_hostfile_cannot_hold_is_refused():
+    for name in ("mpich", "intel", "mvapich"):
+        with pytest.raises(ValueError, match="'fd00::1': Hydra takes no IPv6 address for a host"):
+            BY_NAME[name].hostfile([Host("fd00::1", 2)])
+    assert BY_NAME["openmpi4"].hostfile([Host("fd00::1", 2)]) == "fd00::1 slots=2\n"
+
+
 def test_root_may_start_open_mpi(monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     for name in ("openmpi4", "openmpi5"):

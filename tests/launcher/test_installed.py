@@ -1,6 +1,7 @@
 """Real ranks under every MPI that is installed here, and under Slurm's srun: they start, get signals, and end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,19 @@ def test_a_request_to_stop_reaches_every_rank(starter, world, launch, tmp_path):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert len(list(tmp_path.glob("saved-*"))) == world
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("starter", starters())
+def test_every_line_tells_its_rank(starter, launch):
+    process = launch(starter, 2, "say_two_lines", "--tag")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    for rank in (0, 1):
+        said = [line for line in output.splitlines() if f"of rank {rank}" in line]
+        assert len(said) == 2 and all(re.match(rf"(\[(1,)?{rank}\](<stdout>:)?|{rank}:) ?", line) for line in said), (
+            output
+        )
 
 
 @pytest.mark.full
