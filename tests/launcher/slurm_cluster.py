@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from launcher import watch
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo")
 _START_SECONDS = 60
 _CONFIGURATION = """
@@ -94,12 +96,13 @@ class SlurmCluster:
         _wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == ["2", "idle"], "slurmd", folder)
 
     def _daemon(self, *command: str) -> None:
-        log = open(self.folder / "daemons.log", "ab")
-        process = subprocess.Popen(
-            command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        tests = os.getpid()
+        with open(self.folder / "daemons.log", "ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: watch.die_with_parent(tests),  # a killed test run takes its daemons along
+            )  # fmt: skip
         self._daemons.append(process)
-        log.close()
 
     def run(self, *command: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:
         """Returns what a client says."""
