@@ -67,7 +67,7 @@ def _run_here(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     try:
         module, name, args = pickle.loads((folder / "call.pkl").read_bytes())
-        function = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
         distributed.init_process_group("gloo")

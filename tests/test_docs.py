@@ -70,7 +70,7 @@ def options(section: type = Config, prefix: str = "") -> set[str]:
     for field in fields(section):
         kind = hints[field.name]
         found.add(prefix + field.name)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             found |= options(kind, f"{prefix}{field.name}.")
     return found
 

@@ -72,7 +72,7 @@ def command(draw: random.Random, paths: list[str], target: str) -> list[str]:
         words.append(draw.choice([target, target, target, *paths[:3]]))
     needed = {"convert": "--to", "export": "--to", "reshard": "--world", "upcycle": "--experts"}.get(verb)
     needed = draw.choice(["--duplicate", "--split", "--merge", "--prune"]) if verb == "experts" else needed
-    for option in [needed] * bool(needed) + draw.sample(OPTIONS, draw.choice((0, 0, 0, 1))):
+    for option in ([needed] if needed else []) + draw.sample(OPTIONS, draw.choice((0, 0, 0, 1))):
         choices = {"--to": FORMATS + ["onnx", "torch-export"], "--from": FORMATS, "--from-a": FORMATS,
                    "--from-b": FORMATS, "--set": SETTINGS, "--load": paths}.get(option, VALUES)  # fmt: skip
         words += [option, draw.choice(choices)]

@@ -182,7 +182,7 @@ def _describe(tensors: dict[str, Guarded], numbers: tuple) -> WindowLaunch:
     heads, window_h, window_w, shift_h, shift_w, scale, mask_value = numbers
     qkv = tensors["qkv"].tensor
     return WindowLaunch(
-        geometry=Geometry.of(*qkv.shape[1:3], (window_h, window_w), (shift_h, shift_w)),
+        geometry=Geometry.of(qkv.shape[1], qkv.shape[2], (window_h, window_w), (shift_h, shift_w)),
         batch=len(qkv), num_heads=heads, head_dim=qkv.shape[3] // 3 // heads, scale=scale, mask_value=mask_value,
         element=ELEMENTS[qkv.dtype], **{name: guarded.address for name, guarded in tensors.items()},
     )  # fmt: skip

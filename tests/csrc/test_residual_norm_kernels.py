@@ -18,7 +18,8 @@ TENSORS = (
 class ResidualNormLaunch(ctypes.Structure):
     """swin_moe::ResidualNormLaunch."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in TENSORS] + [
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in TENSORS),
         ("rows", ctypes.c_int64), ("rows_per_image", ctypes.c_int64), ("channels", ctypes.c_int64),
         ("eps", ctypes.c_float), ("element", ctypes.c_int),
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """A training step waits for the device once; a MoE layer does not on one process, nor where ranks pad by a capacity."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,7 +136,8 @@ def waits_of_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     The order of blocks is made of numbers that the host has, as tensors of the host.
     """
-    found, forward, order = Counter(), MoELayer.forward, transport.block_permutation
+    found: Counter[str] = Counter()
+    forward, order = MoELayer.forward, transport.block_permutation
 
     def on_host(sizes, wanted, device):
         with torch.utils._python_dispatch._disable_current_modes():
@@ -172,7 +174,8 @@ def count_on_ranks(root: str) -> dict[str, list[int]]:
         waits = waits_of_layers(monkeypatch)
         for case, (options, *_) in RANKS.items():
             always = (f"parallel.expert={size}", "log.every=100", "optim.epochs=1.1")
-            trainer, found = Trainer(open_tiny(f"{root}/{case.replace(' ', '-')}", *always, *options)), []
+            trainer = Trainer(open_tiny(Path(root) / case.replace(" ", "-"), *always, *options))
+            found: list[int] = []
             trainer.progress.step = trainer.loader.steps_per_epoch - 3
             take = trainer._train_step
 
@@ -182,7 +185,7 @@ def count_on_ranks(root: str) -> dict[str, list[int]]:
                 found.append(sum(waits.values()))
                 return len(found) == 4
 
-            trainer._train_step = step
+            trainer._train_step = step  # type: ignore[method-assign]  # a stand-in
             trainer.run()
             results[case] = found
     return results

@@ -51,7 +51,8 @@ def judge_call(error: BaseException | None, subjects: tuple[str, ...]) -> tuple[
     if not isinstance(error, ValueError | TypeError | OSError):
         return "wrong", f"raises {type(error).__name__}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if not isinstance(error, OSError) and not (frame.filename.startswith(OURS) and frame.line.startswith("raise ")):
+    ours = frame.filename.startswith(OURS) and (frame.line or "").startswith("raise ")
+    if not isinstance(error, OSError) and not ours:
         return "wrong", "no sentence of ours"
     if isinstance(error, OSError) and error.filename:
         return "refused", ""
@@ -59,8 +60,8 @@ def judge_call(error: BaseException | None, subjects: tuple[str, ...]) -> tuple[
 
 
 def _judge_sentence(text: str, subjects: tuple[str, ...]) -> tuple[str, str]:
-    if RAW.search(text):
-        return "wrong", f"raw words: {RAW.search(text)[0]}"
+    if raw := RAW.search(text):
+        return "wrong", f"raw words: {raw[0]}"
     all_names = "weights do not fit the model (" in text  # whose contract is to name every tensor
     if len(text) > LONGEST and not all_names or "\n" in text:
         return "wrong", f"{len(text)} characters, {text.count(chr(10)) + 1} lines"

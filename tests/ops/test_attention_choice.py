@@ -25,7 +25,8 @@ def tensors(dtype: torch.dtype = torch.float32, *, cosine: bool = False) -> Half
     generator = torch.Generator().manual_seed(0)
     sizes = ((96, 32), (96,), (32, 32), (32,), (49, 2), (2, 1, 1))
     drawn = [torch.randn(size, generator=generator).mul_(0.2).to(dtype).requires_grad_() for size in sizes]
-    return HalfTensors(*drawn[:5], drawn[5] if cosine else None)
+    qkv, qkv_bias, proj, proj_bias, table, scale = drawn
+    return HalfTensors(qkv, qkv_bias, proj, proj_bias, table, scale if cosine else None)
 
 
 def a_map(height: int = 8, width: int = 8) -> torch.Tensor:
