@@ -187,9 +187,14 @@ class WindowAttention(nn.Module):
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
             factor = factor.view(len(x_WNC), self.num_heads, tokens, tokens)
         out = attend_windows(
-            qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale, dropout_WHNN=factor,
+            qkv,
+            bias,
+            mask,
+            scale=self.scale,
+            logit_scale=self.logit_scale,
+            dropout_WHNN=factor,
             implementation="auto" if self.path == "fused" else self.path,
-        )  # fmt: skip
+        )
         return self.proj(out)
 
     def _attend_in_turns(

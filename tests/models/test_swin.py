@@ -93,9 +93,14 @@ def test_the_window_shrinks_to_the_smaller_side_of_the_nominal_map():
 def test_absolute_positions_are_interpolated_to_other_sizes():
     model = tiny("swin", ape=True).eval()
     out = model(image(1, 3, 40, 24))
-    model.grid, model.absolute_pos_embed = (10, 6), torch.nn.Parameter(
-        F.interpolate(model.absolute_pos_embed.view(1, 8, 8, 8).permute(0, 3, 1, 2), size=(10, 6), mode="bicubic")
-        .permute(0, 2, 3, 1).reshape(1, 60, 8))  # fmt: skip
+    model.grid, model.absolute_pos_embed = (
+        (10, 6),
+        torch.nn.Parameter(
+            F.interpolate(model.absolute_pos_embed.view(1, 8, 8, 8).permute(0, 3, 1, 2), size=(10, 6), mode="bicubic")
+            .permute(0, 2, 3, 1)
+            .reshape(1, 60, 8)
+        ),
+    )
     torch.testing.assert_close(model(image(1, 3, 40, 24)), out)
 
 
@@ -275,8 +280,9 @@ def test_attention_in_turns_changes_nothing(family, arguments, chunk, recompute)
     for x in (image(3, 3, 32, 32), image(1, 3, 50, 38)):  # the second is padded, and its small maps are shifted too
         losses = [logits_of(model(x, random=context(*range(4, 4 + len(x))))).square().sum() for model in (whole, parts)]
         torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
-        expected, found = (torch.autograd.grad(loss, [*m.parameters()], allow_unused=True)
-                           for loss, m in zip(losses, (whole, parts)))  # fmt: skip
+        expected, found = (
+            torch.autograd.grad(loss, [*m.parameters()], allow_unused=True) for loss, m in zip(losses, (whole, parts))
+        )
         for name, a, b in zip(dict(whole.named_parameters()), expected, found):
             assert (a is None) == (b is None), name
             if a is not None:
