@@ -1,5 +1,6 @@
-"""Starts a Python program on many ranks and ends them together. Standard library and mpi4py only.
+"""Starts a Python program on many ranks and ends them together. Standard library and mpi4py only; knows no swin_moe.
 
-command.py makes the command of mpirun, env.py reads who is who, supervise.py and ending.py leave no rank behind. There
-is no table: another MPI is a Flavor in command.py and its names of ranks in env.py. swin_moe is not known here.
+job/ is from the command line to what is run, hosts/ and schedulers/ where, flavors/ by which MPI, machine/ what a host
+has, meeting/ how ranks find each other; env.py reads who is who, supervise.py and ending.py leave no rank behind.
+Its tables are FLAVORS (another MPI) and SCHEDULERS (another batch system): a file and a row each.
 """

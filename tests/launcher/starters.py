@@ -48,7 +48,7 @@ def starters() -> list:
         ),
         pytest.param(
             Starter(("--mpi", "srun"), pmix, "Open MPI v4", slurm=True), id="srun-pmix",
-            marks=_found(srun and _LIBRARY_OF_OPEN_MPI_4.exists()),
+            marks=_found(srun if _LIBRARY_OF_OPEN_MPI_4.exists() else None),
         ),
     ]  # fmt: skip
     named = filter(None, os.environ.get("LAUNCHER_TEST_MPIS", "").split(":"))

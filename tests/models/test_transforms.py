@@ -75,11 +75,8 @@ def test_a_second_derivative_is_refused_never_wrong(case):
         torch.func.grad(lambda x: slope(x).square().sum())(image.detach())
 
 
-# Experts that choose take numbers of tokens from the data, which no program holds.
-QUICK = ("swinv2", "swin_mlp", "gshard")
-EXPORTED = [
-    case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES if case != "expert choice"
-]
+QUICK = ("swinv2", "swin_mlp", "gshard", "expert choice")
+EXPORTED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES]
 
 
 @pytest.mark.parametrize("case", EXPORTED)
