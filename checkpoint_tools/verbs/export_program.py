@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import Routing
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_TOKENS = 2**17  # of an expert in one call, up to which capacities are compared
 _RAW = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -219,6 +221,9 @@ def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Opti
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="call_function", target=torch.sym_float):
+        for factor in (value for user in node.users for value in user.args if isinstance(value, float)):
+            check_factor(factor)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sort.stable):
         _sort_as_onnx(graph, node)
     with warnings.catch_warnings():
@@ -229,6 +234,20 @@ def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Opti
     onnx.model.metadata_props.update(onnx_metadata(source))
     size = sum(source.tensors[name].num_bytes for name in stored.values())
     publish_files(path, size, lambda staging: onnx.save(staging / path.name))
+
+
+def check_factor(factor: float) -> None:
+    """Raises ValueError where a capacity of so many times the tokens of an expert is another one in float32, which ONNX
+    computes it in."""
+    tokens = np.arange(1, _MOST_TOKENS)
+    exact = (factor * tokens).astype(np.int64)
+    found = (np.float32(factor) * tokens.astype(np.float32)).astype(np.int64)
+    if (exact != found).any():
+        at = int((exact != found).argmax())
+        raise ValueError(
+            f"--to onnx computes capacities in single precision, where model.moe.eval_capacity_factor={factor} gives "
+            f"{found[at]} slots for {tokens[at]} tokens of an expert, not {exact[at]}; give --batch N"
+        )
 
 
 def _sort_as_onnx(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

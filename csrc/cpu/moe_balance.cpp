@@ -16,13 +16,15 @@
 #include <tuple>
 #include <vector>
 
+#include "../moe_balance_checks.h"
+
 namespace swin_moe {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-enum Kind : int64_t { kNone = 0, kGshard = 1, kGshardOfShares = 2, kLoadImportance = 3 };
+using Kind = BalanceKind;
 
 constexpr int64_t kBlockElements = 1 << 16;  // as moe/routing.py:row_blocks, or sums would round differently
 
@@ -155,11 +157,7 @@ using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Loss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& threshold, const Tensor& expert,
                      const OptionalTensor& logits, int64_t kind, double noise_std, int64_t group_size, double weight,
                      double z_weight) {
-  TORCH_CHECK_VALUE(scores_.dim() == 2 && expert.dim() == 2 && expert.size(0) == scores_.size(0) && expert.size(1) > 0,
-                    "moe_balance: scores and experts must be (tokens, ...), got ", scores_.sizes(), " and ",
-                    expert.sizes());
-  TORCH_CHECK_VALUE(kind != kLoadImportance || (threshold && threshold->size(0) == scores_.size(0)),
-                    "moe_balance: the load needs a threshold for each of ", scores_.size(0), " tokens");
+  check_balance(scores_, threshold, expert, kind);
   const Tensor scores = scores_.contiguous();
   const int64_t tokens = scores.size(0);
   Tensor balance = at::zeros({}, scores.options()), log_sum = at::empty({0}, scores.options());

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kRowThreads) gate_gradient_kernel(const MoeLau
       for (int c = 0; c < Width; ++c) sum += Sum(to_float(x.values[c])) * Sum(to_float(g.values[c]));
     }
   }
-  for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  sum = lane_sum(sum, lanes);
   if (group.lane == 0 && group.row < p.outputs) static_cast<Sum*>(p.out)[group.row] = sum;
 }
 

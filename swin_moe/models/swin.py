@@ -73,7 +73,7 @@ class Block(nn.Module):
                 qk_scale=config.qk_scale,
                 drop=config.drop_rate,
                 attn_drop=config.attn_drop_rate,
-                chunk=config.attention_chunk,
+                at_once=config.attention_chunk,
                 path=config.attention,
             )
         self.norm2 = nn.LayerNorm(dim)

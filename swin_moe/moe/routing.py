@@ -77,8 +77,9 @@ def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: fl
     """
     if factor == 0:
         return None
-    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int.
-    return top_k * torch.sym_int(abs(factor) * -(-num_tokens // num_experts))
+    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int. Rounded up without
+    # negative numbers, which ONNX divides towards zero.
+    return top_k * torch.sym_int(abs(factor) * ((num_tokens + num_experts - 1) // num_experts))
 
 
 def route(

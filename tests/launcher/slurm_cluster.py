@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo")
 _START_SECONDS = 60
@@ -94,8 +93,10 @@ class SlurmCluster:
 
     def _daemon(self, *command: str) -> None:
         log = open(self.folder / "daemons.log", "ab")
-        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        self._daemons.append(subprocess.Popen(command, env=self.environ, **quiet))
+        process = subprocess.Popen(
+            command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        self._daemons.append(process)
         log.close()
 
     def run(self, *command: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:

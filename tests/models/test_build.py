@@ -7,8 +7,8 @@ from torch import nn
 from swin_moe import build_model, create_model
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.config.variants import VARIANTS
+from tests.models.reference import TINY
 
-TINY = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "num_classes": 3}
 MOE = {"moe_blocks": [[-1], [1]], "num_experts": 4}
 
 

@@ -230,7 +230,7 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     for name, value in weights(probe).items():
         if not name.startswith("head."):
             assert torch.equal(value, weights(source)[f"encoder.{name}"]), name
-    assert "only for pre-training" in report and "reinitialized 2 (head.weight, head.bias)" in report
+    assert "only for the task it was trained for" in report and "reinitialized 2 (head.weight, head.bias)" in report
     new, _ = begun(tmp_path, "digits_moby", source.session.directory, *MOBY)
     after = weights(new)
     for name, value in weights(source).items():

@@ -13,14 +13,10 @@ from swin_moe.parallel.groups import build_groups
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.run.session import Session
 from swin_moe.train import Trainer
+from tests.gathered import NETWORK
 
 TINY = [
-    "model.img_size=16",
-    "model.patch_size=2",
-    "model.embed_dim=8",
-    "model.depths=[1,2]",
-    "model.num_heads=[1,2]",
-    "model.window_size=4",
+    *NETWORK,
     "model.moe.blocks=[[-1],[1]]",
     "model.moe.num_experts=4",
     "model.moe.group_images=4",
