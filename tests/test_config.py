@@ -135,14 +135,14 @@ def test_numbers_out_of_range_are_refused_by_name(key):
 
 @pytest.mark.parametrize(
     "option",
-    [
-        "model.num_classes=-1", "model.patch_size=0", "model.patch_size=300", "model.embed_dim=0", "model.mlp_ratio=-1",
-        "engine.threads=-1", "engine.threads=99999999", "checkpoint.file_size=0", "model.drop_rate=1.0",
-        "model.drop_rate=-0.5", "optim.weight_decay=-1", "model.extra_norm_every=-1", "model.depths=[2,-1,2,2]",
-        "model.init_std=-1", "run.name=../../x", "run.name=", "run.name=.", "run.name=/tmp/x", "run.name=a/../../b",
-        "run.name=a\0b", "run.output=", "optim.betas=[0.9,1.0]", "data.synthetic_samples=0", "log.eval_every=-1",
-    ],
-)  # fmt: skip
+    (
+        "model.num_classes=-1 model.patch_size=0 model.patch_size=300 model.embed_dim=0 model.mlp_ratio=-1 "
+        "engine.threads=-1 engine.threads=99999999 checkpoint.file_size=0 model.drop_rate=1.0 model.drop_rate=-0.5 "
+        "optim.weight_decay=-1 model.extra_norm_every=-1 model.depths=[2,-1,2,2] model.init_std=-1 run.name=../../x "
+        "run.name= run.name=. run.name=/tmp/x run.name=a/../../b run.name=a\0b run.output= optim.betas=[0.9,1.0] "
+        "data.synthetic_samples=0 log.eval_every=-1"
+    ).split(),
+)
 def test_what_was_accepted_once(option):
     with pytest.raises(ValueError, match=option.partition("=")[0].replace(".", r"\.")):
         apply_overrides(Config(), [option])

@@ -19,10 +19,10 @@ from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, dtype_name
 from swin_moe.layout import Chunk
 from tests.ranks import ROOT
 
-DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
-]  # fmt: skip
+_DTYPES = (
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint16 uint32 uint64 float8_e4m3fn float8_e5m2"
+)
+DTYPES = [getattr(torch, name) for name in _DTYPES.split()]
 
 
 def read(file: TorchFile, record, box: Chunk | None = None) -> np.ndarray:

@@ -22,14 +22,16 @@ RAW = re.compile(
 )
 FORMATS = "native safetensors official official-moe deepspeed dcp fairscale simmim tutel timm hf nope".split()
 VALUES = ["0", "-1", "1", "3", "7", "8", "16", "x", "", "1.5", "nan", "9" * 20, "[1]", "[[1],[1,2]]", "/dev/null"]
-OPTIONS = [
-    "--from", "--from-a", "--from-b", "--to", "--world", "--expert", "--expert-shard", "--set", "--file-size",
-    "--digest", "--on-drift", "--max-memory", "--duplicate", "--split", "--merge", "--prune", "--load", "--experts",
-    "--blocks", "--top-k", "--router-std", "--reinit", "--optimizer", "--seed", "--weights", "--batch",
-]  # fmt: skip
+OPTIONS = (
+    "--from --from-a --from-b --to --world --expert --expert-shard --set --file-size --digest --on-drift --max-memory "
+    "--duplicate --split --merge --prune --load --experts --blocks --top-k --router-std --reinit --optimizer --seed "
+    "--weights --batch"
+).split()
 FLAGS = ["--dry-run", "--json", "--no-verify", "--ema", "--last", "--normalize-gate", "--no-check"]
-SETTINGS = ["img_size=0", "img_size=x", "img_size=30", "window_size=9", "window_size=-1", "step=x", "form=final",
-            "form=q", "encoder=keep", "counts=no", "nope=1", "img_size", "=", "img_size=99999999"]  # fmt: skip
+SETTINGS = (
+    "img_size=0 img_size=x img_size=30 window_size=9 window_size=-1 step=x form=final form=q encoder=keep counts=no "
+    "nope=1 img_size = img_size=99999999"
+).split()
 
 
 @pytest.fixture(scope="module")

@@ -76,19 +76,25 @@ class Geometry(ctypes.Structure):
         return cls(height, width, -(-height // window[0]), -(-width // window[1]), *window, *shift)
 
 
+WINDOW_TENSORS = (
+    "qkv pad_qkv bias_table logit_scale out log_sums grad_out grad_qkv grad_bias_table grad_logit_scale grad_pad_qkv "
+    "workspace"
+).split()
+
+
 class WindowLaunch(ctypes.Structure):
     """swin_moe::WindowLaunch."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "qkv", "pad_qkv", "bias_table", "logit_scale", "out", "log_sums", "grad_out", "grad_qkv",
-            "grad_bias_table", "grad_logit_scale", "grad_pad_qkv", "workspace",
-        )
-    ] + [
-        ("geometry", Geometry), ("batch", ctypes.c_int64), ("num_heads", ctypes.c_int), ("head_dim", ctypes.c_int),
-        ("scale", ctypes.c_float), ("mask_value", ctypes.c_float), ("element", ctypes.c_int),
-    ]  # fmt: skip
+        *((name, ctypes.c_void_p) for name in WINDOW_TENSORS),
+        ("geometry", Geometry),
+        ("batch", ctypes.c_int64),
+        ("num_heads", ctypes.c_int),
+        ("head_dim", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("mask_value", ctypes.c_float),
+        ("element", ctypes.c_int),
+    ]
 
 
 class MoeLaunch(ctypes.Structure):

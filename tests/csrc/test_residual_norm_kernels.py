@@ -10,9 +10,8 @@ from tests.csrc.emulation import Guarded, build
 from tests.csrc.test_row_kernels import ELEMENTS
 
 TENSORS = (
-    "x", "branch", "factor", "weight", "bias", "sum", "normed", "mean", "rstd", "grad_sum", "grad_normed", "grad_x",
-    "grad_branch", "partials", "grad_weight",
-)  # fmt: skip
+    "x branch factor weight bias sum normed mean rstd grad_sum grad_normed grad_x grad_branch partials grad_weight"
+).split()
 
 
 class ResidualNormLaunch(ctypes.Structure):

@@ -10,9 +10,9 @@ from swin_moe.moe.routing import group_parts, join, route
 from tests.csrc.emulation import build
 
 POINTERS = (
-    "clean", "noisy", "bias", "scores", "probabilities", "gate", "threshold", "entropy", "entropies", "confidence",
-    "order", "expert", "slot", "demand", "kept", "totals", "before", "keep",
-)  # fmt: skip
+    "clean noisy bias scores probabilities gate threshold entropy entropies confidence order expert slot demand kept "
+    "totals before keep"
+).split()
 NUMBERS = ("tokens", "experts", "top_k", "group_size", "groups", "capacity", "last_capacity", "chunks")
 FLAGS = ("sigmoid", "normalize", "wide")
 GRADIENTS = (
