@@ -36,10 +36,15 @@ def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     base = torch.randn(4, 6, 5)
     return {
-        "plain": base, "scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "transposed": base.permute(2, 0, 1),
-        "slice": base[1:3, ::2], "shared": base[3], "parameter": torch.nn.Parameter(torch.randn(3)),
+        "plain": base,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "transposed": base.permute(2, 0, 1),
+        "slice": base[1:3, ::2],
+        "shared": base[3],
+        "parameter": torch.nn.Parameter(torch.randn(3)),
         **{str(dtype): torch.randint(0, 100, (3, 2)).to(dtype) for dtype in DTYPES},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
