@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from swin_moe import registry
 from swin_moe.checkpoint import Piece
 from swin_moe.engine.precision import LossScale
 from swin_moe.layout import Chunk
@@ -153,8 +154,4 @@ def check_members(engine: object, name: str) -> None:
 
     name: Of the engine in the config.
     """
-    wanted = [*Engine.__annotations__, *(key for key, value in vars(Engine).items() if callable(value))]
-    missing = [member for member in wanted if not member.startswith("_") and not hasattr(engine, member)]
-    if missing:
-        lacks = ", ".join(missing)
-        raise ValueError(f"engine.name={name}: {type(engine).__name__} lacks {lacks} (swin_moe/engine/base.py: Engine)")
+    registry.check_members(engine, Engine, chosen=f"engine.name={name}", where="swin_moe/engine/base.py: Engine")
