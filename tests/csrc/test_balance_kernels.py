@@ -27,10 +27,13 @@ SHAPES = {  # tokens, experts, group size
 class BalanceLaunch(ctypes.Structure):
     """swin_moe::BalanceLaunch."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in TENSORS] + [(name, ctypes.c_int64) for name in NUMBERS] + [
-        ("noise_std", ctypes.c_double), ("weight", ctypes.c_double), ("z_weight", ctypes.c_double),
-        ("kind", ctypes.c_int64), ("wide", ctypes.c_int),
-    ]  # fmt: skip
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in TENSORS),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+        *((name, ctypes.c_double) for name in ("noise_std", "weight", "z_weight")),
+        ("kind", ctypes.c_int64),
+        ("wide", ctypes.c_int),
+    ]
 
 
 @pytest.fixture(scope="module")
