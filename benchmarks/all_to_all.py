@@ -67,8 +67,9 @@ def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict[str, Groups])
     ranks, rank = dist.get_world_size(), dist.get_rank()
     some = next(iter(groups_of.values()))
     with torch.device("meta"):
-        layer = MoELayer(dim, hidden, MoEConfig(num_experts=num_experts, top_k=top_k), fc2_bias=True, layer=0,
-                         init_std=0.02)  # fmt: skip
+        layer = MoELayer(
+            dim, hidden, MoEConfig(num_experts=num_experts, top_k=top_k), fc2_bias=True, layer=0, init_std=0.02
+        )
     parallelize(torch.nn.Sequential(layer), ParallelConfig(), some)
     experts = random_experts(layer.experts, CPU)
     routing = even_routing(tokens, num_experts, top_k=top_k, device=CPU)
@@ -104,9 +105,11 @@ def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict[str, Groups])
         waited = f"{1e3 * exposed:.0f}" if exposed == exposed else ""
         transport, payload, overlap, nodes = option
         if rank == 0:
-            print(f"| {name} | {transport} | {payload} | {overlap} | {nodes} | {1e3 * cpu:.0f} | {1e3 * wall:.0f} "
-                  f"| {cpu / base[0]:.2f} | {wall / base[1]:.2f} | {waited} | {leaves:.1f} | {crosses:.1f} |",
-                  flush=True)  # fmt: skip
+            print(
+                f"| {name} | {transport} | {payload} | {overlap} | {nodes} | {1e3 * cpu:.0f} | {1e3 * wall:.0f} "
+                f"| {cpu / base[0]:.2f} | {wall / base[1]:.2f} | {waited} | {leaves:.1f} | {crosses:.1f} |",
+                flush=True,
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -122,8 +125,10 @@ def main(argv: list[str]) -> None:
     }
     if dist.get_rank() == 0:
         print(f"{ranks} ranks, gloo, 1 thread each, torch {torch.__version__}, median of {rounds} rounds\n")
-        print("| tokens a rank x channels | transport | payload | overlap | nodes | CPU ms | wall ms | CPU ratio "
-              "| wall ratio | waited ms | MiB sent a rank | MiB to other nodes |\n" + "|---" * 12 + "|")  # fmt: skip
+        print(
+            "| tokens a rank x channels | transport | payload | overlap | nodes | CPU ms | wall ms | CPU ratio "
+            "| wall ratio | waited ms | MiB sent a rank | MiB to other nodes |\n" + "|---" * 12 + "|"
+        )
     for shape in SHAPES:
         run_shape(shape, rounds, groups_of)
 

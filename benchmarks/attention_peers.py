@@ -73,9 +73,14 @@ def fused(stage: Stage) -> Attend:
 
     def attend(qkv: Tensor, table: Tensor, factor: Tensor | None) -> Tensor:
         return fused_window_attention(
-            qkv, table, num_heads=stage.heads, window=(stage.window,) * 2, shift=(stage.shift,) * 2, scale=stage.scale,
+            qkv,
+            table,
+            num_heads=stage.heads,
+            window=(stage.window,) * 2,
+            shift=(stage.shift,) * 2,
+            scale=stage.scale,
             logit_scale=factor,
-        )  # fmt: skip
+        )
 
     return attend
 

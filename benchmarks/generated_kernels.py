@@ -31,11 +31,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 DEVICE = torch.device("cuda", 0)
 # NVIDIA H100 SXM, as CUDA reports it.
 PROPERTIES = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, warp_size=32,
-    max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
-    total_memory=80 * 2**30, L2_cache_size=50 * 2**20, gcnArchName="",
-)  # fmt: skip
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20,
+    gcnArchName="",
+)
 _CALLS = (
     re.compile(r"\b(triton_\w+)\.run\("),
     re.compile(r"\b(extern_kernels\.\w+)\("),

@@ -68,10 +68,13 @@ def open_run(argv: list[str]) -> Session:
     return open_session(
         config,
         [
-            "data.name=synthetic", "data.workers=0", "data.global_batch=2", "data.micro_batch=1", "parallel.zero=3",
-            "parallel.recompute=block", "engine.precision=bf16", "engine.device=cpu", "log.tensorboard=false", *given,
+            *(
+                "data.name=synthetic data.workers=0 data.global_batch=2 data.micro_batch=1 parallel.zero=3 "
+                "parallel.recompute=block engine.precision=bf16 engine.device=cpu log.tensorboard=false"
+            ).split(),
+            *given,
         ],
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -96,8 +99,11 @@ def main(argv: list[str]) -> None:
         weight = next(iter(trainer.engine.pieces())).tensor
         moved = float((weight - before).abs().max()) if before.numel() else 0.0
         if session.rank == 0:
-            print(f"           loss {loss:.4f}, gradient norm {stats.grad_norm:.4g}, skipped {stats.skipped}, "
-                  f"largest change of a weight {moved:.1e}", flush=True)  # fmt: skip
+            print(
+                f"           loss {loss:.4f}, gradient norm {stats.grad_norm:.4g}, skipped {stats.skipped}, "
+                f"largest change of a weight {moved:.1e}",
+                flush=True,
+            )
     sampler.done.set()
     held = sum(piece.chunk.numel for piece in trainer.engine.pieces())
     mine = torch.tensor([read_memory("status", "VmHWM:"), sampler.peak, baseline, 4 * held / GIB], dtype=torch.float64)
@@ -110,8 +116,10 @@ def main(argv: list[str]) -> None:
         print(f"rank {session.rank}: peak on the device {peak_memory(session.device) / GIB:.2f} GiB")
     if session.rank == 0:
         for rank, (high, pss, start, state) in enumerate(torch.stack(all_ranks).tolist()):
-            print(f"rank {rank}: peak {high:.2f} GiB resident, {pss:.2f} proportional; at start {start:.2f}; "
-                  f"parameters and optimizer state {state:.2f}")  # fmt: skip
+            print(
+                f"rank {rank}: peak {high:.2f} GiB resident, {pss:.2f} proportional; at start {start:.2f}; "
+                f"parameters and optimizer state {state:.2f}"
+            )
         high, pss = torch.stack(all_ranks)[:, :2].sum(dim=0).tolist()
         print(f"sum over {session.world_size} ranks: {high:.2f} GiB resident, {pss:.2f} GiB proportional")
 

@@ -142,8 +142,10 @@ def run_shape(shape: Shape, rounds: int) -> list[tuple[str, float, float]]:
     cpu, wall = medians.pop("ours")
     for name, (peer_cpu, peer_wall) in medians.items():
         found.append((name, peer_cpu / cpu, peer_wall / wall))
-        say(f"| {shape} | {name} | {1e3 * cpu:.0f} / {1e3 * wall:.0f} | {1e3 * peer_cpu:.0f} / {1e3 * peer_wall:.0f} "
-            f"| {peer_cpu / cpu:.2f} | {peer_wall / wall:.2f} |")  # fmt: skip
+        say(
+            f"| {shape} | {name} | {1e3 * cpu:.0f} / {1e3 * wall:.0f} | {1e3 * peer_cpu:.0f} / {1e3 * peer_wall:.0f} "
+            f"| {peer_cpu / cpu:.2f} | {peer_wall / wall:.2f} |"
+        )
     for name, reason in skipped.items():
         if "GiB" in reason:
             say(f"| {shape} | {name} | | skipped: {reason} | | |")
@@ -172,8 +174,14 @@ def compare_routing(rounds: int) -> None:
                 return route(logits, top_k=top_k, capacity=capacity, batch_prioritized=True, scores=scores)
 
             def theirs(scores=scores, top_k=top_k):
-                return extract_critical(scores, top_k=top_k, loss_fn=None, capacity_factor=1.25,
-                                        batch_prioritized_routing=True, normalize_gate=False)  # fmt: skip
+                return extract_critical(
+                    scores,
+                    top_k=top_k,
+                    loss_fn=None,
+                    capacity_factor=1.25,
+                    batch_prioritized_routing=True,
+                    normalize_gate=False,
+                )
 
             crit = theirs()[0]
             assert mine().capacity == crit[4] and torch.equal(mine().expert.t(), torch.stack(crit[1]).long())
@@ -210,8 +218,10 @@ def main(argv: list[str]) -> None:
     say("\n| peer | rows | CPU ratio median, smallest | wall ratio median, smallest |\n|---|---|---|---|")
     for (name, kind), found in ratios.items():
         of_cpu, of_wall = zip(*found)
-        say(f"| {name} | {len(found)} x {kind} | {statistics.median(of_cpu):.2f}, {min(of_cpu):.2f} "
-            f"| {statistics.median(of_wall):.2f}, {min(of_wall):.2f} |")  # fmt: skip
+        say(
+            f"| {name} | {len(found)} x {kind} | {statistics.median(of_cpu):.2f}, {min(of_cpu):.2f} "
+            f"| {statistics.median(of_wall):.2f}, {min(of_wall):.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -113,9 +113,11 @@ def measured_rates() -> Rates:
     product = timed([lambda: torch.mm(a, b)] * 4)
     clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
     return Rates(
-        2 * source.numel() / copy, 2 * 8192**3 / product, 16 * properties.multi_processor_count * clock,
+        2 * source.numel() / copy,
+        2 * 8192**3 / product,
+        16 * properties.multi_processor_count * clock,
         timed([lambda: small.zero_()] * 50),
-    )  # fmt: skip
+    )
 
 
 class Inputs:

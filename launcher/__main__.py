@@ -4,27 +4,35 @@ import os
 import sys
 
 from launcher import supervise
-from launcher.env import without_world
 from launcher.job.options import parser, split_at_dashes
 from launcher.job.prepare import prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the job's exit code; 2 with one sentence on stderr where the job cannot start."""
-    own, program = split_at_dashes(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["script"]:
+        from launcher import script  # its own options, and nothing is started
+
+        return script.main(arguments[1:])
+    own, program = split_at_dashes(arguments)
     try:
         options = parser().parse_args(own)
         job = prepare(options, program)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return 2
+    if not options.quiet:
+        print("\n".join(job.describe()), file=sys.stderr, flush=True)
     if options.dry_run:
-        print("\n".join(job.lines()))
+        print("\n".join(job.shell_lines()))
         return 0
-    environment = without_world(os.environ) | job.additions
     try:
         job.write_hostfile()
-        return supervise.run(job.command, environment, flavor=job.mpi.flavor, grace=options.grace)
+        return supervise.run(
+            job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
+            save_after=options.save_after,
+        )  # fmt: skip
     finally:
         job.remove_hostfile()
 

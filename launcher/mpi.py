@@ -19,7 +19,7 @@ from launcher.machine.binding import NO_BIND, bind, gpu_of, threads_of
 from launcher.machine.network import read_place
 from launcher.machine.software import NO_COMPARE, Software, read_software
 from launcher.machine.topology import Core, Machine, read_machine
-from launcher.meeting import rendezvous, tcp
+from launcher.meeting import rendezvous
 from launcher.meeting.rendezvous import Facts, Meeting
 
 
@@ -100,6 +100,8 @@ def _meet_over_mpi() -> RankEnv:
 
 def _meet_over_tcp() -> RankEnv:
     """Returns the facts of a task of srun --mpi=none. Slurm binds its tasks; where it left them free, so do we."""
+    from launcher.meeting import tcp
+
     env = parse_slurm(os.environ)
     machine = read_machine(os.environ)
     cores = list(machine.cores)

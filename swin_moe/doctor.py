@@ -165,9 +165,21 @@ def path_lines() -> Iterator[Line]:
         for dtype in ("float32", "bfloat16"):
             for gradients in (False, True):
                 case = Case(
-                    device, dtype, "float32", "float32", "float32", window, heads, head_dim, qkv_bias=True,
-                    cosine=cosine, shifted=True, padded=False, gradients=gradients, windows=WINDOWS,
-                )  # fmt: skip
+                    device,
+                    dtype,
+                    "float32",
+                    "float32",
+                    "float32",
+                    window,
+                    heads,
+                    head_dim,
+                    qkv_bias=True,
+                    cosine=cosine,
+                    shifted=True,
+                    padded=False,
+                    gradients=gradients,
+                    windows=WINDOWS,
+                )
                 rounds, windows = measure(case)
                 times = ", ".join(f"{path} {1e3 * statistics.median(s):.2f}" for path, s in rounds.items())
                 kind = f"{dtype}, {'training' if gradients else 'evaluation'}"

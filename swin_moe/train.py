@@ -55,9 +55,11 @@ class Trainer:
         self.identity = RunIdentity.of(config, self.loader.dataset, self.eval_loader.dataset)
         self.identity.compare_ranks(session.groups.world)
         self.schedule = build_schedule(
-            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch,
+            config.optim,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch=config.data.global_batch,
             delay=int(config.compat.official),
-        )  # fmt: skip
+        )
         self.engine: Engine = engine(
             build_meta_model(session, self.task),
             config=config,

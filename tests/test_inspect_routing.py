@@ -10,9 +10,16 @@ from swin_moe.inspect_routing import RoutingRecorder, _picture_paths
 from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches, expert_colour, heat
 
 SMALL = dict(
-    img_size=(32, 48), patch_size=4, num_classes=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2], window_size=4,
-    moe_blocks=[[1], [0]], num_experts=4,
-)  # fmt: skip
+    img_size=(32, 48),
+    patch_size=4,
+    num_classes=3,
+    embed_dim=16,
+    depths=[2, 2],
+    num_heads=[1, 2],
+    window_size=4,
+    moe_blocks=[[1], [0]],
+    num_experts=4,
+)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from swin_moe.engine.base import Serves
 from swin_moe.engine.replicated import ReplicatedEngine
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.routers import Router, LinearRouter
+from swin_moe.tasks.base import Task
 from swin_moe.tasks.classify import Classify
 
 seen = []
@@ -35,6 +36,18 @@ class Halved(Classify):
     def loss(self, model, batch, context):
         seen.append("task")
         return super().loss(model, batch, context)
+
+
+class Lossless(Task):
+    def evaluate(self, model, batches, context):
+        return {"loss": 0.0}
+
+
+class Foreign:
+    metric = "loss"
+
+    def loss(self, model, batch, context):
+        return None
 
 
 class Negated(LinearRouter):
@@ -180,6 +193,16 @@ def test_all_five_train_together_and_continue(elsewhere, tmp_path):
     "option, sentence",
     [
         ("task.name=elsewhere.nowhere:X", "task.name=elsewhere.nowhere:X: there is no module elsewhere.nowhere"),
+        (
+            "task.name=elsewhere.parts:Lossless",
+            ": Lossless lacks loss (swin_moe/tasks/base.py: Task)",
+        ),
+        (
+            "task.name=elsewhere.parts:Foreign",
+            "Foreign lacks teacher, higher_is_better, needs_partners, needs_views, changes_weights, needs_teacher, "
+            "build_network, connect, evaluate, after_step, pictures (",
+        ),
+        ("task.name=elsewhere.parts:seen", "lacks"),
         ("engine.name=elsewhere.parts:X", "engine.name=elsewhere.parts:X: the module elsewhere.parts has no X"),
         (
             "engine.name=elsewhere.parts:Unfinished",

@@ -58,10 +58,16 @@ def test_a_rank_without_mpi_ends_with_its_sentence_and_no_word_of_the_interprete
     world = without_world(os.environ) | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     words = [sys.executable, "-c", code, "digits_swin_moe", "run.name=none"]
     ranks = [
-        subprocess.Popen(words, env=world | {"RANK": str(r), "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            words,
+            env=world | {"RANK": str(r), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     out, err = ranks[0].communicate(timeout=120)
     ranks[1].kill()
     ranks[1].communicate()

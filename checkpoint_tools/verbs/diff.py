@@ -19,7 +19,7 @@ from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.config.tasks import nested
 from swin_moe.layout import Chunk
 
-_PIECE = 1 << 18  # elements decoded at once: 2 MiB as float64
+_AT_ONCE = 1 << 18  # elements decoded at once: 2 MiB as float64
 
 
 class Delta(NamedTuple):
@@ -113,8 +113,8 @@ def _elements(source: Source, name: str, box: Chunk) -> tuple[np.ndarray, str]:
 def _delta(a: np.ndarray, b: np.ndarray, a_dtype: str, b_dtype: str) -> Delta:
     """Returns how raw elements differ: by value where the dtypes do, else by bits."""
     elements, largest = 0, 0.0
-    for start in range(0, len(a), _PIECE):
-        parts = a[start : start + _PIECE], b[start : start + _PIECE]
+    for start in range(0, len(a), _AT_ONCE):
+        parts = a[start : start + _AT_ONCE], b[start : start + _AT_ONCE]
         values = decode(parts[0], a_dtype), decode(parts[1], b_dtype)
         with np.errstate(invalid="ignore"):
             step = np.abs(values[0] - values[1])

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_format_argument(parser)
     add("--last", action="store_true", help="the last weights also where the checkpoint has averaged ones (ema/)")
     add("--batch", type=int, metavar="N", help="images per call of an exported network (default: any; 1 "
-        "for networks with experts)")  # fmt: skip
+        "where several images share the slots of experts)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:

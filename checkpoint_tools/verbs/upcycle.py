@@ -64,11 +64,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, options: Options) -> int:
     """Writes the network with experts, and says whether it computes what the dense one does."""
     with open_source(arguments.source, options, arguments.format) as dense:
-        plan = Upcycling(dense, arguments)
-        source = plan.source()
+        upcycling = Upcycling(dense, arguments)
+        source = upcycling.source()
         write_or_plan(source, arguments.destination, options, dry_run=arguments.dry_run)
         if not arguments.dry_run and not arguments.no_check:
-            report_difference(dense, arguments.destination, options, exact=plan.is_exact, config=plan.dense_config)
+            config = upcycling.dense_config
+            report_difference(dense, arguments.destination, options, exact=upcycling.is_exact, config=config)
     return 0
 
 

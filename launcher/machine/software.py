@@ -30,7 +30,7 @@ class Software:
 def read_software(*, packages: bool) -> Software:
     """Returns this rank's, in about a millisecond: the names of folders say which versions are installed."""
     where = f"{sys.version.split()[0]} {sys.executable}"
-    return Software(where, _driver(), _packages() if packages else None, time.time())
+    return Software(where, _driver(), installed_packages() if packages else None, time.time())
 
 
 def differences(ranks: Sequence[Software]) -> list[str]:
@@ -67,7 +67,7 @@ def _driver() -> str:
     return "-"
 
 
-def _packages() -> dict[str, str]:
+def installed_packages() -> dict[str, str]:
     """Returns {name: version} of what is installed where this Python looks, the first place of each."""
     found: dict[str, str] = {}
     for folder in sys.path:

@@ -1,6 +1,6 @@
 """How the ranks of a world agree where rank 0 is to be met, and over which interface: one gather and one broadcast."""
 
-import random
+import os
 import socket
 from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict, dataclass
@@ -113,7 +113,8 @@ def free_port(address: str) -> int:
     It is tried on the address of the meeting alone; the listener is gone when this returns.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+    for _ in range(100):
+        port = 10_000 + int.from_bytes(os.urandom(4), "big") % 20_000
         with socket.socket(family) as listener:
             try:
                 listener.bind((address, port))

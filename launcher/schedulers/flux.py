@@ -1,15 +1,18 @@
-"""Flux's allocation: a Flux instance started by flux alloc or flux batch.
+"""Flux: its allocation, an instance started by flux alloc or flux batch, and its batch script.
 
 Source: flux-core 0.62, man pages flux-environment(7) (FLUX_URI, FLUX_JOB_ID, set for what runs inside of a job),
-flux-broker-attributes(7) (hostlist: the hosts in broker rank order, in short form) and flux-getattr(1).
+flux-broker-attributes(7) (hostlist: the hosts in broker rank order, in short form) and flux-getattr(1). flux-batch(1):
+"# flux:" lines, --job-name, --nodes, --nslots, --cores-per-slot, --gpus-per-node, --time-limit, --queue, --bank,
+--output; flux(1): --parent. The launcher keeps the time itself, as a signal would go to the brokers.
 """
 
+import shlex
 import subprocess
 from collections.abc import Mapping
 
 from launcher.hosts.hostfile import Host, merge
 from launcher.hosts.nodelist import expand
-from launcher.schedulers.base import Scheduler
+from launcher.schedulers.base import Batch, Scheduler, shell_script
 
 _SECONDS = 30
 
@@ -29,4 +32,20 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
     return merge(Host(name, None) for name in expand(found.stdout.strip()))
 
 
-FLUX = Scheduler("flux", "Flux", hosts)
+def script(batch: Batch) -> str:
+    """Returns what flux batch takes."""
+    wanted = {
+        "job-name": batch.name, "nodes": batch.nodes, "nslots": batch.nodes * batch.ranks_per_node,
+        "cores-per-slot": batch.cores_per_rank, "gpus-per-node": batch.gpus_per_node, "time-limit": f"{batch.seconds}s",
+        "queue": batch.queue, "bank": batch.account, "output": f"{batch.name}-{{{{id}}}}.out",
+    }  # fmt: skip
+    ranks = str(batch.nodes * batch.ranks_per_node)
+    return shell_script(
+        batch, [f"# flux: --{name}={value}" for name, value in wanted.items() if value],
+        launch=batch.launch("-n", ranks, "--save-after", str(batch.seconds - batch.warning)),
+        again=f"flux --parent batch {shlex.quote(batch.file)}",
+        why_again="Saved before its end: another job continues from there.",
+    )  # fmt: skip
+
+
+FLUX = Scheduler("flux", "Flux", hosts, script, "flux batch", ".flux")

@@ -1,13 +1,14 @@
-"""LSF's allocation.
+"""LSF: its allocation and its batch script.
 
 Source: IBM Spectrum LSF 10.1 Reference, "Environment variables set for job execution": $LSB_DJOB_HOSTFILE (a host once
-for each slot), LSB_MCPU_HOSTS ("hostA 4 hostB 2").
+for each slot), LSB_MCPU_HOSTS ("hostA 4 hostB 2"). bsub: -J, -n, -R "span[ptile=]", -gpu "num=/host", -W [hour:]minute,
+-q, -P, -o, -wa and -wt (signal before the limit), -Q (exit codes with which the job goes back into the queue).
 """
 
 from collections.abc import Mapping
 
 from launcher.hosts.hostfile import Host, merge
-from launcher.schedulers.base import Scheduler, read_nodefile
+from launcher.schedulers.base import Batch, Scheduler, read_nodefile, shell_script
 
 
 def hosts(environ: Mapping[str, str]) -> list[Host]:
@@ -23,4 +24,22 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
     return merge(Host(name, int(count)) for name, count in zip(names, counts))
 
 
-LSF = Scheduler("lsf", "LSF", hosts)
+def script(batch: Batch) -> str:
+    """Returns what bsub reads."""
+    minutes = -(-batch.seconds // 60)
+    head = [
+        f"#BSUB -J {batch.name}", f"#BSUB -n {batch.nodes * batch.ranks_per_node}",
+        f'#BSUB -R "span[ptile={batch.ranks_per_node}] affinity[core({batch.cores_per_rank})]"',
+        f"#BSUB -W {minutes // 60}:{minutes % 60:02d}", f"#BSUB -o {batch.name}-%J.out",
+        "#BSUB -wa USR1", f"#BSUB -wt {max(1, batch.warning // 60)}", f'#BSUB -Q "{batch.again}"',
+    ]  # fmt: skip
+    head += [f'#BSUB -gpu "num={batch.gpus_per_node}/host"'] if batch.gpus_per_node else []
+    head += [f"#BSUB -q {batch.queue}"] if batch.queue else []
+    head += [f"#BSUB -P {batch.account}"] if batch.account else []
+    return shell_script(
+        batch, head, launch=batch.launch(), again="",
+        why_again=f"Exit code {batch.again}, saved before its end, has LSF put the job back into the queue (-Q).",
+    )  # fmt: skip
+
+
+LSF = Scheduler("lsf", "LSF", hosts, script, "bsub <", ".lsf")

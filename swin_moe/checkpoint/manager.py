@@ -171,9 +171,17 @@ class CheckpointManager:
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             config = dataclasses.asdict(config)
         return save(
-            self.root, step, pieces, state=state, config=config, group=self._save_group, file_size=self._file_size,
-            keep=self._keep, best=best, background=self._background,
-        )  # fmt: skip
+            self.root,
+            step,
+            pieces,
+            state=state,
+            config=config,
+            group=self._save_group,
+            file_size=self._file_size,
+            keep=self._keep,
+            best=best,
+            background=self._background,
+        )
 
     def resume(self, pieces: Iterable[Piece], *, source: str = "") -> dict[str, Any] | None:
         """Returns the state of the checkpoint that `pieces` were filled from; None if the run has no checkpoint yet.
@@ -290,11 +298,22 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     table = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
     assert table.keys() == DTYPE_BYTES.keys()
     return table[name]
 

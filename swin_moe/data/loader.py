@@ -13,7 +13,7 @@ Shape legend: B images of a micro-batch (0 is legal), X extra partner images (at
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swin_moe.config import DataConfig
 from swin_moe.data.base import Dataset
+from swin_moe.data.batch import Batch
 from swin_moe.data.datasets import BrokenImage, build_dataset
 from swin_moe.data.listing import Relabeled
 from swin_moe.data.transforms import Transform, augment_key, build_transform
@@ -29,7 +30,6 @@ from swin_moe.data.views import ViewTransform
 from swin_moe.data.workers import WorkerPool
 from swin_moe.randomness import PURPOSES, derive_key
 
-Batch = dict[str, Any]
 _log = logging.getLogger(__name__)
 _MAX_BROKEN_RUN = 256  # broken images in a row, without a good one, that on_broken=skip puts up with
 
@@ -113,7 +113,7 @@ class ImageSource:
             own += place < request.own
         pixels = torch.stack(images) if images else torch.empty(0, 3, *self._img_size)
         labels = torch.tensor(targets, dtype=torch.int64)
-        batch = {
+        batch: Batch = {
             "image": pixels[:own],
             "target": labels[:own],
             "sample": torch.tensor(samples[:own], dtype=torch.int64),
@@ -329,15 +329,33 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self, config: DataConfig, img_size: int | tuple[int, int], rank: int, world_size: int, batch: int, *,
-        pin_memory: bool = False, num_classes: int = 0, split: str = "val", classes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        config: DataConfig,
+        img_size: int | tuple[int, int],
+        rank: int,
+        world_size: int,
+        batch: int,
+        *,
+        pin_memory: bool = False,
+        num_classes: int = 0,
+        split: str = "val",
+        classes: Sequence[str] = (),
+    ) -> None:
         if batch < 1:
             raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
         super().__init__(
-            config, img_size, train=False, rank=rank, world_size=world_size, seed=0, partners=False,
-            pin_memory=pin_memory, num_classes=num_classes, split=split, classes=classes,
-        )  # fmt: skip
+            config,
+            img_size,
+            train=False,
+            rank=rank,
+            world_size=world_size,
+            seed=0,
+            partners=False,
+            pin_memory=pin_memory,
+            num_classes=num_classes,
+            split=split,
+            classes=classes,
+        )
         self._batch = batch
         self.num_samples = len(self.dataset)
 

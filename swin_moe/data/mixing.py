@@ -9,15 +9,14 @@ images within the local batch.
 Shape legend: B images of a micro-batch, H height, W width, K classes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swin_moe.config import ClassifyOptions
+from swin_moe.data.batch import Batch
 from swin_moe.randomness import PURPOSES, derive_key
 
 
@@ -66,7 +65,7 @@ def _interval(centre: int, length: int, limit: int, *, official: bool = False) -
     return max(0, centre - length // 2), min(limit, centre + (length + (not official)) // 2)
 
 
-def partners(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def partners(batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns (images (B, 3, H, W), targets (B,)), the partners in a batch of TrainLoader(partners=True)."""
     images = torch.cat([batch["image"], batch["extra_image"]]) if len(batch["extra_image"]) else batch["image"]
     targets = torch.cat([batch["target"], batch["extra_target"]])

@@ -95,11 +95,11 @@ class WindowAttention(nn.Module):
     Parameter names are the official ones. log_cpb: the bias is a small network of log-spaced coordinates instead of a
     table; bias_sigmoid: squashed to (0, 16); cosine: scores are cosines times a learned factor (SwinV2).
 
-    chunk: Windows attended at once; 0 = all. One chunk after the other, with their scores, queries, keys and values
+    at_once: Windows attended at once; 0 = all. Turn after turn, with their scores, queries, keys and values
     forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
     section 3.5).
 
-    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Chunks, weights that are dropped in
+    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Windows in turns, weights dropped in
     training, and anything in the place of qkv or proj (LoRA, quantization) are computed window by window whatever it
     says. Hooks on qkv and proj are called.
     """
@@ -119,11 +119,11 @@ class WindowAttention(nn.Module):
         drop: float,
         attn_drop: float,
         layer: int,
-        chunk: int = 0,
+        at_once: int = 0,
         path: str = "auto",
     ) -> None:
         super().__init__()
-        self.window, self.num_heads, self.layer, self.chunk = window, num_heads, layer, chunk
+        self.window, self.num_heads, self.layer, self.at_once = window, num_heads, layer, at_once
         self.pretrained_window = pretrained_window or window
         self.bias_sigmoid, self.drop, self.attn_drop = bias_sigmoid, drop, attn_drop
         self.scale = qk_scale or (dim // num_heads) ** -0.5
@@ -151,7 +151,7 @@ class WindowAttention(nn.Module):
         shape = HalfShape(self.num_heads, (self.window,) * 2, (shift,) * 2, self.scale)
         drops = random is not None and self.attn_drop > 0.0
         plain = is_plain(self.qkv) and is_plain(self.proj)
-        if self.chunk or drops or not (plain or self._only_hooked(x_BHWC)):
+        if self.at_once or drops or not (plain or self._only_hooked(x_BHWC)):
             x = self._attend_cut(x_BHWC, shape, random)
         else:
             tensors = self._half_tensors()
@@ -165,12 +165,12 @@ class WindowAttention(nn.Module):
         return ours and x_BHWC.shape[1] % self.window == 0 and x_BHWC.shape[2] % self.window == 0
 
     def _attend_cut(self, x_BHWC: Tensor, shape: HalfShape, random: RandomContext | None) -> Tensor:
-        """Returns (B, H, W, C), window by window: in chunks, or with weights dropped."""
+        """Returns (B, H, W, C), window by window: some at once, or with weights dropped."""
         windows, full = cut(x_BHWC, shape)
         bias = self.position_bias()
         mask = seam_mask(full, shape, bias)
-        if 0 < self.chunk < windows.shape[0]:
-            out = self._attend_in_chunks(windows, bias, mask, x_BHWC.shape[0], random)
+        if 0 < self.at_once < windows.shape[0]:
+            out = self._attend_in_turns(windows, bias, mask, x_BHWC.shape[0], random)
         else:
             rows = self._dropout_rows(windows, x_BHWC.shape[0], random)
             out = self._attend(windows, bias, mask, rows, random)
@@ -187,19 +187,24 @@ class WindowAttention(nn.Module):
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
             factor = factor.view(len(x_WNC), self.num_heads, tokens, tokens)
         out = attend_windows(
-            qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale, dropout_WHNN=factor,
+            qkv,
+            bias,
+            mask,
+            scale=self.scale,
+            logit_scale=self.logit_scale,
+            dropout_WHNN=factor,
             implementation="auto" if self.path == "fused" else self.path,
-        )  # fmt: skip
+        )
         return self.proj(out)
 
-    def _attend_in_chunks(
+    def _attend_in_turns(
         self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, batch: int, random: RandomContext | None
     ) -> Tensor:
-        """Returns what _attend does, holding the scores of one chunk at a time."""
+        """Returns what _attend does, holding the scores of `at_once` windows at a time."""
         rows, outputs = self._dropout_rows(x_WNC, batch, random), []
         per_window = self.num_heads * x_WNC.shape[1]
-        for start in range(0, len(x_WNC), self.chunk):
-            x = x_WNC[start : start + self.chunk]
+        for start in range(0, len(x_WNC), self.at_once):
+            x = x_WNC[start : start + self.at_once]
             part_mask = part_rows = None
             if mask is not None:
                 part_mask = mask[torch.arange(start, start + len(x), device=mask.device) % len(mask)]

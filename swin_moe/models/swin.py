@@ -61,11 +61,21 @@ class Block(nn.Module):
         else:
             pretrained = config.pretrained_window_sizes[stage] if stage < len(config.pretrained_window_sizes) else 0
             self.attn = WindowAttention(
-                dim, geometry.window, heads, layer=layer, pretrained_window=pretrained, qkv_bias=config.qkv_bias,
-                log_cpb=variant.bias == "log_cpb", bias_sigmoid=variant.bias_sigmoid, cosine=variant.scores == "cosine",
-                qk_scale=config.qk_scale, drop=config.drop_rate, attn_drop=config.attn_drop_rate,
-                chunk=config.attention_chunk, path=config.attention,
-            )  # fmt: skip
+                dim,
+                geometry.window,
+                heads,
+                layer=layer,
+                pretrained_window=pretrained,
+                qkv_bias=config.qkv_bias,
+                log_cpb=variant.bias == "log_cpb",
+                bias_sigmoid=variant.bias_sigmoid,
+                cosine=variant.scores == "cosine",
+                qk_scale=config.qk_scale,
+                drop=config.drop_rate,
+                attn_drop=config.attn_drop_rate,
+                at_once=config.attention_chunk,
+                path=config.attention,
+            )
         self.norm2 = nn.LayerNorm(dim)
         hidden_dim = int(dim * config.mlp_ratio)
         if stage < len(config.moe.blocks) and index in config.moe.blocks[stage]:

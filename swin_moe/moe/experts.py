@@ -42,9 +42,13 @@ class Dropout:
         """Returns which units of the hidden layer (N, H) are dropped; the others are divided by 1 - rate."""
         assert isinstance(self.pair, Tensor), "rows in slices have a dropout of each"
         return UnitDraw(
-            self.random, self.pair, purpose="expert_dropout", layer=self.layer,
-            drop=self.rate, scale=1.0 / (1.0 - self.rate),
-        )  # fmt: skip
+            self.random,
+            self.pair,
+            purpose="expert_dropout",
+            layer=self.layer,
+            drop=self.rate,
+            scale=1.0 / (1.0 - self.rate),
+        )
 
 
 def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:

@@ -31,11 +31,10 @@ from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.tune import tune
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
-from swin_moe.registry import lookup
 from swin_moe.run.expert_load import moe_layers
 from swin_moe.run.metrics import LOGGER
 from swin_moe.run.state import STOPPED, Stopped
-from swin_moe.tasks.base import TASKS, Task, build_task
+from swin_moe.tasks.base import Task, build_task, find_task
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
 _BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
@@ -139,8 +138,7 @@ def default_threads() -> int:
 def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError where a world of this many ranks cannot run the config; pure arithmetic, starts nothing."""
     config.check(world_size)
-    task = lookup(TASKS, config.task.name, key="task.name")
-    check_engine(config, world_size, changes_weights=task.changes_weights)
+    check_engine(config, world_size, changes_weights=find_task(config).changes_weights)
     Degrees.resolve(*layout_of(config), world_size)
 
 

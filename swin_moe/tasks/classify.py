@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.data.mixing import mix, mixing_enabled, partners
 from swin_moe.models.layers import widened
 from swin_moe.randomness import RandomContext
@@ -37,7 +38,7 @@ class Classify(Task):
         super().__init__(config)
         self.needs_partners = mixing_enabled(config.task.classify)
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         partner_images, partner_targets = partners(batch) if "partner" in batch else (None, None)
         images, target_BK = mix(
@@ -61,7 +62,7 @@ class Classify(Task):
         return micro_loss(task, aux, len(images), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. Every sample counts once; sums are reduced once at the end, as integers and float64."""
         totals = None
         for batch in batches:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.data.batch import Batch
 from swin_moe.models import SwinTransformer
 from swin_moe.tasks.base import StepContext
 
@@ -25,7 +26,7 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[dict], context: StepContext) -> Features:
+def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[Batch], context: StepContext) -> Features:
     """Returns the features of this rank's images. feature_of: images -> (B, C)."""
     features, labels = [], []
     for batch in batches:

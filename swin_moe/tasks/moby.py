@@ -8,19 +8,18 @@ Shape legend: B images of this rank, D channels of keys, Q rows of a queue.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.data.batch import Batch
 from swin_moe.models.contrastive import BatchNorm, ContrastiveModel
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
 from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, build_encoder, micro_loss
 from swin_moe.tasks.features import everywhere, extract, gathered
 
 
@@ -35,10 +34,8 @@ class MoBY(Task):
     def build_network(self) -> Network:
         """See Task. The encoders have no head, whatever model.num_classes says."""
         task = self.config.task.moby
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
         return ContrastiveModel(
-            encoder, queue=task.queue, temperature=task.temperature, hidden_dim=task.hidden_dim,
+            build_encoder(self.config), queue=task.queue, temperature=task.temperature, hidden_dim=task.hidden_dim,
             num_features=task.num_features,
         )  # fmt: skip
 
@@ -49,7 +46,7 @@ class MoBY(Task):
             if isinstance(module, BatchNorm):
                 module.exchange = None if groups.world is None else RankExchange(groups.world)
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         sample = batch["sample"]
         random = RandomContext(self.config.run.seed, context.step, sample)
@@ -78,7 +75,7 @@ class MoBY(Task):
         self._keys = None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task: how many validation images have a nearest other validation image of their class, percent.
 
         Labels serve this number only. `swin-moe evaluate-features` compares with the training images.

@@ -10,7 +10,6 @@ P pictures.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swin_moe.models.heads import (
     MaskedImageModel,
@@ -29,9 +29,8 @@ from swin_moe.models.heads import (
 )
 from swin_moe.models.layers import widened
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext, bits
-from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, build_encoder, micro_loss
 
 _MIN_TILE = 96  # pixels a side that a drawn image has at least
 
@@ -53,8 +52,7 @@ class SimMIM(Task):
 
     def build_network(self) -> Network:
         """See Task. The encoder has no head, whatever model.num_classes says."""
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute, mask_token=True)
+        encoder = build_encoder(self.config, mask_token=True)
         return MaskedImageModel(encoder, official_groups=self.config.compat.official)
 
     def masks(self, sample_B: Tensor, *, step: int | None) -> Tensor:
@@ -72,7 +70,7 @@ class SimMIM(Task):
         window = self.config.task.simmim.target_window
         return normalize_targets(image, window) if window else image
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task. The official mean over hidden pixels of the whole batch, however it is cut."""
         image = batch["image"]
         mask = self.masks(batch["sample"], step=context.step)
@@ -84,7 +82,7 @@ class SimMIM(Task):
         return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. mean_loss is that of predicting, per image and channel, the mean of its visible pixels."""
         totals, drawn = None, None
         for batch in batches:

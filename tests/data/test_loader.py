@@ -19,8 +19,9 @@ def train_loader(
     config: DataConfig, *, rank=0, world=1, micro_batch=None, accumulation=1, size=12, **options
 ) -> TrainLoader:
     micro_batch = micro_batch or config.global_batch // (world * accumulation)
-    return TrainLoader(config, size, seed=7, rank=rank, world_size=world, micro_batch=micro_batch,
-                       accumulation=accumulation, **options)  # fmt: skip
+    return TrainLoader(
+        config, size, seed=7, rank=rank, world_size=world, micro_batch=micro_batch, accumulation=accumulation, **options
+    )
 
 
 def union(config: DataConfig, steps: range, *, world=1, accumulation=1, **options) -> dict:

@@ -96,8 +96,14 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def compare_backends(case: Case) -> dict[tuple[str, str], dict]:
     """Returns (backend, dtype) -> this rank's differences from native, and the dispatcher that was used."""
-    groups = build_groups(case.parallel, case.experts, torch.device("cpu"), routing_ranks=case.routing_ranks,
-                          two_hops=case.config.transport == "hierarchical", hosts=case.hosts)  # fmt: skip
+    groups = build_groups(
+        case.parallel,
+        case.experts,
+        torch.device("cpu"),
+        routing_ranks=case.routing_ranks,
+        two_hops=case.config.transport == "hierarchical",
+        hosts=case.hosts,
+    )
     found = {}
     # A payload rounds numbers that differ in their last bits now and then to different ones; in float64, never.
     dtypes = (torch.float64, torch.float32) if case.config.payload == "none" else (torch.float64,)

@@ -73,8 +73,15 @@ class Case:
     @property
     def oracle(self) -> "Case":
         """Returns the same training on one rank."""
-        return Case("torch", 0, 1, num_experts=self.num_experts, precision=self.precision, uneven=self.uneven,
-                    options=self.options)  # fmt: skip
+        return Case(
+            "torch",
+            0,
+            1,
+            num_experts=self.num_experts,
+            precision=self.precision,
+            uneven=self.uneven,
+            options=self.options,
+        )
 
     @property
     def overrides(self) -> list[str]:
@@ -105,10 +112,16 @@ SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0
 
 # Router state that no gradient moves: a bias that follows the loads of all ranks and micro-batches. And what is dense.
 BALANCED = (
-    "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none", "model.moe.top_k=2",
-    "model.moe.normalize_gate=true", "model.moe.z_loss_weight=0.01", "model.moe.shared_experts=1",
-    "model.moe.expert_groups=4", "model.moe.group_limit=3",
-)  # fmt: skip
+    "model.moe.scores=sigmoid",
+    "model.moe.bias_rate=0.01",
+    "model.moe.balance_loss=none",
+    "model.moe.top_k=2",
+    "model.moe.normalize_gate=true",
+    "model.moe.z_loss_weight=0.01",
+    "model.moe.shared_experts=1",
+    "model.moe.expert_groups=4",
+    "model.moe.group_limit=3",
+)
 GLOBAL = ("model.moe.balance_scope=global", "model.moe.top_k=2")
 EXPERTS_CHOOSE = ("model.moe.choice=expert", "model.moe.balance_loss=none", "model.moe.top_k=2")
 SOFT = ("model.moe.choice=soft", "model.moe.balance_loss=none", "model.moe.slots=3")
@@ -198,11 +211,23 @@ CASES = (
         Case("torch", zero, world, expert, shard, experts, precision, accumulation, recompute, uneven, full=True)
         for zero in (0, 1, 2, 3)
         for world, expert, shard, experts in (
-            (2, 2, 1, 4), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 4),
-            (4, 4, 1, 4), (4, 2, 1, 4), (4, 2, 2, 4), (4, 1, 2, 3), (4, 1, 4, 2), (4, 4, 1, 5), (4, 1, 1, 3),
+            (2, 2, 1, 4),
+            (2, 1, 1, 3),
+            (2, 2, 1, 3),
+            (2, 1, 2, 4),
+            (4, 4, 1, 4),
+            (4, 2, 1, 4),
+            (4, 2, 2, 4),
+            (4, 1, 2, 3),
+            (4, 1, 4, 2),
+            (4, 4, 1, 5),
+            (4, 1, 1, 3),
         )
         for precision, accumulation, recompute, uneven in (
-            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 1, False, True), ("fp32", 2, True, False),
+            ("fp64", 2, False, True),
+            ("fp64", 1, True, False),
+            ("fp32", 1, False, True),
+            ("fp32", 2, True, False),
         )
     ),
     *(
@@ -216,7 +241,9 @@ CASES = (
         for zero in (1, 2, 3)
         for world, expert, shard in ((2, 2, 1), (2, 1, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 1, 4))
         for accumulation, recompute, uneven, offload in (
-            (1, True, True, "none"), (2, False, True, "none"), (2, True, False, "optimizer"),
+            (1, True, True, "none"),
+            (2, False, True, "none"),
+            (2, True, False, "optimizer"),
         )
     ),
     *(
@@ -224,7 +251,9 @@ CASES = (
         for zero in (1, 2)
         for world, expert, shard, experts in ((2, 2, 1, 4), (2, 1, 1, 3), (4, 2, 2, 4), (4, 4, 1, 5), (4, 1, 1, 3))
         for precision, accumulation, recompute, uneven in (
-            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 2, True, True),
+            ("fp64", 2, False, True),
+            ("fp64", 1, True, False),
+            ("fp32", 2, True, True),
         )
     ),
     *(
@@ -232,7 +261,7 @@ CASES = (
         for engine, zero in (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fairscale", 1), ("fairscale", 2))
         for precision in ("bf16", "fp16")
     ),
-)  # fmt: skip
+)
 
 
 # Every one of these writes the same checkpoint for the same state, and continues every other's.

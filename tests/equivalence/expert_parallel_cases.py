@@ -260,8 +260,14 @@ def run_spread(case: Case) -> dict:
     """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
     expected = run_alone(case)
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = build_groups(case.parallel, case.experts, torch.device("cpu"), routing_ranks=case.routing_ranks,
-                          two_hops=case.config.transport == "hierarchical", hosts=case.hosts)  # fmt: skip
+    groups = build_groups(
+        case.parallel,
+        case.experts,
+        torch.device("cpu"),
+        routing_ranks=case.routing_ranks,
+        two_hops=case.config.transport == "hierarchical",
+        hosts=case.hosts,
+    )
     with torch.device("meta"):
         net = Net(build(case))
     net = parallelize(net, case.parallel, groups).to_empty(device="cpu").initialize(case)
@@ -294,8 +300,9 @@ def run_spread(case: Case) -> dict:
     grads = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
     trained = {n: grad for n, grad in grads.items() if grad is not None}
     assert grads.keys() == trained.keys() == expected["grads"].keys()
-    errors["expert_grads"] = max(error(trained[n], expected["grads"][n][own[n]])
-                                 for n, p in expert_parameters(net) if p.requires_grad)  # fmt: skip
+    errors["expert_grads"] = max(
+        error(trained[n], expected["grads"][n][own[n]]) for n, p in expert_parameters(net) if p.requires_grad
+    )
     errors["dense_grads"] = max(error(trained[n], expected["grads"][n]) for n, _ in dense)
     norm = global_grad_norm(net, groups)
     errors["norm"] = error(norm, expected["norm"])
@@ -303,9 +310,14 @@ def run_spread(case: Case) -> dict:
     errors["clip"] = error(global_grad_norm(net, groups), 0.5 * norm * (norm / (norm + 1e-6)))
     twin = copy.deepcopy(net).eval()  # an averaged copy of the weights talks to the same ranks
     errors["copy"] = error(twin.mlp(x)[0], net.eval().mlp(x)[0])
-    return {"errors": errors, "norm": float(norm).hex(), "degrees": groups.degrees,
-            "dispatcher": type(net.mlp.dispatcher).__name__, "transport": transport_of(net.mlp),
-            "kept": stats.kept.tolist()}  # fmt: skip
+    return {
+        "errors": errors,
+        "norm": float(norm).hex(),
+        "degrees": groups.degrees,
+        "dispatcher": type(net.mlp.dispatcher).__name__,
+        "transport": transport_of(net.mlp),
+        "kept": stats.kept.tolist(),
+    }
 
 
 def transport_of(layer: MoELayer) -> str:

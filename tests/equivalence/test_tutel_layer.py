@@ -81,17 +81,30 @@ def peer_of(layer: MoELayer, drawn: Drawn, num_local: int):
         gate |= {"type": "cosine_top", "proj_dim": config.cosine_dim, "init_t": config.cosine_init_t}
     peer = moe.moe_layer(
         gate_type=gate,
-        experts={"type": "ffn", "num_experts_per_device": num_local, "hidden_size_per_expert": drawn.hidden,
-                 "activation_fn": F.gelu},
-        model_dim=drawn.dim, batch_prioritized_routing=config.batch_prioritized,
-        normalize_gate=config.normalize_gate, is_gshard_loss=config.balance_loss == "gshard",
-    ).train(drawn.training)  # fmt: skip
-    names = {"experts.fc1_weight": "experts.batched_fc1_w", "experts.fc1_bias": "experts.batched_fc1_bias",
-             "experts.fc2_weight": "experts.batched_fc2_w", "experts.fc2_bias": "experts.batched_fc2_bias"}  # fmt: skip
+        experts={
+            "type": "ffn",
+            "num_experts_per_device": num_local,
+            "hidden_size_per_expert": drawn.hidden,
+            "activation_fn": F.gelu,
+        },
+        model_dim=drawn.dim,
+        batch_prioritized_routing=config.batch_prioritized,
+        normalize_gate=config.normalize_gate,
+        is_gshard_loss=config.balance_loss == "gshard",
+    ).train(drawn.training)
+    names = {
+        "experts.fc1_weight": "experts.batched_fc1_w",
+        "experts.fc1_bias": "experts.batched_fc1_bias",
+        "experts.fc2_weight": "experts.batched_fc2_w",
+        "experts.fc2_bias": "experts.batched_fc2_bias",
+    }
     if cosine:
-        names |= {"router.temperature": "gates.0.temperature", "router.sim_matrix": "gates.0.sim_matrix",
-                  "router.projector.weight": "gates.0.cosine_projector.weight",
-                  "router.projector.bias": "gates.0.cosine_projector.bias"}  # fmt: skip
+        names |= {
+            "router.temperature": "gates.0.temperature",
+            "router.sim_matrix": "gates.0.sim_matrix",
+            "router.projector.weight": "gates.0.cosine_projector.weight",
+            "router.projector.bias": "gates.0.cosine_projector.bias",
+        }
     else:
         names["router.weight"] = "gates.0.wg.weight"
     theirs = {ours: peer.get_parameter(name) for ours, name in names.items()}

@@ -18,7 +18,7 @@ ClusterName=test
 SlurmctldHost={host}
 SlurmctldPort={controller}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -93,8 +93,10 @@ class SlurmCluster:
 
     def _daemon(self, *command: str) -> None:
         log = open(self.folder / "daemons.log", "ab")
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        self._daemons.append(subprocess.Popen(command, env=self.environ, **quiet))
+        process = subprocess.Popen(
+            command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        self._daemons.append(process)
         log.close()
 
     def run(self, *command: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:

@@ -22,7 +22,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_TASKS_P
         ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "hostA 4 hostB 2"}, "lsf", [Host("hostA", 4), Host("hostB", 2)]),
         ({"FLUX_URI": "local:///run/flux"}, "flux", [Host("n1", None), Host("n2", None)]),
     ],
-)  # fmt: skip
+)
 def test_allocations(environ, name, hosts, tmp_path):
     for variable in ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE"):
         if variable in environ:

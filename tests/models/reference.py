@@ -12,6 +12,7 @@ from swin_moe.models.swin import Block
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 NUMBERS = json.loads((GOLDEN / "numbers.json").read_text())
+TINY = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "num_classes": 3}
 SMALL = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [2, 2, 4, 4]}
 
 # Our name of a MoE parameter -> the official one.

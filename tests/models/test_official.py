@@ -43,9 +43,14 @@ MOE = MoEConfig(blocks=((), (1,)), num_experts=4)
 def tiny(name: Family, *, seed: int = 0, **options: Any) -> SwinTransformer:
     """Returns a two-stage network of 2 + 2 blocks and 5 classes; every parameter is random and different per seed."""
     defaults: dict[str, Any] = {
-        "img_size": (32, 32), "num_classes": 5, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2),
-        "window_size": 4, "pretrained_window_sizes": (0, 0),
-    }  # fmt: skip
+        "img_size": (32, 32),
+        "num_classes": 5,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "pretrained_window_sizes": (0, 0),
+    }
     config = ModelConfig(name=name, **(defaults | options))
     model = build_model(config)
     generator = torch.Generator().manual_seed(seed)

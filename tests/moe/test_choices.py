@@ -17,9 +17,15 @@ from swin_moe.moe.choices.token import TokenChoice
 from swin_moe.run.summary import describe_choice
 
 NETWORK = ModelConfig(
-    name="swin_moe", img_size=(16, 16), patch_size=(2, 2), embed_dim=8, depths=(2,), num_heads=(2,), window_size=4,
+    name="swin_moe",
+    img_size=(16, 16),
+    patch_size=(2, 2),
+    embed_dim=8,
+    depths=(2,),
+    num_heads=(2,),
+    window_size=4,
     num_classes=3,
-)  # fmt: skip
+)
 
 
 class LastExpert(TokenChoice):

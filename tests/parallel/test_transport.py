@@ -103,11 +103,15 @@ def test_random_rows_arrive_by_expert_and_source_and_find_their_way_back(kind):
         hosts = [draw.randrange(3) for _ in range(draw.randrange(2, 9))]
         experts = [draw.randrange(4) for _ in hosts]
         sparse = draw.random()
-        count = [[[draw.randrange(4) * (draw.random() < sparse) for _ in range(experts[d])] for d in range(len(hosts))]
-                 for _ in hosts]  # fmt: skip
+        count = [
+            [[draw.randrange(4) * (draw.random() < sparse) for _ in range(experts[d])] for d in range(len(hosts))]
+            for _ in hosts
+        ]
         made = plans(kind, hosts, count)
-        rows = [[(s, d, e, i) for d, per_expert in enumerate(count[s]) for e, n in enumerate(per_expert)
-                 for i in range(n)] for s in range(len(hosts))]  # fmt: skip
+        rows = [
+            [(s, d, e, i) for d, per_expert in enumerate(count[s]) for e, n in enumerate(per_expert) for i in range(n)]
+            for s in range(len(hosts))
+        ]
         arrived = carry(made, rows)
         for rank, found in enumerate(arrived):
             wanted = [row for sent in rows for row in sent if row[1] == rank]

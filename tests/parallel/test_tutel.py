@@ -139,8 +139,12 @@ def test_weights_are_ours_and_loaded_strictly(installed):
     layer = parallelize(build_layer(), ParallelConfig(), single_process_groups())
     state = layer.state_dict()
     assert sorted(state) == [
-        "experts.fc1_bias", "experts.fc1_weight", "experts.fc2_bias", "experts.fc2_weight", "router.weight"
-    ]  # fmt: skip
+        "experts.fc1_bias",
+        "experts.fc1_weight",
+        "experts.fc2_bias",
+        "experts.fc2_weight",
+        "router.weight",
+    ]
     with pytest.raises(RuntimeError, match="Missing key.*experts.fc1_weight"):
         layer.load_state_dict({name: value for name, value in state.items() if name != "experts.fc1_weight"})
     with pytest.raises(RuntimeError, match="size mismatch for experts.fc1_weight"):

@@ -17,11 +17,11 @@ from swin_moe.run.session import Session, build_local_model
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.train import Trainer
 from swin_moe.weights.load import backbone_of, load_weights, start_from
+from tests.gathered import NETWORK
 
 # 50 images in batches of 20: 3 steps an epoch, the last one of 10, so that of 4 ranks two have none.
 TINY = (
-    "engine.precision=fp64", "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]",
-    "model.num_heads=[1,2]", "model.window_size=4", "model.drop_path_rate=0.2", "data.global_batch=20",
+    *NETWORK, "engine.precision=fp64", "model.drop_path_rate=0.2", "data.global_batch=20",
     "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=90", "task.mask_patch_size=4", "optim.epochs=1",
     "optim.warmup_epochs=0.5",
     "optim.clip_norm=0.5", "log.every=1", "log.eval_every=1", "log.tensorboard=false", "checkpoint.every=1000",

@@ -13,14 +13,10 @@ from swin_moe.parallel.groups import build_groups
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.run.session import Session
 from swin_moe.train import Trainer
+from tests.gathered import NETWORK
 
 TINY = [
-    "model.img_size=16",
-    "model.patch_size=2",
-    "model.embed_dim=8",
-    "model.depths=[1,2]",
-    "model.num_heads=[1,2]",
-    "model.window_size=4",
+    *NETWORK,
     "model.moe.blocks=[[-1],[1]]",
     "model.moe.num_experts=4",
     "model.moe.group_images=4",
@@ -41,11 +37,11 @@ TINY = [
 ]  # 45 steps an epoch (the last one smaller): 0.13 epochs are 5 steps
 
 # A bias that follows the loads of all micro-batches and ranks, choices limited to groups of experts, a shared expert.
-BALANCED = [
-    "engine.precision=fp64", "data.micro_batch=4", "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01",
-    "model.moe.balance_loss=none", "model.moe.top_k=2", "model.moe.normalize_gate=true",
-    "model.moe.expert_groups=4", "model.moe.group_limit=3", "model.moe.shared_experts=1",
-]  # fmt: skip
+BALANCED = (
+    "engine.precision=fp64 data.micro_batch=4 model.moe.scores=sigmoid model.moe.bias_rate=0.01 "
+    "model.moe.balance_loss=none model.moe.top_k=2 model.moe.normalize_gate=true model.moe.expert_groups=4 "
+    "model.moe.group_limit=3 model.moe.shared_experts=1"
+).split()
 TOGETHER = ["engine.precision=fp64", "model.moe.capacity_factor=0.7", "model.moe.top_k=2"]  # routing groups over ranks
 
 
@@ -57,9 +53,12 @@ def open_tiny(directory: Path, *options: str) -> Session:
     world_size = torch.distributed.get_world_size()
     config.check(world_size)
     groups = build_groups(
-        config.parallel, config.model.moe.num_experts, device, routing_ranks=config.routing_ranks(world_size),
+        config.parallel,
+        config.model.moe.num_experts,
+        device,
+        routing_ranks=config.routing_ranks(world_size),
         saves_in_background=config.checkpoint.asynchronous,
-    )  # fmt: skip
+    )
     return Session(config, groups, device)
 
 

@@ -15,11 +15,17 @@ from tests.training.cases import open_tiny
 
 EXPERT, DENSE = "layers.1.blocks.1.mlp.experts.fc1_weight", "layers.0.blocks.0.attn.qkv.weight"
 KINDS = (
-    ("nan", "fp32", "torch", 0), ("inf", "fp32", "torch", 0), ("nan", "fp16", "torch", 0),
-    ("nan", "fp32", "torch", 1), ("nan", "fp32", "torch", 3),
-    ("nan", "fp32", "deepspeed", 1), ("inf", "fp32", "deepspeed", 2), ("nan", "fp16", "deepspeed", 3),
-    ("nan", "fp32", "fairscale", 1), ("inf", "fp16", "fairscale", 2),
-)  # fmt: skip
+    ("nan", "fp32", "torch", 0),
+    ("inf", "fp32", "torch", 0),
+    ("nan", "fp16", "torch", 0),
+    ("nan", "fp32", "torch", 1),
+    ("nan", "fp32", "torch", 3),
+    ("nan", "fp32", "deepspeed", 1),
+    ("inf", "fp32", "deepspeed", 2),
+    ("nan", "fp16", "deepspeed", 3),
+    ("nan", "fp32", "fairscale", 1),
+    ("inf", "fp16", "fairscale", 2),
+)
 CASES = {
     f"{value} in {kind}, {precision}, {engine} ZeRO-{zero}": (name, value, precision, engine, zero)
     for kind, name in {"expert": EXPERT, "dense": DENSE}.items()

@@ -25,14 +25,19 @@ CASES = {
     "model": ("model",),
     "block, dense, recomputed": ("block", *DENSE, "parallel.recompute=block"),
     "block, padded, dropout, bf16": (
-        "block", "model.moe.backend=padded", "model.moe.dropout=0.1", "engine.precision=bf16",
+        "block",
+        "model.moe.backend=padded",
+        "model.moe.dropout=0.1",
+        "engine.precision=bf16",
     ),
     "model, accumulated": ("model", "data.micro_batch=8"),
     "block, recomputed": ("block", "parallel.recompute=block"),
     "block, experts choose": (  # their layers stay outside of graphs
-        "block", "model.moe.choice=expert", "model.moe.balance_loss=none",
+        "block",
+        "model.moe.choice=expert",
+        "model.moe.balance_loss=none",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -159,15 +164,22 @@ def test_ranks_train_as_eager_ones_do(tmp_path):
         assert graphs[0] >= 1 and len(set(graphs[1:])) == 1, graphs
 
 
-@pytest.mark.parametrize(("options", "world", "sentence"), [
-    (["engine.name=deepspeed", "parallel.zero=1"], 2, "engine.name=deepspeed does not run parallel.compile=model: its"),
-    (["engine.name=fairscale", "parallel.zero=1"], 2, "engine.name=fairscale does not run parallel.compile=model"),
-    (["model.moe.backend=tutel"], 1, "parallel.compile=model does not run model.moe.backend=tutel"),
-    (["task.name=simmim"], 1, "parallel.compile=model is for task.name=classify, got simmim"),
-    (["parallel.zero=3"], 2, "parallel.compile=model does not run parallel.zero=3, .*allowed: none, block"),
-    (["parallel.expert=2"], 2, "parallel.compile=model cannot hold MoE layers whose ranks exchange rows"),
-    (["model.moe.backend=padded", "model.moe.capacity_factor=0"], 1, "capacity_factor > 0, got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "world", "sentence"),
+    [
+        (
+            ["engine.name=deepspeed", "parallel.zero=1"],
+            2,
+            "engine.name=deepspeed does not run parallel.compile=model: its",
+        ),
+        (["engine.name=fairscale", "parallel.zero=1"], 2, "engine.name=fairscale does not run parallel.compile=model"),
+        (["model.moe.backend=tutel"], 1, "parallel.compile=model does not run model.moe.backend=tutel"),
+        (["task.name=simmim"], 1, "parallel.compile=model is for task.name=classify, got simmim"),
+        (["parallel.zero=3"], 2, "parallel.compile=model does not run parallel.zero=3, .*allowed: none, block"),
+        (["parallel.expert=2"], 2, "parallel.compile=model cannot hold MoE layers whose ranks exchange rows"),
+        (["model.moe.backend=padded", "model.moe.capacity_factor=0"], 1, "capacity_factor > 0, got 0"),
+    ],
+)
 def test_what_no_graph_holds_is_refused(options, world, sentence):
     config = load_config("digits_swin_moe", ["model.moe.num_experts=4", "parallel.compile=model", *options])
     with pytest.raises(ValueError, match=sentence):
