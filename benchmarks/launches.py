@@ -3,12 +3,14 @@
     python benchmarks/launches.py [--batch 2] [--precision bf16] [--only swin_tiny] [--no-timm] [--top 12]
     python benchmarks/launches.py --accumulate 4 [--cast] [...]
     python benchmarks/launches.py --compile block|model [...]
+    python benchmarks/launches.py --kernels cuda [...]
 
 A dispatch mode sees every operator that reaches a device. What only makes a view, allocates or asks for a size starts
 no kernel; every other operator starts at least one, which is what is counted. So the figures are lower bounds for an
 operator of several kernels (a sort, a matrix product cut in parts) and for one written in Python, whose inside is not
 seen; one kernel of csrc/ counts once. Counted on the CPU, whose operators are those of a device but for the products of
-experts (swin_moe::grouped_linear counts once on both).
+experts (swin_moe::grouped_linear counts once on both). --kernels cuda takes the operators that CUDA has and the CPU has
+not (residual and norm, bias and GELU and dropout, rows of experts, grouped products); they run in their Python form.
 
 Our networks hold copies of weights in bfloat16, as the trainer has them on one rank (engine/weight_copies.py); to make
 them anew, once per step, counts with the forward, and to bring gradients to the masters with the backward. Operators on
@@ -25,7 +27,8 @@ Graphs are traced on the CPU, so they hold the operators that the CPU takes. Inf
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -38,11 +41,34 @@ from train_step import PAIRS, Pair, timm_settings
 
 from swin_moe.engine.precision import autocast
 from swin_moe.engine.weight_copies import WeightCopies
+from swin_moe.moe import experts
+from swin_moe.ops import extension, grouped_linear
 from swin_moe.parallel.compile import compile_network
 from swin_moe.randomness import RandomContext
 
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 _NO_KERNEL = ("detach", "alias", "_unsafe_view", "lift_fresh", "_has_compatible_shallow_copy_type", "is_same_size")
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Networks on the CPU take every operator that they take on a CUDA device with the compiled library."""
+
+    def use_grouped(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+        return dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+
+    narrow = F.layer_norm
+
+    def layer_norm(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return narrow(x.float(), *arguments)  # as autocast does on CUDA alone
+
+    with (
+        mock.patch.object(F, "layer_norm", layer_norm),
+        mock.patch.object(extension, "kernels_take", lambda x, compiled: True),
+        mock.patch.object(experts, "use_grouped", use_grouped),
+        mock.patch.object(grouped_linear, "use_grouped", use_grouped),
+    ):
+        yield
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -175,15 +201,17 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--cast", action="store_true", help="let autocast cast weights, as on several ranks")
     parser.add_argument("--compile", default="none", choices=["none", "block", "model"], help="as parallel.compile")
+    parser.add_argument("--kernels", default="cpu", choices=["cpu", "cuda"], help="the operators of which device")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen: list[Pair] = [p for p in PAIRS if not options.only or p.name in options.only.split(",")]
-    how = f"compile={options.compile}, torch {torch.__version__}"
+    how = f"operators of {options.kernels}, compile={options.compile}, torch {torch.__version__}"
     print(f"launches, batch {options.batch}, {options.precision}, {how}\n")
     print("| network | forward | backward | training step | inference |\n|---|---|---|---|---|")
     for pair in chosen:
         settings = {"batch": options.batch, "precision": options.precision, "micro_batches": options.accumulate}
-        ours = count_steps(pair.ours(), pair.size, **settings, compiled=options.compile, copied=not options.cast)
+        with as_on_cuda() if options.kernels == "cuda" else nullcontext():
+            ours = count_steps(pair.ours(), pair.size, **settings, compiled=options.compile, copied=not options.cast)
         show(pair.name, ours, options.top)
         if not options.no_timm and options.compile == "none":
             show(f"timm's for {pair.name}", of_timm(pair, options), options.top)
