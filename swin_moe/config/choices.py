@@ -64,7 +64,6 @@ class ExpertFacts(TokenFacts):
     )
     within_rank = "an expert compares the scores of all tokens of its group"
     compiles_whole = False
-    refuses: Mapping[str, str] = {"export": "tokens have any number of experts"}
 
     def requirements(self, moe: Any) -> Iterator[tuple[bool, str, object, str]]:
         """Yields that capacities are given."""

@@ -1,6 +1,6 @@
 """Which experts a token goes to and which slot it gets there: pure functions of scores, and Routing, what they return.
 
-Nothing here allocates as much as the scores: what needs all experts of a token goes through chunks of tokens.
+Nothing here allocates as much as the scores: what needs all experts of a token goes through blocks of tokens.
 
 Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/fast_dispatch.py:extract_critical and tutel/gates; differences
 are named where they are: ties are broken by rule, capacity is never rounded up, capacity by need never drops anything.
@@ -22,8 +22,8 @@ from swin_moe.ops.transforms import apply
 
 # Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
 _MAX_PASSES = 8
-# Elements of a chunk: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
-_CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
+# Elements of a block of rows: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
+_BLOCK_CPU, _BLOCK_DEVICE = 2**16, 2**22
 FILLER_SLOT = 2**31 - 1  # of cells that stand for no pair, where tokens have unequally many
 
 
@@ -55,15 +55,15 @@ class Routing:
         return self.slot != FILLER_SLOT
 
 
-def row_chunks(value: Tensor) -> list[slice]:
+def row_blocks(value: Tensor) -> list[slice]:
     """Returns slices of the rows of (rows, columns), each of a bounded number of elements; [] for no rows.
 
-    One slice in a traced graph: the compiler fuses what would be temporaries here, and would unroll every chunk.
+    One slice in a traced graph: the compiler fuses what would be temporaries here, and would unroll every block.
     """
     num_rows, num_columns = value.shape
     if torch.compiler.is_compiling():
         return [slice(0, num_rows)] if num_rows else []
-    size = max((_CHUNK_CPU if value.device.type == "cpu" else _CHUNK_DEVICE) // num_columns, 1)
+    size = max((_BLOCK_CPU if value.device.type == "cpu" else _BLOCK_DEVICE) // num_columns, 1)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
@@ -77,8 +77,9 @@ def expert_capacity(num_tokens: int, num_experts: int, *, top_k: int, factor: fl
     """
     if factor == 0:
         return None
-    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int.
-    return top_k * torch.sym_int(abs(factor) * -(-num_tokens // num_experts))
+    # sym_int: the capacity of a batch that is a symbol, as in an exported program; else it is int. Rounded up without
+    # negative numbers, which ONNX divides towards zero.
+    return top_k * torch.sym_int(abs(factor) * ((num_tokens + num_experts - 1) // num_experts))
 
 
 def route(
@@ -186,7 +187,7 @@ def choose_experts(
     if top_k == 1 and bias is None and group_limit == expert_groups:
         return scores.max(dim=1, keepdim=True).indices  # nothing to mask, so nothing to copy
     chosen = scores.new_empty((scores.shape[0], top_k), dtype=torch.int64)
-    for rows in row_chunks(scores):
+    for rows in row_blocks(scores):
         rest = scores[rows].clone() if bias is None else scores[rows] + bias.to(scores.dtype)
         if group_limit < expert_groups:
             _leave_groups(rest, top_k, expert_groups, group_limit)
@@ -209,7 +210,7 @@ def _choose_in_place(rest: Tensor, chosen: Tensor) -> None:
 
 def _leave_groups(rest: Tensor, top_k: int, expert_groups: int, group_limit: int) -> None:
     """Sets scores outside a token's best groups to -inf. A group counts with its k / limit largest scores, summed."""
-    grouped = rest.view(len(rest), expert_groups, -1)
+    grouped = rest.view(rest.shape[0], expert_groups, -1)  # no len: it has to be a number, also of a symbol
     count = min(max(top_k // group_limit, 1), grouped.shape[2])
     strength = grouped.topk(count, dim=2).values.sum(dim=2)
     allowed = strength.sort(dim=1, descending=True, stable=True).indices[:, :group_limit]
@@ -220,7 +221,8 @@ def _leave_groups(rest: Tensor, top_k: int, expert_groups: int, group_limit: int
 def assign_slots(expert: Tensor, num_experts: int, group_size: int, confidence: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns (slot (T, k), demand (G, E)): the rank of each pair among those of its group that chose the same expert.
 
-    One stable sort by (group, expert) of pairs listed in the order in which they take slots; never a one-hot.
+    One stable sort by (group, expert) of pairs listed in the order in which they take slots; never a one-hot, but in
+    an exported program: there a running count per expert takes the place of the sort, as ONNX has no stable one.
     """
     num_tokens, top_k = expert.shape
     num_groups = num_tokens // group_size
@@ -231,20 +233,37 @@ def assign_slots(expert: Tensor, num_experts: int, group_size: int, confidence: 
         order_GS = confidence.view(num_groups, group_size).sort(dim=1, descending=True, stable=True).indices
         order_GkS = order_GS[:, None, :].expand(-1, top_k, -1)
         expert_GkS = expert_GkS.gather(2, order_GkS)
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        slot_GkS, demand = _count_slots(expert_GkS, num_experts)
+    else:
+        slot_GkS, demand = _sort_slots(expert_GkS, num_experts)
+    if confidence is not None:
+        slot_GkS = torch.empty_like(slot_GkS).scatter_(2, order_GkS, slot_GkS)
+    return slot_GkS.transpose(1, 2).reshape(num_tokens, top_k), demand
+
+
+def _count_slots(expert_GkS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Returns what _sort_slots does, by plain operators that every program format has; 8 bytes per pair and expert."""
+    expert_GN = expert_GkS.flatten(1)
+    numbers = torch.arange(num_experts, device=expert_GkS.device)
+    count_GNE = (expert_GN[:, :, None] == numbers).to(torch.int64).cumsum(dim=1)
+    slot_GN = count_GNE.gather(2, expert_GN[:, :, None]).squeeze(2) - 1
+    return slot_GN.view_as(expert_GkS), count_GNE[:, -1]
+
+
+def _sort_slots(expert_GkS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Returns (slot, of the shape of expert_GkS; demand (G, E)), pairs of a group taking slots in their order."""
+    num_groups = expert_GkS.shape[0]
     num_buckets = num_groups * num_experts
-    group = torch.arange(num_groups, device=expert.device).view(-1, 1, 1)
+    group = torch.arange(num_groups, device=expert_GkS.device).view(-1, 1, 1)
     bucket_N = (group * num_experts + expert_GkS).flatten()
     if num_buckets <= torch.iinfo(torch.int16).max:  # half the passes of the radix sort
         bucket_N = bucket_N.to(torch.int16)
     sorted_N, pair_N = bucket_N.sort(stable=True)
-    edges = torch.searchsorted(sorted_N, torch.arange(num_buckets + 1, device=expert.device, dtype=sorted_N.dtype))
+    edges = torch.searchsorted(sorted_N, torch.arange(num_buckets + 1, device=pair_N.device, dtype=sorted_N.dtype))
     slot_N = torch.empty_like(pair_N)
-    slot_N[pair_N] = torch.arange(pair_N.numel(), device=expert.device) - edges[sorted_N.long()]
-    slot_GkS = slot_N.view(num_groups, top_k, group_size)
-    if confidence is not None:
-        slot_GkS = torch.empty_like(slot_GkS).scatter_(2, order_GkS, slot_GkS)
-    slot = slot_GkS.transpose(1, 2).reshape(num_tokens, top_k)
-    return slot, edges.diff().view(num_groups, num_experts)
+    slot_N[pair_N] = torch.arange(pair_N.numel(), device=pair_N.device) - edges[sorted_N.long()]
+    return slot_N.view_as(expert_GkS), edges.diff().view(num_groups, num_experts)
 
 
 def group_parts(num_tokens: int, group_size: int) -> list[tuple[int, int]]:

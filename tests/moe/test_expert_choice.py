@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from swin_moe.moe.choices.expert import route_by_expert
+from swin_moe.moe.choices.expert import _route_to_all, route_by_expert
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
-from swin_moe.moe.routing import FILLER_SLOT, join, row_chunks
+from swin_moe.moe.routing import FILLER_SLOT, join, row_blocks
 from tests.moe.reference import experts_choose_slowly
 
 
@@ -25,6 +25,25 @@ def test_by_hand():
     assert dispatched.tokens.flatten().tolist() == [1.0, 3.0, 3.0, 4.0] and dispatched.pair.tolist() == [0, 0, 1, 1]
     y = dispatcher.combine(dispatched.tokens, dispatched, routing.gate)
     torch.testing.assert_close(y, torch.tensor([[0.9], [0.0], [4.5], [3.2]]))
+
+
+def test_cells_of_a_program_hold_the_same_pairs():
+    for seed in range(300):
+        scores, arguments = random_case(seed)
+        size, experts = arguments["group_size"], scores.shape[1]
+        if not len(scores):
+            continue
+        expected = route_by_expert(scores, **arguments)
+        found = _route_to_all(scores, len(scores) // size, min(arguments["capacity"], size), size)
+        pairs = [
+            sorted(
+                (t, int(r.expert[t, c]), int(r.slot[t, c]), float(r.gate[t, c])) for t, c in r.keep.nonzero().tolist()
+            )
+            for r in (found, expected)
+        ]
+        assert pairs[0] == pairs[1], f"seed {seed}"
+        assert found.top_k == experts and torch.equal(found.demand, expected.demand)
+        assert torch.equal(found.is_pair, found.keep) and not found.gate[~found.keep].any()
 
 
 def test_equal_scores_go_to_the_lower_token():
@@ -64,9 +83,9 @@ def test_1000_random_cases_equal_the_slow_reference():
     assert seen == {"no tokens", "nothing taken", "all experts of one token", "everything taken"}
 
 
-def test_large_enough_for_chunks_of_experts():
+def test_large_enough_for_blocks_of_experts():
     scores = torch.randint(0, 40, (6000, 24)).double()
-    assert len(row_chunks(scores.t())) > 1
+    assert len(row_blocks(scores.t())) > 1
     routing = route_by_expert(scores, capacity=100, group_size=3000)
     for group in range(2):
         for e in (0, 11, 23):

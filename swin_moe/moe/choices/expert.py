@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swin_moe.moe.balance import cut
 from swin_moe.moe.choices.base import Assigned, Batch, Choice
-from swin_moe.moe.routing import FILLER_SLOT, Routing, join, pick, row_chunks
+from swin_moe.moe.routing import FILLER_SLOT, Routing, join, pick, row_blocks
 from swin_moe.moe.scored import Scored
 from swin_moe.randomness import RandomContext
 
@@ -47,7 +47,7 @@ def route_by_expert(scores: Tensor, *, capacity: int | None, group_size: int) ->
     """Returns the routing in which every expert takes its best tokens; the gates are the scores.
 
     Equal scores go to the lower token. Slots are in token order. Every pair is kept; a token with fewer than k experts
-    has fillers (see Routing). Waits for the device once, for k.
+    has fillers (see Routing). Waits for the device once, for k; in an exported program k is E, whatever the data.
 
     Args:
         scores: (T, E), softmax over experts of the logits (equation 1), or sigmoid.
@@ -57,6 +57,8 @@ def route_by_expert(scores: Tensor, *, capacity: int | None, group_size: int) ->
     num_tokens, num_experts = scores.shape
     num_groups = num_tokens // max(group_size, 1)
     capacity = group_size if capacity is None else min(capacity, group_size)
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+        return _route_to_all(scores, num_groups, capacity, max(group_size, 1))
     with torch.no_grad():
         token_M = _take_tokens(scores, num_groups, capacity)
         expert, slot = _by_token(token_M, num_tokens, num_experts, num_groups, capacity)
@@ -64,6 +66,32 @@ def route_by_expert(scores: Tensor, *, capacity: int | None, group_size: int) ->
         demand = expert.new_full((num_groups, num_experts), capacity)
     gate = pick(scores, expert).masked_fill(~keep, 0)
     return Routing(expert, slot, gate, keep, capacity, demand, demand, max(group_size, 1))
+
+
+def _route_to_all(scores: Tensor, num_groups: int, capacity: int, group_size: int) -> Routing:
+    """Returns the routing of route_by_expert in cells whose number does not depend on the data: choice e of a token is
+    expert e, and a filler where that did not take it."""
+    num_tokens, num_experts = scores.shape
+    with torch.no_grad():
+        score_EGS = scores.t().reshape(num_experts, num_groups, group_size)
+        chosen_EGS = _choose_tokens(score_EGS, capacity)
+        slot_EGS = torch.where(chosen_EGS, chosen_EGS.to(torch.int64).cumsum(dim=2) - 1, FILLER_SLOT)
+        keep, slot = chosen_EGS.view(num_experts, num_tokens).t(), slot_EGS.view(num_experts, num_tokens).t()
+        expert = torch.arange(num_experts, device=scores.device).expand(num_tokens, num_experts)
+        demand = expert.new_full((num_groups, num_experts), capacity)
+    gate = scores.masked_fill(~keep, 0)
+    return Routing(expert, slot, gate, keep, capacity, demand, demand, group_size)
+
+
+def _choose_tokens(score_eGS: Tensor, capacity: int) -> Tensor:
+    """Returns (e, G, S) bool, the C tokens of every group that score highest for an expert."""
+    if capacity == 0:
+        return torch.zeros_like(score_eGS, dtype=torch.bool)
+    # The C-th largest score decides; among the tokens that have just that, the first ones fill up.
+    last = score_eGS.topk(capacity, dim=2, sorted=False).values.amin(dim=2, keepdim=True)
+    above, equal = score_eGS > last, score_eGS == last
+    missing = capacity - above.sum(dim=2, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=2) <= missing))
 
 
 def _take_tokens(scores: Tensor, num_groups: int, capacity: int) -> Tensor:
@@ -74,13 +102,9 @@ def _take_tokens(scores: Tensor, num_groups: int, capacity: int) -> Tensor:
     size = num_tokens // num_groups
     first_G = torch.arange(num_groups, device=scores.device) * size
     taken = []
-    for experts in row_chunks(scores.t()):
+    for experts in row_blocks(scores.t()):
         score_eGS = scores.t()[experts].reshape(-1, num_groups, size)
-        # The C-th largest score decides; among the tokens that have just that, the first ones fill up.
-        last = score_eGS.topk(capacity, dim=2, sorted=False).values.amin(dim=2, keepdim=True)
-        above, equal = score_eGS > last, score_eGS == last
-        missing = capacity - above.sum(dim=2, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(dim=2) <= missing))
+        chosen = _choose_tokens(score_eGS, capacity)
         place = chosen.flatten().nonzero_static(size=chosen.shape[0] * num_groups * capacity).squeeze(1)
         token_eGC = (place % size).view(-1, num_groups, capacity) + first_G[:, None]
         taken.append(token_eGC.flatten())
