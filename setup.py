@@ -9,8 +9,9 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
@@ -61,15 +62,18 @@ def extension_arguments() -> dict:
     except ImportError as error:
         return without_extension(f"torch cannot be imported at build time ({error}); use --no-build-isolation")
 
-    class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
+    class Build(BuildExtension):
         """Builds the library, or says why not."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "no_python_abi_suffix": True})
 
         def run(self) -> None:
             try:
                 super().run()
             except Exception as error:  # whatever a compiler may do: the package works without
                 without_extension(f"{type(error).__name__}: {error}")
-                self.extensions = []
+                self.extensions: list[Extension] = []
 
     chosen = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = FACTS["cuda_home"]([os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), chosen])

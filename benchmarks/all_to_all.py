@@ -25,15 +25,15 @@ from swin_moe.moe import MoELayer  # noqa: E402
 from swin_moe.moe.phases import PhaseClock  # noqa: E402
 from swin_moe.parallel.apply import parallelize  # noqa: E402
 from swin_moe.parallel.exchange.all_to_all import AllToAllDispatcher  # noqa: E402
-from swin_moe.parallel.exchange.link import EXPOSED, Link  # noqa: E402
+from swin_moe.parallel.exchange.link import EXPOSED, Link, Traffic  # noqa: E402
 from swin_moe.parallel.exchange.transport import build_transport  # noqa: E402
 from swin_moe.parallel.exchange.tune import even_routing, layer_pass, random_experts  # noqa: E402
-from swin_moe.parallel.groups import build_groups, init_distributed  # noqa: E402
+from swin_moe.parallel.groups import Groups, build_groups, init_distributed  # noqa: E402
 
 CPU = torch.device("cpu")
 # tokens a rank, channels, hidden channels, experts, choices
 SHAPES = ((4096, 192, 768, 8, 1), (4096, 192, 768, 32, 2), (2048, 384, 1536, 8, 1))
-NODES = {2: {"1 + 1": (0, 1)}, 4: {"2 + 2": (0, 0, 1, 1), "3 + 1": (0, 0, 0, 1)}}
+NODES: dict[int, dict[str, tuple[int, ...]]] = {2: {"1 + 1": (0, 1)}, 4: {"2 + 2": (0, 0, 1, 1), "3 + 1": (0, 0, 0, 1)}}
 
 
 def candidates(ranks: int) -> list[tuple[str, str, int, str]]:
@@ -61,15 +61,16 @@ def total(values: list[int]) -> list[float]:
     return found.tolist()
 
 
-def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict) -> None:
+def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict[str, Groups]) -> None:
     """Prints the rows of one shape."""
     tokens, dim, hidden, num_experts, top_k = shape
     ranks, rank = dist.get_world_size(), dist.get_rank()
     some = next(iter(groups_of.values()))
     with torch.device("meta"):
-        layer = MoELayer(dim, hidden, MoEConfig(num_experts=num_experts, top_k=top_k), fc2_bias=True, layer=0,
-                         init_std=0.02)  # fmt: skip
-    layer = parallelize(torch.nn.Sequential(layer), ParallelConfig(), some)[0]
+        layer = MoELayer(
+            dim, hidden, MoEConfig(num_experts=num_experts, top_k=top_k), fc2_bias=True, layer=0, init_std=0.02
+        )
+    parallelize(torch.nn.Sequential(layer), ParallelConfig(), some)
     experts = random_experts(layer.experts, CPU)
     routing = even_routing(tokens, num_experts, top_k=top_k, device=CPU)
     x = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(rank))
@@ -80,7 +81,7 @@ def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict) -> None:
         link = Link(build_transport(transport, groups)[0], payload, overlap)
         dispatchers.append(AllToAllDispatcher(groups, num_experts, link))
     times: list[list[tuple[float, float, float]]] = [[] for _ in options]
-    traffic = [None] * len(options)
+    traffic = [Traffic()] * len(options)
     for number in range(rounds + 1):
         for index, dispatcher in enumerate(dispatchers):
             link = dispatcher.link
@@ -104,9 +105,11 @@ def run_shape(shape: tuple[int, ...], rounds: int, groups_of: dict) -> None:
         waited = f"{1e3 * exposed:.0f}" if exposed == exposed else ""
         transport, payload, overlap, nodes = option
         if rank == 0:
-            print(f"| {name} | {transport} | {payload} | {overlap} | {nodes} | {1e3 * cpu:.0f} | {1e3 * wall:.0f} "
-                  f"| {cpu / base[0]:.2f} | {wall / base[1]:.2f} | {waited} | {leaves:.1f} | {crosses:.1f} |",
-                  flush=True)  # fmt: skip
+            print(
+                f"| {name} | {transport} | {payload} | {overlap} | {nodes} | {1e3 * cpu:.0f} | {1e3 * wall:.0f} "
+                f"| {cpu / base[0]:.2f} | {wall / base[1]:.2f} | {waited} | {leaves:.1f} | {crosses:.1f} |",
+                flush=True,
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -122,8 +125,10 @@ def main(argv: list[str]) -> None:
     }
     if dist.get_rank() == 0:
         print(f"{ranks} ranks, gloo, 1 thread each, torch {torch.__version__}, median of {rounds} rounds\n")
-        print("| tokens a rank x channels | transport | payload | overlap | nodes | CPU ms | wall ms | CPU ratio "
-              "| wall ratio | waited ms | MiB sent a rank | MiB to other nodes |\n" + "|---" * 12 + "|")  # fmt: skip
+        print(
+            "| tokens a rank x channels | transport | payload | overlap | nodes | CPU ms | wall ms | CPU ratio "
+            "| wall ratio | waited ms | MiB sent a rank | MiB to other nodes |\n" + "|---" * 12 + "|"
+        )
     for shape in SHAPES:
         run_shape(shape, rounds, groups_of)
 

@@ -20,6 +20,8 @@ Attend = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 HEAD_DIM = 32  # of all published models
 BATCH = 64
 
+StageTensors = tuple[Tensor, Tensor, Tensor | None]  # as Stage.tensors gives them
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -43,12 +45,12 @@ class Stage:
         """Factor of dot products."""
         return HEAD_DIM**-0.5
 
-    def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
+    def tensors(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> StageTensors:
         """Returns qkv, the bias table, the factor of cosine scores."""
         torch.manual_seed(seed)
         qkv = torch.randn(self.batch, self.side, self.side, 3 * self.heads * HEAD_DIM, device=device, dtype=dtype)
         table = torch.randn((2 * self.window - 1) ** 2, self.heads, device=device)
-        return [qkv, table, torch.full((self.heads,), 10.0, device=device) if self.cosine else None]
+        return qkv, table, torch.full((self.heads,), 10.0, device=device) if self.cosine else None
 
 
 def stages(model: str, size: int, window: int, heads: int, *, cosine: bool) -> list[Stage]:
@@ -71,9 +73,14 @@ def fused(stage: Stage) -> Attend:
 
     def attend(qkv: Tensor, table: Tensor, factor: Tensor | None) -> Tensor:
         return fused_window_attention(
-            qkv, table, num_heads=stage.heads, window=(stage.window,) * 2, shift=(stage.shift,) * 2, scale=stage.scale,
+            qkv,
+            table,
+            num_heads=stage.heads,
+            window=(stage.window,) * 2,
+            shift=(stage.shift,) * 2,
+            scale=stage.scale,
             logit_scale=factor,
-        )  # fmt: skip
+        )
 
     return attend
 

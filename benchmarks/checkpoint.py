@@ -26,8 +26,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +39,8 @@ LAYERS = 18  # of its third stage
 TURNS = 3
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """What a command took."""
 
     seconds: float
@@ -170,16 +171,18 @@ def measure_official(directory: Path) -> None:
             tools.append(took)
             plains.append(plain)
     ratios = [a.seconds / b.seconds for a, b in zip(tools, plains)]
-    print_row({
-        "what": "32 official rank files to native",
-        "read": f"{read / GB:.2f} GB",
-        "written": f"{written / GB:.2f} GB",
-        "peak resident": f"{max(cost.peak for cost in tools) / MIB:.0f} MiB",
-        "idle": f"{idle_peak() / MIB:.0f} MiB",
-        "seconds": f"{statistics.median(cost.seconds for cost in tools):.1f}",
-        "over cp": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        "CPU over cp": f"{statistics.median(a.cpu / b.cpu for a, b in zip(tools, plains)):.2f}",
-    })  # fmt: skip
+    print_row(
+        {
+            "what": "32 official rank files to native",
+            "read": f"{read / GB:.2f} GB",
+            "written": f"{written / GB:.2f} GB",
+            "peak resident": f"{max(cost.peak for cost in tools) / MIB:.0f} MiB",
+            "idle": f"{idle_peak() / MIB:.0f} MiB",
+            "seconds": f"{statistics.median(cost.seconds for cost in tools):.1f}",
+            "over cp": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            "CPU over cp": f"{statistics.median(a.cpu / b.cpu for a, b in zip(tools, plains)):.2f}",
+        }
+    )
 
 
 def print_row(row: dict[str, str]) -> None:
@@ -237,16 +240,18 @@ def measure_large(directory: Path) -> None:
     forget(files)
     plain = copy(files, directory / "copy")
     os.sync()
-    print_row({
-        "what": "SwinV2-MoE, masters and moments, cold" + (" (scaled to the disk)" if layers < LAYERS else ""),
-        "parameters": f"{parameters / 1e9:.2f} B",
-        "read": f"{read / GB:.1f} GB",
-        "written": f"{written / GB:.1f} GB",
-        "peak resident": f"{took.peak / MIB:.0f} MiB",
-        "idle": f"{idle_peak() / MIB:.0f} MiB",
-        "seconds": f"{took.seconds:.0f}",
-        "cp of it, cold": f"{plain.seconds:.0f} s",
-    })  # fmt: skip
+    print_row(
+        {
+            "what": "SwinV2-MoE, masters and moments, cold" + (" (scaled to the disk)" if layers < LAYERS else ""),
+            "parameters": f"{parameters / 1e9:.2f} B",
+            "read": f"{read / GB:.1f} GB",
+            "written": f"{written / GB:.1f} GB",
+            "peak resident": f"{took.peak / MIB:.0f} MiB",
+            "idle": f"{idle_peak() / MIB:.0f} MiB",
+            "seconds": f"{took.seconds:.0f}",
+            "cp of it, cold": f"{plain.seconds:.0f} s",
+        }
+    )
 
 
 def measure_save(directory: Path) -> None:
@@ -272,7 +277,10 @@ def measure_save(directory: Path) -> None:
         return time.perf_counter() - begin
 
     plain = CheckpointManager(directory / "plain", keep=1)
-    synchronous, first, later, held = [], [], [], []
+    synchronous: list[float] = []
+    first: list[float] = []
+    later: list[float] = []
+    held: list[int] = []
     for number in range(1, TURNS + 2):
         step()
         os.sync()
@@ -287,14 +295,16 @@ def measure_save(directory: Path) -> None:
             held.append(resident() - before)
             background.wait()
     usual = statistics.median(synchronous)
-    print_row({
-        "what": "save in the background of training",
-        "bytes": f"{size / GB:.2f} GB",
-        "synchronous": f"{usual:.2f} s ({min(synchronous):.2f} to {max(synchronous):.2f})",
-        "blocked, first save": f"{statistics.median(first):.2f} s, {100 * statistics.median(first) / usual:.0f} %",
-        "blocked, later ones": f"{statistics.median(later):.2f} s, {100 * statistics.median(later) / usual:.0f} %",
-        "host memory": f"{max(held) / size:.2f} copies of the state",
-    })  # fmt: skip
+    print_row(
+        {
+            "what": "save in the background of training",
+            "bytes": f"{size / GB:.2f} GB",
+            "synchronous": f"{usual:.2f} s ({min(synchronous):.2f} to {max(synchronous):.2f})",
+            "blocked, first save": f"{statistics.median(first):.2f} s, {100 * statistics.median(first) / usual:.0f} %",
+            "blocked, later ones": f"{statistics.median(later):.2f} s, {100 * statistics.median(later) / usual:.0f} %",
+            "host memory": f"{max(held) / size:.2f} copies of the state",
+        }
+    )
 
 
 def resident() -> int:

@@ -42,18 +42,22 @@ def network(experts: int) -> tuple[list[Piece], dict]:
     from swin_moe.config.io import load_config
     from swin_moe.models import build_model
 
-    config = load_config("synthetic_swin_moe", [
-        "model.img_size=32", "model.patch_size=4", "model.window_size=4", "model.embed_dim=8", "model.depths=[2,2]",
-        "model.num_heads=[1,2]", "model.mlp_ratio=2.0", f"model.moe.num_experts={experts}",
-        "model.moe.blocks=[[1],[1]]", "model.num_classes=4", "data.name=synthetic",
-    ])  # fmt: skip
+    config = load_config(
+        "synthetic_swin_moe",
+        (
+            "model.img_size=32 model.patch_size=4 model.window_size=4 model.embed_dim=8 model.depths=[2,2] "
+            f"model.num_heads=[1,2] model.mlp_ratio=2.0 model.moe.num_experts={experts} model.moe.blocks=[[1],[1]] "
+            "model.num_classes=4 data.name=synthetic"
+        ).split(),
+    )
     with torch.device("meta"):
         model = build_model(config.model)
     random = np.random.default_rng(0)
     arrays = {
         kind + name: random.standard_normal(tuple(p.shape)).astype("f4")
-        for name, p in model.named_parameters() for kind in KINDS
-    }  # fmt: skip
+        for name, p in model.named_parameters()
+        for kind in KINDS
+    }
     return [Piece.of(name, array) for name, array in arrays.items()], dataclasses.asdict(config)
 
 
@@ -84,10 +88,16 @@ def measure(directory: Path, experts: int) -> dict[str, float]:
     taken["retire"] = seconds(lambda: retire_old(directory / "run", 1, newest))
     taken["load, one process"] = seconds(lambda: read_arrays(Index.read(newest), pieces))
     single = [
-        Piece.of(p.name, p.tensor[e : e + 1], shape=p.shape, chunk=dataclasses.replace(
-            p.chunk, offset=(e, *p.chunk.offset[1:]), size=(1, *p.chunk.size[1:])))
-        for p in pieces if ".experts." in p.name for e in range(experts)
-    ]  # fmt: skip
+        Piece.of(
+            p.name,
+            p.tensor[e : e + 1],
+            shape=p.shape,
+            chunk=dataclasses.replace(p.chunk, offset=(e, *p.chunk.offset[1:]), size=(1, *p.chunk.size[1:])),
+        )
+        for p in pieces
+        if ".experts." in p.name
+        for e in range(experts)
+    ]
     taken["load, a piece per expert"] = seconds(lambda: read_arrays(Index.read(newest), single))
 
     def run(name: str, *arguments: object) -> None:

@@ -31,11 +31,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 DEVICE = torch.device("cuda", 0)
 # NVIDIA H100 SXM, as CUDA reports it.
 PROPERTIES = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, warp_size=32,
-    max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
-    total_memory=80 * 2**30, L2_cache_size=50 * 2**20, gcnArchName="",
-)  # fmt: skip
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20,
+    gcnArchName="",
+)
 _CALLS = (
     re.compile(r"\b(triton_\w+)\.run\("),
     re.compile(r"\b(extern_kernels\.\w+)\("),
@@ -108,7 +118,7 @@ def write_for_device(graph: fx.GraphModule, inputs: list[Any], *, is_backward: b
         tracing(TracingContext(mode)),
     ):
         try:
-            compile_fx.compile_fx_inner(graph, placed, is_backward=is_backward, cudagraphs=False)
+            compile_fx.compile_fx_inner(graph, placed, is_backward=is_backward, cudagraphs=compile_fx.BoxedBool(False))
         except Exception:
             if not written:
                 raise
@@ -160,7 +170,10 @@ class CompiledCounter:
 
     def __call__(self, graph: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         """Returns what runs a traced graph, forward and backward, as inductor divides it."""
-        return compile_fx.compile_fx(graph, inputs, inner_compile=self._compile)
+        # Inductor asks for an OutputCode, and takes any function that is called with one list.
+        compiled = compile_fx.compile_fx(graph, inputs, inner_compile=self._compile)  # type: ignore[arg-type]
+        assert callable(compiled), "anything else is what compiling ahead of time gives"
+        return compiled
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
         program = write_for_device(graph, inputs, is_backward=options.get("is_backward", False))
@@ -173,5 +186,5 @@ class CompiledCounter:
             with _disable_current_modes():  # the operators of the graph are no kernels
                 return graph(*held)
 
-        run._boxed_call = True
+        run._boxed_call = True  # type: ignore[attr-defined]  # how inductor tells such a function
         return run

@@ -48,9 +48,11 @@ def problem(device: torch.device) -> str:
     kind = "cuda" if torch.version.cuda else device.type
     if reason := extension.why_not(kind):
         return reason
-    marks = re.findall(rb"from sources ([0-9a-f]{16})", extension.EXTENSION.path.read_bytes())
+    path = extension.EXTENSION.path
+    assert path is not None, "there are kernels"
+    marks = re.findall(rb"from sources ([0-9a-f]{16})", path.read_bytes())
     if not marks or marks[0].decode() != FACTS["sources_digest"](ROOT / "csrc"):
-        return f"{extension.EXTENSION.path.name} was built from other sources than those in csrc/"
+        return f"{path.name} was built from other sources than those in csrc/"
     qkv, table = torch.ones(1, 8, 8, 96, device=device), torch.zeros(225, 1, device=device)
     try:
         out = fused_window_attention(qkv, table, num_heads=1, window=(8, 8))

@@ -18,7 +18,8 @@ import traceback
 
 import torch
 from device_clock import seconds_per_call
-from smoke_cases import SIZES, Case, Function, Problem, cases
+from smoke_cases import SIZES, cases
+from smoke_problem import Case, Function, Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -126,7 +126,7 @@ def main_loops(code: list[Instruction]) -> list[tuple[int, int, int]]:
             found[-1][2] += 1
         else:
             found.append([begin, end, 1])
-    return [tuple(f) for f in found]
+    return [(begin, end, count) for begin, end, count in found]
 
 
 def path_lengths(code: list[Instruction], begin: int, end: int) -> tuple[int, int]:
@@ -137,7 +137,8 @@ def path_lengths(code: list[Instruction], begin: int, end: int) -> tuple[int, in
         if n not in shortest:
             continue
         following = [] if code[n].ends else [n + 1]
-        target = at.get(code[n].target, -1) if code[n].target is not None else -1
+        jump = code[n].target
+        target = -1 if jump is None else at.get(jump, -1)
         following += [target] if n < target <= end else []
         for m in following:
             shortest[m] = min(shortest.get(m, 1 << 30), shortest[n] + 1)
@@ -158,8 +159,8 @@ def per_1024_scores(code: list[Instruction], products: tuple[int, ...], head_dim
 
 def describe(mangled: str) -> tuple[str, list[int]]:
     """Returns a kernel's name and the numbers of its shape: head dimension, window, warps, others."""
-    name = re.search(r"\d+(window_\w+?)_kernel", mangled).group(1)
-    return name, [int(n) for n in re.findall(r"L[ib](\d+)E", mangled)]
+    name = re.search(r"\d+(window_\w+?)_kernel", mangled)
+    return name[1] if name else mangled, [int(n) for n in re.findall(r"L[ib](\d+)E", mangled)]
 
 
 def rows(sass: str, resources: dict[str, tuple[int, int]], everything: bool) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.data.batch import to_device
+from swin_moe.engine.base import StepStats
 from swin_moe.run.metrics import peak_memory
 from swin_moe.run.session import Session, open_session, run_main
 from swin_moe.train import Trainer
@@ -45,7 +46,7 @@ class PeakSampler(threading.Thread):
             self.peak = max(self.peak, read_memory("smaps_rollup", "Pss:"))
 
 
-def take_step(trainer: Trainer, step: int, batches: list, report: Callable[[str], None]) -> tuple[float, object]:
+def take_step(trainer: Trainer, step: int, batches: list, report: Callable[[str], None]) -> tuple[float, StepStats]:
     """Returns (loss of this rank's last image, statistics of the step)."""
     context = trainer._context(step, trainer.config.data.global_batch)
     for index, batch in enumerate(batches):
@@ -67,10 +68,13 @@ def open_run(argv: list[str]) -> Session:
     return open_session(
         config,
         [
-            "data.name=synthetic", "data.workers=0", "data.global_batch=2", "data.micro_batch=1", "parallel.zero=3",
-            "parallel.recompute=block", "engine.precision=bf16", "engine.device=cpu", "log.tensorboard=false", *given,
+            *(
+                "data.name=synthetic data.workers=0 data.global_batch=2 data.micro_batch=1 parallel.zero=3 "
+                "parallel.recompute=block engine.precision=bf16 engine.device=cpu log.tensorboard=false"
+            ).split(),
+            *given,
         ],
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -89,12 +93,17 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(session)
     report("model and optimizer")
     for step, batches in zip(range(STEPS), trainer.loader.batches(0, STEPS)):
-        before = trainer.engine.pieces()[0].tensor.clone()
+        weight = next(iter(trainer.engine.pieces())).tensor
+        before = weight.clone()
         loss, stats = take_step(trainer, step, list(batches), report)
-        moved = float((trainer.engine.pieces()[0].tensor - before).abs().max()) if before.numel() else 0.0
+        weight = next(iter(trainer.engine.pieces())).tensor
+        moved = float((weight - before).abs().max()) if before.numel() else 0.0
         if session.rank == 0:
-            print(f"           loss {loss:.4f}, gradient norm {stats.grad_norm:.4g}, skipped {stats.skipped}, "
-                  f"largest change of a weight {moved:.1e}", flush=True)  # fmt: skip
+            print(
+                f"           loss {loss:.4f}, gradient norm {stats.grad_norm:.4g}, skipped {stats.skipped}, "
+                f"largest change of a weight {moved:.1e}",
+                flush=True,
+            )
     sampler.done.set()
     held = sum(piece.chunk.numel for piece in trainer.engine.pieces())
     mine = torch.tensor([read_memory("status", "VmHWM:"), sampler.peak, baseline, 4 * held / GIB], dtype=torch.float64)
@@ -107,8 +116,10 @@ def main(argv: list[str]) -> None:
         print(f"rank {session.rank}: peak on the device {peak_memory(session.device) / GIB:.2f} GiB")
     if session.rank == 0:
         for rank, (high, pss, start, state) in enumerate(torch.stack(all_ranks).tolist()):
-            print(f"rank {rank}: peak {high:.2f} GiB resident, {pss:.2f} proportional; at start {start:.2f}; "
-                  f"parameters and optimizer state {state:.2f}")  # fmt: skip
+            print(
+                f"rank {rank}: peak {high:.2f} GiB resident, {pss:.2f} proportional; at start {start:.2f}; "
+                f"parameters and optimizer state {state:.2f}"
+            )
         high, pss = torch.stack(all_ranks)[:, :2].sum(dim=0).tolist()
         print(f"sum over {session.world_size} ranks: {high:.2f} GiB resident, {pss:.2f} GiB proportional")
 

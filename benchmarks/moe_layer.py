@@ -17,6 +17,7 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from moe_peers import CPU, PEERS, Contender, Shape, Skipped, ours, world_size  # noqa: E402
 
 from swin_moe.moe.layer import MoELayer  # noqa: E402
-from swin_moe.moe.routing import expert_capacity, route  # noqa: E402
+from swin_moe.moe.routing import Routing, expert_capacity, route  # noqa: E402
 from swin_moe.parallel.groups import init_distributed  # noqa: E402
 
 HOTTEST = 5.0  # load of the hottest expert over the mean, where k choices among E experts allow it: at most E / k
@@ -61,7 +62,8 @@ def inputs(shape: Shape, layer: MoELayer) -> Tensor:
     if shape.skew == 1:
         return x
     with torch.no_grad():
-        direction = layer.router.weight[0] / layer.router.weight[0].norm()
+        direction = layer.router.get_parameter("weight")[0]
+        direction = direction / direction.norm()
         low, high = 0.0, 64.0
         for _ in range(40):
             lean = (low + high) / 2
@@ -82,6 +84,7 @@ def call(contender: Contender, x: Tensor, grad: Tensor) -> tuple[float, float, T
     taken = time.process_time() - cpu, time.perf_counter() - wall
     for parameter in contender.parameters:
         parameter.grad = None  # at once: at 128 experts of 768 channels there is no room for everybody's
+    assert x.grad is not None, "backward has just been"
     return *taken, y.detach(), x.grad
 
 
@@ -118,8 +121,8 @@ def run_shape(shape: Shape, rounds: int) -> list[tuple[str, float, float]]:
     for name, build in PEERS.items():
         try:
             peer = build(shape, layer)
-        except Skipped as reason:
-            skipped[name] = str(reason)
+        except Skipped as error:
+            skipped[name] = str(error)
             continue
         result = call(peer, x, grad)
         if peer.comparable:
@@ -139,8 +142,10 @@ def run_shape(shape: Shape, rounds: int) -> list[tuple[str, float, float]]:
     cpu, wall = medians.pop("ours")
     for name, (peer_cpu, peer_wall) in medians.items():
         found.append((name, peer_cpu / cpu, peer_wall / wall))
-        say(f"| {shape} | {name} | {1e3 * cpu:.0f} / {1e3 * wall:.0f} | {1e3 * peer_cpu:.0f} / {1e3 * peer_wall:.0f} "
-            f"| {peer_cpu / cpu:.2f} | {peer_wall / wall:.2f} |")  # fmt: skip
+        say(
+            f"| {shape} | {name} | {1e3 * cpu:.0f} / {1e3 * wall:.0f} | {1e3 * peer_cpu:.0f} / {1e3 * peer_wall:.0f} "
+            f"| {peer_cpu / cpu:.2f} | {peer_wall / wall:.2f} |"
+        )
     for name, reason in skipped.items():
         if "GiB" in reason:
             say(f"| {shape} | {name} | | skipped: {reason} | | |")
@@ -165,16 +170,22 @@ def compare_routing(rounds: int) -> None:
             scores = torch.softmax(logits, dim=1)
             capacity = expert_capacity(tokens, 128, top_k=top_k, factor=1.25)
 
-            def mine(logits=logits, top_k=top_k, capacity=capacity, scores=scores):
+            def mine(logits=logits, top_k=top_k, capacity=capacity, scores=scores) -> Routing:
                 return route(logits, top_k=top_k, capacity=capacity, batch_prioritized=True, scores=scores)
 
             def theirs(scores=scores, top_k=top_k):
-                return extract_critical(scores, top_k=top_k, loss_fn=None, capacity_factor=1.25,
-                                        batch_prioritized_routing=True, normalize_gate=False)  # fmt: skip
+                return extract_critical(
+                    scores,
+                    top_k=top_k,
+                    loss_fn=None,
+                    capacity_factor=1.25,
+                    batch_prioritized_routing=True,
+                    normalize_gate=False,
+                )
 
             crit = theirs()[0]
             assert mine().capacity == crit[4] and torch.equal(mine().expert.t(), torch.stack(crit[1]).long())
-            times = {mine: [], theirs: []}
+            times: dict[Callable[[], object], list[float]] = {mine: [], theirs: []}
             for _ in range(rounds):
                 for run in times:
                     start = time.process_time()
@@ -206,9 +217,11 @@ def main(argv: list[str]) -> None:
             ratios.setdefault((name, kind), []).append((cpu, wall))
     say("\n| peer | rows | CPU ratio median, smallest | wall ratio median, smallest |\n|---|---|---|---|")
     for (name, kind), found in ratios.items():
-        cpu, wall = zip(*found)
-        say(f"| {name} | {len(found)} x {kind} | {statistics.median(cpu):.2f}, {min(cpu):.2f} "
-            f"| {statistics.median(wall):.2f}, {min(wall):.2f} |")  # fmt: skip
+        of_cpu, of_wall = zip(*found)
+        say(
+            f"| {name} | {len(found)} x {kind} | {statistics.median(of_cpu):.2f}, {min(of_cpu):.2f} "
+            f"| {statistics.median(of_wall):.2f}, {min(of_wall):.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Each is a builder: builder(Shape, ours) -> Contender. Where a peer's weights can
 can be compared too. A peer that cannot run raises Skipped with the reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class Contender:
     """A layer in training."""
 
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]  # x (T, D) -> (y (T, D), auxiliary loss)
-    parameters: list[nn.Parameter]
+    parameters: Sequence[Tensor]
     comparable: bool  # has our weights and semantics, so its results must be ours
 
 
@@ -66,9 +66,14 @@ def world_size() -> int:
 def ours(shape: Shape) -> tuple[MoELayer, Contender]:
     """Returns our layer, experts spread over all ranks, and the contender."""
     config = MoEConfig(
-        num_experts=shape.experts, top_k=shape.top_k, capacity_factor=shape.factor, gate_noise=0.0,
-        balance_loss="gshard", batch_prioritized=shape.prioritized, aux_loss_weight=1.0,
-    )  # fmt: skip
+        num_experts=shape.experts,
+        top_k=shape.top_k,
+        capacity_factor=shape.factor,
+        gate_noise=0.0,
+        balance_loss="gshard",
+        batch_prioritized=shape.prioritized,
+        aux_loss_weight=1.0,
+    )
     layer = MoELayer(shape.dim, 4 * shape.dim, config, fc2_bias=True, layer=0, init_std=0.02)
     layer.init_weights(0, "layer")
     if world_size() > 1:
@@ -117,16 +122,23 @@ def tutel(shape: Shape, layer: MoELayer) -> Contender:
     peer = moe.moe_layer(
         gate_type={"type": "top", "k": shape.top_k, "capacity_factor": shape.factor, "gate_noise": 0.0},
         experts={
-            "type": "ffn", "num_experts_per_device": shape.experts // world_size(),
-            "hidden_size_per_expert": 4 * shape.dim, "activation_fn": F.gelu,
+            "type": "ffn",
+            "num_experts_per_device": shape.experts // world_size(),
+            "hidden_size_per_expert": 4 * shape.dim,
+            "activation_fn": F.gelu,
         },
-        model_dim=shape.dim, batch_prioritized_routing=shape.prioritized, normalize_gate=False, is_gshard_loss=True,
-    ).train()  # fmt: skip
+        model_dim=shape.dim,
+        batch_prioritized_routing=shape.prioritized,
+        normalize_gate=False,
+        is_gshard_loss=True,
+    ).train()
     names = {
-        "gates.0.wg.weight": layer.router.weight, "experts.batched_fc1_w": layer.experts.fc1_weight,
-        "experts.batched_fc2_w": layer.experts.fc2_weight, "experts.batched_fc1_bias": layer.experts.fc1_bias,
+        "gates.0.wg.weight": layer.router.weight,
+        "experts.batched_fc1_w": layer.experts.fc1_weight,
+        "experts.batched_fc2_w": layer.experts.fc2_weight,
+        "experts.batched_fc1_bias": layer.experts.fc1_bias,
         "experts.batched_fc2_bias": layer.experts.fc2_bias,
-    }  # fmt: skip
+    }
     own = dict(peer.named_parameters())
     assert own.keys() == names.keys(), sorted(own)
     with torch.no_grad():

@@ -16,11 +16,11 @@ from collections.abc import Callable
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
+from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
 from swin_moe.randomness import RandomContext
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def seconds(step: Step, device: torch.device) -> float:
@@ -67,7 +67,7 @@ def layer_steps(
         clear()
         layer.experts(rows, even).backward(seen.view_as(rows))
 
-    def whole(dispatcher: object) -> None:
+    def whole(dispatcher: Dispatcher) -> None:
         clear()
         layer.dispatcher = dispatcher
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -75,7 +75,11 @@ def layer_steps(
         torch.autograd.backward([y, aux], [seen.to(y.dtype), torch.ones_like(aux)])
 
     ragged, padded = LocalDispatcher(), PaddedDispatcher()
-    steps = {"experts": only_experts, "layer": lambda: whole(ragged), "layer, padded": lambda: whole(padded)}
+    steps: dict[str, Step] = {
+        "experts": only_experts,
+        "layer": lambda: whole(ragged),
+        "layer, padded": lambda: whole(padded),
+    }
     return steps, 3.0 * 2.0 * 2.0 * len(rows) * dim * 4 * dim
 
 

@@ -16,9 +16,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from attention_peers import HEAD_DIM, PEERS, STAGES, Stage, fused
+from attention_peers import HEAD_DIM, PEERS, STAGES, Stage, StageTensors, fused
 from torch import Tensor
 
 from swin_moe.ops.attention.geometry import MASKED
@@ -64,7 +65,7 @@ class Work:
             "products": self.flops / rates.flops,
             "exponentials": self.exponentials / rates.exponentials,
         }
-        return max(parts, key=parts.get)
+        return max(parts, key=lambda name: parts[name])
 
 
 def work(stage: Stage, *, backward: bool) -> Work:
@@ -112,9 +113,11 @@ def measured_rates() -> Rates:
     product = timed([lambda: torch.mm(a, b)] * 4)
     clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
     return Rates(
-        2 * source.numel() / copy, 2 * 8192**3 / product, 16 * properties.multi_processor_count * clock,
+        2 * source.numel() / copy,
+        2 * 8192**3 / product,
+        16 * properties.multi_processor_count * clock,
         timed([lambda: small.zero_()] * 50),
-    )  # fmt: skip
+    )
 
 
 class Inputs:
@@ -129,18 +132,18 @@ class Inputs:
     def forward(self, attend: Callable[..., Tensor]) -> float:
         """Returns the seconds of a forward pass without gradients."""
         with torch.no_grad():
-            return timed([lambda given=given: attend(*given) for given in self.sets])
+            return timed([partial(attend, *given) for given in self.sets])
 
     def train(self, attend: Callable[..., Tensor]) -> float:
         """Returns the seconds of a forward and a backward pass."""
 
-        def step(given: list[Tensor | None], grad: Tensor) -> tuple[Tensor, ...]:
+        def step(given: StageTensors, grad: Tensor) -> tuple[Tensor, ...]:
             leaves = [t for t in given if t is not None]
             for leaf in leaves:
                 leaf.requires_grad_()
             return torch.autograd.grad(attend(*given), leaves, grad)
 
-        return timed([lambda pair=pair: step(*pair) for pair in zip(self.sets, self.grads)])
+        return timed([partial(step, given, grad) for given, grad in zip(self.sets, self.grads)])
 
     def backward(self, stage: Stage) -> float:
         """Returns the seconds of the operator's backward pass alone."""
@@ -150,9 +153,7 @@ class Inputs:
             forward = torch.ops.swin_moe.window_attention_and_sums
             saved = [forward(s[0], s[1], s[2], None, *numbers) for s in self.sets]
             passes = zip(self.sets, self.grads, saved)
-            return timed(
-                [lambda s=s, g=g, k=k: operator(g, s[0], s[1], s[2], None, *numbers, *k) for s, g, k in passes]
-            )
+            return timed([partial(operator, g, s[0], s[1], s[2], None, *numbers, *k) for s, g, k in passes])
 
 
 def print_floors(rates: Rates, chosen: list[Stage]) -> None:

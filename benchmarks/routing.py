@@ -16,7 +16,7 @@ import torch
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe.choices import Choice, build_choice
-from swin_moe.moe.dispatch import make_plan
+from swin_moe.moe.dispatch import make_order
 from swin_moe.moe.routers import build_router
 from swin_moe.ops import moe_plan, moe_route
 
@@ -51,7 +51,7 @@ class Case:
             routed = self.choice.route(
                 self.x, self.router, tokens_per_image=TOKENS_PER_IMAGE, training=True, random=None, token=None
             )
-        make_plan(routed.routing, int(routed.stats.kept.sum()))
+        make_order(routed.routing, int(routed.stats.kept.sum()))
         (routed.routing.gate.sum() + routed.aux).backward()
         self.clean.grad = None
 

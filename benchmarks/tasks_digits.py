@@ -77,7 +77,7 @@ def distill(runs: Runs) -> Row:
     With all labels the one alone gets the epochs of distillation too.
     """
     teacher = runs.train("teacher", "digits_dense", "optim.epochs=30")
-    student = runs.train("distilled", "digits_distill", f"task.teacher={runs.directory('teacher')}")
+    student = runs.train("distilled", "digits_distill", f"task.distill.teacher={runs.directory('teacher')}")
     init = f"checkpoint.init={runs.directory('distilled')}"
     return {
         "teacher %": teacher["eval/top1"],

@@ -181,7 +181,7 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
         for side in sides:  # warm-up: allocator, caches, oneDNN primitives
             for _ in range(3 if device.type == "cuda" else 1):
                 getattr(side, mode)()
-        times = [[] for _ in sides]
+        times: list[list[float]] = [[] for _ in sides]
         for round_index in range(options.rounds):
             order = range(len(sides)) if round_index % 2 else reversed(range(len(sides)))
             for which in order:

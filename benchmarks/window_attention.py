@@ -38,9 +38,11 @@ def random_tensors(row: Row) -> HalfTensors:
     generator = torch.Generator().manual_seed(0)
     dim, heads, positions = row.dim, row.heads, (2 * row.window - 1) ** 2
     sizes = ((3 * dim, dim), (3 * dim,), (dim, dim), (dim,), (positions, heads))
-    drawn = [torch.randn(size, generator=generator).mul_(0.02).requires_grad_() for size in sizes]
+    qkv, qkv_bias, proj, proj_bias, table = (
+        torch.randn(size, generator=generator).mul_(0.02).requires_grad_() for size in sizes
+    )
     scale = torch.full((heads, 1, 1), 10.0).log().requires_grad_() if row.cosine else None
-    return HalfTensors(*drawn, scale)
+    return HalfTensors(qkv, qkv_bias, proj, proj_bias, table, scale)
 
 
 def step(half: Half, x: Tensor, tensors: HalfTensors, dtype: torch.dtype, kind: str) -> Tensor:

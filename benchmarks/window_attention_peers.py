@@ -154,8 +154,8 @@ class SdpaFolded(Official):
         if self.mask is not None:
             windows = len(self.mask)
             mask = (mask + self.mask[:, None]).flatten(0, 1)[None]
-        folded = [t.reshape(-1, windows * self.row.heads, *t.shape[2:]) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*folded, attn_mask=mask.to(q.dtype), scale=scale)
+        q_fold, k_fold, v_fold = (t.reshape(-1, windows * self.row.heads, *t.shape[2:]) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q_fold, k_fold, v_fold, attn_mask=mask.to(q.dtype), scale=scale)
         return out.view(q.shape).transpose(1, 2).reshape(-1, self.row.window**2, self.row.dim)
 
 
@@ -185,7 +185,7 @@ def peers(row: Row, tensors: HalfTensors, *, compiled: bool) -> dict[str, Half]:
     plain: dict[str, Half] = {"eager": Eager(row, tensors), "sdpa": Sdpa(row, tensors)}
     plain["sdpa folded"] = SdpaFolded(row, tensors)
     if compiled:
-        for name in ("eager", "sdpa folded"):
-            plain[f"compile({name})"] = torch.compile(type(plain[name])(row, tensors).__call__, dynamic=False)
+        for name, kind in (("eager", Eager), ("sdpa folded", SdpaFolded)):
+            plain[f"compile({name})"] = torch.compile(kind(row, tensors).__call__, dynamic=False)
         plain["flex"] = Flex(row, tensors)
     return plain

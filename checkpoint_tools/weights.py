@@ -6,6 +6,7 @@ from pathlib import Path
 from checkpoint_tools.formats import find_format, open_source
 from checkpoint_tools.formats.official.simmim import is_moby
 from checkpoint_tools.formats.state_dict import peek
+from checkpoint_tools.sources.assembled import AssembledSource
 from checkpoint_tools.sources.base import Options, Source
 
 PRETRAINED = "encoder."  # before the names of a file that was pre-trained without classes
@@ -28,6 +29,11 @@ def open_weights(path: Path, *, report: Callable[[str], None]) -> Source:
     kept = form == "simmim" and not is_moby(peek(path))
     options = Options(on_drift="first", extra={"encoder": "keep"} if kept else {}, report=report)
     return open_source(path, options, form)
+
+
+def with_tables(source: Source) -> AssembledSource | None:
+    """Returns the source itself where it has coordinate tables, which tell the windows it was trained with."""
+    return source if isinstance(source, AssembledSource) and source.tables else None
 
 
 def prefix_of(source: Source) -> str:

@@ -12,7 +12,6 @@ import struct
 import sys
 import termios
 import time
-import traceback
 from array import array
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -70,6 +69,8 @@ def end_on_exception(kind: type[BaseException], error: BaseException, trace: Tra
     """Ends every rank with a traceback and exit code 1; a sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         end_all_ranks(INTERRUPTED)
+    import traceback
+
     end_all_ranks(1, "".join(traceback.format_exception(kind, error, trace)))
 
 

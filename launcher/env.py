@@ -6,6 +6,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from launcher.hosts.nodelist import expand, expand_counts
+
 Kind = Literal["ready", "mpi", "slurm", "single"]
 
 # Written by torchrun and by `export`: with all of them set, nothing is left to find out.
@@ -20,9 +22,6 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _INHERITED = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|MPI_LOCALN?RANK\w*|(PMI|PMIX|OMPI_COMM|HYDI)_\w+"
 )
-_RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
-_HOST = rf"[\w.-]+(?:\[{_RANGES}\][\w.-]*)?"
-_HOST_PARTS = rf"([\w.-]+)(?:\[({_RANGES})\]([\w.-]*))?"
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,15 @@ def detect(environ: Mapping[str, str]) -> Kind:
 
 
 def world_size_of_mpi(environ: Mapping[str, str]) -> int:
-    """Returns the number of ranks that mpirun promised this process."""
-    return next(int(environ[size]) for rank, size in MPI if rank in environ and size in environ)
+    """Returns the number of ranks that mpirun or srun promised this process."""
+    sizes = [size for rank, size in MPI if rank in environ and size in environ]
+    return _number(environ, sizes[0] if sizes else "SLURM_NTASKS")
+
+
+def rank_of(environ: Mapping[str, str]) -> str:
+    """Returns this process's rank as whoever started it tells it, "?" where nobody does."""
+    names = [rank for rank, _ in MPI] + ["SLURM_PROCID", "RANK"]
+    return next((environ[name] for name in names if environ.get(name)), "?")
 
 
 def parse_ready(environ: Mapping[str, str]) -> RankEnv:
@@ -80,38 +86,13 @@ def parse_slurm(environ: Mapping[str, str]) -> RankEnv:
     two steps on one host apart.
     """
     rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
-    hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1")
+    hosts = expand(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1")
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
-    local_world_size = expand_tasks(tasks)[_number(environ, "SLURM_NODEID", 0)]
+    local_world_size = expand_counts(tasks)[_number(environ, "SLURM_NODEID", 0)]
     job, step = _number(environ, "SLURM_JOB_ID", 0), _number(environ, "SLURM_STEP_ID")
     master = hosts[0] if len(hosts) > 1 else "127.0.0.1"
     port = 20000 + (job * 7 + step) % 20000
     return RankEnv(rank, world_size, _number(environ, "SLURM_LOCALID"), local_world_size, master, port)
-
-
-def expand_hosts(text: str) -> list[str]:
-    """Returns the hosts of a Slurm node list: "a,n[01-03,7]" is a, n01, n02, n03, n7.
-
-    Raises:
-        ValueError: More than one bracket in a name, unclosed brackets, or no ranges in them.
-    """
-    if not re.fullmatch(f"{_HOST}(?:,{_HOST})*", text):
-        raise ValueError(f"cannot read the Slurm node list {text!r}; expected names like n1,n[02-05]")
-    hosts: list[str] = []
-    for prefix, ranges, suffix in re.findall(_HOST_PARTS, text):
-        hosts += [prefix + number + suffix for number in (_expand_ranges(ranges) if ranges else [""])]
-    return hosts
-
-
-def expand_tasks(text: str) -> list[int]:
-    """Returns tasks per node of Slurm's short form: "4(x2),3" is 4, 4, 3."""
-    tasks: list[int] = []
-    for item in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
-        if not match:
-            raise ValueError(f"cannot read the Slurm task counts {text!r}; expected counts like 4(x2),3")
-        tasks += [int(match[1])] * int(match[2] or 1)
-    return tasks
 
 
 def export(env: RankEnv, environ: MutableMapping[str, str]) -> None:
@@ -131,12 +112,3 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if text is None or not text.isdigit():
         raise ValueError(f"environment variable {name} must be a whole number >= 0, got {text!r}")
     return int(text)
-
-
-def _expand_ranges(ranges: str) -> list[str]:
-    """Returns the zero-padded numbers of "01-03,7"."""
-    names: list[str] = []
-    for part in ranges.split(","):
-        low, _, high = part.partition("-")
-        names += [str(i).zfill(len(low)) for i in range(int(low), int(high or low) + 1)]
-    return names

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from launcher import watch
-from launcher.env import MPI
+from launcher.env import rank_of
 
 REPORTS = "LAUNCHER_REPORTS"  # folder of the launcher's host, in which a rank that fails leaves its exit code
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -56,10 +56,10 @@ def report(code: int) -> None:
         (folder / f"{time.monotonic_ns():020d}-{_rank()}").write_text(str(code))
 
 
-def first_report(folder: Path) -> int | None:
-    """Returns the exit code of the rank that failed first, or None where no rank left one."""
+def first_report(folder: Path) -> tuple[str, int] | None:
+    """Returns (rank, exit code) of the rank that failed first, or None where no rank left one."""
     reports = sorted(path for path in folder.iterdir() if path.stat().st_size)
-    return int(reports[0].read_text()) if reports else None
+    return (reports[0].name.partition("-")[2], int(reports[0].read_text())) if reports else None
 
 
 def note(text: str) -> None:
@@ -110,4 +110,4 @@ def _obituary(code: int, page: mmap.mmap) -> str:
 
 
 def _rank() -> str:
-    return next((os.environ[rank] for rank, _ in MPI if rank in os.environ), "?")
+    return rank_of(os.environ)

@@ -6,17 +6,21 @@ because that is how mpirun notices a rank that died.
 
 import atexit
 import os
-import random
 import signal
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from launcher import ending, guard, watch
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, world_size_of_mpi
-
-NO_BIND = "LAUNCHER_NO_BIND"  # set: ranks keep the cores they were started with
+from launcher.job.plan import describe_cores
+from launcher.machine.binding import NO_BIND, bind, gpu_of, threads_of
+from launcher.machine.network import read_place
+from launcher.machine.software import NO_COMPARE, Software, read_software
+from launcher.machine.topology import Core, Machine, read_machine
+from launcher.meeting import rendezvous
+from launcher.meeting.rendezvous import Facts, Meeting
 
 
 def bootstrap() -> RankEnv:
@@ -33,16 +37,14 @@ def bootstrap() -> RankEnv:
         return parse_ready(os.environ)
     if kind == "single":
         return RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
-    if kind == "slurm":
-        env = parse_slurm(os.environ)
-        if env.master_addr == "127.0.0.1":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    sys.excepthook = ending.end_on_exception
+    if kind == "slurm" and not _slurm_speaks_mpi():
+        env = _meet_over_tcp()
     else:
         watch.die_with_parent(os.getppid())
         if watch.WATCHED in os.environ:
             watch.start_watching(os.environ[watch.WATCHED])
-        env = _rendezvous()
-        sys.excepthook = ending.end_on_exception
+        env = _meet_over_mpi()
     export(env, os.environ)
     return env
 
@@ -56,7 +58,7 @@ def call(program: Callable[[], Any], *, says_why: bool = True) -> None:
         bootstrap()
     except ValueError as error:
         guard.ended()
-        sys.exit(f"launcher: {error}")
+        ending.fail(f"launcher: {error}", 2)
     try:
         program()
     except SystemExit as stop:
@@ -70,15 +72,7 @@ def call(program: Callable[[], Any], *, says_why: bool = True) -> None:
     guard.ended()
 
 
-def share_of_cores(cores: Sequence[int], local_rank: int, local_world_size: int) -> list[int]:
-    """Returns the contiguous share of one local rank; with more ranks than cores, ranks take turns, one core each."""
-    if local_world_size >= len(cores):
-        return [cores[local_rank % len(cores)]]
-    low, high = (i * len(cores) // local_world_size for i in (local_rank, local_rank + 1))
-    return list(cores[low:high])
-
-
-def _rendezvous() -> RankEnv:
+def _meet_over_mpi() -> RankEnv:
     world_size = world_size_of_mpi(os.environ)
     MPI = _import_mpi()
     world = MPI.COMM_WORLD
@@ -89,27 +83,70 @@ def _rendezvous() -> RankEnv:
         )
     # Not OMPI_COMM_WORLD_LOCAL_RANK: Open MPI permutes it when there are more ranks than cores.
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    one_host = world.allreduce(node.size, op=MPI.MIN) == world.size
-    hosts = world.gather(socket.gethostname(), root=0)
-    meeting_point = None
-    if world.rank == 0:
-        address = "127.0.0.1" if one_host else _address_seen_from(next((h for h in hosts if h != hosts[0]), hosts[0]))
-        meeting_point = address, _free_port()
-    address, port = world.bcast(meeting_point, root=0)
-    if one_host:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(node.rank)  # DeepSpeed asserts that it equals LOCAL_RANK
-    if NO_BIND not in os.environ:
-        _bind(node)
-    return RankEnv(world.rank, world.size, node.rank, node.size, address, port)
+    machine = read_machine(os.environ)
+    cores = list(machine.cores) if NO_BIND in os.environ else bind(node, machine, os.environ)
+    if NO_COMPARE not in os.environ:
+        world.Barrier()  # clocks are read at one time
+    facts = _facts(node.rank, machine, cores)
+    everyone = world.gather(facts, root=0)
+    meeting = world.bcast(None if everyone is None else rendezvous.decide(everyone, os.environ), root=0)
+    if everyone is not None:
+        _say(everyone, meeting)
+    rendezvous.settle(meeting, facts.place, os.environ)
+    return RankEnv(world.rank, world.size, node.rank, node.size, meeting.address, meeting.port)
 
 
-def _import_mpi() -> Any:
-    """Returns mpi4py.MPI, initialized. Raises ValueError where mpirun and library are known not to match.
+def _meet_over_tcp() -> RankEnv:
+    """Returns the facts of a task of srun --mpi=none. Slurm binds its tasks; where it left them free, so do we."""
+    from launcher.meeting import tcp
 
-    Checked before MPI_Init, which would print pages about PMI and abort.
-    """
+    env = parse_slurm(os.environ)
+    machine = read_machine(os.environ)
+    cores = list(machine.cores)
+    free = len(cores) == os.cpu_count()
+    threads = max(1, len(cores) // env.local_world_size) if free else len(cores)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of(threads, machine.quota, env.local_world_size)))
+    facts = _facts(env.local_rank, machine, cores)
+
+    def decide(everyone: list[dict[str, Any]]) -> dict[str, Any]:
+        known = [Facts.from_json(data) for data in everyone]
+        meeting = rendezvous.decide(known, os.environ)
+        _say(known, meeting)
+        return asdict(meeting)
+
+    meeting = Meeting(**tcp.gather(os.environ, facts.to_json(), decide))
+    rendezvous.settle(meeting, facts.place, os.environ)
+    return RankEnv(env.rank, env.world_size, env.local_rank, env.local_world_size, meeting.address, meeting.port)
+
+
+def _facts(local_rank: int, machine: Machine, cores: list[Core]) -> Facts:
+    software: Software | None = None
+    if NO_COMPARE not in os.environ:
+        software = read_software(packages=local_rank == 0)
+    described = describe_cores(cores, machine.gpus, gpu_of(machine.gpus, local_rank))
+    return Facts(local_rank, read_place(), described, software)
+
+
+def _say(everyone: list[Facts], meeting: Meeting) -> None:
+    said = rendezvous.lines(everyone, meeting, show=rendezvous.SHOW in os.environ)
+    if said:
+        print("\n".join(said), file=sys.stderr, flush=True)
+
+
+def _slurm_speaks_mpi() -> bool:
+    """Returns whether srun offers PMIx (--mpi=pmix) and mpi4py loads an MPI that takes it: Open MPI."""
+    if "PMIX_RANK" not in os.environ:
+        return False
+    try:
+        return "Open MPI" in _load_mpi().Get_library_version()
+    except ValueError:
+        return False
+
+
+def _load_mpi() -> Any:
+    """Returns mpi4py.MPI, not yet initialized. Raises ValueError where there is none."""
     try:
         import mpi4py
 
@@ -117,7 +154,16 @@ def _import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"mpi4py is needed under mpirun and cannot be imported: {error}") from error
-    started_by_open_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
+    return MPI
+
+
+def _import_mpi() -> Any:
+    """Returns mpi4py.MPI, initialized. Raises ValueError where mpirun and library are known not to match.
+
+    Checked before MPI_Init, which would print pages about PMI and abort.
+    """
+    MPI = _load_mpi()
+    started_by_open_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMIX_RANK" in os.environ
     if started_by_open_mpi != ("Open MPI" in MPI.Get_library_version()):
         raise ValueError(
             f"ranks were started by {'Open MPI' if started_by_open_mpi else 'MPICH'}'s mpirun, but mpi4py loads "
@@ -138,36 +184,3 @@ def _finalize(MPI: Any) -> None:
 
 def _library(MPI: Any) -> str:
     return " ".join(MPI.Get_library_version().replace(",", " ").split()[:4])
-
-
-def _free_port() -> int:
-    """Returns a port nobody listens on, below Linux's ephemeral range, so no outgoing connection takes it meanwhile."""
-    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
-        with socket.socket() as listener:
-            try:
-                listener.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise ValueError("no free port between 10000 and 30000 for the ranks to meet at")
-
-
-def _address_seen_from(other_host: str) -> str:
-    """Returns the address of this host on the route to `other_host`; connecting a datagram socket sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((other_host, 9))
-        except OSError:
-            return socket.gethostname()
-        return probe.getsockname()[0]
-
-
-def _bind(node: Any) -> None:
-    """Binds this rank to its share of the host's cores, unless mpirun bound the ranks already."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    everyone = node.allgather(cores)
-    if not cores or any(other != cores for other in everyone):
-        return
-    share = share_of_cores(cores, node.rank, node.size)
-    os.sched_setaffinity(0, share)
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(share)))

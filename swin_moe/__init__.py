@@ -1,4 +1,8 @@
-"""Training of vision Mixture-of-Experts at scale: the Swin family, on one process or many."""
+"""Training of vision Mixture-of-Experts at scale: the Swin family, on one process or many.
+
+The commands are files here (cli.COMMANDS: train, evaluate, predict, ...); what they are made of is one package each, in
+the order of docs/architecture.md. _EXPORTS is what other programs import; a new name there is a promise.
+"""
 
 from typing import Any
 

@@ -80,7 +80,7 @@ def package_lines() -> Iterator[Line]:
         remedy = "your own scripts import it after python -m swin_moe.data.torchvision_site"
         yield None, "torchvision", f"was built for another torch; {remedy}"
     for requirement in requirements:
-        name = re.match(r"[\w.-]+", requirement)[0]
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](.+?)['\"]", requirement)
         if extra and extra[1] == "dev":
             continue
@@ -165,9 +165,21 @@ def path_lines() -> Iterator[Line]:
         for dtype in ("float32", "bfloat16"):
             for gradients in (False, True):
                 case = Case(
-                    device, dtype, "float32", "float32", "float32", window, heads, head_dim, qkv_bias=True,
-                    cosine=cosine, shifted=True, padded=False, gradients=gradients, windows=WINDOWS,
-                )  # fmt: skip
+                    device,
+                    dtype,
+                    "float32",
+                    "float32",
+                    "float32",
+                    window,
+                    heads,
+                    head_dim,
+                    qkv_bias=True,
+                    cosine=cosine,
+                    shifted=True,
+                    padded=False,
+                    gradients=gradients,
+                    windows=WINDOWS,
+                )
                 rounds, windows = measure(case)
                 times = ", ".join(f"{path} {1e3 * statistics.median(s):.2f}" for path, s in rounds.items())
                 kind = f"{dtype}, {'training' if gradients else 'evaluation'}"
@@ -184,12 +196,12 @@ def _kernel_error(device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(size, generator=generator) for size in ((2, 9, 14, 192), (169, 2), (2, 9, 14, 64))]
     qkv, table, weight = (x.to(device) for x in draw)
-    leaves = [x.clone().requires_grad_() for x in (qkv, table)]
-    out = fused_window_attention(*leaves, num_heads=2, window=(7, 7), shift=(3, 3), scale=0.2)
-    found = [out, *torch.autograd.grad(out, leaves, weight)]
-    exact_leaves = [x.double().cpu().requires_grad_() for x in (qkv, table)]
-    exact_out = attend_map(*exact_leaves, None, None, 2, 7, 7, 3, 3, 0.2, -100.0)
-    exact = [exact_out, *torch.autograd.grad(exact_out, exact_leaves, weight.double().cpu())]
+    x, bias = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+    out = fused_window_attention(x, bias, num_heads=2, window=(7, 7), shift=(3, 3), scale=0.2)
+    found = [out, *torch.autograd.grad(out, [x, bias], weight)]
+    x, bias = qkv.double().cpu().requires_grad_(), table.double().cpu().requires_grad_()
+    exact_out = attend_map(x, bias, None, None, 2, 7, 7, 3, 3, 0.2, -100.0)
+    exact = [exact_out, *torch.autograd.grad(exact_out, [x, bias], weight.double().cpu())]
     return max(float((f.detach().double().cpu() - e.detach()).norm() / e.detach().norm()) for f, e in zip(found, exact))
 
 

@@ -24,7 +24,7 @@ def build_eval_loader(config: Config, session: Session, stored: Source | None = 
 
     stored: The checkpoint of which the weights are; None = labelled as the data set's are.
     """
-    classified = config.task.name == "classify" and stored is not None
+    names = stored.classes if stored is not None and config.task.name == "classify" else ()
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
         config.data,
@@ -33,7 +33,7 @@ def build_eval_loader(config: Config, session: Session, stored: Source | None = 
         world_size=session.world_size,
         batch=batch,
         num_classes=config.model.num_classes,
-        classes=stored.classes if classified else (),
+        classes=names,
     )
 
 

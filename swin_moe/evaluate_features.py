@@ -10,6 +10,7 @@ from swin_moe.config.arguments import Parser
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.precision import autocast
+from swin_moe.models.swin import SwinTransformer
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
@@ -42,7 +43,7 @@ def parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     return overrides, options
 
 
-def features_of(config: Config, session: Session, backbone: torch.nn.Module, split: str) -> tuple[Features, int]:
+def features_of(config: Config, session: Session, backbone: SwinTransformer, split: str) -> tuple[Features, int]:
     """Returns (this rank's features of a split, number of classes); images as in evaluation: resized, not augmented."""
     loader = EvalLoader(
         config.data,
@@ -58,9 +59,10 @@ def features_of(config: Config, session: Session, backbone: torch.nn.Module, spl
     return extract(lambda image: pooled(backbone, image), batches, context), loader.num_classes
 
 
-def measure(session: Session, backbone: torch.nn.Module, options: argparse.Namespace) -> dict[str, float]:
+def measure(session: Session, backbone: SwinTransformer, options: argparse.Namespace) -> dict[str, float]:
     """Returns {"knn": percent, "few_shot": mean percent, "few_shot_deviation": over draws}, as asked for."""
-    config, result = session.config, {}
+    config = session.config
+    result: dict[str, float] = {}
     query, num_classes = features_of(config, session, backbone, "val")
     if options.k:
         train, _ = features_of(config, session, backbone, "train")
@@ -73,9 +75,9 @@ def measure(session: Session, backbone: torch.nn.Module, options: argparse.Names
             few = replace(config, data=replace(config.data, images_per_class=options.shots, subset=draw))
             train, _ = features_of(few, session, backbone, "train")
             found.append(ridge_accuracy(train, query, num_classes=num_classes, l2=options.l2))
-        found = torch.tensor(found, dtype=torch.float64)
-        result["few_shot"] = float(found.mean())
-        result["few_shot_deviation"] = float(found.std(correction=0))
+        accuracy = torch.tensor(found, dtype=torch.float64)
+        result["few_shot"] = float(accuracy.mean())
+        result["few_shot_deviation"] = float(accuracy.std(correction=0))
     return result
 
 

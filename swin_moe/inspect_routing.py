@@ -37,30 +37,30 @@ class RoutingRecorder:
     """Remembers the last forward's routing of every MoE layer, with the map of tokens it belongs to."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks = [(n.removesuffix(".mlp"), b) for n, b in model.named_modules() if isinstance(b, Block)]
-        self.blocks = [(name, block) for name, block in self.blocks if isinstance(block.mlp, MoELayer)]
+        blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
+        self.blocks = [(name, block, block.mlp) for name, block in blocks if isinstance(block.mlp, MoELayer)]
         self.grids: dict[str, tuple[int, int]] = {}
         self.routings: dict[str, Routing] = {}
 
     @property
     def num_experts(self) -> int:
         """Experts of a layer, E."""
-        return self.blocks[0][1].mlp.config.num_experts
+        return self.blocks[0][2].config.num_experts
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Within it, forwards are remembered."""
         handles = []
-        for name, block in self.blocks:
+        for name, block, layer in self.blocks:
             handles.append(block.register_forward_pre_hook(self._note_grid(name)))
-            block.mlp.observer = self._note_routing(name)
+            layer.observer = self._note_routing(name)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for _, block in self.blocks:
-                block.mlp.observer = None
+            for *_, layer in self.blocks:
+                layer.observer = None
 
     def _note_grid(self, name: str):
         def hook(_, arguments: tuple) -> None:
@@ -99,7 +99,7 @@ class RoutingRecorder:
 def main(argv: list[str]) -> None:
     """Draws the routing of image files and of the validation set."""
     path, rest = parse_arguments(argv, USAGE, ("--out", "--images"))
-    rest, out = _take_option(rest, "--out", None)
+    rest, out = _take_option(rest, "--out", "")
     rest, count = _take_option(rest, "--images", "256")
     if not count.isdecimal():
         raise ValueError(f"--images must be a number of validation images, got {count!r}")
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     LOGGER.info("%s", directory / "routing.json")
 
 
-def _take_option(words: list[str], name: str, default: str | None) -> tuple[list[str], str | None]:
+def _take_option(words: list[str], name: str, default: str) -> tuple[list[str], str]:
     """Returns (the other words, the value after `name` or the default)."""
     if name not in words:
         return words, default
@@ -200,10 +200,17 @@ def _draw_classes(
     config = session.config
     batch = config.data.eval_batch or config.accumulation(1)[0]
     num_classes = config.model.num_classes
-    shape = {"rank": 0, "batch": batch, "num_classes": num_classes, "classes": names}
     total = len(build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=num_classes))
     # Rank 0 of a larger world sees every n-th image, so all classes of a set that is sorted by class.
-    loader = EvalLoader(config.data, config.model.img_size, world_size=max(1, total // count), **shape)
+    loader = EvalLoader(
+        config.data,
+        config.model.img_size,
+        rank=0,
+        world_size=max(1, total // count),
+        batch=batch,
+        num_classes=num_classes,
+        classes=names,
+    )
     tables: dict[str, np.ndarray] = {}
     for item in loader:
         item = to_device(item, session.device, config.engine.precision)

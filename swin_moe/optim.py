@@ -10,6 +10,7 @@ from torch import nn
 from swin_moe.config import OptimConfig
 from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
+from swin_moe.names.official import file_key, is_wrapped
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,11 @@ def parameter_groups(model: Network, config: OptimConfig, depths: tuple[int, ...
     names, keywords = set(model.no_weight_decay()), set(model.no_weight_decay_keywords())
     groups: dict[tuple[int, bool], dict] = {}
     last = sum(depths) + 1
+    wrapped = is_wrapped(name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        depth = layer_id(name, depths) if config.layer_decay != 1.0 else last
+        depth = layer_id(file_key(name, wrapped=wrapped), depths) if config.layer_decay != 1.0 else last
         decay = has_decay(name, parameter, names, keywords)
         group = groups.setdefault(
             (depth, decay),

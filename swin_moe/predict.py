@@ -46,11 +46,11 @@ def main(argv: list[str]) -> None:
     print(f"weights: {load_weights(model, session, stored)}", file=sys.stderr)
     transform = build_transform(config.data, config.model.img_size, train=False)
     dtype = next(model.parameters()).dtype
-    model = with_graphs(model.eval(), config)
+    graphed = with_graphs(model.eval(), config)
     for name in images:
         image = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0).to(session.device, dtype)
         with torch.inference_mode(), autocast(config.engine.precision, session.device):
-            output = model(image[None])
+            output = graphed(image[None])
         logits = output[0] if isinstance(output, tuple) else output
         best = logits.float().softmax(1)[0].topk(min(options.top, logits.shape[1]))
         found = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]

@@ -18,10 +18,9 @@ from torch import Tensor
 
 _MASK_32 = 0xFFFFFFFF
 _SECOND_DRAW = 0x5DEECE66D2545F49  # turns a key into that of an independent draw
-PURPOSES = (
-    "gate_noise", "drop_path_mixer", "drop_path_ffn", "dropout", "expert_dropout", "mixup", "augment", "order",
-    "mask", "subset",
-)  # fmt: skip
+PURPOSES = tuple(
+    "gate_noise drop_path_mixer drop_path_ffn dropout expert_dropout mixup augment order mask subset".split()
+)
 
 
 @dataclass(frozen=True)

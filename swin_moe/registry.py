@@ -43,6 +43,20 @@ def is_outside(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name) is not None
 
 
+def check_members(value: object, protocol: type, *, chosen: str, where: str) -> None:
+    """Raises ValueError, naming them, where what a row of a table gave lacks members of its protocol: found at start,
+    not when the first of them is needed.
+
+    Args:
+        chosen: The option and its value. where: The protocol, as "file: name".
+    """
+    kinds = vars(protocol).items()
+    wanted = [*protocol.__annotations__, *(key for key, kind in kinds if callable(kind) or isinstance(kind, property))]
+    lacks = [member for member in wanted if not member.startswith("_") and not hasattr(value, member)]
+    if lacks:
+        raise ValueError(f"{chosen}: {type(value).__name__} lacks {', '.join(lacks)} ({where})")
+
+
 def require(package: str, version: str) -> None:
     """Raises at import of a backend whose package is imported only later; `lookup` turns a missing one into a sentence.
 

@@ -55,9 +55,11 @@ class Trainer:
         self.identity = RunIdentity.of(config, self.loader.dataset, self.eval_loader.dataset)
         self.identity.compare_ranks(session.groups.world)
         self.schedule = build_schedule(
-            config.optim, steps_per_epoch=self.loader.steps_per_epoch, global_batch=config.data.global_batch,
+            config.optim,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch=config.data.global_batch,
             delay=int(config.compat.official),
-        )  # fmt: skip
+        )
         self.engine: Engine = engine(
             build_meta_model(session, self.task),
             config=config,
@@ -86,16 +88,28 @@ class Trainer:
     def _build_loaders(self) -> None:
         config, session = self.config, self.session
         micro_batch, accumulation = config.accumulation(session.world_size)
-        common = {
-            "rank": session.rank, "world_size": session.world_size, "num_classes": config.model.num_classes,
-            "pin_memory": session.device.type == "cuda",
-        }  # fmt: skip
+        pinned = session.device.type == "cuda"
         self.loader = TrainLoader(
-            config.data, config.model.img_size, seed=config.run.seed, micro_batch=micro_batch,
-            accumulation=accumulation, partners=self.task.needs_partners, views=self.task.needs_views, **common,
-        )  # fmt: skip
+            config.data,
+            config.model.img_size,
+            seed=config.run.seed,
+            rank=session.rank,
+            world_size=session.world_size,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            partners=self.task.needs_partners,
+            pin_memory=pinned,
+            num_classes=config.model.num_classes,
+            views=self.task.needs_views,
+        )
         self.eval_loader = EvalLoader(
-            config.data, config.model.img_size, batch=config.data.eval_batch or micro_batch, **common
+            config.data,
+            config.model.img_size,
+            rank=session.rank,
+            world_size=session.world_size,
+            batch=config.data.eval_batch or micro_batch,
+            pin_memory=pinned,
+            num_classes=config.model.num_classes,
         )
 
     @property
@@ -117,6 +131,7 @@ class Trainer:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
         index = self.checkpoints.resumed_from
+        assert index is not None, "it gave the state"
         changed = self.identity.check_resume(index)
         self.engine.load_state(state["engine"])
         own = index.path.parent == self.checkpoints.root

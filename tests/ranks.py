@@ -33,7 +33,7 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
     (folder / "call.pkl").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
     # Cores are left unbound: several tests share the machine, and each would crowd its first rank onto the same core.
     environ = without_world(os.environ) | {"OMP_NUM_THREADS": "1", mpi.NO_BIND: "1"}
-    command = [sys.executable, "-m", "launcher", "-n", str(world), "--", "-m", "tests.ranks", str(folder)]
+    command = [sys.executable, "-m", "launcher", "--quiet", "-n", str(world), "--", "-m", "tests.ranks", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
             output = process.communicate(timeout=timeout)[0].decode(errors="replace")
@@ -67,7 +67,7 @@ def _run_here(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     try:
         module, name, args = pickle.loads((folder / "call.pkl").read_bytes())
-        function = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
         distributed.init_process_group("gloo")

@@ -19,6 +19,7 @@ TINY = [word for word in QUICK if not word.startswith(("model.moe", "run.name"))
 def code_of(text: str) -> tuple[str, str]:
     """Returns (name, content) of the file that a page shows."""
     block = re.search(r"^    # (\w+\.py)\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+    assert block, "the page shows none"
     return block[1], re.sub(r"^    ", "", block[2], flags=re.MULTILINE)
 
 

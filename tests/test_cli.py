@@ -28,14 +28,17 @@ def launch(monkeypatch, ranks, *program):
     return stop.value.code
 
 
-@pytest.mark.parametrize(("ranks", "option", "sentence"), [
-    (2, "parallel.expert=3", "parallel.expert=3"),
-    (4, "parallel.expert_shard=3", "parallel.expert_shard=3 does not divide the world of 4 ranks"),
-    (3, "model.moe.num_experts=8", "the nearest that is: 66"),  # 64 images over 3 ranks
-    (2, "model.moe.group_images=5", "model.moe.group_images=5 must divide"),
-    (2, "optim.lrr=1", "optim.lr"),
-    (2, "engine.name=fairscale", "parallel.zero"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "option", "sentence"),
+    [
+        (2, "parallel.expert=3", "parallel.expert=3"),
+        (4, "parallel.expert_shard=3", "parallel.expert_shard=3 does not divide the world of 4 ranks"),
+        (3, "model.moe.num_experts=8", "the nearest that is: 66"),  # 64 images over 3 ranks
+        (2, "model.moe.group_images=5", "model.moe.group_images=5 must divide"),
+        (2, "optim.lrr=1", "optim.lr"),
+        (2, "engine.name=fairscale", "parallel.zero"),
+    ],
+)
 def test_a_bad_layout_starts_nothing(monkeypatch, capsys, started, ranks, option, sentence):
     assert launch(monkeypatch, ranks, *TRAIN, option) == 2
     errors = capsys.readouterr().err.splitlines()

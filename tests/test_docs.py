@@ -70,7 +70,7 @@ def options(section: type = Config, prefix: str = "") -> set[str]:
     for field in fields(section):
         kind = hints[field.name]
         found.add(prefix + field.name)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             found |= options(kind, f"{prefix}{field.name}.")
     return found
 
@@ -91,7 +91,7 @@ def test_every_command_and_option_it_names_exists(page):
     known = options()
     sections = {name.partition(".")[0] for name in known if "." in name}
     named = re.findall(rf"(?<![\w./-])((?:{'|'.join(sections)})(?:\.[a-z_0-9]+)+)(?==)", text)
-    assert set(named) <= known
+    assert {name for name in named if not name.startswith("task.own.")} <= known  # those the reader's task brings
 
 
 def test_the_architecture_page_keeps_its_limits():

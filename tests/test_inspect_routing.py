@@ -10,9 +10,16 @@ from swin_moe.inspect_routing import RoutingRecorder, _picture_paths
 from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches, expert_colour, heat
 
 SMALL = dict(
-    img_size=(32, 48), patch_size=4, num_classes=3, embed_dim=16, depths=[2, 2], num_heads=[1, 2], window_size=4,
-    moe_blocks=[[1], [0]], num_experts=4,
-)  # fmt: skip
+    img_size=(32, 48),
+    patch_size=4,
+    num_classes=3,
+    embed_dim=16,
+    depths=[2, 2],
+    num_heads=[1, 2],
+    window_size=4,
+    moe_blocks=[[1], [0]],
+    num_experts=4,
+)
 
 
 @pytest.fixture
@@ -21,7 +28,7 @@ def recorded():
     model = swin_moe.create_model("swin_moe", **SMALL).eval()
     logits: dict[str, Tensor] = {}
     recorder = RoutingRecorder(model)
-    for name, block in recorder.blocks:
+    for name, block, _ in recorder.blocks:
         block.mlp.router.register_forward_hook(lambda *a, name=name: logits.update({name: a[2]}))
     images = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     with recorder.recording(), torch.inference_mode():
@@ -50,7 +57,7 @@ def test_load_by_class_counts_every_pair_once(recorded):
         for expert in range(4):
             for label in range(3):
                 assert table[expert, label] == (choice[target == label] == expert).sum()
-    assert all(block.mlp.observer is None for _, block in recorder.blocks)
+    assert all(layer.observer is None for *_, layer in recorder.blocks)
 
 
 def test_a_patch_has_its_expert_s_colour_and_a_dropped_one_is_crossed_out():

@@ -52,8 +52,11 @@ def test_preprocessing_is_that_of_the_run(path, tmp_path):
     manager = CheckpointManager(tmp_path / "run" / "checkpoints")
     pieces = [Piece.of(name, p.detach()) for name, p in model.named_parameters()]
     manager.save(1, pieces, state={}, config=json.loads(json.dumps(dataclasses.asdict(config))))
-    for verb, to, name in (("export", "safetensors", "x.safetensors"), ("convert", "native", "native"),
-                           ("convert", "hf", "hf")):  # fmt: skip
+    for verb, to, name in (
+        ("export", "safetensors", "x.safetensors"),
+        ("convert", "native", "native"),
+        ("convert", "hf", "hf"),
+    ):
         assert tools([verb, str(tmp_path / "run"), str(tmp_path / name), "--to", to]) == 0
     image = Image.effect_mandelbrot((50, 90), (-2, -1, 1, 1), 20).convert("RGB")
     pixels = torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255

@@ -1,6 +1,7 @@
 """What a session makes of a config on the device it finds."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from launcher.env import without_world
 from swin_moe.config import Config, EngineConfig
 from swin_moe.run.session import fit_precision
+from swin_moe.run.state import StopRequest
 from tests.ranks import ROOT
 
 CPU = torch.device("cpu")
@@ -56,11 +58,30 @@ def test_a_rank_without_mpi_ends_with_its_sentence_and_no_word_of_the_interprete
     world = without_world(os.environ) | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     words = [sys.executable, "-c", code, "digits_swin_moe", "run.name=none"]
     ranks = [
-        subprocess.Popen(words, env=world | {"RANK": str(r), "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            words,
+            env=world | {"RANK": str(r), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     out, err = ranks[0].communicate(timeout=120)
     ranks[1].kill()
     ranks[1].communicate()
     assert (ranks[0].returncode, out, err.splitlines()[-1]) == (2, "met", "error: no luck") and "Traceback" not in err
+
+
+def test_ctrl_c_counts_where_nobody_reads_errors(monkeypatch):
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    monkeypatch.setattr(sys, "__stderr__", None)
+    try:
+        request = StopRequest()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.name == "SIGINT"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -29,12 +29,17 @@ from swin_moe.train import Trainer
 from swin_moe.weights.load import start_from
 
 DENSE = (
-    "model.name=swin", "model.img_size=32", "model.patch_size=4", "model.embed_dim=8", "model.depths=[1,2]",
-    "model.num_heads=[1,2]", "model.window_size=4", "data.images_per_class=1", "data.global_batch=10",
-    "data.eval_batch=120", "data.drop_last=false", "optim.epochs=1", "optim.warmup_epochs=0", "log.tensorboard=false",
-)  # fmt: skip
-MOE = (*DENSE, "model.name=swin_moe", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4",
-       "model.moe.group_images=2")  # fmt: skip
+    "model.name=swin model.img_size=32 model.patch_size=4 model.embed_dim=8 model.depths=[1,2] model.num_heads=[1,2] "
+    "model.window_size=4 data.images_per_class=1 data.global_batch=10 data.eval_batch=120 data.drop_last=false "
+    "optim.epochs=1 optim.warmup_epochs=0 log.tensorboard=false"
+).split()
+MOE = (
+    *DENSE,
+    "model.name=swin_moe",
+    "model.moe.blocks=[[-1],[1]]",
+    "model.moe.num_experts=4",
+    "model.moe.group_images=2",
+)
 CLASSES = [f"digit {n}" for n in range(10)]
 
 
@@ -55,7 +60,7 @@ def files(tmp_path_factory) -> Path:
         model = build_model(config.model)
         model.init_weights(5)
         with torch.no_grad():
-            model.head.weight.normal_(std=1.0)
+            model.get_parameter("head.weight").normal_(std=1.0)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         pieces = [Piece.of(name, value) for name, value in weights.items()]
         manager = CheckpointManager(root / f"{family}-run" / "checkpoints")
@@ -79,7 +84,7 @@ def make_files(root: Path, family: str, weights: dict[str, torch.Tensor]) -> Non
     torch.save(official, root / f"{family}-bare.bin")
     with pytest.MonkeyPatch.context() as patch:
         module = types.ModuleType("yacs.config")
-        module.CfgNode = CfgNode
+        vars(module)["CfgNode"] = CfgNode
         patch.setattr(CfgNode, "__module__", "yacs.config")
         patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
         patch.setitem(sys.modules, "yacs.config", module)
@@ -103,8 +108,10 @@ def make_files(root: Path, family: str, weights: dict[str, torch.Tensor]) -> Non
         convert("official-moe", "moe-ranks.pth", "--world", "4")
         convert("tutel", "moe-tutel.pth")
         convert("fairscale", "moe-fairscale.pth")
-        more = {k: v.repeat(2, *[1] * (v.ndim - 1)) if ".mlp.experts." in k or ".router." in k else v
-                for k, v in weights.items()}  # fmt: skip
+        more = {
+            k: v.repeat(2, *[1] * (v.ndim - 1)) if ".mlp.experts." in k or ".router." in k else v
+            for k, v in weights.items()
+        }
         torch.save(more, root / "moe-experts.pth")
     else:
         convert("timm", "dense-timm.pth")
@@ -128,13 +135,18 @@ def make_broken(root: Path) -> None:
 
 
 WORKS = (
-    "run", "run/checkpoints/0000000003", ".safetensors", "-official.pth", "-bare.bin", "-training.pth",
-    "-lightning.ckpt", "-compiled.pth.tar", "-averaged.pt", "-backbone.bin", "-old.pth", "-dcp",
-)  # fmt: skip
+    "run run/checkpoints/0000000003 .safetensors -official.pth -bare.bin -training.pth -lightning.ckpt "
+    "-compiled.pth.tar -averaged.pt -backbone.bin -old.pth -dcp"
+).split()
 PATHS = [
     *(f"{family}-{name}" if name.startswith("run") else family + name for family in ("dense", "moe") for name in WORKS),
-    "dense-timm.pth", "dense-hf", "dense-hf/model.safetensors", "moe-ranks.pth", "moe-tutel.pth", "moe-fairscale.pth",
-]  # fmt: skip
+    "dense-timm.pth",
+    "dense-hf",
+    "dense-hf/model.safetensors",
+    "moe-ranks.pth",
+    "moe-tutel.pth",
+    "moe-fairscale.pth",
+]
 NAMED = ("dense-run", "moe-run", "dense.safetensors", "moe.safetensors", "dense-hf")  # hold the names of classes
 # What every command says of a path; a directory of one that is read by its parts is named.
 REFUSED = {
@@ -168,6 +180,7 @@ def perform(command: str, path: str, root: Path, capfd: pytest.CaptureFixture, *
         run_main(importlib.import_module(f"swin_moe.{command}").main, arguments)
         code = 0
     except SystemExit as stop:
+        assert isinstance(stop.code, int)
         code = stop.code
     return code, *capfd.readouterr()
 

@@ -9,10 +9,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose result, or the size of it, the host has to know.
-_OPERATORS = {
-    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim",
-    "unique_consecutive", "bincount",
-}  # fmt: skip
+_OPERATORS = set(
+    "_local_scalar_dense nonzero is_nonzero equal masked_select _unique2 unique_dim unique_consecutive bincount".split()
+)
 _METHODS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 

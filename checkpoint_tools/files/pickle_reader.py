@@ -31,7 +31,8 @@ class Instance:
     """An object of a class of another program: what it was made from. Nothing of the class exists here."""
 
     def __init__(self, kind: str, args: tuple) -> None:
-        self.kind, self.args, self.state = kind, args, None
+        self.kind, self.args = kind, args
+        self.state: Any = None
 
 
 class Options(dict):
@@ -115,6 +116,7 @@ class _Machine:
 
     def run(self, stream: IO[bytes] | bytes) -> Any:
         """Returns what the pickle holds; raises ValueError, IndexError, KeyError, TypeError for an invalid one."""
+        arg: Any  # what an opcode has for it: a number, a text, bytes or nothing
         for opcode, arg, _ in pickletools.genops(stream):
             name = opcode.name
             if name in _VALUES:

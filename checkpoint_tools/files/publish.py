@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from swin_moe.checkpoint.communicator import Communicator, SingleProcess, together
+from swin_moe.checkpoint.communicator import Communicator, SingleProcess, on_first, together
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.checkpoint.save import on_first
 from swin_moe.checkpoint.sealed_json import sync_directory
 
 

@@ -6,6 +6,7 @@ Layout: huggingface/safetensors README.md, "Format".
 import json
 import math
 from pathlib import Path
+from typing import TypeGuard
 
 from checkpoint_tools.files.record_file import OpenFiles, RecordFile, Storage, TensorRecord
 from swin_moe.checkpoint.boxes import row_strides
@@ -48,11 +49,14 @@ class SafetensorsFile(RecordFile):
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(f"{where}: checkpoints hold no dtype {dtype!r}")
-        numbers = [*shape, *place] if isinstance(shape, list) and isinstance(place, list) and len(place) == 2 else [-1]
-        if any(type(n) is not int or not 0 <= n <= MAX_COUNT for n in numbers) or len(shape) > MAX_DIMS:
+        if not (_are_counts(shape) and _are_counts(place)) or len(shape) > MAX_DIMS or len(place) != 2:
             raise CorruptionError(f"{where}: has an impossible shape or place")
         (begin, end), count = place, math.prod(shape)
         if end - begin != count * DTYPE_BYTES[dtype] or start + end > size:
             raise CorruptionError(f"{where}: shape {tuple(shape)} does not fit its bytes, or they end behind the file")
         self._begin[name] = (start + begin, end - begin)
         return TensorRecord(Storage(name, dtype, count), 0, tuple(shape), row_strides(tuple(shape)), dtype)
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_COUNT for n in value)

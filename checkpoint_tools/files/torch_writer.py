@@ -4,10 +4,11 @@ The layout is that of torch.save (torch/serialization.py, caffe2/serialize/inlin
 stored records whose data begins at multiples of 64 bytes. The same content has the same bytes.
 """
 
+import itertools
 import math
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +88,23 @@ class _Emitter:
             self._global(*value)
         elif isinstance(value, NewObject):
             self._object(value)
-        elif value is None:
+        elif isinstance(value, tuple):
+            self._items(b"(", value, b"t")
+        elif isinstance(value, list):
+            self._items(b"](", value, b"e")
+        elif isinstance(value, dict):
+            self._items(b"}(", itertools.chain.from_iterable(value.items()), b"u")
+        else:
+            self._scalar(value)
+
+    def _items(self, opening: bytes, items: Iterable[Any], closing: bytes) -> None:
+        self.out += opening
+        for item in items:
+            self.emit(item)
+        self.out += closing
+
+    def _scalar(self, value: Any) -> None:
+        if value is None:
             self.out += b"N"
         elif isinstance(value, bool):
             self.out += b"\x88" if value else b"\x89"
@@ -98,22 +115,6 @@ class _Emitter:
         elif isinstance(value, str):
             text = value.encode()
             self.out += b"X" + struct.pack("<I", len(text)) + text
-        elif isinstance(value, tuple):
-            self.out += b"("
-            for item in value:
-                self.emit(item)
-            self.out += b"t"
-        elif isinstance(value, list):
-            self.out += b"]("
-            for item in value:
-                self.emit(item)
-            self.out += b"e"
-        elif isinstance(value, dict):
-            self.out += b"}("
-            for key, item in value.items():
-                self.emit(key)
-                self.emit(item)
-            self.out += b"u"
         else:
             raise ValueError(f"a file of torch.save for weights holds no {type(value).__name__}")
 
@@ -217,6 +218,7 @@ def _entry(archive: zipfile.ZipFile, prefix: str, name: str, size: int) -> zipfi
     entry = zipfile.ZipInfo(f"{prefix}/{name}", (1980, 1, 1, 0, 0, 0))
     entry.file_size = size
     large = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0  # zipfile puts sizes over 4 GiB before our padding
+    assert archive.fp is not None, "the archive is open"
     begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + large + 4
     padding = -begin % _ALIGNMENT
     entry.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # torch's own padding field

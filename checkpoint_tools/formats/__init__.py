@@ -17,7 +17,7 @@ from checkpoint_tools.files.publish import finish_publishing
 from checkpoint_tools.formats.state_dict import taken_off, why_unknown
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.registry import lookup
+from swin_moe.registry import check_members, lookup
 
 
 class Format(NamedTuple):
@@ -170,6 +170,7 @@ def open_source(path: Path, options: Options, name: str = "") -> Source:
     finish_publishing(path)
     name = name or find_format(path)
     source = _look_up({key: row.open for key, row in FORMATS.items() if row.open}, name, "--from")(path, options)
+    check_members(source, Source, chosen=f"--from {name}", where="checkpoint_tools/sources/base.py: Source")
     taken = taken_off(path) or taken_off(path.with_name(f"{path.name}.rank0"))
     if taken:
         options.report(f"{path}: read without {taken}")

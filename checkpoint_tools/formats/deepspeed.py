@@ -5,7 +5,8 @@ of optimizer states holds the flat masters of that rank's part, from which all o
 (deepspeedai/DeepSpeed, runtime/zero/stage_1_and_2.py:state_dict, stage3.py:_rigid_state_dict; version 0.19.8).
 
 Stages 1, 2: each group of parameters is one flat buffer, cut in `partition_count` parts; `param_slice_mappings` says
-where each parameter's piece lies. Stage 3: each parameter is cut by itself, in parts of ceil(numel / partition_count).
+where each fragment of a parameter lies. Stage 3: each parameter is cut by itself, in parts of ceil(numel /
+partition_count).
 A group of experts is cut over the ranks that hold the same ones only: partition_count = world / ranks the experts are
 spread over, and rank r holds share r % ranks of them.
 """
@@ -37,7 +38,7 @@ _INERT = (
 )  # fmt: skip
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """Elements [start, stop) of a rank's part of a parameter, at `at` of that rank's flat buffer of group `group`."""
 
     rank: int
@@ -150,21 +151,22 @@ class _Reading:
             return state["single_partition_of_fp32_groups" if self.stage < 3 else "fp32_flat_groups"][group]
         return state["base_optimizer_state" if self.stage < 3 else "optimizer_state_dict"]["state"][group][kind]
 
-    def pieces(self, name: str, group: int, share: int, numel: int) -> Iterator[Piece]:
-        """Yields the pieces of one share of a parameter: of the ranks that hold the same experts, or of all."""
+    def fragments(self, name: str, group: int, share: int, numel: int) -> Iterator[Fragment]:
+        """Yields the fragments of one share of a parameter: of the ranks that hold the same experts, or of all."""
         if (group, share) not in self._places:
             self._places[group, share] = self._find_places(group, share)
         start = 0
         for rank, at, length in self._places[group, share].get(name, ()):
-            yield Piece(rank, group, at, start, start + length)
+            yield Fragment(rank, group, at, start, start + length)
             start += length
         if start != numel:
             raise CorruptionError(f"{self.directory}: tensor {name}: {start} of {numel} elements are here")
 
     def _find_places(self, group: int, share: int) -> dict[str, list[tuple[int, int, int]]]:
-        """Returns parameter -> (rank, first element, elements) of each of its pieces in the flat buffers of a share."""
+        """Returns parameter -> (rank, first element, elements) of its fragments in the flat buffers of a share."""
         count = self.counts[group]
-        spread, found = len(self.states) // count, {}
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        spread = len(self.states) // count
         if self.stage < 3:
             for rank in range(share, count * spread, spread):
                 for name, where in dict(self.states[rank]["param_slice_mappings"][group]).items():
@@ -191,8 +193,8 @@ class _Reading:
             target = f"optim.{kind}/{name}" if kind else name
             result[target] = []
             for share in range(spread):
-                for piece in self.pieces(foreign, group, share, math.prod(shape)):
-                    result[target] += self._parts(target, piece, kind, shape, share)
+                for fragment in self.fragments(foreign, group, share, math.prod(shape)):
+                    result[target] += self._parts(target, fragment, kind, shape, share)
         return result
 
     def _state(self, group: int) -> dict[str, Any]:
@@ -200,17 +202,18 @@ class _Reading:
         self.step = max(self.step, whole_number(state.get("step", 0), self.optim[0]))
         return state
 
-    def _parts(self, name: str, piece: Piece, kind: str, shape: tuple[int, ...], share: int) -> Iterator[Part]:
-        """Yields the boxes of the global tensor that a piece makes; experts of share s follow those of share s - 1."""
-        flat, at = self.flat(piece.rank, piece.group, kind), piece.at
-        inside = 0 <= piece.start <= piece.stop and 0 <= at and at + piece.stop - piece.start <= flat.shape[0]
+    def _parts(self, name: str, fragment: Fragment, kind: str, shape: tuple[int, ...], share: int) -> Iterator[Part]:
+        """Yields the boxes of the tensor that a fragment makes; experts of share s follow those of share s - 1."""
+        flat, at = self.flat(fragment.rank, fragment.group, kind), fragment.at
+        numel = fragment.stop - fragment.start
+        inside = 0 <= fragment.start and 0 <= numel and 0 <= at and at + numel <= flat.shape[0]
         if len(flat.shape) != 1 or not inside:
-            raise CorruptionError(f"{self.optim[piece.rank].path}: tensor {name}: reaches beyond its flat buffer")
-        for box in boxes_of_range(shape, piece.start, piece.stop):
+            raise CorruptionError(f"{self.optim[fragment.rank].path}: tensor {name}: reaches beyond its flat buffer")
+        for box in boxes_of_range(shape, fragment.start, fragment.stop):
             offset = (box.offset[0] + share * shape[0], *box.offset[1:]) if shape and share else box.offset
             stride = row_strides(box.size)
             record = replace(flat, offset=flat.offset + at * flat.stride[0], shape=box.size, stride=stride)
-            yield Part(Chunk(offset, box.size), (Leaf(self.optim[piece.rank], record),))
+            yield Part(Chunk(offset, box.size), (Leaf(self.optim[fragment.rank], record),))
             at += box.numel
 
     def untrained(self, found: dict[str, list[Part]], path: Path) -> dict[str, list[Part]]:

@@ -41,8 +41,8 @@ def named_classes(config: Mapping[str, Any]) -> list[str] | None:
     table = config.get("id2label")
     if not isinstance(table, dict) or not table:
         return None
-    names = [table.get(str(n)) for n in range(len(table))]
-    known = all(isinstance(name, str) for name in names)
+    names = [name for n in range(len(table)) if isinstance(name := table.get(str(n)), str)]
+    known = len(names) == len(table)
     return names if known and any(name != f"LABEL_{n}" for n, name in enumerate(names)) else None
 
 

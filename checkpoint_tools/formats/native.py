@@ -8,11 +8,11 @@ import numpy as np
 
 from checkpoint_tools.sources import stream
 from checkpoint_tools.sources.base import Options, Source, SourceTensor
+from swin_moe.checkpoint.content import PROVENANCE
 from swin_moe.checkpoint.directory import list_checkpoints, read_complete
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError
 from swin_moe.checkpoint.index import FILE_NAME, Index
 from swin_moe.checkpoint.plan import FilePlan, split_evenly
-from swin_moe.checkpoint.save import PROVENANCE
 from swin_moe.checkpoint.sealed_json import read_sealed
 from swin_moe.checkpoint.shards import ShardReader, find_corruption, find_wrong_blocks
 from swin_moe.layout import Chunk

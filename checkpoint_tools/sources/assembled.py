@@ -171,12 +171,10 @@ def _whole(path: Path, name: str, parts: list[Part]) -> SourceTensor:
     if len(dtypes) > 1:
         raise CheckpointError(f"{path}: tensor {name} is {' here and '.join(dtypes)} there")
     boxes = [part.box for part in parts if part.box.numel]
-    twice, gap = find_overlap(boxes), None
-    if twice is None:
-        gap = find_gap(shape, boxes)
-    if twice or gap:
-        what = place_text(name, gap or twice[1])
-        raise CheckpointError(f"{path}: {what} {'is missing' if gap else 'stands in two files'}")
+    if twice := find_overlap(boxes):
+        raise CheckpointError(f"{path}: {place_text(name, twice[1])} stands in two files")
+    if gap := find_gap(shape, boxes):
+        raise CheckpointError(f"{path}: {place_text(name, gap)} is missing")
     return SourceTensor(shape, dtypes[0])
 
 

@@ -1,6 +1,6 @@
 """What every verb reads from: tensors by name, any box of them, whatever the format on disk. Imports no torch.
 
-A format is a subclass of Source that knows where each tensor's bytes lie. Verbs ask for boxes of at most
+A format opens a Source that knows where each tensor's bytes lie. Verbs ask for boxes of at most
 Options.box_bytes, in the order of `locate`, so that copying walks through each file once with bounded memory.
 """
 
@@ -9,14 +9,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from swin_moe.checkpoint.communicator import Communicator, SingleProcess
+from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.digest import BLOCK_BYTES, DEFAULT
 from swin_moe.checkpoint.pieces import DTYPE_BYTES
-from swin_moe.checkpoint.save import FILE_SIZE
 from swin_moe.layout import Chunk
 
 MAX_MEMORY = 512 << 20
@@ -76,12 +76,13 @@ class Options:
         return max(BLOCK_BYTES, min(BOX_BYTES, self.max_memory // 32) // BLOCK_BYTES * BLOCK_BYTES)
 
 
-class Source:
+class Source(Protocol):
     """A checkpoint to read. Construct it with the headers read and checked, and no tensor data.
 
-    Subclasses set the attributes and define `read`; `locate`, `read_bytes` and `identity` where the defaults are not
-    good enough. Errors are CheckpointError or CorruptionError (swin_moe.checkpoint.errors) of one sentence that names
-    the file and the tensor, with its expert. `read` is called from one thread.
+    What derives from it sets the attributes and defines `read`; `locate`, `read_bytes` and `identity` where the
+    defaults are not good enough. What does not derive has all members: open_source checks them. Errors are
+    CheckpointError or CorruptionError (swin_moe.checkpoint.errors) of one sentence that names the file and the tensor,
+    with its expert. `read` is called from one thread.
     """
 
     format: str  # its row in FORMATS
@@ -109,7 +110,7 @@ class Source:
             CheckpointError: Replicas differ and Options.on_drift is "error"; names the tensor and max |delta|.
             CorruptionError: The bytes cannot be read, or do not match their digest.
         """
-        raise NotImplementedError
+        ...
 
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:
         """Returns (file, offset) where reading a box begins: boxes read in this order stream each file once."""
@@ -141,6 +142,7 @@ class Source:
 
     def close(self) -> None:
         """Closes files."""
+        return
 
     def __enter__(self) -> Self:
         return self

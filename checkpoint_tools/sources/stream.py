@@ -19,13 +19,13 @@ import swin_moe
 from checkpoint_tools.files.publish import Lock, check_space, hidden, refuse_existing, remove_tree
 from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.sources.journal import Done, Journal
-from swin_moe.checkpoint.communicator import collect, together
+from swin_moe.checkpoint.communicator import collect, on_first, together
+from swin_moe.checkpoint.content import PROVENANCE, check_content, check_name
 from swin_moe.checkpoint.digest import BLOCK_BYTES, block_digests, digest, num_blocks
 from swin_moe.checkpoint.errors import CheckpointError, describe
-from swin_moe.checkpoint.index import FILE_NAME, Index
+from swin_moe.checkpoint.index import FILE_NAME, Index, add_digests
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.checkpoint.plan import FilePlan, plan_files
-from swin_moe.checkpoint.save import PROVENANCE, add_digests, check_arguments, check_name, on_first
 from swin_moe.checkpoint.sealed_json import canonical_json, seal, sync_directory, write_durably
 from swin_moe.checkpoint.shards import ShardWriter, create_files, open_checked
 from swin_moe.layout import Chunk, boxes_of_range
@@ -73,8 +73,8 @@ def plan_job(source: Source, options: Options) -> Job:
     """
     for name in source.tensors:
         check_name(name)
-    check_arguments(
-        source.path, source.step, source.state, source.config, {}, options.file_size, 0, options.algorithm, None
+    check_content(
+        source.step, state=source.state, config=source.config, file_size=options.file_size, algorithm=options.algorithm
     )
     specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in source.tensors.items()}
     plan = plan_files(specs, options.file_size, options.algorithm)
@@ -211,7 +211,7 @@ def _copy_units(source: Source, job: Job, staging: Path, journal: Journal, optio
         for unit in split_units(job, options.comm.size)[options.comm.rank]:
             digests = _check_done(job, unit, staging, options, done)
             stored = job.plan.tensors[unit.name].chunks[unit.chunk]
-            data = b""
+            data = memoryview(b"")
             if digests is None:
                 data = memoryview(read_unit(source, job, unit, buffer))
                 blocks = (data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))

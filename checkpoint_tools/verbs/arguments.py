@@ -1,12 +1,15 @@
 """Arguments that several verbs share, and the options they mean."""
 
 import argparse
+from typing import Any
 
+from checkpoint_tools.formats import FORMATS
 from checkpoint_tools.sources.base import MAX_MEMORY, Options
 from checkpoint_tools.verbs.text import parse_bytes
 from swin_moe.checkpoint.communicator import Communicator
+from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.digest import ALGORITHMS, DEFAULT
-from swin_moe.checkpoint.save import FILE_SIZE
+from swin_moe.registry import is_outside
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +18,28 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     memory = "resident bytes per process beyond the interpreter and its modules (default 512M)"
     add("--max-memory", type=parse_bytes, default=MAX_MEMORY, metavar="SIZE", help=memory)
     add("--no-verify", action="store_true", help="do not compare what is read with its digests")
+
+
+def add_format_argument(parser: argparse.ArgumentParser, option: str = "--from", *, of: str = "") -> None:
+    """Adds the option that names the format of what is read, "" = guessed; `--from` is stored as `format`.
+
+    of: Whose format, for its help.
+    """
+    name = "format" if option == "--from" else None
+    help_text = f"{of}, default: guessed" if of else "default: guessed"
+    shown = f"{{{','.join(sorted(FORMATS))}}}"
+    parser.add_argument(option, dest=name, default="", action=_FormatAction, metavar=shown, help=help_text)
+
+
+class _FormatAction(argparse.Action):
+    """Takes a row of FORMATS or a package.module:Name; argparse's `choices` would refuse the latter."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        if value not in FORMATS and not is_outside(value):
+            allowed = ", ".join(map(repr, sorted(FORMATS)))
+            sentence = f"invalid choice: {value!r} (choose from {allowed}, or package.module:Name)"
+            raise argparse.ArgumentError(self, sentence)
+        setattr(namespace, self.dest, value)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from checkpoint_tools.files.floats import WRITABLE, decode, encode
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, split_kind
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.convert import write_or_plan
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.layout import Chunk
 
-_PIECE = 1 << 18  # elements summed at once: 2 MiB as float64
+_AT_ONCE = 1 << 18  # elements summed at once: 2 MiB as float64
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("destination", type=Path, help="the native checkpoint to write; nothing may be there yet")
     add("--weights", default="", metavar="W,W,...", help="one per source, summing to 1 (default: all alike)")
     add("--ema", action="store_true", help="take the averaged weights (ema/) of the sources instead of the last ones")
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="of all sources, default: guessed")
+    add_format_argument(parser, of="of all sources")
     add_output_arguments(parser)
 
 
@@ -115,13 +115,13 @@ class MeanSource(Source):
             side = sides[min(number, 1)]
             source.read(self._stored[name], box, side.reshape(box.size))
             if dtype in WRITABLE:
-                for start in range(0, box.numel, _PIECE):
-                    total[start : start + _PIECE] += weight * decode(side[start : start + _PIECE], dtype)
-            elif number and not np.array_equal(*sides):
+                for start in range(0, box.numel, _AT_ONCE):
+                    total[start : start + _AT_ONCE] += weight * decode(side[start : start + _AT_ONCE], dtype)
+            elif number and not np.array_equal(sides[0], sides[1]):
                 raise CheckpointError(f"{source.path}: tensor {name}: {dtype} has no mean, and its values differ")
         if dtype in WRITABLE:
-            for start in range(0, box.numel, _PIECE):
-                encode(total[start : start + _PIECE], dtype, sides[0][start : start + _PIECE])
+            for start in range(0, box.numel, _AT_ONCE):
+                encode(total[start : start + _AT_ONCE], dtype, sides[0][start : start + _AT_ONCE])
         destination[...] = sides[0].reshape(box.size)
 
     def locate(self, name: str, box: Chunk) -> tuple[str, int]:

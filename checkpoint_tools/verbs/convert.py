@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoint_tools.files.publish import tell_new_parent
 from checkpoint_tools.formats import FORMATS, open_source, write_checkpoint
 from checkpoint_tools.sources.base import Options, Source
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.plan import describe_plan
 from checkpoint_tools.verbs.text import format_bytes, progress_of
 from swin_moe.checkpoint.communicator import SingleProcess
@@ -19,9 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, help="a checkpoint; for rank files the path without .rank0")
     add("destination", type=Path, help="what to write; nothing may be there yet")
-    readable, writable = (sorted(n for n, row in FORMATS.items() if getattr(row, what)) for what in ("open", "write"))
-    add("--from", dest="format", default="", choices=readable, help="default: guessed")
-    add("--to", required=True, choices=writable)
+    add_format_argument(parser)
+    add("--to", required=True, choices=sorted(name for name, row in FORMATS.items() if row.write))
     add("--world", type=int, default=0, help="rank files to write, for formats that have them")
     add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
     add_output_arguments(parser)

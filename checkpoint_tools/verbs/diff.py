@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from checkpoint_tools.files.floats import decode
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.sources.stream import Job, Unit, plan_job, split_units, unit_boxes
+from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import progress_of, shortened, table
 from swin_moe.checkpoint.communicator import collect
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
+from swin_moe.config.tasks import nested
+from swin_moe.layout import Chunk
 
-_PIECE = 1 << 18  # elements decoded at once: 2 MiB as float64
+_AT_ONCE = 1 << 18  # elements decoded at once: 2 MiB as float64
 
 
 class Delta(NamedTuple):
@@ -30,9 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
-    formats = sorted(FORMATS)
-    parser.add_argument("--from-a", default="", choices=formats, help="format of the first, default: guessed")
-    parser.add_argument("--from-b", default="", choices=formats, help="format of the second, default: guessed")
+    add_format_argument(parser, "--from-a", of="format of the first")
+    add_format_argument(parser, "--from-b", of="format of the second")
     parser.add_argument("--json", action="store_true", help="the differences as JSON")
 
 
@@ -94,22 +96,25 @@ def _compare_data(a: Source, b: Source, shared: set[str], options: Options) -> d
 def _compare_unit(a: Source, b: Source, job: Job, unit: Unit) -> Delta | None:
     found = None
     for box, _, _ in unit_boxes(job.plan, unit):
-        sides = []
-        for source in (a, b):
-            raw = np.empty(box.size, RAW[DTYPE_BYTES[source.tensors[unit.name].dtype]])
-            source.read(unit.name, box, raw)
-            sides.append(raw.reshape(-1))
-        kinds = [source.tensors[unit.name].dtype for source in (a, b)]
-        if kinds[0] != kinds[1] or not np.array_equal(*sides):
-            found = _join(found, _delta(*sides, *kinds))
+        (left, left_dtype), (right, right_dtype) = (_elements(source, unit.name, box) for source in (a, b))
+        if left_dtype != right_dtype or not np.array_equal(left, right):
+            found = _join(found, _delta(left, right, left_dtype, right_dtype))
     return found if found is None or found.elements else None
+
+
+def _elements(source: Source, name: str, box: Chunk) -> tuple[np.ndarray, str]:
+    """Returns the raw elements of a box, in a row, and their dtype."""
+    dtype = source.tensors[name].dtype
+    raw = np.empty(box.size, RAW[DTYPE_BYTES[dtype]])
+    source.read(name, box, raw)
+    return raw.reshape(-1), dtype
 
 
 def _delta(a: np.ndarray, b: np.ndarray, a_dtype: str, b_dtype: str) -> Delta:
     """Returns how raw elements differ: by value where the dtypes do, else by bits."""
     elements, largest = 0, 0.0
-    for start in range(0, len(a), _PIECE):
-        parts = a[start : start + _PIECE], b[start : start + _PIECE]
+    for start in range(0, len(a), _AT_ONCE):
+        parts = a[start : start + _AT_ONCE], b[start : start + _AT_ONCE]
         values = decode(parts[0], a_dtype), decode(parts[1], b_dtype)
         with np.errstate(invalid="ignore"):
             step = np.abs(values[0] - values[1])
@@ -125,7 +130,7 @@ def _join(a: Delta | None, b: Delta) -> Delta:
 
 
 def _header(source: Source) -> dict[str, Any]:
-    return {"step": source.step, "state": source.state, "config": source.config}
+    return {"step": source.step, "state": source.state, "config": nested(source.config, source=str(source.path))}
 
 
 def _entries(a: Any, b: Any, place: str) -> Iterator[tuple[str, list]]:

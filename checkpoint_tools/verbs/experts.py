@@ -17,17 +17,18 @@ Shape legend: E experts before, N after, c copies of one, H hidden channels, k c
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint_tools.files.expert_load import expert_loads
 from checkpoint_tools.files.floats import WRITABLE, decode, encode
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.files.recorded_loads import expert_loads
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from checkpoint_tools.sources.derived import Derived, DerivedSource, Fill, copied, scale
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.convert import write_or_plan
 from checkpoint_tools.verbs.same_function import report_difference
 from swin_moe.checkpoint.errors import CheckpointError
@@ -51,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{operation}", type=int, metavar="N", help=f"{text}, until there are N")
     add("--load", type=Path, metavar="FILE", help="tokens per expert: a run's metrics.jsonl, or JSON {layer: [...]}")
     add("--no-check", action="store_true", help="do not run both networks on random images")
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     add_output_arguments(parser)
 
 
@@ -206,10 +207,7 @@ class Change:
                 self.base.read(name, Chunk((box.offset[0] + start, 0), old.shape), old)
                 for column in range(box.size[1]):
                     origin = origins[box.offset[1] + column]
-                    _average(
-                        lambda e, to, old=old: np.copyto(to, old[:, e : e + 1]),
-                        dtype, origin, part[:, column : column + 1],
-                    )  # fmt: skip
+                    _average(partial(_copy_column, old), dtype, origin, part[:, column : column + 1])
 
         return fill
 
@@ -234,6 +232,10 @@ def _average(read: Callable[[int, np.ndarray], None], dtype: str, origin: Origin
         read(expert, one)
         total += weight * decode(one, dtype)
     encode(total, dtype, out)
+
+
+def _copy_column(matrix: np.ndarray, column: int, out: np.ndarray) -> None:
+    np.copyto(out, matrix[:, column : column + 1])
 
 
 def _keep_share(part: np.ndarray, box: Chunk, hidden: int, share: tuple[int, int]) -> None:

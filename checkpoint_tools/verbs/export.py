@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint_tools.files.publish import publish_files, tell_new_parent
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.formats.safetensors import describe
 from checkpoint_tools.sources.base import Options, Source, split_kind
+from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import format_bytes, progress_of
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
@@ -30,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, help="a checkpoint of any format, or a run for its newest one")
     add("destination", type=Path, help="the file to write; nothing may be there yet")
     add("--to", required=True, choices=sorted(KINDS))
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     add("--last", action="store_true", help="the last weights also where the checkpoint has averaged ones (ema/)")
     add("--batch", type=int, metavar="N", help="images per call of an exported network (default: any; 1 "
         "where several images share the slots of experts)")  # fmt: skip

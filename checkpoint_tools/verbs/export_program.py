@@ -27,6 +27,7 @@ from swin_moe.config.choices import CHOICES, refuse_choice
 from swin_moe.config.io import config_from_tree
 from swin_moe.models.attention import WindowAttention
 from swin_moe.models.build import build_model
+from swin_moe.models.swin import SwinTransformer
 from swin_moe.moe.dispatch import Dispatched
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
@@ -44,7 +45,7 @@ class EveryExpert(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, x_TD: Tensor, counts: Any, dropout: Any, chunks: Any) -> Tensor:
+    def forward(self, x_TD: Tensor, counts: Any, dropout: Any, slices: Any) -> Tensor:
         """Returns (E, T, D). The three other arguments of GroupedExperts are not for evaluation in one process."""
         own = self.experts
         x_ETD = x_TD.expand(own.num_experts, *x_TD.shape)
@@ -77,7 +78,7 @@ class EveryToken:
 class LogitsOnly(nn.Module):
     """The network without its auxiliary loss."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: SwinTransformer) -> None:
         super().__init__()
         self.network = network
 
@@ -87,7 +88,7 @@ class LogitsOnly(nn.Module):
         return result[0] if isinstance(result, tuple) else result
 
 
-def build_network(source: Source, stored: dict[str, str], options: Options) -> tuple[nn.Module, tuple[int, int]]:
+def build_network(source: Source, stored: dict[str, str], options: Options) -> tuple[LogitsOnly, tuple[int, int]]:
     """Returns (network in eval mode with the source's weights, image size).
 
     Raises:
@@ -117,7 +118,7 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     for module in network.modules():
         if isinstance(module, MoELayer):
             module.dispatcher = EveryToken(moe.num_experts, drops=bool(config.moe.eval_factor))
-            module.experts = EveryExpert(module.experts)
+            module.add_module("experts", EveryExpert(module.experts))
         if isinstance(module, WindowAttention):
             module.path = "reference"  # plain operations, which ONNX has too
     size = config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)

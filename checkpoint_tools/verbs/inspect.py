@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, split_kind
+from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import format_bytes, table
 from swin_moe.checkpoint.pieces import is_expert_tensor
 
@@ -16,7 +17,7 @@ _KINDS = ("weight", "master", "ema", "exp_avg", "exp_avg_sq")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("path", type=Path, help="a checkpoint, or a run for its newest one")
-    parser.add_argument("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
 
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace, options: Options) -> int:
 def describe(source: Source) -> dict[str, Any]:
     """Returns all that is known without reading data, as JSON."""
     parameters = [n for n in source.tensors if split_kind(n)[0] == "weight"]
-    tensors = {
+    tensors: dict[str, dict[str, Any]] = {
         name: {
             "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.num_bytes,
             "chunks": source.num_chunks(name), "experts": num_experts(source, name),

@@ -6,7 +6,7 @@ from pathlib import Path
 from checkpoint_tools.formats import FORMATS, open_source, plan_output
 from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.sources.stream import plan_job, split_units
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.text import format_bytes, table
 
 
@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path)
     add("destination", type=Path)
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     add("--to", default="native", choices=sorted(n for n in FORMATS if FORMATS[n].write), help="default: native")
     add("--world", type=int, default=0, help="rank files to write, for formats that have them")
     add_output_arguments(parser)

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, SourceTensor
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.convert import write_or_plan
 from checkpoint_tools.verbs.inspect import num_experts
 from checkpoint_tools.verbs.text import format_bytes, table
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--world", type=int, required=True, help="ranks of the target")
     add("--expert", type=int, default=0, help="ranks that experts are spread over (default: as in training)")
     add("--expert-shard", type=int, default=0, help="ranks that share one expert (default: as in training)")
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     add_output_arguments(parser)
 
 

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from checkpoint_tools.files.floats import encode
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.formats.infer import infer_model, merge_model
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from checkpoint_tools.sources.derived import Derived, DerivedSource, copied, from_array, scale, zeros
-from checkpoint_tools.verbs.arguments import add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
 from checkpoint_tools.verbs.convert import write_or_plan
 from checkpoint_tools.verbs.same_function import report_difference
 from swin_moe.checkpoint.errors import CheckpointError
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", choices=POLICIES, default="zero", help="moments: zero and step 0 (default), copied, or none")
     add("--seed", type=int, default=0, help="of everything drawn here (default 0)")
     add("--no-check", action="store_true", help="do not run both networks on random images")
-    add("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
     add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
     add_output_arguments(parser)
 
@@ -64,11 +64,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, options: Options) -> int:
     """Writes the network with experts, and says whether it computes what the dense one does."""
     with open_source(arguments.source, options, arguments.format) as dense:
-        plan = Upcycling(dense, arguments)
-        source = plan.source()
+        upcycling = Upcycling(dense, arguments)
+        source = upcycling.source()
         write_or_plan(source, arguments.destination, options, dry_run=arguments.dry_run)
         if not arguments.dry_run and not arguments.no_check:
-            report_difference(dense, arguments.destination, options, exact=plan.is_exact, config=plan.dense_config)
+            config = upcycling.dense_config
+            report_difference(dense, arguments.destination, options, exact=upcycling.is_exact, config=config)
     return 0
 
 
@@ -103,8 +104,10 @@ class Upcycling:
             if kind != "weight" and self._drops(kind):
                 continue
             match = _MLP.fullmatch(parameter)
-            chosen = match and int(match[2]) in self.blocks[int(match[1])]
-            tensors |= dict(self._expert(name, kind, match)) if chosen else {name: copied(self.dense, name)}
+            if match and int(match[2]) in self.blocks[int(match[1])]:
+                tensors |= dict(self._expert(name, kind, match))
+            else:
+                tensors[name] = copied(self.dense, name)
         tensors |= dict(self._routers())
         if self.arguments.optimizer == "zero":
             tensors |= {

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint_tools.formats import FORMATS, open_source
+from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.sources.stream import plan_job, read_unit, split_units
+from checkpoint_tools.verbs.arguments import add_format_argument
 from checkpoint_tools.verbs.text import format_bytes, progress_of
 from swin_moe.checkpoint.communicator import collect
 from swin_moe.checkpoint.errors import CorruptionError
@@ -16,7 +17,7 @@ from swin_moe.checkpoint.errors import CorruptionError
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("path", type=Path, help="a checkpoint, or a run for its newest one")
-    parser.add_argument("--from", dest="format", default="", choices=sorted(FORMATS), help="default: guessed")
+    add_format_argument(parser)
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:

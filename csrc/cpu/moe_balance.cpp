@@ -16,15 +16,17 @@
 #include <tuple>
 #include <vector>
 
+#include "../moe_balance_checks.h"
+
 namespace swin_moe {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-enum Kind : int64_t { kNone = 0, kGshard = 1, kGshardOfShares = 2, kLoadImportance = 3 };
+using Kind = BalanceKind;
 
-constexpr int64_t kChunkElements = 1 << 16;  // as moe/routing.py:row_chunks, or sums would round differently
+constexpr int64_t kBlockElements = 1 << 16;  // as moe/routing.py:row_blocks, or sums would round differently
 
 // Groups of equal size among the tokens: all of them, or the full ones, or the smaller last one.
 struct Part {
@@ -39,11 +41,11 @@ std::vector<Part> parts_of(int64_t tokens, int64_t group_size) {
   return parts;
 }
 
-int64_t rows_of_chunk(const Tensor& x) { return std::max<int64_t>(kChunkElements / std::max<int64_t>(x.size(1), 1), 1); }
+int64_t rows_of_block(const Tensor& x) { return std::max<int64_t>(kBlockElements / std::max<int64_t>(x.size(1), 1), 1); }
 
 // Calls visit(groups of the part, rows of the part) for some whole groups at once, or for a piece of one.
 template <class Visit>
-void for_chunks(const Part& part, int64_t limit, Visit visit) {
+void for_blocks(const Part& part, int64_t limit, Visit visit) {
   limit = std::min(limit, part.rows());
   if (part.size <= limit) {
     for (int64_t group = 0, step = limit / part.size; group < part.groups; group += step) {
@@ -63,13 +65,13 @@ Tensor row_sums(const Tensor& scores) {
                                              : double(std::numeric_limits<float>::min()));
 }
 
-// (groups, experts): sums over the tokens of each group of a part, of what `values` makes of a chunk of rows.
+// (groups, experts): sums over the tokens of each group of a part, of what `values` makes of a block of rows.
 template <class Values>
 void add_sums(const Part& part, int64_t limit, const Tensor& sums, Values values) {
-  for_chunks(part, limit, [&](int64_t group, int64_t group_end, int64_t row, int64_t row_end) {
-    const Tensor chunk = values(part.first_row + row, part.first_row + row_end);
+  for_blocks(part, limit, [&](int64_t group, int64_t group_end, int64_t row, int64_t row_end) {
+    const Tensor block = values(part.first_row + row, part.first_row + row_end);
     sums.slice(0, part.first_group + group, part.first_group + group_end)
-        .add_(chunk.view({group_end - group, -1, chunk.size(1)}).sum(1));
+        .add_(block.view({group_end - group, -1, block.size(1)}).sum(1));
   });
 }
 
@@ -90,7 +92,7 @@ void count_first(const Tensor& expert, const std::vector<Part>& parts, const Ten
 
 Sums sums_of(const Tensor& scores, const OptionalTensor& threshold, const Tensor& expert, Kind kind, double std,
              const std::vector<Part>& parts) {
-  const int64_t groups = parts.back().first_group + parts.back().groups, limit = rows_of_chunk(scores);
+  const int64_t groups = parts.back().first_group + parts.back().groups, limit = rows_of_block(scores);
   Sums sums{at::zeros({groups, scores.size(1)}, scores.options()), {}};
   sums.load = at::zeros_like(sums.scores);
   for (const Part& part : parts) {
@@ -155,11 +157,7 @@ using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Loss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& threshold, const Tensor& expert,
                      const OptionalTensor& logits, int64_t kind, double noise_std, int64_t group_size, double weight,
                      double z_weight) {
-  TORCH_CHECK_VALUE(scores_.dim() == 2 && expert.dim() == 2 && expert.size(0) == scores_.size(0) && expert.size(1) > 0,
-                    "moe_balance: scores and experts must be (tokens, ...), got ", scores_.sizes(), " and ",
-                    expert.sizes());
-  TORCH_CHECK_VALUE(kind != kLoadImportance || (threshold && threshold->size(0) == scores_.size(0)),
-                    "moe_balance: the load needs a threshold for each of ", scores_.size(0), " tokens");
+  check_balance(scores_, threshold, expert, kind);
   const Tensor scores = scores_.contiguous();
   const int64_t tokens = scores.size(0);
   Tensor balance = at::zeros({}, scores.options()), log_sum = at::empty({0}, scores.options());
@@ -173,7 +171,7 @@ Loss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& threshold, con
   Tensor aux = balance.mul(weight);
   if (logits) {
     log_sum = at::empty({tokens}, scores.options());
-    const int64_t step = rows_of_chunk(*logits);
+    const int64_t step = rows_of_block(*logits);
     for (int64_t row = 0; row < tokens; row += step)
       log_sum.slice(0, row, row + step).copy_(at::logsumexp(logits->slice(0, row, row + step), {1}));
     if (tokens) aux.add_(log_sum.square().mean().mul_(z_weight));
@@ -197,7 +195,7 @@ std::tuple<Tensor, Tensor> gradient_of_sums(const Part& part, const Tensor& sums
 // The gradients of the rows of a part.
 void spread(const Part& part, const Tensor& scores, const OptionalTensor& threshold, const Tensor& of_sums,
             const Tensor& of_load, Kind kind, double std, const Tensor& grad, const Tensor& grad_threshold) {
-  for_chunks(part, rows_of_chunk(scores), [&](int64_t group, int64_t group_end, int64_t row, int64_t row_end) {
+  for_blocks(part, rows_of_block(scores), [&](int64_t group, int64_t group_end, int64_t row, int64_t row_end) {
     const int64_t begin = part.first_row + row, end = part.first_row + row_end;
     const Tensor rows = scores.slice(0, begin, end), to = grad.slice(0, begin, end);
     const Tensor grouped = to.view({group_end - group, -1, scores.size(1)});
@@ -244,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_balance_backward_cpu(const Tensor& grad_,
     of_logits = at::empty_like(*logits);
     const double z = rounded(scores, grad * rounded(scores, z_weight));
     const Tensor scale = log_sum.mul(rounded(scores, z * rounded(scores, 2.0 / double(std::max<int64_t>(tokens, 1)))));
-    const int64_t step = rows_of_chunk(*logits);
+    const int64_t step = rows_of_block(*logits);
     for (int64_t row = 0; row < tokens; row += step) {
       const Tensor total = log_sum.slice(0, row, row + step).unsqueeze(1);
       of_logits.slice(0, row, row + step)

@@ -34,7 +34,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChunkElements = 1 << 16;  // as moe/routing.py:row_chunks, or sums would round differently
+constexpr int64_t kBlockElements = 1 << 16;  // as moe/routing.py:row_blocks, or sums would round differently
 constexpr int64_t kLeastElements = 1 << 14;  // of a task
 
 // The index of the first largest of n numbers. Not-a-number is larger than all, as for torch.max.
@@ -188,10 +188,10 @@ double machine_epsilon(const Tensor& x) {
                                         : double(std::numeric_limits<float>::epsilon());
 }
 
-// As moe/losses.py:mean_entropy, chunk by chunk. `values`: probabilities, or logits whose sigmoids are shares.
+// As moe/losses.py:mean_entropy, block by block. `values`: probabilities, or logits whose sigmoids are shares.
 Tensor mean_entropy(const Tensor& values, bool logits) {
   const double tiny = least_normal(values);
-  const int64_t rows = std::max<int64_t>(kChunkElements / values.size(1), 1);
+  const int64_t rows = std::max<int64_t>(kBlockElements / values.size(1), 1);
   Tensor total = at::zeros({}, values.options());
   for (int64_t start = 0; start < values.size(0); start += rows) {
     Tensor part = values.slice(0, start, start + rows);

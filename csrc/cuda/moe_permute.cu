@@ -8,24 +8,6 @@
 namespace swin_moe {
 namespace {
 
-// `Width` neighbouring elements, read and written at once.
-template <class T, int Width>
-struct alignas(sizeof(T) * Width > 16 ? 16 : sizeof(T) * Width) Elements {
-  T values[Width];
-};
-
-// Rounds sums to elements, those of 16 bits two at a time.
-template <class T, class Sum, int Width>
-__device__ __forceinline__ void round_to(Elements<T, Width>& to, const Sum (&sums)[Width]) {
-  if constexpr (sizeof(T) == 2 && Width % 2 == 0) {
-#pragma unroll
-    for (int c = 0; c < Width; c += 2) store_pair(to.values + c, sums[c], sums[c + 1]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < Width; ++c) from_float(to.values[c], sums[c]);
-  }
-}
-
 template <class T, class Out, int Width>
 __global__ void __launch_bounds__(kRowThreads) permute_kernel(const MoeLaunch p, int lanes) {
   using Sum = typename SumOf<T>::Type;
@@ -96,7 +78,7 @@ __global__ void __launch_bounds__(kRowThreads) gate_gradient_kernel(const MoeLau
       for (int c = 0; c < Width; ++c) sum += Sum(to_float(x.values[c])) * Sum(to_float(g.values[c]));
     }
   }
-  for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  sum = lane_sum(sum, lanes);
   if (group.lane == 0 && group.row < p.outputs) static_cast<Sum*>(p.out)[group.row] = sum;
 }
 

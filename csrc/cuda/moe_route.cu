@@ -1,43 +1,12 @@
 // Token-choice routing: a warp per token for scores and choices, then slots by chunks of pairs. Sums and slots have a
 // fixed order, so no result depends on the order of threads.
-#include <cfloat>
-#include <cmath>
-
+#include "limits.cuh"
 #include "route_launch.h"
-#include "warp.cuh"
 
 namespace swin_moe {
 namespace {
 
 constexpr int kRouteThreads = 256;
-
-template <class T>
-struct Limits;
-template <>
-struct Limits<float> {
-  static constexpr float kTiny = FLT_MIN, kEpsilon = FLT_EPSILON, kLowest = -HUGE_VALF;
-};
-template <>
-struct Limits<double> {
-  static constexpr double kTiny = DBL_MIN, kEpsilon = DBL_EPSILON, kLowest = -HUGE_VAL;
-};
-
-template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
-  for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
-  return x;
-}
-
-// As torch.clamp(min=least): not-a-number stays.
-template <class T>
-__device__ __forceinline__ T at_least(T x, T least) {
-  return x < least ? least : x;
-}
-
-template <class T>
-__device__ __forceinline__ bool is_larger(T a, T b) {
-  return a > b || (a != a && b == b);
-}
 
 template <class T>
 __device__ __forceinline__ T sigmoid_of(T x) {

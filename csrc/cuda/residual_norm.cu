@@ -27,12 +27,6 @@ __device__ __forceinline__ float factor_of(const ResidualNormLaunch& p, int64_t 
   return p.factor ? rounded<T>(p.factor[row / p.rows_per_image]) : 1.f;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-
 template <class T, int Width>
 __device__ __forceinline__ Vector<T, Width> load(const void* from, int64_t row, int64_t channels, int64_t vector) {
   return reinterpret_cast<const Vector<T, Width>*>(static_cast<const T*>(from) + row * channels)[vector];

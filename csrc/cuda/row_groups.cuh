@@ -17,6 +17,24 @@ struct SumOf<double> {
   using Type = double;
 };
 
+// `Width` neighbouring elements, read and written at once.
+template <class T, int Width>
+struct alignas(sizeof(T) * Width > 16 ? 16 : sizeof(T) * Width) Elements {
+  T values[Width];
+};
+
+// Rounds sums to elements, those of 16 bits two at a time.
+template <class T, class Sum, int Width>
+__device__ __forceinline__ void round_to(Elements<T, Width>& to, const Sum (&sums)[Width]) {
+  if constexpr (sizeof(T) == 2 && Width % 2 == 0) {
+#pragma unroll
+    for (int c = 0; c < Width; c += 2) store_pair(to.values + c, sums[c], sums[c + 1]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < Width; ++c) from_float(to.values[c], sums[c]);
+  }
+}
+
 // Which row a group works on, and which of its vectors a lane starts with.
 struct RowGroup {
   int64_t row;

@@ -181,6 +181,19 @@ __device__ __forceinline__ void from_float(T& to, float x) {
   to.bits = uint16_t(pack(x, 0.f, T{}));
 }
 
+// Over groups of 2^n lanes, which all get the sum.
+template <class T>
+__device__ __forceinline__ T lane_sum(T x, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
 // Over the four lanes that share the rows of a fragment.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);

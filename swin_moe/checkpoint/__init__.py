@@ -1,6 +1,7 @@
 """Checkpoints: one format for every layout, engine and number of ranks. docs/checkpoint_format.md specifies it.
 
-Nothing here imports torch before a tensor needs it, so tools run on a laptop and tests of the bytes are quick.
+save.py writes, load.py reads, index.py says where bytes lie, manager.py keeps those of a run. There is no table:
+formats of other programs are rows of checkpoint_tools. Nothing here imports torch before a tensor needs it.
 """
 
 from swin_moe.checkpoint.communicator import resolve, together

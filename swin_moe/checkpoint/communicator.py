@@ -85,3 +85,8 @@ def together(comm: Communicator, phase: Callable[[], T]) -> T:
     mine: list[T] = []
     collect(comm, lambda: mine.append(phase()))  # the results stay where they are: an index can be large
     return mine[0]
+
+
+def on_first(comm: Communicator, phase: Callable[[], object]) -> None:
+    """Runs a phase on rank 0 alone; returns, or raises, on all ranks together."""
+    together(comm, lambda: phase() if comm.rank == 0 else None)

@@ -21,8 +21,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from swin_moe.checkpoint.content import check_step
 from swin_moe.checkpoint.errors import CheckpointError, CorruptionError, describe
-from swin_moe.checkpoint.index import MAX_STEP, Index, read_files
+from swin_moe.checkpoint.index import Index, read_files
 from swin_moe.checkpoint.sealed_json import check_json, read_sealed, seal, sync_directory, write_durably
 
 Report = Callable[[str], None]
@@ -35,8 +36,7 @@ BEST = "best.json"
 
 def step_path(root: Path, step: int) -> Path:
     """Returns where the checkpoint of a step is published."""
-    if type(step) is not int or not 0 <= step <= MAX_STEP:
-        raise ValueError(f"the step of a checkpoint must be a whole number in [0, {MAX_STEP}], got {step!r}")
+    check_step(step)
     return root / f"{step:010d}"
 
 

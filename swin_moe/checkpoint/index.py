@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +340,15 @@ def _check_tiling(tensors: dict[str, StoredTensor], files: dict[str, StoredFile]
                 raise _Invalid(f"{place}: {problem} in {name} (begins at {begin}, expected {reached})")
             reached = end
         _expect(reached == file.size, f"file {name!r}: bytes {reached} to {file.size} belong to no chunk")
+
+
+def add_digests(tensors: dict[str, StoredTensor], digests: list) -> dict[str, StoredTensor]:
+    """Returns the tensors with the digests that all ranks found: per rank (tensor, chunk number, digests)."""
+    known = {(name, i): values for rank in digests for name, i, values in rank}
+    return {
+        name: replace(
+            tensor,
+            chunks=tuple(replace(s, digests=known[name, i]) for i, s in enumerate(tensor.chunks)),
+        )
+        for name, tensor in tensors.items()
+    }

@@ -12,12 +12,12 @@ from typing import TypeVar
 import numpy as np
 
 from swin_moe.checkpoint.communicator import Communicator, SingleProcess, collect, together
+from swin_moe.checkpoint.content import PROVENANCE
 from swin_moe.checkpoint.directory import Report, list_checkpoints
 from swin_moe.checkpoint.errors import CorruptionError
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.pieces import Piece, array_to_raw
 from swin_moe.checkpoint.plan import Copy, plan_copies
-from swin_moe.checkpoint.save import PROVENANCE
 from swin_moe.checkpoint.sealed_json import read_sealed
 from swin_moe.checkpoint.shards import ShardReader, find_corruption
 

@@ -13,24 +13,19 @@ import numpy as np
 from swin_moe.checkpoint import load as reading
 from swin_moe.checkpoint.background import BackgroundSaver
 from swin_moe.checkpoint.communicator import SingleProcess, collect, resolve, together
+from swin_moe.checkpoint.content import FILE_SIZE
 from swin_moe.checkpoint.directory import Report, find_latest, list_checkpoints
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import FILE_NAME as INDEX_NAME
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, Piece, array_to_raw
 from swin_moe.checkpoint.plan import plan_copies
-from swin_moe.checkpoint.save import FILE_SIZE, write_checkpoint
+from swin_moe.checkpoint.save import write_checkpoint
 from swin_moe.checkpoint.shards import ShardReader
+from swin_moe.config.state import canonical_config
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-# Config entries of layout, host and schedule of I/O: the same state has the same bytes whatever they say. The full
-# config stands in provenance.json. "section" drops all of it, "section.key" one entry.
-_NOT_STATE = (
-    "parallel", "engine", "checkpoint", "log", "debug",
-    "run.name", "run.output", "data.path", "data.workers", "data.micro_batch", "data.eval_batch", "data.cache",
-    "task.teacher", "task.teacher_shard", "task.pictures",
-)  # fmt: skip
 
 
 def save(
@@ -81,18 +76,6 @@ def save(
         to_raw=to_raw,
         **options,
     )
-
-
-def canonical_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config without what may differ between layouts and hosts for the same state."""
-    result = {}
-    for section, content in config.items():
-        if section in _NOT_STATE:
-            continue
-        if isinstance(content, dict):
-            content = {key: value for key, value in content.items() if f"{section}.{key}" not in _NOT_STATE}
-        result[section] = content
-    return result
 
 
 def load(
@@ -188,9 +171,17 @@ class CheckpointManager:
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             config = dataclasses.asdict(config)
         return save(
-            self.root, step, pieces, state=state, config=config, group=self._save_group, file_size=self._file_size,
-            keep=self._keep, best=best, background=self._background,
-        )  # fmt: skip
+            self.root,
+            step,
+            pieces,
+            state=state,
+            config=config,
+            group=self._save_group,
+            file_size=self._file_size,
+            keep=self._keep,
+            best=best,
+            background=self._background,
+        )
 
     def resume(self, pieces: Iterable[Piece], *, source: str = "") -> dict[str, Any] | None:
         """Returns the state of the checkpoint that `pieces` were filled from; None if the run has no checkpoint yet.
@@ -307,11 +298,22 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     table = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
     assert table.keys() == DTYPE_BYTES.keys()
     return table[name]
 

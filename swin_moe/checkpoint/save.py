@@ -5,7 +5,6 @@ import logging
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from swin_moe.checkpoint.communicator import Communicator, SingleProcess, collect, together
-from swin_moe.checkpoint.digest import DEFAULT, HEX_DIGITS, block_digests
+from swin_moe.checkpoint.communicator import Communicator, SingleProcess, collect, on_first, together
+from swin_moe.checkpoint.content import FILE_SIZE, PROVENANCE, check_content, check_name, check_object
+from swin_moe.checkpoint.digest import DEFAULT, block_digests
 from swin_moe.checkpoint.directory import (
     Report,
     create_staging,
@@ -26,15 +26,13 @@ from swin_moe.checkpoint.directory import (
     step_path,
 )
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.checkpoint.index import FILE_NAME, Index, StoredTensor
+from swin_moe.checkpoint.index import FILE_NAME, Index, add_digests
 from swin_moe.checkpoint.pieces import Piece, array_to_raw
 from swin_moe.checkpoint.plan import FilePlan, Share, Spec, assign_shares, merge_specs, plan_files, split_evenly
 from swin_moe.checkpoint.sealed_json import check_json, seal, write_durably
 from swin_moe.checkpoint.shards import ShardWriter, create_files, open_checked
 from swin_moe.layout import Chunk
 
-PROVENANCE = "provenance.json"
-FILE_SIZE = 1 << 30
 _log = logging.getLogger(__name__)
 
 
@@ -114,7 +112,11 @@ def plan_save(
     root, comm = Path(root), comm or SingleProcess()
 
     def describe() -> tuple[int, list[Spec], str]:
-        check_arguments(root, step, state, config, provenance, file_size, keep, algorithm, best)
+        check_content(step, state=state, config=config, file_size=file_size, algorithm=algorithm)
+        check_object(provenance or {}, "provenance")
+        check_json(best, "best")
+        if type(keep) is not int or keep < 0:
+            raise ValueError(f"checkpoint.keep must be >= 0 (0 = all), got {keep!r}")
         return step, describe_pieces(pieces), secrets.token_hex(4)
 
     steps, ranks, writers = zip(*collect(comm, describe))
@@ -164,11 +166,6 @@ def complete_save(planned: PlannedSave, pieces: list[Piece], to_raw: Callable[[A
     return final
 
 
-def on_first(comm: Communicator, phase: Callable[[], object]) -> None:
-    """Runs a phase on rank 0 alone; returns, or raises, on all ranks together."""
-    together(comm, lambda: phase() if comm.rank == 0 else None)
-
-
 def finish(staging: Path, final: Path, index: Index, digests: list, provenance: dict[str, Any] | None) -> None:
     """Completes the staging directory with its index and publishes it."""
     index = dataclasses.replace(index, tensors=add_digests(index.tensors, digests))
@@ -185,46 +182,12 @@ def tidy(root: Path, final: Path, step: int, best: float | None, keep: int, repo
     retire_old(root, keep, final, report=report)
 
 
-def check_arguments(
-    root: Path,
-    step: int,
-    state: object,
-    config: object,
-    provenance: object,
-    file_size: int,
-    keep: int,
-    algorithm: str,
-    best: float | None,
-) -> None:
-    """Raises ValueError for an argument that no checkpoint can hold; touches no file."""
-    step_path(root, step)
-    if sys.byteorder != "little":
-        raise ValueError("checkpoints are little-endian; this machine is not")
-    for value, name in ((state, "state"), (config, "config"), (provenance or {}, "provenance")):
-        check_json(value, name)
-        if type(value) is not dict:
-            raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
-    if type(file_size) is not int or file_size <= 0:
-        raise ValueError(f"checkpoint.file_size must be a number of bytes > 0, got {file_size!r}")
-    if type(keep) is not int or keep < 0:
-        raise ValueError(f"checkpoint.keep must be >= 0 (0 = all), got {keep!r}")
-    if algorithm not in HEX_DIGITS:
-        raise ValueError(f"digest {algorithm!r} is unknown; allowed: {', '.join(HEX_DIGITS)}")
-    check_json(best, "best")
-
-
 def describe_pieces(pieces: list[Piece]) -> list[Spec]:
     """Returns what other ranks must know of these pieces; raises ValueError, naming the tensor, for a bad one."""
     for piece in pieces:
         check_name(piece.name)
         piece.check()
     return [Spec(p.name, p.shape, p.dtype, p.chunk) for p in pieces]
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError for a tensor name that an index refuses."""
-    if not 0 < len(name) <= 4096 or not name.isprintable():
-        raise ValueError(f"tensor name {name[:80]!r} must be printable text of 1 to 4096 characters")
 
 
 def write_shares(
@@ -281,15 +244,3 @@ def digest_share(
         if fd >= 0:
             os.close(fd)
     return result
-
-
-def add_digests(tensors: dict[str, StoredTensor], digests: list) -> dict[str, StoredTensor]:
-    """Returns the planned tensors with the digests that all ranks found."""
-    known = {(name, i): values for rank in digests for name, i, values in rank}
-    return {
-        name: dataclasses.replace(
-            tensor,
-            chunks=tuple(dataclasses.replace(s, digests=known[name, i]) for i, s in enumerate(tensor.chunks)),
-        )
-        for name, tensor in tensors.items()
-    }

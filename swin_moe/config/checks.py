@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import PurePath
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from swin_moe.config.choices import CHOICES, facts_of
 from swin_moe.registry import is_outside
 
+# Metadata of an option of layout, host or schedule of I/O: the bytes of a checkpoint are the same whatever it says. The
+# full config stands in provenance.json.
+NOT_STATE = {"state": False}
 _SHOWN = 120  # characters of a refused value
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -40,11 +43,17 @@ def is_open(key: str, value: object) -> bool:
 
 def check_choices(section: Any, prefix: str) -> None:
     """Raises ValueError for a field of another type, a Literal that is none of its choices, a number out of range."""
-    for f in fields(section):
-        value, key = getattr(section, f.name), f"{prefix}.{f.name}"
-        if not _fits(value, f.type) and not is_open(key, value):
-            check(False, key, value, describe_kind(f.type))
+    for name, kind in field_types(type(section)).items():
+        value, key = getattr(section, name), f"{prefix}.{name}"
+        if not _fits(value, kind) and not is_open(key, value):
+            check(False, key, value, describe_kind(kind))
     check_ranges(section, prefix)
+
+
+def field_types(section: Any) -> dict[str, Any]:
+    """Returns name -> type of a dataclass's fields, also where its module writes annotations as texts."""
+    hints = get_type_hints(section)
+    return {f.name: hints[f.name] for f in fields(section)}
 
 
 def describe_kind(kind: Any, *, written: bool = False) -> str:
@@ -128,19 +137,7 @@ def check_task(config: Any, *, forwards: int) -> None:
     check_freeze(config)
     model = config.model
     check(model.in_chans == 3, "model.in_chans", model.in_chans, "3 with the data sets, whose images are RGB")
-    if config.task.name == "classify":
-        check(model.num_classes >= 1, "model.num_classes", model.num_classes, ">= 1 with task.name=classify")
-    if config.task.name == "simmim":
-        check_masks(config)
-    if config.task.name == "distill":
-        check_teacher(config.task)
-    if config.task.name == "moby":
-        allowed = "all images of a rank at once with task.name=moby, whose batch norm sees one forward"
-        check(forwards == 1, "data.micro_batch", config.data.micro_batch, allowed)
-        resampling = config.data.interpolation
-        check(resampling != "random", "data.interpolation", resampling, "bicubic or bilinear with task.name=moby")
-        allowed = "0 with task.name=moby, which has several forwards a step"
-        check(config.model.moe.bias_rate == 0, "model.moe.bias_rate", config.model.moe.bias_rate, allowed)
+    config.task.options.check(config, forwards=forwards)
 
 
 def check_freeze(config: Any) -> None:
@@ -149,29 +146,8 @@ def check_freeze(config: Any) -> None:
     if freeze in ("experts", "moe"):
         check(has_experts, "optim.freeze", freeze, "none or backbone for a model without MoE blocks")
     if freeze == "backbone":
-        with_head = config.task.name == "classify" and config.model.num_classes > 0
+        with_head = config.task.options.classifies and config.model.num_classes > 0
         check(with_head, "optim.freeze", freeze, "none, experts or moe without a class head to train")
-
-
-def check_masks(config: Any) -> None:
-    """Raises ValueError where an image cannot be cut into mask units of whole patches, or into tokens."""
-    model, unit = config.model, config.task.mask_patch_size
-    height, width = model.patch_size
-    check(height == width, "model.patch_size", model.patch_size, "square with task.name=simmim")
-    check(unit % height == 0, "task.mask_patch_size", unit, f"a multiple of model.patch_size={height}")
-    stride = height * 2 ** (len(model.depths) - 1)
-    for size, why in ((unit, "task.mask_patch_size"), (stride, "pixels that a token of the last stage stands for")):
-        whole = all(side % size == 0 for side in model.img_size)
-        check(whole, "model.img_size", model.img_size, f"multiples of {size} ({why}) with task.name=simmim")
-
-
-def check_teacher(task: Any) -> None:
-    """Raises ValueError where it is not said who teaches, or a teacher cannot be sharded."""
-    check(bool(task.teacher), "task.teacher", task.teacher, "set with task.name=distill")
-    named = bool(task.teacher_model) or not task.teacher.endswith((".pth", ".pt"))
-    check(named, "task.teacher_model", task.teacher_model, f"a config or timm:NAME with task.teacher={task.teacher}")
-    ours = not task.teacher_model.startswith("timm:")
-    check(ours or not task.teacher_shard, "task.teacher_shard", task.teacher_shard, "false for a teacher of timm's")
 
 
 def _range(low: float | None, high: float | None = None, *, above: bool = False, below: bool = False) -> tuple:
@@ -210,12 +186,12 @@ RANGES: dict[str, tuple] = {
     "model.attn_drop_rate": _BELOW_ONE, "model.drop_path_rate": _BELOW_ONE, "model.init_std": _COUNT,
     "model.pretrained_window_sizes": _COUNT, "model.extra_norm_every": _COUNT, "model.attention_chunk": _COUNT,
     "model.post_norm_init": _ANY,
-    "task.label_smoothing": _SHARE, "task.mixup": _COUNT, "task.cutmix": _COUNT, "task.mix_prob": _SHARE,
-    "task.mix_switch_prob": _SHARE, "task.mask_patch_size": _SOME,
-    "task.mask_ratio": _range(0, 1, above=True, below=True),
-    "task.target_window": _COUNT, "task.smooth_l1_beta": _POSITIVE, "task.momentum": _SHARE,
-    "task.temperature": _POSITIVE, "task.queue": _SOME, "task.hidden_dim": _SOME, "task.num_features": _SOME,
-    "task.pictures": _COUNT,
+    "task.classify.label_smoothing": _SHARE, "task.classify.mixup": _COUNT, "task.classify.cutmix": _COUNT,
+    "task.classify.mix_prob": _SHARE, "task.classify.mix_switch_prob": _SHARE, "task.simmim.mask_patch_size": _SOME,
+    "task.simmim.mask_ratio": _range(0, 1, above=True, below=True), "task.simmim.target_window": _COUNT,
+    "task.simmim.pictures": _COUNT, "task.distill.smooth_l1_beta": _POSITIVE, "task.moby.momentum": _SHARE,
+    "task.moby.temperature": _POSITIVE, "task.moby.queue": _SOME, "task.moby.hidden_dim": _SOME,
+    "task.moby.num_features": _SOME,
     "optim.lr": _COUNT, "optim.lr_reference_batch": _COUNT, "optim.warmup_lr": _COUNT, "optim.min_lr": _COUNT,
     "optim.weight_decay": _COUNT, "optim.betas": _BELOW_ONE, "optim.eps": _POSITIVE, "optim.momentum": _BELOW_ONE,
     "optim.clip_norm": _COUNT, "optim.epochs": _POSITIVE, "optim.warmup_epochs": _COUNT,

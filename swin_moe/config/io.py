@@ -7,25 +7,24 @@ official.py, unchanged. The schema, with units and ranges, is schema.py.
 import dataclasses
 import difflib
 import logging
-import math
 import re
-import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
-from swin_moe.config.checks import describe_kind, is_open, shown
-from swin_moe.config.official import convert_official, is_official, our_key
+from swin_moe.config.checks import field_types, shown
+from swin_moe.config.coerce import Word, coerce_tree, read_word, type_of
+from swin_moe.config.official import convert_official, is_official, nest
 from swin_moe.config.official_options import refusal
 from swin_moe.config.schema import Config
-from swin_moe.config.yaml_files import ConfigLoader, read_yaml
+from swin_moe.config.tasks import TaskConfig, TaskOptions, moved_key, nested, own_options, said_twice
+from swin_moe.config.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
-_PATHS = ("data.path", "run.output", "checkpoint.load", "checkpoint.init", "task.teacher", "model.moe.tune_cache")
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+_COMMAND_LINE = "command line"  # the source of overrides, for errors
 
 
 def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None) -> Config:
@@ -74,7 +73,7 @@ def config_from_tree(tree: dict, *, source: str) -> Config:
     if not isinstance(tree, dict):
         raise ValueError(f"{source}: a config is a tree of sections such as 'model', got {shown(tree)}")
     try:
-        return _build(Config, _coerce_tree(tree, Config, source=source))
+        return _build(Config, _typed(tree, source=source))
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
 
@@ -85,7 +84,7 @@ def typed_tree(tree: dict, *, source: str) -> dict:
     Args:
         source: What the tree came from, for errors.
     """
-    return _coerce_tree(tree, Config, source=source)
+    return _typed(tree, source=source)
 
 
 def dump_config(config: Config, path: str | Path) -> None:
@@ -135,7 +134,7 @@ def _culprit(path: Path, own: dict, given: dict, error: str) -> str:
     """Returns what a value out of range came from: the file, the command line, or both together."""
     overridden = list(_flatten(given))
     if any(re.match(rf"{re.escape(key)}\b", error) for key in overridden):
-        return "command line"
+        return _COMMAND_LINE
     try:
         _build(Config, own)
     except ValueError:
@@ -200,7 +199,7 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
             raise ValueError(f"{path}: base must be a file or config name, or a list of them, got {shown(base)}")
         above = dataclasses.replace(context, overridden=context.overridden | frozenset(_flatten(raw)))
         tree = merge(tree, _read_tree(_resolve(base, beside=path.parent), chain, above))
-    return merge(tree, _coerce_tree(raw, Config, source=str(path)))
+    return merge(tree, _typed(raw, source=str(path)))
 
 
 def _read_official(path: Path, raw: dict, chain: tuple[Path, ...]) -> dict:
@@ -222,130 +221,31 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
     tree: dict = {}
     if isinstance(overrides, str) or not isinstance(overrides, Iterable):
         raise TypeError(f"overrides must be a list of texts such as 'optim.lr=0.1', got {shown(overrides)}")
+    given: dict[str, tuple[str, Any]] = {}  # key -> (how it was written, value)
     for word in overrides:
         if not isinstance(word, str):
             raise TypeError(f"an override must be a text such as 'optim.lr=0.1', got {shown(word)}")
-        key, equals, text = word.partition("=")
+        written, equals, text = word.partition("=")
         if word.startswith("-"):
             raise ValueError(refusal(word))
         if not equals:
             raise ValueError(f"override {shown(word)} must have the form section.key=value")
-        key = key.strip()
-        kind = _type_of(key, source="command line")
-        try:
-            value = yaml.load(text, ConfigLoader)
-        except yaml.YAMLError:
-            value = text
-        if kind is str and not isinstance(value, str):
-            value = text.strip()
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = merge(tree, _coerce_tree(value, Config, source="command line"))
+        written = written.strip()
+        key = moved_key(written)
+        kind = type_of(key, source=_COMMAND_LINE)
+        value = Word(text) if kind is Word else read_word(text, kind)
+        before, value_before = given.setdefault(key, (written, value))
+        if before != written and value_before != value:
+            old, new = (value, value_before) if before == key else (value_before, value)
+            raise ValueError(said_twice(key, old, new, source=_COMMAND_LINE))
+        branch = nest({key: value})
+        tree = merge(tree, _typed(branch, source=_COMMAND_LINE))
     return tree
 
 
-def _coerce_tree(tree: dict, schema: Any, *, source: str, prefix: str = "") -> dict:
-    """Returns the tree with every value in its field's type; raises ValueError naming source, key, value and type."""
-    out: dict = {}
-    for key, value in tree.items():
-        full = f"{prefix}{key}"
-        kind = _type_of(full, source=source)
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ValueError(f"{source}: {full} is a section of keys, got {shown(value)}")
-            out[key] = _coerce_tree(value, kind, source=source, prefix=f"{full}.")
-        else:
-            try:
-                out[key] = value if is_open(full, value) else _coerce(value, kind)
-                if full in _PATHS and out[key].startswith("~"):  # a shell does not expand it after key=
-                    out[key] = str(Path(out[key]).expanduser())
-            except (TypeError, ValueError):
-                allowed = describe_kind(kind, written=True)
-                raise ValueError(f"{source}: {full} must be {allowed}, got {shown(value)}") from None
-    return out
-
-
-def _coerce(value: Any, kind: Any) -> Any:
-    """Returns `value` as `kind`, a field type of schema.py; raises TypeError or ValueError where it is none."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        if isinstance(value, bool) or value not in arguments:
-            raise ValueError(value)
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _coerce(value, next(a for a in arguments if a is not types.NoneType))
-    if origin is tuple:
-        return _coerce_tuple(value, arguments)
-    if kind is bool:
-        word = str(value).lower()
-        if word not in _TRUE + _FALSE:
-            raise TypeError(value)
-        return word in _TRUE
-    if kind is str:
-        if not isinstance(value, str):
-            raise TypeError(value)
-        return value
-    if isinstance(value, bool) or value is None:
-        raise TypeError(value)
-    number = float(value)
-    if not math.isfinite(number) or kind is int and number != int(number):
-        raise ValueError(value)
-    if kind is int:
-        return value if isinstance(value, int) else int(number)
-    return number
-
-
-def _coerce_tuple(value: Any, arguments: tuple) -> tuple:
-    """Returns a list as a tuple; one number stands for a square or a tuple of one."""
-    open_ended = len(arguments) == 2 and arguments[1] is Ellipsis
-    if not isinstance(value, (list, tuple)):
-        if get_origin(arguments[0]) is tuple or value is None or isinstance(value, dict):
-            raise TypeError(value)
-        value = [value] * (1 if open_ended else len(arguments))
-    if not open_ended and len(value) != len(arguments):
-        raise ValueError(value)
-    kinds = arguments[:1] * len(value) if open_ended else arguments
-    if any(get_origin(kind) is tuple and not isinstance(item, (list, tuple)) for item, kind in zip(value, kinds)):
-        raise TypeError(value)
-    return tuple(map(_coerce, value, kinds))
-
-
-def _type_of(key: str, *, source: str) -> Any:
-    """Returns the type of a dotted key; raises ValueError with near keys where there is none."""
-    kind: Any = Config
-    for part in key.split("."):
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        if part not in hints:
-            raise ValueError(f"{source}: unknown key {shown(key)}{_hint(key)}")
-        kind = hints[part]
-    return kind
-
-
-def _hint(key: str) -> str:
-    """Returns "; did you mean ...?": near spellings, the same last word elsewhere, or our name of an official key."""
-    if told := our_key(key):
-        return told
-    keys = list(_schema_keys(Config))
-    leaf = key.rpartition(".")[2]
-    initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate is lr
-    near = [k for k in keys if k.rpartition(".")[2] in (leaf, initials)]
-    near += difflib.get_close_matches(key, keys, n=3, cutoff=0.9)
-    words = {word for word in leaf.split("_") if len(word) > 2}
-    section = key.rpartition(".")[0]
-    near += [k for k in keys if k.rpartition(".")[0] == section and words & set(k.rpartition(".")[2].split("_"))]
-    near = list(dict.fromkeys(near + difflib.get_close_matches(key, keys, n=3)))
-    if not near:
-        leaves = {k.rpartition(".")[2]: k for k in keys}
-        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=2)]
-    return f"; did you mean {', '.join(near[:3])}?" if near else f"; sections: {', '.join(get_type_hints(Config))}"
-
-
-def _schema_keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Yields every dotted key of the schema, sections included."""
-    for name, kind in get_type_hints(schema).items():
-        yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(kind):
-            yield from _schema_keys(kind, f"{prefix}{name}.")
+def _typed(tree: dict, *, source: str) -> dict:
+    """Returns the tree with every value in its field's type and where its option stands today."""
+    return coerce_tree(nested(tree, source=source), source=source)
 
 
 def _flatten(tree: dict, prefix: str = "") -> Iterator[str]:
@@ -359,8 +259,14 @@ def _flatten(tree: dict, prefix: str = "") -> Iterator[str]:
 
 def _build(schema: type, tree: dict) -> Any:
     """Returns the dataclass of a typed tree; its own checks run here."""
-    hints = get_type_hints(schema)
-    return schema(**{k: _build(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v for k, v in tree.items()})
+    kinds, values = field_types(schema), {}
+    for key, value in ({"own": {}} | tree if schema is TaskConfig else tree).items():
+        if kinds[key] is TaskOptions:
+            kind = own_options(tree.get("name", ""), needed=bool(value))
+            values[key] = _build(kind, coerce_tree(value, kind, prefix="task.own."))
+        else:
+            values[key] = _build(kinds[key], value) if dataclasses.is_dataclass(kinds[key]) else value
+    return schema(**values)
 
 
 def _tree_of(section: Any) -> dict:

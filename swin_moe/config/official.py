@@ -84,8 +84,8 @@ OFFICIAL: dict[str, Rule] = {
     "DATA.CACHE_MODE": Rule("part", why=_CACHE),
     "DATA.PIN_MEMORY": Rule(True, why="memory is pinned where a GPU is used"),
     "DATA.NUM_WORKERS": Rule(8, "data.workers"),
-    "DATA.MASK_PATCH_SIZE": Rule(32, "task.mask_patch_size"),
-    "DATA.MASK_RATIO": Rule(0.6, "task.mask_ratio"),
+    "DATA.MASK_PATCH_SIZE": Rule(32, "task.simmim.mask_patch_size"),
+    "DATA.MASK_RATIO": Rule(0.6, "task.simmim.mask_ratio"),
     "MODEL.TYPE": Rule("swin", "model.name", _one_of(**{name: name for name in FAMILIES})),
     "MODEL.NAME": Rule("swin_tiny_patch4_window7_224", why="run.name is the file's name, as two files share a NAME"),
     "MODEL.PRETRAINED": Rule("", why=_OTHER_MODEL, only=True),
@@ -93,9 +93,9 @@ OFFICIAL: dict[str, Rule] = {
     "MODEL.NUM_CLASSES": Rule(1000, why="the data set decides, as in the official data/build.py"),
     "MODEL.DROP_RATE": Rule(0.0, "model.drop_rate"),
     "MODEL.DROP_PATH_RATE": Rule(0.1, "model.drop_path_rate"),
-    "MODEL.LABEL_SMOOTHING": Rule(0.1, "task.label_smoothing"),
-    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, into="task.target_window"),
-    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, into="task.target_window"),
+    "MODEL.LABEL_SMOOTHING": Rule(0.1, "task.classify.label_smoothing"),
+    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, into="task.simmim.target_window"),
+    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, into="task.simmim.target_window"),
     "TRAIN.START_EPOCH": Rule(0, why="a resumed run (checkpoint.load) knows its position", only=True),
     "TRAIN.EPOCHS": Rule(300, "optim.epochs"),
     "TRAIN.WARMUP_EPOCHS": Rule(20, "optim.warmup_epochs"),
@@ -124,11 +124,13 @@ OFFICIAL: dict[str, Rule] = {
     "AUG.REPROB": Rule(0.25, "data.erase_prob"),
     "AUG.REMODE": Rule("pixel", "data.erase_mode"),
     "AUG.RECOUNT": Rule(1, "data.erase_count"),
-    "AUG.MIXUP": Rule(0.8, "task.mixup"),
-    "AUG.CUTMIX": Rule(1.0, "task.cutmix"),
-    "AUG.CUTMIX_MINMAX": Rule(None, why="cutmix draws its area from Beta(a, a); set a by task.cutmix", only=True),
-    "AUG.MIXUP_PROB": Rule(1.0, "task.mix_prob"),
-    "AUG.MIXUP_SWITCH_PROB": Rule(0.5, "task.mix_switch_prob"),
+    "AUG.MIXUP": Rule(0.8, "task.classify.mixup"),
+    "AUG.CUTMIX": Rule(1.0, "task.classify.cutmix"),
+    "AUG.CUTMIX_MINMAX": Rule(
+        None, why="cutmix draws its area from Beta(a, a); set a by task.classify.cutmix", only=True
+    ),
+    "AUG.MIXUP_PROB": Rule(1.0, "task.classify.mix_prob"),
+    "AUG.MIXUP_SWITCH_PROB": Rule(0.5, "task.classify.mix_switch_prob"),
     "AUG.MIXUP_MODE": Rule(
         "batch", why="pair and elem depend on how ranks cut the batch; leave the key out", only=True
     ),
@@ -192,9 +194,9 @@ for _family, _rules in {
 # data_simmim_pt.py: random-resized crop and flip, nothing else; models/simmim.py: no head.
 SIMMIM_PRETRAIN = {
     "task.name": "simmim",
-    "task.label_smoothing": 0.0,
-    "task.mixup": 0.0,
-    "task.cutmix": 0.0,
+    "task.classify.label_smoothing": 0.0,
+    "task.classify.mixup": 0.0,
+    "task.classify.cutmix": 0.0,
     "model.num_classes": 0,
     "data.interpolation": "bilinear",  # data_simmim_pt.py leaves torchvision's default, whatever the file says
     "data.crop_scale": [0.67, 1.0],
@@ -262,7 +264,7 @@ def convert_official(
     if values["MODEL.NAME"] == "simmim_pretrain":
         flat |= SIMMIM_PRETRAIN
         if values["MODEL.SIMMIM.NORM_TARGET.ENABLE"]:
-            flat["task.target_window"] = values["MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE"]
+            flat["task.simmim.target_window"] = values["MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE"]
     elif values["DATA.IMG_SIZE"] <= _SMALL_IMAGE:
         flat["data.resize"] = False
     named = _world_in_name(path)

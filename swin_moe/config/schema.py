@@ -1,17 +1,18 @@
 """Every option of a run: frozen dataclasses are the schema, with defaults, units and range checks in one place.
 
-YAML files and `key=value` overrides fill them (io.py). No field depends on the world size: degrees of
-parallelism are options, the number of ranks is not. Model field names are the argument names of the official
-constructors (microsoft/Swin-Transformer, models/*.py) where one exists.
+YAML files and `key=value` overrides fill them (io.py); those of tasks are in tasks.py. No field
+depends on the world size: degrees of parallelism are options, the number of ranks is not. Model field names are the
+argument names of the official constructors (microsoft/Swin-Transformer, models/*.py) where one exists.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from swin_moe.config.checks import NOT_STATE, check_routing, check_run, check_task
 from swin_moe.config.checks import check as _check
 from swin_moe.config.checks import check_choices as _check_choices
-from swin_moe.config.checks import check_routing, check_run, check_task
 from swin_moe.config.choices import facts_of
+from swin_moe.config.tasks import TaskConfig
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
 DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
@@ -19,8 +20,9 @@ DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = "run"  # run directory is <output>/<name>; of a run from a file, the name of its config
-    output: str = "output"
+    # The run directory is <output>/<name>; of a run from a file, the name of its config.
+    name: str = field(default="run", metadata=NOT_STATE)
+    output: str = field(default="output", metadata=NOT_STATE)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -31,14 +33,16 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: DatasetName = "digits"
-    path: str = ""  # folder or zip root; holds train/ and val/ (or train.zip and val.zip)
+    # Folder or zip root; holds train/ and val/ (or train.zip and val.zip).
+    path: str = field(default="", metadata=NOT_STATE)
     global_batch: int = 128  # images per optimizer step, over all ranks
-    micro_batch: int = 0  # images per rank and forward; 0 = global_batch / ranks, no accumulation
-    eval_batch: int = 0  # images per rank and evaluation forward; 0 = micro_batch
+    # Images per rank and forward; 0 = global_batch / ranks, no accumulation.
+    micro_batch: int = field(default=0, metadata=NOT_STATE)
+    eval_batch: int = field(default=0, metadata=NOT_STATE)  # images per rank and evaluation forward; 0 = micro_batch
     drop_last: bool = True  # False: an epoch's last, smaller batch is trained on too
     images_per_class: int = 0  # training images of each class, drawn once for all runs; 0 = all (few-shot: 5)
     subset: int = 0  # which draw of them
-    workers: int = 0  # loader processes per rank; 0 = load in the training process
+    workers: int = field(default=0, metadata=NOT_STATE)  # loader processes per rank; 0 = load in the training process
     on_broken: Literal["skip", "fail"] = "fail"  # a broken image is reported with its path either way
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # random-resized-crop area, fraction of the image
@@ -52,7 +56,7 @@ class DataConfig:
     resize: bool = True  # False: images have the model's size; training crops them out of a black border of 4 pixels
     exif: bool = False  # turn images as their EXIF orientation says; torchvision, so the official code, does not
     synthetic_samples: int = 10_000  # training images of the synthetic data set
-    cache: bool = True  # keep decoded images of the digits in memory
+    cache: bool = field(default=True, metadata=NOT_STATE)  # keep decoded images of the digits in memory
 
     def __post_init__(self) -> None:
         _check_choices(self, "data")
@@ -103,7 +107,7 @@ class MoEConfig:
     backend: str = "native"  # who moves rows to experts: native, padded, tutel, local; docs/communication.md
     transport: Literal["linear", "hierarchical"] = "linear"  # one all-to-all, or inside nodes and then between them
     payload: Literal["none", "bf16", "fp8"] = "none"  # what rows between ranks are rounded to; docs/communication.md
-    overlap: int = 1  # chunks that dispatch, experts and combine are pipelined in
+    overlap: int = 1  # slices that dispatch, experts and combine are pipelined in
     tune: Literal["off", "measure"] = "off"  # measure: choose transport, overlap and payload (at most `payload`)
     tune_cache: str = ""  # folder of measured choices; "" = swin_moe/tuned/ in the user's cache directory
 
@@ -184,35 +188,6 @@ class ModelConfig:
             _check(
                 valid, f"model.moe.blocks[{stage}]", blocks, f"indices below depth {self.depths[stage]}, or -1 for none"
             )
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    name: str = "classify"
-    label_smoothing: float = 0.1
-    mixup: float = 0.8  # alpha of the Beta distribution; 0 = off
-    cutmix: float = 1.0
-    mix_prob: float = 1.0  # of mixing at all
-    mix_switch_prob: float = 0.5  # of cutmix, where both are on
-    mask_patch_size: int = 32  # simmim: pixels per side of what is hidden or seen together
-    mask_ratio: float = 0.6  # simmim: hidden share of an image
-    target_window: int = 0  # simmim: odd; pixels per side that targets are normalized over (SwinV2: 47); 0 = raw
-    teacher: str = ""  # distill: weights, a checkpoint of any task, an official .pth file, or one of timm's
-    teacher_model: str = ""  # distill: config of the teacher in an official file, or timm:NAME; "" = as teacher tells
-    teacher_precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # distill: of its weights and arithmetic
-    teacher_shard: bool = False  # distill: its weights are cut over the ranks, and whole one block at a time
-    smooth_l1_beta: float = 2.0  # distill: errors below it count squared
-    momentum: float = 0.99  # moby: of the moving average at the first step; a cosine brings it to 1
-    temperature: float = 0.2  # moby: that similarities are divided by
-    queue: int = 4096  # moby: keys of earlier images that each of the two queues holds
-    hidden_dim: int = 4096  # moby: hidden channels of projector and predictor
-    num_features: int = 256  # moby: channels of what is compared
-    pictures: int = 4  # simmim: validation images whose reconstruction is drawn at every evaluation
-
-    def __post_init__(self) -> None:
-        _check_choices(self, "task")
-        odd = self.target_window == 0 or (self.target_window > 1 and self.target_window % 2 == 1)
-        _check(odd, "task.target_window", self.target_window, "odd and > 1, or 0 for raw pixels")
 
 
 @dataclass(frozen=True)
@@ -336,11 +311,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    debug: DebugConfig = field(default_factory=DebugConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=NOT_STATE)
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=NOT_STATE)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=NOT_STATE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=NOT_STATE)
+    debug: DebugConfig = field(default_factory=DebugConfig, metadata=NOT_STATE)
     compat: CompatConfig = field(default_factory=CompatConfig)
 
     def accumulation(self, world_size: int) -> tuple[int, int]:

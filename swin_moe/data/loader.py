@@ -11,9 +11,9 @@ Shape legend: B images of a micro-batch (0 is legal), X extra partner images (at
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swin_moe.config import DataConfig
 from swin_moe.data.base import Dataset
+from swin_moe.data.batch import Batch
 from swin_moe.data.datasets import BrokenImage, build_dataset
 from swin_moe.data.listing import Relabeled
 from swin_moe.data.transforms import Transform, augment_key, build_transform
@@ -29,12 +30,12 @@ from swin_moe.data.views import ViewTransform
 from swin_moe.data.workers import WorkerPool
 from swin_moe.randomness import PURPOSES, derive_key
 
-Batch = dict[str, Any]
 _log = logging.getLogger(__name__)
 _MAX_BROKEN_RUN = 256  # broken images in a row, without a good one, that on_broken=skip puts up with
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """One micro-batch to load. The first `own` samples are its images, the rest extra partners."""
 
     epoch: int
@@ -112,7 +113,7 @@ class ImageSource:
             own += place < request.own
         pixels = torch.stack(images) if images else torch.empty(0, 3, *self._img_size)
         labels = torch.tensor(targets, dtype=torch.int64)
-        batch = {
+        batch: Batch = {
             "image": pixels[:own],
             "target": labels[:own],
             "sample": torch.tensor(samples[:own], dtype=torch.int64),
@@ -145,7 +146,8 @@ class _Loader:
         seed: int, partners: bool, pin_memory: bool, num_classes: int, split: str, views: bool = False,
         classes: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        size = (height, width)
         assert 0 <= rank < world_size
         self.dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
         if classes and tuple(classes) != self.dataset.classes:
@@ -156,10 +158,8 @@ class _Loader:
             raise ValueError(
                 f"model.num_classes={num_classes} is too small: data.name={config.name} has {self.num_classes} classes"
             )
-        if views:
-            transforms = [ViewTransform(config, size, view=view) for view in (0, 1)]
-        else:
-            transforms = [build_transform(config, size, train=train)]
+        transforms: list[Transform] = [ViewTransform(config, size, view=view) for view in (0, 1)] if views else []
+        transforms = transforms or [build_transform(config, size, train=train)]
         self._source = ImageSource(self.dataset, transforms, img_size=size, seed=seed, partners=partners)
         self._config = config
         self._rank, self._world_size = rank, world_size
@@ -178,7 +178,7 @@ class _Loader:
         while self._pools:
             self._pools.pop().close()
 
-    def _load(self, requests: Iterable[Request]) -> Iterator[Batch]:
+    def _load(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
         """Yields one batch per request, in order; ends its processes when exhausted, closed or failed."""
         pool = WorkerPool(self._source, requests, workers=self._config.workers, pin_memory=self._pin_memory)
         self._pools.append(pool)
@@ -329,15 +329,33 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self, config: DataConfig, img_size: int | tuple[int, int], rank: int, world_size: int, batch: int, *,
-        pin_memory: bool = False, num_classes: int = 0, split: str = "val", classes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        config: DataConfig,
+        img_size: int | tuple[int, int],
+        rank: int,
+        world_size: int,
+        batch: int,
+        *,
+        pin_memory: bool = False,
+        num_classes: int = 0,
+        split: str = "val",
+        classes: Sequence[str] = (),
+    ) -> None:
         if batch < 1:
             raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
         super().__init__(
-            config, img_size, train=False, rank=rank, world_size=world_size, seed=0, partners=False,
-            pin_memory=pin_memory, num_classes=num_classes, split=split, classes=classes,
-        )  # fmt: skip
+            config,
+            img_size,
+            train=False,
+            rank=rank,
+            world_size=world_size,
+            seed=0,
+            partners=False,
+            pin_memory=pin_memory,
+            num_classes=num_classes,
+            split=split,
+            classes=classes,
+        )
         self._batch = batch
         self.num_samples = len(self.dataset)
 

@@ -9,15 +9,14 @@ images within the local batch.
 Shape legend: B images of a micro-batch, H height, W width, K classes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swin_moe.config import TaskConfig
+from swin_moe.config import ClassifyOptions
+from swin_moe.data.batch import Batch
 from swin_moe.randomness import PURPOSES, derive_key
 
 
@@ -33,12 +32,12 @@ class Mix:
     box: tuple[int, int, int, int] | None = None
 
 
-def mixing_enabled(config: TaskConfig) -> bool:
+def mixing_enabled(config: ClassifyOptions) -> bool:
     """Returns whether any image can be mixed, and the loader therefore has to supply partners."""
     return config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
 
 
-def draw_mix(config: TaskConfig, *, seed: int, step: int, size: tuple[int, int], official: bool = False) -> Mix:
+def draw_mix(config: ClassifyOptions, *, seed: int, step: int, size: tuple[int, int], official: bool = False) -> Mix:
     """Returns the mix of an optimizer step, a pure function of (seed, step); `size` is (H, W) in pixels.
 
     official: Boxes as timm 0.4.12 cuts them, which the official code pins; newer timm cuts as the default.
@@ -66,7 +65,7 @@ def _interval(centre: int, length: int, limit: int, *, official: bool = False) -
     return max(0, centre - length // 2), min(limit, centre + (length + (not official)) // 2)
 
 
-def partners(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def partners(batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns (images (B, 3, H, W), targets (B,)), the partners in a batch of TrainLoader(partners=True)."""
     images = torch.cat([batch["image"], batch["extra_image"]]) if len(batch["extra_image"]) else batch["image"]
     targets = torch.cat([batch["target"], batch["extra_target"]])
@@ -85,7 +84,7 @@ def mix(
     targets: Tensor,
     *,
     num_classes: int,
-    config: TaskConfig,
+    config: ClassifyOptions,
     seed: int,
     step: int,
     partner_images: Tensor | None = None,
@@ -105,7 +104,8 @@ def mix(
         partner_targets: (B,) int64.
         official: See draw_mix.
     """
-    drawn = draw_mix(config, seed=seed, step=step, size=tuple(images.shape[-2:]), official=official)
+    size = (images.shape[-2], images.shape[-1])
+    drawn = draw_mix(config, seed=seed, step=step, size=size, official=official)
     labels = soft_targets(targets, num_classes=num_classes, smoothing=config.label_smoothing)
     if drawn.weight == 1:
         return images, labels

@@ -24,7 +24,7 @@ _UNGUARDED = {
 class MissingOperators:
     """Finds no module: declares the operators before the module that needs them is looked for elsewhere."""
 
-    library = None  # owns the schemas, which live as long as it does
+    library: object = None  # owns the schemas, which live as long as it does
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Returns None; see the class."""
@@ -34,9 +34,10 @@ class MissingOperators:
 
         missing = [schema for name, schema in _UNGUARDED.items() if not hasattr(torch.ops.torchvision, name)]
         if missing:
-            MissingOperators.library = torch.library.Library("torchvision", "FRAGMENT")
+            library = torch.library.Library("torchvision", "FRAGMENT")
             for schema in missing:
-                MissingOperators.library.define(schema)
+                library.define(schema)
+            MissingOperators.library = library
 
 
 def watch() -> None:

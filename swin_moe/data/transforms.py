@@ -109,7 +109,7 @@ class TimmTransform:
                 is_training=True,
                 scale=config.crop_scale,
                 hflip=config.hflip,
-                color_jitter=config.color_jitter or None,
+                color_jitter=config.color_jitter or None,  # type: ignore[arg-type]  # None is timm's own word for none
                 auto_augment=config.auto_augment or None,
                 interpolation=config.interpolation,
                 mean=IMAGENET_MEAN,

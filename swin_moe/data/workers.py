@@ -33,7 +33,7 @@ def _obituary(pid: int, code: int, workers: int) -> str:
     """Returns the sentence about a loader process that ended with this exit code, -n for signal n."""
     how = f"exited with code {code}"
     if code < 0:
-        causes = {
+        causes: dict[int, str] = {
             signal.SIGKILL: " (kill -9, or the kernel for lack of memory: fewer data.workers need less)",
             signal.SIGBUS: " (as a rule /dev/shm is full: fewer data.workers need less)",
         }

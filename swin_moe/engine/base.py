@@ -1,12 +1,13 @@
 """What the training loop needs from a parallel engine, and nothing more."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from swin_moe import registry
 from swin_moe.checkpoint import Piece
 from swin_moe.engine.precision import LossScale
 from swin_moe.layout import Chunk
@@ -16,6 +17,67 @@ ENGINES = {
     "torch": "swin_moe.engine.torch_native:torch_engine",
     "deepspeed": "swin_moe.engine.deepspeed.engine:DeepSpeedEngine",
     "fairscale": "swin_moe.engine.fairscale:fairscale_engine",
+}
+
+
+@dataclass(frozen=True)
+class Serves:
+    """What an engine was seen to be right with. An option that it does not name runs at its least, which is the
+    default here, so that what nobody thought of is refused and does not train silently wrong.
+    """
+
+    zero: tuple[int, ...] = (0,)
+    precision: tuple[str, ...] = ("fp32",)
+    offload: tuple[str, ...] = ("none",)
+    compile: tuple[str, ...] = ("none",)
+    recompute: tuple[str, ...] = ("none",)
+    clip: bool = False  # optim.clip_norm
+    ema: bool = False  # optim.ema
+    accumulation: bool = False  # several micro-batches in a step
+    changed_weights: bool = False  # tasks that change weights after a step (Engine.change_weights)
+    uneven_experts: bool = False  # ranks that hold different numbers of experts, or shards of different sizes
+    reasons: Mapping[str, str] = field(default_factory=dict)  # option -> why it does not run with other values
+
+
+# What common.py:StepEngine does for all three of ours, and every block of the network by itself.
+_OURS: dict[str, Any] = {"clip": True, "ema": True, "accumulation": True, "recompute": ("none", "block")}
+_PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+# By name in ENGINES; an engine of another place has its own as an attribute `serves`. Measured on the versions that
+# requirements.txt pins.
+SERVES = {
+    "torch": Serves(
+        zero=(0, 1, 2, 3),
+        precision=_PRECISIONS,
+        offload=("none", "optimizer"),
+        compile=("none", "block", "model"),
+        **_OURS,
+        changed_weights=True,
+        uneven_experts=True,
+    ),
+    "deepspeed": Serves(
+        zero=(1, 2, 3),
+        precision=("fp32", "bf16", "fp16"),
+        offload=("none", "optimizer", "parameters"),
+        **_OURS,
+        reasons={
+            "parallel.compile": "its hooks on modules and parameters break graphs; use engine.name=torch",
+            "parallel.zero": "its stage 0 clips by a wrong norm; use engine.name=torch for it",
+            "engine.precision": "its master weights are float32; use engine.name=torch",
+        },
+    ),
+    "fairscale": Serves(
+        zero=(1, 2),
+        precision=_PRECISIONS,
+        **_OURS,
+        changed_weights=True,
+        uneven_experts=True,
+        reasons={
+            "parallel.compile": "its hooks were not checked with graphs; use engine.name=torch",
+            "parallel.zero": "only OSS (1) and ShardedDDP (2) are right on today's torch, its FSDP (3) needs CUDA and "
+            "an older one; use engine.name=torch for 0 and 3",
+            "engine.offload": "its OffloadModel is for CUDA and one rank; use engine.name=torch",
+        },
+    ),
 }
 
 
@@ -92,8 +154,4 @@ def check_members(engine: object, name: str) -> None:
 
     name: Of the engine in the config.
     """
-    wanted = [*Engine.__annotations__, *(key for key, value in vars(Engine).items() if callable(value))]
-    missing = [member for member in wanted if not member.startswith("_") and not hasattr(engine, member)]
-    if missing:
-        lacks = ", ".join(missing)
-        raise ValueError(f"engine.name={name}: {type(engine).__name__} lacks {lacks} (swin_moe/engine/base.py: Engine)")
+    registry.check_members(engine, Engine, chosen=f"engine.name={name}", where="swin_moe/engine/base.py: Engine")

@@ -1,14 +1,13 @@
 """What all engines share: materializing a model, names of saved tensors, one decision per step, and the step itself.
 
-An engine of torch's own optimizers subclasses StepEngine (replicated.py, zero_redundancy.py, fully_sharded.py). Others
-use the functions: materialize, state_name, average_name, decide, and parallel/clip.py for the norm.
+An engine subclasses StepEngine and says how it spreads a model (replicated.py, fully_sharded.py, deepspeed/engine.py);
+what it holds of the weights is a Held: a tensor per parameter (parts.py), or flat buffers (deepspeed/shards.py).
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,9 @@ from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
-from swin_moe.optim import Schedule, build_optimizer, frozen_parameters, parameter_groups
+from swin_moe.optim import Schedule, frozen_parameters
 from swin_moe.parallel.apply import parameter_layout
-from swin_moe.parallel.clip import SquareSums, norm_and_numbers
+from swin_moe.parallel.clip import SquareSums, norm_and_numbers, sharded_squares, sum_of_squares
 from swin_moe.parallel.groups import Groups
 
 # Adam's and SGD's tensors that are saved; "step" is the same for all parameters and saved once as a number.
@@ -81,31 +80,53 @@ def decide(norm: float, limit: float) -> tuple[bool, float]:
     return finite, min(1.0, limit / (norm + 1e-6)) if limit and finite else 1.0
 
 
-@dataclass
-class Part:
-    """This rank's part of one parameter: what is updated, averaged and saved. Plain tensors only.
-
-    leaf shares memory with the model's parameter, or is a copy on the CPU (engine.offload=optimizer).
-    """
-
-    name: str
-    parameter: nn.Parameter  # the model's; may be a DTensor
-    local: Tensor  # its part on this rank, a plain tensor of the same memory
-    leaf: nn.Parameter  # what the optimizer updates
-    shape: tuple[int, ...]  # global
-    chunk: Chunk  # the box of it that local and leaf hold
+class Held(Protocol):
+    """What this rank holds of the weights and updates, in the form of its engine, by labels of its own."""
 
     @property
-    def offloaded(self) -> bool:
-        """True where the optimizer's copy is not the model's memory."""
-        return self.leaf.data_ptr() != self.local.data_ptr() and self.local.numel() > 0
+    def weights(self) -> Mapping[str, Tensor]:
+        """Label -> tensor: what the optimizer updates, and frozen parameters."""
+
+    @property
+    def states(self) -> Mapping[str, dict]:
+        """Label -> optimizer state, of what this rank updates."""
+
+    @property
+    def trainable(self) -> list[str]:
+        """The parameters that are updated, on this rank or another."""
+
+    def gradients(self) -> list[Tensor]:
+        """Returns the reduced gradients of what this rank holds, after the last backward of a step."""
+
+    def apply(self, optimizers: list[torch.optim.Optimizer]) -> bool:
+        """Updates the weights by the gradients; returns False where a library refused to."""
+
+    def settle(self) -> None:
+        """Ends an update: brings it to the model and drops the gradients, where `apply` has not."""
+
+    def first_not_finite(self) -> str | None:
+        """Returns the first parameter whose gradient on this rank is not finite."""
+
+    def discard(self) -> None:
+        """Drops the gradients of a step without an update."""
+
+    def publish(self) -> None:
+        """Brings changed weights to the parameters that the model computes with. Collective."""
+
+    def pieces_of(self, saved: str, name: str, tensors: Mapping[str, Tensor]) -> list[Piece]:
+        """Returns this rank's pieces of a parameter's tensor, views; empty ones where it holds nothing.
+
+        Args:
+            saved: Name in the checkpoint. name: The parameter's.
+            tensors: Label -> tensor as large as the weight; without labels of which another rank holds it.
+        """
 
 
 class StepEngine:
     """The order of a step and everything saved; see engine/base.py for the protocol.
 
-    Subclasses say how the model is spread (distribute), how gradients come together (reduce, square_sums), which part
-    of a parameter is this rank's (local_part), and which optimizers update them (build_optimizers).
+    Subclasses say how the model is spread (prepare), how gradients come together (micro_step, reduce) and which of
+    their elements are whose (square_sums).
 
     Args:
         model: Parallelized; on meta, or materialized.
@@ -113,63 +134,50 @@ class StepEngine:
         device: Where this rank computes.
     """
 
+    model: Any  # wrapped, by whatever spreads it
+    parts: Held
+
     def __init__(self, model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device):
         self.config, self.groups, self.schedule, self.device = config, groups, schedule, device
         self.local_model = model
         self.layout = parameter_layout(model, groups)
-        self.model: Any = self.distribute(model)  # wrapped, by whatever spreads it
-        self.parts = {name: self._part(name, parameter) for name, parameter in model.named_parameters()}
-        self.param_groups = parameter_groups(model, config.optim, config.model.depths)
-        for group in self.param_groups:
-            group["params"] = [self.parts[name].leaf for name in group["names"]]
-        self.trainable = [self.parts[name] for group in self.param_groups for name in group["names"]]
-        self.optimizers = self.build_optimizers()
+        self.model, self.parts, self.optimizers = self.prepare(model)
+        self._allocate_state()
         self.loss_scale = LossScale(config.engine.precision == "fp16")
-        average = config.optim.ema
-        self.ema = WeightAverage({n: part.leaf for n, part in self.parts.items()}, average) if average else None
-        self.balance = RouterBalance(model, groups, lambda name: [self._weights_of(name)])
+        self.ema = WeightAverage(self.parts.weights, config.optim.ema) if config.optim.ema else None
+        self.balance = RouterBalance(model, groups, lambda name: self.parts.pieces_of(name, name, self.parts.weights))
         self.updates = 0
         self._norm: float | None = None  # of this step's gradients, once measured
-        self._allocate_state()
 
     # What the variants differ in.
 
-    def distribute(self, model: Network) -> nn.Module:
-        """Returns what the training loop calls, after materializing `model` and spreading it over the ranks."""
+    def prepare(self, model: Network) -> tuple[nn.Module, Held, list[torch.optim.Optimizer]]:
+        """Returns (what the training loop calls, what this rank holds, the optimizers that together update all of it),
+        after materializing `model` and spreading it over the ranks.
+        """
         raise NotImplementedError
-
-    def reduce(self) -> None:
-        """Finishes the reduction of gradients over ranks, after the last backward of a step."""
-        raise NotImplementedError
-
-    def square_sums(self) -> SquareSums:
-        """Returns what the global norm of the reduced gradients is the root of."""
-        raise NotImplementedError
-
-    def local_part(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Chunk]:
-        """Returns (plain tensor in the parameter's memory, which box of the global parameter it is)."""
-        return parameter.detach(), self.layout[name][1]
-
-    def gradient(self, part: Part) -> Tensor | None:
-        """Returns the gradient of `part.local`, a plain tensor."""
-        return part.parameter.grad
-
-    def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns the optimizers that together update every group of param_groups."""
-        return [build_optimizer(self.config.optim, self.param_groups)]
-
-    def state_of(self, leaf: nn.Parameter) -> dict | None:
-        """Returns the optimizer state of a leaf; None where another rank holds it."""
-        return self.optimizers[0].state[leaf]
-
-    def weights_changed(self) -> None:
-        """Called after weights were changed other than by a training step: averages swapped, checkpoint loaded."""
-
-    # The step.
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:
         """See Engine."""
-        return nullcontext()
+        raise NotImplementedError
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Runs the backward of a loss that is scaled already."""
+        loss.backward()
+
+    def reduce(self) -> None:
+        """Finishes the reduction of gradients over ranks, after the last backward of a step."""
+
+    def square_sums(self) -> SquareSums:
+        """Returns what the global norm of the reduced gradients is the root of: here no element is on two ranks."""
+        square = sum_of_squares(self.parts.gradients(), self.device).to(self.device)  # gradients may be offloaded
+        return sharded_squares(square, self.groups)
+
+    def publish(self) -> None:
+        """Brings weights that were changed other than by a training step to the model. Collective."""
+        self.parts.publish()
+
+    # The step.
 
     def autocast(self) -> AbstractContextManager:
         """Returns the context for the forward; the loss is computed outside it, in float32."""
@@ -177,16 +185,15 @@ class StepEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
-        (loss * self.loss_scale.value).backward()
+        self.differentiate(loss * self.loss_scale.value)
         self.balance.count()
 
     @torch.no_grad()
     def measure(self, numbers: Tensor | None = None) -> list[list[float]]:
         """See Engine."""
         self.reduce()
-        if self.loss_scale.value != 1.0:
-            torch._foreach_mul_(self._gradients(), 1.0 / self.loss_scale.value)
-        self._norm, rows = norm_and_numbers(self.square_sums(), self.groups, numbers)
+        norm, rows = norm_and_numbers(self.square_sums(), self.groups, numbers)
+        self._norm = norm / self.loss_scale.value
         return rows
 
     @torch.no_grad()
@@ -198,106 +205,70 @@ class StepEngine:
         assert norm is not None, "measure sets it"
         finite, factor = decide(norm, self.config.optim.clip_norm)
         if finite:
-            if factor < 1.0:
-                torch._foreach_mul_(self._gradients(), factor)
-            self._update(t)
-            self._clear_gradients()
-        else:
+            if factor != scale:
+                torch._foreach_mul_(self.parts.gradients(), factor / scale)
+            finite = self._update(t)
+        if not finite:
             self.balance.clear()
         self.loss_scale.update(finite=finite)
         return StepStats(norm, factor, self.schedule(t), not finite, scale)
 
-    def _gradients(self) -> list[Tensor]:
-        return [g for g in map(self.gradient, self.trainable) if g is not None]
-
-    def _update(self, t: int) -> None:
-        for part in self.trainable:
-            if part.leaf is not part.parameter:
-                gradient = self.gradient(part)
-                part.leaf.grad = gradient if gradient is None else gradient.to(part.leaf.device)
+    def _update(self, t: int) -> bool:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.schedule(t, group["lr_scale"])
-            optimizer.step()
+        if not self.parts.apply(self.optimizers):
+            return False
         self.balance.update()
-        self._publish()
+        self.parts.settle()
         self.updates += 1
         if self.ema:
             self.ema.update()
-
-    def _clear_gradients(self) -> None:
-        for part in self.trainable:
-            part.parameter.grad = part.leaf.grad = None
-
-    def _publish(self) -> None:
-        """Brings the optimizer's copies of the weights, where it has its own, to the model."""
-        for part in self.parts.values():
-            if part.offloaded:
-                part.local.copy_(part.leaf)
+        return True
 
     def discard_gradients(self) -> str | None:
-        """Clears the gradients of a skipped step; returns the first parameter of this rank that is not finite."""
-        name = None
-        for part in self.trainable:
-            gradient = self.gradient(part)
-            if name is None and gradient is not None and not torch.isfinite(gradient).all():
-                name = part.name
-        self._clear_gradients()
+        """See Engine."""
+        name = self.parts.first_not_finite()
+        self.parts.discard()
         self.balance.clear()
         return name
 
     @torch.no_grad()
     def change_weights(self, change: Callable[[dict[str, tuple[Tensor, Chunk]]], None]) -> None:
         """See Engine."""
-        change({name: (part.leaf.detach(), part.chunk) for name, part in self.parts.items()})
-        self._take_weights()
+        weights = self.parts.weights
+        pieces = [piece for name in self.layout for piece in self.parts.pieces_of(name, name, weights)]
+        change({piece.name: (piece.tensor, piece.chunk) for piece in pieces})
+        self._published()
 
     def evaluation(self) -> AbstractContextManager:
         """See Engine."""
-        return evaluating(self.local_model, self.ema, self._take_weights)
+        return evaluating(self.local_model, self.ema, self._published)
 
     @torch.no_grad()
-    def _take_weights(self) -> None:
-        self._publish()
-        self.weights_changed()
+    def _published(self) -> None:
+        self.publish()
 
     # What is saved.
 
-    def _part(self, name: str, parameter: nn.Parameter) -> Part:
-        local, chunk = self.local_part(name, parameter)
-        assert tuple(local.shape) == chunk.size, f"{name}: {tuple(local.shape)} held, {chunk} expected"
-        leaf = parameter
-        if self.config.engine.offload == "optimizer":
-            leaf = nn.Parameter(local.to("cpu", copy=True), requires_grad=parameter.requires_grad)
-        elif type(parameter.detach()) is not Tensor:
-            leaf = nn.Parameter(local, requires_grad=parameter.requires_grad)
-        return Part(name, parameter, local, leaf, self.layout[name][0], chunk)
-
     def _allocate_state(self) -> None:
         """Creates the optimizer state now, as zeros, so that a checkpoint of any step holds the same tensors."""
-        for part in self.trainable:
-            state = self.state_of(part.leaf)
-            if state is None:
-                continue
+        weights = self.parts.weights
+        for label, state in self.parts.states.items():
             if self.config.optim.name == "adamw":
-                state["step"] = torch.zeros((), dtype=torch.float32, device=part.leaf.device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weights[label].device)
             for key in state_tensors(self.config.optim):
-                state[key] = torch.zeros_like(part.leaf)
+                state[key] = torch.zeros_like(weights[label])
 
     def pieces(self) -> Iterable[Piece]:
-        """See Engine. The tensors are views: filling them loads the engine."""
-        pieces = [self._weights_of(name) for name in self.parts]
-        for part in self.trainable:
-            state = self.state_of(part.leaf)
-            for key in state_tensors(self.config.optim):
-                pieces.append(_piece(state_name(key, part.name), part, None if state is None else state[key]))
+        """See Engine. The tensors are views: filling them, and load_state, loads the engine."""
+        parts, saved = self.parts, [(name, name, self.parts.weights) for name in self.layout]
+        for key in state_tensors(self.config.optim):
+            moments = {label: state[key] for label, state in parts.states.items()}
+            saved += [(state_name(key, name), name, moments) for name in parts.trainable]
         if self.ema:
-            pieces += [_piece(average_name(n), self.parts[n], average) for n, average in self.ema.average.items()]
-        return pieces
-
-    def _weights_of(self, name: str) -> Piece:
-        part = self.parts[name]
-        return _piece(name, part, part.leaf.detach())
+            saved += [(average_name(name), name, self.ema.average) for name in self.layout]
+        return [piece for row in saved for piece in parts.pieces_of(*row)]
 
     def state(self) -> dict:
         """See Engine."""
@@ -307,16 +278,7 @@ class StepEngine:
         """See Engine."""
         self.updates = state["updates"]
         self.loss_scale.load_state(state["loss_scale"])
-        for part in self.trainable:
-            own = self.state_of(part.leaf)
-            if own is not None and "step" in own:
+        for own in self.parts.states.values():
+            if "step" in own:
                 own["step"].fill_(self.updates)
-        self._take_weights()
-
-
-def _piece(saved: str, part: Part, tensor: Tensor | None) -> Piece:
-    """Returns the piece for this part; an empty one where the tensor is another rank's."""
-    if tensor is None:
-        empty = (0,) * len(part.shape)
-        return Piece(saved, part.shape, part.leaf.dtype, Chunk(empty, empty), part.leaf.new_empty(empty))
-    return Piece(saved, part.shape, tensor.dtype, part.chunk, tensor)
+        self._published()

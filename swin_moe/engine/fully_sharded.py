@@ -14,26 +14,38 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from swin_moe.engine.common import Part, StepEngine, materialize
+from swin_moe.engine.common import Held, StepEngine, materialize
+from swin_moe.engine.parts import Parts
 from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
 from swin_moe.models.swin import Block
 from swin_moe.moe.experts import GroupedExperts
-from swin_moe.parallel.clip import SquareSums, sharded_squares, sum_of_squares
+from swin_moe.optim import build_optimizer
 from swin_moe.parallel.sharding import cut_dim, placement, sub_chunk
 
 
 class FullyShardedEngine(StepEngine):
     """Every rank updates its shards; gradients arrive by reduce-scatter during backward."""
 
-    def distribute(self, model: Network) -> nn.Module:
-        """See StepEngine. Block by block: allocated, filled, cut, so that the model is never whole on a rank."""
+    parts: Parts
+
+    def prepare(self, model: Network) -> tuple[nn.Module, Held, list[torch.optim.Optimizer]]:
+        """See StepEngine."""
+        self._shard(model)
+        cut = {n: (self.layout[n][0], _cut(p, self.layout[n][1])) for n, p in model.named_parameters()}
+        parts = Parts(model, cut, self.config)
+        optimizers = [build_optimizer(self.config.optim, parts.param_groups)]
+        parts.follow(optimizers)
+        return model, parts, optimizers
+
+    def _shard(self, model: Network) -> None:
+        """Block by block: allocated, filled, cut, so that the model is never whole on a rank."""
         world = self._mesh(self.groups.world)
         replicas = self._mesh(self.groups.expert_data)
         options: dict[str, Any] = {"mesh": world, "reshard_after_forward": self.config.parallel.zero == 3}
@@ -47,7 +59,6 @@ class FullyShardedEngine(StepEngine):
         materialize(model, self.config, self.device, only=rest)
         # The root's own parameters are used at both ends of the network: they stay whole from forward to backward.
         fully_shard(model, mesh=world, reshard_after_forward=False, ignored_params=_experts(model))
-        return model
 
     def _mesh(self, group: ProcessGroup | None) -> DeviceMesh | None:
         return None if group is None else DeviceMesh.from_group(group, self.device.type)
@@ -64,20 +75,6 @@ class FullyShardedEngine(StepEngine):
                 shard_placement_fn=lambda p: Shard(cut_dim(tuple(p.shape), replicas.size())),
             )
 
-    def local_part(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Chunk]:
-        """See StepEngine."""
-        chunk = self.layout[name][1]
-        if not isinstance(parameter, DTensor):
-            return parameter.detach(), chunk
-        mesh, (cut,) = parameter.device_mesh, parameter.placements
-        assert isinstance(cut, Shard)
-        return parameter.to_local().detach(), sub_chunk(chunk, cut.dim, mesh.get_local_rank(), mesh.size())
-
-    def gradient(self, part: Part) -> Tensor | None:
-        """See StepEngine."""
-        gradient = part.parameter.grad
-        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         """See Engine. Before the last micro-batch gradients stay whole on the rank, and in ZeRO-2 parameters too."""
@@ -89,20 +86,26 @@ class FullyShardedEngine(StepEngine):
 
     def reduce(self) -> None:
         """See StepEngine. FSDP has averaged over the ranks it cut over: over the world, or over expert_data."""
-        found = [self.gradient(part) for part in self.trainable if placement(part.name).is_expert]
+        found = [self.parts[name].gradient for name in self.parts.trainable if placement(name).is_expert]
         gradients = [gradient for gradient in found if gradient is not None]
         if gradients and self.groups.expert_size > 1:
             torch._foreach_mul_(gradients, 1.0 / self.groups.expert_size)
 
-    def square_sums(self) -> SquareSums:
-        """See StepEngine. Every element is on exactly one rank: shards do not overlap."""
-        return sharded_squares(sum_of_squares(self._gradients(), self.device), self.groups)
-
-    def weights_changed(self) -> None:
+    def publish(self) -> None:
         """See StepEngine. Drops whole parameters that an evaluation left gathered (ZeRO-2, and the root)."""
+        super().publish()
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _cut(parameter: nn.Parameter, chunk: Chunk) -> Chunk:
+    """Returns which box of the global parameter this rank has of `chunk`."""
+    if not isinstance(parameter, DTensor):
+        return chunk
+    mesh, (cut,) = parameter.device_mesh, parameter.placements
+    assert isinstance(cut, Shard)
+    return sub_chunk(chunk, cut.dim, mesh.get_local_rank(), mesh.size())
 
 
 def _experts(module: nn.Module) -> set[nn.Parameter]:

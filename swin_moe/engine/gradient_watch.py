@@ -33,7 +33,7 @@ class GradientWatch:
         self._model, self._groups = model, groups
         self._names = [name for name, _ in model.named_parameters()]
 
-    def find(self, repeat: Callable[[], None]) -> str:
+    def find(self, repeat: Callable[[], object]) -> str:
         """Returns "head.bias on rank 3" for ranks with a bad gradient, "" for none. Collective; the same on all.
 
         repeat: Runs forward and backward of the step again; the engine's gradients were discarded before.

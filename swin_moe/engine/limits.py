@@ -1,48 +1,17 @@
-"""What engines of other libraries cannot do: refused with a reason before anything is allocated. Plain data.
+"""What an engine cannot do: refused with a reason before anything is allocated, from what it says that it serves.
 
-A combination that would train silently wrong must not start, so anything not known to be right stands here.
-Measured on the versions that requirements.txt pins.
+A combination that would train silently wrong must not start, so what an engine does not name (base.py: Serves) is not
+asked of it.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 from swin_moe.config import Config
+from swin_moe.engine.base import ENGINES, SERVES, Serves
 from swin_moe.layout import even_split
 from swin_moe.parallel.compile import static_routing
 from swin_moe.parallel.sharding import Degrees
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The values of an option that an engine runs with, and why not with others."""
-
-    section: str
-    option: str
-    allowed: tuple[str | int, ...]
-    reason: str
-
-
-LIMITS: dict[str, tuple[Limit, ...]] = {
-    "deepspeed": (
-        Limit(
-            "parallel", "compile", ("none",), "its hooks on modules and parameters break graphs; use engine.name=torch"
-        ),
-        Limit("parallel", "zero", (1, 2, 3), "its stage 0 clips by a wrong norm; use engine.name=torch for it"),
-        Limit("engine", "precision", ("fp32", "bf16", "fp16"), "its master weights are float32; use engine.name=torch"),
-    ),
-    "fairscale": (
-        Limit("parallel", "compile", ("none",), "its hooks were not checked with graphs; use engine.name=torch"),
-        Limit(
-            "parallel",
-            "zero",
-            (1, 2),
-            "only OSS (1) and ShardedDDP (2) are right on today's torch, its FSDP (3) needs CUDA and an older one; "
-            "use engine.name=torch for 0 and 3",
-        ),
-        Limit("engine", "offload", ("none",), "its OffloadModel is for CUDA and one rank; use engine.name=torch"),
-    ),
-}
-
+from swin_moe.registry import lookup
 
 # Tasks that change weights after an update, and of what; another one is known by its Task.changes_weights alone.
 _MOVED = {"moby": "the momentum networks elsewhere than those they follow"}
@@ -53,25 +22,50 @@ def check_engine(config: Config, world_size: int, *, changes_weights: bool = Fal
 
     changes_weights: What the class of task.name says (tasks/base.py), which engines do not know.
     """
-    name, task = config.engine.name, config.task.name
-    if name == "deepspeed" and (changes_weights or task in _MOVED):
+    name, task, serves = config.engine.name, config.task.name, serves_of(config.engine.name)
+    if not serves.changed_weights and (changes_weights or task in _MOVED):
         cut = _MOVED.get(task, "weights otherwise than what the task changes them by after each step")
-        raise ValueError(f"engine.name=deepspeed does not run task.name={task}: it cuts {cut}; use engine.name=torch")
-    for limit in LIMITS.get(name, ()):
-        value = getattr(getattr(config, limit.section), limit.option)
-        if value not in limit.allowed:
-            allowed = ", ".join(map(str, limit.allowed))
-            key = f"{limit.section}.{limit.option}"
-            raise ValueError(f"engine.name={name} does not run {key}={value}: {limit.reason}; allowed: {allowed}")
-    if config.engine.offload == "parameters" and (name, config.parallel.zero) != ("deepspeed", 3):
+        raise ValueError(f"engine.name={name} does not run task.name={task}: it cuts {cut}; use engine.name=torch")
+    if config.engine.offload == "parameters" and ("parameters" not in serves.offload or config.parallel.zero != 3):
         raise ValueError(
             f"engine.offload=parameters needs engine.name=deepspeed and parallel.zero=3, got engine.name={name} and "
             f"parallel.zero={config.parallel.zero}; allowed: none, optimizer"
         )
+    for key, value, allowed in _asked(config, serves, world_size):
+        if value not in allowed:
+            why = serves.reasons.get(key, "it does not say that it does (swin_moe/engine/base.py: Serves)")
+            words = ", ".join(map(str, allowed))
+            raise ValueError(f"engine.name={name} does not run {key}={value}: {why}; allowed: {words}")
     if config.parallel.compile != "none":
         _check_compiled(config, world_size)
-    if name == "deepspeed" and config.model.moe.has_blocks:
+    if not serves.uneven_experts and config.model.moe.has_blocks:
         _check_even_experts(config, world_size)
+
+
+def serves_of(name: str) -> Serves:
+    """Returns what an engine says that it serves; the least where it says nothing."""
+    found = SERVES.get(name) or getattr(lookup(ENGINES, name, key="engine.name"), "serves", Serves())
+    if not isinstance(found, Serves):
+        raise ValueError(f"engine.name={name}: its serves is {found!r}; allowed: swin_moe.engine.base.Serves(...)")
+    return found
+
+
+def _asked(config: Config, serves: Serves, world_size: int) -> list[tuple[str, Any, tuple]]:
+    """Returns (option, what the config asks for, what the engine serves) of every option that engines differ in."""
+    parallel, engine, clip, ema = config.parallel, config.engine, config.optim.clip_norm, config.optim.ema
+    asked: list[tuple[str, Any, tuple]] = [
+        ("parallel.zero", parallel.zero, serves.zero),
+        ("engine.precision", engine.precision, serves.precision),
+        ("engine.offload", engine.offload, serves.offload),
+        ("parallel.compile", parallel.compile, serves.compile),
+        ("parallel.recompute", parallel.recompute, serves.recompute),
+        ("optim.clip_norm", clip, (clip if serves.clip else 0,)),
+        ("optim.ema", ema, (ema if serves.ema else 0,)),
+    ]
+    if not serves.accumulation:
+        micro, steps = config.accumulation(world_size)
+        asked.append(("data.micro_batch", micro, (micro * steps,)))
+    return asked
 
 
 def _check_compiled(config: Config, world_size: int) -> None:
@@ -102,13 +96,14 @@ def _check_compiled(config: Config, world_size: int) -> None:
 
 
 def _check_even_experts(config: Config, world_size: int) -> None:
-    """DeepSpeed fills buckets by element counts: with uneven experts ranks would reduce different parameters."""
+    """As DeepSpeed: it fills buckets by element counts, so ranks with uneven experts would reduce different ones."""
     moe, model = config.model.moe, config.model
     degrees = Degrees.resolve(config.parallel, moe.num_experts, world_size)
     if len({size for _, size in even_split(moe.num_experts, degrees.expert)}) > 1:
         raise ValueError(
-            f"engine.name=deepspeed needs as many experts on every rank: model.moe.num_experts={moe.num_experts} "
-            f"is not a multiple of parallel.expert={degrees.expert}; use a divisor, or engine.name=torch or fairscale"
+            f"engine.name={config.engine.name} needs as many experts on every rank: "
+            f"model.moe.num_experts={moe.num_experts} is not a multiple of parallel.expert={degrees.expert}; use a "
+            f"divisor, or engine.name=torch or fairscale"
         )
     for stage, blocks in enumerate(moe.blocks):
         if not any(block >= 0 for block in blocks):
@@ -117,7 +112,7 @@ def _check_even_experts(config: Config, world_size: int) -> None:
         for channels in (dim, int(dim * model.mlp_ratio)):
             if channels % degrees.expert_shard:
                 raise ValueError(
-                    f"engine.name=deepspeed needs equal shards of an expert: its {channels} channels in stage {stage} "
-                    f"are not a multiple of parallel.expert_shard={degrees.expert_shard}; choose a divisor, or "
-                    f"engine.name=torch or fairscale"
+                    f"engine.name={config.engine.name} needs equal shards of an expert: its {channels} channels in "
+                    f"stage {stage} are not a multiple of parallel.expert_shard={degrees.expert_shard}; choose a "
+                    f"divisor, or engine.name=torch or fairscale"
                 )

@@ -3,20 +3,25 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swin_moe.engine.common import StepEngine, materialize
+from swin_moe.config import OptimConfig
+from swin_moe.engine.common import Held, StepEngine, materialize
+from swin_moe.engine.parts import Parts
 from swin_moe.models.network import Network
+from swin_moe.optim import build_optimizer
 from swin_moe.parallel.apply import expert_parameters
 from swin_moe.parallel.clip import SquareSums, replicated_squares
 from swin_moe.parallel.expert_reduction import ExpertReduction
 from swin_moe.parallel.groups import Groups
 
+Optimizers = Callable[[OptimConfig, list[dict], Groups], list[torch.optim.Optimizer]]
 _NEEDLESS = b"find_unused_parameters=True was specified"
 
 
@@ -69,13 +74,35 @@ def replicate(model: nn.Module, groups: Groups) -> nn.Module:
     )
 
 
-class ReplicatedEngine(StepEngine):
-    """Every rank updates all dense parameters with the same gradients."""
+def all_here(config: OptimConfig, param_groups: list[dict], groups: Groups) -> list[torch.optim.Optimizer]:
+    """Returns one optimizer of all this rank has: every rank updates all dense parameters with the same gradients."""
+    return [build_optimizer(config, param_groups)]
 
-    def distribute(self, model: Network) -> nn.Module:
+
+class ReplicatedEngine(StepEngine):
+    """Whole parameters on every rank; who updates which of them is the optimizers' affair.
+
+    Args:
+        optimizers: (optim section, parameter groups, groups of ranks) -> the optimizers that together update all.
+    """
+
+    parts: Parts
+
+    def __init__(self, model: Network, *, optimizers: Optimizers = all_here, **options: Any):
+        self._build_optimizers = optimizers
+        super().__init__(model, **options)
+
+    def prepare(self, model: Network) -> tuple[nn.Module, Held, list[torch.optim.Optimizer]]:
         """See StepEngine."""
         materialize(model, self.config, self.device)
         self.experts = ExpertReduction(model, self.groups)
+        parts = Parts(model, self.layout, self.config)
+        optimizers = self._build_optimizers(self.config.optim, parts.param_groups, self.groups)
+        parts.follow(optimizers)
+        return self.wrap(model, optimizers), parts, optimizers
+
+    def wrap(self, model: Network, optimizers: list[torch.optim.Optimizer]) -> nn.Module:
+        """Returns the model as it is called in training: what brings dense gradients together is around it."""
         return replicate(model, self.groups)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager:

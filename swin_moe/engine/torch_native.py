@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("swin_moe")
 
 VARIANTS = {
     "0": "swin_moe.engine.replicated:ReplicatedEngine",
-    "1": "swin_moe.engine.zero_redundancy:ZeroRedundancyEngine",
+    "1": "swin_moe.engine.zero_redundancy:zero_redundancy_engine",
     "2": "swin_moe.engine.fully_sharded:FullyShardedEngine",
     "3": "swin_moe.engine.fully_sharded:FullyShardedEngine",
 }

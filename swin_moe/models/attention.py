@@ -70,11 +70,13 @@ def fused_problem(
     """
     for stage, heads in enumerate(config.num_heads):
         geometry = stage_geometry(config, stage)
-        shape = {"head_dim": geometry.dim // heads, "window": (geometry.window,) * 2}
-        problem = unsupported_shape(**shape)
+        head_dim, window = geometry.dim // heads, (geometry.window,) * 2
+        problem = unsupported_shape(head_dim=head_dim, window=window)
         if problem:
             return f"stage {stage}: {problem}"
-        if device_type is not None and (problem := unsupported(device_type=device_type, dtype=dtype, **shape)):
+        if device_type is not None:
+            problem = unsupported(device_type=device_type, dtype=dtype, head_dim=head_dim, window=window)
+        if problem:
             return problem
     return None
 
@@ -93,11 +95,11 @@ class WindowAttention(nn.Module):
     Parameter names are the official ones. log_cpb: the bias is a small network of log-spaced coordinates instead of a
     table; bias_sigmoid: squashed to (0, 16); cosine: scores are cosines times a learned factor (SwinV2).
 
-    chunk: Windows attended at once; 0 = all. One chunk after the other, with their scores, queries, keys and values
+    at_once: Windows attended at once; 0 = all. Turn after turn, with their scores, queries, keys and values
     forgotten and computed again in backward: SwinV2's sequential self-attention for large images (arXiv:2111.09883,
     section 3.5).
 
-    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Chunks, weights that are dropped in
+    path: Which implementation runs (swin_moe/ops/attention/half.py), or auto. Windows in turns, weights dropped in
     training, and anything in the place of qkv or proj (LoRA, quantization) are computed window by window whatever it
     says. Hooks on qkv and proj are called.
     """
@@ -117,11 +119,11 @@ class WindowAttention(nn.Module):
         drop: float,
         attn_drop: float,
         layer: int,
-        chunk: int = 0,
+        at_once: int = 0,
         path: str = "auto",
     ) -> None:
         super().__init__()
-        self.window, self.num_heads, self.layer, self.chunk = window, num_heads, layer, chunk
+        self.window, self.num_heads, self.layer, self.at_once = window, num_heads, layer, at_once
         self.pretrained_window = pretrained_window or window
         self.bias_sigmoid, self.drop, self.attn_drop = bias_sigmoid, drop, attn_drop
         self.scale = qk_scale or (dim // num_heads) ** -0.5
@@ -149,7 +151,7 @@ class WindowAttention(nn.Module):
         shape = HalfShape(self.num_heads, (self.window,) * 2, (shift,) * 2, self.scale)
         drops = random is not None and self.attn_drop > 0.0
         plain = is_plain(self.qkv) and is_plain(self.proj)
-        if self.chunk or drops or not (plain or self._only_hooked(x_BHWC)):
+        if self.at_once or drops or not (plain or self._only_hooked(x_BHWC)):
             x = self._attend_cut(x_BHWC, shape, random)
         else:
             tensors = self._half_tensors()
@@ -163,12 +165,12 @@ class WindowAttention(nn.Module):
         return ours and x_BHWC.shape[1] % self.window == 0 and x_BHWC.shape[2] % self.window == 0
 
     def _attend_cut(self, x_BHWC: Tensor, shape: HalfShape, random: RandomContext | None) -> Tensor:
-        """Returns (B, H, W, C), window by window: in chunks, or with weights dropped."""
+        """Returns (B, H, W, C), window by window: some at once, or with weights dropped."""
         windows, full = cut(x_BHWC, shape)
         bias = self.position_bias()
         mask = seam_mask(full, shape, bias)
-        if 0 < self.chunk < windows.shape[0]:
-            out = self._attend_in_chunks(windows, bias, mask, x_BHWC.shape[0], random)
+        if 0 < self.at_once < windows.shape[0]:
+            out = self._attend_in_turns(windows, bias, mask, x_BHWC.shape[0], random)
         else:
             rows = self._dropout_rows(windows, x_BHWC.shape[0], random)
             out = self._attend(windows, bias, mask, rows, random)
@@ -180,23 +182,29 @@ class WindowAttention(nn.Module):
         """Returns what whole windows become, (W, N, C). rows: see _dropout_rows."""
         qkv, factor = self._project(x_WNC), None
         if rows is not None:
+            assert random is not None, "rows are those that it draws for"
             tokens = x_WNC.shape[1]
             factor = dropout_factor(self.attn_drop, rows, tokens, random, layer=self.layer, site=ATTENTION_WEIGHTS)
             factor = factor.view(len(x_WNC), self.num_heads, tokens, tokens)
         out = attend_windows(
-            qkv, bias, mask, scale=self.scale, logit_scale=self.logit_scale, dropout_WHNN=factor,
+            qkv,
+            bias,
+            mask,
+            scale=self.scale,
+            logit_scale=self.logit_scale,
+            dropout_WHNN=factor,
             implementation="auto" if self.path == "fused" else self.path,
-        )  # fmt: skip
+        )
         return self.proj(out)
 
-    def _attend_in_chunks(
+    def _attend_in_turns(
         self, x_WNC: Tensor, bias: Tensor, mask: Tensor | None, batch: int, random: RandomContext | None
     ) -> Tensor:
-        """Returns what _attend does, holding the scores of one chunk at a time."""
+        """Returns what _attend does, holding the scores of `at_once` windows at a time."""
         rows, outputs = self._dropout_rows(x_WNC, batch, random), []
         per_window = self.num_heads * x_WNC.shape[1]
-        for start in range(0, len(x_WNC), self.chunk):
-            x = x_WNC[start : start + self.chunk]
+        for start in range(0, len(x_WNC), self.at_once):
+            x = x_WNC[start : start + self.at_once]
             part_mask = part_rows = None
             if mask is not None:
                 part_mask = mask[torch.arange(start, start + len(x), device=mask.device) % len(mask)]
@@ -234,14 +242,18 @@ class WindowAttention(nn.Module):
         """Returns queries, keys and values (..., 3C), by whatever stands for the layer."""
         if is_plain(self.qkv):
             return linear(x, self.qkv.weight, self._qkv_bias())
-        qkv = self.qkv(x)
-        return qkv if self.q_bias is None else qkv + self._qkv_bias().to(qkv.dtype)
+        qkv, apart = self.qkv(x), self._bias_apart()
+        return qkv if apart is None else qkv + apart.to(qkv.dtype)
 
     def _qkv_bias(self) -> Tensor | None:
         """Returns the bias of queries, keys and values, (3C,)."""
-        if self.q_bias is None:
-            return self.qkv.bias
-        return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        apart = self._bias_apart()
+        return self.qkv.bias if apart is None else apart
+
+    def _bias_apart(self) -> Tensor | None:
+        """Returns the bias that is not the layer's own, (3C,): keys have none. None where the layer has it."""
+        query, value = self.q_bias, self.v_bias
+        return None if query is None or value is None else torch.cat((query, torch.zeros_like(value), value))
 
     def _kept_cpb_table(self) -> Tensor:
         """Returns _cpb_table, the last one where the same weights would make it again: on the CPU, without gradients.
@@ -262,6 +274,7 @@ class WindowAttention(nn.Module):
     def _cpb_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
         weight = self.cpb_mlp[0].weight
+        assert isinstance(weight, Tensor), "torch does not say so of a module's attributes"
         coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
         with without_autocast(weight.device.type):
             table = self.cpb_mlp(coords)
@@ -305,6 +318,7 @@ class SpatialMLP(nn.Conv1d):
         heads = windows.view(windows.shape[0], tokens, self.num_heads, head_dim).permute(2, 1, 0, 3)
         heads = heads.reshape(self.num_heads, tokens, windows.shape[0] * head_dim)
         weight = self.weight.view(self.num_heads, tokens, tokens)
+        assert self.bias is not None, "a convolution has one unless it is told not to"
         # One product per head over all windows at once; the grouped convolution itself is slower on CPU.
         mixed = torch.baddbmm(self.bias.view(self.num_heads, tokens, 1), weight, heads)
         mixed = mixed.view(self.num_heads, tokens, windows.shape[0], head_dim).permute(2, 1, 0, 3)

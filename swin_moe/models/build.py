@@ -4,13 +4,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.config.variants import VARIANTS
+from swin_moe.config import Family, ModelConfig, MoEConfig
 from swin_moe.models.swin import SwinTransformer
 
 # Defaults of the official SwinTransformer*.__init__ that differ from ours (microsoft/Swin-Transformer, models/*.py).
@@ -28,6 +27,7 @@ _RENAMED: dict[str, tuple[str, Any]] = {
     "cosine_router_init_t": ("cosine_init_t", None),
     "moe_drop": ("dropout", None),
 }
+_FAMILIES: tuple[Family, ...] = get_args(Family)
 _MODEL_FIELDS = frozenset(f.name for f in fields(ModelConfig)) - {"name", "moe"}
 _MOE_FIELDS = frozenset(f.name for f in fields(MoEConfig))
 
@@ -81,8 +81,9 @@ def _named_config(name: str | Path) -> tuple[ModelConfig, str]:
     """Returns (model config, recompute) of a family or a config file."""
     if not isinstance(name, str | Path):
         raise ValueError(f"create_model: name must be a family, a file or the name of a config, got {name!r}")
-    if name in VARIANTS:
-        return ModelConfig(name=name, moe=_FAMILY_MOE), "none"
+    for family in _FAMILIES:
+        if name == family:
+            return ModelConfig(name=family, moe=_FAMILY_MOE), "none"
     from swin_moe.config.io import load_config  # only here: models do not depend on YAML
 
     config = load_config(name)

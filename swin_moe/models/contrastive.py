@@ -17,7 +17,7 @@ from swin_moe.models.heads import EncoderModel
 from swin_moe.models.initialize import initialize
 from swin_moe.models.layers import widened
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.moe.group_exchange import GroupExchange
+from swin_moe.moe.routing_groups import GroupExchange
 from swin_moe.randomness import RandomContext, derive_key
 
 HIDDEN, FEATURES = 4096, 256  # of both heads, in the official configs
@@ -104,7 +104,7 @@ class ContrastiveModel(EncoderModel):
         if view2 is None:
             return _pooled(self.encoder.encode(view1).tokens)
         views = (view1, view2)
-        draws = [replace(random, seed=derive_key(random.seed, number) >> 1, words=None) for number in (0, 1)]
+        draws = [_of_view(random, number) for number in (0, 1)]
         encoded = [self.encoder.encode(view, random=draw) for view, draw in zip(views, draws)]
         queries = [self.predictor(self.projector(_pooled(e.tokens))) for e in encoded]
         with torch.no_grad():
@@ -114,7 +114,8 @@ class ContrastiveModel(EncoderModel):
             ]
         query1, query2, key1, key2 = (F.normalize(widened(x), dim=1) for x in (*queries, *keys))
         logits = (self._logits(query1, key2, self.queue2), self._logits(query2, key1, self.queue1))
-        aux = None if encoded[0].aux is None else (encoded[0].aux + encoded[1].aux) / 2
+        aux1, aux2 = (e.aux for e in encoded)
+        aux = None if aux1 is None or aux2 is None else (aux1 + aux2) / 2
         return Contrast(logits, (key1, key2), aux)
 
     def _logits(self, query_BD: Tensor, key_BD: Tensor, queue_QD: Tensor) -> Tensor:
@@ -149,6 +150,14 @@ class ContrastiveModel(EncoderModel):
         heads = sum(p.numel() for head in (self.projector, self.predictor) for p in head.parameters() if p.ndim == 2)
         momentum = sum(p.numel() for p in self.momentum_projector.parameters() if p.ndim == 2)
         return 2 * (self.encoder.active_flops() + heads) + 2 * (self.encoder.active_flops() + momentum) / 3
+
+
+def _of_view(random: RandomContext | None, number: int) -> RandomContext | None:
+    """Returns what one of the two views draws from; None as in SwinTransformer.forward."""
+    if random is None:
+        return None
+    assert not isinstance(random.seed, Tensor), "the trainer's seed is a number"
+    return replace(random, seed=derive_key(random.seed, number) >> 1, words=None)
 
 
 def _pooled(tokens_BHWC: Tensor) -> Tensor:

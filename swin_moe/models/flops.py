@@ -47,7 +47,7 @@ def _total(config: ModelConfig, capacity_factor: float, *, spatial_mlp: bool, no
     stages = len(config.depths)
     height, width = stage_geometry(config, 0).resolution
     patch = config.patch_size[0] * config.patch_size[1]
-    total = height * width * config.embed_dim * config.in_chans * patch
+    total: float = height * width * config.embed_dim * config.in_chans * patch
     if config.patch_norm:
         total += height * width * config.embed_dim
     for stage, depth in enumerate(config.depths):

@@ -8,6 +8,7 @@ Shape legend: B images, S channels of an image, height x width pixels, H x W pat
 
 import math
 from collections.abc import Collection
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,7 @@ class MaskedImageModel(EncoderModel):
         stride = encoder_stride or config.patch_size[0] * 2 ** (len(config.depths) - 1)
         pixels = stride**2 * config.in_chans
         self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, pixels, 1), PixelShuffle(stride))
+        self.weights_of_decoder = encoder.num_features * pixels
 
     def forward(self, image: Tensor, mask: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns (reconstruction (B, S, height, width), auxiliary loss or None). mask: (B, H, W), 1 = hidden patch."""
@@ -107,8 +109,7 @@ class MaskedImageModel(EncoderModel):
 
     def active_flops(self) -> float:
         """See EncoderModel; the decoder's are counted too."""
-        decoder = self.decoder[0]
-        return self.encoder.active_flops() + self.num_tokens() * decoder.in_channels * decoder.out_channels
+        return self.encoder.active_flops() + self.num_tokens() * self.weights_of_decoder
 
 
 class FeatureModel(EncoderModel):
@@ -169,10 +170,10 @@ def local_statistics(image: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """
     if window % 2 == 0:
         raise ValueError(f"the window of normalized targets must be odd, got {window}")
-    options = {"kernel_size": window, "stride": 1, "padding": window // 2}
-    mean = F.avg_pool2d(image, **options, count_include_pad=False)
-    mean_square = F.avg_pool2d(image.square(), **options, count_include_pad=False)
-    count = F.avg_pool2d(torch.ones_like(image), **options, count_include_pad=True) * window**2
+    pooled = partial(F.avg_pool2d, kernel_size=window, stride=1, padding=window // 2)
+    mean = pooled(image, count_include_pad=False)
+    mean_square = pooled(image.square(), count_include_pad=False)
+    count = pooled(torch.ones_like(image), count_include_pad=True) * window**2
     variance = ((mean_square - mean.square()) * (count / (count - 1))).clamp_min(0.0)
     return mean, (variance + 1e-6).sqrt()
 

@@ -3,15 +3,32 @@
 Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels. Maps are channels-last: (B, H, W, C).
 """
 
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.ops.bias_gelu import hidden_layer
 from swin_moe.ops.linear import Linear
-from swin_moe.ops.random_draws import drop_units
+from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.ops.residual_norm import add_branch, is_fused, norm_residual, residual_norm
 from swin_moe.randomness import RandomContext
+
+if TYPE_CHECKING:
+    M = TypeVar("M", bound=nn.Module)
+
+    class ModuleList(nn.ModuleList, Generic[M]):
+        """torch's list, which does not say modules of which type it holds."""
+
+        def __init__(self, modules: Iterable[M]) -> None: ...
+        def __iter__(self) -> Iterator[M]: ...
+        def __getitem__(self, index: int) -> M: ...  # type: ignore[override]  # of one place; torch's takes slices too
+
+else:
+    ModuleList = nn.ModuleList
 
 # Sites of one block that draw from the purpose "dropout"; each has its own key.
 ATTENTION_WEIGHTS, MIXER_OUT, FFN_HIDDEN, FFN_OUT = range(4)
@@ -30,7 +47,7 @@ def pad_to_multiple(x_BHWC: Tensor, height: int, width: int) -> Tensor:
 
 def add_and_norm(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns (x + factor * branch, the norm of that), in one kernel where there is one; see add_branch."""
-    if is_fused(x, branch, norm):
+    if is_fused(norm, x, branch):
         return residual_norm(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
     x = add_branch(x, branch, factor_B)
     return x, norm(x)
@@ -38,7 +55,7 @@ def add_and_norm(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Mo
 
 def norm_and_add(x: Tensor, branch: Tensor, factor_B: Tensor | None, norm: nn.Module) -> Tensor:
     """Returns x + factor * the norm of branch, in one kernel where there is one; see add_branch."""
-    if is_fused(x, branch, norm):
+    if is_fused(norm, x, branch):
         return norm_residual(x, branch, factor_B, norm.weight, norm.bias, norm.eps)
     return add_branch(x, norm(branch), factor_B)
 
@@ -52,21 +69,27 @@ def token_rows(sample_B: Tensor, num_tokens: int) -> Tensor:
 def dropout_factor(rate: float, rows: Tensor, units: int, random: RandomContext, *, layer: int, site: int) -> Tensor:
     """Returns (N, U) float32: 0 with probability `rate`, else 1 / (1 - rate); a function of the global rows."""
     ones = torch.ones((len(rows), units), device=rows.device)
-    return _drop(ones, rate, rows, random, layer, site)
+    return _draw(rate, rows, random, layer, site).apply(ones)
 
 
 def dropout(x_BHWC: Tensor, rate: float, random: RandomContext | None, *, layer: int, site: int) -> Tensor:
     """Returns x with elements dropped by global token index and channel; x itself in evaluation or at rate 0."""
+    draw = token_draw(x_BHWC, rate, random, layer=layer, site=site)
+    return x_BHWC if draw is None else draw.apply(x_BHWC)
+
+
+def token_draw(x_BHWC: Tensor, rate: float, random: RandomContext | None, *, layer: int, site: int) -> UnitDraw | None:
+    """Returns which channels are dropped of the tokens of a map; None in evaluation or at rate 0."""
     if random is None or rate == 0.0:
-        return x_BHWC
+        return None
     rows = token_rows(random.sample, x_BHWC.shape[1] * x_BHWC.shape[2])
-    return _drop(x_BHWC.reshape(-1, x_BHWC.shape[-1]), rate, rows, random, layer, site).view(x_BHWC.shape)
+    return _draw(rate, rows, random, layer, site)
 
 
-def _drop(x: Tensor, rate: float, rows: Tensor, random: RandomContext, layer: int, site: int) -> Tensor:
+def _draw(rate: float, rows: Tensor, random: RandomContext, layer: int, site: int) -> UnitDraw:
     # Divided in float32, as ever: it must give the bits that it gave.
     scale = float(np.float32(1.0) / np.float32(1.0 - rate))
-    return drop_units(x, random, rows, purpose="dropout", layer=layer, site=site, drop=rate, scale=scale)
+    return UnitDraw(random, rows, purpose="dropout", layer=layer, site=site, drop=rate, scale=scale)
 
 
 def check_image(image: Tensor, projection: nn.Module) -> None:
@@ -143,5 +166,6 @@ class Mlp(nn.Module):
 
     def forward(self, x_BHWC: Tensor, random: RandomContext | None = None) -> Tensor:
         """Returns (B, H, W, C)."""
-        x = dropout(F.gelu(self.fc1(x_BHWC)), self.drop, random, layer=self.layer, site=FFN_HIDDEN)
-        return dropout(self.fc2(x), self.drop, random, layer=self.layer, site=FFN_OUT)
+        draw = token_draw(x_BHWC, self.drop, random, layer=self.layer, site=FFN_HIDDEN)
+        hidden = hidden_layer(self.fc1, x_BHWC, draw)
+        return dropout(self.fc2(hidden), self.drop, random, layer=self.layer, site=FFN_OUT)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
     OUTSIDE,
-    PRETRAINING_DROPPED,
     RENAMED,
-    TASK_PARTS,
+    SIMMIM_DROPPED,
+    file_key,
     is_wrapped,
-    weight_key,
 )
 from swin_moe.names.state_dict import find_weights, unknown_prefix
 
@@ -35,7 +35,7 @@ _OTHER_EXPERTS = "`swin-moe checkpoint experts` makes another number of experts"
 
 
 def load_official(
-    model: nn.Module,
+    model: SwinTransformer,
     state_dict: Mapping[str, Any],
     strict: bool = True,
     *,
@@ -73,7 +73,7 @@ def load_official(
 
 
 def fit_weights(
-    backbone: nn.Module,
+    backbone: SwinTransformer,
     source: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -86,7 +86,7 @@ def fit_weights(
     Changes nothing, and knows of no layout: values are global, and one that fits as it is may stay on meta.
 
     Args:
-        backbone: The SwinTransformer in a task's network, or the network itself.
+        backbone: In a task's network, or the network itself.
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
         shapes: Global shapes of the network's parameters by weight_key.
         own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing, and
@@ -108,9 +108,10 @@ def fit_weights(
 class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
-    own_parts, same_classes, grid = False, False, None  # see fit_weights
+    own_parts, same_classes = False, False  # see fit_weights
+    grid: tuple[int, int] | None = None
 
-    def __init__(self, model: nn.Module, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
+    def __init__(self, model: SwinTransformer, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
         self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
@@ -132,17 +133,16 @@ class _Loading:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = weight_key(key, wrapped=self.simmim)
+            name = file_key(key, wrapped=self.simmim)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (PRETRAINING_DROPPED if self.simmim else ())
+            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ())
             known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
-            other_task = self.own_parts and name.startswith(OUTSIDE)
-            reason = next(known, "only for the task it was trained for" if other_task else "")
+            reason = next(known, "only for the task it was trained for" if name.startswith(OUTSIDE) else "")
             if name in self.target or not reason:
                 source[name] = value
             else:
@@ -165,7 +165,7 @@ class _Loading:
                     self.report.dropped.append((name, "the model has no head"))
             return
         if self.simmim and not any(name in source for name in names):
-            self.report.reinitialized += [(name, "no head in a SimMIM file: kept as it is") for name in names]
+            self.report.reinitialized += [(name, "no head in the file: kept as it is") for name in names]
             self.new |= {name: self.target[name] for name in names}
             return
         if not all(name in source for name in names):
@@ -210,7 +210,7 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and (name.startswith(OUTSIDE) or re.search(TASK_PARTS, name)):
+        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self.model.task_parts):
             self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)

@@ -21,7 +21,16 @@ from swin_moe.config.variants import VARIANTS
 from swin_moe.models import flops
 from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
 from swin_moe.models.initialize import initialize
-from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, add_and_norm, check_image, dropout, norm_and_add
+from swin_moe.models.layers import (
+    Mlp,
+    ModuleList,
+    PatchEmbed,
+    PatchMerging,
+    add_and_norm,
+    check_image,
+    dropout,
+    norm_and_add,
+)
 from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 from swin_moe.ops.random_draws import drop_path_factors, with_words
@@ -52,15 +61,25 @@ class Block(nn.Module):
         else:
             pretrained = config.pretrained_window_sizes[stage] if stage < len(config.pretrained_window_sizes) else 0
             self.attn = WindowAttention(
-                dim, geometry.window, heads, layer=layer, pretrained_window=pretrained, qkv_bias=config.qkv_bias,
-                log_cpb=variant.bias == "log_cpb", bias_sigmoid=variant.bias_sigmoid, cosine=variant.scores == "cosine",
-                qk_scale=config.qk_scale, drop=config.drop_rate, attn_drop=config.attn_drop_rate,
-                chunk=config.attention_chunk, path=config.attention,
-            )  # fmt: skip
+                dim,
+                geometry.window,
+                heads,
+                layer=layer,
+                pretrained_window=pretrained,
+                qkv_bias=config.qkv_bias,
+                log_cpb=variant.bias == "log_cpb",
+                bias_sigmoid=variant.bias_sigmoid,
+                cosine=variant.scores == "cosine",
+                qk_scale=config.qk_scale,
+                drop=config.drop_rate,
+                attn_drop=config.attn_drop_rate,
+                at_once=config.attention_chunk,
+                path=config.attention,
+            )
         self.norm2 = nn.LayerNorm(dim)
         hidden_dim = int(dim * config.mlp_ratio)
         if stage < len(config.moe.blocks) and index in config.moe.blocks[stage]:
-            self.mlp = MoELayer(
+            self.mlp: MoELayer | Mlp = MoELayer(
                 dim, hidden_dim, config.moe, fc2_bias=config.mlp_fc2_bias, layer=layer, init_std=config.init_std
             )
         else:
@@ -117,7 +136,7 @@ class Stage(nn.Module):
     def __init__(self, config: ModelConfig, stage: int) -> None:
         super().__init__()
         geometry, first = stage_geometry(config, stage), sum(config.depths[:stage])
-        self.blocks = nn.ModuleList(Block(config, geometry, stage, i, first + i) for i in range(config.depths[stage]))
+        self.blocks = ModuleList(Block(config, geometry, stage, i, first + i) for i in range(config.depths[stage]))
         last = stage == len(config.depths) - 1
         norm_after = VARIANTS[config.name].merge_norm == "after"
         self.downsample = None if last else PatchMerging(geometry.dim, norm_after=norm_after)
@@ -129,6 +148,8 @@ class SwinTransformer(Network):
     Images of `config.img_size` get the official classification numerics. Any other size is treated as the official
     detection backbone treats it: maps padded to whole windows, every odd block shifted.
     """
+
+    task_parts = ("head", "mask_token")  # what is inside, but belongs to the task that trains it
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", mask_token: bool = False) -> None:
         """Builds the modules; weights come from init_weights. Works on meta and without a process group.
@@ -151,7 +172,7 @@ class SwinTransformer(Network):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], config.embed_dim))
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.layers = nn.ModuleList(Stage(config, stage) for stage in range(len(config.depths)))
+        self.layers = ModuleList(Stage(config, stage) for stage in range(len(config.depths)))
         self.norm = nn.LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, config.num_classes) if config.num_classes else nn.Identity()
 

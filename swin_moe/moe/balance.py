@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe import losses
-from swin_moe.moe.group_exchange import GroupDemand, GroupExchange
 from swin_moe.moe.routing import Routing
+from swin_moe.moe.routing_groups import GroupDemand, GroupExchange
 from swin_moe.moe.scored import Scored
 
 

@@ -21,7 +21,7 @@ from swin_moe.ops.transforms import apply
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowOrder:
     """The order of rows for experts: by expert, then routing group, then slot."""
 
     position: Tensor  # (T, k) int64, row of each pair; 0 where dropped
@@ -40,32 +40,32 @@ class Plan:
         return self.pair.shape[0]
 
 
-class Chunks(Protocol):
-    """Rows that travel in chunks; where there are several, one is computed while others are under way."""
+class Slices(Protocol):
+    """Rows that travel in slices: one is computed while others are under way."""
 
-    def arrive(self, chunk: int, departed: Tensor) -> Tensor:
-        """Returns (rows, D), the chunk's rows for the local experts; departed: what stands for them until then."""
+    def receive(self, number: int, sent: Tensor) -> Tensor:
+        """Returns (rows, D), a slice's rows for the local experts; sent: what stands for them until then."""
         ...
 
-    def depart(self, chunk: int, y: Tensor) -> Tensor:
-        """Returns what stands for the experts' results y of this chunk, on their way home."""
+    def send(self, number: int, y: Tensor) -> Tensor:
+        """Returns what stands for the experts' results y of a slice, on their way back."""
         ...
 
-    def finish(self, departed: list[Tensor]) -> Tensor:
-        """Returns (N, D), the experts' results of all chunks, once they are home."""
+    def finish(self, sent: list[Tensor]) -> Tensor:
+        """Returns (N, D), the experts' results of all slices, once they are back."""
         ...
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows for the local experts. Where they are still under way in chunks, the first three are lists, per chunk."""
+    """Rows for the local experts. Where they are still under way in slices, the first three are lists, per slice."""
 
-    tokens: Tensor | list[Tensor]  # (rows, D), sorted by local expert; or what stands for a chunk until it arrives
+    tokens: Tensor | list[Tensor]  # (rows, D), sorted by local expert; or what stands for a slice until it arrives
     counts: Tensor | int | list[Tensor]  # rows of each local expert, int64; one number where all have as many
     pair: Tensor | list[Tensor] | None  # (rows,) int64, global pair index of each row, if it was asked for
-    plan: Plan
+    order: Any  # RowOrder; None of a dispatcher that needs none: only the one that made it reads it
     exchange: Any = None  # what a dispatcher across ranks has to remember for the way back
-    chunks: Chunks | None = None
+    slices: Slices | None = None
 
 
 class Dispatcher(Protocol):
@@ -83,7 +83,7 @@ class Dispatcher(Protocol):
     def combine(self, y: Any, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """Returns (T, D), sum over choices of gate * y, of the experts' results y, ordered as `dispatched.tokens`.
 
-        y: (rows, D); in chunks, a list of what Chunks.depart returned.
+        y: (rows, D); in slices, a list of what Slices.send returned.
         """
         ...
 
@@ -94,12 +94,12 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
         unknown = x.is_cuda or torch.compiler.is_compiling()  # to ask would wait for the device, or break a graph
-        plan, counts = _plan_and_counts(routing, ask=not unknown)
-        return Dispatched(take_tokens(x, plan), counts, None if pair is None else pair.flatten()[plan.pair], plan)
+        order, counts = _order_and_counts(routing, ask=not unknown)
+        return Dispatched(take_tokens(x, order), counts, None if pair is None else pair.flatten()[order.pair], order)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        return combine_tokens(y, gate, dispatched.plan)
+        return combine_tokens(y, gate, dispatched.order)
 
 
 class PaddedDispatcher:
@@ -114,12 +114,12 @@ class PaddedDispatcher:
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
         rows = padded_rows(routing)
-        plan = make_padded_plan(routing, rows)
-        return Dispatched(self.verbs.take(x, plan), rows, None if pair is None else pair.flatten()[plan.pair], plan)
+        order = make_padded_order(routing, rows)
+        return Dispatched(self.verbs.take(x, order), rows, None if pair is None else pair.flatten()[order.pair], order)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        return self.verbs.combine(y, gate, dispatched.plan)
+        return self.verbs.combine(y, gate, dispatched.order)
 
 
 def padded_rows(routing: Routing) -> int:
@@ -130,7 +130,7 @@ def padded_rows(routing: Routing) -> int:
     return min(num_groups * routing.capacity, num_tokens)  # a token chooses an expert once
 
 
-def make_plan(routing: Routing, num_rows: int | None) -> Plan:
+def make_order(routing: Routing, num_rows: int | None) -> RowOrder:
     """Returns the order of rows without padding. Slots already are positions within (group, expert), so nothing is
     sorted again.
 
@@ -140,36 +140,36 @@ def make_plan(routing: Routing, num_rows: int | None) -> Plan:
     all_kept = num_rows == num_pairs or routing.capacity is None
     num_rows = num_pairs if num_rows is None else num_rows
     if moe_plan.available(routing.expert):
-        order = _order(routing, num_rows=num_rows)
-        return Plan(order.position, None if all_kept else routing.keep, order.pair)
+        made = _order(routing, num_rows=num_rows)
+        return RowOrder(made.position, None if all_kept else routing.keep, made.pair)
     kept_EG = routing.kept.t().reshape(-1)
     return _place(routing, kept_EG.cumsum(0) - kept_EG, num_rows, keep=None if all_kept else routing.keep)
 
 
-def make_padded_plan(routing: Routing, rows: int) -> Plan:
+def make_padded_order(routing: Routing, rows: int) -> RowOrder:
     """Returns the order of `rows` rows for every expert, the taken ones first."""
     if moe_plan.available(routing.expert):
-        order = _order(routing, padded_rows=rows)
-        return Plan(order.position, routing.keep, order.pair, order.vacant)
+        made = _order(routing, padded_rows=rows)
+        return RowOrder(made.position, routing.keep, made.pair, made.vacant)
     kept_EG = routing.kept.t()
     num_experts = len(kept_EG)
     base_E = torch.arange(num_experts, device=kept_EG.device)[:, None] * rows
-    plan = _place(
+    order = _place(
         routing, (base_E + kept_EG.cumsum(dim=1) - kept_EG).reshape(-1), num_experts * rows, keep=routing.keep
     )
     vacant = torch.arange(rows, device=kept_EG.device) >= kept_EG.sum(dim=1, keepdim=True)
-    return replace(plan, vacant=vacant.flatten())
+    return replace(order, vacant=vacant.flatten())
 
 
-def _plan_and_counts(routing: Routing, *, ask: bool) -> tuple[Plan, Tensor]:
-    """Returns (plan without padding, (E,) rows of every expert); `ask`: the host may look how many rows there are."""
+def _order_and_counts(routing: Routing, *, ask: bool) -> tuple[RowOrder, Tensor]:
+    """Returns (order without padding, (E,) rows of every expert); `ask`: the host may look how many rows there are."""
     if not moe_plan.available(routing.expert):
         counts = routing.kept.sum(dim=0)
-        return make_plan(routing, int(counts.sum()) if ask else None), counts
+        return make_order(routing, int(counts.sum()) if ask else None), counts
     num_pairs = routing.expert.numel()
-    order = _order(routing, num_rows=None if ask else num_pairs)
-    all_kept = routing.capacity is None or (ask and order.pair.shape[0] == num_pairs)
-    return Plan(order.position, None if all_kept else routing.keep, order.pair), order.counts
+    made = _order(routing, num_rows=None if ask else num_pairs)
+    all_kept = routing.capacity is None or (ask and made.pair.shape[0] == num_pairs)
+    return RowOrder(made.position, None if all_kept else routing.keep, made.pair), made.counts
 
 
 def _order(routing: Routing, **size: Any) -> moe_plan.Order:
@@ -177,8 +177,8 @@ def _order(routing: Routing, **size: Any) -> moe_plan.Order:
     return moe_plan.order_rows(*columns, group_size=routing.group_size, **size)
 
 
-def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | None) -> Plan:
-    """Returns the plan in which the pairs of an expert and a group start at row first_EG[expert * G + group]."""
+def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | None) -> RowOrder:
+    """Returns the order in which the pairs of an expert and a group start at row first_EG[expert * G + group]."""
     num_tokens, top_k = routing.expert.shape
     num_groups = routing.kept.shape[0]
     device = routing.expert.device
@@ -192,57 +192,57 @@ def _place(routing: Routing, first_EG: Tensor, num_rows: int, *, keep: Tensor | 
     target = position if keep is None else torch.where(keep, position, num_rows)
     pair = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
     pair.scatter_(0, target.flatten(), torch.arange(num_tokens * top_k, device=device))
-    return Plan(position if keep is None else position.masked_fill(~keep, 0), keep, pair[:num_rows])
+    return RowOrder(position if keep is None else position.masked_fill(~keep, 0), keep, pair[:num_rows])
 
 
 class _TakeTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(plan.position, plan.keep, plan.pair, plan.vacant)
-        return permute(x, plan.pair, plan.top_k)
+    def forward(ctx: Any, x: Tensor, order: RowOrder) -> Tensor:
+        ctx.save_for_backward(order.position, order.keep, order.pair, order.vacant)
+        return permute(x, order.pair, order.top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple:
-        plan = Plan(*ctx.saved_tensors)
-        return unpermute(grad_rows, plan.position, keep=plan.keep), None
+        order = RowOrder(*ctx.saved_tensors)
+        return unpermute(grad_rows, order.position, keep=order.keep), None
 
 
 class _CombineTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(y, gate, plan.position, plan.keep, plan.pair, plan.vacant)
-        return unpermute(y, plan.position, keep=plan.keep, gate=gate)
+    def forward(ctx: Any, y: Tensor, gate: Tensor, order: RowOrder) -> Tensor:
+        ctx.save_for_backward(y, gate, order.position, order.keep, order.pair, order.vacant)
+        return unpermute(y, order.position, keep=order.keep, gate=gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple:
         y, gate, *rest = ctx.saved_tensors
-        plan = Plan(*rest)
+        order = RowOrder(*rest)
         grad_y = grad_gate = None
         if ctx.needs_input_grad[0]:
-            grad_y = permute(grad_out, plan.pair, plan.top_k, gate=gate, vacant=plan.vacant, dtype=y.dtype)
+            grad_y = permute(grad_out, order.pair, order.top_k, gate=gate, vacant=order.vacant, dtype=y.dtype)
         if ctx.needs_input_grad[1]:
-            grad_gate = gate_gradient(y, grad_out, plan.position, keep=plan.keep)
+            grad_gate = gate_gradient(y, grad_out, order.position, keep=order.keep)
         return grad_y, grad_gate, None
 
 
-def take_tokens(x: Tensor, plan: Plan) -> Tensor:
-    """Returns (N, D), the token of each kept pair, in the plan's order."""
-    return apply(_TakeTokens, x, plan)
+def take_tokens(x: Tensor, order: RowOrder) -> Tensor:
+    """Returns (N, D), the token of each kept pair, in this order."""
+    return apply(_TakeTokens, x, order)
 
 
-def combine_tokens(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
+def combine_tokens(y: Tensor, gate: Tensor, order: RowOrder) -> Tensor:
     """Returns (T, D), sum over kept choices of gate * y, in the wider dtype; zeros for a fully dropped token."""
-    return apply(_CombineTokens, y, gate, plan)
+    return apply(_CombineTokens, y, gate, order)
 
 
 @dataclass(frozen=True)
 class Verbs:
     """How rows are made of tokens and results are put together; others do what ours do."""
 
-    take: Callable[[Tensor, Plan], Tensor]  # see take_tokens; a vacant row may hold anything finite
-    combine: Callable[[Tensor, Tensor, Plan], Tensor]  # see combine_tokens; vacant rows get no gradient
+    take: Callable[[Tensor, RowOrder], Tensor]  # see take_tokens; a vacant row may hold anything finite
+    combine: Callable[[Tensor, Tensor, RowOrder], Tensor]  # see combine_tokens; vacant rows get no gradient
 
 
 VERBS = Verbs(take_tokens, combine_tokens)

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_moe.moe.dispatch import Chunks
+from swin_moe.moe.dispatch import Slices
+from swin_moe.ops.bias_gelu import bias_gelu, is_fused
 from swin_moe.ops.grouped_linear import grouped_linear, row_ends, use_grouped
-from swin_moe.ops.random_draws import drop_units
+from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.randomness import RandomContext, derive_key, truncated_normal_
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -31,24 +32,31 @@ class Dropout:
     rate: float
     random: RandomContext
     layer: int
-    pair: Tensor | list[Tensor]  # (N,) int64; a list for rows in chunks
+    pair: Tensor | list[Tensor]  # (N,) int64; a list for rows in slices
 
-    def of(self, chunk: int) -> "Dropout":
-        """Returns the dropout of one chunk's rows."""
-        return replace(self, pair=self.pair[chunk])
+    def of(self, number: int) -> "Dropout":
+        """Returns the dropout of one slice's rows."""
+        return replace(self, pair=self.pair[number])
 
-    def apply(self, hidden: Tensor) -> Tensor:
-        """Returns the hidden layer (N, H) with units dropped and the others divided by 1 - rate."""
-        assert isinstance(self.pair, Tensor), "rows in chunks have a dropout of each"
-        return drop_units(
-            hidden, self.random, self.pair, purpose="expert_dropout", layer=self.layer,
-            drop=self.rate, scale=1.0 / (1.0 - self.rate),
-        )  # fmt: skip
+    def draw(self) -> UnitDraw:
+        """Returns which units of the hidden layer (N, H) are dropped; the others are divided by 1 - rate."""
+        assert isinstance(self.pair, Tensor), "rows in slices have a dropout of each"
+        return UnitDraw(
+            self.random,
+            self.pair,
+            purpose="expert_dropout",
+            layer=self.layer,
+            drop=self.rate,
+            scale=1.0 / (1.0 - self.rate),
+        )
 
 
-def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
+def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """Returns what grouped_linear does where every expert has `rows` rows: one batched product."""
-    return torch.baddbmm(bias[:, None], x.view(len(weight), rows, x.shape[1]), weight).flatten(0, 1)
+    parts = x.view(len(weight), rows, x.shape[1])
+    if bias is None:
+        return torch.bmm(parts, weight).flatten(0, 1)
+    return torch.baddbmm(bias[:, None].to(x.dtype), parts, weight).flatten(0, 1)
 
 
 def _two_layers(
@@ -61,14 +69,19 @@ def _two_layers(
     fc2_bias: Tensor,
 ) -> Tensor:
     linear: Callable[..., Tensor]
+    fused, ends = is_fused(tokens), None
     if not isinstance(counts, Tensor):
         linear = _padded_linear
     else:
         grouped = tokens.shape[0] > 0 and use_grouped(tokens.device, tokens.dtype, *fc1_weight.shape[1:])
-        linear = partial(grouped_linear, ends=row_ends(counts, tokens) if grouped else None)
-    hidden = F.gelu(linear(tokens, fc1_weight.transpose(1, 2), fc1_bias, counts))
-    if dropout is not None:
-        hidden = dropout.apply(hidden)
+        ends = row_ends(counts, tokens) if grouped or fused else None
+        linear = partial(grouped_linear, ends=ends)
+    draw = None if dropout is None else dropout.draw()
+    product = linear(tokens, fc1_weight.transpose(1, 2), None if fused else fc1_bias, counts)
+    if fused:
+        hidden = bias_gelu(product, fc1_bias.float(), ends=ends, draw=draw)
+    else:
+        hidden = F.gelu(product) if draw is None else draw.apply(F.gelu(product))
     return linear(hidden, fc2_weight, fc2_bias, counts)
 
 
@@ -120,26 +133,28 @@ class GroupedExperts(nn.Module):
         tokens: Tensor | list[Tensor],
         counts: Tensor | int | list[Tensor],
         dropout: Dropout | None = None,
-        chunks: Chunks | None = None,
+        slices: Slices | None = None,
     ) -> Tensor | list[Tensor]:
         """Returns (N, D), what each row's expert makes of it, in the dtype of `tokens`. To be called outside autocast.
 
         Args:
             counts: Rows of each local expert, in order: (E,) int64 for ragged runs, one number where all have as many.
-            chunks: Of rows that are still under way (dispatch.py:Dispatched); all with one copy of the weights.
+            slices: Of rows that are still under way (dispatch.py:Dispatched); all with one copy of the weights.
         """
         dtype = tokens.dtype if isinstance(tokens, Tensor) else tokens[0].dtype
-        # grouped_linear converts each expert's matrix when its turn comes; with chunks every one of them would again.
-        by_expert = chunks is None and isinstance(counts, Tensor)
+        # grouped_linear converts each expert's matrix when its turn comes; with slices every one of them would again.
+        by_expert = slices is None and isinstance(counts, Tensor)
         whole = [self._whole(name) for name in PARAMETERS]
-        weights = [w if by_expert and w.ndim == 3 else w.to(dtype) for w in whole]
+        # Kernels add the first bias to sums in float32, and round after it.
+        kept = {3: by_expert, 2: is_fused(tokens if isinstance(tokens, Tensor) else tokens[0])}
+        weights = [w if kept[w.ndim] else w.to(dtype) for w in whole]
         if isinstance(tokens, Tensor) and not isinstance(counts, list):
             return _two_layers(tokens, counts, dropout, *weights)
-        assert chunks is not None and isinstance(counts, list)
+        assert slices is not None and isinstance(counts, list)
         results = []
-        for number, departed in enumerate(tokens):
-            rows, own = chunks.arrive(number, departed), dropout and dropout.of(number)
-            results.append(chunks.depart(number, _two_layers(rows, counts[number], own, *weights)))
+        for number, sent in enumerate(tokens):
+            rows, own = slices.receive(number, sent), dropout and dropout.of(number)
+            results.append(slices.send(number, _two_layers(rows, counts[number], own, *weights)))
         return results
 
     def _whole(self, name: str) -> Tensor:

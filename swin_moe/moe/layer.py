@@ -92,7 +92,7 @@ class MoELayer(nn.Module):
             tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
             if random is not None and dispatched.pair is not None:
                 dropout = Dropout(self.config.dropout, random, self.layer, dispatched.pair)
-            y = self.experts(tokens, dispatched.counts, dropout, dispatched.chunks)
+            y = self.experts(tokens, dispatched.counts, dropout, dispatched.slices)
             y = mark(y, self.clock, forward="experts", backward="combine")
             y = routed.restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x.dtype)
         y = mark(y, self.clock, forward="combine", backward="").view(x_BLD.shape)

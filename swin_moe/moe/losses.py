@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swin_moe.moe.routing import row_chunks
+from swin_moe.moe.routing import row_blocks
 from swin_moe.ops.transforms import apply
 
 
@@ -46,9 +46,9 @@ def gshard(scores: Tensor, first_choice: Tensor, *, group_size: int, shares: boo
     return gshard_of_sums(score_GE, count_first(first_choice, scores.shape[1], group_size))
 
 
-def _group_chunks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (groups, rows) of pieces of (T, E): some whole groups, or a part of one where it is large."""
-    limit = max(row_chunks(value)[0].stop, 1)
+def _group_blocks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (groups, rows) of blocks of (T, E): some whole groups, or a part of one where it is large."""
+    limit = max(row_blocks(value)[0].stop, 1)
     if group_size <= limit:
         for first in range(0, value.shape[0] // group_size, limit // group_size):
             groups = slice(first, min(first + limit // group_size, value.shape[0] // group_size))
@@ -61,14 +61,14 @@ def _group_chunks(value: Tensor, group_size: int) -> Iterator[tuple[slice, slice
 
 
 class _Load(torch.autograd.Function):
-    """Sums over each group of Phi((p - threshold) / std). Chunks of tokens: autograd would save four (T, E) tensors."""
+    """Sums over each group of Phi((p - threshold) / std). Blocks of tokens: autograd would save four (T, E) tensors."""
 
     @staticmethod
     def forward(ctx: Any, probabilities: Tensor, threshold: Tensor, noise_std: float, group_size: int) -> Tensor:
         ctx.save_for_backward(probabilities, threshold)
         ctx.noise_std, ctx.group_size = noise_std, group_size
         load_GE = probabilities.new_zeros((probabilities.shape[0] // group_size, probabilities.shape[1]))
-        for groups, rows in _group_chunks(probabilities, group_size):
+        for groups, rows in _group_blocks(probabilities, group_size):
             chosen = probabilities[rows] - threshold[rows, None]
             if noise_std > 0:  # Phi(x) = erfc(-x / sqrt 2) / 2
                 chosen = chosen.mul_(-1.0 / (noise_std * math.sqrt(2.0))).erfc_().mul_(0.5)
@@ -84,7 +84,7 @@ class _Load(torch.autograd.Function):
         if ctx.noise_std == 0:  # a step function
             return torch.zeros_like(probabilities), torch.zeros_like(threshold), None, None
         grad, grad_threshold = torch.empty_like(probabilities), torch.empty_like(threshold)
-        for groups, rows in _group_chunks(probabilities, ctx.group_size):
+        for groups, rows in _group_blocks(probabilities, ctx.group_size):
             # The normal density: exp(-x^2 / 2) / (std sqrt(2 pi)).
             density = probabilities[rows] - threshold[rows, None]
             density.mul_(1.0 / (ctx.noise_std * math.sqrt(2.0))).square_().neg_().exp_()
@@ -104,7 +104,7 @@ class _ShareSums(torch.autograd.Function):
         ctx.save_for_backward(scores)
         ctx.group_size = group_size
         sum_GE = scores.new_zeros((scores.shape[0] // group_size, scores.shape[1]))
-        for groups, rows in _group_chunks(scores, group_size):
+        for groups, rows in _group_blocks(scores, group_size):
             share = scores[rows] / _row_sums(scores[rows])
             sum_GE[groups] += share.view(groups.stop - groups.start, -1, share.shape[1]).sum(dim=1)
         return sum_GE
@@ -114,7 +114,7 @@ class _ShareSums(torch.autograd.Function):
     def backward(ctx: Any, grad_GE: Tensor) -> tuple:
         (scores,) = ctx.saved_tensors
         grad = torch.empty_like(scores)
-        for groups, rows in _group_chunks(scores, ctx.group_size):
+        for groups, rows in _group_blocks(scores, ctx.group_size):
             total = _row_sums(scores[rows])
             part = torch.empty_like(scores[rows])
             part.view(groups.stop - groups.start, -1, part.shape[1]).copy_(grad_GE[groups, None])
@@ -179,7 +179,7 @@ class _MeanSquareLogSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         log_sum = logits.new_empty(logits.shape[0])
-        for rows in row_chunks(logits):
+        for rows in row_blocks(logits):
             log_sum[rows] = torch.logsumexp(logits[rows], dim=1)
         ctx.save_for_backward(logits, log_sum)
         return log_sum.square().mean()
@@ -189,7 +189,7 @@ class _MeanSquareLogSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         logits, log_sum = ctx.saved_tensors
         grad_logits, scale = torch.empty_like(logits), log_sum * (grad * (2.0 / logits.shape[0]))
-        for rows in row_chunks(logits):
+        for rows in row_blocks(logits):
             grad_logits[rows] = (logits[rows] - log_sum[rows, None]).exp_().mul_(scale[rows, None])
         return (grad_logits,)
 
@@ -211,7 +211,7 @@ def mean_entropy(values: Tensor, *, logits: bool = False) -> Tensor:
     """
     tiny = torch.finfo(values.dtype).tiny
     total = values.new_zeros(())
-    for rows in row_chunks(values):
+    for rows in row_blocks(values):
         part = values[rows]
         if logits:
             part = torch.sigmoid(part)

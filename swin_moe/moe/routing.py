@@ -1,6 +1,6 @@
 """Which experts a token goes to and which slot it gets there: pure functions of scores, and Routing, what they return.
 
-Nothing here allocates as much as the scores: what needs all experts of a token goes through chunks of tokens.
+Nothing here allocates as much as the scores: what needs all experts of a token goes through blocks of tokens.
 
 Facts matched to microsoft/Tutel at ac0e51b, tutel/impls/fast_dispatch.py:extract_critical and tutel/gates; differences
 are named where they are: ties are broken by rule, capacity is never rounded up, capacity by need never drops anything.
@@ -22,8 +22,8 @@ from swin_moe.ops.transforms import apply
 
 # Up to this many choices, k passes of max are cheaper than one sort of E scores (CPU, E = 8 to 128).
 _MAX_PASSES = 8
-# Elements of a chunk: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
-_CHUNK_CPU, _CHUNK_DEVICE = 2**16, 2**22
+# Elements of a block of rows: what a CPU core's cache holds; on a device as many as hide the launch of a kernel.
+_BLOCK_CPU, _BLOCK_DEVICE = 2**16, 2**22
 FILLER_SLOT = 2**31 - 1  # of cells that stand for no pair, where tokens have unequally many
 
 
@@ -55,15 +55,15 @@ class Routing:
         return self.slot != FILLER_SLOT
 
 
-def row_chunks(value: Tensor) -> list[slice]:
+def row_blocks(value: Tensor) -> list[slice]:
     """Returns slices of the rows of (rows, columns), each of a bounded number of elements; [] for no rows.
 
-    One slice in a traced graph: the compiler fuses what would be temporaries here, and would unroll every chunk.
+    One slice in a traced graph: the compiler fuses what would be temporaries here, and would unroll every block.
     """
     num_rows, num_columns = value.shape
     if torch.compiler.is_compiling():
         return [slice(0, num_rows)] if num_rows else []
-    size = max((_CHUNK_CPU if value.device.type == "cpu" else _CHUNK_DEVICE) // num_columns, 1)
+    size = max((_BLOCK_CPU if value.device.type == "cpu" else _BLOCK_DEVICE) // num_columns, 1)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
@@ -187,7 +187,7 @@ def choose_experts(
     if top_k == 1 and bias is None and group_limit == expert_groups:
         return scores.max(dim=1, keepdim=True).indices  # nothing to mask, so nothing to copy
     chosen = scores.new_empty((scores.shape[0], top_k), dtype=torch.int64)
-    for rows in row_chunks(scores):
+    for rows in row_blocks(scores):
         rest = scores[rows].clone() if bias is None else scores[rows] + bias.to(scores.dtype)
         if group_limit < expert_groups:
             _leave_groups(rest, top_k, expert_groups, group_limit)

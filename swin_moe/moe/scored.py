@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.routing import Routing, pick, row_chunks
+from swin_moe.moe.routing import Routing, pick, row_blocks
 from swin_moe.ops.random_draws import gate_noise, with_words
 from swin_moe.randomness import RandomContext
 
@@ -52,7 +52,7 @@ def with_noise(
         return clean
     random, std = with_words(random), config.gate_noise / config.num_experts
     noisy = torch.empty_like(clean, requires_grad=False)
-    for rows in row_chunks(clean):
+    for rows in row_blocks(clean):
         noise = gate_noise(random, token[rows], clean.shape[1], layer=layer)
         noisy[rows] = std * noise.to(clean.dtype)
     return noisy.add_(clean)  # into the memory of the noise

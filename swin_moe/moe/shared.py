@@ -4,9 +4,9 @@ Shape legend: D channels, H hidden channels.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.ops.bias_gelu import hidden_layer
 from swin_moe.ops.linear import Linear
 from swin_moe.randomness import truncated_normal_
 
@@ -21,7 +21,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(hidden_layer(self.fc1, x, None))
 
     def init_weights(self, generator: torch.Generator, std: float) -> None:
         """Fills the weights with truncated normals drawn on the CPU, the biases with zeros."""

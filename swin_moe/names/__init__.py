@@ -1,4 +1,5 @@
-"""Names of parameters in other programs, as plain data: official.py (theirs -> ours), state_dict.py (wrappers around).
+"""Names of parameters in other programs, as plain data, shared by networks and checkpoint_tools.
 
-Shared by networks and checkpoint_tools; a new prefix or wrapper is a row of a table in state_dict.py.
+official.py has the rules from official names to ours (RENAMED, DROPPED), state_dict.py what stands around a network's
+tensors and before their names (WRAPPERS, PREFIXES). A new name, prefix or wrapper is a row of one of these.
 """

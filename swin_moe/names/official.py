@@ -19,11 +19,8 @@ DROPPED = (
     (r"\b(relative_position_index|relative_coords_table|attn_mask)$", "computed by the model"),
     (r"\b_num_global_experts$", "checked against the model"),
 )
-SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)
-# What belongs to a task and stands in the backbone or under its names: another task starts its own.
-TASK_PARTS = r"^(mask_token$|head\.)"
-PRETRAINING_DROPPED = (*SIMMIM_DROPPED, (r"^(projector|predictor)\.|^queue[12]$|^momentum_", "only for pre-training"))
-BACKBONE = "encoder."  # before the backbone's names in a network that has more than a backbone
+SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)  # of the official files of SimMIM
+BACKBONE = "encoder."  # before the backbone's names in a network that has more than a backbone; all others are a task's
 OUTSIDE = "/"  # before the key of what stands beside the backbone there, whose names may be the backbone's own
 _MOMENTUM = "momentum_"  # before the names of networks that follow others
 
@@ -33,15 +30,17 @@ def is_wrapped(names: Iterable[str]) -> bool:
     return any(name.startswith(BACKBONE) for name in names)
 
 
-def weight_key(name: str, *, wrapped: bool) -> str:
-    """Returns what a parameter is matched by: its name in the backbone, or OUTSIDE and its name beside one.
-
-    Momentum networks have the keys of what they follow.
+def file_key(name: str, *, wrapped: bool) -> str:
+    """Returns a name in the backbone, or OUTSIDE and the name for what stands beside one and is a task's.
 
     Args:
         wrapped: is_wrapped of the network, or file, that the name is from.
     """
-    followed = name.removeprefix(_MOMENTUM)
     if not wrapped:
-        return followed
-    return followed.removeprefix(BACKBONE) if followed.startswith(BACKBONE) else OUTSIDE + followed
+        return name
+    return name.removeprefix(BACKBONE) if name.startswith(BACKBONE) else OUTSIDE + name
+
+
+def weight_key(name: str, *, wrapped: bool) -> str:
+    """Returns the file_key of what fills a network's parameter: of momentum networks, what they follow."""
+    return file_key(name.removeprefix(_MOMENTUM), wrapped=wrapped)

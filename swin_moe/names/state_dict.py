@@ -10,9 +10,7 @@ T = TypeVar("T")
 
 # Under which key training loops keep the weights; averaged ones are taken where there are no others.
 AVERAGES = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
-WRAPPERS = (
-    "model", "state_dict", "module", "model_state", "model_state_dict", "net", "network", "weights", *AVERAGES,
-)  # fmt: skip
+WRAPPERS = [*"model state_dict module model_state model_state_dict net network weights".split(), *AVERAGES]
 PREFIXES = ("module.", "backbone.", "model.", "net.", "network.")
 INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
 _COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel

@@ -103,11 +103,19 @@ def available(device_type: str) -> bool:
     return device_type in COMPILED
 
 
+def kernels_take(x: torch.Tensor, compiled: frozenset[str]) -> bool:
+    """Returns whether an operator of which only CUDA has a kernel, compiled for these devices, takes x by it.
+
+    Elsewhere callers keep to PyTorch's operators, which on the CPU are as fast.
+    """
+    return x.is_cuda and "cuda" in compiled
+
+
 def why_not(device_type: str) -> str:
     """Returns why there are no compiled kernels for a device type, one clause; "" where there are."""
     if device_type in COMPILED:
         return ""
-    if EXTENSION.problem:
+    if EXTENSION.path is None or EXTENSION.problem:
         return EXTENSION.problem
     if device_type == "cuda":
         return f"{EXTENSION.path.name} has no CUDA kernels (built without nvcc, or for a torch without CUDA)"
@@ -116,7 +124,7 @@ def why_not(device_type: str) -> str:
 
 def digest() -> str:
     """Returns 16 hex digits that tell one build from another; "" where none is loaded."""
-    if not EXTENSION.loaded:
+    if EXTENSION.path is None or not EXTENSION.loaded:
         return ""
     return hashlib.sha256(EXTENSION.path.read_bytes()).hexdigest()[:16]
 

@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe.ops import extension
+from swin_moe.ops.bias_gelu import add_expert_bias_, expert_bias_gradient
 from swin_moe.ops.linear import packed_product, serves, weight_gradient
 from swin_moe.ops.reused_memory import empty_like_reused
 from swin_moe.ops.transforms import call_operator
 
 _ALIGNED = 8  # grouped_mm wants row strides of 16 bytes
-_BIAS_ROWS = 8  # rows of ones that sum a bias gradient by a grouped product: as few as its alignment allows
-
 
 SCHEMAS = {
-    "grouped_linear": "grouped_linear(Tensor x, Tensor weight, Tensor bias, Tensor parts, bool grouped) -> Tensor",
+    "grouped_linear": "grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor parts, bool grouped) -> Tensor",
     "grouped_linear_backward": (
         "grouped_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor parts, bool grouped, bool[] needs) "
         "-> (Tensor, Tensor, Tensor)"
@@ -32,7 +31,7 @@ SCHEMAS = {
 def grouped_linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     counts: Tensor,
     *,
     grouped: bool | None = None,
@@ -46,7 +45,7 @@ def grouped_linear(
         x: (N, I), rows sorted by expert.
         weight: (E, I, O), may be a transposed view. Of another dtype than x it is converted, in the loop one
             expert's at a time: a copy of all would go out to memory and come back, and be kept for backward.
-        bias: (E, O), of the dtype of x.
+        bias: (E, O), added in float32 by a grouped product and rounded to the dtype of x elsewhere; None = none.
         counts: (E,) int64, rows of each expert; their sum is at most N. On the device of x, the host is not asked for
             them where the product is grouped; elsewhere it is.
         grouped: One grouped product instead of a loop over experts; None = `use_grouped`.
@@ -55,6 +54,7 @@ def grouped_linear(
     if grouped is None:
         grouped = x.shape[0] > 0 and use_grouped(x.device, x.dtype, *weight.shape[1:])
     if not grouped:
+        bias = None if bias is None else bias.to(x.dtype)
         return call_operator(_operator, _differentiate, _save, x, weight, bias, counts, False)
     ends = row_ends(counts, x) if ends is None else ends
     return call_operator(_operator, _differentiate, _save, x, weight.to(x.dtype), bias, ends, True)
@@ -75,27 +75,33 @@ def use_grouped(device: torch.device, dtype: torch.dtype, num_inputs: int, num_o
     return device.type == "cuda" and dtype == torch.bfloat16 and aligned
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grouped: bool) -> Tensor:
     """Returns what grouped_linear does. parts: (E,), the int64 counts, or for a grouped product the int32 ends."""
     if grouped:
-        return F.grouped_mm(x, weight, offs=parts).add_(bias.index_select(0, _expert_of_rows(parts, x)))
+        y = F.grouped_mm(x, weight, offs=parts)
+        if bias is not None:
+            add_expert_bias_(y, bias, parts)
+        return y
     y = x.new_empty((x.shape[0], weight.shape[2]))
     runs, rest = _runs(parts, x, y)
     converted = _converter(weight, x.dtype)
     # A loop over w[e] instead of unbind would make backward O(E^2) (361 against 120 ms, E = 32).
-    for (x_e, y_e), w_e, b_e in zip(runs, weight.unbind(0), bias.unbind(0)):
+    biases = [None] * len(weight) if bias is None else bias.unbind(0)
+    for (x_e, y_e), w_e, b_e in zip(runs, weight.unbind(0), biases):
         if not len(x_e):
             continue
         w_e = converted(w_e)
         if serves(x_e, w_e):
             y_e.copy_(packed_product(x_e, w_e.t(), b_e))
+        elif b_e is None:
+            torch.mm(x_e, w_e, out=y_e)
         else:
             torch.addmm(b_e, x_e, w_e, out=y_e)
     rest[1].zero_()
     return y
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, parts: Tensor, grouped: bool) -> Tensor:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grouped: bool) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[2]))
 
 
@@ -142,8 +148,7 @@ def _grouped_gradients(
             grad_weight = F.grouped_mm(grad_y.t(), x, offs=ends).transpose(1, 2)
         grad_weight = _as_laid_out(_zeroed_where_empty(grad_weight, ends), weight)
     if needs[2]:
-        ones = grad_y.new_ones((len(x), _BIAS_ROWS)).t()  # transposed: aligned for any number of rows
-        grad_bias = _zeroed_where_empty(F.grouped_mm(ones, grad_y, offs=ends)[:, 0].contiguous(), ends)
+        grad_bias = expert_bias_gradient(grad_y, ends).to(grad_y.dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -177,7 +182,10 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 def _register() -> None:
     # Not torch.library.custom_op: its kernels import torch._dynamo at their first call, which takes seconds and holds
     # process groups for good.
-    forms = {"grouped_linear": (_forward, _fake_forward), "grouped_linear_backward": (_backward, _fake_backward)}
+    forms: dict[str, tuple[Callable, Callable]] = {
+        "grouped_linear": (_forward, _fake_forward),
+        "grouped_linear_backward": (_backward, _fake_backward),
+    }
     for name, (kernel, fake) in forms.items():
         library = extension.define(SCHEMAS[name])
         library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -240,9 +248,3 @@ def _runs(counts: Tensor, *tensors: Tensor) -> tuple[list[tuple[Tensor, ...]], l
     sizes.append(len(tensors[0]) - sum(sizes))
     parts = [tensor.split(sizes) for tensor in tensors]
     return list(zip(*(part[:-1] for part in parts))), [part[-1] for part in parts]
-
-
-def _expert_of_rows(ends: Tensor, x: Tensor) -> Tensor:
-    """Returns (N,) int64, the expert of each row; some valid number for rows that belong to none."""
-    row = torch.arange(len(x), device=x.device, dtype=torch.int32)
-    return torch.searchsorted(ends, row, right=True).clamp_(max=len(ends) - 1)

@@ -8,7 +8,7 @@ compiler uses.
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def is_untouched(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[Linear]:
     """Returns whether calling a layer does nothing but `linear` with its weight and bias."""
     return type(layer) is Linear and is_untouched(layer)
 

@@ -64,6 +64,7 @@ def _fake_plan(
 ) -> tuple[Tensor, ...]:
     experts = kept.shape[1]
     padded = isinstance(padded_rows, torch.SymInt) or padded_rows >= 0
+    rows: int | torch.SymInt
     if padded:
         rows = experts * padded_rows
     elif isinstance(num_rows, torch.SymInt) or num_rows >= 0:

@@ -8,7 +8,7 @@ Shape legend: B images, L blocks, N rows, U units.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,33 @@ def drop_units(
     return call_operator(torch.ops.swin_moe.random_dropout, _differentiate, _save, x, words, *numbers)
 
 
+@dataclass(frozen=True)
+class UnitDraw:
+    """Which units of a hidden layer are dropped: what drop_units takes beside the layer."""
+
+    random: RandomContext
+    rows: Tensor
+    purpose: str
+    layer: int
+    drop: float
+    scale: float
+    site: int | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Returns x (..., U), whose rows are numbered in order, with units dropped."""
+        flat = x.reshape(-1, x.shape[-1])
+        return drop_units(
+            flat, self.random, self.rows,
+            purpose=self.purpose, layer=self.layer, site=self.site, drop=self.drop, scale=self.scale,
+        ).view(x.shape)  # fmt: skip
+
+    def operands(self) -> tuple[Tensor | None, Tensor, int, int, int, float, float]:
+        """Returns (words, rows, layer, purpose, site, drop, scale) as operators that drop units take them."""
+        site = _NO_SITE if self.site is None else self.site
+        words = with_words(self.random).words
+        return words, self.rows, self.layer, PURPOSES.index(self.purpose), site, self.drop, self.scale
+
+
 def gate_noise(random: RandomContext, rows: Tensor, units: int, *, layer: int) -> Tensor:
     """Returns (N, U) float32, standard normal noise of a router's logits; see swin_moe/randomness.py:normal."""
     words = with_words(random).words
@@ -105,6 +132,13 @@ def _key(words: Tensor, layer: int, purpose: int, site: int = _NO_SITE) -> int:
     return key if site == _NO_SITE else derive_key(key, site)
 
 
+def unit_factors(
+    x: Tensor, words: Tensor, layer: int, purpose: int, site: int, rows: Tensor, drop: float, scale: float
+) -> Tensor:
+    """Returns (N, U), by PyTorch's operators, what random_dropout multiplies x (N, U) with, in the dtype of x."""
+    return keep_mask(_key(words, layer, purpose, site), rows, x.shape[1], drop=drop).to(x.dtype).mul_(scale)
+
+
 def _drop_path_factors(
     words: Tensor, sample: Tensor, rates: list[float], purposes: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -118,8 +152,7 @@ def _drop_path_factors(
 def _random_dropout(
     x: Tensor, words: Tensor, layer: int, purpose: int, site: int, rows: Tensor, drop: float, scale: float
 ) -> Tensor:
-    keep = keep_mask(_key(words, layer, purpose, site), rows, x.shape[1], drop=drop)
-    return x * keep.to(x.dtype).mul_(scale)
+    return x * unit_factors(x, words, layer, purpose, site, rows, drop, scale)
 
 
 def _random_normal(words: Tensor, layer: int, purpose: int, rows: Tensor, units: int) -> Tensor:

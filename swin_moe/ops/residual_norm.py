@@ -8,7 +8,7 @@ computes without them.
 Shape legend: B images, C channels, N rows (B times the tokens of an image).
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +71,14 @@ def norm_residual(
     return torch.ops.swin_moe.norm_residual(x, branch, factor_B, weight, bias, eps)[0]
 
 
-def is_fused(x: Tensor, branch: Tensor, norm: nn.Module) -> bool:
+def is_fused(norm: nn.Module, x: Tensor, branch: Tensor) -> TypeGuard[nn.LayerNorm]:
     """Returns whether the kernels compute what `norm` would of a sum or branch; false on the CPU, which has none."""
-    if not x.is_cuda or "cuda" not in _COMPILED:
+    if not extension.kernels_take(x, _COMPILED):
         return False
     return is_replaceable(norm, x.shape[-1]) and x.dtype == torch.float32 and branch.dtype in _BRANCHES
 
 
-def is_replaceable(norm: nn.Module, channels: int) -> bool:
+def is_replaceable(norm: nn.Module, channels: int) -> TypeGuard[nn.LayerNorm]:
     """Returns whether calling a module is LayerNorm of the last dimension with float32 weight and bias."""
     if type(norm) is not nn.LayerNorm or not is_untouched(norm) or norm.normalized_shape != (channels,):
         return False

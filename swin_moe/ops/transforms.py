@@ -78,7 +78,9 @@ class _Call:
 
     def __init__(self, function: type[torch.autograd.Function], arguments: Sequence[Any]) -> None:
         self.function, self.context = function, _Context()
-        self.layout = [(type(a), len(_fields(a))) if dataclasses.is_dataclass(a) else (None, 1) for a in arguments]
+        self.layout: list[tuple[Callable[..., Any] | None, int]] = [
+            (type(a), len(_fields(a))) if dataclasses.is_dataclass(a) else (None, 1) for a in arguments
+        ]
         self.num_outputs, self.is_single = 0, False
         self.places: list[tuple[str, int] | None] = []  # of each saved tensor: among "inputs" or "outputs"; None = None
 

@@ -23,17 +23,19 @@ from torch import Tensor, nn
 
 from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
+from swin_moe.moe.dispatch import Dispatcher
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.parallel.compile import compile_network
 from swin_moe.parallel.exchange.all_to_all import ShardGather
 from swin_moe.parallel.exchange.link import build_link
-from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.parallel.sharding import local_chunk, placement
-from swin_moe.registry import lookup
+from swin_moe.registry import check_members, lookup
 
 T = TypeVar("T", bound=Tensor)
+M = TypeVar("M", bound=nn.Module)
 
 # model.moe.backend -> builder(groups, number of experts, link) -> Dispatcher; link: what rows travel through, None
 # where all experts are here. All take our routing, so that a routing group that spans ranks is nothing special to them.
@@ -52,7 +54,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
             yield name, module
 
 
-def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> nn.Module:
+def parallelize(model: M, parallel: ParallelConfig, groups: Groups) -> M:
     """Returns the model, changed in place: experts cut to this rank's part, rows dispatched over the expert group,
     routing decided over the routing group; then, as parallel.compile says, blocks or the network compiled.
 
@@ -75,6 +77,8 @@ def parallelize(model: nn.Module, parallel: ParallelConfig, groups: Groups) -> n
             layer.choice.balance_exchange = RankExchange(groups.world)
         build = lookup(DISPATCHERS, layer.config.backend, key="model.moe.backend")
         layer.dispatcher = build(groups, layer.experts.num_experts, build_link(layer.config, groups))
+        chosen = f"model.moe.backend={layer.config.backend}"
+        check_members(layer.dispatcher, Dispatcher, chosen=chosen, where="swin_moe/moe/dispatch.py: Dispatcher")
         if groups.expert_size > 1:
             _cut_experts(name, layer.experts, groups)
     if parallel.compile != "none":

@@ -24,7 +24,7 @@ class ExpertReduction:
         self._group = groups.expert_data
         self._parameters = [p for _, p in expert_parameters(model) if p.requires_grad]
         self._buckets = [] if self._group is None else list(buckets(self._parameters))
-        self._flights: list[Any] = []
+        self._pending: list[Any] = []
         self._missing: list[int] | None = None  # per bucket, gradients to come; None = not in a last backward
         self._next = len(self._buckets) - 1
         for number, bucket in enumerate(self._buckets):
@@ -37,8 +37,8 @@ class ExpertReduction:
 
     @property
     def under_way(self) -> int:
-        """How many buckets have set out."""
-        return len(self._flights)
+        """How many buckets are being summed."""
+        return len(self._pending)
 
     @torch.no_grad()
     def _arrived(self, number: int, parameter: nn.Parameter) -> None:
@@ -46,10 +46,10 @@ class ExpertReduction:
             return
         self._missing[number] -= 1
         while self._next >= 0 and self._missing[self._next] == 0:
-            self._launch()
+            self._start()
 
-    def _launch(self) -> None:
-        """Sends the next bucket off; its gradients become views of what is summed, so they are held once."""
+    def _start(self) -> None:
+        """Starts the sum of the next bucket; its gradients become views of what is summed, so they are held once."""
         parameters = [p for p in self._buckets[self._next] if p.grad is not None]
         self._next -= 1
         if not parameters:
@@ -57,26 +57,26 @@ class ExpertReduction:
         flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
             parameter.grad = part.view(parameter.shape)
-        self._flights.append(dist.all_reduce(flat, group=self._group, async_op=True))
+        self._pending.append(dist.all_reduce(flat, group=self._group, async_op=True))
 
     @torch.no_grad()
     def finish(self, divisor: float) -> None:
-        """Waits for the sums and divides them, as reduce_expert_gradients; sends off what has not set out yet."""
+        """Waits for the sums and divides them, as reduce_expert_gradients; starts what has not been started."""
         while self._next >= 0:
-            self._launch()
-        self._land()
+            self._start()
+        self._wait()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if divisor != 1 and gradients:
             torch._foreach_mul_(gradients, 1.0 / divisor)
 
     def discard(self) -> None:
-        """Waits for what has set out, for a step whose gradients are thrown away."""
-        self._land()
+        """Waits for what was started, for a step whose gradients are thrown away."""
+        self._wait()
 
-    def _land(self) -> None:
-        for flight in self._flights:
-            flight.wait()
-        self._flights, self._missing, self._next = [], None, len(self._buckets) - 1
+    def _wait(self) -> None:
+        for work in self._pending:
+            work.wait()
+        self._pending, self._missing, self._next = [], None, len(self._buckets) - 1
 
 
 def _arrived(reduction: "weakref.ref[ExpertReduction]", number: int, parameter: nn.Parameter) -> None:

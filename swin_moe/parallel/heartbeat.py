@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from swin_moe.moe.layer import MoELayer
-from swin_moe.parallel.exchange.transport import Flight
+from swin_moe.parallel.exchange.transport import PendingRows
 
 T = TypeVar("T")
 
@@ -232,7 +232,7 @@ def _in_collective(thread: int) -> bool:
     for _ in range(4):
         if frame is None:
             return False
-        if frame.f_code.co_filename.endswith("distributed_c10d.py") or frame.f_code is Flight.finish.__code__:
+        if frame.f_code.co_filename.endswith("distributed_c10d.py") or frame.f_code is PendingRows.finish.__code__:
             return True
         frame = frame.f_back
     return False

@@ -25,9 +25,13 @@ def meet(rank: int, world_size: int, address: str, port: int, *, patience: float
     while store is None:
         try:
             store = dist.TCPStore(
-                address, port, world_size, is_master=rank == 0, wait_for_workers=False,
+                address,
+                port,
+                world_size,
+                is_master=rank == 0,
+                wait_for_workers=False,
                 timeout=timedelta(seconds=min(patience, timeout)),
-            )  # fmt: skip
+            )
         except dist.DistNetworkError as error:
             if rank == 0:
                 raise ValueError(

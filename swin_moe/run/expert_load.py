@@ -27,28 +27,28 @@ def expert_load(model: nn.Module, groups: Groups) -> tuple[dict[str, float], dic
     Per layer: moe/<layer>/{load_cv, dropped_percent, dead_experts, entropy, aux} and the histogram moe/<layer>/load,
     tokens per expert before any drop. load_cv is the standard deviation over the mean of the load.
     """
-    layers = [(name, layer) for name, layer in moe_layers(model) if layer.stats is not None]
+    layers = [(name, layer.stats) for name, layer in moe_layers(model) if layer.stats is not None]
     if not layers:
         return {}, {}
     rows = []
-    for _, layer in layers:
-        stats = layer.stats
-        tokens = stats.demand.sum().double()
+    for _, stats in layers:
+        pairs = stats.demand.sum().double()
         rows.append(
             torch.cat(
                 [
                     stats.demand.double(),
                     stats.kept.double(),
-                    torch.stack([tokens * stats.entropy.double(), tokens * stats.aux.double()]),
+                    torch.stack([pairs * stats.entropy.double(), pairs * stats.aux.double()]),
                 ]
             )
         )
     table = torch.stack(rows)
     if groups.world_size > 1:
         dist.all_reduce(table, group=groups.world)
-    numbers, histograms = {}, {}
-    for (name, layer), row in zip(layers, table.cpu()):
-        count = layer.stats.demand.numel()
+    numbers: dict[str, float] = {}
+    histograms: dict[str, list[int]] = {}
+    for (name, stats), row in zip(layers, table.cpu()):
+        count = stats.demand.numel()
         demand, kept = row[:count], row[count : 2 * count]
         tokens = max(1.0, float(demand.sum()))
         prefix = _prefix(name)
@@ -76,23 +76,26 @@ def phase_times(model: nn.Module, groups: Groups) -> dict[str, float]:
     ms_exposed is the part of dispatch, experts and combine in which rows were waited for and nothing was computed.
     Collective: every rank calls it, after the backward, with clocks on all ranks or on none. Stops the clocks.
     """
-    layers = [(name, layer) for name, layer in moe_layers(model) if layer.clock is not None]
+    layers = [(name, layer, layer.clock) for name, layer in moe_layers(model) if layer.clock is not None]
     if not layers:
         return {}
     travelling = dict(links(model))
-    measured = [layer.clock.seconds() for _, layer in layers]
-    for (name, _), seconds in zip(layers, measured):
-        seconds[EXPOSED] = travelling[name].clock.seconds().get(EXPOSED, 0.0) if name in travelling else 0.0
+    measured = [clock.seconds() for *_, clock in layers]
+    for (name, *_), seconds in zip(layers, measured):
+        waited = travelling[name].clock if name in travelling else None
+        seconds[EXPOSED] = 0.0 if waited is None else waited.seconds().get(EXPOSED, 0.0)
     phases = (*PHASES, EXPOSED)
     table = torch.tensor([[seconds[phase] for phase in phases] for seconds in measured], dtype=torch.float64)
-    table = table.to(layers[0][1].clock.device)
+    table = table.to(layers[0][2].device)
     if groups.world_size > 1:
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=groups.world)
-    for _, timed in [*layers, *travelling.items()]:
-        timed.clock = None
+    for _, layer, _ in layers:
+        layer.clock = None
+    for link in travelling.values():
+        link.clock = None
     return {
         f"{_prefix(name)}/ms_{phase}": 1e3 * value
-        for (name, _), row in zip(layers, table.tolist())
+        for (name, *_), row in zip(layers, table.tolist())
         for phase, value in zip(phases, row)
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from swin_moe.checkpoint import Index, resolve
 from swin_moe.config import Config
+from swin_moe.config.tasks import nested
 from swin_moe.data.base import Dataset
 from swin_moe.data.listing import listing_digest
 from swin_moe.data.loader import steps_in_epoch
@@ -17,23 +18,14 @@ _PROVENANCE = "provenance.json"
 
 # Options of the network that change how it is trained or computed, not what the stored weights compute when asked; all
 # others of the section model do. Sections not named here change the course only.
-_COURSE = frozenset(
-    f"model.{name}"
-    for name in (
-        "drop_rate", "attn_drop_rate", "drop_path_rate", "init_std", "post_norm_init", "img_size", "attention",
-        "attention_chunk",
-        *(
-            f"moe.{name}"
-            for name in (
-                "capacity_factor", "eval_capacity_factor", "capacity_scope", "group_images", "batch_prioritized",
-                "balance_loss", "balance_scope", "aux_loss_weight", "z_loss_weight", "gate_noise", "bias_rate",
-                "dropout", "backend", "transport", "payload", "overlap", "tune", "tune_cache",
-            )
-        ),
-    )
-)  # fmt: skip
+_OF_MODEL = "drop_rate attn_drop_rate drop_path_rate init_std post_norm_init img_size attention attention_chunk".split()
+_OF_MOE = (
+    "capacity_factor eval_capacity_factor capacity_scope group_images batch_prioritized balance_loss balance_scope "
+    "aux_loss_weight z_loss_weight gate_noise bias_rate dropout backend transport payload overlap tune tune_cache"
+).split()
+_COURSE = frozenset([*(f"model.{name}" for name in _OF_MODEL), *(f"model.moe.{name}" for name in _OF_MOE)])
 _MEANING = ("model.", "task.name", "data.name", "data.images_per_class", "data.subset", "run.seed")
-_FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.pictures", "task.teacher")
+_FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.simmim.pictures", "task.distill.teacher")
 _ENGINE = ("engine.precision",)  # stands beside the checkpoint only, as its bytes do not depend on the section
 
 
@@ -54,9 +46,12 @@ class RunIdentity:
             _log.warning(
                 "model.num_classes=%d, but data.path=%s has %d classes: %d outputs are never right; set "
                 "model.num_classes=%d",
-                outputs, config.data.path or config.data.name, len(train.classes), outputs - len(train.classes),
+                outputs,
+                config.data.path or config.data.name,
                 len(train.classes),
-            )  # fmt: skip
+                outputs - len(train.classes),
+                len(train.classes),
+            )
         return cls(config, tuple(train.classes), digests)
 
     def state(self) -> dict[str, Any]:
@@ -83,7 +78,7 @@ class RunIdentity:
             ValueError: What the weights mean has changed, and checkpoint.accept_changes does not allow it.
         """
         meaning, course = _data_changes(self, index.state)
-        stored, now = _flat(index.config), _flat(dataclasses.asdict(self.config))
+        stored, now = _flat(nested(index.config, source=str(index.path))), _flat(dataclasses.asdict(self.config))
         stored |= {"run.seed": index.state["seed"]} if "seed" in index.state else {}
         stored |= {key: value for key, value in _provenance(index).items() if key in _ENGINE}
         for key, old in stored.items():
@@ -129,8 +124,12 @@ def place_in_data(index: Index, config: Config, *, images: int, own: bool) -> Pr
     again = f"; {before % batch} images are seen again" if before % batch else ""
     _log.info(
         "the checkpoint's step %d of %d images is step %d of %d images%s",
-        saved["step"], saved["global_batch"], progress.step, batch, again,
-    )  # fmt: skip
+        saved["step"],
+        saved["global_batch"],
+        progress.step,
+        batch,
+        again,
+    )
     return progress
 
 
@@ -158,7 +157,7 @@ def _data_changes(run: RunIdentity, state: dict[str, Any]) -> tuple[list[str], l
 def _provenance(index: Index) -> dict[str, Any]:
     path = index.path / _PROVENANCE
     try:
-        return _flat(json.loads(path.read_bytes()).get("config") or {})
+        return _flat(nested(json.loads(path.read_bytes()).get("config") or {}, source=str(path)))
     except (OSError, ValueError, AttributeError):  # nothing that is loaded depends on it
         return {}
 

@@ -7,7 +7,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
 def _product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
     """Returns FLOP/s of the fastest of several products (size, size) x (size, size), in the fastest library."""
     a = torch.randn(size, size, device=device, dtype=dtype)
-    products = [torch.matmul, packed_product] if serves(a, a) else [torch.matmul]
+    products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.matmul]
+    products += [packed_product] if serves(a, a) else []
     rates = []
     for product in products:
         for _ in range(8 if size <= 512 else 3):
@@ -184,7 +185,7 @@ class MetricsWriter:
             self.file.flush()
         if self.board is not None:
             with _naming(self.directory / "tb"):
-                self._write_board(step, values, histograms or {})
+                _write_board(self.board, step, values, histograms or {})
         self._failed = False
 
     def _check_folder(self) -> None:
@@ -195,25 +196,6 @@ class MetricsWriter:
             same = False
         if not same:
             raise FileNotFoundError(f"{self.directory} was removed or moved while the run was writing to it")
-
-    def _write_board(self, step: int, values: dict, histograms: dict) -> None:
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
-        for name, counts in histograms.items():
-            total = sum(counts)
-            edges = list(range(len(counts) + 1))
-            self.board.add_histogram_raw(
-                name,
-                min=0,
-                max=len(counts),
-                num=total,
-                sum=total,
-                sum_squares=total,
-                bucket_limits=edges[1:],
-                bucket_counts=counts,
-                global_step=step,
-            )
 
     def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Writes pictures (height, width, 3) uint8 to TensorBoard and as <run>/pictures/<name>-<step>.png."""
@@ -257,6 +239,26 @@ def save_picture(directory: Path, name: str, picture: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
     return path
+
+
+def _write_board(board: Any, step: int, values: dict, histograms: dict) -> None:
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            board.add_scalar(name, value, step)
+    for name, counts in histograms.items():
+        total = sum(counts)
+        edges = list(range(len(counts) + 1))
+        board.add_histogram_raw(
+            name,
+            min=0,
+            max=len(counts),
+            num=total,
+            sum=total,
+            sum_squares=total,
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
 
 
 def _open_board(directory: Path, purge_step: int) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the second where Pillow was built without FreeType
 _BACKGROUND, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (130, 130, 130)
 _MARGIN, _LINE = 12, 18  # pixels
 _TINT = 0.55  # how much of an expert's colour covers a patch
@@ -37,7 +38,8 @@ class ClassLoad:
 def expert_colour(expert: int) -> tuple[int, int, int]:
     """Returns a colour far from those of neighbouring numbers: a golden section of hue apart, in two brightnesses."""
     hue, value = expert * 0.61803398875 % 1.0, (0.95, 0.65)[expert // 12 % 2]
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.8, value))
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.8, value))
+    return red, green, blue
 
 
 def draw_patches(image: np.ndarray, maps: Sequence[PatchMap], num_experts: int, *, tile: int = 320) -> Image.Image:
@@ -145,7 +147,7 @@ def heat(values: np.ndarray) -> np.ndarray:
     return ((1 - part) * _HEAT[low] + part * _HEAT[low + 1]).round().astype(np.uint8)
 
 
-def _vertical_text(canvas: Image.Image, text: str, corner: tuple[int, int], font: ImageFont.FreeTypeFont) -> None:
+def _vertical_text(canvas: Image.Image, text: str, corner: tuple[int, int], font: Font) -> None:
     strip = Image.new("RGB", (max(1, round(font.getlength(text)) + 2), 15), _BACKGROUND)
     ImageDraw.Draw(strip).text((0, 0), text, _INK, font=font)
     canvas.paste(strip.rotate(-90, expand=True), corner)

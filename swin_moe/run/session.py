@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,16 @@ from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import DTYPES
 from swin_moe.models.attention import check_attention, stage_geometry
+from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.tune import tune
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
-from swin_moe.registry import lookup
 from swin_moe.run.expert_load import moe_layers
 from swin_moe.run.metrics import LOGGER
 from swin_moe.run.state import STOPPED, Stopped
-from swin_moe.tasks.base import TASKS, Task, build_task
+from swin_moe.tasks.base import Task, build_task, find_task
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
 _BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
@@ -126,7 +126,7 @@ def fit_precision(config: Config, device: torch.device, *, told: bool, cpuinfo: 
         return config
     file = Path(cpuinfo)
     native = file.is_file() and re.search(r"\b(avx512_bf16|amx_bf16)\b", file.read_text(errors="replace"))
-    precision = "bf16" if native else "fp32"
+    precision: Literal["bf16", "fp32"] = "bf16" if native else "fp32"
     if told:
         print(f"engine.precision={precision} instead of the config's fp16, which is slow on a CPU", file=sys.stderr)
     return replace(config, engine=replace(config.engine, precision=precision))
@@ -148,8 +148,7 @@ def default_threads() -> int:
 def check_layout(config: Config, world_size: int) -> None:
     """Raises ValueError where a world of this many ranks cannot run the config; pure arithmetic, starts nothing."""
     config.check(world_size)
-    task = lookup(TASKS, config.task.name, key="task.name")
-    check_engine(config, world_size, changes_weights=task.changes_weights)
+    check_engine(config, world_size, changes_weights=find_task(config).changes_weights)
     Degrees.resolve(*layout_of(config), world_size)
 
 
@@ -199,7 +198,7 @@ def _log_to_file(text: str) -> None:
             handler.emit(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text, (), None))
 
 
-def build_meta_model(session: Session, task: Task) -> nn.Module:
+def build_meta_model(session: Session, task: Task) -> Network:
     """Returns this rank's part of a task's network without memory: an engine shards and materializes it."""
     config = session.config
     assert (session.groups.routing is not None) == (config.routing_ranks(session.world_size) > 1)
@@ -225,12 +224,12 @@ def _rows_of_layers(model: nn.Module, config: Config, world_size: int) -> Iterat
         yield layer, micro_batch * facts_of(moe).rows(moe, tokens)
 
 
-def build_local_model(session: Session, task: Task) -> nn.Module:
+def build_local_model(session: Session, task: Task) -> Network:
     """Returns this rank's part of a task's network, initialized from the seed; never experts of other ranks."""
     return materialize(build_meta_model(session, task), session.config, session.device)
 
 
-def build_classifier(session: Session) -> nn.Module:
+def build_classifier(session: Session) -> Network:
     """Returns this rank's part of a classification network, initialized from the seed, for entry points that need one.
 
     Raises:

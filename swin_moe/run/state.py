@@ -27,8 +27,9 @@ class StopRequest:
         if number == signal.SIGINT:
             if self.name == "SIGINT":
                 raise KeyboardInterrupt
-            # Not print: the signal may have come in the middle of one.
-            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; Ctrl-C again ends at once\n")
+            if sys.__stderr__ is not None:  # closed by whoever started the process
+                # Not print: the signal may have come in the middle of one.
+                os.write(sys.__stderr__.fileno(), b"\nstopping after this step; Ctrl-C again ends at once\n")
         self.name = signal.Signals(number).name
 
 

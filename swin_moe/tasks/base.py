@@ -1,8 +1,9 @@
 """What a training task gives the loop: a network, a loss from a batch, and an exact evaluation."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.layout import Chunk
-from swin_moe.models import Network, build_model
+from swin_moe.models import Network, SwinTransformer, build_model
 from swin_moe.parallel.groups import Groups
 from swin_moe.registry import lookup
 
@@ -80,19 +82,21 @@ class Teacher(Protocol):
         """Returns its last features (B, H, W, C), in at least float32, of images as the student sees them."""
 
 
-class Task:
-    """One row of TASKS; constructed with the config. A task says what it needs, and overrides what differs."""
+class Task(Protocol):
+    """One row of TASKS; constructed with the config. A task derives from it and overrides what differs: `loss` and
+    `evaluate` in any case. One that does not derive has all of it (find_task)."""
 
-    metric = "loss"  # the evaluation result that picks the best checkpoint
-    higher_is_better = False
-    needs_partners = False  # batches must hold every image's neighbour in global order, for mixing
-    needs_views = False  # batches must hold a second augmentation of every image, as "view"
-    changes_weights = False  # after_step does something
-    needs_teacher = False  # `teacher` must be set before build_network; swin_moe/weights/teacher.py loads it
+    config: Config
+    teacher: Teacher | None = None  # set from outside before build_network, where needs_teacher
+    metric: str = "loss"  # the evaluation result that picks the best checkpoint
+    higher_is_better: bool = False
+    needs_partners: bool = False  # batches must hold every image's neighbour in global order, for mixing
+    needs_views: bool = False  # batches must hold a second augmentation of every image, as "view"
+    changes_weights: bool = False  # after_step does something
+    needs_teacher: bool = False  # swin_moe/weights/teacher.py loads it
 
     def __init__(self, config: Config):
         self.config = config
-        self.teacher: Teacher | None = None
 
     def build_network(self) -> Network:
         """Returns the network this task trains, without meaningful weights; works on meta."""
@@ -101,13 +105,13 @@ class Task:
     def connect(self, model: nn.Module, groups: Groups) -> None:
         """Sets what parts of the parallelized network talk to other ranks with, where they do."""
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """Returns the loss of a micro-batch, which may hold no image."""
-        raise NotImplementedError
 
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """Returns metrics over every sample of `batches` on all ranks, weighted by true counts."""
-        raise NotImplementedError
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """Changes, after an update, what no gradient moves. Every rank calls it; parts are this rank's, and views."""
@@ -117,6 +121,35 @@ class Task:
         return {}
 
 
+def build_encoder(config: Config, *, mask_token: bool = False) -> SwinTransformer:
+    """Returns the backbone of a network with a head of its own (models/heads.py: EncoderModel), whatever
+    model.num_classes says; without meaningful weights.
+
+    mask_token: See SwinTransformer.
+    """
+    headless = replace(config.model, num_classes=0)
+    return SwinTransformer(headless, recompute=config.parallel.recompute, mask_token=mask_token)
+
+
+def find_task(config: Config) -> type[Task]:
+    """Returns the class that task.name says, whose members are there: found at start, not at the first evaluation.
+
+    Raises:
+        ValueError: There is none of that name, or it lacks members of Task; names them.
+    """
+    name = config.task.name
+    found = lookup(TASKS, name, key="task.name")
+    missing = [key for key in vars(Task) if not key.startswith("_") and _is_missing(found, key)]
+    if missing:
+        lacks = f"{getattr(found, '__name__', found)} lacks {', '.join(missing)}"
+        raise ValueError(f"task.name={name}: {lacks} (swin_moe/tasks/base.py: Task)")
+    return found
+
+
+def _is_missing(found: object, member: str) -> bool:
+    return not hasattr(found, member) or getattr(getattr(found, member), "__isabstractmethod__", False)
+
+
 def build_task(config: Config) -> Task:
-    """Returns the task that task.name says; raises ValueError where there is none of that name."""
-    return lookup(TASKS, config.task.name, key="task.name")(config)
+    """Returns the task that task.name says; raises ValueError as find_task."""
+    return find_task(config)(config)

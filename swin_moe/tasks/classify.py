@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.data.mixing import mix, mixing_enabled, partners
 from swin_moe.models.layers import widened
 from swin_moe.randomness import RandomContext
@@ -35,16 +36,16 @@ class Classify(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.needs_partners = mixing_enabled(config.task)
+        self.needs_partners = mixing_enabled(config.task.classify)
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         partner_images, partner_targets = partners(batch) if "partner" in batch else (None, None)
         images, target_BK = mix(
             batch["image"],
             batch["target"],
             num_classes=self.config.model.num_classes,
-            config=self.config.task,
+            config=self.config.task.classify,
             seed=self.config.run.seed,
             step=context.step,
             partner_images=partner_images,
@@ -61,7 +62,7 @@ class Classify(Task):
         return micro_loss(task, aux, len(images), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. Every sample counts once; sums are reduced once at the end, as integers and float64."""
         totals = None
         for batch in batches:

@@ -7,7 +7,6 @@ Shape legend: B images of this micro-batch, H x W tokens of the student, C chann
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.models.heads import FeatureModel
 from swin_moe.models.layers import widened
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, build_encoder, micro_loss
 
 
 class Distill(Task):
@@ -32,14 +31,12 @@ class Distill(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.beta = config.task.smooth_l1_beta
+        self.beta = config.task.distill.smooth_l1_beta
 
     def build_network(self) -> Network:
         """See Task. The student has no head, whatever model.num_classes says."""
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
         assert self.teacher is not None, "weights.teacher sets it before"
-        return FeatureModel(encoder, self.teacher.num_features)
+        return FeatureModel(build_encoder(self.config), self.teacher.num_features)
 
     @torch.no_grad()
     def targets(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -56,7 +53,7 @@ class Distill(Task):
         predicted = widened(predicted)
         return F.smooth_l1_loss(predicted, target.to(predicted.dtype), beta=self.beta, reduction="sum")
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         image = batch["image"]
         random = RandomContext(self.config.run.seed, context.step, batch["sample"])
@@ -67,7 +64,7 @@ class Distill(Task):
         return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. mean_loss is that of predicting 0, the mean of whitened features."""
         totals = None
         for batch in batches:

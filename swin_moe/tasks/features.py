@@ -11,10 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.data.batch import Batch
 from swin_moe.models import SwinTransformer
 from swin_moe.tasks.base import StepContext
 
-_CHUNK = 1024  # queries compared at once
+_AT_ONCE = 1024  # queries that are compared
 
 
 class Features(NamedTuple):
@@ -25,7 +26,7 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[dict], context: StepContext) -> Features:
+def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[Batch], context: StepContext) -> Features:
     """Returns the features of this rank's images. feature_of: images -> (B, C)."""
     features, labels = [], []
     for batch in batches:
@@ -74,17 +75,17 @@ def knn_accuracy(train: Features, query: Features, *, neighbours: int, num_class
     query = everywhere(query)
     bank_NC = F.normalize(train.feature_NC, dim=1)
     hits = 0
-    for start in range(0, len(query.label_N), _CHUNK):
-        chunk_QC = F.normalize(query.feature_NC[start : start + _CHUNK], dim=1)
-        similarity_QN = chunk_QC @ bank_NC.t()
+    for start in range(0, len(query.label_N), _AT_ONCE):
+        query_QC = F.normalize(query.feature_NC[start : start + _AT_ONCE], dim=1)
+        similarity_QN = query_QC @ bank_NC.t()
         best = similarity_QN.topk(min(neighbours, len(bank_NC)), dim=1)
         # Transposed, so that ranks with different numbers of candidates are joined along rows.
         near_QM = gathered(best.values.t().contiguous()).t()
         label_QM = gathered(train.label_N[best.indices].t().contiguous()).t()
         chosen = near_QM.topk(min(neighbours, near_QM.shape[1]), dim=1)
-        votes_QK = chunk_QC.new_zeros(len(chunk_QC), num_classes)
+        votes_QK = query_QC.new_zeros(len(query_QC), num_classes)
         votes_QK.scatter_add_(1, label_QM.gather(1, chosen.indices), (chosen.values / temperature).exp())
-        hits += int((votes_QK.argmax(dim=1) == query.label_N[start : start + _CHUNK]).sum())
+        hits += int((votes_QK.argmax(dim=1) == query.label_N[start : start + _AT_ONCE]).sum())
     return 100 * hits / len(query.label_N)
 
 

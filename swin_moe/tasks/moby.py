@@ -8,19 +8,18 @@ Shape legend: B images of this rank, D channels of keys, Q rows of a queue.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.data.batch import Batch
 from swin_moe.models.contrastive import BatchNorm, ContrastiveModel
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
-from swin_moe.parallel.group_exchange import RankExchange
 from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
-from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, build_encoder, micro_loss
 from swin_moe.tasks.features import everywhere, extract, gathered
 
 
@@ -34,11 +33,9 @@ class MoBY(Task):
 
     def build_network(self) -> Network:
         """See Task. The encoders have no head, whatever model.num_classes says."""
-        task = self.config.task
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute)
+        task = self.config.task.moby
         return ContrastiveModel(
-            encoder, queue=task.queue, temperature=task.temperature, hidden_dim=task.hidden_dim,
+            build_encoder(self.config), queue=task.queue, temperature=task.temperature, hidden_dim=task.hidden_dim,
             num_features=task.num_features,
         )  # fmt: skip
 
@@ -49,7 +46,7 @@ class MoBY(Task):
             if isinstance(module, BatchNorm):
                 module.exchange = None if groups.world is None else RankExchange(groups.world)
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
         sample = batch["sample"]
         random = RandomContext(self.config.run.seed, context.step, sample)
@@ -63,7 +60,7 @@ class MoBY(Task):
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the momentum networks, and puts the step's keys where the oldest ones are."""
-        momentum = momentum_at(self.config.task.momentum, done.step + 1, done.total_steps)
+        momentum = momentum_at(self.config.task.moby.momentum, done.step + 1, done.total_steps)
         for name, (part, _) in parts.items():
             if name.startswith("momentum_"):
                 part.lerp_(parts[name.removeprefix("momentum_")][0], 1 - momentum)
@@ -73,12 +70,12 @@ class MoBY(Task):
         for name, key in zip(("queue1", "queue2"), keys):
             part, chunk = parts[name]
             if part.numel():
-                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.queue,
+                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.moby.queue,
                         position=done.samples_before)  # fmt: skip
         self._keys = None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task: how many validation images have a nearest other validation image of their class, percent.
 
         Labels serve this number only. `swin-moe evaluate-features` compares with the training images.
@@ -104,12 +101,12 @@ def enqueue(part_RD: Tensor, key_ND: Tensor, *, first_row: int, size: int, posit
     part_RD[place[mine]] = key_ND[len(key_ND) - count :][mine]
 
 
-def leave_one_out(feature_NC: Tensor, label_N: Tensor, *, chunk: int = 1024) -> float:
+def leave_one_out(feature_NC: Tensor, label_N: Tensor, *, at_once: int = 1024) -> float:
     """Returns how many images have a nearest other image of the same label, percent."""
     feature_NC, hits = F.normalize(feature_NC, dim=1), 0
-    for start in range(0, len(label_N), chunk):
-        similarity = feature_NC[start : start + chunk] @ feature_NC.t()
+    for start in range(0, len(label_N), at_once):
+        similarity = feature_NC[start : start + at_once] @ feature_NC.t()
         rows = torch.arange(len(similarity), device=similarity.device)
         similarity[rows, start + rows] = -math.inf
-        hits += int((label_N[similarity.argmax(dim=1)] == label_N[start : start + chunk]).sum())
+        hits += int((label_N[similarity.argmax(dim=1)] == label_N[start : start + at_once]).sum())
     return 100 * hits / len(label_N)

@@ -10,7 +10,6 @@ P pictures.
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.data.batch import Batch
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swin_moe.models.heads import (
     MaskedImageModel,
@@ -29,9 +29,8 @@ from swin_moe.models.heads import (
 )
 from swin_moe.models.layers import widened
 from swin_moe.models.network import Network
-from swin_moe.models.swin import SwinTransformer
 from swin_moe.randomness import RandomContext, bits
-from swin_moe.tasks.base import MicroLoss, StepContext, Task, micro_loss
+from swin_moe.tasks.base import MicroLoss, StepContext, Task, build_encoder, micro_loss
 
 _MIN_TILE = 96  # pixels a side that a drawn image has at least
 
@@ -44,17 +43,16 @@ class SimMIM(Task):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        model, unit = config.model, config.task.mask_patch_size
+        model, unit = config.model, config.task.simmim.mask_patch_size
         self.patch_size = model.patch_size
         self.grid = (model.img_size[0] // unit, model.img_size[1] // unit)
-        self.hidden = num_masked(math.prod(self.grid), config.task.mask_ratio)
+        self.hidden = num_masked(math.prod(self.grid), config.task.simmim.mask_ratio)
         self.hidden_pixels = self.hidden * unit**2  # of one image
         self._pictures: dict[str, np.ndarray] = {}
 
     def build_network(self) -> Network:
         """See Task. The encoder has no head, whatever model.num_classes says."""
-        config = replace(self.config.model, num_classes=0)
-        encoder = SwinTransformer(config, recompute=self.config.parallel.recompute, mask_token=True)
+        encoder = build_encoder(self.config, mask_token=True)
         return MaskedImageModel(encoder, official_groups=self.config.compat.official)
 
     def masks(self, sample_B: Tensor, *, step: int | None) -> Tensor:
@@ -63,16 +61,16 @@ class SimMIM(Task):
         random = RandomContext(self.config.run.seed if training else 0, step or 0, sample_B)
         drawn_BU = bits(random.key("mask", layer=0 if training else 1), sample_B, math.prod(self.grid))
         order_BU = drawn_BU.argsort(dim=1, stable=True)
-        patches = self.config.task.mask_patch_size // self.patch_size[0]
+        patches = self.config.task.simmim.mask_patch_size // self.patch_size[0]
         return mask_of_order(order_BU, self.grid, self.hidden, patches)
 
     def targets(self, image: Tensor) -> Tensor:
         """Returns what is predicted, (B, S, height, width), in at least float32."""
         image = widened(image)
-        window = self.config.task.target_window
+        window = self.config.task.simmim.target_window
         return normalize_targets(image, window) if window else image
 
-    def loss(self, model: nn.Module, batch: dict, context: StepContext) -> MicroLoss:
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task. The official mean over hidden pixels of the whole batch, however it is cut."""
         image = batch["image"]
         mask = self.masks(batch["sample"], step=context.step)
@@ -84,7 +82,7 @@ class SimMIM(Task):
         return micro_loss(task, aux, len(image), context)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[dict], context: StepContext) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task. mean_loss is that of predicting, per image and channel, the mean of its visible pixels."""
         totals, drawn = None, None
         for batch in batches:
@@ -128,11 +126,11 @@ class SimMIM(Task):
     ) -> Tensor:
         """Returns (P, 3, S, height, width) in [0, 1], rows of this batch filled in; other ranks' rows are zero."""
         if drawn is None:
-            rows = self.config.task.pictures if self.config.model.in_chans == 3 else 0
+            rows = self.config.task.simmim.pictures if self.config.model.in_chans == 3 else 0
             drawn = torch.zeros((rows, 3, *image.shape[1:]), device=image.device)
         image = widened(image)
-        if self.config.task.target_window:  # back from normalized to real pixels
-            mean, deviation = local_statistics(image, self.config.task.target_window)
+        if self.config.task.simmim.target_window:  # back from normalized to real pixels
+            mean, deviation = local_statistics(image, self.config.task.simmim.target_window)
             reconstruction = reconstruction * deviation + mean
         hidden = self._pixels(mask)
         seen, predicted = image.masked_fill(hidden, 0.0), torch.where(hidden, reconstruction, image)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from swin_moe.config import ModelConfig
 from swin_moe.engine.base import Engine
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.official import LoadReport, fit_weights
+from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import is_wrapped, weight_key
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.run.session import Session
@@ -71,7 +73,7 @@ def load_weights(model: nn.Module, session: Session, stored: Source | None = Non
     return CheckpointManager(folder, group=session.groups.world).load_parameters(pieces, source=source)
 
 
-def _check_positions(stored: Source, backbone: nn.Module) -> None:
+def _check_positions(stored: Source, backbone: SwinTransformer) -> None:
     """Raises ValueError where absolute positions are as many as the model's, but of an image of another shape."""
     trained = stored.model_config()
     if trained is None or not trained.ape or not hasattr(backbone, "absolute_pos_embed"):
@@ -118,7 +120,7 @@ def start_from(source: str, engine: Engine, session: Session) -> str:
 def fill_pieces(
     source: Source,
     pieces: Iterable[Piece],
-    backbone: nn.Module,
+    backbone: SwinTransformer,
     shapes: Mapping[str, tuple[int, ...]],
     *,
     own_parts: bool = False,
@@ -132,7 +134,7 @@ def fill_pieces(
     """
     wrapped, trained = is_wrapped(shapes), source.model_config()
     key_shapes = {weight_key(name, wrapped=wrapped): tuple(shape) for name, shape in shapes.items()}
-    grid = trained and stage_geometry(trained, 0).resolution
+    grid = None if trained is None else stage_geometry(trained, 0).resolution
     other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
     tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
     try:
@@ -161,7 +163,7 @@ def fill_pieces(
     return report
 
 
-def window_notes(trained: ModelConfig | None, backbone: nn.Module) -> list[str]:
+def window_notes(trained: ModelConfig | None, backbone: SwinTransformer) -> list[str]:
     """Returns a note where bias networks would be asked for other coordinates than they were trained for."""
     if trained is None or backbone.variant.bias != "log_cpb":
         return []
@@ -178,6 +180,7 @@ def window_notes(trained: ModelConfig | None, backbone: nn.Module) -> list[str]:
     ]
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """Returns the SwinTransformer in a task's network."""
-    return getattr(model, "encoder", model)
+def backbone_of(model: nn.Module) -> SwinTransformer:
+    """Returns the encoder in a task's network, or the network itself."""
+    backbone: Any = getattr(model, "encoder", model)  # a task's network may be anyone's
+    return backbone

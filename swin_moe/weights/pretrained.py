@@ -54,6 +54,7 @@ def load(path: str | Path, **overrides: Any) -> Loaded:
     if missing:
         raise ValueError(f"{path}: does not tell all of its network; give swin_moe.load(path, {', '.join(missing)})")
     config = source.model_config(**overrides)
+    assert config is not None, "nothing that it needs is missing"
     with torch.device("meta"):
         model = build.build_model(config)
     model.to_empty(device="cpu")

@@ -94,6 +94,7 @@ class _Stored:
 
     path: Path
     config: dict[str, Any]
+    notes: list[str]
 
     def _arrange(self, stored: Collection[str], *, start: str = "") -> None:
         """Notes which stored tensor stands for which parameter: its average where there is one.
@@ -163,15 +164,15 @@ class ForeignCheckpoint(_Stored):
 
     def __init__(self, path: Path) -> None:
         from checkpoint_tools.weights import open_weights as open_any
-        from checkpoint_tools.weights import prefix_of
+        from checkpoint_tools.weights import prefix_of, with_tables
 
         self.path, self.notes = path, []
         self._source = open_any(path, report=self._note)
         self.config = self._source.config
         names = self._source.state.get("classes")
         self.classes = tuple(names) if isinstance(names, list) else ()
-        self._tables = getattr(self._source, "tables", {})
-        self.has_tables = bool(self._tables)
+        self._with_tables = with_tables(self._source)
+        self.has_tables = self._with_tables is not None
         self._arrange(self._source.tensors, start=prefix_of(self._source))
 
     def _note(self, sentence: str) -> None:
@@ -193,10 +194,11 @@ class ForeignCheckpoint(_Stored):
             if not fits:
                 self._source.read(stored, Chunk.whole(tensor.shape), to_raw(value))
             found[name] = value
-        for name, leaf in self._tables.items():
-            table = torch.empty(leaf.record.shape, dtype=torch_dtype(leaf.record.dtype))
-            to_raw(table)[...] = self._source.read_table(name)
-            found[name] = table
+        if self._with_tables is not None:
+            for name, leaf in self._with_tables.tables.items():
+                table = torch.empty(leaf.record.shape, dtype=torch_dtype(leaf.record.dtype))
+                to_raw(table)[...] = self._with_tables.read_table(name)
+                found[name] = table
         return found
 
     def fill(self, pieces: list[Piece]) -> None:

@@ -3,15 +3,17 @@
 Shape legend: B images, H x W tokens, C channels.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from swin_moe.checkpoint import Piece, resolve, together
 from swin_moe.config import ModelConfig
@@ -21,7 +23,7 @@ from swin_moe.engine.precision import DTYPES
 from swin_moe.layout import Chunk
 from swin_moe.models import build_model
 from swin_moe.models.layers import widened
-from swin_moe.models.swin import Block
+from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.parallel.sharding import sub_chunk
 from swin_moe.run.metrics import LOGGER
 from swin_moe.run.session import Session
@@ -33,12 +35,12 @@ _TIMM = "timm:"
 
 
 def load_teacher(session: Session) -> Teacher:
-    """Returns the teacher of task.teacher on this rank's device, in eval mode; says in the log what was loaded.
+    """Returns the teacher of task.distill.teacher on this rank's device, in eval mode; says in the log what was loaded.
 
     Raises:
         CheckpointError: On every rank: it cannot be read, or does not fit its network.
     """
-    task = session.config.task
+    task = session.config.task.distill
     load = _load_timm if task.teacher_model.startswith(_TIMM) else _load_ours
     teacher, report = load(session)
     LOGGER.info("teacher    %s", report)
@@ -48,7 +50,7 @@ def load_teacher(session: Session) -> Teacher:
 class SwinTeacher:
     """A SwinTransformer: its features are the tokens of the last stage after the final norm."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: "_Tokens", dtype: torch.dtype) -> None:
         self.network, self.dtype, self.num_features = network, dtype, network.num_features
 
     @torch.no_grad()
@@ -57,13 +59,24 @@ class SwinTeacher:
         return widened(self.network(_resized(image, self.network.img_size).to(self.dtype)))
 
 
+class TimmNetwork(Protocol):
+    """What timm's networks offer beside a module's members."""
+
+    num_features: int
+    pretrained_cfg: dict[str, Any]
+
+    def forward_features(self, image: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 class TimmTeacher:
     """A network of timm's: its features are those before the pooling, without class and register tokens."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: TimmNetwork, dtype: torch.dtype) -> None:
         settings = network.pretrained_cfg
         self.network, self.dtype, self.num_features = network, dtype, network.num_features
-        self.size = tuple(settings["input_size"][1:])
+        _, height, width = settings["input_size"]
+        self.size = (height, width)
         self.fixed = bool(settings.get("fixed_input_size"))
         device = next(network.parameters()).device
         values = (IMAGENET_STD, IMAGENET_MEAN, settings["mean"], settings["std"])
@@ -93,7 +106,7 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 class _Tokens(nn.Module):
     """A SwinTransformer whose forward gives tokens, so that wrappers of forward work."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: SwinTransformer) -> None:
         super().__init__()
         self.encoder, self.num_features, self.img_size = backbone, backbone.num_features, backbone.img_size
 
@@ -103,13 +116,14 @@ class _Tokens(nn.Module):
 
 
 def _load_ours(session: Session) -> tuple[Teacher, str]:
-    task, dtype = session.config.task, DTYPES[session.config.task.teacher_precision]
+    task = session.config.task.distill
+    dtype = DTYPES[task.teacher_precision]
     config = _model_config(task.teacher, task.teacher_model)
     with torch.device("meta"):
         network = _Tokens(build_model(replace(config, num_classes=0)))
     network.to(dtype).requires_grad_(False).eval()
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    if task.teacher_shard and session.world_size > 1:
+    if task.teacher_shard and session.groups.world is not None:
         mesh = DeviceMesh.from_group(session.groups.world, session.device.type)
         for block in [module for module in network.modules() if isinstance(module, Block)]:
             fully_shard(block, mesh=mesh)
@@ -118,7 +132,7 @@ def _load_ours(session: Session) -> tuple[Teacher, str]:
     pieces = [_piece(name, shapes[name], p) for name, p in network.named_parameters()]
 
     def fill() -> str:
-        source = open_weights(task.teacher, key="task.teacher")
+        source = open_weights(task.teacher, key="task.distill.teacher")
         return f"{source.description}: {fill_pieces(source, pieces, network.encoder, shapes)}"
 
     report = together(resolve(session.groups.world), fill)
@@ -131,9 +145,11 @@ def _model_config(source: str, named: str) -> ModelConfig:
     """Returns the teacher's network: of the config named, or as its checkpoint tells."""
     if named:
         return load_config(named).model
-    found = open_weights(source, key="task.teacher").model_config()
+    found = open_weights(source, key="task.distill.teacher").model_config()
     if found is None:
-        raise ValueError(f"task.teacher={source} does not tell its network; set task.teacher_model to its config")
+        raise ValueError(
+            f"task.distill.teacher={source} does not tell its network; set task.distill.teacher_model to its config"
+        )
     return found
 
 
@@ -143,6 +159,7 @@ def _piece(name: str, shape: tuple[int, ...], parameter: nn.Parameter) -> Piece:
     if not isinstance(parameter, DTensor):
         return Piece(name, shape, parameter.dtype, whole, parameter.detach())
     mesh, (cut,) = parameter.device_mesh, parameter.placements
+    assert isinstance(cut, Shard), "fully_shard cuts every parameter"
     chunk = sub_chunk(whole, cut.dim, mesh.get_local_rank(), mesh.size())
     return Piece(name, shape, parameter.dtype, chunk, parameter.to_local().detach())
 
@@ -153,20 +170,24 @@ def _load_timm(session: Session) -> tuple[Teacher, str]:
     import_torchvision()
     import timm
 
-    task, dtype = session.config.task, DTYPES[session.config.task.teacher_precision]
+    task = session.config.task.distill
+    dtype = DTYPES[task.teacher_precision]
     name, pretrained = task.teacher_model.removeprefix(_TIMM), task.teacher == "pretrained"
 
     def create() -> nn.Module:
         path = "" if pretrained else task.teacher
         if path and not Path(path).is_file():
-            raise ValueError(f"task.teacher={path}: no such file; a path, or pretrained for timm's own weights")
+            raise ValueError(f"task.distill.teacher={path}: no such file; a path, or pretrained for timm's own weights")
         try:
             return timm.create_model(name, pretrained=pretrained, checkpoint_path=path)
         except Exception as error:  # timm and torch raise many kinds, for the name as for the file
-            where = f"task.teacher_model={task.teacher_model}" + (f", task.teacher={path}" if path else "")
+            where = f"task.distill.teacher_model={task.teacher_model}" + (
+                f", task.distill.teacher={path}" if path else ""
+            )
             raise ValueError(f"{where}: {why_refused(error)}") from error
 
     network = together(resolve(session.groups.world), create)
     network = network.to(session.device, dtype).requires_grad_(False).eval()
     total = sum(p.numel() for p in network.parameters())
-    return TimmTeacher(network, dtype), f"timm's {name} from {task.teacher}\n{total:,} parameters in {dtype}"
+    teacher = TimmTeacher(cast(TimmNetwork, network), dtype)  # timm says no more than nn.Module
+    return teacher, f"timm's {name} from {task.teacher}\n{total:,} parameters in {dtype}"

@@ -5,8 +5,9 @@ import dataclasses
 import gpu_smoke
 import pytest
 import smoke_cases
+import smoke_experts
 import torch
-from smoke_cases import Case, Problem
+from smoke_problem import Case, Problem
 
 from swin_moe.ops import extension
 from tests.csrc.test_window_kernels import VARIANTS
@@ -103,7 +104,7 @@ def test_after_a_lost_device_a_new_process_goes_on(capsys, monkeypatch):
 
 
 def test_plans_have_what_kernels_must_not_touch():
-    rows = smoke_cases.rows_for_experts(200, 2, CPU)
+    rows = smoke_experts.rows_for_experts(200, 2, CPU)
     assert rows.vacant.any() and not rows.keep.all() and rows.keep.any()
     taken = rows.position[rows.keep]
     assert len(set(taken.tolist())) == len(taken) and not rows.vacant[taken].any()

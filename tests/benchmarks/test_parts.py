@@ -136,10 +136,13 @@ def test_stopped_from_outside_it_still_tells_what_it_has(tmp_path, number):
     script = f". {ROOT}/benchmarks/parts.sh\nbegin 60\npart one 9 true\npart two 50 sleep 50\nfinish\n"
     environment = os.environ | {"OUT": str(tmp_path / "out")}
     process = subprocess.Popen(
-        ["bash", "-c", script], stdout=subprocess.PIPE, text=True, env=environment,
+        ["bash", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
         # A suite that runs in the background has SIGINT ignored, which a shell that inherits it cannot change.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     log, until = tmp_path / "out" / "log.txt", time.monotonic() + 30
     while not (log.exists() and "== two" in log.read_text()) and time.monotonic() < until:
         time.sleep(0.1)
@@ -181,7 +184,7 @@ def gpu(
         path.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": str(programs)}
     environment |= {"MACHINE": str(machine), "BUILD": str(build)}
-    command = ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments]
+    command: list[str | Path] = ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     return done.returncode, done.stdout
 

@@ -154,7 +154,8 @@ def kill_reshards(root: Path, count: int, seed: int) -> list[str]:
             root / "count",
         ):
             kills += 1
-        there, reports = target.exists(), []
+        there = target.exists()
+        reports: list[str] = []
         if there:
             verify(target)
         reshard_again(source, target, reports)

@@ -1,6 +1,7 @@
 """What each MPI rank does in test_ranks.py."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def local_pieces(expert: int, shard: int, rank: int) -> list[Piece]:
 def save_load_and_fail(root: str) -> dict:
     """Returns what one rank saw: saves in two layouts, loads in the other, a failure on the last rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    result = {}
+    result: dict[str, Any] = {}
     for name, expert, shard in (("expert", world, 1), ("shard", 1, world)):
         manager = CheckpointManager(Path(root) / f"{name}{world}", file_size=300)
         manager.save(1, local_pieces(expert, shard, rank), state={"seed": 0}, config={})

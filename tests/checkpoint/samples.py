@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,8 @@ class ThreadComm:
 
 def run_threads(size: int, function) -> list:
     """Returns what `function(comm)` returned, or the exception it raised, for each rank."""
-    ranks, results = ThreadRanks(size), [None] * size
+    ranks = ThreadRanks(size)
+    results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
         try:

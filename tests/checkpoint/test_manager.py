@@ -10,11 +10,10 @@ from swin_moe.checkpoint.manager import canonical_config
 from swin_moe.layout import Chunk
 from tests.checkpoint.samples import directory_bytes
 
-DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-    torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
-]  # fmt: skip
+_DTYPES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool"
+)
+DTYPES = [getattr(torch, name) for name in _DTYPES.split()]
 
 
 def tensors():

@@ -163,9 +163,11 @@ def test_two_writers_in_one_directory_both_publish_whole_checkpoints(tmp_path, s
 
     def interrupted(array):
         if not done:
-            done.append(write_checkpoint(
-                tmp_path, steps[1], whole_pieces(second), state=STATE, config=CONFIG, file_size=FILE_SIZE, best=0.5
-            ))  # fmt: skip
+            done.append(
+                write_checkpoint(
+                    tmp_path, steps[1], whole_pieces(second), state=STATE, config=CONFIG, file_size=FILE_SIZE, best=0.5
+                )
+            )
             assert same(read_state(done[0]), second)
         return array_to_raw(array)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,15 +15,15 @@ from tests.models.reference import GOLDEN
 FILES = GOLDEN / "official_moe"
 NAMES = json.loads((GOLDEN / "state_dict_keys.json").read_text())
 FORMS = {"epoch": "ckpt_epoch_7.pth", "final": "ckpt_epoch_final.pth"}
-QUIET = {"report": lambda text: None}
+QUIET: dict[str, Any] = {"report": lambda text: None}
 
 
 def torch_load(path) -> dict:
     return torch.load(path, weights_only=False)
 
 
-def convert(source: Path, target: Path, to: str = "native", *, start: str = "", **options) -> Path:
-    options = Options(**{**QUIET, **options})
+def convert(source: Path, target: Path, to: str = "native", *, start: str = "", **given: Any) -> Path:
+    options = Options(**{**QUIET, **given})
     with open_source(source, options, start) as opened:
         write_checkpoint(opened, target, options, to)
     return target

@@ -1,6 +1,7 @@
 """Checkpoints to convert, and ways to run the tools on them. Imports no torch."""
 
 from pathlib import Path
+from typing import Any
 
 from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options
@@ -9,16 +10,17 @@ from swin_moe.checkpoint.save import write_checkpoint
 from tests.checkpoint.samples import CONFIG, FILE_SIZE, STATE, sample_state, whole_pieces
 
 
-def save(root: Path, seed: int = 0, *, step: int = 1, state=None, **options) -> Path:
+def save(root: Path, seed: int = 0, *, step: int = 1, state=None, **options: Any) -> Path:
     """Returns a saved sample checkpoint."""
     pieces = whole_pieces(sample_state(seed) if state is None else state)
-    options = {"state": STATE, "config": CONFIG, "file_size": FILE_SIZE, "provenance": {"time": "then"}} | options
-    return write_checkpoint(root, step, pieces, **options)
+    usual: dict[str, Any] = {"state": STATE, "config": CONFIG, "file_size": FILE_SIZE, "provenance": {"time": "then"}}
+    return write_checkpoint(root, step, pieces, **usual | options)
 
 
-def convert(source: Path, target: Path, **options) -> Path:
+def convert(source: Path, target: Path, **given: Any) -> Path:
     """Returns the native checkpoint written from any source."""
-    options = Options(**({"file_size": FILE_SIZE, "report": lambda text: None} | options))
+    usual: dict[str, Any] = {"file_size": FILE_SIZE, "report": lambda text: None}
+    options = Options(**usual | given)
     with open_source(source, options) as opened:
         write_native(opened, target, options)
     return target

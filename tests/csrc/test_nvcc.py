@@ -23,7 +23,15 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 def compile_source(source: Path, architecture: str, directory: Path) -> str:
     """Returns what ptxas says of registers and spills."""
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", *FLAGS, code, "-c", source, "-o", directory / f"{source.stem}_{architecture}.o"]
+    command: list[str | Path] = [
+        "nvcc",
+        *FLAGS,
+        code,
+        "-c",
+        source,
+        "-o",
+        directory / f"{source.stem}_{architecture}.o",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
@@ -33,7 +41,7 @@ def compile_source(source: Path, architecture: str, directory: Path) -> str:
 def check(sources: list[Path], architectures: tuple[str, ...], directory: Path) -> None:
     pairs = [(source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(lambda pair: compile_source(*pair, directory), pairs))
+        reports = list(pool.map(lambda pair: compile_source(pair[0], pair[1], directory), pairs))
     for (source, architecture), report in zip(pairs, reports):
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
         assert max(spills, default=0) <= MAX_SPILL.get(source.stem, MAX_SPILL_OF_OTHERS), (source, architecture, spills)

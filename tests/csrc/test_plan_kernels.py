@@ -8,7 +8,7 @@ import torch
 from swin_moe.moe.dispatch import padded_rows
 from swin_moe.ops import moe_plan
 from tests.csrc.emulation import build
-from tests.ops.test_moe_plan import ROUTINGS, make_padded_plan, make_plan
+from tests.ops.test_moe_plan import ROUTINGS, make_order, make_padded_order
 
 POINTERS = ("expert", "slot", "keep", "kept", "position", "pair", "vacant", "counts", "first")
 NUMBERS = ("pairs", "top_k", "groups", "experts", "group_size", "rows", "padded_rows")
@@ -28,8 +28,8 @@ def test_equals_the_python_form(monkeypatch, make, backwards):
     monkeypatch.setattr(moe_plan, "available", lambda expert: False)
     routing, library = make(), build()
     sizes = (int(routing.kept.sum()), -1), (routing.expert.numel(), -1), (None, padded_rows(routing))
-    plans = make_plan(routing, sizes[0][0]), make_plan(routing, None), make_padded_plan(routing, sizes[2][1])
-    for (num_rows, padded), expected in zip(sizes, plans):
+    orders = make_order(routing, sizes[0][0]), make_order(routing, None), make_padded_order(routing, sizes[2][1])
+    for (num_rows, padded), expected in zip(sizes, orders):
         experts = routing.kept.shape[1]
         rows = experts * padded if num_rows is None else num_rows
         tensors = {name: getattr(routing, name).contiguous() for name in POINTERS[:4]}
@@ -38,9 +38,15 @@ def test_equals_the_python_form(monkeypatch, make, backwards):
         tensors["vacant"] = torch.ones(rows, dtype=torch.bool) if num_rows is None else None
         tensors["counts"], tensors["first"] = torch.full((experts,), -7), torch.full_like(routing.kept, -7)
         launch = PlanLaunch(
-            *(None if v is None else v.data_ptr() for v in tensors.values()), routing.expert.numel(), routing.top_k,
-            len(routing.kept), experts, routing.group_size, rows, padded,
-        )  # fmt: skip
+            *(None if v is None else v.data_ptr() for v in tensors.values()),
+            routing.expert.numel(),
+            routing.top_k,
+            len(routing.kept),
+            experts,
+            routing.group_size,
+            rows,
+            padded,
+        )
         assert library.swin_moe_plan(ctypes.byref(launch), None) == 0
         assert torch.equal(tensors["position"].where(routing.keep, torch.tensor(0)), tensors["position"])
         assert torch.equal(tensors["position"], expected.position.where(routing.keep, torch.tensor(0)))

@@ -8,7 +8,7 @@ import torch
 from swin_moe.ops.moe_permute import _gate_gradient, _permute, _unpermute
 from swin_moe.ops.window_shift import _partition
 from tests.csrc.emulation import Geometry, Guarded, MoeLaunch, build
-from tests.ops.test_moe_permute import CASES, DTYPES, plan_of, random_tensor
+from tests.ops.test_moe_permute import CASES, DTYPES, order_of, random_tensor
 
 ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # swin_moe::RowElement
 
@@ -29,11 +29,16 @@ def call(launcher, out, rows, index, *, flags=None, gate=None, grad_out=None, to
         given["gate"] = Guarded.copy(gate.to(sums))
     index, flags = index.contiguous(), None if flags is None else flags.contiguous()
     launch = MoeLaunch(
-        index=index.data_ptr(), flags=None if flags is None else flags.data_ptr(), out=made.address,
-        outputs=index.numel() if grad_out is not None else out[0][0], channels=rows.shape[1], top_k=top_k,
-        element=ELEMENTS[rows.dtype], other_element=ELEMENTS[other or out[1]],
+        index=index.data_ptr(),
+        flags=None if flags is None else flags.data_ptr(),
+        out=made.address,
+        outputs=index.numel() if grad_out is not None else out[0][0],
+        channels=rows.shape[1],
+        top_k=top_k,
+        element=ELEMENTS[rows.dtype],
+        other_element=ELEMENTS[other or out[1]],
         **{name: guarded.address for name, guarded in given.items()},
-    )  # fmt: skip
+    )
     assert launcher(ctypes.byref(launch), None) == 0
     assert all(guarded.intact() for guarded in (made, *given.values()))
     return made.tensor
@@ -44,35 +49,54 @@ def call(launcher, out, rows, index, *, flags=None, gate=None, grad_out=None, to
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_rows_of_experts_equal_the_python_operators(library, case, dtypes, channels, offset):
-    plan = plan_of(**case, padded=True)
-    tokens, top_k = plan.position.shape
-    if not plan.num_rows:
+    order = order_of(**case, padded=True)
+    tokens, top_k = order.position.shape
+    if not order.num_rows:
         return  # the binding answers without a launch
     rows_dtype, gate_dtype = dtypes
     x = random_tensor(tokens, channels, dtype=rows_dtype)
-    rows = random_tensor(plan.num_rows, channels, dtype=rows_dtype)
+    rows = random_tensor(order.num_rows, channels, dtype=rows_dtype)
     gate = random_tensor(tokens, top_k, dtype=gate_dtype, seed=3)
     wide = torch.promote_types(rows_dtype, gate_dtype)
     grad = random_tensor(tokens, channels, dtype=wide, seed=4)
     taken = call(
-        library.swin_moe_permute, (rows.shape, rows_dtype), grad, plan.pair,
-        flags=plan.vacant, gate=gate, top_k=top_k, offset=offset,
-    )  # fmt: skip
-    plain = call(library.swin_moe_permute, (rows.shape, rows_dtype), x, plan.pair, top_k=top_k, offset=offset)
+        library.swin_moe_permute,
+        (rows.shape, rows_dtype),
+        grad,
+        order.pair,
+        flags=order.vacant,
+        gate=gate,
+        top_k=top_k,
+        offset=offset,
+    )
+    plain = call(library.swin_moe_permute, (rows.shape, rows_dtype), x, order.pair, top_k=top_k, offset=offset)
     combined = call(
-        library.swin_moe_unpermute, ((tokens, channels), wide), rows, plan.position,
-        flags=plan.keep, gate=gate, top_k=top_k, offset=offset,
-    )  # fmt: skip
+        library.swin_moe_unpermute,
+        ((tokens, channels), wide),
+        rows,
+        order.position,
+        flags=order.keep,
+        gate=gate,
+        top_k=top_k,
+        offset=offset,
+    )
     sums = torch.float64 if wide == torch.float64 else torch.float32
     products = call(
-        library.swin_moe_gate_gradient, ((tokens, top_k), sums), rows, plan.position,
-        flags=plan.keep, grad_out=grad, top_k=top_k, other=wide, offset=offset,
-    )  # fmt: skip
-    assert torch.equal(plain, _permute(x, plan.pair, top_k, None, None))
+        library.swin_moe_gate_gradient,
+        ((tokens, top_k), sums),
+        rows,
+        order.position,
+        flags=order.keep,
+        grad_out=grad,
+        top_k=top_k,
+        other=wide,
+        offset=offset,
+    )
+    assert torch.equal(plain, _permute(x, order.pair, top_k, None, None))
     pairs = (
-        (taken, _permute(grad, plan.pair, top_k, gate, plan.vacant, rows_dtype)),
-        (combined, _unpermute(rows, plan.position, plan.keep, gate)),
-        (products, _gate_gradient(rows, grad, plan.position, plan.keep)),
+        (taken, _permute(grad, order.pair, top_k, gate, order.vacant, rows_dtype)),
+        (combined, _unpermute(rows, order.position, order.keep, gate)),
+        (products, _gate_gradient(rows, grad, order.position, order.keep)),
     )
     for found, expected in pairs:
         coarse = 2 * torch.finfo(expected.dtype).eps  # PyTorch rounds after every choice

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CXX = shutil.which("g++")
+CXX = shutil.which("g++") or ""
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 # Compiling with sanitizers takes most of a minute.
-pytestmark = [pytest.mark.full, pytest.mark.skipif(CXX is None, reason="needs g++")]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(not CXX, reason="needs g++")]
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ CPU = torch.device("cpu")
 PADDING = -1
 
 
-def random_maps(count: int) -> list[tuple[int, ...]]:
+def random_maps(count: int) -> list[tuple[int, int, int, int, int, int]]:
     """Returns (height, width, window, shift) of maps with and without padding, shift, and more than one window."""
     draw, maps = random.Random(0), [(7, 7, 7, 7, 0, 0), (1, 1, 1, 1, 0, 0), (1, 9, 1, 4, 0, 3), (8, 8, 4, 4, 2, 2)]
     while len(maps) < count:
         window = (draw.randint(1, 6), draw.randint(1, 6))
-        maps.append((draw.randint(1, 14), draw.randint(1, 14), *window, *(draw.randrange(w) for w in window)))
+        size, shift = (draw.randint(1, 14), draw.randint(1, 14)), (draw.randrange(window[0]), draw.randrange(window[1]))
+        maps.append((*size, *window, *shift))
     return maps
 
 

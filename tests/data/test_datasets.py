@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swin_moe.config import DataConfig
+from swin_moe.config import DataConfig, DatasetName
 from swin_moe.data.datasets import BrokenImage, PathTable, build_dataset
 
 
-def build(name: str, path: Path, split: str = "train"):
+def build(name: DatasetName, path: Path, split: str = "train"):
     return build_dataset(DataConfig(name=name, path=str(path)), split, img_size=(16, 24), num_classes=7)
 
 
@@ -171,8 +171,12 @@ LIST = "ILSVRC2011fall_whole_map_train.txt"
 BAD_LAYOUTS = {
     "no_root": ("folder", "train", remove("."), r"data\.path: no directory at .*images"),
     "no_split": ("folder", "train", remove("train"), r"data\.path: no directory at .*train"),
-    "no_classes": ("folder", "train", lambda root: [shutil.rmtree(d) for d in (root / "train").iterdir()],
-                   "no class directory in .*train"),
+    "no_classes": (
+        "folder",
+        "train",
+        lambda root: [shutil.rmtree(d) for d in (root / "train").iterdir()],
+        "no class directory in .*train",
+    ),
     "empty_class": ("folder", "train", make("train/fox/notes.txt"), "no image in class directory .*fox"),
     "unknown_class": ("folder", "val", make("val/fox/a.png"), "class 'fox' of .*val does not exist in .*train"),
     "no_zip": ("zip", "train", lambda root: None, r"no file .*train\.zip"),
@@ -185,7 +189,7 @@ BAD_LAYOUTS = {
     "bad_json": ("imagenet22k", "train", make(LIST, "a.png 3"), f"{LIST} must be a JSON list"),
     "bad_rows": ("imagenet22k", "train", make(LIST, '["a.png"]'), f"{LIST} must be a JSON list"),
     "empty_list": ("imagenet22k", "train", make(LIST, "[]"), f"{LIST} must list at least one image"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_LAYOUTS)

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ import torch
 from swin_moe.config import DataConfig
 from swin_moe.data.loader import EvalLoader, TrainLoader, epoch_order
 
-PLAIN = {"auto_augment": "", "erase_prob": 0.0, "color_jitter": 0.0}
+PLAIN: dict[str, Any] = {"auto_augment": "", "erase_prob": 0.0, "color_jitter": 0.0}
 
 
 def train_loader(
     config: DataConfig, *, rank=0, world=1, micro_batch=None, accumulation=1, size=12, **options
 ) -> TrainLoader:
     micro_batch = micro_batch or config.global_batch // (world * accumulation)
-    return TrainLoader(config, size, seed=7, rank=rank, world_size=world, micro_batch=micro_batch,
-                       accumulation=accumulation, **options)  # fmt: skip
+    return TrainLoader(
+        config, size, seed=7, rank=rank, world_size=world, micro_batch=micro_batch, accumulation=accumulation, **options
+    )
 
 
 def union(config: DataConfig, steps: range, *, world=1, accumulation=1, **options) -> dict:
@@ -156,7 +158,7 @@ def broken_root(image_root):
     return image_root
 
 
-def folder_config(root, **options) -> DataConfig:
+def folder_config(root, **options: Any) -> DataConfig:
     return DataConfig(name="folder", path=str(root), **PLAIN, **options)
 
 

@@ -40,12 +40,28 @@ def collect(world, micro_batch, accumulation, *, config, step, drop_last=True):
     result = {}
     data = DataConfig(**CONFIG, global_batch=world * micro_batch * accumulation, drop_last=drop_last)
     for rank in range(world):
-        loader = TrainLoader(data, 12, seed=4, rank=rank, world_size=world, micro_batch=micro_batch,
-                             accumulation=accumulation, partners=True)  # fmt: skip
+        loader = TrainLoader(
+            data,
+            12,
+            seed=4,
+            rank=rank,
+            world_size=world,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            partners=True,
+        )
         for batch in next(loader.batches(step)):
             images, targets = partners(batch)
-            mixed, soft = mix(batch["image"], batch["target"], num_classes=10, config=config, seed=4, step=step,
-                              partner_images=images, partner_targets=targets)  # fmt: skip
+            mixed, soft = mix(
+                batch["image"],
+                batch["target"],
+                num_classes=10,
+                config=config,
+                seed=4,
+                step=step,
+                partner_images=images,
+                partner_targets=targets,
+            )
             result |= {int(g): pair for g, *pair in zip(batch["sample"], mixed, soft)}
     return result
 
@@ -55,8 +71,11 @@ def collect(world, micro_batch, accumulation, *, config, step, drop_last=True):
 def test_equals_the_global_batch(case, cut):
     steps = (0, 3, 4)  # cover mixup, cutmix and, with mix_prob 0.5, no mixing
     for step in steps:
-        whole = next(TrainLoader(DataConfig(**CONFIG, global_batch=24), 12, seed=4, rank=0, world_size=1,
-                                 micro_batch=24, accumulation=1).batches(step)).batches[0]  # fmt: skip
+        whole = next(
+            TrainLoader(
+                DataConfig(**CONFIG, global_batch=24), 12, seed=4, rank=0, world_size=1, micro_batch=24, accumulation=1
+            ).batches(step)
+        ).batches[0]
         expected = slow_mix(whole["image"], whole["target"], CASES[case], num_classes=10, seed=4, step=step)
         result = collect(*cut, config=CASES[case], step=step)
         assert sorted(result) == list(range(24))
@@ -110,8 +129,16 @@ def test_arithmetic_equals_timm(use_box, monkeypatch):
         box = (*mixing._interval(*centre[0]), *mixing._interval(*centre[1]))
         weight = 1 - (box[1] - box[0]) * (box[3] - box[2]) / 140
     monkeypatch.setattr(mixing, "draw_mix", lambda *_, **__: Mix(weight, box))
-    result = mix(images, targets, num_classes=4, config=TaskConfig(), seed=0, step=0,
-                 partner_images=images.flip(0), partner_targets=targets.flip(0))  # fmt: skip
+    result = mix(
+        images,
+        targets,
+        num_classes=4,
+        config=TaskConfig(),
+        seed=0,
+        step=0,
+        partner_images=images.flip(0),
+        partner_targets=targets.flip(0),
+    )
     torch.testing.assert_close(result, expected)
 
 
@@ -142,8 +169,16 @@ def test_smoothing_without_mixing():
 def test_empty_batch():
     empty, none = torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64)
     for step in range(4):
-        images, soft = mix(empty, none, num_classes=5, config=TaskConfig(), seed=0, step=step,
-                           partner_images=empty, partner_targets=none)  # fmt: skip
+        images, soft = mix(
+            empty,
+            none,
+            num_classes=5,
+            config=TaskConfig(),
+            seed=0,
+            step=step,
+            partner_images=empty,
+            partner_targets=none,
+        )
         assert images.shape == (0, 3, 8, 8) and soft.shape == (0, 5)
 
 

@@ -71,10 +71,15 @@ def oriented(path, orientation: int) -> np.ndarray:
 
 # EXIF 2.3, tag 0x0112: which side of the stored picture is the top of the scene.
 UPRIGHT = {
-    1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
-    5: lambda p: p.swapaxes(0, 1), 6: lambda p: np.rot90(p, -1), 7: lambda p: np.rot90(p.swapaxes(0, 1), 2),
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: np.rot90(p.swapaxes(0, 1), 2),
     8: lambda p: np.rot90(p, 1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

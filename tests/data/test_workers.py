@@ -94,8 +94,14 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("end", ["return", "exception", "group_signal", "killed"])
 def test_processes_end_with_their_parent(end):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, end], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True, cwd=Path(__file__).resolve().parents[2])  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     out, _ = process.communicate(timeout=60)
     _, *workers = map(int, out.splitlines()[0].split())
     assert len(set(workers)) == 2

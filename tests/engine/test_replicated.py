@@ -39,6 +39,7 @@ def two_steps() -> list[float]:
     for _ in range(2):
         model.zero_grad()
         model(torch.full((1, 1), 1.0 + dist.get_rank())).sum().backward()
+    assert layer.weight.grad is not None
     return layer.weight.grad.tolist()
 
 

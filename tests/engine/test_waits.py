@@ -1,6 +1,7 @@
 """A training step waits for the device once; a MoE layer does not on one process, nor where ranks pad by a capacity."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,10 +67,12 @@ STEPS = {
     "fp16": ("engine.precision=fp16", "model.moe.dropout=0.1"),
     "sgd": ("optim.name=sgd", "optim.clip_norm=0", "optim.ema=0"),
     "bias that balances": (
-        "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none",
+        "model.moe.scores=sigmoid",
+        "model.moe.bias_rate=0.01",
+        "model.moe.balance_loss=none",
         "model.moe.backend=padded",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
@@ -135,7 +138,8 @@ def waits_of_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     The order of blocks is made of numbers that the host has, as tensors of the host.
     """
-    found, forward, order = Counter(), MoELayer.forward, transport.block_order
+    found: Counter[str] = Counter()
+    forward, order = MoELayer.forward, transport.block_permutation
 
     def on_host(sizes, wanted, device):
         with torch.utils._python_dispatch._disable_current_modes():
@@ -160,7 +164,7 @@ def waits_of_layers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(MoELayer, "forward", counted)
     monkeypatch.setattr(PaddedAllToAll, "_rows", agreed)
     for module in (transport, chunks):
-        monkeypatch.setattr(module, "block_order", on_host)
+        monkeypatch.setattr(module, "block_permutation", on_host)
     return found
 
 
@@ -172,7 +176,8 @@ def count_on_ranks(root: str) -> dict[str, list[int]]:
         waits = waits_of_layers(monkeypatch)
         for case, (options, *_) in RANKS.items():
             always = (f"parallel.expert={size}", "log.every=100", "optim.epochs=1.1")
-            trainer, found = Trainer(open_tiny(f"{root}/{case.replace(' ', '-')}", *always, *options)), []
+            trainer = Trainer(open_tiny(Path(root) / case.replace(" ", "-"), *always, *options))
+            found: list[int] = []
             trainer.progress.step = trainer.loader.steps_per_epoch - 3
             take = trainer._train_step
 
@@ -182,7 +187,7 @@ def count_on_ranks(root: str) -> dict[str, list[int]]:
                 found.append(sum(waits.values()))
                 return len(found) == 4
 
-            trainer._train_step = step
+            trainer._train_step = step  # type: ignore[method-assign]  # a stand-in
             trainer.run()
             results[case] = found
     return results

@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import Groups, build_groups
 from swin_moe.randomness import RandomContext
@@ -13,7 +15,7 @@ from tests.equivalence import expert_parallel_cases as spread_cases
 from tests.equivalence.expert_parallel_cases import NOISY, Case, Net, build, data, spread, together, transport_of
 from tests.parallel import tutel_stand_in
 
-CONFIDENT = {"batch_prioritized": True, "top_k": 2, **NOISY}
+CONFIDENT: dict[str, Any] = {"batch_prioritized": True, "top_k": 2, **NOISY}
 SLOW = ("group on 2 ranks: ",)  # 32 options of the router, which backends do not see; some of them stand for all
 
 # Beyond the layouts of expert_parallel_cases.py.
@@ -32,7 +34,7 @@ CASES = {
         "group by need": together((2, 1), 2, capacity_factor=0.0, **CONFIDENT),
         "group with drops": together((2, 1), 2, capacity_factor=0.5, **CONFIDENT),
         "bf16 payload": Case((2, 1), options={**CONFIDENT, "payload": "bf16"}),
-        "fp8 payload in chunks": Case((2, 1), options={**CONFIDENT, "payload": "fp8", "overlap": 2}),
+        "fp8 payload in slices": Case((2, 1), options={**CONFIDENT, "payload": "fp8", "overlap": 2}),
     },
     4: {
         "by confidence and need": Case((1, 3, 0, 1), experts=8, options={**CONFIDENT, "capacity_factor": 0.0}),
@@ -71,6 +73,7 @@ def results_of(case: Case, backend: str, dtype: torch.dtype, groups: Groups) -> 
     share = len(x) * world / max(sum(case.images), 1)
     y, loss = net.run(x, seen, RandomContext(7, 3, sample), share, case.recompute)
     loss.backward()
+    assert net.mlp.stats is not None, "it has just run"
     found = {"y": y, "aux": net.mlp.stats.aux, "x.grad": x.grad}
     found |= {f"{name}.grad": p.grad for name, p in net.named_parameters() if p.requires_grad}
     assert all(value is not None for value in found.values())
@@ -79,7 +82,7 @@ def results_of(case: Case, backend: str, dtype: torch.dtype, groups: Groups) -> 
     return {name: value.detach() for name, value in found.items()}, described(net.mlp)
 
 
-def described(layer: torch.nn.Module) -> str:
+def described(layer: MoELayer) -> str:
     """Returns what kind of dispatcher the layer has, and how its rows travel."""
     return f"{type(layer.dispatcher).__name__} {transport_of(layer)}".strip()
 
@@ -93,8 +96,14 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def compare_backends(case: Case) -> dict[tuple[str, str], dict]:
     """Returns (backend, dtype) -> this rank's differences from native, and the dispatcher that was used."""
-    groups = build_groups(case.parallel, case.experts, torch.device("cpu"), routing_ranks=case.routing_ranks,
-                          two_hops=case.config.transport == "hierarchical", hosts=case.hosts)  # fmt: skip
+    groups = build_groups(
+        case.parallel,
+        case.experts,
+        torch.device("cpu"),
+        routing_ranks=case.routing_ranks,
+        two_hops=case.config.transport == "hierarchical",
+        hosts=case.hosts,
+    )
     found = {}
     # A payload rounds numbers that differ in their last bits now and then to different ones; in float64, never.
     dtypes = (torch.float64, torch.float32) if case.config.payload == "none" else (torch.float64,)

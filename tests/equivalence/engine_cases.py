@@ -73,8 +73,15 @@ class Case:
     @property
     def oracle(self) -> "Case":
         """Returns the same training on one rank."""
-        return Case("torch", 0, 1, num_experts=self.num_experts, precision=self.precision, uneven=self.uneven,
-                    options=self.options)  # fmt: skip
+        return Case(
+            "torch",
+            0,
+            1,
+            num_experts=self.num_experts,
+            precision=self.precision,
+            uneven=self.uneven,
+            options=self.options,
+        )
 
     @property
     def overrides(self) -> list[str]:
@@ -99,16 +106,22 @@ class Case:
 TOP2 = ("model.moe.top_k=2",)
 COSINE = ("model.moe.router=cosine", "model.moe.cosine_dim=4", "model.moe.capacity_factor=0.0")
 # One routing group of all images, whatever the ranks; evaluation is by need, as it must be then.
-CHUNKS = (*TOP2, "model.moe.overlap=3")  # experts called once for several chunks, under every engine's hooks
+SLICES = (*TOP2, "model.moe.overlap=3")  # experts called once for several slices, under every engine's hooks
 PADDED = (*TOP2, "model.moe.backend=padded")
 SPANNING = (f"model.moe.group_images={BATCH}", "model.moe.eval_capacity_factor=0", "model.moe.batch_prioritized=true")
 
 # Router state that no gradient moves: a bias that follows the loads of all ranks and micro-batches. And what is dense.
 BALANCED = (
-    "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none", "model.moe.top_k=2",
-    "model.moe.normalize_gate=true", "model.moe.z_loss_weight=0.01", "model.moe.shared_experts=1",
-    "model.moe.expert_groups=4", "model.moe.group_limit=3",
-)  # fmt: skip
+    "model.moe.scores=sigmoid",
+    "model.moe.bias_rate=0.01",
+    "model.moe.balance_loss=none",
+    "model.moe.top_k=2",
+    "model.moe.normalize_gate=true",
+    "model.moe.z_loss_weight=0.01",
+    "model.moe.shared_experts=1",
+    "model.moe.expert_groups=4",
+    "model.moe.group_limit=3",
+)
 GLOBAL = ("model.moe.balance_scope=global", "model.moe.top_k=2")
 EXPERTS_CHOOSE = ("model.moe.choice=expert", "model.moe.balance_loss=none", "model.moe.top_k=2")
 SOFT = ("model.moe.choice=soft", "model.moe.balance_loss=none", "model.moe.slots=3")
@@ -116,7 +129,7 @@ LABELS = {BALANCED: "balanced", GLOBAL: "global", EXPERTS_CHOOSE: "experts-choos
 
 # With seed 0 and 32 experts a ReLU of the position bias stands at 0: one rank in float32 is on the other side of it
 # than in float64, 1.2e-3 away in that bias, while two ranks in float32 (torch, DeepSpeed) are 2.7e-6 from float64.
-# So it is with chunks in float32 (5.5e-4 in that bias; gradients of the first step 1.1e-6).
+# So it is with slices in float32 (5.5e-4 in that bias; gradients of the first step 1.1e-6).
 SEED = ("run.seed=1",)
 
 # 32 experts, 16 or 64 tokens an image: in a step with one image most experts have no token.
@@ -149,11 +162,11 @@ CASES = (
     Case("torch", 0, 2, uneven=True, options=GLOBAL),
     Case("torch", 2, 2, accumulation=2, uneven=True, options=EXPERTS_CHOOSE),
     Case("torch", 3, 2, accumulation=2, uneven=True, options=SOFT),
-    Case("torch", 0, 2, options=CHUNKS),
-    Case("torch", 3, 4, expert=2, accumulation=2, recompute=True, options=CHUNKS),
-    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=CHUNKS),
-    Case("deepspeed", 3, 2, precision="fp32", options=(*CHUNKS, *SEED)),
-    Case("fairscale", 2, 2, options=CHUNKS),
+    Case("torch", 0, 2, options=SLICES),
+    Case("torch", 3, 4, expert=2, accumulation=2, recompute=True, options=SLICES),
+    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=SLICES),
+    Case("deepspeed", 3, 2, precision="fp32", options=(*SLICES, *SEED)),
+    Case("fairscale", 2, 2, options=SLICES),
     Case("torch", 3, 4, expert=2, uneven=True, recompute=True, options=PADDED),
     # DeepSpeed: float32 at most, equal experts on every rank.
     *(Case("deepspeed", zero, 2, precision="fp32") for zero in (1, 2, 3)),
@@ -198,11 +211,23 @@ CASES = (
         Case("torch", zero, world, expert, shard, experts, precision, accumulation, recompute, uneven, full=True)
         for zero in (0, 1, 2, 3)
         for world, expert, shard, experts in (
-            (2, 2, 1, 4), (2, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 4),
-            (4, 4, 1, 4), (4, 2, 1, 4), (4, 2, 2, 4), (4, 1, 2, 3), (4, 1, 4, 2), (4, 4, 1, 5), (4, 1, 1, 3),
+            (2, 2, 1, 4),
+            (2, 1, 1, 3),
+            (2, 2, 1, 3),
+            (2, 1, 2, 4),
+            (4, 4, 1, 4),
+            (4, 2, 1, 4),
+            (4, 2, 2, 4),
+            (4, 1, 2, 3),
+            (4, 1, 4, 2),
+            (4, 4, 1, 5),
+            (4, 1, 1, 3),
         )
         for precision, accumulation, recompute, uneven in (
-            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 1, False, True), ("fp32", 2, True, False),
+            ("fp64", 2, False, True),
+            ("fp64", 1, True, False),
+            ("fp32", 1, False, True),
+            ("fp32", 2, True, False),
         )
     ),
     *(
@@ -216,7 +241,9 @@ CASES = (
         for zero in (1, 2, 3)
         for world, expert, shard in ((2, 2, 1), (2, 1, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 2, 2), (4, 1, 4))
         for accumulation, recompute, uneven, offload in (
-            (1, True, True, "none"), (2, False, True, "none"), (2, True, False, "optimizer"),
+            (1, True, True, "none"),
+            (2, False, True, "none"),
+            (2, True, False, "optimizer"),
         )
     ),
     *(
@@ -224,7 +251,9 @@ CASES = (
         for zero in (1, 2)
         for world, expert, shard, experts in ((2, 2, 1, 4), (2, 1, 1, 3), (4, 2, 2, 4), (4, 4, 1, 5), (4, 1, 1, 3))
         for precision, accumulation, recompute, uneven in (
-            ("fp64", 2, False, True), ("fp64", 1, True, False), ("fp32", 2, True, True),
+            ("fp64", 2, False, True),
+            ("fp64", 1, True, False),
+            ("fp32", 2, True, True),
         )
     ),
     *(
@@ -232,7 +261,7 @@ CASES = (
         for engine, zero in (("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fairscale", 1), ("fairscale", 2))
         for precision in ("bf16", "fp16")
     ),
-)  # fmt: skip
+)
 
 
 # Every one of these writes the same checkpoint for the same state, and continues every other's.

@@ -5,14 +5,17 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from swin_moe.config.io import load_config
 from swin_moe.data.batch import to_device
+from swin_moe.data.loader import StepBatches
 from swin_moe.engine.base import StepStats
 from swin_moe.parallel.groups import build_groups
+from swin_moe.run.expert_load import moe_layers
 from swin_moe.run.session import Session
 from swin_moe.train import Trainer
 from tests.equivalence.engine_cases import BALANCED, BATCH, CHECKPOINTS, POISONED, STEPS, Case, runnable
@@ -32,7 +35,7 @@ def open_case(case: Case, directory: Path, *options: str) -> Session:
     return Session(config, groups, torch.device("cpu"))
 
 
-def take_step(trainer: Trainer, step: int, batches: object) -> tuple[list[float], StepStats]:
+def take_step(trainer: Trainer, step: int, batches: StepBatches) -> tuple[list[float], StepStats]:
     """Returns ([task loss, auxiliary loss, pairs dropped], statistics) of one optimizer step, summed over ranks."""
     context = trainer._context(step, trainer._count(batches))
     sums = torch.zeros(3, dtype=torch.float64)
@@ -42,7 +45,9 @@ def take_step(trainer: Trainer, step: int, batches: object) -> tuple[list[float]
             loss = trainer.task.loss(trainer.engine.model, batch, context)
             trainer.engine.backward(loss.total)
         sums[:2] += torch.stack([loss.task, loss.aux])
-        sums[2] += sum(int(m.stats.dropped) for m in trainer.engine.local_model.modules() if hasattr(m, "stats"))
+        for _, layer in moe_layers(trainer.engine.local_model):
+            assert layer.stats is not None, "it has just run"
+            sums[2] += int(layer.stats.dropped)
     if dist.is_initialized():
         dist.all_reduce(sums)
     stats = trainer.engine.step(step)
@@ -129,7 +134,7 @@ def poison(case: Case, root: str) -> dict:
     trainer = Trainer(open_case(case, Path(root)))
     before = saved(trainer)
     factor = float("nan") if dist.get_rank() == dist.get_world_size() - 1 else 1.0
-    handle = trainer.engine.local_model.norm.register_forward_hook(
+    handle = trainer.engine.local_model.get_submodule("norm").register_forward_hook(
         lambda module, inputs, output: output.register_hook(lambda g: g * factor) and None
     )
     batches = trainer.loader.batches(0, 2)
@@ -142,7 +147,7 @@ def poison(case: Case, root: str) -> dict:
 
 def run_alone(cases: list[Case], root: str) -> dict:
     """Returns what one rank gives: cases, and by precision a checkpoint, what follows it and a later one."""
-    result = {"cases": run_cases(cases)}
+    result: dict[str, Any] = {"cases": run_cases(cases)}
     for precision in ("fp64", "fp32"):
         alone, folder = Case("torch", 0, 1, precision=precision, options=BALANCED), f"{root}/{precision}"
         source = train_and_save(alone, f"{folder}/source", 3)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ def every_kind(images: tuple[int, ...], ranks: int) -> dict[str, Case]:
 
 
 SIGMOID = {"scores": "sigmoid", "balance_loss": "gshard", "top_k": 2, "normalize_gate": True, **NOISY}
-LIMITED = {**SIGMOID, "expert_groups": 2, "group_limit": 1, "z_loss_weight": 0.5}
+LIMITED: dict[str, Any] = {**SIGMOID, "expert_groups": 2, "group_limit": 1, "z_loss_weight": 0.5}
 EXPERTS_CHOOSE = {"choice": "expert", "balance_loss": "none", "top_k": 2, **NOISY}
 SOFT = {"choice": "soft", "balance_loss": "none", "slots": 2, **NOISY}
 GLOBAL = {**GROUPS, "balance_scope": "global", "top_k": 2, **NOISY}
@@ -84,8 +85,8 @@ def two_hops(hosts: tuple[int, ...], images: tuple[int, ...], *layout: int, **fi
     return Case(images, spread(*layout), options=options, hosts=hosts, **{"experts": 8, **fields})
 
 
-def chunked(images: tuple[int, ...], *layout: int, overlap: int = 2, **fields) -> Case:
-    """Returns a case whose rows travel in chunks."""
+def sliced(images: tuple[int, ...], *layout: int, overlap: int = 2, **fields) -> Case:
+    """Returns a case whose rows travel in slices."""
     return Case(images, spread(*layout), options={"overlap": overlap, "top_k": 2, **NOISY}, **{"experts": 8, **fields})
 
 
@@ -112,12 +113,12 @@ CASES = {
         "by need": Case((2, 1), options={"capacity_factor": 0.0, "top_k": 2, **NOISY}),
         "nothing gets a slot": Case((2, 2), options={"capacity_factor": 0.1}),
         "two hops without levels": two_hops((0, 1), (2, 1)),
-        "chunks": chunked((2, 1)),
-        "chunks, more than rows": chunked((1, 0), overlap=9),
-        "chunks, no tokens at all": chunked((0, 0)),
-        "chunks, 3 experts over 2 ranks": chunked((2, 3), 2, experts=3, overlap=3),
-        "chunks, shards": chunked((2, 1), 1, 2, hidden=9),
-        "chunks, recomputed": chunked((2, 1), overlap=3, recompute=True),
+        "slices": sliced((2, 1)),
+        "slices, more than rows": sliced((1, 0), overlap=9),
+        "slices, no tokens at all": sliced((0, 0)),
+        "slices, 3 experts over 2 ranks": sliced((2, 3), 2, experts=3, overlap=3),
+        "slices, shards": sliced((2, 1), 1, 2, hidden=9),
+        "slices, recomputed": sliced((2, 1), overlap=3, recompute=True),
         **every_kind((2, 1), 2),
         "group with an empty rank": together((2, 0), 2, top_k=2, capacity_factor=0.5),
         "group of nothing": together((0, 0), 2, top_k=2),
@@ -155,10 +156,10 @@ CASES = {
         "two hops, shards": two_hops((0, 0, 0, 1), (1, 2, 1, 1), 2, 2, hidden=9),
         "two hops in groups of two": two_hops((0, 1, 1, 1), (1, 2, 1, 1), 2),
         "two hops, no tokens at all": two_hops((0, 0, 0, 1), (0, 0, 0, 0)),
-        "chunks, two hops, 3 + 1 ranks": two_hops((0, 0, 0, 1), (2, 1, 0, 1), overlap=3),
-        "chunks, two hops, recomputed": two_hops((0, 1, 1, 1), (2, 1, 0, 1), overlap=2, recompute=True),
-        "chunks, 5 experts over 4 ranks": chunked((1, 2, 1, 2), 4, experts=5),
-        "chunks, expert 2 x data 2": chunked((2, 1, 0, 3), 2, overlap=4),
+        "slices, two hops, 3 + 1 ranks": two_hops((0, 0, 0, 1), (2, 1, 0, 1), overlap=3),
+        "slices, two hops, recomputed": two_hops((0, 1, 1, 1), (2, 1, 0, 1), overlap=2, recompute=True),
+        "slices, 5 experts over 4 ranks": sliced((1, 2, 1, 2), 4, experts=5),
+        "slices, expert 2 x data 2": sliced((2, 1, 0, 3), 2, overlap=4),
         **every_kind((2, 2, 2, 1), 2),
         "group on 4 ranks": together((2, 2, 1, 0), 4, top_k=2, capacity_factor=0.5),
         "group on 4 ranks, recomputed": together((2, 2, 2, 2), 4, router="cosine", top_k=2, recompute=True),
@@ -205,7 +206,7 @@ class Net(torch.nn.Module):
         self.double()
         if case.starve is not None:
             with torch.no_grad():
-                self.mlp.router.weight[case.starve] = -50.0  # inputs are positive in such a case
+                self.mlp.router.get_parameter("weight")[case.starve] = -50.0  # inputs are positive in such a case
         return self
 
     def run(self, x, seen, random, share, recompute=False):
@@ -232,7 +233,7 @@ def run_alone(case: Case) -> dict:
     sample, total, world = torch.arange(sum(case.images)), max(sum(case.images), 1), len(case.images)
     if case.config.capacity_scope == "images":
         y, loss = net.run(torch.cat(xs), torch.cat(seens), RandomContext(7, 3, sample), world)
-        ys, losses = y.split(case.images), [loss]
+        ys, losses = y.split(case.images), (loss,)
     else:
         runs = [
             net.run(x, seen, RandomContext(7, 3, part), len(x) * world / total)
@@ -242,7 +243,9 @@ def run_alone(case: Case) -> dict:
     (sum(losses) / world).backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in grads.values()]).norm()
-    whole = {"aux": net.mlp.stats.aux, "dropped": net.mlp.stats.dropped}  # means something where all ran at once
+    stats = net.mlp.stats
+    assert stats is not None, "it has just run"
+    whole = {"aux": stats.aux, "dropped": stats.dropped}  # means something where all ran at once
     return {
         "whole": whole,
         "y": ys,
@@ -257,8 +260,14 @@ def run_spread(case: Case) -> dict:
     """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
     expected = run_alone(case)
     rank, world = dist.get_rank(), dist.get_world_size()
-    groups = build_groups(case.parallel, case.experts, torch.device("cpu"), routing_ranks=case.routing_ranks,
-                          two_hops=case.config.transport == "hierarchical", hosts=case.hosts)  # fmt: skip
+    groups = build_groups(
+        case.parallel,
+        case.experts,
+        torch.device("cpu"),
+        routing_ranks=case.routing_ranks,
+        two_hops=case.config.transport == "hierarchical",
+        hosts=case.hosts,
+    )
     with torch.device("meta"):
         net = Net(build(case))
     net = parallelize(net, case.parallel, groups).to_empty(device="cpu").initialize(case)
@@ -273,21 +282,27 @@ def run_spread(case: Case) -> dict:
     share = len(x) * world / max(sum(case.images), 1)
     y, loss = net.run(x, seen, RandomContext(7, 3, sample), share, case.recompute)
     loss.backward()
+    stats = net.mlp.stats
+    assert stats is not None, "it has just run"
     if case.config.capacity_scope == "images":
-        found = torch.stack([net.mlp.stats.aux * share / world, net.mlp.stats.dropped.double()])
+        found = torch.stack([stats.aux * share / world, stats.dropped.double()])
         dist.all_reduce(found)
         wanted = expected["whole"]
         errors |= {"aux": error(found[0], wanted["aux"]), "dropped": error(found[1], wanted["dropped"])}
     reduce_expert_gradients(net, groups, world)
     dense = [(n, p) for n, p in dense_parameters(net) if p.requires_grad]
     for _, p in dense:
+        assert p.grad is not None
         dist.all_reduce(p.grad)
         p.grad /= world
+    assert x.grad is not None
     errors |= {"y": error(y, expected["y"][rank]), "x_grad": error(x.grad, expected["x_grad"][rank])}
-    trained = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
-    assert trained.keys() == expected["grads"].keys() and all(g is not None for g in trained.values())
-    errors["expert_grads"] = max(error(trained[n], expected["grads"][n][own[n]])
-                                 for n, p in expert_parameters(net) if p.requires_grad)  # fmt: skip
+    grads = {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
+    trained = {n: grad for n, grad in grads.items() if grad is not None}
+    assert grads.keys() == trained.keys() == expected["grads"].keys()
+    errors["expert_grads"] = max(
+        error(trained[n], expected["grads"][n][own[n]]) for n, p in expert_parameters(net) if p.requires_grad
+    )
     errors["dense_grads"] = max(error(trained[n], expected["grads"][n]) for n, _ in dense)
     norm = global_grad_norm(net, groups)
     errors["norm"] = error(norm, expected["norm"])
@@ -295,9 +310,14 @@ def run_spread(case: Case) -> dict:
     errors["clip"] = error(global_grad_norm(net, groups), 0.5 * norm * (norm / (norm + 1e-6)))
     twin = copy.deepcopy(net).eval()  # an averaged copy of the weights talks to the same ranks
     errors["copy"] = error(twin.mlp(x)[0], net.eval().mlp(x)[0])
-    return {"errors": errors, "norm": float(norm).hex(), "degrees": groups.degrees,
-            "dispatcher": type(net.mlp.dispatcher).__name__, "transport": transport_of(net.mlp),
-            "kept": net.mlp.stats.kept.tolist()}  # fmt: skip
+    return {
+        "errors": errors,
+        "norm": float(norm).hex(),
+        "degrees": groups.degrees,
+        "dispatcher": type(net.mlp.dispatcher).__name__,
+        "transport": transport_of(net.mlp),
+        "kept": stats.kept.tolist(),
+    }
 
 
 def transport_of(layer: MoELayer) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from tests.equivalence import engine_runs
 from tests.equivalence.engine_cases import BALANCED, CASES, CHECKPOINTS, Case, chosen, runnable
+from tests.gathered import gathered
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.mpi
@@ -24,19 +25,9 @@ CONTINUED = {"fp64": 1e-10, "fp32": 1e-5}  # steps after a checkpoint
 HALF_FACTOR = 1.5  # bf16 and fp16: how much further from float64 than one rank in that precision
 
 
-def gathered(results: list[dict], part: str) -> dict[str, torch.Tensor]:
-    """Returns the global tensors, put together from every rank's pieces."""
-    tensors: dict[str, torch.Tensor] = {}
-    for result in results:
-        for name, shape, offset, tensor in result[part]:
-            whole = tensors.setdefault(name, torch.full(shape, float("nan"), dtype=torch.float64))
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape))] = tensor.double()
-    for name, tensor in tensors.items():
-        assert not tensor.isnan().any(), f"no rank holds all of {name}"
-        if name.endswith("qkv.bias"):  # the key third's true gradient is 0: Adam turns its rounding noise into steps
-            third = tensor.shape[0] // 3
-            tensor[third : 2 * third] = 0
-    return tensors
+def tensors_of(results: list[dict], part: str) -> dict[str, torch.Tensor]:
+    """Returns the whole tensors in float64, put together from every rank's pieces."""
+    return gathered((n, shape, offset, x.double()) for r in results for n, shape, offset, x in r[part])
 
 
 def distances(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -62,8 +53,8 @@ def measure(case: Case, results: list[dict], oracle: list[dict]) -> dict[str, tu
         "curve": (float(numbers.max()), "loss, norm, clip factor"),
         "balance": (float(relative[0 if case.precision == "fp32" else slice(None), 1].max()), "auxiliary loss"),
         "dropped": (float((actual[:, 2] - expected[:, 2]).abs().max()), "pairs"),
-        "gradients": worst(distances(gathered(results, "first"), gathered(oracle, "first"))),
-        "weights": worst(distances(gathered(results, "final"), gathered(oracle, "final"))),
+        "gradients": worst(distances(tensors_of(results, "first"), tensors_of(oracle, "first"))),
+        "weights": worst(distances(tensors_of(results, "final"), tensors_of(oracle, "final"))),
     }
 
 
@@ -75,9 +66,9 @@ def check(case: Case, results: list[dict], oracles: dict[str, list[dict]]) -> No
         print(case.name, {what: f"{value:.1e}" for what, (value, _) in found.items()})
         assert not wrong, wrong
         return
-    exact = gathered(oracles[exact_case(case).name], "final")
+    exact = tensors_of(oracles[exact_case(case).name], "final")
     ours, alone = (
-        sum(value**2 for value in distances(gathered(r, "final"), exact).values()) ** 0.5 for r in (results, oracle)
+        sum(value**2 for value in distances(tensors_of(r, "final"), exact).values()) ** 0.5 for r in (results, oracle)
     )
     print(case.name, f"{ours:.2e} from float64, one rank {alone:.2e}")
     assert ours <= HALF_FACTOR * alone
@@ -132,7 +123,7 @@ def test_trains_as_one_rank_does(results_of, alone, case):
 
 def test_biases_follow_the_loads(alone):
     """What the other tests compare is not all zeros: biases are multiples of the rate, and have moved apart."""
-    final = gathered([alone["cases"][Case("torch", 0, 1, options=BALANCED).name]], "final")
+    final = tensors_of([alone["cases"][Case("torch", 0, 1, options=BALANCED).name]], "final")
     biases = [t for n, t in final.items() if n.endswith("router.balance.bias") and not n.startswith("ema/")]
     moved = torch.stack(biases) / 0.01
     torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-9)

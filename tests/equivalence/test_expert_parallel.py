@@ -29,8 +29,10 @@ def test_equals_one_process(results_of, world, name):
 
 def test_the_layouts_are_what_they_are_called(results_of):
     results = results_of(4)
-    degrees = {name: (d.expert, d.expert_shard, d.expert_data) for name, d in
-               ((name, found["degrees"]) for name, found in results[0].items())}  # fmt: skip
+    degrees = {
+        name: (d.expert, d.expert_shard, d.expert_data)
+        for name, d in ((name, found["degrees"]) for name, found in results[0].items())
+    }
     assert degrees["one expert a rank"] == (4, 1, 1)
     assert degrees["expert 2 x data 2"] == (2, 1, 2)
     assert degrees["expert 2 x shard 2, automatic"] == (2, 2, 1)

@@ -11,6 +11,7 @@ drops some there), experts on several ranks (Tutel rounds the capacity up to a m
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -80,17 +81,30 @@ def peer_of(layer: MoELayer, drawn: Drawn, num_local: int):
         gate |= {"type": "cosine_top", "proj_dim": config.cosine_dim, "init_t": config.cosine_init_t}
     peer = moe.moe_layer(
         gate_type=gate,
-        experts={"type": "ffn", "num_experts_per_device": num_local, "hidden_size_per_expert": drawn.hidden,
-                 "activation_fn": F.gelu},
-        model_dim=drawn.dim, batch_prioritized_routing=config.batch_prioritized,
-        normalize_gate=config.normalize_gate, is_gshard_loss=config.balance_loss == "gshard",
-    ).train(drawn.training)  # fmt: skip
-    names = {"experts.fc1_weight": "experts.batched_fc1_w", "experts.fc1_bias": "experts.batched_fc1_bias",
-             "experts.fc2_weight": "experts.batched_fc2_w", "experts.fc2_bias": "experts.batched_fc2_bias"}  # fmt: skip
+        experts={
+            "type": "ffn",
+            "num_experts_per_device": num_local,
+            "hidden_size_per_expert": drawn.hidden,
+            "activation_fn": F.gelu,
+        },
+        model_dim=drawn.dim,
+        batch_prioritized_routing=config.batch_prioritized,
+        normalize_gate=config.normalize_gate,
+        is_gshard_loss=config.balance_loss == "gshard",
+    ).train(drawn.training)
+    names = {
+        "experts.fc1_weight": "experts.batched_fc1_w",
+        "experts.fc1_bias": "experts.batched_fc1_bias",
+        "experts.fc2_weight": "experts.batched_fc2_w",
+        "experts.fc2_bias": "experts.batched_fc2_bias",
+    }
     if cosine:
-        names |= {"router.temperature": "gates.0.temperature", "router.sim_matrix": "gates.0.sim_matrix",
-                  "router.projector.weight": "gates.0.cosine_projector.weight",
-                  "router.projector.bias": "gates.0.cosine_projector.bias"}  # fmt: skip
+        names |= {
+            "router.temperature": "gates.0.temperature",
+            "router.sim_matrix": "gates.0.sim_matrix",
+            "router.projector.weight": "gates.0.cosine_projector.weight",
+            "router.projector.bias": "gates.0.cosine_projector.bias",
+        }
     else:
         names["router.weight"] = "gates.0.wg.weight"
     theirs = {ours: peer.get_parameter(name) for ours, name in names.items()}
@@ -141,7 +155,8 @@ def compare(drawn: Drawn) -> dict:
         found[who] = {"y": y[0], "aux": aux, "x.grad": tokens.grad, **grads}
         found[who] = {name: value.detach().double() for name, value in found[who].items()}
     pairs = {"apart": ("ours", "theirs"), "ours": ("ours", "exact"), "theirs": ("theirs", "exact")}
-    results = {"dropped": int(layer.stats.dropped)}
+    assert layer.stats is not None, "it has just run"
+    results: dict[str, Any] = {"dropped": int(layer.stats.dropped)}
     for what, (a, b) in pairs.items():
         results[what] = {name: difference(found[a][name], expected) for name, expected in found[b].items()}
     return results

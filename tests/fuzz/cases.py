@@ -8,18 +8,23 @@ from typing import Any
 
 from checkpoint_tools.__main__ import VERBS
 from swin_moe.config import Config
-from swin_moe.config.io import _schema_keys
+from swin_moe.config.coerce import schema_keys
+from swin_moe.config.tasks import MOVED
 from tests.fuzz import calls
 
-KEYS = [key for key in _schema_keys(Config) if "." in key]
-PATH_KEYS = ("data.path", "run.output", "run.name", "checkpoint.load", "checkpoint.init", "task.teacher",
-             "task.teacher_model", "model.moe.tune_cache")  # fmt: skip
+KEYS = [key for key in schema_keys(Config) if "." in key] + [f"task.{name}" for name in MOVED]
+_TEACHER = "task.distill.teacher"
+PATH_KEYS = (
+    f"data.path run.output run.name checkpoint.load checkpoint.init {_TEACHER} task.distill.teacher_model "
+    "model.moe.tune_cache"
+).split()
 TYPES = ["x", "", "[1]", "[[1],[2]]", "{a: 1}", "null", "true", "1.5", "2024-01-01", "!!python/name:os.x", "&a [*a]",
          "[", "'", "é☃", "~", "[]", "[[]]", "[1, x]", "[null]", "a\0b", "=", "a=b", " ", "\t", "x" * 5000, "on",
          "!!int x", "\x1b[31m", "%s", "{0}", "-", "--x"]  # fmt: skip
-NUMBERS = ["0", "-1", "-0.5", "1e-9", "nan", ".nan", "inf", "-inf", ".inf", "1e400", "9" * 25, "1000000000", "2", "3",
-           "5", "7", "1e9", "0x10", "1_0", "1e-400", "[0,0]", "[1,2,3]", "[-1]", "[1e9,1e9]", "[1,1]", "9" * 5000,
-           "65537", "[9999999999,1]", "[1.5,2]", "+1", "0.999999999", "1e18"]  # fmt: skip
+NUMBERS = (
+    f"0 -1 -0.5 1e-9 nan .nan inf -inf .inf 1e400 {'9' * 25} 1000000000 2 3 5 7 1e9 0x10 1_0 1e-400 [0,0] [1,2,3] [-1] "
+    f"[1e9,1e9] [1,1] {'9' * 5000} 65537 [9999999999,1] [1.5,2] +1 0.999999999 1e18"
+).split()
 NEEDS_IMAGES = ("predict", "inspect-routing")
 CONFIGURED = ("train", "evaluate", "evaluate-features", "predict", "inspect-routing", "throughput", "launch")
 OPTIONS = {
@@ -29,11 +34,10 @@ OPTIONS = {
     "launch": ["-n", "--ranks", "--hostfile", "--env", "--mpi", "--grace", "--nope"],
     "doctor": ["--nope", "--no-measure", "x"],
 }
-VERB_OPTIONS = [
-    "--from", "--to", "--world", "--expert", "--set", "--file-size", "--digest", "--on-drift", "--max-memory",
-    "--duplicate", "--split", "--merge", "--prune", "--load", "--experts", "--blocks", "--top-k", "--router-std",
-    "--weights", "--batch", "--seed", "--nope", "--dry-run", "--ema", "--json",
-]  # fmt: skip
+VERB_OPTIONS = (
+    "--from --to --world --expert --set --file-size --digest --on-drift --max-memory --duplicate --split --merge "
+    "--prune --load --experts --blocks --top-k --router-std --weights --batch --seed --nope --dry-run --ema --json"
+).split()
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,18 @@ def _start(command: str, config: str, rest: list[str], files: dict[str, str], sc
 
 def _misspelt(draw: random.Random, key: str) -> str:
     at = draw.randrange(len(key))
-    return draw.choice([key[:at] + key[at + 1 :], key[:at] + draw.choice("xX._- é") + key[at:], key.upper(), f"{key}.x",
-                        key.rpartition(".")[2], key.rpartition(".")[0], f".{key}", f"{key}."])  # fmt: skip
+    return draw.choice(
+        [
+            key[:at] + key[at + 1 :],
+            key[:at] + draw.choice("xX._- é") + key[at:],
+            key.upper(),
+            f"{key}.x",
+            key.rpartition(".")[2],
+            key.rpartition(".")[0],
+            f".{key}",
+            f"{key}.",
+        ]
+    )
 
 
 def _key_case(draw: random.Random, files: dict[str, str], scratch: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -129,9 +143,11 @@ def _path_case(draw: random.Random, files: dict[str, str], scratch: Path) -> tup
     if command in NEEDS_IMAGES and draw.random() < 0.5:
         return _start(command, files["small.yaml"], [value], files, scratch), (value, "image")
     key = draw.choice(PATH_KEYS)
-    more = {"data.path": [f"data.name={draw.choice(('folder', 'zip', 'imagenet22k'))}"],
-            "task.teacher": ["task.name=distill", "task.teacher_model=swin_tiny_patch4_window7_224"],
-            "task.teacher_model": ["task.name=distill", f"task.teacher={files['model.pth']}"]}  # fmt: skip
+    more = {
+        "data.path": [f"data.name={draw.choice(('folder', 'zip', 'imagenet22k'))}"],
+        _TEACHER: ["task.name=distill", "task.distill.teacher_model=swin_tiny_patch4_window7_224"],
+        "task.distill.teacher_model": ["task.name=distill", f"{_TEACHER}={files['model.pth']}"],
+    }
     return _start(command, files["small.yaml"], [f"{key}={value}", *more.get(key, [])], files, scratch), (key, value)
 
 
@@ -142,7 +158,7 @@ def _verb_case(draw: random.Random, files: dict[str, str], scratch: Path) -> tup
     if verb in ("convert", "reshard", "upcycle", "experts", "average", "export") and draw.random() < 0.7:
         words.append(str(scratch / "out"))
     needed = {"convert": "--to", "export": "--to", "reshard": "--world", "upcycle": "--experts"}.get(verb)
-    for option in [needed] * bool(needed) + draw.sample(VERB_OPTIONS, draw.choice((0, 1, 2))):
+    for option in ([needed] if needed else []) + draw.sample(VERB_OPTIONS, draw.choice((0, 1, 2))):
         value = draw.choice([*TYPES, *NUMBERS, "native", "timm", "hf", "onnx", "safetensors", "img_size=x", "2"])
         words += draw.choice([[option, value], [option, value], [option]])
     return words, (verb, "verb", *filter(None, paths))

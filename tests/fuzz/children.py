@@ -115,6 +115,7 @@ def confine(folder: Path) -> None:
     """Limits this process, turns its output into files, and makes long commands short: one step, two forwards."""
     from launcher import supervise
     from swin_moe import doctor, throughput, train
+    from swin_moe.data.loader import StepBatches
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -123,13 +124,18 @@ def confine(folder: Path) -> None:
         os.dup2(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    vars(sys).update(__stdout__=sys.stdout, __stderr__=sys.stderr)
     faulthandler.enable(sys.stderr)
     os.environ["SWIN_MOE_TRACEBACK"] = "1"
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     os.chdir(folder)
     step = train.Trainer._train_step
-    train.Trainer._train_step = lambda trainer, batches: step(trainer, batches) or True
+
+    def one_step(trainer: train.Trainer, batches: StepBatches) -> bool:
+        step(trainer, batches)
+        return True
+
+    train.Trainer._train_step = one_step  # type: ignore[method-assign, assignment]  # a stand-in
     throughput.WARMUP = throughput.TIMED = 1
     doctor.COMMON = {}
     supervise.run = lambda *arguments, **options: 0  # ranks would cost seconds each

@@ -39,11 +39,18 @@ def make_files(root: Path) -> dict[str, str]:
     CheckpointManager(root / "native").save(1, pieces, state={}, config={"model": dataclasses.asdict(model.config)})
     torch.save({"model": model.state_dict()}, root / "model.pth")
     torch.save({"model": model.state_dict()}, root / "legacy.pth", _use_new_zipfile_serialization=False)
-    contents = {"list": [1, 2], "number": 3, "none": None, "text": "x", "nested": {"model": {"a": {"b": 1}}},
-                "scalars": {"model": {"patch_embed.proj.weight": torch.ones(())}}, "nothing": {"model": {}},
-                "swapped": {"model": {k: v.mT if v.ndim == 2 else v for k, v in model.state_dict().items()}},
-                "whole": {"model": {k: v.int() for k, v in model.state_dict().items()}}, "keys": {1: torch.ones(2)},
-                }  # fmt: skip
+    contents = {
+        "list": [1, 2],
+        "number": 3,
+        "none": None,
+        "text": "x",
+        "nested": {"model": {"a": {"b": 1}}},
+        "scalars": {"model": {"patch_embed.proj.weight": torch.ones(())}},
+        "nothing": {"model": {}},
+        "swapped": {"model": {k: v.mT if v.ndim == 2 else v for k, v in model.state_dict().items()}},
+        "whole": {"model": {k: v.int() for k, v in model.state_dict().items()}},
+        "keys": {1: torch.ones(2)},
+    }
     for name, content in contents.items():
         torch.save(content, root / f"{name}.pth")
     data = (root / "model.pth").read_bytes()
@@ -56,12 +63,25 @@ def make_files(root: Path) -> dict[str, str]:
     (root / "cut.png").write_bytes((root / "image.png").read_bytes()[:40])
     (root / "text.png").write_text("no image\n")
     (root / "image.yaml").write_bytes((root / "image.png").read_bytes())
-    for name, text in {"empty": "", "list": "[1, 2]", "word": "word", "twice": "model: {}\nmodel: {}", "open": "a: [",
-                       "itself": "base: itself.yaml", "null": "model: null", "tag": "run: !!python/object:os.x {}",
-                       "anchor": "run: &a {name: *a}", "tabs": "run:\n\tname: x", "binary": "run: !!binary aGk=",
-                       "official": "MODEL: {TYPE: 3}", "official2": "DATA: [1]\nMODEL: {SWIN: {DEPTHS: x}}",
-                       "numbers": "1: 2", "base": "base: nowhere", "based": "base: 3", "folded": "? [a]\n: b",
-                       }.items():  # fmt: skip
+    for name, text in {
+        "empty": "",
+        "list": "[1, 2]",
+        "word": "word",
+        "twice": "model: {}\nmodel: {}",
+        "open": "a: [",
+        "itself": "base: itself.yaml",
+        "null": "model: null",
+        "tag": "run: !!python/object:os.x {}",
+        "anchor": "run: &a {name: *a}",
+        "tabs": "run:\n\tname: x",
+        "binary": "run: !!binary aGk=",
+        "official": "MODEL: {TYPE: 3}",
+        "official2": "DATA: [1]\nMODEL: {SWIN: {DEPTHS: x}}",
+        "numbers": "1: 2",
+        "base": "base: nowhere",
+        "based": "base: 3",
+        "folded": "? [a]\n: b",
+    }.items():
         (root / f"{name}.yaml").write_text(text)
     (root / "latin.yaml").write_bytes("run: {name: é}".encode("latin-1"))
     (root / "folder").mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 from swin_moe.config import Config
-from swin_moe.config.io import _schema_keys
+from swin_moe.config.coerce import schema_keys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = tuple(str(ROOT / package) for package in ("swin_moe", "launcher", "checkpoint_tools"))
@@ -16,7 +16,7 @@ RAW = re.compile(
     r"\b[A-Z]\w+Error\b|Errno|object has no|object is not|not subscriptable|cannot reshape|broadcast|not iterable"
     r"|unexpected keyword|'NoneType'|invalid literal|must be real|unhashable type|positional argument|^error: '\w+'$"
 )
-_KEYS = {part for key in _schema_keys(Config) for part in (key, key.rpartition(".")[2]) if re.search("[._]", part)}
+_KEYS = {part for key in schema_keys(Config) for part in (key, key.rpartition(".")[2]) if re.search("[._]", part)}
 KEYS = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_KEYS)))})\b")
 TOLD = re.compile(r"(weights: |engine\.precision=)")  # what a command says of its course on stderr
 NAMES = re.compile(r"--?[a-z]\w*|/|\.(yaml|pth|png|safetensors)\b")  # an option, or a path
@@ -51,7 +51,8 @@ def judge_call(error: BaseException | None, subjects: tuple[str, ...]) -> tuple[
     if not isinstance(error, ValueError | TypeError | OSError):
         return "wrong", f"raises {type(error).__name__}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if not isinstance(error, OSError) and not (frame.filename.startswith(OURS) and frame.line.startswith("raise ")):
+    ours = frame.filename.startswith(OURS) and (frame.line or "").startswith("raise ")
+    if not isinstance(error, OSError) and not ours:
         return "wrong", "no sentence of ours"
     if isinstance(error, OSError) and error.filename:
         return "refused", ""
@@ -59,8 +60,8 @@ def judge_call(error: BaseException | None, subjects: tuple[str, ...]) -> tuple[
 
 
 def _judge_sentence(text: str, subjects: tuple[str, ...]) -> tuple[str, str]:
-    if RAW.search(text):
-        return "wrong", f"raw words: {RAW.search(text)[0]}"
+    if raw := RAW.search(text):
+        return "wrong", f"raw words: {raw[0]}"
     all_names = "weights do not fit the model (" in text  # whose contract is to name every tensor
     if len(text) > LONGEST and not all_names or "\n" in text:
         return "wrong", f"{len(text)} characters, {text.count(chr(10)) + 1} lines"

@@ -55,11 +55,14 @@ def test_a_case_depends_on_its_number_alone(files, tmp_path):
     assert len(set(texts)) > 190
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    (["-m", "swin_moe.train", "{image.png}", "optim.lr=1"], "image.png"),
-    (["-m", "checkpoint_tools", "convert", "{cut.pth}", "x", "--to", "nope"], "--to"),
-    (["-m", "launcher", "-n", "x", "--", "-m", "swin_moe.train"], "-n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["-m", "swin_moe.train", "{image.png}", "optim.lr=1"], "image.png"),
+        (["-m", "checkpoint_tools", "convert", "{cut.pth}", "x", "--to", "nope"], "--to"),
+        (["-m", "launcher", "-n", "x", "--", "-m", "swin_moe.train"], "-n"),
+    ],
+)
 def test_real_processes(words, named, files, tmp_path):
     words = [re.sub(r"\{(.+)\}", lambda match: files[match[1]], word) for word in words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -68,21 +71,27 @@ def test_real_processes(words, named, files, tmp_path):
     assert named in done.stderr
 
 
-@pytest.mark.parametrize(("code", "error"), [
-    (1, "Traceback (most recent call last):\n  x\nKeyError: 'a'\n"),
-    (2, ""),
-    (2, "error: optim.lr must be >= 0\nerror: twice\n"),
-    (2, "error: optim.lr must be >= 0\nUserWarning: more\n"),
-    (2, "error: 'NoneType' object has no attribute 'lr' in /x.yaml\n"),
-    (2, "error: [Errno 2] No such file or directory: '/x.yaml'\n"),
-    (2, "error: invalid literal for int() with base 10: optim.lr\n"),
-    (2, "error: something is wrong\n"),
-    (2, f"error: optim.lr {'x' * 2000}\n"),
-    (2, 'Traceback (most recent call last):\n  File "/x/numpy.py", line 1, in f\n    reshape(x)\n'
-        "ValueError: optim.lr\nerror: optim.lr\n"),
-    (130, "error: optim.lr must be >= 0\n"),
-    (-11, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (1, "Traceback (most recent call last):\n  x\nKeyError: 'a'\n"),
+        (2, ""),
+        (2, "error: optim.lr must be >= 0\nerror: twice\n"),
+        (2, "error: optim.lr must be >= 0\nUserWarning: more\n"),
+        (2, "error: 'NoneType' object has no attribute 'lr' in /x.yaml\n"),
+        (2, "error: [Errno 2] No such file or directory: '/x.yaml'\n"),
+        (2, "error: invalid literal for int() with base 10: optim.lr\n"),
+        (2, "error: something is wrong\n"),
+        (2, f"error: optim.lr {'x' * 2000}\n"),
+        (
+            2,
+            'Traceback (most recent call last):\n  File "/x/numpy.py", line 1, in f\n    reshape(x)\n'
+            "ValueError: optim.lr\nerror: optim.lr\n",
+        ),
+        (130, "error: optim.lr must be >= 0\n"),
+        (-11, ""),
+    ],
+)
 def test_the_oracle_refuses(code, error):
     assert judge_command("train", code, error, ())[0] == "wrong"
 
@@ -97,7 +106,7 @@ def test_the_oracle_refuses_what_we_did_not_raise(error):
 
 def test_a_check_that_is_broken_is_found(files, tmp_path, monkeypatch):
     monkeypatch.setattr("swin_moe.config.checks._fits", lambda value, kind: True)
-    monkeypatch.setattr("swin_moe.config.io._coerce", lambda value, kind: value)
+    monkeypatch.setattr("swin_moe.config.coerce._coerce", lambda value, kind: value)
     results = run_cases(SEED, range(50), files, tmp_path)
     assert any(r.outcome == "wrong" for r in results)
 

@@ -1,6 +1,7 @@
 """The small programs that the launcher tests run as ranks: `python -m tests.launcher.programs NAME FOLDER`."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -95,6 +96,33 @@ def _write_environment(folder: Path, rank: str) -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "COLOUR")
     facts = [os.environ.get(name, "-") for name in names] + [",".join(map(str, sorted(os.sched_getaffinity(0))))]
     (folder / f"facts-{rank}").write_text(" ".join(facts))
+
+
+def _count_ranks(folder: Path, rank: str) -> None:
+    """Has all ranks meet over MPI where there is one, and writes which it is."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    total, library = (MPI.COMM_WORLD.allreduce(1), MPI.Get_library_version()) if MPI else (0, "none")
+    (folder / f"count-{rank}").write_text(f"{total} {os.environ.get('COLOUR')} {os.getcwd()} {library}")
+
+
+def _write_variables(folder: Path, rank: str) -> None:
+    (folder / f"variables-{rank}").write_text(json.dumps(dict(os.environ)))
+
+
+def _save_and_come_back(folder: Path, rank: str) -> None:
+    """Saves at a request and leaves with 75; once started again by the scheduler, finishes."""
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if start != "0":
+        (folder / f"done-{rank}-{start}").touch()
+        return
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    (folder / f"ready-{rank}-{start}").touch()
+    while not asked:
+        time.sleep(0.02)
+    (folder / f"saved-{rank}-{start}").touch()
+    sys.exit(75)
 
 
 if __name__ == "__main__":

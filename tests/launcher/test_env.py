@@ -2,19 +2,28 @@
 
 import pytest
 
-from launcher.env import RankEnv, detect, expand_hosts, expand_tasks, export, parse_ready, parse_slurm, without_world
+from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, without_world
 
 TORCHRUN = {
-    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "n1", "MASTER_PORT": "29500",
-}  # fmt: skip
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500",
+}
 MPICH = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2", "HYDI_CONTROL_FD": "7"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}
 SRUN = {
-    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "6",
+    "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
-    "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "4,2",
-}  # fmt: skip
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+}
 BATCH_SCRIPT = {name: SRUN[name] for name in SRUN if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
 
 
@@ -67,31 +76,6 @@ def test_parse_slurm_on_one_host_stays_on_the_loopback():
     one = SRUN | {"SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "6", "SLURM_NODEID": "0"}
     assert parse_slurm(one).master_addr == "127.0.0.1"
     assert parse_slurm(one).local_world_size == 6
-
-
-@pytest.mark.parametrize(
-    "text, hosts",
-    [
-        ("n1", ["n1"]),
-        ("n1,n2.site-a", ["n1", "n2.site-a"]),
-        ("a,n[01-03,7]", ["a", "n01", "n02", "n03", "n7"]),
-        ("n[9-11]-ib,x[1]", ["n9-ib", "n10-ib", "n11-ib", "x1"]),
-    ],
-)
-def test_expand_hosts(text, hosts):
-    assert expand_hosts(text) == hosts
-
-
-@pytest.mark.parametrize("text", ["", "n[1-2", "n[]", "n[a-b]", "r[1-2]n[1-2]", "n1,,n2"])
-def test_expand_hosts_refuses_what_it_cannot_read(text):
-    with pytest.raises(ValueError, match="Slurm node list"):
-        expand_hosts(text)
-
-
-def test_expand_tasks():
-    assert expand_tasks("4(x2),3") == [4, 4, 3]
-    with pytest.raises(ValueError, match="Slurm task counts"):
-        expand_tasks("4x2")
 
 
 def test_a_new_world_inherits_nothing_of_the_old_one():

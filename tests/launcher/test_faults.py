@@ -111,6 +111,35 @@ def test_signals_reach_every_rank_and_a_clean_exit_is_reported(number, tmp_path)
     assert [int((tmp_path / f"saved-{rank}").read_text()) for rank in (0, 1)] == [expected] * 2
 
 
+def test_ranks_are_asked_to_save_when_their_time_is_over(tmp_path):
+    process = start("save_on_signal", tmp_path, "--save-after", "3")
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
+    assert "launcher: 3 s are over; the ranks have 120 s to save" in output
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_who_supervises_learns_how_a_job_ended(tmp_path):
+    """As a program that starts failed jobs again would: which rank failed first, and whether it was asked to stop."""
+    outcomes = {}
+    for program, save_after in (("leave_with_5_on_1", "inf"), ("ignore_signals", "3")):
+        code = (
+            "import sys; from launcher import supervise; from launcher.job.options import parser\n"
+            "from launcher.job.prepare import prepare\n"
+            f"options = parser().parse_args(['-n', '2', '--grace', '1'])\n"
+            f"job = prepare(options, ['-m', 'tests.launcher.programs', {program!r}, {str(tmp_path)!r}])\n"
+            f"print(supervise.supervise(job.command, job.environment({{**__import__('os').environ}}), "
+            f"flavor=job.mpi.flavor, grace=options.grace, save_after=float({save_after!r})))"
+        )
+        command, pipes = [sys.executable, "-c", code], {"capture_output": True, "text": True}
+        finished = subprocess.run(command, cwd=ROOT, env=without_world(os.environ), timeout=60, **pipes)
+        outcomes[program] = finished.stdout.splitlines()[-1]
+    assert outcomes == {
+        "leave_with_5_on_1": "Outcome(code=5, rank='1', asked_to_stop=False, killed=False)",
+        "ignore_signals": "Outcome(code=124, rank='', asked_to_stop=True, killed=True)",
+    }
+
+
 @pytest.mark.parametrize(
     "numbers, options, code",
     [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.hosts import Host, check_names, read_hostfile, write_hostfile
+from launcher.hosts.hostfile import Host, check_names, exclude, read_hostfile
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,12 @@ from launcher.hosts import Host, check_names, read_hostfile, write_hostfile
         ("# nodes\n\na:2 # the first\nb   # slots=7\n", [Host("a", 2), Host("b", None)]),
         ("a:2\r\nb slots=2\r\n", [Host("a", 2), Host("b", 2)]),
         ("a:1\nb:1\na:2\n", [Host("a", 3), Host("b", 1)]),
-        ("a\na\n", [Host("a", None)]),
-        ("fe80::1 slots=2\n[fe80::2]:3", [Host("fe80::1", 2), Host("fe80::2", 3)]),
+        ("a\na\nb\n", [Host("a", 2), Host("b", None)]),
+        ("a\na slots=3\n", [Host("a", 4)]),
+        ("n[08-10]:4\nx[1,3]\n", [*(Host(f"n{i}", 4) for i in ("08", "09", "10")), Host("x1", None), Host("x3", None)]),
+        ("r[1-2]n[1-2] slots=2", [Host(f"r{i}n{j}", 2) for i in (1, 2) for j in (1, 2)]),
+        ("n[1-2]\nn2:3\n", [Host("n1", None), Host("n2", 4)]),
+        ("fe80::1 slots=2\n[fe80::2]:3\n[::1]", [Host("fe80::1", 2), Host("fe80::2", 3), Host("::1", None)]),
     ],
 )
 def test_dialects(text, hosts, tmp_path):
@@ -35,6 +39,9 @@ def test_dialects(text, hosts, tmp_path):
         ("a:two", "line 1: the ranks of 'a:two' must be a whole number"),
         ("a b c", "line 1: 'b' of 'a b c' is not known"),
         ("-n 3", "line 1: '-n 3' is no host"),
+        ("n[1-", "line 1: 'n[1-' is no host; allowed: host, host:4, host slots=4, n[01-04]:4, # comment"),
+        ("n[1-9999999999]", "line 1: 'n[1-9999999999]' is no host"),
+        ("a,b", "line 1: 'a,b' is no host"),
     ],
 )
 def test_a_line_that_is_no_host_is_named(text, sentence, tmp_path):
@@ -58,7 +65,20 @@ def test_a_host_nobody_knows_is_named():
         check_names([Host("localhost", 1), Host("no-such-host.invalid", 1)])
 
 
-@pytest.mark.parametrize("flavor, text", [("mpich", "a:4\nb\n"), ("openmpi", "a slots=4\nb\n")])
-def test_what_each_mpi_gets(flavor, text, tmp_path):
-    write_hostfile([Host("a", 4), Host("b", None)], flavor, tmp_path / "hosts")
-    assert (tmp_path / "hosts").read_text() == text
+@pytest.mark.parametrize(
+    "lists, left, unknown",
+    [
+        (["n2"], ["n1", "n3.site", "::1"], []),
+        (["n[1-2],n3"], ["::1"], []),
+        (["n3.site", "::1"], ["n1", "n2"], []),
+        (["n4,n3.other"], ["n1", "n2", "n3.site", "::1"], ["n4", "n3.other"]),
+    ],
+)
+def test_exclude(lists, left, unknown):
+    hosts = [Host("n1", 2), Host("n2", None), Host("n3.site", 4), Host("::1", 1)]
+    assert exclude(hosts, lists) == ([host for host in hosts if host.name in left], unknown)
+
+
+def test_exclude_leaves_something():
+    with pytest.raises(ValueError, match=r"--exclude n\[1-2\] leaves no host of n1, n2"):
+        exclude([Host("n1", 2), Host("n2", None)], ["n[1-2]"])

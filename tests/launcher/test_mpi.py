@@ -4,6 +4,7 @@ import pytest
 
 from launcher import mpi
 from launcher.env import RankEnv, without_world
+from launcher.machine import binding
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from launcher.env import RankEnv, without_world
     ],
 )
 def test_share_of_cores(cores, ranks, shares):
-    assert [mpi.share_of_cores(cores, rank, ranks) for rank in range(ranks)] == shares
+    assert [binding.share_of_cores(cores, rank, ranks) for rank in range(ranks)] == shares
 
 
 def test_a_process_alone_is_rank_0_and_exports_nothing(monkeypatch):

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swin_moe.models.swin import Block
+
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 NUMBERS = json.loads((GOLDEN / "numbers.json").read_text())
+TINY = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "num_classes": 3}
 SMALL = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [2, 2, 4, 4]}
 
 # Our name of a MoE parameter -> the official one.
@@ -72,7 +75,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return {n: p.grad.double().norm().item() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def slow_v1_block(block: nn.Module, x_HWC: Tensor, shift: int) -> Tensor:
+def slow_v1_block(block: Block, x_HWC: Tensor, shift: int) -> Tensor:
     """Returns a V1 block's output for one image, token by token: padded, attended by region, cropped."""
     height, width, channels = x_HWC.shape
     attn, window = block.attn, block.attn.window

@@ -7,8 +7,8 @@ from torch import nn
 from swin_moe import build_model, create_model
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.config.variants import VARIANTS
+from tests.models.reference import TINY
 
-TINY = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "num_classes": 3}
 MOE = {"moe_blocks": [[-1], [1]], "num_experts": 4}
 
 
@@ -21,18 +21,43 @@ def test_a_family_has_the_official_defaults():
 def test_official_arguments_become_config_fields():
     with torch.device("meta"):
         model = create_model(
-            "swin_moe", img_size=(192, 96), patch_size=2, moe_blocks=[[-1], [1], [1, 3], []], top_value=2,
-            num_experts=16, cosine_router=True, normalize_gate=True, use_bpr=False, is_gshard_loss=False,
-            cosine_router_dim=64, cosine_router_init_t=0.25, moe_drop=0.1, gate_noise=2.0, capacity_factor=1.5,
-            aux_loss_weight=0.1, use_checkpoint=True, norm_layer=nn.LayerNorm, fused_window_process=True,
-        )  # fmt: skip
+            "swin_moe",
+            img_size=(192, 96),
+            patch_size=2,
+            moe_blocks=[[-1], [1], [1, 3], []],
+            top_value=2,
+            num_experts=16,
+            cosine_router=True,
+            normalize_gate=True,
+            use_bpr=False,
+            is_gshard_loss=False,
+            cosine_router_dim=64,
+            cosine_router_init_t=0.25,
+            moe_drop=0.1,
+            gate_noise=2.0,
+            capacity_factor=1.5,
+            aux_loss_weight=0.1,
+            use_checkpoint=True,
+            norm_layer=nn.LayerNorm,
+            fused_window_process=True,
+        )
     assert model.recompute == "block"
     assert (model.config.img_size, model.config.patch_size) == ((192, 96), (2, 2))
     assert model.config.moe == MoEConfig(
-        blocks=((-1,), (1,), (1, 3), ()), num_experts=16, top_k=2, capacity_factor=1.5, eval_capacity_factor=None,
-        router="cosine", normalize_gate=True, batch_prioritized=False, aux_loss_weight=0.1, gate_noise=2.0,
-        cosine_dim=64, cosine_init_t=0.25, dropout=0.1,
-    )  # fmt: skip
+        blocks=((-1,), (1,), (1, 3), ()),
+        num_experts=16,
+        top_k=2,
+        capacity_factor=1.5,
+        eval_capacity_factor=None,
+        router="cosine",
+        normalize_gate=True,
+        batch_prioritized=False,
+        aux_loss_weight=0.1,
+        gate_noise=2.0,
+        cosine_dim=64,
+        cosine_init_t=0.25,
+        dropout=0.1,
+    )
 
 
 def test_our_own_arguments():

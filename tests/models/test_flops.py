@@ -74,13 +74,23 @@ DENSE = {
 }
 # GMACs recorded with fewer digits.
 ROUNDED = {
-    "swinv2_h": (85.752, 3), "swinv2_giant": (138.272, 3), "swinv2_G": (370.737, 3), "swinv2_G_shallow": (356.220, 3),
-}  # fmt: skip
+    "swinv2_h": (85.752, 3),
+    "swinv2_giant": (138.272, 3),
+    "swinv2_G": (370.737, 3),
+    "swinv2_G_shallow": (356.220, 3),
+}
 
-MOE = size(192, 12) | K22 | {
-    "mlp_fc2_bias": False, "init_std": 0.005, "is_gshard_loss": False, "moe_drop": 0.1,
-    "moe_blocks": [[-1], [-1], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]],
-}  # fmt: skip
+MOE = (
+    size(192, 12)
+    | K22
+    | {
+        "mlp_fc2_bias": False,
+        "init_std": 0.005,
+        "is_gshard_loss": False,
+        "moe_drop": 0.1,
+        "moe_blocks": [[-1], [-1], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]],
+    }
+)
 NO_EXPERTS = {"moe_blocks": [[-1]] * 4}
 COSINE = {"cosine_router": True}
 # (arguments, parameters, GMACs). Source: Tutel paper (arXiv:2206.03382) Table 11 and the official classes with Tutel.
@@ -100,8 +110,13 @@ SWIN_MOE = {
 }
 # Tutel paper, Table 12: GMACs of Swin-MoE-B by (top-k, capacity factor).
 CAPACITIES = {
-    (1, 1.25): 12.54, (1, 1.0): 11.78, (1, 0.625): 10.65, (1, 0.5): 10.27, (2, 1.25): 16.31, (2, 1.0): 14.80,
-}  # fmt: skip
+    (1, 1.25): 12.54,
+    (1, 1.0): 11.78,
+    (1, 0.625): 10.65,
+    (1, 0.5): 10.27,
+    (2, 1.25): 16.31,
+    (2, 1.0): 14.80,
+}
 
 
 def build(family: str, **arguments) -> SwinTransformer:

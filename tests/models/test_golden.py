@@ -24,19 +24,34 @@ from tests.models.reference import (
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "_num_global_experts")
 TOLERANCE = 1e-5
 ATTENTION = [
-    "auto", "sdpa", "analytic", "reference",
+    "auto",
+    "sdpa",
+    "analytic",
+    "reference",
     pytest.param("fused", marks=pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")),
-]  # fmt: skip
+]
 
 DENSE = {
     "swin_tiny_patch4_window7_224": ("swin", {}),
     "swinv2_tiny_patch4_window8_256": ("swinv2", {"img_size": 256, "window_size": 8}),
     "swin_mlp_tiny_c24_patch4_window8_256": (
-        "swin_mlp", {"img_size": 256, "window_size": 8, "num_heads": [4, 8, 16, 32]}),
+        "swin_mlp",
+        {"img_size": 256, "window_size": 8, "num_heads": [4, 8, 16, 32]},
+    ),
     "swin_micro_ape_nobias": (
-        "swin", {"img_size": 112, "num_classes": 11, "embed_dim": 24, "depths": [1, 3, 2], "num_heads": [1, 2, 4],
-                 "mlp_ratio": 3.0, "ape": True, "qkv_bias": False}),
-}  # fmt: skip
+        "swin",
+        {
+            "img_size": 112,
+            "num_classes": 11,
+            "embed_dim": 24,
+            "depths": [1, 3, 2],
+            "num_heads": [1, 2, 4],
+            "mlp_ratio": 3.0,
+            "ape": True,
+            "qkv_bias": False,
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DENSE)
@@ -164,10 +179,18 @@ NAMES = {
     "swinv2_tiny_patch4_window8_256": ("swinv2", {"img_size": 256, "window_size": 8}),
     "swin_mlp_tiny_c24_patch4_window8_256": DENSE["swin_mlp_tiny_c24_patch4_window8_256"],
     "swin_moe_small_patch4_window12_192_32expert_32gpu_22k": (
-        "swin_moe", {"img_size": 192, "window_size": 12, "depths": [2, 2, 18, 2], "num_classes": 21841,
-                     "mlp_fc2_bias": False, "num_experts": 32,
-                     "moe_blocks": [[-1], [-1], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]]}),
-}  # fmt: skip
+        "swin_moe",
+        {
+            "img_size": 192,
+            "window_size": 12,
+            "depths": [2, 2, 18, 2],
+            "num_classes": 21841,
+            "mlp_fc2_bias": False,
+            "num_experts": 32,
+            "moe_blocks": [[-1], [-1], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]],
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("case", NAMES)

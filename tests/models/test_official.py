@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import swin_moe.models.official as official_module
-from swin_moe.config import ModelConfig, MoEConfig
+from swin_moe.config import Family, ModelConfig, MoEConfig
 from swin_moe.config.io import load_config
 from swin_moe.models.attention import relative_coords_table, resize_bias_table
 from swin_moe.models.build import build_model
@@ -22,6 +23,7 @@ from swin_moe.models.official import (
     read_class_map,
     resize_bias_table_geometric,
 )
+from swin_moe.models.swin import SwinTransformer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NUMBERS = json.loads((GOLDEN / "numbers.json").read_text())
@@ -38,12 +40,17 @@ MOE_BLOCK = "layers.1.blocks.1.mlp._moe_layer"
 MOE = MoEConfig(blocks=((), (1,)), num_experts=4)
 
 
-def tiny(name: str, *, seed: int = 0, **options):
+def tiny(name: Family, *, seed: int = 0, **options: Any) -> SwinTransformer:
     """Returns a two-stage network of 2 + 2 blocks and 5 classes; every parameter is random and different per seed."""
-    defaults = {
-        "img_size": (32, 32), "num_classes": 5, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2),
-        "window_size": 4, "pretrained_window_sizes": (0, 0),
-    }  # fmt: skip
+    defaults: dict[str, Any] = {
+        "img_size": (32, 32),
+        "num_classes": 5,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "pretrained_window_sizes": (0, 0),
+    }
     config = ModelConfig(name=name, **(defaults | options))
     model = build_model(config)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +96,7 @@ def assert_same(model, expected: dict[str, Tensor], but: tuple[str, ...] = ()) -
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "swin": {"name": "swin"},
     "swin_ape": {"name": "swin", "ape": True},
     "swinv2": {"name": "swinv2"},

@@ -9,9 +9,8 @@ from swin_moe.config.variants import VARIANTS
 from swin_moe.ops.attention.geometry import relative_position_index, shift_mask
 from swin_moe.ops.random_draws import drop_path_factors
 from swin_moe.randomness import RandomContext
-from tests.models.reference import SMALL, fill_by_rank, gradient_norms, slow_v1_block
+from tests.models.reference import SMALL, TINY, fill_by_rank, gradient_norms, slow_v1_block
 
-TINY = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "num_classes": 3}
 MOE = {"moe_blocks": [[-1], [1]], "num_experts": 4, "moe_drop": 0.1}
 DROPS = {"drop_rate": 0.2, "attn_drop_rate": 0.3, "drop_path_rate": 0.4}
 
@@ -94,9 +93,14 @@ def test_the_window_shrinks_to_the_smaller_side_of_the_nominal_map():
 def test_absolute_positions_are_interpolated_to_other_sizes():
     model = tiny("swin", ape=True).eval()
     out = model(image(1, 3, 40, 24))
-    model.grid, model.absolute_pos_embed = (10, 6), torch.nn.Parameter(
-        F.interpolate(model.absolute_pos_embed.view(1, 8, 8, 8).permute(0, 3, 1, 2), size=(10, 6), mode="bicubic")
-        .permute(0, 2, 3, 1).reshape(1, 60, 8))  # fmt: skip
+    model.grid, model.absolute_pos_embed = (
+        (10, 6),
+        torch.nn.Parameter(
+            F.interpolate(model.absolute_pos_embed.view(1, 8, 8, 8).permute(0, 3, 1, 2), size=(10, 6), mode="bicubic")
+            .permute(0, 2, 3, 1)
+            .reshape(1, 60, 8)
+        ),
+    )
     torch.testing.assert_close(model(image(1, 3, 40, 24)), out)
 
 
@@ -269,15 +273,16 @@ def test_parameters_without_weight_decay():
 @pytest.mark.parametrize("chunk", [1, 5, 12])  # 3 images have 12 windows in the first stage: 5 crosses images
 @pytest.mark.parametrize("arguments", [{}, DROPS], ids=["no drops", "drops"])
 @pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
-def test_attention_in_chunks_changes_nothing(family, arguments, chunk, recompute):
+def test_attention_in_turns_changes_nothing(family, arguments, chunk, recompute):
     moe = MOE if family == "swin_moe" else {}
     whole = tiny(family, **arguments, **moe)
     parts = tiny(family, **arguments, **moe, attention_chunk=chunk, use_checkpoint=recompute)
     for x in (image(3, 3, 32, 32), image(1, 3, 50, 38)):  # the second is padded, and its small maps are shifted too
         losses = [logits_of(model(x, random=context(*range(4, 4 + len(x))))).square().sum() for model in (whole, parts)]
         torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
-        expected, found = (torch.autograd.grad(loss, [*m.parameters()], allow_unused=True)
-                           for loss, m in zip(losses, (whole, parts)))  # fmt: skip
+        expected, found = (
+            torch.autograd.grad(loss, [*m.parameters()], allow_unused=True) for loss, m in zip(losses, (whole, parts))
+        )
         for name, a, b in zip(dict(whole.named_parameters()), expected, found):
             assert (a is None) == (b is None), name
             if a is not None:
@@ -288,20 +293,20 @@ def test_attention_in_chunks_changes_nothing(family, arguments, chunk, recompute
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
-def test_attention_in_chunks_in_float32():
+def test_attention_in_turns_in_float32():
     whole, parts = (create_model("swinv2", **TINY, attention_chunk=chunk) for chunk in (0, 5))
     fill_by_rank(whole), fill_by_rank(parts)
     x = image(3, 3, 32, 32).float()
     torch.testing.assert_close(parts.eval()(x), whole.eval()(x), rtol=1e-6, atol=1e-6)
 
 
-def test_attention_in_chunks_of_no_image():
+def test_attention_in_turns_of_no_image():
     model = tiny("swin_moe", **MOE, attention_chunk=2)
     logits_of(model(image(0, 3, 32, 32), random=context())).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_attention_in_chunks_keeps_no_scores_for_backward():
+def test_attention_in_turns_keeps_no_scores_for_backward():
     kept = []
     for chunk in (0, 4):
         storages = {}
@@ -315,5 +320,5 @@ def test_attention_in_chunks_keeps_no_scores_for_backward():
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             model(torch.randn(1, 3, 128, 128))
         kept.append(sum(t.untyped_storage().nbytes() for t in storages.values()))
-    scores = 2 * 16 * 2 * 64 * 64 * 4  # bytes: 2 blocks of 16 windows, 2 heads, 64 tokens; the last stage is one chunk
+    scores = 2 * 16 * 2 * 64 * 64 * 4  # bytes: 2 blocks of 16 windows, 2 heads, 64 tokens; the last stage is one turn
     assert kept[0] - kept[1] > 0.9 * scores, kept

@@ -23,9 +23,17 @@ def choose(scores_row, k, expert_groups=1, group_limit=1):
 
 
 def route_slowly(
-    logits, *, top_k, capacity, group_size=None, batch_prioritized=False, scores=None, bias=None, expert_groups=1,
+    logits,
+    *,
+    top_k,
+    capacity,
+    group_size=None,
+    batch_prioritized=False,
+    scores=None,
+    bias=None,
+    expert_groups=1,
     group_limit=1,
-):  # fmt: skip
+):
     """Returns (expert, slot, keep) as nested lists; capacity None = by need."""
     scores = (torch.softmax(logits, dim=1) if scores is None else scores).tolist()
     num_tokens, num_experts = logits.shape

@@ -3,6 +3,7 @@
 import sys
 import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,15 @@ from swin_moe.moe.choices.token import TokenChoice
 from swin_moe.run.summary import describe_choice
 
 NETWORK = ModelConfig(
-    name="swin_moe", img_size=(16, 16), patch_size=(2, 2), embed_dim=8, depths=(2,), num_heads=(2,), window_size=4,
+    name="swin_moe",
+    img_size=(16, 16),
+    patch_size=(2, 2),
+    embed_dim=8,
+    depths=(2,),
+    num_heads=(2,),
+    window_size=4,
     num_classes=3,
-)  # fmt: skip
+)
 
 
 class LastExpert(TokenChoice):
@@ -41,14 +48,20 @@ class LastExpertFacts(facts.TokenFacts):
         return "tokens take the last expert"
 
 
-def moe(**options) -> MoEConfig:
-    return MoEConfig(**{"num_experts": 4, "blocks": ((1,),), "balance_loss": "none", "capacity_factor": 0.0} | options)
+def moe(**options: Any) -> MoEConfig:
+    usual: dict[str, Any] = {
+        "num_experts": 4,
+        "blocks": ((1,),),
+        "balance_loss": "none",
+        "capacity_factor": 0.0,
+    }
+    return MoEConfig(**usual | options)
 
 
 def _this_module() -> types.ModuleType:
     """Returns a module with this file's names: pytest imports test files without listing them in sys.modules."""
     module = types.ModuleType(__name__)
-    module.LastExpert = LastExpert
+    vars(module)["LastExpert"] = LastExpert
     return module
 
 

@@ -8,8 +8,8 @@ from swin_moe.moe.dispatch import (
     LocalDispatcher,
     PaddedDispatcher,
     combine_tokens,
-    make_padded_plan,
-    make_plan,
+    make_order,
+    make_padded_order,
     padded_rows,
     take_tokens,
 )
@@ -94,7 +94,7 @@ def test_padding_by_hand():
     # Tokens 0, 1, 2 choose experts 1, 0, 1; two slots each.
     routing = route(torch.tensor([[0.0, 5.0], [5.0, 0.0], [0.0, 5.0]]), top_k=1, capacity=2)
     dispatched = PaddedDispatcher().dispatch(torch.tensor([[1.0], [2.0], [3.0]]), routing, None)
-    assert dispatched.counts == 2 and dispatched.plan.vacant.tolist() == [False, True, False, False]
+    assert dispatched.counts == 2 and dispatched.order.vacant.tolist() == [False, True, False, False]
     assert dispatched.tokens[[0, 2, 3]].tolist() == [[2.0], [1.0], [3.0]]
 
 
@@ -102,10 +102,10 @@ def test_padding_by_hand():
 def test_rows_of_no_tokens_are_padding_and_have_a_gradient(top_k):
     """Other ranks may have tokens, and all send equally many rows."""
     routing = random_routing(tokens=0, top_k=top_k)
-    plan = make_padded_plan(routing, 3)
+    order = make_padded_order(routing, 3)
     x, y, gate = (torch.randn(n, d, requires_grad=True) for n, d in ((0, 5), (12, 5), (0, top_k)))
-    rows, out = take_tokens(x, plan), combine_tokens(y, gate, plan)
-    assert rows.shape == (12, 5) and out.shape == (0, 5) and plan.vacant.all()
+    rows, out = take_tokens(x, order), combine_tokens(y, gate, order)
+    assert rows.shape == (12, 5) and out.shape == (0, 5) and order.vacant.all()
     (rows.sum() + out.sum()).backward()
     assert x.grad.shape == x.shape and gate.grad.shape == gate.shape and torch.equal(y.grad, torch.zeros(12, 5))
 
@@ -118,7 +118,7 @@ def test_padding_holds_what_groups_need_together_and_no_more_than_all_tokens():
 
 def test_left_over_rows_belong_to_no_expert():
     routing = random_routing()
-    exact, longer = make_plan(routing, int(routing.kept.sum())), make_plan(routing, None)
+    exact, longer = make_order(routing, int(routing.kept.sum())), make_order(routing, None)
     assert longer.num_rows == routing.expert.numel() > exact.num_rows
     assert torch.equal(longer.pair[: exact.num_rows], exact.pair) and torch.equal(longer.position, exact.position)
 
@@ -127,33 +127,33 @@ def test_left_over_rows_belong_to_no_expert():
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradcheck(case, padded):
     routing = random_routing(**case)
-    plan = make_padded_plan(routing, padded_rows(routing)) if padded else make_plan(routing, int(routing.kept.sum()))
+    order = make_padded_order(routing, padded_rows(routing)) if padded else make_order(routing, int(routing.kept.sum()))
     num_tokens, top_k = routing.expert.shape
     x = torch.randn(num_tokens, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(plan.num_rows, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(order.num_rows, 3, dtype=torch.float64, requires_grad=True)
     gate = torch.rand(num_tokens, top_k, dtype=torch.float64, requires_grad=True)
-    rows = slice(None) if plan.vacant is None else ~plan.vacant  # what padding holds has no gradient, nor has it a use
-    assert torch.autograd.gradcheck(lambda a: take_tokens(a, plan)[rows], (x,))
-    assert torch.autograd.gradcheck(lambda a, b: combine_tokens(a, b, plan), (y, gate))
+    rows = slice(None) if order.vacant is None else ~order.vacant  # what padding holds has no gradient
+    assert torch.autograd.gradcheck(lambda a: take_tokens(a, order)[rows], (x,))
+    assert torch.autograd.gradcheck(lambda a, b: combine_tokens(a, b, order), (y, gate))
 
 
 def test_a_dropped_pair_does_not_see_other_rows():
     routing = route(torch.tensor([[0.0, 5.0], [0.0, 5.0]]), top_k=1, capacity=1)
-    plan = make_plan(routing, 1)
+    order = make_order(routing, 1)
     y = torch.tensor([[float("inf")]], requires_grad=True)
-    out = combine_tokens(y, torch.ones(2, 1, requires_grad=True), plan)
+    out = combine_tokens(y, torch.ones(2, 1, requires_grad=True), order)
     assert out.tolist() == [[float("inf")], [0.0]]
     x = torch.ones(2, 1, requires_grad=True)
-    take_tokens(x, plan).backward(torch.tensor([[float("nan")]]))
+    take_tokens(x, order).backward(torch.tensor([[float("nan")]]))
     assert x.grad[1].item() == 0.0
 
 
 def test_half_precision_rows_meet_single_precision_gates():
     routing = random_routing()
-    plan = make_plan(routing, int(routing.kept.sum()))
-    y = torch.randn(plan.num_rows, 8).bfloat16().requires_grad_()
+    order = make_order(routing, int(routing.kept.sum()))
+    y = torch.randn(order.num_rows, 8).bfloat16().requires_grad_()
     gate = torch.rand(12, 2, requires_grad=True)
-    out = combine_tokens(y, gate, plan)
+    out = combine_tokens(y, gate, order)
     assert out.dtype == torch.float32
     out.sum().backward()
     assert y.grad.dtype == torch.bfloat16 and gate.grad.dtype == torch.float32

@@ -5,7 +5,7 @@ import torch
 
 from swin_moe.moe.choices.expert import _route_to_all, route_by_expert
 from swin_moe.moe.dispatch import LocalDispatcher, PaddedDispatcher
-from swin_moe.moe.routing import FILLER_SLOT, join, row_chunks
+from swin_moe.moe.routing import FILLER_SLOT, join, row_blocks
 from tests.moe.reference import experts_choose_slowly
 
 
@@ -83,9 +83,9 @@ def test_1000_random_cases_equal_the_slow_reference():
     assert seen == {"no tokens", "nothing taken", "all experts of one token", "everything taken"}
 
 
-def test_large_enough_for_chunks_of_experts():
+def test_large_enough_for_blocks_of_experts():
     scores = torch.randint(0, 40, (6000, 24)).double()
-    assert len(row_chunks(scores.t())) > 1
+    assert len(row_blocks(scores.t())) > 1
     routing = route_by_expert(scores, capacity=100, group_size=3000)
     for group in range(2):
         for e in (0, 11, 23):

@@ -1,6 +1,7 @@
 """The whole layer in one process: against the slow reference, its gradients, its random draws, its precision."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -97,10 +98,15 @@ LIMITED = {"expert_groups": 4, "group_limit": 2, "top_k": 2, "balance_loss": "gs
 EXPERTS_CHOOSE = {"choice": "expert", "balance_loss": "none", "top_k": 2}
 SOFT = {"choice": "soft", "balance_loss": "none", "slots": 2}
 # Every way in which tokens and experts come together.
-KINDS = {
-    "token": {}, "sigmoid": BALANCED, "limited": LIMITED, "experts": EXPERTS_CHOOSE, "soft": SOFT,
-    "shared": {"shared_experts": 2}, "global": {"balance_scope": "global"},
-}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "sigmoid": BALANCED,
+    "limited": LIMITED,
+    "experts": EXPERTS_CHOOSE,
+    "soft": SOFT,
+    "shared": {"shared_experts": 2},
+    "global": {"balance_scope": "global"},
+}
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
@@ -112,10 +118,14 @@ def test_experts_choose_as_the_slow_reference():
     noise = normal(random.key("gate_noise", LAYER), torch.arange(80, 92), 4).double() / 4
     scores = torch.softmax(layer.router(rows) + noise, 1)
     taken = experts_choose_slowly(scores, capacity=2 * int(0.75 * 3), group_size=12)
-    expected = torch.stack([
-        sum((scores[t, e] * experts_slowly(rows[t], e, *weights(layer)) for e in experts), torch.zeros(DIM).double())
-        for t, experts in enumerate(taken)
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            sum(
+                (scores[t, e] * experts_slowly(rows[t], e, *weights(layer)) for e in experts), torch.zeros(DIM).double()
+            )
+            for t, experts in enumerate(taken)
+        ]
+    )
     torch.testing.assert_close(y.view(-1, DIM), expected)
     assert layer.stats.demand.tolist() == [4] * 4 and any(not experts for experts in taken)
 
@@ -177,10 +187,16 @@ def test_global_balance_is_over_all_groups():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 2, "normalize_gate": True, "router": "cosine", "dropout": 0.3},
-     {**BALANCED, "dropout": 0.3}, LIMITED, {**EXPERTS_CHOOSE, "dropout": 0.3}, {**SOFT, "dropout": 0.3},
-     {"shared_experts": 2, "balance_scope": "global"}],
-)  # fmt: skip
+    [
+        {},
+        {"top_k": 2, "normalize_gate": True, "router": "cosine", "dropout": 0.3},
+        {**BALANCED, "dropout": 0.3},
+        LIMITED,
+        {**EXPERTS_CHOOSE, "dropout": 0.3},
+        {**SOFT, "dropout": 0.3},
+        {"shared_experts": 2, "balance_scope": "global"},
+    ],
+)
 def test_gradcheck(options):
     layer, x = build(std=1.0, **options), images(batch=2).requires_grad_()
     random = RandomContext(7, 3, torch.arange(2))
@@ -218,9 +234,12 @@ def test_dropout_differs_between_choices():
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 2, "balance_loss": "gshard"}, {"router": "cosine", "dropout": 0.2},
-     *({**options, "dropout": 0.2} for options in KINDS.values())],
-)  # fmt: skip
+    [
+        {"top_k": 2, "balance_loss": "gshard"},
+        {"router": "cosine", "dropout": 0.2},
+        *({**options, "dropout": 0.2} for options in KINDS.values()),
+    ],
+)
 def test_no_tokens(options):
     layer = build(**options)
     x = torch.zeros(0, 4, DIM, dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swin_moe.moe import losses
-from swin_moe.moe.routing import row_chunks
+from swin_moe.moe.routing import row_blocks
 from tests.moe.reference import gshard_slowly, load_importance_slowly
 
 
@@ -77,10 +77,10 @@ def test_entropy():
 
 
 @pytest.mark.parametrize("group_size", [1, 40, 200, 3000])
-def test_chunks_of_tokens_change_nothing(group_size):
+def test_blocks_of_tokens_change_nothing(group_size):
     tokens, experts = 6000, 64
     logits = torch.randn(tokens, experts, dtype=torch.float64)
-    assert len(row_chunks(logits)) > 2
+    assert len(row_blocks(logits)) > 2
     threshold = logits.topk(2, dim=1).values[:, 1]
     probabilities = torch.softmax(logits, 1).requires_grad_()
     threshold.requires_grad_()

@@ -13,7 +13,7 @@ from swin_moe.moe import expert_capacity, losses, route
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.routers import CosineRouter, LinearRouter
-from swin_moe.moe.routing import _count_slots, _sort_slots, choose_experts, join, row_chunks
+from swin_moe.moe.routing import _count_slots, _sort_slots, choose_experts, join, row_blocks
 from tests.moe.reference import route_slowly
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "numbers.json").read_text())["moe_routing"]
@@ -204,8 +204,16 @@ def test_1000_random_cases_equal_the_slow_reference():
         gate = arguments.get("scores", torch.softmax(logits, dim=1)).gather(1, routing.expert)
         torch.testing.assert_close(routing.gate, gate, msg=message)
     assert seen == {
-        "no tokens", "every expert", "one expert only", "ties", "nothing kept", "dropless", "groups", "bias", "limit",
-    }  # fmt: skip
+        "no tokens",
+        "every expert",
+        "one expert only",
+        "ties",
+        "nothing kept",
+        "dropless",
+        "groups",
+        "bias",
+        "limit",
+    }
 
 
 def kinds(logits, *, top_k, capacity, batch_prioritized, group_size, **options):
@@ -285,18 +293,18 @@ def test_gate_gradient_equals_autograd_of_softmax():
     torch.testing.assert_close(grad, expected)
 
 
-def test_chunks_cover_all_rows_once():
+def test_blocks_cover_all_rows_once():
     for shape in ((0, 4), (5, 4), (1000, 128), (3, 10**6)):
         value = torch.empty(shape, device="meta")
         for size in (value, torch.empty(shape)):
-            chunks = row_chunks(size)
-            assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(shape[0]))
-    assert len(row_chunks(torch.empty(4096, 128))) > 4
+            blocks = row_blocks(size)
+            assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(shape[0]))
+    assert len(row_blocks(torch.empty(4096, 128))) > 4
 
 
-def test_a_choice_in_chunks_is_the_choice_of_every_row():
+def test_a_choice_in_blocks_is_the_choice_of_every_row():
     scores = torch.randint(0, 50, (3000, 64)).float()
     by_sort = scores.sort(dim=1, descending=True, stable=True).indices
-    assert len(row_chunks(scores)) > 1
+    assert len(row_blocks(scores)) > 1
     for top_k in (2, 9):
         assert torch.equal(choose_experts(scores, top_k), by_sort[:, :top_k])

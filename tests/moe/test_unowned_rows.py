@@ -11,7 +11,7 @@ import torch
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe import experts
-from swin_moe.moe.dispatch import Dispatched, LocalDispatcher, make_plan, take_tokens
+from swin_moe.moe.dispatch import Dispatched, LocalDispatcher, make_order, take_tokens
 from swin_moe.moe.layer import MoELayer
 from swin_moe.ops import grouped_linear as grouped
 from swin_moe.randomness import RandomContext
@@ -23,9 +23,9 @@ class AskingNoHost(LocalDispatcher):
     """Dispatches on the CPU as on a device."""
 
     def dispatch(self, x, routing, pair):
-        plan = make_plan(routing, None)
+        order = make_order(routing, None)
         return Dispatched(
-            take_tokens(x, plan), routing.kept.sum(dim=0), None if pair is None else pair.flatten()[plan.pair], plan
+            take_tokens(x, order), routing.kept.sum(dim=0), None if pair is None else pair.flatten()[order.pair], order
         )
 
 

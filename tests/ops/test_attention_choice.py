@@ -16,16 +16,29 @@ from swin_moe.ops.device_clock import device_seconds
 
 SHAPE = HalfShape(2, (4, 4), (2, 2), 0.25)
 CASE = Case(
-    "cpu", "float32", "float32", "float32", "float32", (4, 4), 2, 16, qkv_bias=True, cosine=False, shifted=True,
-    padded=False, gradients=True, windows=8,
-)  # fmt: skip
+    "cpu",
+    "float32",
+    "float32",
+    "float32",
+    "float32",
+    (4, 4),
+    2,
+    16,
+    qkv_bias=True,
+    cosine=False,
+    shifted=True,
+    padded=False,
+    gradients=True,
+    windows=8,
+)
 
 
 def tensors(dtype: torch.dtype = torch.float32, *, cosine: bool = False) -> HalfTensors:
     generator = torch.Generator().manual_seed(0)
     sizes = ((96, 32), (96,), (32, 32), (32,), (49, 2), (2, 1, 1))
     drawn = [torch.randn(size, generator=generator).mul_(0.2).to(dtype).requires_grad_() for size in sizes]
-    return HalfTensors(*drawn[:5], drawn[5] if cosine else None)
+    qkv, qkv_bias, proj, proj_bias, table, scale = drawn
+    return HalfTensors(qkv, qkv_bias, proj, proj_bias, table, scale if cosine else None)
 
 
 def a_map(height: int = 8, width: int = 8) -> torch.Tensor:

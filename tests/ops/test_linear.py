@@ -74,7 +74,7 @@ def test_experts_compute_the_same_with_and_without(monkeypatch, transposed, coun
 
     def run() -> list[torch.Tensor]:
         leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
-        y = grouped_linear(*leaves, numbers)
+        y = grouped_linear(leaves[0], leaves[1], leaves[2], numbers)
         gradients = torch.autograd.grad((y[kept] * draw(320, 40, seed=3)[kept]).sum(), leaves)
         return [y.detach()[kept], *gradients]
 

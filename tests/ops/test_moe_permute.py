@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swin_moe.moe import route
-from swin_moe.moe.dispatch import combine_tokens, make_padded_plan, make_plan, padded_rows, take_tokens
+from swin_moe.moe.dispatch import combine_tokens, make_order, make_padded_order, padded_rows, take_tokens
 from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
 
 GPU = pytest.mark.gpu
@@ -26,10 +26,10 @@ CASES = {
 }
 
 
-def plan_of(*, tokens=12, top_k=2, capacity, padded=False, device="cpu"):
+def order_of(*, tokens=12, top_k=2, capacity, padded=False, device="cpu"):
     logits = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(1)).to(device)
     routing = route(logits, top_k=top_k, capacity=capacity)
-    return make_padded_plan(routing, padded_rows(routing)) if padded else make_plan(routing, int(routing.kept.sum()))
+    return make_padded_order(routing, padded_rows(routing)) if padded else make_order(routing, int(routing.kept.sum()))
 
 
 def random_tensor(*shape, dtype=torch.float64, device="cpu", seed=0):
@@ -55,14 +55,14 @@ def test_by_hand():
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_parts_are_adjoint(case, padded):
     """<permute(x), r> = <x, unpermute(r)>, and the same with gates: what makes each the other's gradient."""
-    plan = plan_of(**case, padded=padded)
-    tokens, top_k = plan.position.shape
-    x, rows = random_tensor(tokens, 5), random_tensor(plan.num_rows, 5, seed=2)
+    order = order_of(**case, padded=padded)
+    tokens, top_k = order.position.shape
+    x, rows = random_tensor(tokens, 5), random_tensor(order.num_rows, 5, seed=2)
     gate = random_tensor(tokens, top_k, seed=3)
-    gated = permute(x, plan.pair, top_k, gate=gate, vacant=plan.vacant)
-    out = unpermute(rows, plan.position, keep=plan.keep, gate=gate)
+    gated = permute(x, order.pair, top_k, gate=gate, vacant=order.vacant)
+    out = unpermute(rows, order.position, keep=order.keep, gate=gate)
     torch.testing.assert_close((gated * rows).sum(), (x * out).sum())
-    torch.testing.assert_close((gate_gradient(rows, x, plan.position, keep=plan.keep) * gate).sum(), (x * out).sum())
+    torch.testing.assert_close((gate_gradient(rows, x, order.position, keep=order.keep) * gate).sum(), (x * out).sum())
 
 
 @pytest.mark.parametrize("fill", [float("inf"), float("nan")])
@@ -76,16 +76,16 @@ def test_row_of_dropped_pairs_is_never_multiplied(fill):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_contracts_of_an_operator(device):
-    plan = plan_of(capacity=3, padded=True, device=device)
+    order = order_of(capacity=3, padded=True, device=device)
     x, gate = random_tensor(12, 8, device=device), random_tensor(12, 2, device=device)
-    rows = random_tensor(plan.num_rows, 8, device=device)
+    rows = random_tensor(order.num_rows, 8, device=device)
     ops = torch.ops.swin_moe
     for dtype in (None, torch.float32):
-        torch.library.opcheck(ops.moe_permute.default, (x, plan.pair, 2, gate, plan.vacant, dtype))
-    torch.library.opcheck(ops.moe_permute.default, (x, plan.pair, 2, None, None))
-    torch.library.opcheck(ops.moe_unpermute.default, (rows, plan.position, plan.keep, gate))
-    torch.library.opcheck(ops.moe_unpermute.default, (rows.float(), plan.position, None, gate))
-    torch.library.opcheck(ops.moe_gate_gradient.default, (rows, x, plan.position, plan.keep))
+        torch.library.opcheck(ops.moe_permute.default, (x, order.pair, 2, gate, order.vacant, dtype))
+    torch.library.opcheck(ops.moe_permute.default, (x, order.pair, 2, None, None))
+    torch.library.opcheck(ops.moe_unpermute.default, (rows, order.position, order.keep, gate))
+    torch.library.opcheck(ops.moe_unpermute.default, (rows.float(), order.position, None, gate))
+    torch.library.opcheck(ops.moe_gate_gradient.default, (rows, x, order.position, order.keep))
 
 
 @GPU
@@ -95,12 +95,12 @@ def test_contracts_of_an_operator(device):
 def test_cuda_equals_the_cpu(case, rows_dtype, gate_dtype, channels):
     results = []
     for device in ("cpu", "cuda"):
-        plan = plan_of(**case, padded=True, device=device)
-        tokens, top_k = plan.position.shape
+        order = order_of(**case, padded=True, device=device)
+        tokens, top_k = order.position.shape
         x = random_tensor(tokens, channels, dtype=rows_dtype, device=device).requires_grad_()
         gate = random_tensor(tokens, top_k, dtype=gate_dtype, device=device, seed=3).requires_grad_()
-        rows = take_tokens(x, plan)
-        out = combine_tokens(rows, gate, plan)
+        rows = take_tokens(x, order)
+        out = combine_tokens(rows, gate, order)
         grads = torch.autograd.grad(out, (x, gate), random_tensor(*out.shape, dtype=out.dtype, device=device, seed=4))
         assert out.dtype == torch.promote_types(rows_dtype, gate_dtype)
         results.append([t.detach().cpu().double() for t in (rows, out, *grads)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swin_moe.moe.choices.expert import route_by_expert
-from swin_moe.moe.dispatch import make_padded_plan, make_plan, padded_rows
+from swin_moe.moe.dispatch import make_order, make_padded_order, padded_rows
 from swin_moe.moe.routing import join, route
 from swin_moe.ops import moe_plan
 from swin_moe.ops.moe_plan import order_rows
@@ -31,9 +31,9 @@ ROUTINGS = {
 
 
 def plans_of(routing):
-    """Returns every plan of a routing: rows known, unknown, and padded."""
-    plans = [make_plan(routing, int(routing.kept.sum())), make_plan(routing, None)]
-    return [*plans, make_padded_plan(routing, padded_rows(routing))]
+    """Returns every order of a routing: rows known, unknown, and padded."""
+    orders = [make_order(routing, int(routing.kept.sum())), make_order(routing, None)]
+    return [*orders, make_padded_order(routing, padded_rows(routing))]
 
 
 @compiled

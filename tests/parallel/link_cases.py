@@ -1,4 +1,4 @@
-"""What every rank runs to check rows and gradients through a link: payloads, counters, errors, order of flights."""
+"""What every rank runs to check rows and gradients through a link: payloads, counters, errors, order."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from swin_moe.config import ParallelConfig
 from swin_moe.moe.phases import PhaseClock
-from swin_moe.parallel.exchange.link import EXPOSED, Link, Trip, arrive, depart, travel
+from swin_moe.parallel.exchange.link import EXPOSED, Link, RowExchange, receive_rows, send_and_receive, send_rows
 from swin_moe.parallel.exchange.payload import PAYLOADS
 from swin_moe.parallel.exchange.transport import build_transport
 from swin_moe.parallel.groups import build_groups
@@ -27,11 +27,11 @@ def counts(world, scale=1, silent=None):
     return [[scale * ((3 * s + 2 * d) % 4) * (s != silent) for d in range(world)] for s in range(world)]
 
 
-def make_route(link, count_RR):
+def make_plan(link, count_RR):
     rank, world = dist.get_rank(), len(count_RR)
     relayed = link.transport.relayed(torch.tensor(count_RR[rank])[None])
     arriving = [[count_RR[s][rank]] for s in range(world)]
-    return link.transport.route(count_RR[rank], arriving, relayed[:, 0].tolist(), torch.device("cpu"))
+    return link.transport.plan(count_RR[rank], arriving, relayed[:, 0].tolist(), torch.device("cpu"))
 
 
 def rows_of(rank, count_RR):
@@ -44,15 +44,15 @@ def carried(payload, rows):
     return rows if codec is None else codec.decode(codec.encode(rows), rows.dtype)
 
 
-def check_travel(kind, payload, silent=None):
+def check_exchange(kind, payload, silent=None):
     """Rows arrive as the codec leaves them, gradients likewise; counters and errors say what happened."""
     rank, world = dist.get_rank(), dist.get_world_size()
     hosts, count = HOSTS[world], counts(world, silent=silent)
     link = open_link(kind, payload, hosts)
-    route = make_route(link, count)
+    plan = make_plan(link, count)
     link.clock = PhaseClock(torch.device("cpu"))
     rows = rows_of(rank, count).requires_grad_()
-    arrived = travel(rows, link, route)
+    arrived = send_and_receive(rows, link, plan)
     sent = [carried(payload, rows_of(s, count)) for s in range(world)]
     wanted = torch.cat([sent[s].split(count[s])[rank] for s in range(world)])
     assert torch.equal(arrived.detach(), wanted)
@@ -88,27 +88,27 @@ def check_ids(kind, payload):
     count = counts(world)
     link = open_link(kind, payload, HOSTS[world])
     ids = 2**40 + 1 + torch.arange(sum(count[rank])) + 1000 * rank
-    found = link.exchange(ids, make_route(link, count))
+    found = link.exchange(ids, make_plan(link, count))
     everyone = [2**40 + 1 + torch.arange(sum(count[s])) + 1000 * s for s in range(world)]
     assert torch.equal(found, torch.cat([everyone[s].split(count[s])[rank] for s in range(world)]))
 
 
-def check_flights(kind, payload):
-    """Several trips at once give what they give one after the other, forward and backward; copies fly by themselves."""
+def check_several(kind, payload):
+    """Several exchanges at once give what they give one by one, in both directions; a copy counts for itself."""
     rank, world = dist.get_rank(), dist.get_world_size()
     link = open_link(kind, payload, HOSTS[world])
-    plans = [counts(world, scale) for scale in (1, 0, 3)]
-    routes = [make_route(link, plan) for plan in plans]
-    inputs = [rows_of(rank, plan) for plan in plans]
+    sizes = [counts(world, scale) for scale in (1, 0, 3)]
+    plans = [make_plan(link, size) for size in sizes]
+    inputs = [rows_of(rank, size) for size in sizes]
 
     def run(together):
         xs = [x.clone().requires_grad_() for x in inputs]
-        trips = [Trip(link, route) for route in routes]
+        exchanges = [RowExchange(link, plan) for plan in plans]
         if together:
-            departed = [depart(x, trip) for x, trip in zip(xs, trips)]
-            ys = [arrive(d, trip) for d, trip in zip(departed, trips)]
+            sent = [send_rows(x, exchange) for x, exchange in zip(xs, exchanges)]
+            ys = [receive_rows(d, exchange) for d, exchange in zip(sent, exchanges)]
         else:
-            ys = [arrive(depart(x, trip), trip) for x, trip in zip(xs, trips)]
+            ys = [receive_rows(send_rows(x, exchange), exchange) for x, exchange in zip(xs, exchanges)]
         sum((y.square().sum() for y in ys), torch.zeros(())).backward()
         return [*ys, *(x.grad for x in xs)]
 
@@ -122,7 +122,7 @@ def check_flights(kind, payload):
 def run_world():
     for kind in ("linear", "hierarchical"):
         for payload in PAYLOADS:
-            check_travel(kind, payload)
-            check_travel(kind, payload, silent=0)  # it relays all the same
+            check_exchange(kind, payload)
+            check_exchange(kind, payload, silent=0)  # it relays all the same
             check_ids(kind, payload)
-            check_flights(kind, payload)
+            check_several(kind, payload)

@@ -15,9 +15,16 @@ from swin_moe.parallel.apply import (
 from swin_moe.parallel.groups import Degrees, Groups, single_process_groups
 
 TINY = dict(
-    img_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4, moe_blocks=[[-1], [1]],
-    num_experts=5, num_classes=3,
-)  # fmt: skip
+    img_size=16,
+    patch_size=2,
+    embed_dim=8,
+    depths=[1, 2],
+    num_heads=[1, 2],
+    window_size=4,
+    moe_blocks=[[-1], [1]],
+    num_experts=5,
+    num_classes=3,
+)
 EXPERTS = "layers.1.blocks.1.mlp.experts"
 
 

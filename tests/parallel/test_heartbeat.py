@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from swin_moe.parallel.exchange.transport import Flight, Hop, Route
+from swin_moe.parallel.exchange.transport import AllToAll, ExchangePlan, PendingRows
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Beat, Heartbeat, _in_collective
 
 
@@ -99,10 +99,10 @@ def test_a_loop_begins_a_phase_per_item():
 
 
 def test_a_rank_that_waits_for_rows_under_way_is_in_a_collective():
-    flight = Flight(torch.zeros(1, 1), Route((Hop(None, [1], [1], (False,), 0),), (None, None)))
+    pending = PendingRows(torch.zeros(1, 1), ExchangePlan((AllToAll(None, [1], [1], (False,), 0),), (None, None)))
     arrived, waiting = threading.Event(), threading.Event()
-    flight._work = SimpleNamespace(wait=lambda: waiting.set() or arrived.wait(10))
-    thread = threading.Thread(target=flight.wait)
+    pending._work = SimpleNamespace(wait=lambda: waiting.set() or arrived.wait(10))
+    thread = threading.Thread(target=pending.wait)
     thread.start()
     assert waiting.wait(10) and not _in_collective(threading.get_ident())
     try:

@@ -60,8 +60,12 @@ def test_coordinates_by_hand():
 
 
 def test_placements():
-    for name in ("layers.2.blocks.1.mlp.experts.fc1_weight", "experts.fc2_bias", "ema/layers.0.mlp.experts.fc1_bias",
-                 "optim.exp_avg/layers.2.blocks.1.mlp.experts.fc2_weight"):  # fmt: skip
+    for name in (
+        "layers.2.blocks.1.mlp.experts.fc1_weight",
+        "experts.fc2_bias",
+        "ema/layers.0.mlp.experts.fc1_bias",
+        "optim.exp_avg/layers.2.blocks.1.mlp.experts.fc2_weight",
+    ):
         assert placement(name).is_expert
     for name in ("layers.2.blocks.1.mlp.fc1.weight", "mlp.router.weight", "head.bias", "my_experts.fc1_weight"):
         assert not placement(name).is_expert
@@ -89,14 +93,17 @@ def test_every_element_is_held_once_per_replica(degrees, shape):
     assert set(count.values()) == {degrees.expert_data}
 
 
-@pytest.mark.parametrize(("degrees", "hosts", "sentence"), [
-    ((4, 1, 2), (0,) * 4 + (1,) * 4, "4 consecutive ranks of one node"),
-    ((2, 2, 2), (0,) * 4 + (1,) * 4, "4 consecutive ranks of one node"),
-    ((1, 1, 4), (0, 1, 0, 1), "1 rank of one node"),
-    ((8, 1, 1), (0,) * 4 + (1,) * 4, "on up to 2 nodes, because it does not fit a node of 4 ranks"),
-    ((2, 1, 3), (0,) * 3 + (1,) * 3, "on up to 2 nodes, because nodes of 3 ranks are not a multiple"),
-    ((2, 1, 2), (0, 1, 0, 1), "on up to 2 nodes, because consecutive ranks are on different nodes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("degrees", "hosts", "sentence"),
+    [
+        ((4, 1, 2), (0,) * 4 + (1,) * 4, "4 consecutive ranks of one node"),
+        ((2, 2, 2), (0,) * 4 + (1,) * 4, "4 consecutive ranks of one node"),
+        ((1, 1, 4), (0, 1, 0, 1), "1 rank of one node"),
+        ((8, 1, 1), (0,) * 4 + (1,) * 4, "on up to 2 nodes, because it does not fit a node of 4 ranks"),
+        ((2, 1, 3), (0,) * 3 + (1,) * 3, "on up to 2 nodes, because nodes of 3 ranks are not a multiple"),
+        ((2, 1, 2), (0, 1, 0, 1), "on up to 2 nodes, because consecutive ranks are on different nodes"),
+    ],
+)
 def test_placement_of_expert_groups_on_nodes(degrees, hosts, sentence):
     assert sentence in describe_placement(Degrees(*degrees), hosts)
 

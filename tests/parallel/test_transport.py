@@ -1,4 +1,4 @@
-"""Routes, without ranks: every rank's route is made here, and the all-to-alls between them are done on lists."""
+"""Exchange plans, without ranks: every rank's plan is made here, and the all-to-alls between them are done on lists."""
 
 import random
 
@@ -9,15 +9,15 @@ from swin_moe.parallel.exchange.hierarchical import HierarchicalTransport
 from swin_moe.parallel.exchange.owners import Owners
 from swin_moe.parallel.exchange.topology import Topology
 from swin_moe.parallel.exchange.transport import (
-    Flight,
-    Hop,
+    AllToAll,
+    ExchangePlan,
     LinearTransport,
-    Order,
-    Route,
-    block_order,
+    PendingRows,
+    Permutation,
+    block_permutation,
     build_transport,
     by_expert,
-    even_route,
+    even_plan,
 )
 from swin_moe.parallel.groups import Degrees, Groups
 
@@ -40,60 +40,60 @@ def transports(kind, hosts):
     return found
 
 
-def routes(kind, hosts, count_RRE):
-    """Returns one route per rank; count_RRE: rows from a rank to a rank for each of its experts."""
+def plans(kind, hosts, count_RRE):
+    """Returns one plan per rank; count_RRE: rows from a rank to a rank for each of its experts."""
     ranks = range(len(hosts))
     send_RR = [[sum(count_RRE[r][d]) for d in ranks] for r in ranks]
     found = []
     for rank, transport in enumerate(transports(kind, hosts)):
         relayed = [send_RR[r] for r in transport.relayed_ranks]
-        found.append(transport.route(send_RR[rank], [count_RRE[s][rank] for s in ranks], relayed, CPU))
+        found.append(transport.plan(send_RR[rank], [count_RRE[s][rank] for s in ranks], relayed, CPU))
     return found
 
 
-def carry(all_routes, rows):
-    """Returns every rank's rows after the hops, as Flight moves them."""
-    for number in range(len(all_routes[0].hops)):
-        rows = [reordered(r, route.orders[number]) for r, route in zip(rows, all_routes)]
+def carry(all_plans, rows):
+    """Returns every rank's rows after the calls, as PendingRows moves them."""
+    for number in range(len(all_plans[0].calls)):
+        rows = [reordered(r, plan.permutations[number]) for r, plan in zip(rows, all_plans)]
         arrived = []
-        for rank, route in enumerate(all_routes):
-            hop = route.hops[number]
-            members = {None: (rank,), "all": tuple(range(len(rows)))}.get(hop.group, hop.group)
-            assert members[hop.me] == rank
+        for rank, plan in enumerate(all_plans):
+            call = plan.calls[number]
+            members = {None: (rank,), "all": tuple(range(len(rows)))}.get(call.group, call.group)
+            assert members[call.me] == rank
             parts = []
-            for member, expected in zip(members, hop.receive):
-                other = all_routes[member].hops[number]
+            for member, expected in zip(members, call.receive):
+                other = all_plans[member].calls[number]
                 start = sum(other.send[: members.index(rank)])
                 part = rows[member][start : start + other.send[members.index(rank)]]
                 assert len(part) == expected
                 parts += part
             arrived.append(parts)
         rows = arrived
-    return [reordered(r, route.orders[-1]) for r, route in zip(rows, all_routes)]
+    return [reordered(r, plan.permutations[-1]) for r, plan in zip(rows, all_plans)]
 
 
-def reordered(rows, order):
-    return rows if order is None else [rows[i] for i in order.index.tolist()]
+def reordered(rows, permutation):
+    return rows if permutation is None else [rows[i] for i in permutation.index.tolist()]
 
 
-def test_block_order_by_hand():
+def test_block_permutation_by_hand():
     # a | b b | c c, wanted as a c c | b b.
-    order = block_order([1, 2, 2], [0, 2, 1], CPU)
-    assert order.index.tolist() == [0, 3, 4, 1, 2] and order.inverse.tolist() == [0, 3, 4, 1, 2]
-    assert block_order([1, 0, 2], [1, 0, 2], CPU) is None  # an empty block may stand anywhere
-    assert block_order([], [], CPU) is None
+    permutation = block_permutation([1, 2, 2], [0, 2, 1], CPU)
+    assert permutation.index.tolist() == [0, 3, 4, 1, 2] and permutation.inverse.tolist() == [0, 3, 4, 1, 2]
+    assert block_permutation([1, 0, 2], [1, 0, 2], CPU) is None  # an empty block may stand anywhere
+    assert block_permutation([], [], CPU) is None
     assert by_expert([[1, 2], [2, 0]], [1, 0]) == ([2, 0, 1, 2], [2, 0, 3, 1])
 
 
 def test_two_hops_by_hand():
     # Nodes {0, 1, 2} and {3}; rank r sends one row to every rank. Rank 0 relays its node's rows for 3, and 3 relays.
-    made = routes(HierarchicalTransport, (0, 0, 0, 1), [[[1]] * 4] * 4)
-    inside, between = made[0].hops
+    made = plans(HierarchicalTransport, (0, 0, 0, 1), [[[1]] * 4] * 4)
+    inside, between = made[0].calls
     assert inside.send == [2, 1, 1] and inside.receive == [2, 2, 2]
     assert between.send == [3, 0, 0, 3] and between.receive == [3, 0, 0, 1]
     assert (made[0].sent_rows, made[0].crossing_rows) == (5, 3)
     assert (made[1].sent_rows, made[1].crossing_rows) == (3, 0)
-    assert made[3].hops[0].group is None and (made[3].sent_rows, made[3].crossing_rows) == (3, 3)
+    assert made[3].calls[0].group is None and (made[3].sent_rows, made[3].crossing_rows) == (3, 3)
 
 
 @pytest.mark.parametrize("kind", [LinearTransport, HierarchicalTransport])
@@ -103,18 +103,22 @@ def test_random_rows_arrive_by_expert_and_source_and_find_their_way_back(kind):
         hosts = [draw.randrange(3) for _ in range(draw.randrange(2, 9))]
         experts = [draw.randrange(4) for _ in hosts]
         sparse = draw.random()
-        count = [[[draw.randrange(4) * (draw.random() < sparse) for _ in range(experts[d])] for d in range(len(hosts))]
-                 for _ in hosts]  # fmt: skip
-        made = routes(kind, hosts, count)
-        rows = [[(s, d, e, i) for d, per_expert in enumerate(count[s]) for e, n in enumerate(per_expert)
-                 for i in range(n)] for s in range(len(hosts))]  # fmt: skip
+        count = [
+            [[draw.randrange(4) * (draw.random() < sparse) for _ in range(experts[d])] for d in range(len(hosts))]
+            for _ in hosts
+        ]
+        made = plans(kind, hosts, count)
+        rows = [
+            [(s, d, e, i) for d, per_expert in enumerate(count[s]) for e, n in enumerate(per_expert) for i in range(n)]
+            for s in range(len(hosts))
+        ]
         arrived = carry(made, rows)
         for rank, found in enumerate(arrived):
             wanted = [row for sent in rows for row in sent if row[1] == rank]
             assert found == sorted(wanted, key=lambda row: (row[2], row[0], row[3]))
-        assert carry([route.reverse for route in made], arrived) == rows
+        assert carry([plan.reverse for plan in made], arrived) == rows
         away = [sum(sum(n) for d, n in enumerate(count[s]) if hosts[d] != hosts[s]) for s in range(len(hosts))]
-        assert sum(route.crossing_rows for route in made) == sum(away)  # no row crosses twice
+        assert sum(plan.crossing_rows for plan in made) == sum(away)  # no row crosses twice
 
 
 @pytest.mark.parametrize("kind", [LinearTransport, HierarchicalTransport])
@@ -123,12 +127,12 @@ def test_random_rows_arrive_by_expert_and_source_and_find_their_way_back(kind):
 def test_even_rows_need_no_counts(kind, degrees, experts, rows):
     hosts, owners = (0, 1, 1, 1), Owners(Degrees(*degrees), experts)
     count = [[[rows if owners.sources(d)[s] else 0] * owners.num_local(d) for d in range(4)] for s in range(4)]
-    expected = routes(kind, hosts, count)
+    expected = plans(kind, hosts, count)
     for rank, transport in enumerate(transports(kind, hosts)):
-        made = even_route(transport, owners, rank, rows, CPU)
-        assert made.hops == expected[rank].hops
-        for order, wanted in zip(made.orders, expected[rank].orders):
-            assert (order is None) == (wanted is None) and (order is None or torch.equal(order.index, wanted.index))
+        made = even_plan(transport, owners, rank, rows, CPU)
+        assert made.calls == expected[rank].calls
+        for found, wanted in zip(made.permutations, expected[rank].permutations):
+            assert (found is None) == (wanted is None) and (found is None or torch.equal(found.index, wanted.index))
 
 
 def test_a_hierarchy_without_levels_is_linear():
@@ -140,9 +144,9 @@ def test_a_hierarchy_without_levels_is_linear():
         build_transport("pigeon", groups_of(0, (0, 0)))
 
 
-def test_a_flight_alone_reorders_and_a_transposed_input_is_not_scrambled():
-    order = Order(torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
-    route = Route((Hop(None, [3], [3], (False,), 0),), (order, order))
+def test_rows_alone_are_permuted_and_a_transposed_input_is_not_scrambled():
+    permutation = Permutation(torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
+    plan = ExchangePlan((AllToAll(None, [3], [3], (False,), 0),), (permutation, permutation))
     rows = torch.arange(6.0).view(2, 3).t()
-    assert torch.equal(Flight(rows, route).wait(), rows[[1, 2, 0]])
-    assert torch.equal(Flight(Flight(rows, route).wait(), route.reverse).wait(), rows)
+    assert torch.equal(PendingRows(rows, plan).wait(), rows[[1, 2, 0]])
+    assert torch.equal(PendingRows(PendingRows(rows, plan).wait(), plan.reverse).wait(), rows)

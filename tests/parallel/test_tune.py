@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.dispatch import make_plan
+from swin_moe.moe.dispatch import make_order
 from swin_moe.parallel.exchange.tune import candidates, choose, even_routing, tune
 from swin_moe.parallel.groups import Degrees, Groups
 from tests.parallel.tune_cases import run_world
@@ -37,8 +37,8 @@ def test_the_simplest_within_the_margin_is_chosen():
 def test_an_even_routing_keeps_every_pair_once(tokens, experts, top_k):
     routing = even_routing(tokens, experts, top_k=top_k, device=torch.device("cpu"))
     assert int(routing.kept.sum()) == tokens * top_k and int(routing.kept.max() - routing.kept.min()) <= 1
-    plan = make_plan(routing, tokens * top_k)
-    assert sorted(plan.pair.tolist()) == list(range(tokens * top_k))
+    order = make_order(routing, tokens * top_k)
+    assert sorted(order.pair.tolist()) == list(range(tokens * top_k))
 
 
 def test_nothing_is_tuned_where_rows_do_not_travel():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig, ParallelConfig
-from swin_moe.moe.dispatch import VERBS, PaddedDispatcher, make_padded_plan, padded_rows
+from swin_moe.moe.dispatch import VERBS, PaddedDispatcher, make_padded_order, padded_rows
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import route
 from swin_moe.parallel.apply import parallelize
@@ -54,13 +54,13 @@ def travelled(verbs, x, logits, options, extra_rows=1):
     """Returns what verbs make of tokens and of the same rows scaled, and the gradients of x and logits."""
     x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
     routing = route(logits, **options)
-    plan = make_padded_plan(routing, padded_rows(routing) + extra_rows)
-    rows = verbs.take(x, plan)
-    assert rows.shape == (plan.num_rows, x.shape[1]) and rows.dtype == x.dtype
-    y = verbs.combine((rows * torch.linspace(1, 2, len(rows))[:, None]).to(x.dtype), routing.gate, plan)
+    order = make_padded_order(routing, padded_rows(routing) + extra_rows)
+    rows = verbs.take(x, order)
+    assert rows.shape == (order.num_rows, x.shape[1]) and rows.dtype == x.dtype
+    y = verbs.combine((rows * torch.linspace(1, 2, len(rows))[:, None]).to(x.dtype), routing.gate, order)
     seen = torch.arange(y.numel()).view(y.shape).cos()
     (y * seen).sum().backward()
-    rows = rows.masked_fill(plan.vacant[:, None], 0)
+    rows = rows.masked_fill(order.vacant[:, None], 0)
     return {"rows": rows, "y": y, "x": x.grad, "logits": logits.grad}
 
 
@@ -106,9 +106,9 @@ def test_by_need_and_confidence_drops_nothing(installed):
     """Tutel's own routing takes the need from the wrong row and drops tokens, 57 of 512 in one try."""
     x, logits = torch.ones(128, DIM), numbers(3, 128, 8)
     routing = route(logits, top_k=1, capacity=None, batch_prioritized=True)
-    plan = make_padded_plan(routing, padded_rows(routing))
+    order = make_padded_order(routing, padded_rows(routing))
     verbs = tutel_verbs(installed.fast_encode, installed.fast_decode, 8)
-    y = verbs.combine(verbs.take(x, plan), torch.ones(128, 1), plan)
+    y = verbs.combine(verbs.take(x, order), torch.ones(128, 1), order)
     assert torch.equal(y, x)
 
 
@@ -139,8 +139,12 @@ def test_weights_are_ours_and_loaded_strictly(installed):
     layer = parallelize(build_layer(), ParallelConfig(), single_process_groups())
     state = layer.state_dict()
     assert sorted(state) == [
-        "experts.fc1_bias", "experts.fc1_weight", "experts.fc2_bias", "experts.fc2_weight", "router.weight"
-    ]  # fmt: skip
+        "experts.fc1_bias",
+        "experts.fc1_weight",
+        "experts.fc2_bias",
+        "experts.fc2_weight",
+        "router.weight",
+    ]
     with pytest.raises(RuntimeError, match="Missing key.*experts.fc1_weight"):
         layer.load_state_dict({name: value for name, value in state.items() if name != "experts.fc1_weight"})
     with pytest.raises(RuntimeError, match="size mismatch for experts.fc1_weight"):

@@ -52,9 +52,9 @@ def fast_decode(data, critial_data, is_postscore=True):
 def modules() -> dict[str, ModuleType]:
     """Returns the modules that stand for Tutel, by name."""
     moe = ModuleType("tutel.moe")
-    moe.fast_encode, moe.fast_decode = fast_encode, fast_decode
+    vars(moe).update(fast_encode=fast_encode, fast_decode=fast_decode)
     package = ModuleType("tutel")
-    package.__path__, package.moe = [], moe
+    vars(package).update(__path__=[], moe=moe)
     return {"tutel": package, "tutel.moe": moe}
 
 

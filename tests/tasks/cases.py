@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,11 @@ from swin_moe.run.session import Session, build_local_model
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.train import Trainer
 from swin_moe.weights.load import backbone_of, load_weights, open_stored, start_from
+from tests.gathered import NETWORK
 
 # 50 images in batches of 20: 3 steps an epoch, the last one of 10, so that of 4 ranks two have none.
 TINY = (
-    "engine.precision=fp64", "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]",
-    "model.num_heads=[1,2]", "model.window_size=4", "model.drop_path_rate=0.2", "data.global_batch=20",
+    *NETWORK, "engine.precision=fp64", "model.drop_path_rate=0.2", "data.global_batch=20",
     "data.images_per_class=5", "data.drop_last=false", "data.eval_batch=90", "task.mask_patch_size=4", "optim.epochs=1",
     "optim.warmup_epochs=0.5",
     "optim.clip_norm=0.5", "log.every=1", "log.eval_every=1", "log.tensorboard=false", "checkpoint.every=1000",
@@ -91,7 +92,8 @@ def records(session: Session) -> list[dict]:
 
 def outcome(trainer: Trainer) -> dict:
     """Returns losses of every step, the evaluation, and this rank's parts of the weights."""
-    engine, rows = trainer.engine, records(trainer.session)
+    engine: Any = trainer.engine  # parts are no member that every engine has
+    rows = records(trainer.session)
     parts = {
         name: (part.shape, part.chunk.offset, part.local.clone()) for name, part in engine.parts.items()
     }  # fmt: skip
@@ -108,8 +110,8 @@ def run_world(root: str, world: int) -> dict[str, dict]:
     result = {}
     for name, (config, options) in RUNS.items():
         directory = Path(root) / f"world{world}" / name.replace(" ", "-")
-        options = [option.replace("TEACHER", f"{root}/teacher") for option in options]
-        result[name] = outcome(train(open_tiny(directory, config, *options)))
+        own = [option.replace("TEACHER", f"{root}/teacher") for option in options]
+        result[name] = outcome(train(open_tiny(directory, config, *own)))
     return result
 
 
@@ -147,9 +149,9 @@ def features(root: str, config: str, *options: str) -> dict[str, float]:
 def begin(root: str, *options: str) -> dict:
     """Returns the report of checkpoint.init, and this rank's parts of the weights of a run before its first step."""
     session = open_tiny(Path(root), "digits_dense", *options)
-    trainer = Trainer(session)
-    report = start_from(session.config.checkpoint.init, trainer.engine, session)
-    held = {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in trainer.engine.parts.items()}
+    engine: Any = Trainer(session).engine  # parts are no member that every engine has
+    report = start_from(session.config.checkpoint.init, engine, session)
+    held = {n: (p.shape, p.chunk.offset, p.local.clone()) for n, p in engine.parts.items()}
     return {"report": report, "begun": held}
 
 

@@ -104,8 +104,9 @@ def test_a_checkpoint_of_any_task_teaches(tmp_path):
     assert teacher.num_features == 16
     for name, value in teacher.network.named_parameters():
         assert torch.equal(value, weights(source)[name]), name
-    classifier = trained(tmp_path, "digits_dense", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4",
-                         "model.moe.group_images=1")  # fmt: skip
+    classifier = trained(
+        tmp_path, "digits_dense", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.group_images=1"
+    )
     teacher = load_teacher(session_of(tmp_path, f"task.teacher={classifier.session.directory}"))
     model = classifier.engine.local_model.eval()
     torch.testing.assert_close(teacher(images(3)), model.encode(images(3)).tokens)
@@ -153,11 +154,14 @@ def test_networks_of_timm_teach(tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "task.teacher must be set with task.name=distill"),
-        (("task.teacher=a.pth",), "task.teacher_model must be a config or timm:NAME"),
-        (("task.teacher=a.pth", "task.teacher_model=timm:x", "task.teacher_shard=true"), "task.teacher_shard must be"),
-        (("task.teacher=a", "task.smooth_l1_beta=0"), "task.smooth_l1_beta must be > 0"),
-        (("task.teacher=a", "task.teacher_precision=int8"), "task.teacher_precision must be one of"),
+        ((), "task.distill.teacher must be set with task.name=distill"),
+        (("task.teacher=a.pth",), "task.distill.teacher_model must be a config or timm:NAME"),
+        (
+            ("task.teacher=a.pth", "task.teacher_model=timm:x", "task.teacher_shard=true"),
+            "task.distill.teacher_shard must be",
+        ),
+        (("task.teacher=a", "task.smooth_l1_beta=0"), "task.distill.smooth_l1_beta must be > 0"),
+        (("task.teacher=a", "task.teacher_precision=int8"), "task.distill.teacher_precision must be one of"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path, options, said):
@@ -168,11 +172,14 @@ def test_what_contradicts_itself_is_refused(tmp_path, options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("task.teacher=nowhere",), "task.teacher=nowhere: does not exist"),
-        (("task.teacher=gone.pth", "task.teacher_model=digits_dense"), "task.teacher=gone.pth: does not exist"),
-        (("task.teacher=gone.pth", "task.teacher_model=timm:test_vit"), "task.teacher=gone.pth: no such file"),
-        (("task.teacher=pretrained", "task.teacher_model=timm:no_such_net"), "task.teacher_model=timm:no_such_net"),
-        (("task.teacher=bad.pth", "task.teacher_model=timm:test_vit"), "task.teacher=bad.pth: "),
+        (("task.teacher=nowhere",), "task.distill.teacher=nowhere: does not exist"),
+        (("task.teacher=gone.pth", "task.teacher_model=digits_dense"), "task.distill.teacher=gone.pth: does not exist"),
+        (("task.teacher=gone.pth", "task.teacher_model=timm:test_vit"), "task.distill.teacher=gone.pth: no such file"),
+        (
+            ("task.teacher=pretrained", "task.distill.teacher_model=timm:no_such_net"),
+            "task.distill.teacher_model=timm:no_such_net",
+        ),
+        (("task.teacher=bad.pth", "task.teacher_model=timm:test_vit"), "task.distill.teacher=bad.pth: "),
         (("task.teacher=other.pth", "task.teacher_model=timm:test_vit"), "other.pth: .*: (Missing|Unexpected) key"),
     ],
 )

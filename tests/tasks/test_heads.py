@@ -9,9 +9,9 @@ from checkpoint_tools.__main__ import main as tools
 from swin_moe.config.io import load_config
 from swin_moe.models import build_model
 from swin_moe.models.heads import EncoderModel
-from swin_moe.models.official import CLASSES_1K, CLASSES_22K, read_class_map
+from swin_moe.models.official import CLASSES_1K, CLASSES_22K, load_official, read_class_map
 from swin_moe.run.session import check_layout
-from swin_moe.tasks.base import TASKS
+from swin_moe.tasks.base import TASKS, build_task
 from swin_moe.tasks.classify import Classify
 from swin_moe.train import Trainer
 from tests.tasks.transfer import TINY, begun, trained, untouched, weights
@@ -64,6 +64,21 @@ def test_a_head_keeps_its_own_weights_whatever_it_is_called(tmp_path, monkeypatc
         if not name.startswith("head."):
             assert torch.equal(value, weights(other)[f"encoder.{name}"]), name
     assert "dropped 8 (" in report and "only for the task it was trained for" in report
+
+
+def test_what_stands_beside_an_encoder_is_its_tasks_whatever_it_is_called():
+    config = load_config("digits_moby", [*TINY, "task.moby.queue=20"])
+    networks = [build_task(config).build_network(), Tagged(build_model(replace(config.model, num_classes=0)))]
+    for number, network in enumerate(networks):
+        network.init_weights(number)
+        model = build_model(config.model)
+        model.init_weights(7)
+        report = load_official(model, network.state_dict())
+        for name, value in network.encoder.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        beside = {name for name in network.state_dict() if not name.startswith("encoder.")}
+        assert {name for name, _ in report.dropped} == beside and len(beside) >= 8
+        assert {reason for _, reason in report.dropped} == {"only for the task it was trained for"}
 
 
 def test_another_engine_refuses_a_new_task_for_a_true_reason(tmp_path, monkeypatch):

@@ -21,8 +21,7 @@ from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.tasks.moby import enqueue, leave_one_out, momentum_at
 from tests.tasks.transfer import TINY, begun, trained, weights
 
-MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "task.momentum=0.99",
-        "data.drop_last=true")  # fmt: skip
+MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "task.momentum=0.99", "data.drop_last=true")
 
 
 def task_of(*options: str):
@@ -52,6 +51,20 @@ def test_the_published_network():
     assert frozen == 27_519_354 + 4_206_848 + 2 * 4096 * 256
     assert {b.drop_path for s in model.momentum_encoder.layers for b in s.blocks} == {0.0}
     assert max(b.drop_path for s in model.encoder.layers for b in s.blocks) == 0.2
+
+
+# Views.
+
+
+def test_two_views_need_no_context():
+    task, model = task_of()
+    model.init_weights(0)
+    views = images(3, 0), images(3, 1)
+    drawn = RandomContext(1, 2, torch.arange(3))
+    with torch.no_grad():
+        given, none = model.eval()(*views, random=drawn), model(*views)
+        assert all(map(torch.equal, given.logits, none.logits))  # nothing is drawn in evaluation
+        assert all(logits.isfinite().all() for logits in model.train()(*views).logits)
 
 
 # Batch norm.
@@ -160,8 +173,14 @@ def test_views_draw_differently_and_only_online(monkeypatch):
     for name, found in seen.items():
         network = getattr(model, name)
         encode = network.encode
-        monkeypatch.setattr(network, "encode", lambda view, random=None, encode=encode, found=found: (
-            found.append(random.seed), encode(view, random=random))[1])  # fmt: skip
+        monkeypatch.setattr(
+            network,
+            "encode",
+            lambda view, random=None, encode=encode, found=found: (
+                found.append(random.seed),
+                encode(view, random=random),
+            )[1],
+        )
     model(images(2, 0), images(2, 0), random=RandomContext(0, 0, torch.arange(2)))
     assert seen["encoder"] == seen["momentum_encoder"] and len(set(seen["encoder"])) == 2
 
@@ -169,7 +188,7 @@ def test_views_draw_differently_and_only_online(monkeypatch):
 def test_neighbours_leave_the_image_itself_out():
     feature = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.9]])
     assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1])) == 80.0
-    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), chunk=2) == 80.0
+    assert leave_one_out(feature, torch.tensor([0, 0, 1, 1, 1]), at_once=2) == 80.0
 
 
 # Views.
@@ -195,8 +214,9 @@ def test_batches_hold_a_second_view_whatever_the_cut():
     config = DataConfig(global_batch=8, crop_scale=(0.5, 1.0))
 
     def batch(rank, world, views=True):
-        with TrainLoader(config, 8, seed=1, rank=rank, world_size=world, micro_batch=8 // world, accumulation=1,
-                         views=views) as loader:  # fmt: skip
+        with TrainLoader(
+            config, 8, seed=1, rank=rank, world_size=world, micro_batch=8 // world, accumulation=1, views=views
+        ) as loader:
             return next(iter(loader.batches(0, 1))).batches[0]
 
     whole = batch(0, 1)
@@ -216,7 +236,7 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     for name, value in weights(probe).items():
         if not name.startswith("head."):
             assert torch.equal(value, weights(source)[f"encoder.{name}"]), name
-    assert "only for pre-training" in report and "reinitialized 2 (head.weight, head.bias)" in report
+    assert "only for the task it was trained for" in report and "reinitialized 2 (head.weight, head.bias)" in report
     new, _ = begun(tmp_path, "digits_moby", source.session.directory, *MOBY)
     after = weights(new)
     for name, value in weights(source).items():
@@ -231,8 +251,8 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
     [
         (("data.micro_batch=5",), "data.micro_batch must be all images of a rank at once"),
         (("data.interpolation=random",), "data.interpolation must be bicubic or bilinear"),
-        (("task.queue=0",), "task.queue must be >= 1"),
-        (("task.momentum=1.5",), r"task.momentum must be in \[0, 1\]"),
+        (("task.queue=0",), "task.moby.queue must be >= 1"),
+        (("task.momentum=1.5",), r"task.moby.momentum must be in \[0, 1\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, said):

@@ -21,9 +21,14 @@ from swin_moe.tasks.simmim import tiled
 
 NUMBERS = json.loads((Path(__file__).parent.parent / "golden" / "numbers.json").read_text())
 TINY = (
-    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]",
-    "task.mask_patch_size=4", "model.pretrained_window_sizes=[0,0]",
-)  # fmt: skip
+    "model.img_size=16",
+    "model.patch_size=2",
+    "model.embed_dim=8",
+    "model.depths=[1,1]",
+    "model.num_heads=[1,2]",
+    "task.mask_patch_size=4",
+    "model.pretrained_window_sizes=[0,0]",
+)
 STEPS = 625  # an epoch of ImageNet-1K in batches of 2048
 
 
@@ -241,12 +246,12 @@ def test_sizes_of_pre_training(name):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("task.mask_patch_size=3", "task.mask_patch_size must be a multiple of model.patch_size=2, got 3"),
-        ("task.mask_patch_size=12", r"model.img_size must be multiples of 12 \(task.mask_patch_size\)"),
+        ("task.mask_patch_size=3", "task.simmim.mask_patch_size must be a multiple of model.patch_size=2, got 3"),
+        ("task.mask_patch_size=12", r"model.img_size must be multiples of 12 \(task.simmim.mask_patch_size\)"),
         ("model.img_size=[16,18]", "model.img_size must be multiples of 4"),
         ("model.patch_size=[2,4]", "model.patch_size must be square"),
-        ("task.mask_ratio=1.0", r"task.mask_ratio must be in \(0, 1\), got 1.0"),
-        ("task.target_window=46", "task.target_window must be odd"),
+        ("task.mask_ratio=1.0", r"task.simmim.mask_ratio must be in \(0, 1\), got 1.0"),
+        ("task.target_window=46", "task.simmim.target_window must be odd"),
         ("optim.freeze=experts", "optim.freeze must be none or backbone for a model without MoE blocks"),
         ("optim.freeze=backbone", "without a class head to train"),
     ],

@@ -9,15 +9,26 @@ from swin_moe.parallel.groups import single_process_groups
 from swin_moe.run.session import Session
 from swin_moe.train import Trainer
 from swin_moe.weights.load import start_from
+from tests.gathered import NETWORK
 
 CPU = torch.device("cpu")
 TINY = (
-    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]", "model.num_heads=[1,2]",
-    "model.window_size=4", "task.mask_patch_size=4", "data.images_per_class=2", "data.global_batch=10",
-    "optim.epochs=1", "optim.warmup_epochs=0", "log.tensorboard=false", "log.eval_every=0", "data.eval_batch=120",
-)  # fmt: skip
-MOE = ("model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.capacity_scope=images",
-       "model.moe.group_images=1")  # fmt: skip
+    *NETWORK,
+    "task.mask_patch_size=4",
+    "data.images_per_class=2",
+    "data.global_batch=10",
+    "optim.epochs=1",
+    "optim.warmup_epochs=0",
+    "log.tensorboard=false",
+    "log.eval_every=0",
+    "data.eval_batch=120",
+)
+MOE = (
+    "model.moe.blocks=[[-1],[1]]",
+    "model.moe.num_experts=4",
+    "model.moe.capacity_scope=images",
+    "model.moe.group_images=1",
+)
 
 
 def session_of(root: Path, config: str, *options: str) -> Session:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,14 +13,10 @@ from swin_moe.parallel.groups import build_groups
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.run.session import Session
 from swin_moe.train import Trainer
+from tests.gathered import NETWORK
 
 TINY = [
-    "model.img_size=16",
-    "model.patch_size=2",
-    "model.embed_dim=8",
-    "model.depths=[1,2]",
-    "model.num_heads=[1,2]",
-    "model.window_size=4",
+    *NETWORK,
     "model.moe.blocks=[[-1],[1]]",
     "model.moe.num_experts=4",
     "model.moe.group_images=4",
@@ -40,11 +37,11 @@ TINY = [
 ]  # 45 steps an epoch (the last one smaller): 0.13 epochs are 5 steps
 
 # A bias that follows the loads of all micro-batches and ranks, choices limited to groups of experts, a shared expert.
-BALANCED = [
-    "engine.precision=fp64", "data.micro_batch=4", "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01",
-    "model.moe.balance_loss=none", "model.moe.top_k=2", "model.moe.normalize_gate=true",
-    "model.moe.expert_groups=4", "model.moe.group_limit=3", "model.moe.shared_experts=1",
-]  # fmt: skip
+BALANCED = (
+    "engine.precision=fp64 data.micro_batch=4 model.moe.scores=sigmoid model.moe.bias_rate=0.01 "
+    "model.moe.balance_loss=none model.moe.top_k=2 model.moe.normalize_gate=true model.moe.expert_groups=4 "
+    "model.moe.group_limit=3 model.moe.shared_experts=1"
+).split()
 TOGETHER = ["engine.precision=fp64", "model.moe.capacity_factor=0.7", "model.moe.top_k=2"]  # routing groups over ranks
 
 
@@ -56,9 +53,12 @@ def open_tiny(directory: Path, *options: str) -> Session:
     world_size = torch.distributed.get_world_size()
     config.check(world_size)
     groups = build_groups(
-        config.parallel, config.model.moe.num_experts, device, routing_ranks=config.routing_ranks(world_size),
+        config.parallel,
+        config.model.moe.num_experts,
+        device,
+        routing_ranks=config.routing_ranks(world_size),
         saves_in_background=config.checkpoint.asynchronous,
-    )  # fmt: skip
+    )
     return Session(config, groups, device)
 
 
@@ -74,7 +74,7 @@ def train(session: Session, *, stop_after: int | None = None) -> Trainer:
             if trainer.progress.step == stop_after - 1:
                 trainer.stop.name = "SIGTERM"  # seen in the next step, as a signal during it would be
 
-        trainer._record = record
+        trainer._record = record  # type: ignore[method-assign]  # a stand-in
     trainer.run()
     return trainer
 
@@ -108,7 +108,7 @@ def run_world(root: str, world: int) -> dict:
     """Runs every case of one world and returns what the tests compare."""
     base = Path(root)
     own = base / f"world{world}"
-    result = {}
+    result: dict[str, Any] = {}
     whole = train(open_tiny(own / "whole"))
     result["whole"] = (losses(whole.session), local_weights(whole))
     result["records"] = [r for r in records(whole.session) if "train/loss" in r]
@@ -120,7 +120,7 @@ def run_world(root: str, world: int) -> dict:
     if world > 1:
         result["failed save"] = fail_in_background(own / "failed")
         with torch.no_grad():
-            second.engine.local_model.head.bias[0] += whole.session.rank * 1e-7
+            second.engine.local_model.get_parameter("head.bias")[0] += whole.session.rank * 1e-7
         result["tampered"] = first_differing_replica(second.engine.local_model, second.session.groups)
     result["double"] = _final(train(open_tiny(own / "double", "engine.precision=fp64")))
     result["accumulated"] = _final(train(open_tiny(own / "accumulated", "engine.precision=fp64", "data.micro_batch=4")))
@@ -160,7 +160,8 @@ def run_world(root: str, world: int) -> dict:
     )
     result["bf16"] = losses(train(open_tiny(own / "bf16", "engine.precision=bf16")).session)
     fp16 = train(open_tiny(own / "fp16", "engine.precision=fp16"))
-    result["fp16"] = (losses(fp16.session), fp16.engine.loss_scale.value, fp16.engine.updates)
+    engine: Any = fp16.engine  # updates are no member that every engine has
+    result["fp16"] = (losses(fp16.session), engine.loss_scale.value, engine.updates)
     return result
 
 
@@ -168,25 +169,26 @@ def fail_in_background(directory: Path) -> tuple:
     """Returns (error, steps taken, checkpoints left) of a run whose last rank cannot write its second checkpoint."""
     trainer = Trainer(open_tiny(directory, "checkpoint.every=10", "checkpoint.asynchronous=true", "optim.epochs=50"))
     save = sys.modules["swin_moe.checkpoint.save"]  # the package has a function of this name
-    real = save.write_shares
+    members = vars(save)
+    real = members["write_shares"]
 
     def write(staging: Path, *arguments: object) -> None:
         if staging.name.startswith(".0000000020") and trainer.session.rank == trainer.session.world_size - 1:
             raise OSError(28, "No space left on device", str(staging))
         real(staging, *arguments)
 
-    save.write_shares = write
+    members["write_shares"] = write
     try:
         trainer.run()
     except ValueError as error:
         left = sorted(path.name for path in trainer.checkpoints.root.iterdir())
         return type(error).__name__, str(error), trainer.progress.step, left
     finally:
-        save.write_shares = real
+        members["write_shares"] = real
     return ("none",)
 
 
-def resume_elsewhere(root: str, source: str) -> list:
+def resume_elsewhere(root: str, source: str) -> tuple:
     """Continues the float64 run that another world left after 3 steps; returns its losses and weights."""
     session = open_tiny(Path(root), "engine.precision=fp64", f"checkpoint.load={source}")
     return _final(train(session))

@@ -3,9 +3,11 @@
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from swin_moe.run.metrics import LOGGER
 from swin_moe.train import Trainer
@@ -13,11 +15,17 @@ from tests.training.cases import open_tiny
 
 EXPERT, DENSE = "layers.1.blocks.1.mlp.experts.fc1_weight", "layers.0.blocks.0.attn.qkv.weight"
 KINDS = (
-    ("nan", "fp32", "torch", 0), ("inf", "fp32", "torch", 0), ("nan", "fp16", "torch", 0),
-    ("nan", "fp32", "torch", 1), ("nan", "fp32", "torch", 3),
-    ("nan", "fp32", "deepspeed", 1), ("inf", "fp32", "deepspeed", 2), ("nan", "fp16", "deepspeed", 3),
-    ("nan", "fp32", "fairscale", 1), ("inf", "fp16", "fairscale", 2),
-)  # fmt: skip
+    ("nan", "fp32", "torch", 0),
+    ("inf", "fp32", "torch", 0),
+    ("nan", "fp16", "torch", 0),
+    ("nan", "fp32", "torch", 1),
+    ("nan", "fp32", "torch", 3),
+    ("nan", "fp32", "deepspeed", 1),
+    ("inf", "fp32", "deepspeed", 2),
+    ("nan", "fp16", "deepspeed", 3),
+    ("nan", "fp32", "fairscale", 1),
+    ("inf", "fp16", "fairscale", 2),
+)
 CASES = {
     f"{value} in {kind}, {precision}, {engine} ZeRO-{zero}": (name, value, precision, engine, zero)
     for kind, name in {"expert": EXPERT, "dense": DENSE}.items()
@@ -41,7 +49,8 @@ class Messages(logging.Handler):
 def spoil(trainer: Trainer, name: str, value: str) -> None:
     """Replaces one element of the parameter's gradient on this rank, in BAD_STEP."""
     owner, _, key = name.rpartition(".")
-    module, done = trainer.engine.local_model.get_submodule(owner), []
+    module = trainer.engine.local_model.get_submodule(owner)
+    done: list[RemovableHandle] = []
 
     def replace(gradient):
         if trainer.progress.step == BAD_STEP:
@@ -78,14 +87,15 @@ def run(root: Path, case: str) -> dict:
         updates.append((stats.skipped, all(torch.equal(weights[n], after[n]) for n in weights)))
         return stats
 
-    trainer.engine.step = step
+    trainer.engine.step = step  # type: ignore[method-assign]  # a stand-in
     LOGGER.addHandler(messages)
     try:
         trainer.run()
     finally:
         LOGGER.removeHandler(messages)
-    scale = trainer.engine.loss_scale.value
-    return {"updates": updates, "messages": messages.texts, "scale": scale, "taken": trainer.engine.updates}
+    trained: Any = trainer.engine  # updates are no member that every engine has
+    scale = trained.loss_scale.value
+    return {"updates": updates, "messages": messages.texts, "scale": scale, "taken": trained.updates}
 
 
 def run_world(root: str) -> dict:

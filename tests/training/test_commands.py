@@ -115,8 +115,14 @@ def write_images(root: Path) -> Path:
     return broken
 
 
-FOLDER = ["data.name=folder", "model.num_classes=2", "data.global_batch=8", "optim.epochs=1", "optim.warmup_epochs=0",
-          "model.moe.group_images=1"]  # fmt: skip
+FOLDER = [
+    "data.name=folder",
+    "model.num_classes=2",
+    "data.global_batch=8",
+    "optim.epochs=1",
+    "optim.warmup_epochs=0",
+    "model.moe.group_images=1",
+]
 
 
 def test_corrupt_image_is_named_or_skipped(tmp_path, capfd):
@@ -225,10 +231,15 @@ def ranks_of(directory: Path) -> list[int]:
 @pytest.mark.parametrize(
     "number, ranks",
     [
-        (signal.SIGTERM, 2), (signal.SIGUSR1, 2), (signal.SIGHUP, 2), (signal.SIGINT, 2),
-        (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 0),
+        (signal.SIGTERM, 2),
+        (signal.SIGUSR1, 2),
+        (signal.SIGHUP, 2),
+        (signal.SIGINT, 2),
+        (signal.SIGTERM, 0),
+        (signal.SIGHUP, 0),
+        (signal.SIGINT, 0),
     ],
-)  # fmt: skip
+)
 def test_signal_saves_and_exits_cleanly(tmp_path, number, ranks):
     words = command(tmp_path, "optim.epochs=500", ranks=ranks)
     process = subprocess.Popen(

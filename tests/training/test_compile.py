@@ -2,6 +2,8 @@
 
 import functools
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,14 +25,19 @@ CASES = {
     "model": ("model",),
     "block, dense, recomputed": ("block", *DENSE, "parallel.recompute=block"),
     "block, padded, dropout, bf16": (
-        "block", "model.moe.backend=padded", "model.moe.dropout=0.1", "engine.precision=bf16",
+        "block",
+        "model.moe.backend=padded",
+        "model.moe.dropout=0.1",
+        "engine.precision=bf16",
     ),
     "model, accumulated": ("model", "data.micro_batch=8"),
     "block, recomputed": ("block", "parallel.recompute=block"),
     "block, experts choose": (  # their layers stay outside of graphs
-        "block", "model.moe.choice=expert", "model.moe.balance_loss=none",
+        "block",
+        "model.moe.choice=expert",
+        "model.moe.balance_loss=none",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,21 +54,32 @@ def use(monkeypatch, backend: str) -> CompileCounterWithBackend:
     return counter
 
 
+def after_steps(trainer: Trainer, call: Callable[[], object]) -> None:
+    """Makes every step end with a call."""
+    original = trainer._record
+
+    def record(*arguments) -> None:
+        original(*arguments)
+        call()
+
+    trainer._record = record  # type: ignore[method-assign, assignment]  # a stand-in
+
+
 def run(directory, options: tuple[str, ...], on_step=None) -> Trainer:
     config = load_config("digits_swin_moe", [*TINY, f"run.output={directory}", "run.name=run", *options])
     check_engine(config, 1)
     trainer = Trainer(Session(config, single_process_groups(), CPU))
     if on_step is not None:
-        original = trainer._record
-        trainer._record = lambda *arguments: (original(*arguments), on_step())
+        after_steps(trainer, on_step)
     trainer.run()
     return trainer
 
 
 def assert_close(actual: Trainer, expected: Trainer) -> None:
     bf16 = expected.config.engine.precision == "bf16"
-    options = {"rtol": 1e-2, "atol": 1e-3} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(torch.tensor(losses(actual.session)), torch.tensor(losses(expected.session)), **options)
+    rtol, atol = (1e-2, 1e-3) if bf16 else (1e-5, 1e-6)
+    found, wanted = (torch.tensor(losses(trainer.session)) for trainer in (actual, expected))
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,8 +133,7 @@ RANKS = {
 
 def note_graphs(trainer: Trainer, counter: CompileCounterWithBackend, graphs: list[int]) -> None:
     """Notes after every step how many graphs there are."""
-    record = trainer._record
-    trainer._record = lambda *arguments: (record(*arguments), graphs.append(counter.frame_count))
+    after_steps(trainer, lambda: graphs.append(counter.frame_count))
 
 
 def run_on_ranks(root: str) -> dict[str, list]:
@@ -126,9 +143,10 @@ def run_on_ranks(root: str) -> dict[str, list]:
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         torch.compile = functools.partial(original, backend=counter)
-        found, graphs = [], []
+        found: list[list[tuple[float, float, float]]] = []
+        graphs: list[int] = []
         for how in ("none", what):
-            session = open_tiny(f"{root}/{case}-{how}".replace(" ", "-"), f"parallel.compile={how}", *options)
+            session = open_tiny(Path(root) / f"{case}-{how}".replace(" ", "-"), f"parallel.compile={how}", *options)
             check_engine(session.config, session.world_size)
             trainer = Trainer(session)
             note_graphs(trainer, counter, graphs)
@@ -146,15 +164,22 @@ def test_ranks_train_as_eager_ones_do(tmp_path):
         assert graphs[0] >= 1 and len(set(graphs[1:])) == 1, graphs
 
 
-@pytest.mark.parametrize(("options", "world", "sentence"), [
-    (["engine.name=deepspeed", "parallel.zero=1"], 2, "engine.name=deepspeed does not run parallel.compile=model: its"),
-    (["engine.name=fairscale", "parallel.zero=1"], 2, "engine.name=fairscale does not run parallel.compile=model"),
-    (["model.moe.backend=tutel"], 1, "parallel.compile=model does not run model.moe.backend=tutel"),
-    (["task.name=simmim"], 1, "parallel.compile=model is for task.name=classify, got simmim"),
-    (["parallel.zero=3"], 2, "parallel.compile=model does not run parallel.zero=3, .*allowed: none, block"),
-    (["parallel.expert=2"], 2, "parallel.compile=model cannot hold MoE layers whose ranks exchange rows"),
-    (["model.moe.backend=padded", "model.moe.capacity_factor=0"], 1, "capacity_factor > 0, got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "world", "sentence"),
+    [
+        (
+            ["engine.name=deepspeed", "parallel.zero=1"],
+            2,
+            "engine.name=deepspeed does not run parallel.compile=model: its",
+        ),
+        (["engine.name=fairscale", "parallel.zero=1"], 2, "engine.name=fairscale does not run parallel.compile=model"),
+        (["model.moe.backend=tutel"], 1, "parallel.compile=model does not run model.moe.backend=tutel"),
+        (["task.name=simmim"], 1, "parallel.compile=model is for task.name=classify, got simmim"),
+        (["parallel.zero=3"], 2, "parallel.compile=model does not run parallel.zero=3, .*allowed: none, block"),
+        (["parallel.expert=2"], 2, "parallel.compile=model cannot hold MoE layers whose ranks exchange rows"),
+        (["model.moe.backend=padded", "model.moe.capacity_factor=0"], 1, "capacity_factor > 0, got 0"),
+    ],
+)
 def test_what_no_graph_holds_is_refused(options, world, sentence):
     config = load_config("digits_swin_moe", ["model.moe.num_experts=4", "parallel.compile=model", *options])
     with pytest.raises(ValueError, match=sentence):

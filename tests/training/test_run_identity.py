@@ -1,5 +1,6 @@
 """What a run is, is checked when it is continued: classes, data, seed, network; and class names follow a checkpoint."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,9 +23,9 @@ from tests.training.test_commands import QUICK, checkpoints, perform, refused
 
 CLASSES = ("cat", "dog", "emu", "fox")
 OPTIONS = (
-    "model.num_classes=4", "data.name=folder", "data.global_batch=8", "data.eval_batch=4", "data.auto_augment=",
-    "data.color_jitter=0", "data.erase_prob=0", "optim.epochs=1", "optim.warmup_epochs=0", "data.workers=0",
-)  # fmt: skip
+    "model.num_classes=4 data.name=folder data.global_batch=8 data.eval_batch=4 data.auto_augment= "
+    "data.color_jitter=0 data.erase_prob=0 optim.epochs=1 optim.warmup_epochs=0 data.workers=0"
+).split()
 
 
 def write_photos(root, counts=(6, 2), classes=CLASSES):
@@ -70,6 +71,20 @@ def test_the_same_run_continues_without_a_word(run, capfd):
     assert "already finished" in out and "changed options" not in out
 
 
+def test_a_checkpoint_with_the_options_of_tasks_beside_the_name_is_of_the_same_run(run):
+    index = Index.read(run / "run" / "checkpoints" / checkpoints(run)[-1])
+    config = load_config(run / "run" / "config.yaml")
+    train_data, val_data = (build_dataset(config.data, split, img_size=(16, 16)) for split in ("train", "val"))
+    identity = RunIdentity.of(config, train_data, val_data)
+    task = {"name": "classify"}
+    for section in ("classify", "simmim", "distill", "moby"):
+        task |= index.config["task"][section]
+    old = dataclasses.replace(index, config={**index.config, "task": task})
+    assert identity.check_resume(old) == identity.check_resume(index) == []
+    task["mixup"] = 0.625
+    assert identity.check_resume(old) == [f"task.classify.mixup: 0.625 -> {config.task.classify.mixup}"]
+
+
 def test_what_changes_the_course_is_said_in_one_line(run, capfd):
     out = perform("train", run, capfd, *options(run, "optim.epochs=2", "optim.lr=0.01", "engine.precision=bf16"))
     (line,) = [line for line in out.splitlines() if "resumed with changed options" in line]
@@ -78,13 +93,20 @@ def test_what_changes_the_course_is_said_in_one_line(run, capfd):
     assert "model" not in line and "run." not in line
 
 
-@pytest.mark.parametrize("saved, old, new, drop_last, step, again", [
-    (3, 8, 8, True, 3, 0), (3, 8, 4, True, 6, 0), (2, 8, 12, True, 1, 4), (5, 8, 4, True, 10, 0),
-    (2, 8, 16, True, 1, 0),
-    (2, 10, 4, True, 6, 0),  # 24 images are two batches of ten: the second epoch begins, for both
-    (2, 10, 4, False, 5, 0),  # and three with the last four
-    (3, 10, 8, False, 3, 0), (4, 4, 10, False, 1, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "saved, old, new, drop_last, step, again",
+    [
+        (3, 8, 8, True, 3, 0),
+        (3, 8, 4, True, 6, 0),
+        (2, 8, 12, True, 1, 4),
+        (5, 8, 4, True, 10, 0),
+        (2, 8, 16, True, 1, 0),
+        (2, 10, 4, True, 6, 0),  # 24 images are two batches of ten: the second epoch begins, for both
+        (2, 10, 4, False, 5, 0),  # and three with the last four
+        (3, 10, 8, False, 3, 0),
+        (4, 4, 10, False, 1, 6),
+    ],
+)
 def test_another_batch_begins_at_the_same_image(saved, old, new, drop_last, step, again, caplog):
     progress = {"step": saved, "samples": saved * old, "best": 0.5, "skipped": 0, "global_batch": old}
     config = Config(data=DataConfig(global_batch=new, drop_last=drop_last))
@@ -129,8 +151,19 @@ def test_what_was_loaded_is_evaluated_before_the_first_step_and_counts_not_as_be
 
 
 def test_checkpoints_come_by_epochs(run, capfd):
-    perform("train", run, capfd, *options(run, "optim.epochs=6", "checkpoint.every=0", "checkpoint.every_epochs=2",
-                                          "checkpoint.keep=0", "log.eval_every=0"))  # fmt: skip
+    perform(
+        "train",
+        run,
+        capfd,
+        *options(
+            run,
+            "optim.epochs=6",
+            "checkpoint.every=0",
+            "checkpoint.every_epochs=2",
+            "checkpoint.keep=0",
+            "log.eval_every=0",
+        ),
+    )
     assert [int(name) for name in checkpoints(run)] == [3, 6, 12, 18]  # 3: from before
 
 

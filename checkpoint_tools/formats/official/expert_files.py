@@ -90,7 +90,7 @@ def expert_parts(name: str, leaves: Sequence[Leaf], layer: Layer) -> list[Part]:
         CheckpointError: A rank's tensor does not fit; names its file.
     """
     kind, spread = expert_kind(name), Spread(layer.experts, len(leaves))
-    shape = (layer.experts, layer.channels if kind == "fc2_bias" else layer.hidden)
+    shape: tuple[int, ...] = (layer.experts, layer.channels if kind == "fc2_bias" else layer.hidden)
     shape += (layer.channels,) if kind.endswith("weight") else ()
     wanted = (spread.local, padded_share(spread, shape[1]), *shape[2:])
     parts = []

@@ -117,8 +117,8 @@ def shift_mask(geometry: StageGeometry) -> np.ndarray | None:
     for number, (rows, columns) in enumerate((r, c) for r in cuts for c in cuts):
         region[rows, columns] = number
     tiles = region.reshape(height // window, window, width // window, window).transpose(0, 2, 1, 3)
-    tiles = tiles.reshape(-1, window * window)
-    return np.where(tiles[:, :, None] == tiles[:, None, :], 0.0, _MASKED).astype(np.float32)
+    numbers = tiles.reshape(-1, window * window)
+    return np.where(numbers[:, :, None] == numbers[:, None, :], 0.0, _MASKED).astype(np.float32)
 
 
 # Of all families: no family has a parameter that only another one excludes. Ours: router.projector.

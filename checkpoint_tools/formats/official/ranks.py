@@ -6,6 +6,7 @@ holds trained experts and `.master`, by rank 0, all else (microsoft/Swin-Transfo
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def open_files(path: Path) -> tuple[list[RecordFile], RecordFile | None]:
     """Returns the opened files of all ranks, and the `.master` where there is one."""
     ranks, master, only = find_files(path)
     files = OpenFiles()
-    opened = [open_file(rank, files) for rank in ([only] if only is not None else ranks)]
+    opened: list[RecordFile] = [open_file(rank, files) for rank in ([only] if only is not None else ranks)]
     return opened, None if master is None else open_file(master, files)
 
 
@@ -95,11 +96,11 @@ def _contents(source: Source, options: Options, *, optimizer: bool = True) -> di
     content = OfficialContent(source, options, world=world, optimizer=optimizer)
     form = options.extra.get("form", "epoch" if content.kinds else "final")
     if form == "epoch":
-        return {f".rank{r}": lambda r=r: {"model": content.model(r), **content.training(r)} for r in range(world)}
+        return {f".rank{r}": partial(_of_rank, content, r) for r in range(world)}
     if form == "global":
         if world > 1 and experts:
             raise CheckpointError("--set form=global: one file holds the experts of one rank only; give --world 1")
-        return {".global": lambda: {"model": content.model(0), **content.training(0)}}
+        return {".global": partial(_of_rank, content, 0)}
     if form != "final":
         raise CheckpointError(f"--set form must be epoch, final or global, got {form!r}")
     _check_frozen(content)
@@ -108,8 +109,12 @@ def _contents(source: Source, options: Options, *, optimizer: bool = True) -> di
     def part(rank: int, *, own: bool) -> dict[str, Any]:
         return {"model": {n: t for n, t in content.model(rank).items() if (n in trained) == own}}
 
-    ranks = {f".rank{r}": lambda r=r: part(r, own=True) for r in range(world)}
-    return {".master": lambda: part(0, own=False), **ranks}
+    ranks = {f".rank{r}": partial(part, r, own=True) for r in range(world)}
+    return {".master": partial(part, 0, own=False), **ranks}
+
+
+def _of_rank(content: OfficialContent, rank: int) -> dict[str, Any]:
+    return {"model": content.model(rank), **content.training(rank)}
 
 
 def _check_frozen(content: OfficialContent) -> None:

@@ -129,10 +129,11 @@ def _gather(
     for file, model in zip(ranks, models):
         for name, record in _renamed(file, model, rules).items():
             leaves.setdefault(name, []).append(Leaf(file, record))
-    for name, record in (_renamed(shared, rest, rules) if shared is not None else {}).items():
-        if name in leaves:
-            raise CheckpointError(f"{shared.path}: tensor {name} is in {leaves[name][0].file.path.name} too")
-        leaves[name] = [Leaf(shared, record)] * (len(ranks) if is_expert_tensor(name) else 1)
+    if shared is not None:
+        for name, record in _renamed(shared, rest, rules).items():
+            if name in leaves:
+                raise CheckpointError(f"{shared.path}: tensor {name} is in {leaves[name][0].file.path.name} too")
+            leaves[name] = [Leaf(shared, record)] * (len(ranks) if is_expert_tensor(name) else 1)
     for name, found in leaves.items():
         if len(found) != len(ranks) and found[0].file is not shared:
             holders = {leaf.file.path for leaf in found}

@@ -15,10 +15,10 @@ from checkpoint_tools.formats.infer import merge_model
 from checkpoint_tools.formats.official.layout import frozen_bias, group_names, is_buffer
 from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.checkpoint.manager import canonical_config
 from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW
 from swin_moe.config.io import config_from_tree
 from swin_moe.config.official import OFFICIAL, convert_official, leaves, nest
+from swin_moe.config.state import canonical_config
 from swin_moe.layout import Chunk
 
 KEPT = ("lr_scheduler", "max_accuracy", "scaler", "epoch")  # copied to state["official"] and back, in this order
@@ -50,14 +50,7 @@ def read_moments(content: Mapping[str, Any], file: RecordFile, shapes: Mapping[s
     if not isinstance(optimizer, dict):
         return None
     groups, states = optimizer.get("param_groups"), optimizer.get("state")
-    numbered = isinstance(groups, list) and all(
-        isinstance(group, dict)
-        and isinstance(group.get("params"), list)
-        and all(type(number) is int and isinstance(states.get(number, {}), dict) for number in group["params"])
-        for group in groups
-        if isinstance(states, dict)
-    )
-    if not numbered or not isinstance(states, dict):
+    if not isinstance(groups, list) or not isinstance(states, dict) or not _is_numbered(groups, states):
         raise CheckpointError(f"{file.path}: its optimizer is not that of torch: param_groups and state by number")
     order = [name for name in shapes if not is_buffer(name)]
     if sum(len(group["params"]) for group in groups) < len(order):
@@ -86,6 +79,16 @@ def read_moments(content: Mapping[str, Any], file: RecordFile, shapes: Mapping[s
     return Moments(tensors, step, plain(options, file.path))
 
 
+def _is_numbered(groups: list[Any], states: dict[Any, Any]) -> bool:
+    """Returns whether every group lists numbers of parameters, and what there is for a number is a dict."""
+    return all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(type(number) is int and isinstance(states.get(number, {}), dict) for number in group["params"])
+        for group in groups
+    )
+
+
 def steps_of_schedule(content: Mapping[str, Any]) -> int | None:
     """Returns the optimizer steps behind an official file by its epoch and scheduler; None where they do not tell.
 
@@ -96,7 +99,8 @@ def steps_of_schedule(content: Mapping[str, Any]) -> int | None:
     train = tree.get("TRAIN") if isinstance(tree, dict) else None
     if not isinstance(schedule, dict) or not isinstance(train, dict) or type(epoch) is not int or epoch < 0:
         return None
-    options = train.get("LR_SCHEDULER") if isinstance(train.get("LR_SCHEDULER"), dict) else {}
+    options = train.get("LR_SCHEDULER")
+    options = options if isinstance(options, dict) else {}
     warmup, total = schedule.get("warmup_t", 0), schedule.get("t_initial")
     if options.get("WARMUP_PREFIX") and isinstance(total, int) and isinstance(warmup, int):
         total += warmup  # the prefix is no part of it there

@@ -13,9 +13,9 @@ from torch import Tensor
 from swin_moe.config import MoEConfig
 from swin_moe.moe import losses
 from swin_moe.moe.balance import balance_loss, balance_loss_across
-from swin_moe.moe.group_exchange import GroupDemand, GroupExchange
 from swin_moe.moe.routers import Router
 from swin_moe.moe.routing import Routing, expert_capacity, group_parts
+from swin_moe.moe.routing_groups import GroupDemand, GroupExchange
 from swin_moe.moe.scored import Scored, with_noise
 from swin_moe.randomness import RandomContext
 

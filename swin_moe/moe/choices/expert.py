@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swin_moe.moe.balance import cut
 from swin_moe.moe.choices.base import Assigned, Batch, Choice
-from swin_moe.moe.routing import FILLER_SLOT, Routing, join, pick, row_chunks
+from swin_moe.moe.routing import FILLER_SLOT, Routing, join, pick, row_blocks
 from swin_moe.moe.scored import Scored
 from swin_moe.randomness import RandomContext
 
@@ -102,7 +102,7 @@ def _take_tokens(scores: Tensor, num_groups: int, capacity: int) -> Tensor:
     size = num_tokens // num_groups
     first_G = torch.arange(num_groups, device=scores.device) * size
     taken = []
-    for experts in row_chunks(scores.t()):
+    for experts in row_blocks(scores.t()):
         score_eGS = scores.t()[experts].reshape(-1, num_groups, size)
         chosen = _choose_tokens(score_eGS, capacity)
         place = chosen.flatten().nonzero_static(size=chosen.shape[0] * num_groups * capacity).squeeze(1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swin_moe.moe.balance import cut
 from swin_moe.moe.choices.base import Assigned, Batch, Choice, Routed, RoutingStats
-from swin_moe.moe.group_exchange import route_across
 from swin_moe.moe.routing import Routing, join, route
+from swin_moe.moe.routing_groups import route_across
 from swin_moe.moe.scored import Scored
 from swin_moe.ops import moe_balance, moe_route
 from swin_moe.randomness import RandomContext
@@ -78,10 +78,18 @@ class TokenChoice(Choice):
         noise = None if noisy is clean else noisy
         own = config.balance_loss == "load_importance" and noise is not None  # else they are the scores
         result = moe_route.route_tokens(
-            clean, noise, bias=bias, top_k=config.top_k, group_size=max(parts[0][1], 1), capacity=capacities[0],
-            last_capacity=capacities[-1], sigmoid=config.scores == "sigmoid", normalize=config.normalize_gate,
-            prioritized=config.batch_prioritized, probabilities=own,
-        )  # fmt: skip
+            clean,
+            noise,
+            bias=bias,
+            top_k=config.top_k,
+            group_size=max(parts[0][1], 1),
+            capacity=capacities[0],
+            last_capacity=capacities[-1],
+            sigmoid=config.scores == "sigmoid",
+            normalize=config.normalize_gate,
+            prioritized=config.batch_prioritized,
+            probabilities=own,
+        )
         known = [capacity for capacity in capacities if capacity is not None]
         capacity = max(known) if known else None
         columns = {name: getattr(result, name) for name in ("expert", "slot", "gate", "keep", "demand", "kept")}
@@ -102,7 +110,13 @@ class TokenChoice(Choice):
         kind = "gshard of shares" if of_shares else config.balance_loss
         size = max(scored.clean.shape[0], 1) if config.balance_scope == "global" else max(parts[0][1], 1)
         return moe_balance.auxiliary_loss(
-            scored.softmax, threshold, assigned.routing.expert, kind=kind,
-            noise_std=config.gate_noise / config.num_experts, weight=config.aux_loss_weight, group_size=size,
-            logits=scored.clean if config.z_loss_weight else None, z_weight=config.z_loss_weight,
-        )  # fmt: skip
+            scored.softmax,
+            threshold,
+            assigned.routing.expert,
+            kind=kind,
+            noise_std=config.gate_noise / config.num_experts,
+            weight=config.aux_loss_weight,
+            group_size=size,
+            logits=scored.clean if config.z_loss_weight else None,
+            z_weight=config.z_loss_weight,
+        )

@@ -236,8 +236,9 @@ def _case(facts: _Facts) -> Case:
     rows, columns = -(-height // shape.window[0]), -(-width // shape.window[1])
     windows = batch * rows * columns
     dtypes = (facts.dtype, facts.input_dtype, facts.weight_dtype, facts.table_dtype)
+    dtype, of_input, of_weight, of_table = (str(d).removeprefix("torch.") for d in dtypes)
     return Case(
-        str(facts.device), *(str(d).removeprefix("torch.") for d in dtypes), shape.window, shape.num_heads,
+        str(facts.device), dtype, of_input, of_weight, of_table, shape.window, shape.num_heads,
         dim // shape.num_heads, qkv_bias=facts.qkv_bias, cosine=facts.cosine, shifted=any(shape.shift),
         padded=bool(height % shape.window[0] or width % shape.window[1]), gradients=facts.gradients,
         windows=1 << (windows - 1).bit_length() if windows else 0,
@@ -321,7 +322,7 @@ def _random_map(case: Case, windows: int, device: torch.device) -> tuple[Tensor,
     dim = case.num_heads * case.head_dim
     size = (windows // (rows * columns), height, width, dim)
     x = _Draw(device, case.gradients)(size, _dtype(case.input_dtype), std=1.0)
-    shift = tuple(w // 2 for w in case.window) if case.shifted else (0, 0)
+    shift = (case.window[0] // 2, case.window[1] // 2) if case.shifted else (0, 0)
     return x, HalfShape(case.num_heads, case.window, shift, case.head_dim**-0.5)
 
 

@@ -125,11 +125,15 @@ def _attend_and_sum(
     num_heads: int,
     window_h: int,
     window_w: int,
-    *numbers: float,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    mask_value: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the attended values (B, H, W, C), and (windows, heads, tokens) float32 for the backward of the device:
     zeros here, since the reference's backward does not read them."""
-    out = attend_map(qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, *numbers)
+    numbers = num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value
+    out = attend_map(qkv, bias_table, logit_scale, pad_qkv, *numbers)
     return out, qkv.new_zeros(_sums_shape(qkv, num_heads, window_h, window_w), dtype=torch.float32)
 
 

@@ -8,6 +8,7 @@ Shape legend: B images, H x W tokens of a map, C channels, M windows of one imag
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,16 @@ MASKED = -100.0  # added to scores across the seam of a cyclic shift; finite as 
 Pair = tuple[int, int]
 
 
-def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+class MadeOnce(Protocol):
+    """What made_once makes of a function."""
+
+    cache_info: Callable[[], Any]
+    cache_clear: Callable[[], None]
+
+    def __call__(self, *arguments: Any) -> Tensor: ...
+
+
+def made_once(make: Callable[..., Tensor]) -> MadeOnce:
     """Returns `make`, a function of numbers, devices and dtypes, with its tensors kept: an ordinary one per arguments.
 
     While a graph is traced, or tensors are fake, nothing is kept and nothing kept is given: a tensor without values
@@ -39,8 +49,9 @@ def made_once(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 return make(*arguments)
         return kept(*arguments)
 
-    given.cache_info, given.cache_clear = kept.cache_info, kept.cache_clear
-    return given
+    made = cast(MadeOnce, given)  # as the next line makes it
+    made.cache_info, made.cache_clear = kept.cache_info, kept.cache_clear
+    return made
 
 
 def partition_windows(x_BHWC: Tensor, window: Pair) -> Tensor:

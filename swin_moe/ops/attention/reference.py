@@ -69,13 +69,17 @@ def attend_map_backward(
     The forward is computed again and differentiated by autograd; its results, which kernels may be given, are not read.
     """
     numbers = (num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value)
-    tensors = (qkv, bias_table, logit_scale, pad_qkv)
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = [None if t is None else _leaf(t) for t in tensors]
-        given = [leaf for leaf in leaves if leaf is not None]
-        grads = iter(torch.autograd.grad(attend_map(*leaves, *numbers), given, _leaf(grad_out), materialize_grads=True))
+        x, table = _leaf(qkv), _leaf(bias_table)
+        factor, padding = (None if t is None else _leaf(t) for t in (logit_scale, pad_qkv))
+        out = attend_map(x, table, factor, padding, *numbers)
+        given = [x, table, *(leaf for leaf in (factor, padding) if leaf is not None)]
+        grads = iter(torch.autograd.grad(out, given, _leaf(grad_out), materialize_grads=True))
+        grad_x, grad_table = next(grads).contiguous(), next(grads).contiguous()
         # new_empty: a result of an operator must not be one of its other results.
-        return tuple(qkv.new_empty(0) if leaf is None else next(grads).contiguous() for leaf in leaves)
+        grad_factor = qkv.new_empty(0) if factor is None else next(grads).contiguous()
+        grad_padding = qkv.new_empty(0) if padding is None else next(grads).contiguous()
+        return grad_x, grad_table, grad_factor, grad_padding
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from swin_moe.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher, combine_tokens, make_plan, take_tokens
+from swin_moe.moe.dispatch import Dispatched, Dispatcher, LocalDispatcher, combine_tokens, make_order, take_tokens
 from swin_moe.moe.routing import Routing
 from swin_moe.parallel.exchange.link import Link
-from swin_moe.parallel.exchange.overlap import chunk_plan, come_home, rows_in_chunk, set_out
+from swin_moe.parallel.exchange.overlap import dispatch_rows, order_by_slice, return_rows, rows_in_slice
 from swin_moe.parallel.exchange.owners import Owners
-from swin_moe.parallel.exchange.transport import Route, exchange_rows
+from swin_moe.parallel.exchange.transport import ExchangePlan, exchange_rows
 from swin_moe.parallel.groups import Groups
 
 # Renamed in torch 2.13; the old names warn there.
@@ -63,44 +63,46 @@ class AllToAllDispatcher:
         relayed = self._relayed(kept)
         numbers = torch.cat([kept, arriving, relayed.flatten()]).tolist()  # the one wait for the device in a layer
         kept_list, numbers = numbers[: len(kept)], numbers[len(kept) :]
-        routes, counts = self._routes(kept_list, numbers, x.device)
-        plan = make_plan(routing, sum(kept_list))
+        plans, counts = self._plans(kept_list, numbers, x.device)
+        order = make_order(routing, sum(kept_list))
         if overlap > 1:
-            plan = chunk_plan(plan, kept_list, overlap)
-        return set_out(take_tokens(x, plan), pair, plan, counts, routes, self.link)
+            order = order_by_slice(order, kept_list, overlap)
+        return dispatch_rows(take_tokens(x, order), pair, order, counts, plans, self.link)
 
     def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        return combine_tokens(come_home(y, dispatched, self.link), gate, dispatched.plan)
+        return combine_tokens(return_rows(y, dispatched, self.link), gate, dispatched.order)
 
     def _relayed(self, kept: Tensor) -> Tensor:
         """Returns what the transport has to know of others' rows, (X, C, R); see Transport.relayed."""
-        chunks = self.link.overlap
+        slices = self.link.overlap
         if not self.link.transport.relayed_ranks:
-            return kept.new_empty((0, chunks, self.groups.expert_size))
-        parts = [rows_in_chunk(kept, chunk, chunks).split(self.num_sent) for chunk in range(chunks)]
+            return kept.new_empty((0, slices, self.groups.expert_size))
+        parts = [rows_in_slice(kept, number, slices).split(self.num_sent) for number in range(slices)]
         return self.link.transport.relayed(torch.stack([torch.stack([p.sum() for p in part]) for part in parts]))
 
-    def _routes(self, kept: list[int], numbers: list[int], device: torch.device) -> tuple[list[Route], list[Tensor]]:
-        """Returns per chunk how rows travel, and the rows of each local expert.
+    def _plans(
+        self, kept: list[int], numbers: list[int], device: torch.device
+    ) -> tuple[list[ExchangePlan], list[Tensor]]:
+        """Returns per slice how rows travel, and the rows of each local expert.
 
         Args:
             kept: (E) rows of this rank for every expert.
             numbers: Rows that arrive for every local expert, from every rank that sends; then (X, C, R) relayed.
         """
-        chunks, ranks = self.link.overlap, self.groups.expert_size
+        slices, ranks = self.link.overlap, self.groups.expert_size
         arriving, start = [], 0
         for count in self.sources:
             arriving.append(numbers[start : start + count] if count else [0] * self.num_local)
             start += count
         relayed = [numbers[i : i + ranks] for i in range(start, len(numbers), ranks)]
-        routes, counts = [], []
-        for chunk in range(chunks):
-            send = [sum(rows_in_chunk(kept[e], chunk, chunks) for e in experts) for experts in self.destinations]
-            arriving_here = [[rows_in_chunk(rows, chunk, chunks) for rows in row] for row in arriving]
-            routes.append(self.link.transport.route(send, arriving_here, relayed[chunk::chunks], device))
+        plans, counts = [], []
+        for number in range(slices):
+            send = [sum(rows_in_slice(kept[e], number, slices) for e in experts) for experts in self.destinations]
+            arriving_here = [[rows_in_slice(rows, number, slices) for rows in row] for row in arriving]
+            plans.append(self.link.transport.plan(send, arriving_here, relayed[number::slices], device))
             counts.append(torch.tensor([sum(rows) for rows in zip(*arriving_here)], dtype=torch.int64))
-        return routes, counts
+        return plans, counts
 
 
 class _GatherShards(torch.autograd.Function):

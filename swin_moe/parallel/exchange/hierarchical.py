@@ -1,4 +1,4 @@
-"""All-to-all in two hops: inside each node, then between nodes, in few large messages instead of many small ones.
+"""All-to-all in two steps: inside each node, then between nodes, in few large messages instead of many small ones.
 
 The 2DH algorithm of Tutel (arXiv:2206.03382) for any number of ranks per node: a rank collects the rows of its node for
 the destinations it serves (topology.py:Topology.served) and sends each of them one message. With n nodes of m ranks,
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swin_moe.parallel.exchange.transport import Counts, Hop, Route, block_order, by_expert
+from swin_moe.parallel.exchange.transport import AllToAll, Counts, ExchangePlan, block_permutation, by_expert
 from swin_moe.parallel.groups import Groups
 
 # Renamed in torch 2.13; the old name warns there.
@@ -54,23 +54,23 @@ class HierarchicalTransport:
         _all_gather(gathered.view(-1), send_CR.contiguous().view(-1), group=self.node_group)
         return gathered
 
-    def route(self, send: list[int], arriving: Counts, relayed: Counts, device: torch.device) -> Route:
+    def plan(self, send: list[int], arriving: Counts, relayed: Counts, device: torch.device) -> ExchangePlan:
         """See Transport."""
         to_node = [sum(send[d] for d in served) for served in self.served_by]
         from_node = [sum(rows[d] for d in self.served) for rows in relayed]
-        inside = Hop(self.node_group, to_node, from_node, (False,) * len(self.node), self.me_in_node)
+        inside = AllToAll(self.node_group, to_node, from_node, (False,) * len(self.node), self.me_in_node)
 
         collected = {d: sum(rows[d] for rows in relayed) for d in self.served}
         out = [collected.get(rank, 0) for rank in self.crossing]
         received = [sum(sum(arriving[s]) for s in sources) for sources in self.relays_from]
-        between = Hop(self.crossing_group, out, received, self.away, self.me_in_crossing)
+        between = AllToAll(self.crossing_group, out, received, self.away, self.me_in_crossing)
 
-        by_relay = block_order(send, [d for served in self.served_by for d in served], device)
+        by_relay = block_permutation(send, [d for served in self.served_by for d in served], device)
         num_sources, num_served = len(self.node), len(self.served)
-        by_destination = block_order(
+        by_destination = block_permutation(
             [rows[d] for rows in relayed for d in self.served],
             [s * num_served + d for d in range(num_served) for s in range(num_sources)],
             device,
         )
-        ended = block_order(*by_expert(arriving, self.sources), device)
-        return Route((inside, between), (by_relay, by_destination, ended))
+        ended = block_permutation(*by_expert(arriving, self.sources), device)
+        return ExchangePlan((inside, between), (by_relay, by_destination, ended))

@@ -1,9 +1,9 @@
 """What the rows of one layer travel through: a transport, a payload, counters; and its gradient.
 
-A trip is two autograd nodes. `depart` starts the rows and returns an empty tensor that stands for them; `arrive`
-waits. In backward, arrive's node starts the gradient on its way back and depart's node waits for it. Autograd runs
-nodes in the reverse order of their creation, so whatever was computed between the two in forward has its backward
-computed while gradients travel, and the order of collectives is the same on all ranks.
+An exchange of rows is two autograd nodes. `send_rows` starts the rows and returns an empty tensor that stands for them;
+`receive_rows` waits. In backward, the node of receive_rows starts the gradient on its way back and that of send_rows
+waits for it. Autograd runs nodes in the reverse order of their creation, so whatever was computed between the two in
+forward has its backward computed while gradients travel, and the order of collectives is the same on all ranks.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from swin_moe.config import MoEConfig
 from swin_moe.moe.phases import PhaseClock
 from swin_moe.parallel.exchange.payload import PAYLOADS, Codec, rounding_error
-from swin_moe.parallel.exchange.transport import Flight, Route, Transport, build_transport
+from swin_moe.parallel.exchange.transport import ExchangePlan, PendingRows, Transport, build_transport
 from swin_moe.parallel.groups import Groups
 
 EXPOSED = "exposed"  # the phase of a link's clock: waiting for rows, with nothing computed meanwhile
@@ -38,7 +38,7 @@ class Link:
 
     Args:
         payload: Key of PAYLOADS.
-        overlap: Chunks that a dispatcher sends rows in.
+        overlap: Slices that a dispatcher sends rows in.
         reason: Why these three, where they are not what the config says.
     """
 
@@ -49,7 +49,7 @@ class Link:
         self.clock: PhaseClock | None = None
         # (2,) each: sums of squares of the rounding error and of the rows, since the numbers were last taken.
         self.rounding: dict[str, Tensor] = {}
-        self._flying: list[tuple[Flight, Codec | None, torch.dtype]] = []
+        self._pending: list[tuple[PendingRows, Codec | None, torch.dtype]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Link":
         """Returns a link over the same ranks with counters of its own: process groups cannot be copied."""
@@ -58,35 +58,35 @@ class Link:
     def __str__(self) -> str:
         return f"{self.transport.name}, payload {self.payload}, overlap {self.overlap}"
 
-    def launch(self, rows: Tensor, route: Route, *, gradient: bool = False) -> tuple:
-        """Returns the flight of these rows, to be given to `land`. Flights land in the order of their launches."""
+    def send(self, rows: Tensor, plan: ExchangePlan, *, gradient: bool = False) -> tuple:
+        """Returns what to give to `receive`, without waiting. Rows are received in the order in which they are sent."""
         codec = PAYLOADS[self.payload]
         codec = codec if codec is not None and codec.applies(rows) else None
         encoded = rows if codec is None else codec.encode(rows)
         if self.clock is not None and codec is not None:
             self._measure("gradients" if gradient else "rows", codec, rows)
         row_bytes = math.prod(encoded.shape[1:]) * encoded.element_size()
-        self.traffic.sent_bytes += route.sent_rows * row_bytes
-        self.traffic.crossing_bytes += route.crossing_rows * row_bytes
+        self.traffic.sent_bytes += plan.sent_rows * row_bytes
+        self.traffic.crossing_bytes += plan.crossing_rows * row_bytes
         with self._waiting():
-            for flight, _, _ in self._flying:
-                flight.advance()
-        self._flying.append((Flight(encoded, route), codec, rows.dtype))
-        return self._flying[-1]
+            for pending, _, _ in self._pending:
+                pending.advance()
+        self._pending.append((PendingRows(encoded, plan), codec, rows.dtype))
+        return self._pending[-1]
 
-    def land(self, flying: tuple) -> Tensor:
-        """Returns the rows that arrived; the flight behind this one goes on meanwhile."""
-        assert flying is self._flying[0], "flights land in the order of their launches"
+    def receive(self, sent: tuple) -> Tensor:
+        """Returns the rows that arrived; those sent next go on meanwhile."""
+        assert sent is self._pending[0], "rows are received in the order in which they are sent"
         with self._waiting():
-            for flight, _, _ in self._flying[:2]:
-                flight.advance()
-            flight, codec, dtype = self._flying.pop(0)
-            rows = flight.wait()
+            for pending, _, _ in self._pending[:2]:
+                pending.advance()
+            pending, codec, dtype = self._pending.pop(0)
+            rows = pending.wait()
         return rows if codec is None else codec.decode(rows, dtype)
 
-    def exchange(self, rows: Tensor, route: Route) -> Tensor:
-        """Returns rows that travel at once and without a gradient, e.g. ids."""
-        return self.land(self.launch(rows, route))
+    def exchange(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
+        """Returns the rows that arrive, at once and without a gradient; for ids."""
+        return self.receive(self.send(rows, plan))
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -120,56 +120,56 @@ def build_link(config: MoEConfig, groups: Groups) -> Link | None:
     return Link(transport, config.payload, config.overlap, reason)
 
 
-class Trip:
-    """One journey of rows along a route; what depart and arrive share, in forward and in backward."""
+class RowExchange:
+    """One exchange of rows by a plan: what sending and receiving share, in forward and in backward."""
 
-    def __init__(self, link: Link, route: Route) -> None:
-        self.link, self.route = link, route
-        self.out: Any = None  # what Link.launch returned
-        self.back: Any = None
+    def __init__(self, link: Link, plan: ExchangePlan) -> None:
+        self.link, self.plan = link, plan
+        self.rows: Any = None  # what Link.send returned
+        self.gradient: Any = None
 
 
-class _Depart(torch.autograd.Function):
+class _SendRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        trip.out = trip.link.launch(rows, trip.route)
+    def forward(ctx: Any, rows: Tensor, exchange: RowExchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.rows = exchange.link.send(rows, exchange.plan)
         return rows.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple:
-        trip = ctx.trip
-        back, trip.back = trip.back, None
-        return trip.link.land(back), None
+        exchange = ctx.exchange
+        gradient, exchange.gradient = exchange.gradient, None
+        return exchange.link.receive(gradient), None
 
 
-class _Arrive(torch.autograd.Function):
+class _ReceiveRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, departed: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        out, trip.out = trip.out, None
-        return trip.link.land(out)
+    def forward(ctx: Any, sent: Tensor, exchange: RowExchange) -> Tensor:
+        ctx.exchange = exchange
+        rows, exchange.rows = exchange.rows, None
+        return exchange.link.receive(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        trip = ctx.trip
-        trip.back = trip.link.launch(grad, trip.route.reverse, gradient=True)
+        exchange = ctx.exchange
+        exchange.gradient = exchange.link.send(grad, exchange.plan.reverse, gradient=True)
         return grad.new_empty(0), None
 
 
-def depart(rows: Tensor, trip: Trip) -> Tensor:
-    """Returns what `arrive` waits with; the rows are under way."""
-    return _Depart.apply(rows, trip)
+def send_rows(rows: Tensor, exchange: RowExchange) -> Tensor:
+    """Returns an empty tensor that stands for the rows until `receive_rows`; they are under way."""
+    return _SendRows.apply(rows, exchange)
 
 
-def arrive(departed: Tensor, trip: Trip) -> Tensor:
+def receive_rows(sent: Tensor, exchange: RowExchange) -> Tensor:
     """Returns the rows that arrived. Every rank runs forward and backward, also with 0 rows."""
-    return _Arrive.apply(departed, trip)
+    return _ReceiveRows.apply(sent, exchange)
 
 
-def travel(rows: Tensor, link: Link, route: Route) -> Tensor:
-    """Returns the rows at the end of the route, with a gradient."""
-    trip = Trip(link, route)
-    return arrive(depart(rows, trip), trip)
+def send_and_receive(rows: Tensor, link: Link, plan: ExchangePlan) -> Tensor:
+    """Returns the rows that arrive by the plan, with a gradient."""
+    exchange = RowExchange(link, plan)
+    return receive_rows(send_rows(rows, exchange), exchange)

@@ -1,8 +1,8 @@
-"""Overlap: rows travel to the experts and back in chunks, and each is computed while others are under way.
+"""Overlap: rows travel to the experts and back in slices, and each is computed while others are under way.
 
-Every expert's rows are cut into equally many runs, so a chunk holds a part of every expert's. All chunks set out for
-the experts at once; each is computed as it arrives and sets out for home; at the end all are awaited. In backward the
-same happens from the last chunk to the first (link.py).
+Every expert's rows are cut into equally many runs, so a slice holds some of every expert's. All slices are sent to the
+experts at once; each is computed as it arrives and sent back; at the end all are awaited. In backward the same happens
+from the last slice to the first (link.py).
 
 Shape legend: N rows, D channels.
 """
@@ -13,79 +13,80 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from swin_moe.moe.dispatch import Dispatched, Plan
+from swin_moe.moe.dispatch import Dispatched, RowOrder
 from swin_moe.ops.moe_permute import pick_rows
-from swin_moe.parallel.exchange.link import Link, Trip, arrive, depart, travel
-from swin_moe.parallel.exchange.transport import Route, block_order
+from swin_moe.parallel.exchange.link import Link, RowExchange, receive_rows, send_and_receive, send_rows
+from swin_moe.parallel.exchange.transport import ExchangePlan, block_permutation
 
 Rows = TypeVar("Rows", int, Tensor)
 
 
-def rows_in_chunk(rows: Rows, chunk: int, chunks: int) -> Rows:
-    """Returns how many of an expert's rows are in this chunk; sender and receiver agree without asking."""
-    return rows * (chunk + 1) // chunks - rows * chunk // chunks
+def rows_in_slice(rows: Rows, number: int, slices: int) -> Rows:
+    """Returns how many of an expert's rows are in a slice; sender and receiver agree without asking."""
+    return rows * (number + 1) // slices - rows * number // slices
 
 
-def chunk_plan(plan: Plan, kept: list[int], chunks: int) -> Plan:
-    """Returns the plan with its rows by (chunk, expert) instead of by expert. kept: Rows of every expert."""
-    sizes = [rows_in_chunk(rows, chunk, chunks) for rows in kept for chunk in range(chunks)]
-    wanted = [expert * chunks + chunk for chunk in range(chunks) for expert in range(len(kept))]
-    order = block_order(sizes, wanted, plan.pair.device)
-    if order is None:
-        return plan
-    vacant = None if plan.vacant is None else plan.vacant[order.index]
-    return replace(plan, position=order.inverse[plan.position], pair=plan.pair[order.index], vacant=vacant)
+def order_by_slice(order: RowOrder, kept: list[int], slices: int) -> RowOrder:
+    """Returns the rows' order by (slice, expert) instead of by expert. kept: Rows of every expert."""
+    sizes = [rows_in_slice(rows, number, slices) for rows in kept for number in range(slices)]
+    wanted = [expert * slices + number for number in range(slices) for expert in range(len(kept))]
+    permutation = block_permutation(sizes, wanted, order.pair.device)
+    if permutation is None:
+        return order
+    index, inverse = permutation.index, permutation.inverse
+    vacant = None if order.vacant is None else order.vacant[index]
+    return replace(order, position=inverse[order.position], pair=order.pair[index], vacant=vacant)
 
 
-class ChunkTravel:
-    """See swin_moe/moe/dispatch.py:Chunks. One route per chunk."""
+class SlicedExchange:
+    """See swin_moe/moe/dispatch.py:Slices. One plan per slice."""
 
-    def __init__(self, link: Link, routes: list[Route]) -> None:
-        self.out = [Trip(link, route) for route in routes]
-        self.home = [Trip(link, route.reverse) for route in routes]
-        self.sizes = [sum(route.hops[0].send) for route in routes]
+    def __init__(self, link: Link, plans: list[ExchangePlan]) -> None:
+        self.out = [RowExchange(link, plan) for plan in plans]
+        self.back = [RowExchange(link, plan.reverse) for plan in plans]
+        self.sizes = [sum(plan.calls[0].send) for plan in plans]
 
     def start(self, tokens: Tensor) -> list[Tensor]:
-        """Returns what stands for every chunk of the rows (N, D), which lie by chunk and are under way."""
-        return [depart(rows, trip) for rows, trip in zip(tokens.split(self.sizes), self.out)]
+        """Returns what stands for every slice of the rows (N, D), which lie by slice and are under way."""
+        return [send_rows(rows, exchange) for rows, exchange in zip(tokens.split(self.sizes), self.out)]
 
-    def arrive(self, chunk: int, departed: Tensor) -> Tensor:
-        """See Chunks."""
-        return arrive(departed, self.out[chunk])
+    def receive(self, number: int, sent: Tensor) -> Tensor:
+        """See Slices."""
+        return receive_rows(sent, self.out[number])
 
-    def depart(self, chunk: int, y: Tensor) -> Tensor:
-        """See Chunks."""
-        return depart(y, self.home[chunk])
+    def send(self, number: int, y: Tensor) -> Tensor:
+        """See Slices."""
+        return send_rows(y, self.back[number])
 
-    def finish(self, departed: list[Tensor]) -> Tensor:
-        """Returns (N, D), the experts' results of all chunks, once they are home."""
-        return torch.cat([arrive(y, trip) for y, trip in zip(departed, self.home)])
+    def finish(self, sent: list[Tensor]) -> Tensor:
+        """See Slices."""
+        return torch.cat([receive_rows(y, exchange) for y, exchange in zip(sent, self.back)])
 
 
-def set_out(
-    tokens: Tensor, pair: Tensor | None, plan: Plan, counts: list, routes: list[Route], link: Link
+def dispatch_rows(
+    tokens: Tensor, pair: Tensor | None, order: RowOrder, counts: list, plans: list[ExchangePlan], link: Link
 ) -> Dispatched:
     """Returns the rows for this rank's experts, from the rows (N, D) that this rank has for all of them.
 
     Args:
-        tokens: In the plan's order; by chunk where there are several.
+        tokens: In their order for experts; by slice where there are several.
         pair: See Dispatcher.
-        counts: Per chunk, the rows of the local experts.
-        routes: Per chunk.
+        counts: Per slice, the rows of the local experts.
+        plans: Per slice.
     """
-    if len(routes) == 1:
-        (route,) = routes
-        travelled = None if pair is None else link.exchange(pick_rows(pair.flatten(), plan.pair), route)
-        return Dispatched(travel(tokens, link, route), counts[0], travelled, plan, route)
-    chunks, by_chunk = ChunkTravel(link, routes), None
+    if len(plans) == 1:
+        (plan,) = plans
+        arrived = None if pair is None else link.exchange(pick_rows(pair.flatten(), order.pair), plan)
+        return Dispatched(send_and_receive(tokens, link, plan), counts[0], arrived, order, plan)
+    slices, by_slice = SlicedExchange(link, plans), None
     if pair is not None:
-        pairs = pick_rows(pair.flatten(), plan.pair).split(chunks.sizes)
-        by_chunk = [link.exchange(part, route) for part, route in zip(pairs, routes)]
-    return Dispatched(chunks.start(tokens), counts, by_chunk, plan, chunks=chunks)
+        pairs = pick_rows(pair.flatten(), order.pair).split(slices.sizes)
+        by_slice = [link.exchange(rows, plan) for rows, plan in zip(pairs, plans)]
+    return Dispatched(slices.start(tokens), counts, by_slice, order, slices=slices)
 
 
-def come_home(y: Any, dispatched: Dispatched, link: Link) -> Tensor:
-    """Returns (N, D), the experts' results of the rows that set out, in the plan's order."""
-    if dispatched.chunks is not None:
-        return dispatched.chunks.finish(y)
-    return travel(y, link, dispatched.exchange.reverse)
+def return_rows(y: Any, dispatched: Dispatched, link: Link) -> Tensor:
+    """Returns (N, D), the experts' results of the rows that were dispatched, in their order for experts."""
+    if dispatched.slices is not None:
+        return dispatched.slices.finish(y)
+    return send_and_receive(y, link, dispatched.exchange.reverse)

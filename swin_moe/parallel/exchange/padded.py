@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swin_moe.moe.dispatch import VERBS, Dispatched, Dispatcher, PaddedDispatcher, Verbs, make_padded_plan, padded_rows
+from swin_moe.moe.dispatch import VERBS, Dispatched, Dispatcher, PaddedDispatcher, Verbs, make_padded_order, padded_rows
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import Routing
 from swin_moe.parallel.exchange.link import Link
-from swin_moe.parallel.exchange.overlap import chunk_plan, come_home, rows_in_chunk, set_out
+from swin_moe.parallel.exchange.overlap import dispatch_rows, order_by_slice, return_rows, rows_in_slice
 from swin_moe.parallel.exchange.owners import Owners
-from swin_moe.parallel.exchange.transport import Route, even_route
+from swin_moe.parallel.exchange.transport import ExchangePlan, even_plan
 from swin_moe.parallel.groups import Groups
 
 
@@ -60,21 +60,21 @@ class PaddedAllToAll:
         self.verbs, self.groups, self.link = verbs, groups, link
         self.owners = Owners(groups.degrees, num_experts)
         self.even = False
-        self._made: tuple[tuple, list[Route]] | None = None  # the last routes and what for: C rarely changes
+        self._made: tuple[tuple, list[ExchangePlan]] | None = None  # the last plans and what for: C rarely changes
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
         rows, overlap = self._rows(routing, x.device), self.link.overlap
-        plan = make_padded_plan(routing, rows)
+        order = make_padded_order(routing, rows)
         if overlap > 1:
-            plan = chunk_plan(plan, [rows] * self.owners.num_experts, overlap)
-        parts = tuple(rows_in_chunk(rows, chunk, overlap) for chunk in range(overlap))
+            order = order_by_slice(order, [rows] * self.owners.num_experts, overlap)
+        parts = tuple(rows_in_slice(rows, number, overlap) for number in range(overlap))
         counts = [self.groups.degrees.expert * part for part in parts]
-        return set_out(self.verbs.take(x, plan), pair, plan, counts, self._routes(parts, x.device), self.link)
+        return dispatch_rows(self.verbs.take(x, order), pair, order, counts, self._plans(parts, x.device), self.link)
 
     def combine(self, y: Tensor | list[Tensor], dispatched: Dispatched, gate: Tensor) -> Tensor:
         """See Dispatcher."""
-        return self.verbs.combine(come_home(y, dispatched, self.link), gate, dispatched.plan)
+        return self.verbs.combine(return_rows(y, dispatched, self.link), gate, dispatched.order)
 
     def _rows(self, routing: Routing, device: torch.device) -> int:
         """Returns C, the rows of the rank that needs most."""
@@ -87,14 +87,14 @@ class PaddedAllToAll:
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.groups.expert)
         return int(most)
 
-    def _routes(self, parts: tuple[int, ...], device: torch.device) -> list[Route]:
-        """Returns the route of each chunk, of which every expert has so many rows from every rank."""
+    def _plans(self, parts: tuple[int, ...], device: torch.device) -> list[ExchangePlan]:
+        """Returns the plan of each slice, of which every expert has so many rows from every rank."""
         transport, rank = self.link.transport, self.groups.expert_rank
         wanted = (transport, parts, device)
         if self._made is None or self._made[0] != wanted:
-            self._made = wanted, [even_route(transport, self.owners, rank, rows, device) for rows in parts]
+            self._made = wanted, [even_plan(transport, self.owners, rank, rows, device) for rows in parts]
         return self._made[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PaddedAllToAll":
-        """Returns a dispatcher with a link of its own; routes hold process groups, which cannot be copied."""
+        """Returns a dispatcher with a link of its own; plans hold process groups, which cannot be copied."""
         return PaddedAllToAll(self.verbs, self.groups, self.owners.num_experts, copy.deepcopy(self.link, memo))

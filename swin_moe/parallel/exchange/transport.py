@@ -1,9 +1,9 @@
-"""How rows travel between the ranks of the expert group: a transport makes routes, a flight carries rows along one.
+"""How rows travel between the ranks of the expert group: a transport makes exchange plans, rows are moved by one.
 
-A route is a few all-to-alls (hops) with a reordering of rows before, between and after them. Its reverse is the way
-back, and the way of gradients. Transports differ only in the routes they make; a new one is a line in TRANSPORTS.
+A plan is one or two all-to-alls with a permutation of rows before, between and after them. Its reverse is the way
+back, and the way of gradients. Transports differ only in the plans they make; a new one is a line in TRANSPORTS.
 
-Shape legend: R ranks of the expert group, S ranks that send here, E local experts, C chunks.
+Shape legend: R ranks of the expert group, S ranks that send here, E local experts, C slices (overlap.py).
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ Counts = list[list[int]]  # rows, as a matrix
 
 
 @dataclass(frozen=True)
-class Hop:
+class AllToAll:
     """One all-to-all of rows; group None = this rank alone, nothing moves."""
 
     group: ProcessGroup | None
@@ -39,9 +39,9 @@ class Hop:
     away: tuple[bool, ...]  # which ranks of the group are on another node
     me: int  # this rank's number in the group
 
-    def reversed(self) -> "Hop":
-        """Returns the hop back."""
-        return Hop(self.group, self.receive, self.send, self.away, self.me)
+    def reversed(self) -> "AllToAll":
+        """Returns the all-to-all back."""
+        return AllToAll(self.group, self.receive, self.send, self.away, self.me)
 
     @property
     def sent_rows(self) -> int:
@@ -55,7 +55,7 @@ class Hop:
 
 
 @dataclass(frozen=True)
-class Order:
+class Permutation:
     """A reordering of rows, x[index], and its inverse."""
 
     index: Tensor
@@ -63,72 +63,73 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Route:
-    """Hops, with the rows reordered before each and after the last; None = already in order."""
+class ExchangePlan:
+    """All-to-alls one after the other, with the rows permuted before each and after the last; None = in order."""
 
-    hops: tuple[Hop, ...]
-    orders: tuple[Order | None, ...]
+    calls: tuple[AllToAll, ...]
+    permutations: tuple[Permutation | None, ...]
 
     @cached_property
-    def reverse(self) -> "Route":
+    def reverse(self) -> "ExchangePlan":
         """The way back: the rows end as they were at the start."""
-        orders = tuple(o and Order(o.inverse, o.index) for o in reversed(self.orders))
-        return Route(tuple(hop.reversed() for hop in reversed(self.hops)), orders)
+        permutations = tuple(p and Permutation(p.inverse, p.index) for p in reversed(self.permutations))
+        return ExchangePlan(tuple(call.reversed() for call in reversed(self.calls)), permutations)
 
     @property
     def sent_rows(self) -> int:
         """Rows that leave this rank; one that is relayed here counts as well."""
-        return sum(hop.sent_rows for hop in self.hops)
+        return sum(call.sent_rows for call in self.calls)
 
     @property
     def crossing_rows(self) -> int:
         """Rows that this rank sends to other nodes."""
-        return sum(hop.crossing_rows for hop in self.hops)
+        return sum(call.crossing_rows for call in self.calls)
 
 
-class Flight:
-    """Rows under way along a route: started at once, without waiting. No gradient.
+class PendingRows:
+    """Rows that are being exchanged by a plan: started at once, without waiting. No gradient.
 
-    Every rank of the hops' groups has to start, advance and wait for its flights in the same order, also with no rows.
+    Every rank of the plan's groups has to start, advance and wait for its rows in the same order, also with no rows.
     """
 
-    def __init__(self, rows: Tensor, route: Route) -> None:
-        self._rows, self._route, self._hop = rows, route, 0
-        self._launch()
+    def __init__(self, rows: Tensor, plan: ExchangePlan) -> None:
+        self._rows, self._plan, self._number = rows, plan, 0  # number: of the call under way
+        self._start()
 
-    def _launch(self) -> None:
+    def _start(self) -> None:
         # Contiguous first: an output made like a transposed input would scramble rows.
-        rows, hop = _reorder(self._rows, self._route.orders[self._hop]).contiguous(), self._route.hops[self._hop]
+        call = self._plan.calls[self._number]
+        rows = _permuted(self._rows, self._plan.permutations[self._number]).contiguous()
         self._sent: Tensor | None = rows  # kept alive until it has been sent
-        if hop.group is None:
+        if call.group is None:
             self._rows, self._work = rows, None
             return
-        self._rows = rows.new_empty((sum(hop.receive), *rows.shape[1:]))
-        self._work = dist.all_to_all_single(self._rows, rows, hop.receive, hop.send, group=hop.group, async_op=True)
+        self._rows = rows.new_empty((sum(call.receive), *rows.shape[1:]))
+        self._work = dist.all_to_all_single(self._rows, rows, call.receive, call.send, group=call.group, async_op=True)
 
     def advance(self) -> None:
-        """Waits for the hop under way and starts the next, unless the last is under way."""
-        if self._hop + 1 < len(self._route.hops):
+        """Waits for the call under way and starts the next, unless the last is under way."""
+        if self._number + 1 < len(self._plan.calls):
             self.finish()
-            self._hop += 1
-            self._launch()
+            self._number += 1
+            self._start()
 
     def wait(self) -> Tensor:
-        """Returns the rows that arrived, in the route's last order."""
-        while self._hop + 1 < len(self._route.hops):
+        """Returns the rows that arrived, in the plan's last order."""
+        while self._number + 1 < len(self._plan.calls):
             self.advance()
         self.finish()
-        return _reorder(self._rows, self._route.orders[-1])
+        return _permuted(self._rows, self._plan.permutations[-1])
 
     def finish(self) -> None:
-        """Waits for the hop under way."""
+        """Waits for the call under way."""
         if self._work is not None:
             self._work.wait()
         self._work = self._sent = None
 
 
-def _reorder(rows: Tensor, order: Order | None) -> Tensor:
-    return rows if order is None else rows.index_select(0, order.index)
+def _permuted(rows: Tensor, permutation: Permutation | None) -> Tensor:
+    return rows if permutation is None else rows.index_select(0, permutation.index)
 
 
 def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: ProcessGroup | None) -> Tensor:
@@ -141,8 +142,8 @@ def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: Process
     return output
 
 
-def block_order(sizes: list[int], wanted: list[int], device: torch.device) -> Order | None:
-    """Returns the order that turns blocks of these sizes into blocks listed as in `wanted`; None if they are already.
+def block_permutation(sizes: list[int], wanted: list[int], device: torch.device) -> Permutation | None:
+    """Returns what turns blocks of these sizes into blocks listed as in `wanted`; None if they are already.
 
     Args:
         sizes: Rows of each block, as they lie.
@@ -157,11 +158,11 @@ def block_order(sizes: list[int], wanted: list[int], device: torch.device) -> Or
     index = torch.arange(int(size.sum())) + (first[block] - (size.cumsum(0) - size)).repeat_interleave(size)
     inverse = torch.empty_like(index)
     inverse[index] = torch.arange(len(index))
-    return Order(index.to(device, non_blocking=True), inverse.to(device, non_blocking=True))
+    return Permutation(index.to(device, non_blocking=True), inverse.to(device, non_blocking=True))
 
 
 def by_expert(arriving: Counts, sources: list[int]) -> tuple[list[int], list[int]]:
-    """Returns (sizes, wanted) for block_order: rows that lie by (source, expert), wanted by (expert, source).
+    """Returns (sizes, wanted) for block_permutation: rows that lie by (source, expert), wanted by (expert, source).
 
     Args:
         arriving: Rows from each rank for each local expert.
@@ -175,7 +176,7 @@ def by_expert(arriving: Counts, sources: list[int]) -> tuple[list[int], list[int
 
 
 class Transport(Protocol):
-    """Makes routes between the ranks of the expert group."""
+    """Makes exchange plans between the ranks of the expert group."""
 
     name: str
     relayed_ranks: list[int]  # X of them: the ranks of whose rows this rank has to know
@@ -183,14 +184,14 @@ class Transport(Protocol):
     def __init__(self, groups: Groups) -> None: ...
 
     def relayed(self, send_CR: Tensor) -> Tensor:
-        """Returns what this rank has to know of others' rows to make C routes, (X, C, R) int64; X may be 0.
+        """Returns what this rank has to know of others' rows to plan C slices, (X, C, R) int64; X may be 0.
 
         Collective; stays on the device, so that the caller waits for it together with its own counts.
         """
         ...
 
-    def route(self, send: list[int], arriving: Counts, relayed: Counts, device: torch.device) -> Route:
-        """Returns the route of rows that lie by destination, and end by (local expert, source).
+    def plan(self, send: list[int], arriving: Counts, relayed: Counts, device: torch.device) -> ExchangePlan:
+        """Returns the plan of rows that lie by destination, and end by (local expert, source).
 
         Args:
             send: (R) rows to each rank.
@@ -215,21 +216,21 @@ class LinearTransport:
         """See Transport."""
         return send_CR.new_empty((0, *send_CR.shape))
 
-    def route(self, send: list[int], arriving: Counts, relayed: Counts, device: torch.device) -> Route:
+    def plan(self, send: list[int], arriving: Counts, relayed: Counts, device: torch.device) -> ExchangePlan:
         """See Transport."""
-        hop = Hop(self.group, send, [sum(rows) for rows in arriving], self.away, self.me)
-        return Route((hop,), (None, block_order(*by_expert(arriving, list(range(len(send)))), device)))
+        call = AllToAll(self.group, send, [sum(rows) for rows in arriving], self.away, self.me)
+        return ExchangePlan((call,), (None, block_permutation(*by_expert(arriving, list(range(len(send)))), device)))
 
 
-def even_route(transport: Transport, owners: Owners, rank: int, rows: int, device: torch.device) -> Route:
-    """Returns the route along which every rank of the group sends `rows` rows for each expert.
+def even_plan(transport: Transport, owners: Owners, rank: int, rows: int, device: torch.device) -> ExchangePlan:
+    """Returns the plan by which every rank of the group sends `rows` rows for each expert.
 
     Nothing is exchanged to make it: for dispatchers that pad.
     """
     sends = {r: [rows * len(experts) for experts in owners.destinations(r)] for r in (rank, *transport.relayed_ranks)}
     num_local = owners.num_local(rank)
     arriving = [[rows if experts else 0] * num_local for experts in owners.sources(rank)]
-    return transport.route(sends[rank], arriving, [sends[r] for r in transport.relayed_ranks], device)
+    return transport.plan(sends[rank], arriving, [sends[r] for r in transport.relayed_ranks], device)
 
 
 def build_transport(name: str, groups: Groups) -> tuple[Transport, str]:

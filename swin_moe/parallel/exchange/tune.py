@@ -198,7 +198,7 @@ def layer_pass(dispatcher: Any, experts: GroupedExperts, x: Tensor, routing: Rou
     """Runs what a layer does between its router and its output, and the backward of it."""
     x = x.detach().requires_grad_()
     dispatched = dispatcher.dispatch(x, routing, None)
-    y = experts(dispatched.tokens, dispatched.counts, None, dispatched.chunks)
+    y = experts(dispatched.tokens, dispatched.counts, None, dispatched.slices)
     dispatcher.combine(y, dispatched, routing.gate.to(x.dtype)).sum().backward()
     experts.zero_grad()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swin_moe.moe.dispatch import VERBS, Dispatcher, Plan, Verbs
+from swin_moe.moe.dispatch import VERBS, Dispatcher, RowOrder, Verbs
 from swin_moe.parallel.exchange.link import Link
 from swin_moe.parallel.exchange.padded import pad_with
 from swin_moe.parallel.groups import Groups
@@ -56,39 +56,39 @@ def _import() -> tuple[Callable, Callable]:
 def tutel_verbs(encode: Callable, decode: Callable, num_experts: int) -> Verbs:
     """Returns the verbs made of Tutel's fast_encode and fast_decode."""
 
-    def take(x: Tensor, plan: Plan) -> Tensor:
+    def take(x: Tensor, order: RowOrder) -> Tensor:
         _refuse_double(x)
-        if _is_empty(plan):
-            return VERBS.take(x, plan)
-        rows = encode(x.float().contiguous(), _critical(plan, num_experts, []))
+        if _is_empty(order):
+            return VERBS.take(x, order)
+        rows = encode(x.float().contiguous(), _critical(order, num_experts, []))
         return rows.flatten(0, 1).to(x.dtype)
 
-    def combine(y: Tensor, gate: Tensor, plan: Plan) -> Tensor:
-        if _is_empty(plan):
-            return VERBS.combine(y, gate, plan)
+    def combine(y: Tensor, gate: Tensor, order: RowOrder) -> Tensor:
+        if _is_empty(order):
+            return VERBS.combine(y, gate, order)
         gates = [part.contiguous() for part in gate.float().unbind(dim=1)]
         rows = y.float().contiguous().view(num_experts, -1, y.shape[1])
-        return decode(rows, _critical(plan, num_experts, gates))
+        return decode(rows, _critical(order, num_experts, gates))
 
     return Verbs(take, combine)
 
 
-def _is_empty(plan: Plan) -> bool:
+def _is_empty(order: RowOrder) -> bool:
     """Returns whether there are no tokens or no rows; Tutel fails on either."""
-    return plan.position.shape[0] == 0 or plan.num_rows == 0
+    return order.position.shape[0] == 0 or order.num_rows == 0
 
 
-def _critical(plan: Plan, num_experts: int, gates: list[Tensor]) -> tuple[Any, ...]:
+def _critical(order: RowOrder, num_experts: int, gates: list[Tensor]) -> tuple[Any, ...]:
     """Returns what Tutel calls critical data: (E, experts, locations, gates, C, loads), a list per choice.
 
-    Row e * C + l of the plan is location l of expert e; what is dropped gets location C, beyond the last one. The loads
-    are for routing, which is not Tutel's.
+    Row e * C + l is location l of expert e; what is dropped gets location C, beyond the last one. The loads are for
+    routing, which is not Tutel's.
     """
-    capacity = plan.num_rows // num_experts
-    expert = plan.position.div(capacity, rounding_mode="floor")
-    location = plan.position - expert * capacity
-    if plan.keep is not None:
-        location = location.masked_fill(~plan.keep, capacity)
+    capacity = order.num_rows // num_experts
+    expert = order.position.div(capacity, rounding_mode="floor")
+    location = order.position - expert * capacity
+    if order.keep is not None:
+        location = location.masked_fill(~order.keep, capacity)
     columns = ([part.to(torch.int32) for part in pairs.unbind(dim=1)] for pairs in (expert, location))
     return num_experts, *columns, gates, capacity, None
 

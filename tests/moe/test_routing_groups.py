@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from swin_moe.moe import expert_capacity
-from swin_moe.moe.group_exchange import gather_demand, route_across, slots_by_confidence, slots_by_token
 from swin_moe.moe.routing import route
+from swin_moe.moe.routing_groups import gather_demand, route_across, slots_by_confidence, slots_by_token
 from tests.moe.reference import route_slowly
 
 
@@ -70,9 +70,14 @@ def test_random_groups_drop_what_one_process_drops(factor, by_confidence):
         def run(part, exchange, k=k, experts=experts):
             scores = torch.softmax(part, dim=1)
             routing, demand = route_across(
-                part, exchange, top_k=k, batch_prioritized=by_confidence, normalize_gate=False, scores=scores,
+                part,
+                exchange,
+                top_k=k,
+                batch_prioritized=by_confidence,
+                normalize_gate=False,
+                scores=scores,
                 capacity=lambda n: expert_capacity(n, experts, top_k=k, factor=factor),
-            )  # fmt: skip
+            )
             confidence = scores.gather(1, routing.expert[:, :1]).squeeze(1)
             if by_confidence:
                 slot = slots_by_confidence(routing.expert, confidence, experts, demand, exchange)
@@ -82,9 +87,7 @@ def test_random_groups_drop_what_one_process_drops(factor, by_confidence):
 
         ranks = on_ranks(run, logits.split(tokens))
         limit = expert_capacity(len(logits), experts, top_k=k, factor=factor)
-        expert, slot, keep = route_slowly(
-            logits, top_k=k, capacity=limit, batch_prioritized=by_confidence
-        )  # fmt: skip
+        expert, slot, keep = route_slowly(logits, top_k=k, capacity=limit, batch_prioritized=by_confidence)
         assert [row for r, _ in ranks for row in r.expert.tolist()] == expert, seed
         assert [row for _, s in ranks for row in s.tolist()] == slot, seed
         assert [row for r, _ in ranks for row in r.keep.tolist()] == keep, seed

@@ -1,4 +1,4 @@
-"""GroupExchange (moe/group_exchange.py) over a process group: the ranks whose images compete for the same slots."""
+"""GroupExchange (moe/routing_groups.py) over a process group: the ranks whose images compete for the same slots."""
 
 from typing import Any
 

@@ -108,9 +108,14 @@ def route_across(
         logits, top_k, batch_prioritized, normalize_gate, scores, choice: See route.
     """
     own = route(
-        logits, top_k=top_k, capacity=None, batch_prioritized=batch_prioritized, normalize_gate=normalize_gate,
-        scores=scores, **choice,
-    )  # fmt: skip
+        logits,
+        top_k=top_k,
+        capacity=None,
+        batch_prioritized=batch_prioritized,
+        normalize_gate=normalize_gate,
+        scores=scores,
+        **choice,
+    )
     num_experts = logits.shape[1]
     demand = gather_demand(own.expert, num_experts, exchange)
     limit = capacity(demand.num_tokens)

@@ -1,11 +1,8 @@
 """Whether a program can be started at all, found out without running any of it."""
 
-import difflib
 import importlib.util
 import os
-import pkgutil
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -32,7 +29,7 @@ def _check_script(path: Path) -> None:
             f"{str(path)!r} is no program but a {path.suffix[1:].upper()} file; name the program before it, as in: "
             f"-- -m swin_moe.train {path}"
         )
-    if path.suffix == ".pyc" or zipfile.is_zipfile(path):
+    if path.suffix == ".pyc" or path.suffix != ".py" and _is_zip(path):
         return
     try:
         compile(path.read_bytes(), str(path), "exec")
@@ -40,6 +37,12 @@ def _check_script(path: Path) -> None:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"program {str(path)!r} is not Python{where}: {what}") from None
+
+
+def _is_zip(path: Path) -> bool:
+    import zipfile
+
+    return zipfile.is_zipfile(path)
 
 
 def _check_module(name: str, folders: list[str]) -> None:
@@ -53,6 +56,8 @@ def _check_module(name: str, folders: list[str]) -> None:
         if spec is None:
             if _exists(name):
                 return
+            import difflib  # costs every start of the launcher 5 ms, and only a wrong name needs it
+
             near = difflib.get_close_matches(part, sorted(_names(places, folders)), n=1)
             meant = f"; did you mean {'.'.join([*parts[:number], *near, *parts[number + 1 :]])}?" if near else ""
             inside = f" in {'.'.join(parts[:number])}" if number else ""
@@ -89,5 +94,7 @@ def _exists(name: str) -> bool:
 
 def _names(places: list[str] | None, folders: list[str]) -> Iterator[str]:
     """Yields the modules that could have been meant."""
+    import pkgutil
+
     for module in pkgutil.iter_modules(places if places is not None else [*folders, *sys.path]):
         yield module.name

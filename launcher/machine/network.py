@@ -1,0 +1,173 @@
+"""Network interfaces of this host, and the one that all ranks share."""
+
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# linux/rtnetlink.h, linux/netlink.h, linux/if_addr.h
+_RTM_GETADDR, _RTM_NEWADDR = 22, 20
+_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_SCOPE_UNIVERSE, _SCOPE_SITE = 0, 200
+_IFF_UP, _IFF_LOOPBACK = 1, 8
+
+
+@dataclass(frozen=True)
+class Interface:
+    """An address of this host that others can reach, where it lies and how fast (Mbit/s; 0 = it does not say)."""
+
+    name: str
+    address: str
+    prefix: int
+    speed: int
+
+    @property
+    def network(self) -> str:
+        """Returns the subnet, such as 10.0.0.0/24."""
+        import ipaddress  # costs a few ms, and one host needs none
+
+        return str(ipaddress.ip_interface(f"{self.address}/{self.prefix}").network)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one rank knows of itself: its network stack (ranks of one host share it), and its interfaces."""
+
+    host: str
+    stack: str
+    interfaces: tuple[Interface, ...]
+
+
+def read_place() -> Place:
+    """Returns this process's host and interfaces: those that are up, without the loopback and link-local addresses."""
+    return Place(socket.gethostname(), _stack(), tuple(_interfaces()))
+
+
+def shared_network(places: Sequence[Place], wanted: str = "", routed: str = "") -> str | None:
+    """Returns the subnet in which all ranks have an address, or None where there is none.
+
+    A subnet in which two hosts have the same address is none that they share: every host's docker0 is 172.17.0.1. Of
+    several the fastest is taken (by the slowest of its interfaces), then the one that leads to the other hosts' names,
+    then IPv4.
+
+    Args:
+        wanted: Names of interfaces as NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME have them, for the first rank.
+        routed: Address of the first rank's host from which packets to the others' names leave.
+
+    Raises:
+        ValueError: The first rank's host has no interface of a wanted name.
+    """
+    first = [interface for interface in places[0].interfaces if is_wanted(interface.name, wanted)]
+    if not first and wanted:
+        names = ", ".join(dict.fromkeys(interface.name for interface in places[0].interfaces)) or "none"
+        raise ValueError(f"{places[0].host} has no interface {wanted} with an address; it has: {names}")
+    found = []
+    for number, interface in enumerate(first):
+        network = interface.network
+        of_hosts = {place.stack: interface_in(place, network) for place in places}
+        members = [member for member in of_hosts.values() if member is not None]
+        if len(members) == len(of_hosts) == len({member.address for member in members}):
+            slowest = min(member.speed for member in members)
+            found.append((-slowest, interface.address != routed, ":" in interface.address, number, network))
+    return min(found)[-1] if found else None
+
+
+def interface_in(place: Place, network: str) -> Interface | None:
+    """Returns the interface of a host whose address lies in a subnet, the first of several."""
+    return next((interface for interface in place.interfaces if interface.network == network), None)
+
+
+def is_wanted(name: str, wanted: str) -> bool:
+    """Returns whether an interface is among the names as NCCL reads them: prefixes, =exact names, ^ all but these.
+
+    Source: NCCL 2.21 user guide, NCCL_SOCKET_IFNAME.
+    """
+    if wanted.startswith("^"):
+        return not is_wanted(name, wanted[1:])
+    if wanted.startswith("="):
+        return name in wanted[1:].split(",")
+    return not wanted or any(name.startswith(part) for part in wanted.split(","))
+
+
+def address_towards(other: str) -> str:
+    """Returns the address of this host from which packets to another leave, "" where there is no way.
+
+    Connecting a datagram socket sends nothing.
+    """
+    try:
+        for family, kind, _, _, target in socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as probe:
+                try:
+                    probe.connect(target)
+                    return probe.getsockname()[0]
+                except OSError:
+                    continue
+    except OSError:
+        pass
+    return ""
+
+
+def _stack() -> str:
+    """Returns what addresses are relative to: this boot of this machine and its network namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _interfaces() -> list[Interface]:
+    """Returns the addresses the kernel lists (rtnetlink(7), RTM_GETADDR); [] where it is not Linux."""
+    if not hasattr(socket, "AF_NETLINK"):
+        return []
+    found = []
+    for family, prefix, scope, index, raw in _addresses():
+        try:
+            name = socket.if_indextoname(index)
+            flags = int(_text(name, "flags"), 16)
+        except (OSError, ValueError):
+            continue
+        if scope in (_SCOPE_UNIVERSE, _SCOPE_SITE) and flags & _IFF_UP and not flags & _IFF_LOOPBACK:
+            speed = _text(name, "speed")
+            found.append(Interface(name, socket.inet_ntop(family, raw), prefix, int(speed) if speed.isdigit() else 0))
+    return found
+
+
+def _addresses() -> list[tuple[int, int, int, int, bytes]]:
+    """Returns (family, length of the prefix, scope, number of the interface, address) of every address."""
+    found: list[tuple[int, int, int, int, bytes]] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as kernel:
+        # struct nlmsghdr (length, type, flags, sequence, port), struct ifaddrmsg (all families)
+        kernel.send(struct.pack("=IHHII BBBBi", 24, _RTM_GETADDR, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0, 0, 0, 0, 0, 0))
+        while True:
+            data = kernel.recv(1 << 16)
+            while data:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind != _RTM_NEWADDR:
+                    return found
+                family, prefix, _, scope, index = struct.unpack_from("=BBBBi", data, 16)
+                attributes = dict(_attributes(data[24:length]))
+                # A point-to-point link's IFA_ADDRESS is the other end's.
+                raw = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
+                if raw is not None and family in (socket.AF_INET, socket.AF_INET6):
+                    found.append((family, prefix, scope, index, raw))
+                data = data[(length + 3) & ~3 :]
+
+
+def _attributes(data: bytes) -> list[tuple[int, bytes]]:
+    found = []
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        found.append((kind, data[4:length]))
+        data = data[max(4, (length + 3) & ~3) :]
+    return found
+
+
+def _text(name: str, what: str) -> str:
+    try:
+        return Path(f"/sys/class/net/{name}/{what}").read_text().strip()
+    except OSError:
+        return ""

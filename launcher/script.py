@@ -1,0 +1,124 @@
+"""`python -m launcher script --scheduler slurm ... -- PROGRAM`: writes the batch script of a job, one file to read."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from launcher.command import Job
+from launcher.job.options import Parser, split_at_dashes
+from launcher.job.program import check_program
+from launcher.schedulers import SCHEDULERS
+from launcher.schedulers.base import Batch, Scheduler
+
+_USAGE = (
+    "python -m launcher script --scheduler slurm|pbs|lsf|flux|k8s --nodes 2 --ranks-per-node 4 --time 8:00:00 "
+    "[options] [launcher options] -- -m module ARGS | script.py ARGS"
+)
+_LONGEST_NAME = 63  # of a Kubernetes object; PBS takes 236 characters, Slurm any
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0 having written the script; 2 with one sentence on stderr where there can be none."""
+    own, program = split_at_dashes(arguments)
+    try:
+        options = _parser().parse_args(own)
+        scheduler = next(row for row in SCHEDULERS if row.name == options.scheduler)
+        batch = _batch(options, scheduler, program)
+        text = scheduler.script(batch)
+        if not options.output:
+            print(text, end="")
+            return 0
+        _write(Path(options.output), text)
+    except ValueError as error:
+        print(f"launcher: {error}", file=sys.stderr)
+        return 2
+    print(f"launcher: written; start it with: {scheduler.submit} {options.output}", file=sys.stderr)
+    return 0
+
+
+def parse_time(text: str) -> int:
+    """Returns the seconds of 90 (minutes), 1:30:00, 1-12:00:00 (days), 90m, 36h or 2d. Raises ValueError for others."""
+    match = re.fullmatch(r"(\d+)([smhd]?)", text)
+    if match:
+        seconds = int(match[1]) * {"s": 1, "": 60, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    else:
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d)(?::([0-5]\d))?", text)
+        if not match:
+            raise ValueError(f"--time takes minutes, h:mm:ss, d-hh:mm:ss, 36h or 2d, got {text!r}")
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        seconds = days * 86400 + first * 3600 + second * 60 + third
+        if match[4] is None and match[1] is None:
+            raise ValueError(f"--time {text!r} could be minutes or hours; write h:mm:ss, 36h or 90m")
+    return seconds
+
+
+def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]) -> Batch:
+    Job(None, program).check()
+    check_program(program, {})
+    for name in ("nodes", "ranks_per_node", "cores_per_rank"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.gpus_per_node < 0:
+        raise ValueError(f"--gpus-per-node must be at least 0, got {options.gpus_per_node}")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.name) or len(options.name) > _LONGEST_NAME:
+        raise ValueError(
+            f"--name takes at most {_LONGEST_NAME} of a-z, 0-9 and -, a letter first, got {options.name!r}"
+        )
+    seconds = parse_time(options.time)
+    if not 0 < options.warning < seconds:
+        raise ValueError(f"--warning must be within the time limit of {seconds} s, got {options.warning} s")
+    kind = options.kind or scheduler.kinds[0]
+    if kind not in scheduler.kinds:
+        known = ", ".join(filter(None, scheduler.kinds)) or "none"
+        raise ValueError(f"--kind {kind!r} is none of {scheduler.title}'s kinds: {known}")
+    if bool(options.image) != (scheduler.name == "k8s"):
+        raise ValueError("--image names the container of --scheduler k8s, and is needed there and only there")
+    file = str(Path(options.output or f"{options.name}{scheduler.suffix}").absolute())
+    return Batch(
+        options.name, options.nodes, options.ranks_per_node, options.cores_per_rank, options.gpus_per_node, seconds,
+        options.warning, os.getcwd(), options.python, tuple(_own(options)), tuple(program), file, options.queue,
+        options.account, options.image, kind,
+    )  # fmt: skip
+
+
+def _own(options: argparse.Namespace) -> list[str]:
+    """Returns the launcher's options that stand in the script. Ranks get most of the warning to save in."""
+    words = ["--grace", str(max(1, options.warning - min(30, options.warning // 2)))]
+    words += ["--mpi", options.mpi] if options.mpi else []
+    for name in ("env", "forward", "exclude"):
+        words += [word for value in getattr(options, name) for word in (f"--{name}", value)]
+    return words
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ValueError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m launcher script", usage=_USAGE)
+    add = parser.add_argument
+    add("--scheduler", required=True, choices=[row.name for row in SCHEDULERS])
+    add("--nodes", type=int, default=1, help="hosts (default 1)")
+    add("--ranks-per-node", type=int, default=1, help="ranks on each (default 1)")
+    add("--cores-per-rank", type=int, default=1, help="cores of each rank (default 1)")
+    add("--gpus-per-node", type=int, default=0, help="GPUs of each host (default 0)")
+    add("--time", default="1:00:00", help="time limit: minutes, h:mm:ss, d-hh:mm:ss, 36h or 2d (default 1:00:00)")
+    add(
+        "--warning", type=int, default=300, metavar="SECONDS", help="ask the ranks to save so long before (default 300)"
+    )
+    add("--name", default="train", help="of the job (default train)")
+    add("--queue", default="", help="partition or queue")
+    add("--account", default="", help="whose time is used")
+    add("--kind", default="", help="k8s: mpijob (default) or pytorchjob")
+    add("--image", default="", help="k8s: the container, with this program in its working directory")
+    add("--python", default=sys.executable, help="the interpreter there (default: this one)")
+    add("--output", "-o", default="", metavar="FILE", help="where to write (default: standard output)")
+    add("--mpi", default="", help="as of the launcher; so are --env, --forward and --exclude")
+    for name in ("--env", "--forward", "--exclude"):
+        add(name, action="append", default=[], help=argparse.SUPPRESS)
+    return parser

@@ -1,0 +1,189 @@
+"""Batch scripts and manifests: their whole text, what their shell does with signals, and Slurm's really submitted."""
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import script
+from launcher.schedulers import SCHEDULERS
+from launcher.script import parse_time
+from tests.ranks import ROOT
+
+GOLDEN = ROOT / "tests" / "golden" / "launcher"
+COMMON = ["--nodes", "2", "--ranks-per-node", "4", "--cores-per-rank", "8", "--gpus-per-node", "4", "--time", "8:00:00"]
+COMMON += ["--name", "swin", "--queue", "gpu", "--account", "lab", "--python", "/opt/venv/bin/python"]
+PROGRAM = ["--", "-m", "json.tool", "run.name=it's new"]
+CASES = {
+    "slurm": ["--env", "NCCL_DEBUG=WARN"], "pbs": ["--forward", "WANDB_*"], "lsf": ["--mpi", "mpirun"], "flux": [],
+    "k8s": ["--image", "registry/swin:1"], "k8s-pytorchjob": ["--image", "registry/swin:1", "--kind", "pytorchjob"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_text(name, capsys, monkeypatch):
+    """Written anew by LAUNCHER_WRITE_GOLDEN=1; every word of it is to be read by a person."""
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/user/run")
+    assert script.main(["--scheduler", name.partition("-")[0], *COMMON, *CASES[name], *PROGRAM]) == 0
+    text = capsys.readouterr().out
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("LAUNCHER_WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("k8s")])
+def test_manifests_are_yaml(name):
+    yaml = pytest.importorskip("yaml")
+    manifest = yaml.safe_load((GOLDEN / f"{name}.txt").read_text())
+    spec = manifest["spec"]
+    replicas = spec.get("mpiReplicaSpecs") or spec["pytorchReplicaSpecs"]
+    pods = {role: replica["template"]["spec"] for role, replica in replicas.items()}
+    assert all(pod["containers"][0]["image"] == "registry/swin:1" for pod in pods.values())
+    command = pods.get("Launcher", pods.get("Master"))["containers"][0]["command"]
+    assert command[-3:] == ["-m", "json.tool", "run.name=it's new"]
+    assert pods["Worker"]["containers"][0]["resources"]["limits"] == {"cpu": 32, "nvidia.com/gpu": 4}
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 5400), ("90m", 5400), ("45s", 45), ("1:30:00", 5400), ("36h", 129600), ("2d", 172800),
+     ("1-12:00:00", 129600),
+     ("1-12:00", 129600)],
+)  # fmt: skip
+def test_times(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--scheduler", "sge"], "argument --scheduler: invalid choice: 'sge'"),
+        (["--scheduler", "slurm", "--time", "1:30"], "--time '1:30' could be minutes or hours; write h:mm:ss"),
+        (
+            ["--scheduler", "slurm", "--time", "soon"],
+            "--time takes minutes, h:mm:ss, d-hh:mm:ss, 36h or 2d, got 'soon'",
+        ),
+        (["--scheduler", "slurm", "--nodes", "0"], "--nodes must be at least 1, got 0"),
+        (["--scheduler", "slurm", "--time", "1", "--warning", "60"], "--warning must be within the time limit of 60 s"),
+        (["--scheduler", "slurm", "--name", "my job"], "--name takes at most 63 of a-z, 0-9 and -"),
+        (["--scheduler", "slurm", "--kind", "mpijob"], "--kind 'mpijob' is none of Slurm's kinds: none"),
+        (["--scheduler", "k8s"], "--image names the container of --scheduler k8s, and is needed there"),
+        (["--scheduler", "slurm", "-o", "/no/such/folder/x"], "--output '/no/such/folder/x' cannot be written"),
+    ],
+)
+def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
+    assert script.main([*arguments, *PROGRAM]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"launcher: {sentence}") and message.count("\n") == 1
+
+
+def test_the_launcher_has_the_command(tmp_path):
+    out = tmp_path / "job.slurm"
+    command = [sys.executable, "-m", "launcher", "script", "--scheduler", "slurm", "-o", str(out), *PROGRAM]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0
+    assert finished.stderr == f"launcher: written; start it with: sbatch {out}\n"
+    assert out.read_text().startswith("#!/bin/bash\n#SBATCH ")
+    missing = subprocess.run([*command[:-2], "no.such.module"], cwd=ROOT, capture_output=True, text=True)
+    assert missing.returncode == 2 and "there is no module 'no'" in missing.stderr
+
+
+STUB = """#!{python}
+import signal, sys, time
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+open({folder!r} + "/ready", "w").close()
+end = time.monotonic() + 10
+while not got and time.monotonic() < end:
+    time.sleep(0.02)
+time.sleep(0.5)
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("name", ["slurm", "pbs", "lsf", "flux"])
+@pytest.mark.parametrize("code, signals", [(75, 1), (75, 3), (1, 1)])
+def test_a_warning_has_the_ranks_save_and_the_job_return(name, code, signals, tmp_path, capsys):
+    """The script itself, with a launcher that saves for half a second and schedulers' commands that take notes."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").write_text(STUB.format(python=sys.executable, folder=str(tmp_path), code=code))
+    for command in ("scontrol", "qsub", "flux"):
+        (programs / command).write_text(f'#!/bin/sh\necho {command} "$@" >> {tmp_path}/again\n')
+    for path in programs.iterdir():
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    path = tmp_path / "job.sh"
+    arguments = ["--scheduler", name, "--python", str(programs / "python"), "-o", str(path), *PROGRAM]
+    assert script.main(arguments) == 0
+    environ = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PBS_JOBID": "7.pbs"}
+    process = subprocess.Popen(["bash", str(path)], env=environ)
+    wait_for((tmp_path / "ready").exists, "the launcher")
+    for _ in range(signals):
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+    assert process.wait(30) == code
+    noted = (tmp_path / "again").read_text() if (tmp_path / "again").exists() else ""
+    again = {
+        "slurm": "scontrol requeue 7\n", "pbs": f"qsub -W depend=afterany:7.pbs {path}\n", "lsf": "",
+        "flux": f"flux --parent batch {path}\n",
+    }  # fmt: skip
+    assert noted == (again[name] if code == 75 else "")
+
+
+def wait_for(condition, what, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("warning", ["signal", pytest.param("limit", marks=pytest.mark.full)])
+def test_a_job_of_slurm_saves_and_comes_back(warning, slurm, tmp_path):
+    """On two nodes with one rank each: warned (by scancel, or by Slurm before the limit), saved, requeued, finished."""
+    path = tmp_path / "job.slurm"
+    time_limit = ["--time", "1:00:00"] if warning == "signal" else ["--time", "2", "--warning", "90"]
+    command = [sys.executable, "-m", "launcher", "script", "--scheduler", "slurm", "--nodes", "2", "--name", "again"]
+    command += [
+        *time_limit,
+        "-o",
+        str(path),
+        "--",
+        "-m",
+        "tests.launcher.programs",
+        "save_and_come_back",
+        str(tmp_path),
+    ]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    text = path.read_text().replace("--output=again-%j.out", f"--output={tmp_path}/log")
+    path.write_text(text)
+    submitted = slurm.run("sbatch", "--parsable", str(path), cwd=ROOT)
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.strip()
+    log = tmp_path / "log"
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("ready-*-0"))) == 2, "the start of both ranks")
+        if warning == "signal":
+            assert slurm.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
+        wait_for(lambda: len(list(tmp_path.glob("saved-*-0"))) == 2, "saving", 180)
+        wait_for(lambda: len(list(tmp_path.glob("done-*-1"))) == 2, "the second start", 180)
+        state = re.compile(r"JobState=COMPLETED .*?Restarts=1 .*?ExitCode=0:0", re.DOTALL)
+        wait_for(lambda: state.search(slurm.run("scontrol", "show", "job", job).stdout), "the end")
+    finally:
+        said = log.read_text() if log.exists() else "no log"
+        print(said)
+        slurm.run("scancel", job)
+    assert said.count("launcher: 2 ranks on 2 hosts, started by MPICH") == 2
+
+
+def test_every_scheduler_has_its_text():
+    assert {row.name for row in SCHEDULERS} == {name.partition("-")[0] for name in CASES}
+    assert {path.stem for path in Path(GOLDEN).glob("*.txt")} == set(CASES)
