@@ -14,6 +14,10 @@ from swin_moe.engine.precision import DTYPES
 from swin_moe.ops.linear import Linear
 from swin_moe.registry import is_outside
 
+# Not copied. qkv.bias is used twice where windows are padded, as a padded token's values too: two casts, whose
+# gradients add up in float32. fc1.bias is added in float32 by the kernel of bias and GELU on CUDA (ops/bias_gelu.py).
+_WIDE = ("qkv.bias", "fc1.bias")
+
 
 class WeightCopies:
     """The copies of a network, in its modules, and their masters.
@@ -29,8 +33,8 @@ class WeightCopies:
         for path, module in model.named_modules():
             for key, master in list(module.named_parameters(recurse=False)) if _is_cast(path, module) else ():
                 name = f"{path}.{key}"
-                if name.endswith("qkv.bias"):
-                    continue  # used twice, as a padded token's values too: two casts, whose gradients add in float32
+                if name.endswith(_WIDE):
+                    continue
                 copy = nn.Parameter(master.detach().to(dtype), requires_grad=master.requires_grad)
                 setattr(module, key, copy)
                 self.masters[name], self.copies[name] = master, copy
