@@ -7,9 +7,13 @@ from torch import Tensor
 
 # Options of a network of two stages on images of 16 x 16; two windows a side in the first stage, one in the second.
 NETWORK = (
-    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,2]", "model.num_heads=[1,2]",
+    "model.img_size=16",
+    "model.patch_size=2",
+    "model.embed_dim=8",
+    "model.depths=[1,2]",
+    "model.num_heads=[1,2]",
     "model.window_size=4",
-)  # fmt: skip
+)
 
 
 def gathered(held: Iterable[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]) -> dict[str, Tensor]:

@@ -12,26 +12,44 @@ from swin_moe.parallel.exchange.payload import PAYLOADS
 from swin_moe.parallel.exchange.transport import TRANSPORTS
 
 
-@pytest.mark.parametrize(("batch", "micro", "group", "world", "ranks"), [
-    (32, 0, 8, 4, 1),  # one group a rank
-    (32, 0, 4, 4, 1),
-    (32, 0, 16, 4, 2),
-    (32, 0, 32, 4, 4),
-    (32, 4, 8, 4, 2),  # two accumulation steps
-    (32, 0, 32, 1, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "micro", "group", "world", "ranks"),
+    [
+        (32, 0, 8, 4, 1),  # one group a rank
+        (32, 0, 4, 4, 1),
+        (32, 0, 16, 4, 2),
+        (32, 0, 32, 4, 4),
+        (32, 4, 8, 4, 2),  # two accumulation steps
+        (32, 0, 32, 1, 1),
+    ],
+)
 def test_routing_groups_may_span_ranks(batch, micro, group, world, ranks):
     moe = MoEConfig(blocks=((0,),), capacity_scope="images", group_images=group)
     config = Config(data=DataConfig(global_batch=batch, micro_batch=micro), model=ModelConfig(moe=moe))
     assert config.routing_ranks(world) == ranks
 
 
-@pytest.mark.parametrize(("batch", "micro", "group", "world", "sentence"), [
-    (32, 0, 5, 4, "group_images=5 must divide the micro-batch of 8 images, or be 16 or 32 "),
-    (24, 0, 16, 3, "group_images=16 must divide the micro-batch of 8 images, or be 24 "),  # 3 ranks are not whole pairs
-    (32, 4, 32, 4, "group_images=32 must divide the micro-batch of 4 images, or be 8 or 16 "),  # two accumulation steps
-    (32, 8, 16, 1, "group_images=16 must divide the micro-batch of 8 images; "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "micro", "group", "world", "sentence"),
+    [
+        (32, 0, 5, 4, "group_images=5 must divide the micro-batch of 8 images, or be 16 or 32 "),
+        (
+            24,
+            0,
+            16,
+            3,
+            "group_images=16 must divide the micro-batch of 8 images, or be 24 ",
+        ),  # 3 ranks are not whole pairs
+        (
+            32,
+            4,
+            32,
+            4,
+            "group_images=32 must divide the micro-batch of 4 images, or be 8 or 16 ",
+        ),  # two accumulation steps
+        (32, 8, 16, 1, "group_images=16 must divide the micro-batch of 8 images; "),
+    ],
+)
 def test_routing_groups_are_whole_ranks_of_one_micro_step(batch, micro, group, world, sentence):
     moe = MoEConfig(blocks=((0,),), capacity_scope="images", group_images=group)
     config = Config(data=DataConfig(global_batch=batch, micro_batch=micro), model=ModelConfig(moe=moe))
@@ -47,26 +65,47 @@ def test_evaluation_of_a_group_that_spans_ranks_is_by_need():
         config.check(2)
 
 
-@pytest.mark.parametrize(("options", "sentence"), [
-    ({"scores": "sigmoid"}, "balance_loss must be gshard or none with model.moe.scores=sigmoid .*'load_importance'"),
-    ({"choice": "expert"}, "balance_loss must be none with model.moe.choice=expert"),
-    ({"choice": "expert", "balance_loss": "none", "top_k": 2, "normalize_gate": True}, "normalize_gate must be false"),
-    ({"choice": "expert", "balance_loss": "none", "capacity_factor": 0.0}, "capacity_factor must be > 0 with"),
-    ({"choice": "expert", "balance_loss": "none", "eval_capacity_factor": -1.0}, "eval_capacity_factor must be >= 0"),
-    ({"choice": "soft", "balance_loss": "none", "top_k": 2}, "top_k must be 1 with model.moe.choice=soft .*slots sets"),
-    ({"choice": "soft", "balance_loss": "none", "scores": "sigmoid"}, "scores must be softmax with"),
-    ({"slots": 2}, "slots must be 1 with model.moe.choice=token"),
-    ({"bias_rate": 0.1}, "bias_rate must be 0.0 with model.moe.scores=softmax"),
-    ({"bias_rate": -0.1, "scores": "sigmoid", "balance_loss": "none"}, "bias_rate must be >= 0"),
-    ({"balance_loss": "none", "balance_scope": "global"}, "balance_scope must be group with model.moe.balance_loss=no"),
-    ({"expert_groups": 3}, "expert_groups must be a divisor of model.moe.num_experts=8, got 3"),
-    ({"expert_groups": 4, "group_limit": 5}, r"group_limit must be in \[1, 4\] groups, or 0 for no limit, got 5"),
-    ({"expert_groups": 4, "group_limit": 1, "top_k": 3, "balance_loss": "gshard"}, "top_k must be at most 2, the expe"),
-    ({"expert_groups": 4, "group_limit": 2}, "balance_loss must be gshard or none with model.moe.group_limit"),
-    ({"shared_experts": -1}, "shared_experts must be >= 0"),
-    ({"z_loss_weight": -1.0}, "z_loss_weight must be >= 0"),
-    ({"choice": "tokens"}, "choice must be one of token, expert, soft, got 'tokens'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"scores": "sigmoid"},
+            "balance_loss must be gshard or none with model.moe.scores=sigmoid .*'load_importance'",
+        ),
+        ({"choice": "expert"}, "balance_loss must be none with model.moe.choice=expert"),
+        (
+            {"choice": "expert", "balance_loss": "none", "top_k": 2, "normalize_gate": True},
+            "normalize_gate must be false",
+        ),
+        ({"choice": "expert", "balance_loss": "none", "capacity_factor": 0.0}, "capacity_factor must be > 0 with"),
+        (
+            {"choice": "expert", "balance_loss": "none", "eval_capacity_factor": -1.0},
+            "eval_capacity_factor must be >= 0",
+        ),
+        (
+            {"choice": "soft", "balance_loss": "none", "top_k": 2},
+            "top_k must be 1 with model.moe.choice=soft .*slots sets",
+        ),
+        ({"choice": "soft", "balance_loss": "none", "scores": "sigmoid"}, "scores must be softmax with"),
+        ({"slots": 2}, "slots must be 1 with model.moe.choice=token"),
+        ({"bias_rate": 0.1}, "bias_rate must be 0.0 with model.moe.scores=softmax"),
+        ({"bias_rate": -0.1, "scores": "sigmoid", "balance_loss": "none"}, "bias_rate must be >= 0"),
+        (
+            {"balance_loss": "none", "balance_scope": "global"},
+            "balance_scope must be group with model.moe.balance_loss=no",
+        ),
+        ({"expert_groups": 3}, "expert_groups must be a divisor of model.moe.num_experts=8, got 3"),
+        ({"expert_groups": 4, "group_limit": 5}, r"group_limit must be in \[1, 4\] groups, or 0 for no limit, got 5"),
+        (
+            {"expert_groups": 4, "group_limit": 1, "top_k": 3, "balance_loss": "gshard"},
+            "top_k must be at most 2, the expe",
+        ),
+        ({"expert_groups": 4, "group_limit": 2}, "balance_loss must be gshard or none with model.moe.group_limit"),
+        ({"shared_experts": -1}, "shared_experts must be >= 0"),
+        ({"z_loss_weight": -1.0}, "z_loss_weight must be >= 0"),
+        ({"choice": "tokens"}, "choice must be one of token, expert, soft, got 'tokens'"),
+    ],
+)
 def test_routing_options_that_contradict_each_other(options, sentence):
     with pytest.raises(ValueError, match=f"model.moe.{sentence}"):
         MoEConfig(**options)
@@ -84,12 +123,15 @@ def test_groups_of_experts_that_choose_stay_on_a_rank_and_those_of_soft_moe_are_
                 config.check(4)
 
 
-@pytest.mark.parametrize(("key", "value", "sentence"), [
-    ("transport", "pigeon", "model.moe.transport must be one of linear, hierarchical, got 'pigeon'"),
-    ("payload", "int4", "model.moe.payload must be one of none, bf16, fp8, got 'int4'"),
-    ("overlap", 0, "model.moe.overlap must be >= 1, got 0"),
-    ("tune", "guess", "model.moe.tune must be one of off, measure, got 'guess'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("transport", "pigeon", "model.moe.transport must be one of linear, hierarchical, got 'pigeon'"),
+        ("payload", "int4", "model.moe.payload must be one of none, bf16, fp8, got 'int4'"),
+        ("overlap", 0, "model.moe.overlap must be >= 1, got 0"),
+        ("tune", "guess", "model.moe.tune must be one of off, measure, got 'guess'"),
+    ],
+)
 def test_what_rows_may_travel_through(key, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         MoEConfig(**{key: value})
@@ -114,8 +156,11 @@ def numbers(section: object, prefix: str = ""):
 
 NUMBERS = {key: (section, name) for key, section, name in numbers(Config())}
 ANY_NUMBER = {
-    "model.moe.capacity_factor", "model.moe.eval_capacity_factor", "model.qk_scale", "model.post_norm_init",
-}  # fmt: skip
+    "model.moe.capacity_factor",
+    "model.moe.eval_capacity_factor",
+    "model.qk_scale",
+    "model.post_norm_init",
+}
 
 
 def test_every_numeric_option_has_a_range():
@@ -135,14 +180,14 @@ def test_numbers_out_of_range_are_refused_by_name(key):
 
 @pytest.mark.parametrize(
     "option",
-    [
-        "model.num_classes=-1", "model.patch_size=0", "model.patch_size=300", "model.embed_dim=0", "model.mlp_ratio=-1",
-        "engine.threads=-1", "engine.threads=99999999", "checkpoint.file_size=0", "model.drop_rate=1.0",
-        "model.drop_rate=-0.5", "optim.weight_decay=-1", "model.extra_norm_every=-1", "model.depths=[2,-1,2,2]",
-        "model.init_std=-1", "run.name=../../x", "run.name=", "run.name=.", "run.name=/tmp/x", "run.name=a/../../b",
-        "run.name=a\0b", "run.output=", "optim.betas=[0.9,1.0]", "data.synthetic_samples=0", "log.eval_every=-1",
-    ],
-)  # fmt: skip
+    (
+        "model.num_classes=-1 model.patch_size=0 model.patch_size=300 model.embed_dim=0 model.mlp_ratio=-1 "
+        "engine.threads=-1 engine.threads=99999999 checkpoint.file_size=0 model.drop_rate=1.0 model.drop_rate=-0.5 "
+        "optim.weight_decay=-1 model.extra_norm_every=-1 model.depths=[2,-1,2,2] model.init_std=-1 run.name=../../x "
+        "run.name= run.name=. run.name=/tmp/x run.name=a/../../b run.name=a\0b run.output= optim.betas=[0.9,1.0] "
+        "data.synthetic_samples=0 log.eval_every=-1"
+    ).split(),
+)
 def test_what_was_accepted_once(option):
     with pytest.raises(ValueError, match=option.partition("=")[0].replace(".", r"\.")):
         apply_overrides(Config(), [option])
@@ -159,8 +204,10 @@ def test_a_tilde_after_the_equals_sign_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = load_config("digits_swin_moe", ["data.path=~/photos", "run.output=~", "checkpoint.init=~/a.pth"])
     assert (config.data.path, config.run.output, config.checkpoint.init) == (
-        "/home/me/photos", "/home/me", "/home/me/a.pth",
-    )  # fmt: skip
+        "/home/me/photos",
+        "/home/me",
+        "/home/me/a.pth",
+    )
     assert apply_overrides(config, ["run.name=sweep/lr1"]).run.name == "sweep/lr1"
 
 

@@ -121,16 +121,25 @@ def test_errors_of_overrides(override, said):
         apply_overrides(Config(), [override])
 
 
-@pytest.mark.parametrize(("text", "overrides", "blamed"), [
-    ("optim: {epochs: 5, warmup_epochs: 2}", ["optim.lr=-1"], "command line: optim.lr must be >= 0, got -1.0"),
-    ("optim: {lr: -1}", ["optim.epochs=30"], "{path}: optim.lr must be >= 0, got -1.0"),
-    ("optim: {lr: -1}", ["optim.lr=-2"], "command line: optim.lr must be >= 0, got -2.0"),
-    ("optim: {lr: -1}", [], "{path}: optim.lr must be >= 0, got -1.0"),
-    ("optim: {epochs: 5, warmup_epochs: 2}", ["optim.epochs=1"],
-     "{path} with optim.epochs from the command line: optim.warmup_epochs must be in [0, 1.0], got 2.0"),
-    ("model: {num_heads: [3, 6, 12, 24]}", ["model.num_heads=[3,5,12,24]"],
-     "command line: model.num_heads[1] must be a divisor of 192 channels, got 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "overrides", "blamed"),
+    [
+        ("optim: {epochs: 5, warmup_epochs: 2}", ["optim.lr=-1"], "command line: optim.lr must be >= 0, got -1.0"),
+        ("optim: {lr: -1}", ["optim.epochs=30"], "{path}: optim.lr must be >= 0, got -1.0"),
+        ("optim: {lr: -1}", ["optim.lr=-2"], "command line: optim.lr must be >= 0, got -2.0"),
+        ("optim: {lr: -1}", [], "{path}: optim.lr must be >= 0, got -1.0"),
+        (
+            "optim: {epochs: 5, warmup_epochs: 2}",
+            ["optim.epochs=1"],
+            "{path} with optim.epochs from the command line: optim.warmup_epochs must be in [0, 1.0], got 2.0",
+        ),
+        (
+            "model: {num_heads: [3, 6, 12, 24]}",
+            ["model.num_heads=[3,5,12,24]"],
+            "command line: model.num_heads[1] must be a divisor of 192 channels, got 5",
+        ),
+    ],
+)
 def test_an_error_is_blamed_on_what_made_it(tmp_path, text, overrides, blamed):
     path = write(tmp_path, a=text)
     with pytest.raises(ValueError) as error:
@@ -138,29 +147,47 @@ def test_an_error_is_blamed_on_what_made_it(tmp_path, text, overrides, blamed):
     assert str(error.value) == blamed.format(path=path)
 
 
-@pytest.mark.parametrize(("key", "first"), [
-    ("optim.learning_rate", "optim.lr"), ("optim.lrr", "optim.lr"), ("data.batch_size", "data.global_batch"),
-    ("data.global_batchh", "data.global_batch"), ("model.nam", "model.name"), ("lr", "optim.lr"),
-    ("model.top_k", "model.moe.top_k"), ("optim.weight_decy", "optim.weight_decay"), ("opitm.lr", "optim.lr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "first"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("optim.lrr", "optim.lr"),
+        ("data.batch_size", "data.global_batch"),
+        ("data.global_batchh", "data.global_batch"),
+        ("model.nam", "model.name"),
+        ("lr", "optim.lr"),
+        ("model.top_k", "model.moe.top_k"),
+        ("optim.weight_decy", "optim.weight_decay"),
+        ("opitm.lr", "optim.lr"),
+    ],
+)
 def test_a_misspelt_key_is_answered_with_the_right_one_first(key, first):
     with pytest.raises(ValueError, match=rf"unknown key '{key}'; did you mean {re.escape(first)}\b"):
         apply_overrides(Config(), [f"{key}=1"])
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--opts", "TRAIN.BASE_LR", "1e-3"], "--opts is an option of the official scripts; options are key=value words"),
-    (["--batch-size", "64"], "data.global_batch=N"),
-    (["--batch_size=64"], "data.global_batch=N"),
-    (["--eval"], "swin-moe evaluate"), (["--throughput"], "swin-moe throughput"), (["--zip"], "data.name=zip"),
-    (["--cache-mode", "part"], "operating system's cache"), (["--resume=a.pth"], "checkpoint.load"),
-    (["--fast"], "unknown option '--fast': options are key=value words"),
-    (["--bach-size=8"], "did you mean the official scripts' --batch-size"),
-    (["DATA.BATCH_SIZE=8"], "here it is data.global_batch, data.micro_batch"),
-    (["TRAIN.AUTO_RESUME=false"], "here it is checkpoint.resume"),
-    (["DATA.CACHE_MODE=full"], "not offered here: samples are drawn in one global order"),
-    (["EVAL_MODE=true"], "swin-moe evaluate"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--opts", "TRAIN.BASE_LR", "1e-3"],
+            "--opts is an option of the official scripts; options are key=value words",
+        ),
+        (["--batch-size", "64"], "data.global_batch=N"),
+        (["--batch_size=64"], "data.global_batch=N"),
+        (["--eval"], "swin-moe evaluate"),
+        (["--throughput"], "swin-moe throughput"),
+        (["--zip"], "data.name=zip"),
+        (["--cache-mode", "part"], "operating system's cache"),
+        (["--resume=a.pth"], "checkpoint.load"),
+        (["--fast"], "unknown option '--fast': options are key=value words"),
+        (["--bach-size=8"], "did you mean the official scripts' --batch-size"),
+        (["DATA.BATCH_SIZE=8"], "here it is data.global_batch, data.micro_batch"),
+        (["TRAIN.AUTO_RESUME=false"], "here it is checkpoint.resume"),
+        (["DATA.CACHE_MODE=full"], "not offered here: samples are drawn in one global order"),
+        (["EVAL_MODE=true"], "swin-moe evaluate"),
+    ],
+)
 def test_words_of_the_official_command_line_are_answered(words, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         load_config("digits_swin_moe", words)

@@ -329,15 +329,33 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self, config: DataConfig, img_size: int | tuple[int, int], rank: int, world_size: int, batch: int, *,
-        pin_memory: bool = False, num_classes: int = 0, split: str = "val", classes: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        config: DataConfig,
+        img_size: int | tuple[int, int],
+        rank: int,
+        world_size: int,
+        batch: int,
+        *,
+        pin_memory: bool = False,
+        num_classes: int = 0,
+        split: str = "val",
+        classes: Sequence[str] = (),
+    ) -> None:
         if batch < 1:
             raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
         super().__init__(
-            config, img_size, train=False, rank=rank, world_size=world_size, seed=0, partners=False,
-            pin_memory=pin_memory, num_classes=num_classes, split=split, classes=classes,
-        )  # fmt: skip
+            config,
+            img_size,
+            train=False,
+            rank=rank,
+            world_size=world_size,
+            seed=0,
+            partners=False,
+            pin_memory=pin_memory,
+            num_classes=num_classes,
+            split=split,
+            classes=classes,
+        )
         self._batch = batch
         self.num_samples = len(self.dataset)
 

@@ -165,7 +165,7 @@ class _Loading:
                     self.report.dropped.append((name, "the model has no head"))
             return
         if self.simmim and not any(name in source for name in names):
-            self.report.reinitialized += [(name, "no head in a SimMIM file: kept as it is") for name in names]
+            self.report.reinitialized += [(name, "no head in the file: kept as it is") for name in names]
             self.new |= {name: self.target[name] for name in names}
             return
         if not all(name in source for name in names):

@@ -8,23 +8,9 @@ import numpy as np
 import xxhash
 
 BLOCK = 4 << 20
-DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "u1",
-    "BOOL": "?",
-    "BF16": "<u2",
-    "F8_E4M3": "u1",
-    "F8_E5M2": "u1",
-}
+FLOATS = dict(F64="<f8", F32="<f4", F16="<f2", BF16="<u2", F8_E4M3="u1", F8_E5M2="u1")
+WHOLE = dict(I64="<i8", I32="<i4", I16="<i2", I8="i1", U64="<u8", U32="<u4", U16="<u2", U8="u1", BOOL="?")
+DTYPES = FLOATS | WHOLE
 
 
 def read_index(directory):

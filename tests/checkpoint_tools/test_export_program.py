@@ -34,18 +34,26 @@ MODELS = {
         num_experts=4, top_k=2, capacity_scope="images", group_images=1, eval_capacity_factor=0.6, sizes=WIDE
     ),
     "expert choice": with_experts(
-        num_experts=4, choice="expert", capacity_scope="images", group_images=2, balance_loss="none",
-        capacity_factor=0.7, eval_capacity_factor=None,
+        num_experts=4,
+        choice="expert",
+        capacity_scope="images",
+        group_images=2,
+        balance_loss="none",
+        capacity_factor=0.7,
+        eval_capacity_factor=None,
     ),
     "soft": with_experts(num_experts=3, choice="soft", slots=2, balance_loss="none"),
     "sigmoid, shared": with_experts(
-        num_experts=4, top_k=2, scores="sigmoid", normalize_gate=True, shared_experts=1, balance_loss="none",
+        num_experts=4,
+        top_k=2,
+        scores="sigmoid",
+        normalize_gate=True,
+        shared_experts=1,
+        balance_loss="none",
         bias_rate=1e-3,
     ),
     "limited": with_experts(num_experts=4, eval_capacity_factor=0.75),
-    "by need within images": with_experts(
-        num_experts=4, top_k=2, capacity_scope="images", group_images=2, sizes=WIDE
-    ),
+    "by need within images": with_experts(num_experts=4, top_k=2, capacity_scope="images", group_images=2, sizes=WIDE),
     "some groups": with_experts(num_experts=8, top_k=2, expert_groups=4, group_limit=2, balance_loss="none"),
     "many choices": with_experts(
         num_experts=12, top_k=10, scores="sigmoid", eval_capacity_factor=0.6, balance_loss="none"
@@ -55,7 +63,7 @@ MODELS = {
     ),
     "swinv2": ModelConfig(name="swinv2", **SMALL),
     "swin_mlp": ModelConfig(name="swin_mlp", **SMALL),
-}  # fmt: skip
+}
 DROPPING = ("limited", "limited, prioritized", "limited within an image", "many choices", "swinv2, cosine, at most")
 QUICK = ("swin", "experts by need", "limited, prioritized", "expert choice")
 CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in MODELS]
@@ -184,6 +192,9 @@ def test_what_is_no_network_is_refused_with_the_tensor(tmp_path, capsys, change)
     pieces += [Piece.of("more", torch.zeros(1))] if change == "left over" else []
     path = save(tmp_path, 1, pieces[change == "missing" :], state={}, config={} if change == "no config" else config)
     assert main(["export", str(path), str(tmp_path / "net"), "--to", "torch-export"]) == 2
-    reason = {"missing": "patch_embed.proj.weight: is missing", "left over": "tensor more: the network of its config",
-              "no config": "does not say which network"}[change]  # fmt: skip
+    reason = {
+        "missing": "patch_embed.proj.weight: is missing",
+        "left over": "tensor more: the network of its config",
+        "no config": "does not say which network",
+    }[change]
     assert reason in capsys.readouterr().err and not (tmp_path / "net").exists()

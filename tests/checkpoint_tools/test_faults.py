@@ -176,7 +176,7 @@ HOSTILE = {
     "negative": (hostile(lambda c, t: t.update(shape=[-1, 5])), "whole numbers"),
     "huge": (hostile(lambda c, t: t["chunks"][0].update(bytes=[0, 1 << 60])), "are not in"),
     "deep": (lambda source: (source / "index.json").write_bytes(b'{"a":' + b"[" * 100000), "digest"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -48,20 +48,32 @@ FILES = {
     "plain": ("x.pth", lambda w: w, ""),
     "official": ("x.pth", lambda w: {"model": w}, ""),
     "tar": ("x.pth.tar", lambda w: {"state_dict": w, "epoch": 3, "arch": "swin"}, "the key 'state_dict'"),
-    "lightning": ("x.ckpt", lambda w: {"state_dict": prefixed(w, "model."), "epoch": 3},
-                  "the key 'state_dict' and the prefix 'model.'"),
+    "lightning": (
+        "x.ckpt",
+        lambda w: {"state_dict": prefixed(w, "model."), "epoch": 3},
+        "the key 'state_dict' and the prefix 'model.'",
+    ),
     "bin": ("x.bin", lambda w: w, ""),
     "no ending": ("weights", lambda w: {"model_state_dict": w}, "the key 'model_state_dict'"),
     "ddp": ("x.pth", lambda w: {"model": prefixed(w, "module.")}, "the prefix 'module.'"),
     "compiled": ("x.pth", lambda w: prefixed(w, "_orig_mod."), "the prefix '_orig_mod.'"),
-    "compiled inside": ("x.pth", lambda w: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in w.items()},
-                        "the prefix '_orig_mod.'"),
-    "ddp of compiled": ("x.pth", lambda w: prefixed(w, "module._orig_mod."),
-                        "the prefix '_orig_mod.' and the prefix 'module.'"),
-    "backbone and head": ("x.pth", lambda w: {("" if k.startswith("head") else "backbone.") + k: v
-                                              for k, v in w.items()}, "the prefix 'backbone.'"),
+    "compiled inside": (
+        "x.pth",
+        lambda w: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in w.items()},
+        "the prefix '_orig_mod.'",
+    ),
+    "ddp of compiled": (
+        "x.pth",
+        lambda w: prefixed(w, "module._orig_mod."),
+        "the prefix '_orig_mod.' and the prefix 'module.'",
+    ),
+    "backbone and head": (
+        "x.pth",
+        lambda w: {("" if k.startswith("head") else "backbone.") + k: v for k, v in w.items()},
+        "the prefix 'backbone.'",
+    ),
     "averaged": ("x.pth", lambda w: prefixed(w, "module.") | {"n_averaged": torch.tensor(3)}, "the prefix 'module.'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -226,9 +238,12 @@ def test_a_router_of_another_kind_is_refused_by_name(tmp_path, run):
     """Copied as it is, a router of 4 experts would be written into a network of 8."""
     block = "layers.0.blocks.1.mlp"
     shapes = {
-        f"{block}.router.table": (4, 8), f"{block}.experts.fc1_weight": (4, 8, 8), f"{block}.experts.fc1_bias": (4, 8),
-        f"{block}.experts.fc2_weight": (4, 8, 8), f"{block}.experts.fc2_bias": (4, 8),
-    }  # fmt: skip
+        f"{block}.router.table": (4, 8),
+        f"{block}.experts.fc1_weight": (4, 8, 8),
+        f"{block}.experts.fc1_bias": (4, 8),
+        f"{block}.experts.fc2_weight": (4, 8, 8),
+        f"{block}.experts.fc2_bias": (4, 8),
+    }
     pieces = [Piece.of(name, torch.ones(shape)) for name, shape in shapes.items()]
     config = {"model": {"name": "swin_moe", "moe": {"num_experts": 4, "top_k": 1}}}
     source = CheckpointManager(tmp_path).save(1, pieces, state={}, config=config)

@@ -7,9 +7,17 @@ import torch
 from checkpoint_tools.files.floats import WRITABLE, decode, encode
 from swin_moe.checkpoint.errors import CheckpointError
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U8": torch.uint8,
-         "BOOL": torch.bool}  # fmt: skip
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -90,7 +90,7 @@ def test_timm_computes_the_same_or_is_refused(family, tmp_path, monkeypatch):
         (40, 5, "swin", "timm", "stage 1 has a map of 5 x 5 and windows of 5 tokens, but timm rounds"),
         (12, 7, "swin", "timm", "its 4 stages leave no tokens of an image of 12x12 pixels"),
     ],
-)  # fmt: skip
+)
 def test_each_program_has_its_own_limits(size, window, family, program, reason):
     depths = [2, 2, 2, 2]
     network = {"name": family, "img_size": [size] * 2, "patch_size": [4, 4], "window_size": window, "depths": depths}

@@ -111,8 +111,14 @@ def checkpoints(tmp_path_factory):
         source, dcp, ranks = root / "0000000001", root / "dcp", root / "ranks"
         assert main(["convert", str(source), str(dcp), "--to", "dcp"]) == 0
         assert main(["convert", str(source), str(ranks), "--to", "official-moe"]) == 0
-        found[experts] = {"source": source, "dcp": dcp, "ranks": ranks, "experts": experts, "twice": 2 * experts,
-                          "half": experts // 2}  # fmt: skip
+        found[experts] = {
+            "source": source,
+            "dcp": dcp,
+            "ranks": ranks,
+            "experts": experts,
+            "twice": 2 * experts,
+            "half": experts // 2,
+        }
     return found
 
 

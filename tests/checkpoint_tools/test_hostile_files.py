@@ -153,14 +153,28 @@ def test_zip_bombs_and_overlaps_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"shape": (3,)}, {"shape": (1 << 40, 1 << 40), "stride": (0, 0)}, {"shape": (1 << 62,)}, {"shape": (-1,)},
-        {"stride": (-1,)}, {"stride": (1 << 61,)}, {"offset": 1}, {"offset": -1}, {"numel": 3}, {"numel": 1 << 63},
-        {"key": "1"}, {"key": "../0"}, {"kind": "DoubleStorage"}, {"kind": "Tensor"},
+        {"shape": (3,)},
+        {"shape": (1 << 40, 1 << 40), "stride": (0, 0)},
+        {"shape": (1 << 62,)},
+        {"shape": (-1,)},
+        {"stride": (-1,)},
+        {"stride": (1 << 61,)},
+        {"offset": 1},
+        {"offset": -1},
+        {"numel": 3},
+        {"numel": 1 << 63},
+        {"key": "1"},
+        {"key": "../0"},
+        {"kind": "DoubleStorage"},
+        {"kind": "Tensor"},
         {"shape": (1 << 40,), "stride": (0,)},
-        {"shape": (1,) * 17, "stride": (1,) * 17}, {"shape": (2.0,)}, {"shape": (True,)}, {"stride": ()},
+        {"shape": (1,) * 17, "stride": (1,) * 17},
+        {"shape": (2.0,)},
+        {"shape": (True,)},
+        {"stride": ()},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_tensor_outside_its_storage_is_refused(tmp_path, change):
     good = archive(tmp_path / "good.pth", tensor_pickle(), {"archive/data/0": b"12345678"})
     assert TorchFile(good).content.shape == (2,)
@@ -183,13 +197,17 @@ def test_truncated_files_are_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "header",
     [
-        b"", b"{", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+        b"",
+        b"{",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}',
         b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
         b'{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}',
         b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 8]}}',
     ],
-)  # fmt: skip
+)
 def test_a_broken_safetensors_header_is_one_sentence(tmp_path, header):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"12345678")

@@ -36,10 +36,14 @@ def training_state() -> dict[str, np.ndarray]:
     """Returns parameters of a network with experts, their moments and float32 masters, router and average."""
     random = np.random.default_rng(0)
     shapes = {
-        "layers.0.mlp.experts.fc1_weight": (EXPERTS, 10, 6), "layers.0.mlp.experts.fc1_bias": (EXPERTS, 10),
-        "layers.0.mlp.experts.fc2_weight": (EXPERTS, 10, 6), "layers.0.mlp.experts.fc2_bias": (EXPERTS, 6),
-        "layers.0.mlp.router.weight": (EXPERTS, 6), "norm.weight": (6,), "head.weight": (5, 6),
-    }  # fmt: skip
+        "layers.0.mlp.experts.fc1_weight": (EXPERTS, 10, 6),
+        "layers.0.mlp.experts.fc1_bias": (EXPERTS, 10),
+        "layers.0.mlp.experts.fc2_weight": (EXPERTS, 10, 6),
+        "layers.0.mlp.experts.fc2_bias": (EXPERTS, 6),
+        "layers.0.mlp.router.weight": (EXPERTS, 6),
+        "norm.weight": (6,),
+        "head.weight": (5, 6),
+    }
     state = {}
     for name, shape in shapes.items():
         master = random.standard_normal(shape).astype("f4")

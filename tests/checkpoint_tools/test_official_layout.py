@@ -37,8 +37,9 @@ def test_dense_files_are_complete_and_in_the_official_order(tmp_path, name):
     back = convert(written, tmp_path / "b")
     assert identity(back)["shard-00000.safetensors"] == identity(native)["shard-00000.safetensors"]
     assert Index.read(back).config["model"] == Index.read(native).config["model"] | {
-        "img_size": [size, size], "window_size": window,
-    }  # fmt: skip
+        "img_size": [size, size],
+        "window_size": window,
+    }
 
 
 def test_module_order_is_that_of_the_official_models():

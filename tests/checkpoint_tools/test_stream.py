@@ -21,8 +21,11 @@ from tests.checkpoint.samples import FILE_SIZE, directory_bytes, read_state, run
 from tests.checkpoint_tools.samples import convert, save
 from tests.ranks import ROOT
 
-BIG = {"a.experts.fc1_weight": np.arange(2 * 1536 << 10, dtype="i4").reshape(2, 3 << 8, 1 << 11),
-       "b": np.arange(9 << 20, dtype="u1").reshape(9, 1 << 20), "c": np.float32(3).reshape(())}  # fmt: skip
+BIG = {
+    "a.experts.fc1_weight": np.arange(2 * 1536 << 10, dtype="i4").reshape(2, 3 << 8, 1 << 11),
+    "b": np.arange(9 << 20, dtype="u1").reshape(9, 1 << 20),
+    "c": np.float32(3).reshape(()),
+}
 
 
 @pytest.mark.parametrize("file_size", [1, 1000, FILE_SIZE, 1 << 30])

@@ -19,10 +19,10 @@ from swin_moe.checkpoint.pieces import DTYPE_BYTES, RAW, dtype_name
 from swin_moe.layout import Chunk
 from tests.ranks import ROOT
 
-DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
-]  # fmt: skip
+_DTYPES = (
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint16 uint32 uint64 float8_e4m3fn float8_e5m2"
+)
+DTYPES = [getattr(torch, name) for name in _DTYPES.split()]
 
 
 def read(file: TorchFile, record, box: Chunk | None = None) -> np.ndarray:
@@ -36,10 +36,15 @@ def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     base = torch.randn(4, 6, 5)
     return {
-        "plain": base, "scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "transposed": base.permute(2, 0, 1),
-        "slice": base[1:3, ::2], "shared": base[3], "parameter": torch.nn.Parameter(torch.randn(3)),
+        "plain": base,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "transposed": base.permute(2, 0, 1),
+        "slice": base[1:3, ::2],
+        "shared": base[3],
+        "parameter": torch.nn.Parameter(torch.randn(3)),
         **{str(dtype): torch.randint(0, 100, (3, 2)).to(dtype) for dtype in DTYPES},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

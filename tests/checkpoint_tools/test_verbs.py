@@ -42,8 +42,11 @@ def test_inspect_lists_parameters_with_what_is_stored_for_them(tmp_path, run):
     assert lines[1] == "13 tensors in 25 chunks, 13.2 KiB; 1,210 parameters, 544 of them in 4 experts"
     row = next(line.split() for line in lines if "experts.fc1_weight" in line)
     assert row == ["layers.0.mlp.experts.fc1_weight", "4x8x16", "F32", "4", "4", "6", "KiB", "weight", "ema", "exp_avg"]
-    assert any(line.split()[:2] == ["index.json", text.format_bytes((path / "index.json").stat().st_size).split()[0]]
-               for line in lines if line)  # fmt: skip
+    assert any(
+        line.split()[:2] == ["index.json", text.format_bytes((path / "index.json").stat().st_size).split()[0]]
+        for line in lines
+        if line
+    )
     assert 'provenance: {"time": "then"}' in lines
 
 
@@ -52,8 +55,12 @@ def test_inspect_as_json_holds_everything(tmp_path, run):
     content = json.loads(run("inspect", path, "--json")[1])
     assert (content["step"], content["state"], content["config"]) == (1, STATE, CONFIG)
     assert content["tensors"]["layers.0.mlp.experts.fc1_bias"] == {
-        "shape": [4, 8], "dtype": "F16", "bytes": 64, "chunks": 4, "experts": 4,
-    }  # fmt: skip
+        "shape": [4, 8],
+        "dtype": "F16",
+        "bytes": 64,
+        "chunks": 4,
+        "experts": 4,
+    }
     assert content["totals"]["bytes"] == sum(array.nbytes for array in sample_state().values())
     assert content["files"][str(path / "index.json")] == (path / "index.json").stat().st_size
 
@@ -100,8 +107,10 @@ def test_diff_names_what_differs_and_by_how_much(tmp_path, run):
         "layers.0.mlp.router.weight": {"elements": 64, "max": str(largest)},
     }
     assert found["entries"] == {
-        "step": [1, 2], "config.model.depths": [[2, 2], None], "config.model.name": ["swin_moe", "swinv2"],
-    }  # fmt: skip
+        "step": [1, 2],
+        "config.model.depths": [[2, 2], None],
+        "config.model.name": ["swin_moe", "swinv2"],
+    }
     text = run("diff", a, b)[1]
     assert f"only in {a}:\n  empty\n" in text and "head.bias" in text and "0.5" in text
 
@@ -136,8 +145,10 @@ def test_reshard_shows_the_ranks_and_writes_the_canonical_bytes(tmp_path, run):
     assert code == 0 and directory_bytes(tmp_path / "out") == directory_bytes(path)
     assert out.startswith("3 ranks = expert 3 x expert_shard 1 x expert_data 1")
     assert [line.split()[:4] for line in out.splitlines()[2:5]] == [
-        ["0", "0", "to", "1"], ["1", "2", "to", "3"], ["2", "7.18", "KiB", "7.18"],
-    ]  # fmt: skip
+        ["0", "0", "to", "1"],
+        ["1", "2", "to", "3"],
+        ["2", "7.18", "KiB", "7.18"],
+    ]
     code, _, error = run("reshard", path, tmp_path / "other", "--world", 6, "--expert", 4)
     assert code == 2 and "parallel.expert=4 x parallel.expert_shard=1 = 4 does not divide the world of 6" in error
 
@@ -170,13 +181,20 @@ def test_average_takes_running_averages_where_asked(tmp_path, run):
     assert np.array_equal(state["patch_embed.weight"], sample_state()["ema/patch_embed.weight"])
 
 
-@pytest.mark.parametrize(("other", "options", "reason"), [
-    (dict(state={"x": np.zeros(2)}), (), "holds no tensor"),
-    (dict(state=sample_state() | {"head.bias": np.zeros(3)}), (), r"tensor head.bias: is F64 (3,), but F64 (7,) in"),
-    (dict(state=sample_state() | {"counts": np.zeros((3, 5), "i8")}), (), "tensor counts: I64 has no mean"),
-    ({}, ("--weights", "1,1"), "--weights must be 2 numbers that sum to 1"),
-    ({}, ("--weights", "nan,1"), "--weights must be 2 numbers that sum to 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "options", "reason"),
+    [
+        (dict(state={"x": np.zeros(2)}), (), "holds no tensor"),
+        (
+            dict(state=sample_state() | {"head.bias": np.zeros(3)}),
+            (),
+            r"tensor head.bias: is F64 (3,), but F64 (7,) in",
+        ),
+        (dict(state=sample_state() | {"counts": np.zeros((3, 5), "i8")}), (), "tensor counts: I64 has no mean"),
+        ({}, ("--weights", "1,1"), "--weights must be 2 numbers that sum to 1"),
+        ({}, ("--weights", "nan,1"), "--weights must be 2 numbers that sum to 1"),
+    ],
+)
 def test_what_has_no_mean_is_refused(tmp_path, run, other, options, reason):
     a, b = save(tmp_path / "a"), save(tmp_path / "b", **other)
     code, _, error = run("average", a, b, tmp_path / "out", *options)
@@ -216,7 +234,7 @@ WRONG = {
     "batch": (("export", "{path}", "{tmp}/out", "--to", "onnx", "--batch", "0"), "--batch must be >= 1"),
     "no config": (("export", "{path}", "{tmp}/out", "--to", "torch-export"), "has no entry model.depth"),
     "target": (("convert", "{path}", "{path}", "--to", "native"), "exists already"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -22,14 +22,16 @@ RAW = re.compile(
 )
 FORMATS = "native safetensors official official-moe deepspeed dcp fairscale simmim tutel timm hf nope".split()
 VALUES = ["0", "-1", "1", "3", "7", "8", "16", "x", "", "1.5", "nan", "9" * 20, "[1]", "[[1],[1,2]]", "/dev/null"]
-OPTIONS = [
-    "--from", "--from-a", "--from-b", "--to", "--world", "--expert", "--expert-shard", "--set", "--file-size",
-    "--digest", "--on-drift", "--max-memory", "--duplicate", "--split", "--merge", "--prune", "--load", "--experts",
-    "--blocks", "--top-k", "--router-std", "--reinit", "--optimizer", "--seed", "--weights", "--batch",
-]  # fmt: skip
+OPTIONS = (
+    "--from --from-a --from-b --to --world --expert --expert-shard --set --file-size --digest --on-drift --max-memory "
+    "--duplicate --split --merge --prune --load --experts --blocks --top-k --router-std --reinit --optimizer --seed "
+    "--weights --batch"
+).split()
 FLAGS = ["--dry-run", "--json", "--no-verify", "--ema", "--last", "--normalize-gate", "--no-check"]
-SETTINGS = ["img_size=0", "img_size=x", "img_size=30", "window_size=9", "window_size=-1", "step=x", "form=final",
-            "form=q", "encoder=keep", "counts=no", "nope=1", "img_size", "=", "img_size=99999999"]  # fmt: skip
+SETTINGS = (
+    "img_size=0 img_size=x img_size=30 window_size=9 window_size=-1 step=x form=final form=q encoder=keep counts=no "
+    "nope=1 img_size = img_size=99999999"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,16 @@ def paths(tmp_path_factory) -> list[str]:
     (root / "noise").write_bytes(np.random.default_rng(0).bytes(4096))
     (root / "text.yaml").write_text("model: {name: swin}\n")
     (root / "directory").mkdir()
-    for name, content in {"list": [1, 2], "number": 3, "nested": {"model": {"a": {"b": torch.ones(2)}}}, "none": None,
-                          "odd": {"model": {"patch_embed.proj.weight": torch.ones(2, 2)}},
-                          "flat": {"patch_embed.proj.weight": torch.ones(())},
-                          "swapped": {k: v.T if v.ndim == 2 else v for k, v in model.state_dict().items()},
-                          "optimizer": {"model": {"head.bias": torch.ones(3)}, "optimizer": {"state": 3}},
-                          }.items():  # fmt: skip
+    for name, content in {
+        "list": [1, 2],
+        "number": 3,
+        "nested": {"model": {"a": {"b": torch.ones(2)}}},
+        "none": None,
+        "odd": {"model": {"patch_embed.proj.weight": torch.ones(2, 2)}},
+        "flat": {"patch_embed.proj.weight": torch.ones(())},
+        "swapped": {k: v.T if v.ndim == 2 else v for k, v in model.state_dict().items()},
+        "optimizer": {"model": {"head.bias": torch.ones(3)}, "optimizer": {"state": 3}},
+    }.items():
         torch.save(content, root / f"{name}.pth")
     found = [str(path) for path in sorted(root.rglob("*"))]
     return [*found, str(root / "swin_moe-official-moe"), str(root / "missing"), str(root / "empty" / "x"), "", "/", "."]
@@ -73,8 +79,14 @@ def command(draw: random.Random, paths: list[str], target: str) -> list[str]:
     needed = {"convert": "--to", "export": "--to", "reshard": "--world", "upcycle": "--experts"}.get(verb)
     needed = draw.choice(["--duplicate", "--split", "--merge", "--prune"]) if verb == "experts" else needed
     for option in ([needed] if needed else []) + draw.sample(OPTIONS, draw.choice((0, 0, 0, 1))):
-        choices = {"--to": FORMATS + ["onnx", "torch-export"], "--from": FORMATS, "--from-a": FORMATS,
-                   "--from-b": FORMATS, "--set": SETTINGS, "--load": paths}.get(option, VALUES)  # fmt: skip
+        choices = {
+            "--to": FORMATS + ["onnx", "torch-export"],
+            "--from": FORMATS,
+            "--from-a": FORMATS,
+            "--from-b": FORMATS,
+            "--set": SETTINGS,
+            "--load": paths,
+        }.get(option, VALUES)
         words += [option, draw.choice(choices)]
     return words + draw.sample(FLAGS, draw.choice((0, 0, 1)))
 

@@ -76,28 +76,37 @@ class Geometry(ctypes.Structure):
         return cls(height, width, -(-height // window[0]), -(-width // window[1]), *window, *shift)
 
 
+WINDOW_TENSORS = (
+    "qkv pad_qkv bias_table logit_scale out log_sums grad_out grad_qkv grad_bias_table grad_logit_scale grad_pad_qkv "
+    "workspace"
+).split()
+
+
 class WindowLaunch(ctypes.Structure):
     """swin_moe::WindowLaunch."""
 
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "qkv", "pad_qkv", "bias_table", "logit_scale", "out", "log_sums", "grad_out", "grad_qkv",
-            "grad_bias_table", "grad_logit_scale", "grad_pad_qkv", "workspace",
-        )
-    ] + [
-        ("geometry", Geometry), ("batch", ctypes.c_int64), ("num_heads", ctypes.c_int), ("head_dim", ctypes.c_int),
-        ("scale", ctypes.c_float), ("mask_value", ctypes.c_float), ("element", ctypes.c_int),
-    ]  # fmt: skip
+        *((name, ctypes.c_void_p) for name in WINDOW_TENSORS),
+        ("geometry", Geometry),
+        ("batch", ctypes.c_int64),
+        ("num_heads", ctypes.c_int),
+        ("head_dim", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("mask_value", ctypes.c_float),
+        ("element", ctypes.c_int),
+    ]
 
 
 class MoeLaunch(ctypes.Structure):
     """swin_moe::MoeLaunch."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("rows", "grad_out", "index", "flags", "gate", "out")] + [
-        ("outputs", ctypes.c_int64), ("channels", ctypes.c_int64), ("top_k", ctypes.c_int),
-        ("element", ctypes.c_int), ("other_element", ctypes.c_int),
-    ]  # fmt: skip
+        ("outputs", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("top_k", ctypes.c_int),
+        ("element", ctypes.c_int),
+        ("other_element", ctypes.c_int),
+    ]
 
 
 class Guarded:
@@ -183,9 +192,14 @@ def _describe(tensors: dict[str, Guarded], numbers: tuple) -> WindowLaunch:
     qkv = tensors["qkv"].tensor
     return WindowLaunch(
         geometry=Geometry.of(qkv.shape[1], qkv.shape[2], (window_h, window_w), (shift_h, shift_w)),
-        batch=len(qkv), num_heads=heads, head_dim=qkv.shape[3] // 3 // heads, scale=scale, mask_value=mask_value,
-        element=ELEMENTS[qkv.dtype], **{name: guarded.address for name, guarded in tensors.items()},
-    )  # fmt: skip
+        batch=len(qkv),
+        num_heads=heads,
+        head_dim=qkv.shape[3] // 3 // heads,
+        scale=scale,
+        mask_value=mask_value,
+        element=ELEMENTS[qkv.dtype],
+        **{name: guarded.address for name, guarded in tensors.items()},
+    )
 
 
 def _launch(launcher: Callable, given: dict[str, Guarded], made: dict[str, Guarded], numbers: tuple) -> None:

@@ -21,9 +21,14 @@ class BiasGeluLaunch(ctypes.Structure):
     """swin_moe::BiasGeluLaunch."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in TENSORS] + [
-        ("rows", I64), ("channels", I64), ("experts", I64), ("draw", Site), ("threshold", I64),
-        ("factor", ctypes.c_float), ("element", ctypes.c_int),
-    ]  # fmt: skip
+        ("rows", I64),
+        ("channels", I64),
+        ("experts", I64),
+        ("draw", Site),
+        ("threshold", I64),
+        ("factor", ctypes.c_float),
+        ("element", ctypes.c_int),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +53,13 @@ def launch(library, verbs, memory, ends, dtype, bias, draw=None):
     """Runs launchers on guarded tensors by name."""
     shape = memory["grad"].tensor.shape
     described = BiasGeluLaunch(
-        ends=None if ends is None else ends.data_ptr(), rows=shape[0], channels=shape[1], experts=len(bias),
-        element=ELEMENTS[dtype], **{name: guarded.address for name, guarded in memory.items()},
-    )  # fmt: skip
+        ends=None if ends is None else ends.data_ptr(),
+        rows=shape[0],
+        channels=shape[1],
+        experts=len(bias),
+        element=ELEMENTS[dtype],
+        **{name: guarded.address for name, guarded in memory.items()},
+    )
     if draw is not None:
         numbers, drop, scale = draw
         described.words, described.numbers = WORDS.data_ptr(), numbers.data_ptr()

@@ -38,9 +38,15 @@ def test_equals_the_python_form(monkeypatch, make, backwards):
         tensors["vacant"] = torch.ones(rows, dtype=torch.bool) if num_rows is None else None
         tensors["counts"], tensors["first"] = torch.full((experts,), -7), torch.full_like(routing.kept, -7)
         launch = PlanLaunch(
-            *(None if v is None else v.data_ptr() for v in tensors.values()), routing.expert.numel(), routing.top_k,
-            len(routing.kept), experts, routing.group_size, rows, padded,
-        )  # fmt: skip
+            *(None if v is None else v.data_ptr() for v in tensors.values()),
+            routing.expert.numel(),
+            routing.top_k,
+            len(routing.kept),
+            experts,
+            routing.group_size,
+            rows,
+            padded,
+        )
         assert library.swin_moe_plan(ctypes.byref(launch), None) == 0
         assert torch.equal(tensors["position"].where(routing.keep, torch.tensor(0)), tensors["position"])
         assert torch.equal(tensors["position"], expected.position.where(routing.keep, torch.tensor(0)))

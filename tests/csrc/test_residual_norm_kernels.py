@@ -10,9 +10,8 @@ from tests.csrc.emulation import Guarded, build
 from tests.csrc.test_row_kernels import ELEMENTS
 
 TENSORS = (
-    "x", "branch", "factor", "weight", "bias", "sum", "normed", "mean", "rstd", "grad_sum", "grad_normed", "grad_x",
-    "grad_branch", "partials", "grad_weight",
-)  # fmt: skip
+    "x branch factor weight bias sum normed mean rstd grad_sum grad_normed grad_x grad_branch partials grad_weight"
+).split()
 
 
 class ResidualNormLaunch(ctypes.Structure):
@@ -20,9 +19,12 @@ class ResidualNormLaunch(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in TENSORS),
-        ("rows", ctypes.c_int64), ("rows_per_image", ctypes.c_int64), ("channels", ctypes.c_int64),
-        ("eps", ctypes.c_float), ("element", ctypes.c_int),
-    ]  # fmt: skip
+        ("rows", ctypes.c_int64),
+        ("rows_per_image", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("element", ctypes.c_int),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,13 @@ def test_norm_of_the_sum(library, dtype, channels, optional, offset):
     memory = {name: Guarded.copy(tensor, offset=offset) for name, tensor in given.items()}
     memory |= {name: Guarded(*what, offset=offset) for name, what in made.items()}
     launch = ResidualNormLaunch(
-        rows=rows, rows_per_image=tokens, channels=channels, eps=1e-5, element=ELEMENTS[dtype],
+        rows=rows,
+        rows_per_image=tokens,
+        channels=channels,
+        eps=1e-5,
+        element=ELEMENTS[dtype],
         **{name: guarded.address for name, guarded in memory.items()},
-    )  # fmt: skip
+    )
     assert library.swin_moe_residual_norm(ctypes.byref(launch), None) == 0
     assert library.swin_moe_residual_norm_backward(ctypes.byref(launch), None) == 0
     assert all(guarded.intact() for guarded in memory.values())
@@ -94,9 +100,13 @@ def test_norm_of_the_branch(library, dtype, channels, optional, offset):
     memory = {name: Guarded.copy(tensor, offset=offset) for name, tensor in given.items()}
     memory |= {name: Guarded(*what, offset=offset) for name, what in made.items()}
     launch = ResidualNormLaunch(
-        rows=rows, rows_per_image=tokens, channels=channels, eps=1e-5, element=ELEMENTS[dtype],
+        rows=rows,
+        rows_per_image=tokens,
+        channels=channels,
+        eps=1e-5,
+        element=ELEMENTS[dtype],
         **{name: guarded.address for name, guarded in memory.items()},
-    )  # fmt: skip
+    )
     assert library.swin_moe_norm_residual(ctypes.byref(launch), None) == 0
     assert library.swin_moe_norm_residual_backward(ctypes.byref(launch), None) == 0
     assert all(guarded.intact() for guarded in memory.values())

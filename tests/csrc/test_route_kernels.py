@@ -10,31 +10,42 @@ from swin_moe.moe.routing import group_parts, join, route
 from tests.csrc.emulation import build
 
 POINTERS = (
-    "clean", "noisy", "bias", "scores", "probabilities", "gate", "threshold", "entropy", "entropies", "confidence",
-    "order", "expert", "slot", "demand", "kept", "totals", "before", "keep",
-)  # fmt: skip
+    "clean noisy bias scores probabilities gate threshold entropy entropies confidence order expert slot demand kept "
+    "totals before keep"
+).split()
 NUMBERS = ("tokens", "experts", "top_k", "group_size", "groups", "capacity", "last_capacity", "chunks")
 FLAGS = ("sigmoid", "normalize", "wide")
 GRADIENTS = (
-    "grad_scores", "grad_probabilities", "grad_gate", "grad_threshold", "scores", "probabilities", "expert", "clean",
+    "grad_scores",
+    "grad_probabilities",
+    "grad_gate",
+    "grad_threshold",
+    "scores",
+    "probabilities",
+    "expert",
+    "clean",
     "noisy",
-)  # fmt: skip
+)
 
 
 class RouteLaunch(ctypes.Structure):
     """swin_moe::RouteLaunch."""
 
-    _fields_ = [(n, ctypes.c_void_p) for n in POINTERS] + [(n, ctypes.c_int64) for n in NUMBERS] + [
-        (n, ctypes.c_int) for n in FLAGS
-    ]  # fmt: skip
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in POINTERS]
+        + [(n, ctypes.c_int64) for n in NUMBERS]
+        + [(n, ctypes.c_int) for n in FLAGS]
+    )
 
 
 class RouteBackwardLaunch(ctypes.Structure):
     """swin_moe::RouteBackwardLaunch."""
 
-    _fields_ = [(n, ctypes.c_void_p) for n in GRADIENTS] + [(n, ctypes.c_int64) for n in NUMBERS[:3]] + [
-        (n, ctypes.c_int) for n in FLAGS
-    ]  # fmt: skip
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in GRADIENTS]
+        + [(n, ctypes.c_int64) for n in NUMBERS[:3]]
+        + [(n, ctypes.c_int) for n in FLAGS]
+    )
 
 
 CASES = {  # tokens, experts, choices, group size, capacity, of the smaller last group
@@ -92,9 +103,17 @@ def expected_routing(noisy, scores, bias, case, *, normalize, prioritized):
         rows = slice(first, first + count)
         capacity = capacities[1 if number else 0]
         routings.append(
-            route(noisy[rows], top_k=top_k, capacity=capacity, group_size=own, scores=scores[rows], bias=bias,
-                  batch_prioritized=prioritized, normalize_gate=normalize)
-        )  # fmt: skip
+            route(
+                noisy[rows],
+                top_k=top_k,
+                capacity=capacity,
+                group_size=own,
+                scores=scores[rows],
+                bias=bias,
+                batch_prioritized=prioritized,
+                normalize_gate=normalize,
+            )
+        )
         first += count
     return join(routings)
 

@@ -29,11 +29,16 @@ def call(launcher, out, rows, index, *, flags=None, gate=None, grad_out=None, to
         given["gate"] = Guarded.copy(gate.to(sums))
     index, flags = index.contiguous(), None if flags is None else flags.contiguous()
     launch = MoeLaunch(
-        index=index.data_ptr(), flags=None if flags is None else flags.data_ptr(), out=made.address,
-        outputs=index.numel() if grad_out is not None else out[0][0], channels=rows.shape[1], top_k=top_k,
-        element=ELEMENTS[rows.dtype], other_element=ELEMENTS[other or out[1]],
+        index=index.data_ptr(),
+        flags=None if flags is None else flags.data_ptr(),
+        out=made.address,
+        outputs=index.numel() if grad_out is not None else out[0][0],
+        channels=rows.shape[1],
+        top_k=top_k,
+        element=ELEMENTS[rows.dtype],
+        other_element=ELEMENTS[other or out[1]],
         **{name: guarded.address for name, guarded in given.items()},
-    )  # fmt: skip
+    )
     assert launcher(ctypes.byref(launch), None) == 0
     assert all(guarded.intact() for guarded in (made, *given.values()))
     return made.tensor
@@ -55,19 +60,38 @@ def test_rows_of_experts_equal_the_python_operators(library, case, dtypes, chann
     wide = torch.promote_types(rows_dtype, gate_dtype)
     grad = random_tensor(tokens, channels, dtype=wide, seed=4)
     taken = call(
-        library.swin_moe_permute, (rows.shape, rows_dtype), grad, order.pair,
-        flags=order.vacant, gate=gate, top_k=top_k, offset=offset,
-    )  # fmt: skip
+        library.swin_moe_permute,
+        (rows.shape, rows_dtype),
+        grad,
+        order.pair,
+        flags=order.vacant,
+        gate=gate,
+        top_k=top_k,
+        offset=offset,
+    )
     plain = call(library.swin_moe_permute, (rows.shape, rows_dtype), x, order.pair, top_k=top_k, offset=offset)
     combined = call(
-        library.swin_moe_unpermute, ((tokens, channels), wide), rows, order.position,
-        flags=order.keep, gate=gate, top_k=top_k, offset=offset,
-    )  # fmt: skip
+        library.swin_moe_unpermute,
+        ((tokens, channels), wide),
+        rows,
+        order.position,
+        flags=order.keep,
+        gate=gate,
+        top_k=top_k,
+        offset=offset,
+    )
     sums = torch.float64 if wide == torch.float64 else torch.float32
     products = call(
-        library.swin_moe_gate_gradient, ((tokens, top_k), sums), rows, order.position,
-        flags=order.keep, grad_out=grad, top_k=top_k, other=wide, offset=offset,
-    )  # fmt: skip
+        library.swin_moe_gate_gradient,
+        ((tokens, top_k), sums),
+        rows,
+        order.position,
+        flags=order.keep,
+        grad_out=grad,
+        top_k=top_k,
+        other=wide,
+        offset=offset,
+    )
     assert torch.equal(plain, _permute(x, order.pair, top_k, None, None))
     pairs = (
         (taken, _permute(grad, order.pair, top_k, gate, order.vacant, rows_dtype)),

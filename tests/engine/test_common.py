@@ -14,8 +14,15 @@ from swin_moe.optim import build_schedule
 from swin_moe.parallel.groups import single_process_groups
 
 CPU = torch.device("cpu")
-TINY = ("model.embed_dim=8", "model.num_heads=[1,2]", "model.depths=[1,2]", "model.moe.blocks=[[0],[1]]",
-        "model.moe.num_experts=3", "optim.epochs=4", "optim.warmup_epochs=0")  # fmt: skip
+TINY = (
+    "model.embed_dim=8",
+    "model.num_heads=[1,2]",
+    "model.depths=[1,2]",
+    "model.moe.blocks=[[0],[1]]",
+    "model.moe.num_experts=3",
+    "optim.epochs=4",
+    "optim.warmup_epochs=0",
+)
 
 
 def config(*options: str):
@@ -45,9 +52,15 @@ def train(engine, steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("norm", "limit", "expected"),
-    [(2.0, 4.0, (True, 1.0)), (4.0, 2.0, (True, pytest.approx(0.5))), (9.0, 0.0, (True, 1.0)),
-     (math.inf, 1.0, (False, 1.0)), (math.nan, 0.0, (False, 1.0)), (0.0, 1.0, (True, 1.0))],
-)  # fmt: skip
+    [
+        (2.0, 4.0, (True, 1.0)),
+        (4.0, 2.0, (True, pytest.approx(0.5))),
+        (9.0, 0.0, (True, 1.0)),
+        (math.inf, 1.0, (False, 1.0)),
+        (math.nan, 0.0, (False, 1.0)),
+        (0.0, 1.0, (True, 1.0)),
+    ],
+)
 def test_decision(norm, limit, expected):
     assert decide(norm, limit) == expected
 

@@ -182,11 +182,14 @@ def test_refused_in_one_sentence(name, options, device, world, sentence):
     check_graphs(load_config(name, options), device, world)
 
 
-@pytest.mark.parametrize(("name", "options", "world"), [
-    (DENSE, ["engine.precision=fp32"], 4),
-    (MOE, ["engine.precision=bf16"], 1),
-    (MOE, ["model.moe.backend=padded", "model.moe.eval_capacity_factor=1.25"], 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options", "world"),
+    [
+        (DENSE, ["engine.precision=fp32"], 4),
+        (MOE, ["engine.precision=bf16"], 1),
+        (MOE, ["model.moe.backend=padded", "model.moe.eval_capacity_factor=1.25"], 1),
+    ],
+)
 def test_what_has_no_shape_from_the_data_may_start(name, options, world):
     check_graphs(load_config(name, ["engine.cuda_graphs=true", *options]), "cuda", world)
 

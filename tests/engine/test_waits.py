@@ -67,10 +67,12 @@ STEPS = {
     "fp16": ("engine.precision=fp16", "model.moe.dropout=0.1"),
     "sgd": ("optim.name=sgd", "optim.clip_norm=0", "optim.ema=0"),
     "bias that balances": (
-        "model.moe.scores=sigmoid", "model.moe.bias_rate=0.01", "model.moe.balance_loss=none",
+        "model.moe.scores=sigmoid",
+        "model.moe.bias_rate=0.01",
+        "model.moe.balance_loss=none",
         "model.moe.backend=padded",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)

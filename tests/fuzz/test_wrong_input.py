@@ -106,7 +106,7 @@ def test_the_oracle_refuses_what_we_did_not_raise(error):
 
 def test_a_check_that_is_broken_is_found(files, tmp_path, monkeypatch):
     monkeypatch.setattr("swin_moe.config.checks._fits", lambda value, kind: True)
-    monkeypatch.setattr("swin_moe.config.io._coerce", lambda value, kind: value)
+    monkeypatch.setattr("swin_moe.config.coerce._coerce", lambda value, kind: value)
     results = run_cases(SEED, range(50), files, tmp_path)
     assert any(r.outcome == "wrong" for r in results)
 

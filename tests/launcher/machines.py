@@ -40,10 +40,15 @@ def add_gpus(root: Path, numa_nodes: list[int], *, given: list[int] | None = Non
     for number, node in enumerate(numa_nodes):
         bus = f"0000:{number + 1:02x}:00.0"
         folder = f"sys/bus/pci/devices/{bus}"
-        write(root, {
-            f"{folder}/vendor": "0x10de", f"{folder}/class": "0x030200", f"{folder}/numa_node": str(node),
-            f"proc/driver/nvidia/gpus/{bus}/information": f"Model: \t\t Test\nDevice Minor: \t {number}",
-        })  # fmt: skip
+        write(
+            root,
+            {
+                f"{folder}/vendor": "0x10de",
+                f"{folder}/class": "0x030200",
+                f"{folder}/numa_node": str(node),
+                f"proc/driver/nvidia/gpus/{bus}/information": f"Model: \t\t Test\nDevice Minor: \t {number}",
+            },
+        )
         (root / folder / "driver").symlink_to(driver)
         if given is None or number in given:
             write(root, {f"dev/nvidia{number}": ""})

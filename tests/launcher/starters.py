@@ -40,17 +40,16 @@ def starters() -> list:
     pmix = {"MPI4PY_LIBMPI": str(_LIBRARY_OF_OPEN_MPI_4)}
     rows = [
         pytest.param(Starter(library="MPICH"), id="mpich", marks=_found(shutil.which(wheel))),
-        pytest.param(
-            Starter(("--mpi", str(open_mpi)), library="Open MPI v4"), id="openmpi4", marks=_found(open_mpi)
-        ),
+        pytest.param(Starter(("--mpi", str(open_mpi)), library="Open MPI v4"), id="openmpi4", marks=_found(open_mpi)),
         pytest.param(
             Starter(("--mpi", "srun"), library="MPICH", slurm=True, nodes=2), id="srun-pmi2", marks=_found(srun)
         ),
         pytest.param(
-            Starter(("--mpi", "srun"), pmix, "Open MPI v4", slurm=True), id="srun-pmix",
+            Starter(("--mpi", "srun"), pmix, "Open MPI v4", slurm=True),
+            id="srun-pmix",
             marks=_found(srun if _LIBRARY_OF_OPEN_MPI_4.exists() else None),
         ),
-    ]  # fmt: skip
+    ]
     named = filter(None, os.environ.get("LAUNCHER_TEST_MPIS", "").split(":"))
     further = {flavors.detect(path)[1].name: path for path in named}
     for name, library in (("openmpi5", "Open MPI v5"), ("intel", "Intel(R) MPI")):

@@ -78,11 +78,15 @@ LINES = {
         "--ntasks=3 --nodes=2 --distribution=arbitrary --nodelist=a,a,b --cpu-bind=none --overcommit --export=ALL"
         " --chdir=/d --input=none --kill-on-bad-exit=1 --quiet --mpi=pmi2 --label",
     ),
-}  # fmt: skip
+}
 HOSTFILES = {
-    "mpich": "a:2\nb:1\n", "mvapich": "a:2\nb:1\n", "intel": "a:2\nb:1\n",
-    "openmpi4": "a slots=2\nb slots=1\n", "openmpi5": "a slots=2\nb slots=1\n", "pals": "a\na\nb\n",
-}  # fmt: skip
+    "mpich": "a:2\nb:1\n",
+    "mvapich": "a:2\nb:1\n",
+    "intel": "a:2\nb:1\n",
+    "openmpi4": "a slots=2\nb slots=1\n",
+    "openmpi5": "a slots=2\nb slots=1\n",
+    "pals": "a\na\nb\n",
+}
 # Variables of the program that starts the ranks: no MPI binds ranks, as they bind themselves.
 ENVIRONMENTS = {
     "intel": {"I_MPI_PIN": "off"},

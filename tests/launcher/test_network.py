@@ -53,11 +53,14 @@ DOCKER, SLOW, FAST, SIX = (
         (hosts("a 10.0.0.#/24 0", "b 10.2.0.#/24 0"), {"routed": "10.2.0.1"}, "10.2.0.0/24"),
         (hosts("a 10.0.0.#/24 0", "b 10.2.0.#/24 0"), {}, "10.0.0.0/24"),
         # A link that is fast on one side only is slow.
-        ([place(0, "a 10.0.0.1/24 100", "b 10.2.0.1/24 1000"), place(1, "a 10.0.0.2/24 100", "b 10.2.0.2/24 10")],
-         {}, "10.0.0.0/24"),
+        (
+            [place(0, "a 10.0.0.1/24 100", "b 10.2.0.1/24 1000"), place(1, "a 10.0.0.2/24 100", "b 10.2.0.2/24 10")],
+            {},
+            "10.0.0.0/24",
+        ),
         ([place(0, SLOW.replace("#", "7"))] * 2 + [place(1, SLOW.replace("#", "8"))], {}, "10.0.0.0/24"),
     ],
-)  # fmt: skip
+)
 def test_shared_network(places, options, network):
     assert shared_network(places, **options) == network
 
@@ -70,11 +73,16 @@ def test_a_wanted_interface_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     "name, wanted, answer",
     [
-        ("eth0", "", True), ("eth0", "eth", True), ("eth0", "=eth", False), ("eth0", "=ib0,eth0", True),
-        ("eth0", "ib,eth", True), ("docker0", "^docker,lo", False), ("eth0", "^docker,lo", True),
+        ("eth0", "", True),
+        ("eth0", "eth", True),
+        ("eth0", "=eth", False),
+        ("eth0", "=ib0,eth0", True),
+        ("eth0", "ib,eth", True),
+        ("docker0", "^docker,lo", False),
+        ("eth0", "^docker,lo", True),
         ("eth0", "^=eth", True),
     ],
-)  # fmt: skip
+)
 def test_names_as_nccl_reads_them(name, wanted, answer):
     assert is_wanted(name, wanted) is answer
 

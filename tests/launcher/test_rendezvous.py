@@ -99,9 +99,14 @@ def test_facts_survive_the_way_over_tcp():
 
 def step(rank, world, host="127.0.0.1", **more):
     return {
-        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world),
-        "SLURM_LOCALID": str(rank), "SLURM_STEP_NODELIST": host, "SLURM_STEP_TASKS_PER_NODE": str(world),
-    } | more  # fmt: skip
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_NTASKS": str(world),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_NODELIST": host,
+        "SLURM_STEP_TASKS_PER_NODE": str(world),
+    } | more
 
 
 def gather(world, **more):
@@ -220,10 +225,16 @@ def test_two_hosts_meet_on_the_one_network_they_share(first, second, program, tw
         subprocess.run(["ip", "-n", name, "link", "set", "docker0", "up"], check=True)
     processes = []
     for rank, name in enumerate(two_hosts):
-        environ = without_world(os.environ) | step(rank, 2, f"{first},{second}") | {
-            "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0",
-            "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks names up, and nobody answers here
-        }  # fmt: skip
+        environ = (
+            without_world(os.environ)
+            | step(rank, 2, f"{first},{second}")
+            | {
+                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+                "SLURM_NODEID": str(rank),
+                "SLURM_LOCALID": "0",
+                "RES_OPTIONS": "timeout:1 attempts:1",  # torch looks names up, and nobody answers here
+            }
+        )
         command = ["ip", "netns", "exec", name, sys.executable, "-c", program]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environ, **pipes))

@@ -20,12 +20,22 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_TASKS_P
         ({"PBS_JOBID": "1.pbs", "PBS_NODEFILE": "a\na\nb\n"}, "pbs", [Host("a", 2), Host("b", 1)]),
         ({"LSB_JOBID": "1", "LSB_DJOB_HOSTFILE": "a\nb\na\n"}, "lsf", [Host("a", 2), Host("b", 1)]),
         ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "hostA 4 hostB 2"}, "lsf", [Host("hostA", 4), Host("hostB", 2)]),
-        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1",
-                  "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1,1"}, "slurm",
-         [Host("gpu07", 1), Host("gpu08", 1)]),  # srun -n1 of the launcher itself
+        (
+            SLURM
+            | {
+                "SLURM_STEP_ID": "0",
+                "SLURM_NODEID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "1",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_NTASKS": "1",
+                "SLURM_TASKS_PER_NODE": "1,1",
+            },
+            "slurm",
+            [Host("gpu07", 1), Host("gpu08", 1)],
+        ),  # srun -n1 of the launcher itself
         ({"FLUX_URI": "local:///run/flux"}, "flux", [Host("n1", None), Host("n2", None)]),
     ],
-)  # fmt: skip
+)
 def test_allocations(environ, name, hosts, tmp_path):
     for variable in ("PBS_NODEFILE", "LSB_DJOB_HOSTFILE"):
         if variable in environ:

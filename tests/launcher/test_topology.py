@@ -31,8 +31,12 @@ def test_cores_have_nodes_and_siblings(tmp_path, monkeypatch):
     machines.write(tmp_path, machines.nodes("0-1,4-5", "2-3,6-7") | machines.smt([(0, 4), (1, 5), (2, 6), (3, 7)]))
     found = machine(tmp_path, monkeypatch, [0, 2, 3, 4, 7])
     assert [(core.number, core.node, core.physical[1]) for core in found.cores] == [
-        (0, 0, 0), (2, 1, 2), (3, 1, 3), (4, 0, 0), (7, 1, 3),
-    ]  # fmt: skip
+        (0, 0, 0),
+        (2, 1, 2),
+        (3, 1, 3),
+        (4, 0, 0),
+        (7, 1, 3),
+    ]
     assert found.distances == {(0, 0): 10, (0, 1): 12, (1, 0): 12, (1, 1): 10}
     assert found.quota is None and found.gpus == ()
 

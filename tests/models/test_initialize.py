@@ -83,9 +83,15 @@ class Layered(EncoderModel):
 
 def test_layer_decay_takes_a_head_for_a_head_whatever_it_is_called():
     config = ModelConfig(
-        name="swin", img_size=(16, 16), patch_size=(2, 2), embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4,
+        name="swin",
+        img_size=(16, 16),
+        patch_size=(2, 2),
+        embed_dim=8,
+        depths=(1, 1),
+        num_heads=(1, 2),
+        window_size=4,
         num_classes=0,
-    )  # fmt: skip
+    )
     model = Layered(SwinTransformer(config))
     groups = parameter_groups(model, OptimConfig(layer_decay=0.5), config.depths)
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}

@@ -6,9 +6,14 @@ import torch
 from swin_moe import create_model
 
 SMALL = {
-    "img_size": 32, "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "num_classes": 5,
+    "img_size": 32,
+    "embed_dim": 16,
+    "depths": [1, 2],
+    "num_heads": [1, 2],
+    "window_size": 4,
+    "num_classes": 5,
     "drop_path_rate": 0.0,
-}  # fmt: skip
+}
 MOE = {"blocks": [[-1], [0, 1]], "num_experts": 4, "top_k": 2, "aux_loss_weight": 0.1}
 CASES = {
     "swin": ("swin", {}),

@@ -204,8 +204,16 @@ def test_1000_random_cases_equal_the_slow_reference():
         gate = arguments.get("scores", torch.softmax(logits, dim=1)).gather(1, routing.expert)
         torch.testing.assert_close(routing.gate, gate, msg=message)
     assert seen == {
-        "no tokens", "every expert", "one expert only", "ties", "nothing kept", "dropless", "groups", "bias", "limit",
-    }  # fmt: skip
+        "no tokens",
+        "every expert",
+        "one expert only",
+        "ties",
+        "nothing kept",
+        "dropless",
+        "groups",
+        "bias",
+        "limit",
+    }
 
 
 def kinds(logits, *, top_k, capacity, batch_prioritized, group_size, **options):

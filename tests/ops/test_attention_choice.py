@@ -16,9 +16,21 @@ from swin_moe.ops.device_clock import device_seconds
 
 SHAPE = HalfShape(2, (4, 4), (2, 2), 0.25)
 CASE = Case(
-    "cpu", "float32", "float32", "float32", "float32", (4, 4), 2, 16, qkv_bias=True, cosine=False, shifted=True,
-    padded=False, gradients=True, windows=8,
-)  # fmt: skip
+    "cpu",
+    "float32",
+    "float32",
+    "float32",
+    "float32",
+    (4, 4),
+    2,
+    16,
+    qkv_bias=True,
+    cosine=False,
+    shifted=True,
+    padded=False,
+    gradients=True,
+    windows=8,
+)
 
 
 def tensors(dtype: torch.dtype = torch.float32, *, cosine: bool = False) -> HalfTensors:

@@ -121,9 +121,15 @@ def test_equals_loops_over_tokens_with_ties(top_k, capacity, prioritized):
 def route(logits, **options):
     """Returns the operator's answer with plain options."""
     plain = dict(
-        bias=None, top_k=1, group_size=len(logits), capacity=None, sigmoid=False, normalize=False, prioritized=False,
+        bias=None,
+        top_k=1,
+        group_size=len(logits),
+        capacity=None,
+        sigmoid=False,
+        normalize=False,
+        prioritized=False,
         probabilities=False,
-    )  # fmt: skip
+    )
     options = plain | options
     return moe_route.route_tokens(logits, None, last_capacity=options["capacity"], **options)
 

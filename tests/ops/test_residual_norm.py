@@ -125,9 +125,14 @@ def test_a_norm_that_does_more_is_called():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["swin", "swinv2"])
 def test_a_block_on_the_device(name, dtype, monkeypatch):
-    block = swin_moe.create_model(
-        name, img_size=32, patch_size=2, embed_dim=32, depths=[2], num_heads=[2], window_size=8, drop_path_rate=0.3
-    ).layers[0].blocks[1].cuda()  # fmt: skip
+    block = (
+        swin_moe.create_model(
+            name, img_size=32, patch_size=2, embed_dim=32, depths=[2], num_heads=[2], window_size=8, drop_path_rate=0.3
+        )
+        .layers[0]
+        .blocks[1]
+        .cuda()
+    )
     x = torch.randn(4, 16, 16, 32, device="cuda", requires_grad=True)
     factors = torch.tensor([[0.0, 1.4, 1.4, 1.4], [1.4, 0.0, 1.4, 1.4]], device="cuda")
     random, made = RandomContext(1, 2, torch.arange(4, device="cuda")), []

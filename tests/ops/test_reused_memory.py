@@ -26,10 +26,18 @@ def test_memory_is_used_again_once_it_is_free():
     assert empty_like_reused(torch.empty(LARGE)).data_ptr() == address
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.empty(LARGE), torch.empty(LARGE).transpose(1, 2), torch.empty(LARGE, dtype=torch.float64),
-    torch.empty(3), torch.empty(0), torch.empty(LARGE)[:, ::2], torch.empty(LARGE, device="meta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(LARGE),
+        torch.empty(LARGE).transpose(1, 2),
+        torch.empty(LARGE, dtype=torch.float64),
+        torch.empty(3),
+        torch.empty(0),
+        torch.empty(LARGE)[:, ::2],
+        torch.empty(LARGE, device="meta"),
+    ],
+)
 def test_looks_like_the_tensor(tensor):
     made = empty_like_reused(tensor)
     expected = torch.empty_like(tensor)

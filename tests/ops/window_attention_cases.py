@@ -60,9 +60,16 @@ def random_case(number: int) -> Case:
     height, width = (n * w - (draw.randrange(w) if number % 2 else 0) for n, w in zip((rows, columns), window))
     shift = (0, 0) if number % 5 == 0 else (draw.randrange(window[0]), draw.randrange(window[1]))
     return Case(
-        draw.randint(1, 2), height, width, draw.randint(1, 3), draw.choice(HEAD_DIMS), window, shift,
-        cosine=draw.random() < 0.5, pad=draw.random() < 0.6,
-    )  # fmt: skip
+        draw.randint(1, 2),
+        height,
+        width,
+        draw.randint(1, 3),
+        draw.choice(HEAD_DIMS),
+        window,
+        shift,
+        cosine=draw.random() < 0.5,
+        pad=draw.random() < 0.6,
+    )
 
 
 def formula(case: Case, qkv: Tensor, table: Tensor, factor: Tensor | None, pad: Tensor | None) -> Tensor:

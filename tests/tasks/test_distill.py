@@ -104,8 +104,9 @@ def test_a_checkpoint_of_any_task_teaches(tmp_path):
     assert teacher.num_features == 16
     for name, value in teacher.network.named_parameters():
         assert torch.equal(value, weights(source)[name]), name
-    classifier = trained(tmp_path, "digits_dense", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4",
-                         "model.moe.group_images=1")  # fmt: skip
+    classifier = trained(
+        tmp_path, "digits_dense", "model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.group_images=1"
+    )
     teacher = load_teacher(session_of(tmp_path, f"task.teacher={classifier.session.directory}"))
     model = classifier.engine.local_model.eval()
     torch.testing.assert_close(teacher(images(3)), model.encode(images(3)).tokens)

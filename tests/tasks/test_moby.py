@@ -21,8 +21,7 @@ from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.tasks.moby import enqueue, leave_one_out, momentum_at
 from tests.tasks.transfer import TINY, begun, trained, weights
 
-MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "task.momentum=0.99",
-        "data.drop_last=true")  # fmt: skip
+MOBY = ("task.queue=6", "task.hidden_dim=12", "task.num_features=5", "task.momentum=0.99", "data.drop_last=true")
 
 
 def task_of(*options: str):
@@ -174,8 +173,14 @@ def test_views_draw_differently_and_only_online(monkeypatch):
     for name, found in seen.items():
         network = getattr(model, name)
         encode = network.encode
-        monkeypatch.setattr(network, "encode", lambda view, random=None, encode=encode, found=found: (
-            found.append(random.seed), encode(view, random=random))[1])  # fmt: skip
+        monkeypatch.setattr(
+            network,
+            "encode",
+            lambda view, random=None, encode=encode, found=found: (
+                found.append(random.seed),
+                encode(view, random=random),
+            )[1],
+        )
     model(images(2, 0), images(2, 0), random=RandomContext(0, 0, torch.arange(2)))
     assert seen["encoder"] == seen["momentum_encoder"] and len(set(seen["encoder"])) == 2
 
@@ -209,8 +214,9 @@ def test_batches_hold_a_second_view_whatever_the_cut():
     config = DataConfig(global_batch=8, crop_scale=(0.5, 1.0))
 
     def batch(rank, world, views=True):
-        with TrainLoader(config, 8, seed=1, rank=rank, world_size=world, micro_batch=8 // world, accumulation=1,
-                         views=views) as loader:  # fmt: skip
+        with TrainLoader(
+            config, 8, seed=1, rank=rank, world_size=world, micro_batch=8 // world, accumulation=1, views=views
+        ) as loader:
             return next(iter(loader.batches(0, 1))).batches[0]
 
     whole = batch(0, 1)

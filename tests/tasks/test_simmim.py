@@ -21,9 +21,14 @@ from swin_moe.tasks.simmim import tiled
 
 NUMBERS = json.loads((Path(__file__).parent.parent / "golden" / "numbers.json").read_text())
 TINY = (
-    "model.img_size=16", "model.patch_size=2", "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]",
-    "task.mask_patch_size=4", "model.pretrained_window_sizes=[0,0]",
-)  # fmt: skip
+    "model.img_size=16",
+    "model.patch_size=2",
+    "model.embed_dim=8",
+    "model.depths=[1,1]",
+    "model.num_heads=[1,2]",
+    "task.mask_patch_size=4",
+    "model.pretrained_window_sizes=[0,0]",
+)
 STEPS = 625  # an epoch of ImageNet-1K in batches of 2048
 
 

@@ -13,11 +13,22 @@ from tests.gathered import NETWORK
 
 CPU = torch.device("cpu")
 TINY = (
-    *NETWORK, "task.mask_patch_size=4", "data.images_per_class=2", "data.global_batch=10",
-    "optim.epochs=1", "optim.warmup_epochs=0", "log.tensorboard=false", "log.eval_every=0", "data.eval_batch=120",
-)  # fmt: skip
-MOE = ("model.moe.blocks=[[-1],[1]]", "model.moe.num_experts=4", "model.moe.capacity_scope=images",
-       "model.moe.group_images=1")  # fmt: skip
+    *NETWORK,
+    "task.mask_patch_size=4",
+    "data.images_per_class=2",
+    "data.global_batch=10",
+    "optim.epochs=1",
+    "optim.warmup_epochs=0",
+    "log.tensorboard=false",
+    "log.eval_every=0",
+    "data.eval_batch=120",
+)
+MOE = (
+    "model.moe.blocks=[[-1],[1]]",
+    "model.moe.num_experts=4",
+    "model.moe.capacity_scope=images",
+    "model.moe.group_images=1",
+)
 
 
 def session_of(root: Path, config: str, *options: str) -> Session:
