@@ -14,6 +14,7 @@ from launcher import guard, watch
 from launcher.flavors.base import Flavor
 
 _STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
+_END_SECONDS = 30.0  # what a scheduler gets to end its step; it kills the ranks within seconds itself
 _HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *_STOP}
 
 
@@ -48,23 +49,33 @@ def supervise(
     """
     with tempfile.TemporaryDirectory(prefix="launcher-") as reports:
         environment = environment | {guard.REPORTS: reports}
-        outcome = _wait(_start(command, environment), flavor, grace, save_after)
+        outcome = _wait(_start(command, environment, flavor), flavor, grace, save_after)
         failed_first = None if outcome.killed or not outcome.code else guard.first_report(Path(reports))
     return outcome if failed_first is None else replace(outcome, rank=failed_first[0], code=failed_first[1])
 
 
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) -> subprocess.Popen:
     watch.announce(environment)
     launcher = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-        watch.die_with_parent(launcher)
+        watch.die_with_parent(launcher, flavor.end)
 
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare
     )
+
+
+def _end(process: subprocess.Popen, flavor: Flavor) -> None:
+    """Ends the job at once. Proxies and ranks follow: hydra's see their socket close, ranks watch this process."""
+    process.send_signal(flavor.end)
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait(process: subprocess.Popen, flavor: Flavor, grace: float, save_after: float) -> Outcome:
@@ -80,8 +91,7 @@ def _wait(process: subprocess.Popen, flavor: Flavor, grace: float, save_after: f
             print(f"launcher: {save_after:g} s are over; the ranks have {grace:g} s to save", flush=True)
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
-            process.kill()  # the proxies and ranks follow: hydra's see their socket close, ranks watch this process
-            process.wait()
+            _end(process, flavor)
             return Outcome(130 if interrupts else 124, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
             print(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", flush=True)
