@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -90,6 +91,37 @@ def _ignore_signals(folder: Path, rank: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     (folder / f"ready-{rank}").touch()
     time.sleep(60)
+
+
+def _start_workers(folder: Path, rank: str) -> None:
+    """Sleeps beside processes that nothing but a sweep ends: in a session of their own, without the environment, deaf
+    to a request, and a fork such as a loader's worker."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    workers = [
+        subprocess.Popen(["sleep", "600"], start_new_session=True).pid,
+        subprocess.Popen(["sleep", "601"], env={}).pid,
+        subprocess.Popen([sys.executable, "-c", code], start_new_session=True).pid,
+        os.fork(),
+    ]
+    if workers[-1] == 0:
+        os.setsid()
+        time.sleep(600)
+    (folder / f"draft-workers-{rank}").write_text(" ".join(map(str, workers)))
+    (folder / f"draft-workers-{rank}").rename(folder / f"workers-{rank}")
+    time.sleep(600)
+
+
+def _wait_for_rank_1(folder: Path, rank: str) -> None:
+    """Rank 0 waits in a collective of gloo that rank 1 never enters."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    (folder / f"met-{rank}").touch()
+    if rank == "0":
+        dist.all_reduce(torch.ones(1))
+    time.sleep(600)
 
 
 def _write_environment(folder: Path, rank: str) -> None:
