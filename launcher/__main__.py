@@ -1,13 +1,10 @@
 """`python -m launcher -n 2 -- -m module ARGS`: starts a program on many ranks and ends them together."""
 
-import argparse
-import os
 import sys
 
-from launcher import supervise
+from launcher import restart
 from launcher.job.options import parser, split_at_dashes
-from launcher.job.plan import is_here
-from launcher.job.prepare import Prepared, prepare, ranks_of
+from launcher.job.prepare import prepare, ranks_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,6 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     own, program = split_at_dashes(arguments)
     try:
         options = parser().parse_args(own)
+        restart.check(options)
+        if not options.dry_run:
+            options.env += restart.own_variables(options)
         job = prepare(options, program)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
@@ -29,23 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(job.shell_lines()))
         return 0
-    try:
-        job.write_hostfile()
-        return _run(job, options)
-    finally:
-        job.remove_hostfile()
-
-
-def _run(job: Prepared, options: argparse.Namespace) -> int:
-    """Returns the exit code of the job, having said why it failed."""
-    outcome = supervise.supervise(
-        job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
-        save_after=options.save_after, stall=options.stall, ranks=len(job.plan.ranks),
-        remote=any(not is_here(host.name) for host in job.plan.hosts),
-    )  # fmt: skip
-    if outcome.code and (outcome.rank or outcome.failure is None):
-        print(outcome.describe(), file=sys.stderr, flush=True)
-    return outcome.code
+    return restart.run(job, options)
 
 
 def parse(arguments: list[str]) -> tuple[int, list[str]]:

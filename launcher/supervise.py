@@ -19,8 +19,8 @@ from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL
 from launcher.failure.starting import find_late
 from launcher.flavors.base import Flavor
 
-_STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
-_HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *_STOP}
+STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
+_HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *STOP}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Outcome:
     asked_to_stop: bool = False  # by a signal, or as its time was over
     killed: bool = False  # by the launcher, as it did not stop in time
     failure: reports.Failure | None = field(default=None, repr=False)  # what the ranks left of it
+    step: int | None = field(default=None, repr=False)  # what the program wrote as its progress
 
     def describe(self) -> str:
         """Returns the last line of a job that failed: which kind of failure, who, and what was said."""
@@ -80,9 +81,13 @@ def supervise(
         shared: A folder that all hosts see, where ranks leave word and stacks remain; None = one of this host.
         remote: Whether some ranks run on other hosts, and so cannot leave word without `shared`.
     """
-    limits, token, killed = Limits(grace, save_after, stall), os.urandom(16).hex(), memory.kills()
+    limits, killed = Limits(grace, save_after, stall), memory.kills()
+    token = environment.get(orphans.JOB) or os.urandom(16).hex()
     with _reports(shared) as place:
-        environment = environment | {reports.REPORTS: str(place), orphans.JOB: token}
+        progress = place / "progress"
+        environment = environment | {
+            reports.REPORTS: str(place), reports.PROGRESS: str(progress), orphans.JOB: token,
+        }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
         process = _start(command, environment)
@@ -90,7 +95,9 @@ def supervise(
         orphans.sweep(token)
         if outcome.killed or not outcome.code:
             return outcome
-        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, remote and shared is None)
+        unheard = remote and len(reports.states(place)) < ranks
+        outcome = replace(outcome, step=reports.read_progress(progress))
+        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard)
 
 
 def _explain(outcome: Outcome, failure: reports.Failure | None, short_of_memory: bool, unheard: bool) -> Outcome:
@@ -182,9 +189,9 @@ def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Calla
             return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
             print(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", flush=True)
-        if number in _STOP:
+        if number in STOP:
             deadline, save_at = min(deadline, time.monotonic() + grace), math.inf
-        if number in (signal.SIGUSR1, *_STOP):
+        if number in (signal.SIGUSR1, *STOP):
             process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
     return Outcome(code if code >= 0 else 128 - code, asked_to_stop=deadline < math.inf)
 

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.env import rank_of
 
 REPORTS = "LAUNCHER_REPORTS"
+PROGRESS = "LAUNCHER_PROGRESS"  # a file into which one rank of the program may write the number of its step
 PHASES = ("starting", "meeting", "running")  # of a rank, before the program's own
 
 
@@ -77,6 +78,15 @@ def first_failure(place: Path) -> Failure | None:
     """Returns how the rank that failed first did, None where none left word."""
     found = (_read(path, Failure) for path in sorted(place.glob("failed-*.json")))
     return next((failure for failure in found if failure is not None), None)
+
+
+def read_progress(path: Path) -> int | None:
+    """Returns the step that the program wrote last; None where it wrote none."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
