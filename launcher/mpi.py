@@ -16,7 +16,7 @@ from launcher import ending, guard, watch
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, world_size_of_mpi
 from launcher.failure import reports
 from launcher.job.plan import describe_cores
-from launcher.machine.binding import NO_BIND, bind, gpu_of, threads_of
+from launcher.machine.binding import NO_BIND, bind, gpu_of, set_threads
 from launcher.machine.network import read_place
 from launcher.machine.software import NO_COMPARE, Software, read_software
 from launcher.machine.topology import Core, Machine, read_machine
@@ -88,7 +88,11 @@ def _meet_over_mpi() -> RankEnv:
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(node.rank)  # DeepSpeed asserts that it equals LOCAL_RANK
     machine = read_machine(os.environ)
-    cores = list(machine.cores) if NO_BIND in os.environ else bind(node, machine, os.environ)
+    cores = list(machine.cores)
+    if NO_BIND in os.environ:
+        set_threads(machine, node.size, os.environ)
+    else:
+        cores = bind(node, machine, os.environ)
     if NO_COMPARE not in os.environ:
         world.Barrier()  # clocks are read at one time
     facts = _facts(node.rank, machine, cores)
@@ -121,8 +125,7 @@ def _meet_over_tcp() -> RankEnv:
     machine = read_machine(os.environ)
     cores = list(machine.cores)
     free = len(cores) == os.cpu_count()
-    threads = max(1, len(cores) // env.local_world_size) if free else len(cores)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of(threads, machine.quota, env.local_world_size)))
+    set_threads(machine, env.local_world_size if free else 1, os.environ)
     facts = _facts(env.local_rank, machine, cores)
 
     def decide(everyone: list[dict[str, Any]]) -> dict[str, Any]:

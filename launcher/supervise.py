@@ -20,6 +20,7 @@ from launcher.failure.starting import find_late
 from launcher.flavors.base import Flavor
 
 STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
+_END_SECONDS = 30.0  # what a scheduler gets to end its step; it kills the ranks within seconds itself
 _HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *STOP}
 
 
@@ -90,7 +91,7 @@ def supervise(
         }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
-        process = _start(command, environment)
+        process = _start(command, environment, flavor)
         outcome = _wait(process, flavor, limits, _Start(place, ranks, stall).look)
         orphans.sweep(token)
         if outcome.killed or not outcome.code:
@@ -150,14 +151,14 @@ class _Start:
         return ""
 
 
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) -> subprocess.Popen:
     watch.announce(environment)
     launcher = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-        watch.die_with_parent(launcher)
+        watch.die_with_parent(launcher, flavor.end)
 
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare
@@ -178,14 +179,14 @@ def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Calla
         number = received.si_signo if received else None
         if number is None and (stalled := look()):
             print(f"launcher: {stalled}", file=sys.stderr, flush=True)
-            _kill(process)
+            _end(process, flavor)
             return Outcome(STALL)
         if number is None and time.monotonic() >= save_at:
             number, save_at = signal.SIGTERM, math.inf
             print(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", flush=True)
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
-            _kill(process)
+            _end(process, flavor)
             return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
             print(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", flush=True)
@@ -196,7 +197,11 @@ def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Calla
     return Outcome(code if code >= 0 else 128 - code, asked_to_stop=deadline < math.inf)
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """Ends mpirun; the proxies and ranks follow: hydra's see their socket close, ranks watch the launcher or reap."""
-    process.kill()
-    process.wait()
+def _end(process: subprocess.Popen, flavor: Flavor) -> None:
+    """Ends the job at once. Proxies and ranks follow: hydra's see their socket close, ranks watch this process."""
+    process.send_signal(flavor.end)
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

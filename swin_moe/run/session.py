@@ -236,7 +236,7 @@ def build_classifier(session: Session) -> Network:
     Raises:
         ValueError: The config is of another task.
     """
-    if session.config.task.name != "classify":
+    if not session.config.task.options.classifies:
         raise ValueError(f"this command is for task.name=classify, the config has task.name={session.config.task.name}")
     return build_local_model(session, build_task(session.config))
 
