@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher import ending, guard, watch
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, world_size_of_mpi
+from launcher.failure import reports
 from launcher.job.plan import describe_cores
 from launcher.machine.binding import NO_BIND, bind, gpu_of, set_threads
 from launcher.machine.network import read_place
@@ -38,6 +39,7 @@ def bootstrap() -> RankEnv:
     if kind == "single":
         return RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
     sys.excepthook = ending.end_on_exception
+    reports.enter("meeting")
     if kind == "slurm" and not _slurm_speaks_mpi():
         env = _meet_over_tcp()
     else:
@@ -46,6 +48,7 @@ def bootstrap() -> RankEnv:
             watch.start_watching(os.environ[watch.WATCHED])
         env = _meet_over_mpi()
     export(env, os.environ)
+    reports.enter("running")
     return env
 
 

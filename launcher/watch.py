@@ -63,3 +63,11 @@ def _start_time(pid: int) -> str:
     except OSError:
         return "gone"
     return "gone" if fields[0] in "ZX" else fields[19]
+
+
+def is_stopped(pid: int) -> bool:
+    """Returns whether a process was stopped by a signal; one in a debugger was not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
