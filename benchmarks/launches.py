@@ -1,13 +1,21 @@
 """Kernels that one training step and one inference step start, counted without a GPU.
 
     python benchmarks/launches.py [--batch 2] [--precision bf16] [--only swin_tiny] [--no-timm] [--top 12]
+    python benchmarks/launches.py --accumulate 4 [--cast] [...]
     python benchmarks/launches.py --compile block|model [...]
+    python benchmarks/launches.py --kernels cuda [...]
 
 A dispatch mode sees every operator that reaches a device. What only makes a view, allocates or asks for a size starts
 no kernel; every other operator starts at least one, which is what is counted. So the figures are lower bounds for an
 operator of several kernels (a sort, a matrix product cut in parts) and for one written in Python, whose inside is not
 seen; one kernel of csrc/ counts once. Counted on the CPU, whose operators are those of a device but for the products of
-experts (swin_moe::grouped_linear counts once on both).
+experts (swin_moe::grouped_linear counts once on both). --kernels cuda takes the operators that CUDA has and the CPU has
+not (residual and norm, bias and GELU and dropout, rows of experts, grouped products); they run in their Python form.
+
+Our networks hold copies of weights in bfloat16, as the trainer has them on one rank (engine/weight_copies.py); to make
+them anew, once per step, counts with the forward, and to bring gradients to the masters with the backward. Operators on
+a list of tensors count once; CUDA starts one kernel per 64 tensors or so. With --cast autocast casts. A step of several
+micro-batches (--accumulate) is counted whole.
 
 timm's networks run with and without its fused attention; the smaller count is printed.
 
@@ -19,7 +27,8 @@ Graphs are traced on the CPU, so they hold the operators that the CPU takes. Inf
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -31,11 +40,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import PAIRS, Pair, timm_settings
 
 from swin_moe.engine.precision import autocast
+from swin_moe.engine.weight_copies import WeightCopies
+from swin_moe.moe import experts
+from swin_moe.ops import extension, grouped_linear
 from swin_moe.parallel.compile import compile_network
 from swin_moe.randomness import RandomContext
 
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 _NO_KERNEL = ("detach", "alias", "_unsafe_view", "lift_fresh", "_has_compatible_shallow_copy_type", "is_same_size")
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Networks on the CPU take every operator that they take on a CUDA device with the compiled library."""
+
+    def use_grouped(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+        return dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+
+    narrow = F.layer_norm
+
+    def layer_norm(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return narrow(x.float(), *arguments)  # as autocast does on CUDA alone
+
+    with (
+        mock.patch.object(F, "layer_norm", layer_norm),
+        mock.patch.object(extension, "kernels_take", lambda x, compiled: True),
+        mock.patch.object(experts, "use_grouped", use_grouped),
+        mock.patch.object(grouped_linear, "use_grouped", use_grouped),
+    ):
+        yield
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -73,18 +106,31 @@ def starts_kernel(func: torch._ops.OpOverload) -> bool:
 
 
 def count_steps(
-    model: nn.Module, size: int, *, batch: int, precision: str, ours: bool = True, compiled: str = "none"
+    model: nn.Module,
+    size: int,
+    *,
+    batch: int,
+    precision: str,
+    ours: bool = True,
+    compiled: str = "none",
+    micro_batches: int = 1,
+    copied: bool = True,
 ) -> dict[str, Counter[str]]:
     """Returns the launches of forward and backward of a training step and of an inference, by operator.
 
     Args:
         ours: The model takes what it draws from, as the trainer gives it.
         compiled: "block" or "model", as parallel.compile; the model is changed.
+        micro_batches: Of `batch` images each.
+        copied: Weights have copies where the trainer makes some; the model is changed.
     """
     device, graphs = torch.device("cpu"), CompiledCounter(starts_kernel)
     images, target = torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64)
     inputs = (images, RandomContext(0, 1, torch.arange(batch))) if ours else (images,)
     model.train()
+    copies = None
+    if ours and copied and compiled == "none" and precision == "bf16":
+        copies = WeightCopies(model, torch.bfloat16)
     if compiled != "none":
         with mock.patch("torch.compile", functools.partial(torch.compile, backend=graphs)):
             compile_network(model, compiled)
@@ -92,10 +138,16 @@ def count_steps(
     for _ in range(1 if compiled == "none" else 2):
         backward = _forward(model, inputs, target, precision, device)
         backward()
-    counts = {}
+    counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
     model.zero_grad(set_to_none=True)
-    counts["forward"], backward = _counted(graphs, lambda: _forward(model, inputs, target, precision, device))
-    counts["backward"], _ = _counted(graphs, backward)
+    for _ in range(micro_batches):
+        found, backward = _counted(graphs, lambda: _forward(model, inputs, target, precision, device))
+        counts["forward"] += found
+        counts["backward"] += _counted(graphs, backward)[0]
+        if copies:
+            counts["backward"] += _counted(graphs, copies.collect)[0]
+    if copies:
+        counts["forward"] += _counted(graphs, copies.refresh)[0]
     model.eval()
     with torch.no_grad(), autocast(precision, device):
         model(images)
@@ -124,7 +176,8 @@ def _forward(
 
 def of_timm(pair: Pair, options: argparse.Namespace) -> dict[str, Counter[str]]:
     """Returns the launches of timm's network, by the setting that starts fewer in training."""
-    settings = {"batch": options.batch, "precision": options.precision, "ours": False}
+    settings = {"batch": options.batch, "precision": options.precision, "micro_batches": options.accumulate}
+    settings["ours"] = False
     counts = [count_steps(model, pair.size, **settings) for model in timm_settings(pair)]
     return min(counts, key=lambda c: sum(c["forward"].values()) + sum(c["backward"].values()))
 
@@ -145,16 +198,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of networks, comma-separated; all without")
     parser.add_argument("--no-timm", action="store_true", help="without timm's networks")
     parser.add_argument("--top", type=int, default=0, help="also print the most frequent operators")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--cast", action="store_true", help="let autocast cast weights, as on several ranks")
     parser.add_argument("--compile", default="none", choices=["none", "block", "model"], help="as parallel.compile")
+    parser.add_argument("--kernels", default="cpu", choices=["cpu", "cuda"], help="the operators of which device")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen: list[Pair] = [p for p in PAIRS if not options.only or p.name in options.only.split(",")]
-    how = f"compile={options.compile}, torch {torch.__version__}"
+    how = f"operators of {options.kernels}, compile={options.compile}, torch {torch.__version__}"
     print(f"launches, batch {options.batch}, {options.precision}, {how}\n")
     print("| network | forward | backward | training step | inference |\n|---|---|---|---|---|")
     for pair in chosen:
-        settings = {"batch": options.batch, "precision": options.precision, "compiled": options.compile}
-        ours = count_steps(pair.ours(), pair.size, **settings)
+        settings = {"batch": options.batch, "precision": options.precision, "micro_batches": options.accumulate}
+        with as_on_cuda() if options.kernels == "cuda" else nullcontext():
+            ours = count_steps(pair.ours(), pair.size, **settings, compiled=options.compile, copied=not options.cast)
         show(pair.name, ours, options.top)
         if not options.no_timm and options.compile == "none":
             show(f"timm's for {pair.name}", of_timm(pair, options), options.top)

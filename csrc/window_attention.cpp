@@ -65,33 +65,33 @@ Element element_of(at::ScalarType type) {
   }
 }
 
-// How the windows and heads are divided among tasks. Never by the number of threads: sums over chunks would change.
+// How the windows and heads are divided among tasks. Never by the number of threads: sums over shares would change.
 struct Division {
-  int64_t chunks, head_groups;
+  int64_t shares, head_groups;
 
   Division(const WindowAttention& p) {
     constexpr int64_t kTasks = 64;         // enough for as many threads, few enough that starting one is cheap
     constexpr int64_t kLeastWindows = 8;   // of a task: its table is spread out once
     constexpr int64_t kBiasBytes = 384 << 10;  // of the heads of a task, in the second-level cache
     int64_t windows = p.batch * p.geometry.windows();
-    chunks = std::clamp<int64_t>(windows / kLeastWindows, 1, kTasks);
+    shares = std::clamp<int64_t>(windows / kLeastWindows, 1, kTasks);
     int64_t head_bytes = int64_t(p.geometry.tokens()) * p.geometry.tokens() * 4;
     int64_t heads_that_fit = std::max<int64_t>(1, kBiasBytes / head_bytes);
     int64_t for_cache = (p.num_heads + heads_that_fit - 1) / heads_that_fit;
-    head_groups = std::min<int64_t>(p.num_heads, std::max(for_cache, kTasks / chunks));
+    head_groups = std::min<int64_t>(p.num_heads, std::max(for_cache, kTasks / shares));
   }
 
   WindowTask task(const WindowAttention& p, int64_t number) const {
-    int64_t chunk = number / head_groups, group = number % head_groups;
+    int64_t share = number / head_groups, group = number % head_groups;
     int64_t windows = p.batch * p.geometry.windows();
     return {int(p.num_heads * group / head_groups), int(p.num_heads * (group + 1) / head_groups),
-            windows * chunk / chunks, windows * (chunk + 1) / chunks, chunk};
+            windows * share / shares, windows * (share + 1) / shares, share};
   }
 };
 
 void run(WindowKernel kernel, const WindowAttention& p, const Division& division) {
   if (p.batch == 0) return;
-  at::parallel_for(0, division.chunks * division.head_groups, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, division.shares * division.head_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) kernel(p, division.task(p, number));
   });
 }
@@ -133,11 +133,11 @@ struct Inputs {
   at::TensorOptions sums() const { return qkv.options().dtype(at::kDouble); }
 };
 
-// The sum over chunks (dim 0) in their order, whatever the number of threads.
-Tensor sum_of_chunks(const Tensor& parts, at::ScalarType type) {
+// The sum over shares (dim 0) in their order, whatever the number of threads.
+Tensor sum_of_shares(const Tensor& parts, at::ScalarType type) {
   if (parts.size(0) == 0) return at::zeros(parts.sizes().slice(1), parts.options().dtype(type));
   Tensor sum = parts[0].clone();
-  for (int64_t chunk = 1; chunk < parts.size(0); ++chunk) sum.add_(parts[chunk]);
+  for (int64_t share = 1; share < parts.size(0); ++share) sum.add_(parts[share]);
   return sum.to(type);
 }
 
@@ -162,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
   Tensor grad = grad_out.contiguous();
   Tensor grad_qkv = at::empty_like(in.qkv);
   Division division(in.p);
-  Tensor grad_table = at::zeros({division.chunks, num_heads, bias_table.size(0)}, in.sums());
-  Tensor grad_scale = at::zeros({division.chunks, logit_scale ? num_heads : 0}, in.sums());
-  Tensor grad_pad = at::zeros({division.chunks, in.padded() ? qkv.size(3) : 0}, in.sums());
+  Tensor grad_table = at::zeros({division.shares, num_heads, bias_table.size(0)}, in.sums());
+  Tensor grad_scale = at::zeros({division.shares, logit_scale ? num_heads : 0}, in.sums());
+  Tensor grad_pad = at::zeros({division.shares, in.padded() ? qkv.size(3) : 0}, in.sums());
   in.p.grad_out = grad.const_data_ptr();
   in.p.grad_qkv = grad_qkv.mutable_data_ptr();
   in.p.grad_bias_table = grad_table.mutable_data_ptr<double>();
@@ -172,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cpu(
   if (in.padded()) in.p.grad_pad_qkv = grad_pad.mutable_data_ptr<double>();
   run(kernels().backward[int(element)], in.p, division);
   Tensor grad_of_pad = at::zeros({pad_qkv ? qkv.size(3) : 0}, qkv.options());
-  if (pad_qkv && in.padded()) grad_of_pad = sum_of_chunks(grad_pad, qkv.scalar_type());
-  return {grad_qkv, sum_of_chunks(grad_table, bias_table.scalar_type()).t().contiguous(),
-          sum_of_chunks(grad_scale, logit_scale ? logit_scale->scalar_type() : qkv.scalar_type()), grad_of_pad};
+  if (pad_qkv && in.padded()) grad_of_pad = sum_of_shares(grad_pad, qkv.scalar_type());
+  return {grad_qkv, sum_of_shares(grad_table, bias_table.scalar_type()).t().contiguous(),
+          sum_of_shares(grad_scale, logit_scale ? logit_scale->scalar_type() : qkv.scalar_type()), grad_of_pad};
 }
 
 }  // namespace

@@ -27,16 +27,16 @@ struct WindowAttention {
   void* out;                 // (B, H, W, C); forward only, and the following only backward
   const void* grad_out;      // (B, H, W, C)
   void* grad_qkv;            // (B, H, W, 3C)
-  double* grad_bias_table;   // (chunks, heads, table_rows), zeros on entry
-  double* grad_logit_scale;  // (chunks, heads), zeros on entry; null without logit_scale
-  double* grad_pad_qkv;      // (chunks, 3C), zeros on entry; null where nothing is padded
+  double* grad_bias_table;   // (shares, heads, table_rows), zeros on entry
+  double* grad_logit_scale;  // (shares, heads), zeros on entry; null without logit_scale
+  double* grad_pad_qkv;      // (shares, 3C), zeros on entry; null where nothing is padded
 };
 
 // Heads [head_begin, head_end) of windows [window_begin, window_end), counted over all images.
 struct WindowTask {
   int head_begin, head_end;
   int64_t window_begin, window_end;
-  int64_t chunk;             // row of the partial gradients that belongs to these windows
+  int64_t share;             // row of the partial gradients that belongs to these windows
 };
 
 using WindowKernel = void (*)(const WindowAttention&, const WindowTask&);

@@ -5,7 +5,7 @@ import sys
 
 from launcher import supervise
 from launcher.job.options import parser, split_at_dashes
-from launcher.job.prepare import prepare
+from launcher.job.prepare import prepare, ranks_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,12 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str]) -> tuple[int, list[str]]:
     """Returns (ranks, program) that the arguments ask for, for a caller that checks the program's own arguments.
 
-    Ranks are 0 where the hosts decide how many there are.
+    Raises:
+        ValueError: As `main` says in one sentence; and for `script`, which starts nothing.
     """
     own, program = split_at_dashes(arguments)
+    if own[:1] == ["script"]:
+        raise ValueError("a batch script has its ranks when it runs")
     options = parser().parse_args(own)
-    alone = not options.hostfile and not any(name in os.environ for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"))
-    return options.ranks if options.ranks is not None else int(alone), program
+    return options.ranks if options.ranks is not None else ranks_of(options), program
 
 
 if __name__ == "__main__":

@@ -95,6 +95,20 @@ def parse_slurm(environ: Mapping[str, str]) -> RankEnv:
     return RankEnv(rank, world_size, _number(environ, "SLURM_LOCALID"), local_world_size, master, port)
 
 
+def tasks_of_node(environ: Mapping[str, str]) -> int | None:
+    """Returns how many tasks srun started on this node; None where it did not start this very process.
+
+    What it started may be an mpirun's daemon, whose ranks inherit these variables; they know their world from others.
+    """
+    names = ("HYDI_CONTROL_FD", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    step = environ.get("SLURM_STEP_ID", "")
+    if any(name in environ for name in names) or not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
+        return None
+    if not all(environ.get(name) for name in ("SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")):
+        return None
+    return expand_counts(environ["SLURM_STEP_TASKS_PER_NODE"])[_number(environ, "SLURM_NODEID")]
+
+
 def export(env: RankEnv, environ: MutableMapping[str, str]) -> None:
     """Writes the facts under the names torch.distributed reads."""
     environ.update({name.upper(): str(value) for name, value in asdict(env).items()})

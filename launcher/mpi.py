@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher import ending, guard, watch
-from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, world_size_of_mpi
+from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, world_size_of_mpi
 from launcher.job.plan import describe_cores
 from launcher.machine.binding import NO_BIND, bind, gpu_of, threads_of
 from launcher.machine.network import read_place
@@ -81,8 +81,7 @@ def _meet_over_mpi() -> RankEnv:
             f"mpirun started {world_size} ranks, but mpi4py sees {world.size}: mpirun and mpi4py's MPI library "
             f"({_library(MPI)}) do not belong together; use {sys.prefix}/bin/mpirun or set MPI4PY_LIBMPI"
         )
-    # Not OMPI_COMM_WORLD_LOCAL_RANK: Open MPI permutes it when there are more ranks than cores.
-    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    node = _ranks_of_host(MPI, world)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(node.rank)  # DeepSpeed asserts that it equals LOCAL_RANK
     machine = read_machine(os.environ)
@@ -96,6 +95,19 @@ def _meet_over_mpi() -> RankEnv:
         _say(everyone, meeting)
     rendezvous.settle(meeting, facts.place, os.environ)
     return RankEnv(world.rank, world.size, node.rank, node.size, meeting.address, meeting.port)
+
+
+def _ranks_of_host(MPI: Any, world: Any) -> Any:
+    """Returns the communicator of the ranks that share this host's memory.
+
+    Not OMPI_COMM_WORLD_LOCAL_RANK: Open MPI permutes it when there are more ranks than cores. Where srun itself started
+    the ranks, it knows how many are on this node; MPICH 5.0 takes each for alone if they are dealt out arbitrarily.
+    """
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    tasks = tasks_of_node(os.environ)
+    if tasks is not None and world.allreduce(tasks != node.size, op=MPI.LOR):
+        return world.Split(int(os.environ["SLURM_NODEID"]), world.rank)
+    return node
 
 
 def _meet_over_tcp() -> RankEnv:

@@ -8,7 +8,8 @@ from swin_moe.engine.precision import autocast
 from swin_moe.run.metrics import LOGGER, save_picture, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
-from swin_moe.weights.load import load_weights, stored_classes
+from swin_moe.weights.load import load_weights, open_stored
+from swin_moe.weights.sources import Source
 from swin_moe.weights.teacher import load_teacher
 
 USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
@@ -18,9 +19,12 @@ PATH is a checkpoint directory of this system, a run directory (newest checkpoin
 Every sample counts once, whatever the batch size or number of ranks."""
 
 
-def build_eval_loader(config: Config, session: Session) -> EvalLoader:
-    """Returns the loader of the validation images for this rank, labelled as the checkpoint's classes are numbered."""
-    classified = config.task.name == "classify"
+def build_eval_loader(config: Config, session: Session, stored: Source | None = None) -> EvalLoader:
+    """Returns the loader of the validation images for this rank, labelled as the checkpoint's classes are numbered.
+
+    stored: The checkpoint of which the weights are; None = labelled as the data set's are.
+    """
+    names = stored.classes if stored is not None and config.task.name == "classify" else ()
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
         config.data,
@@ -29,7 +33,7 @@ def build_eval_loader(config: Config, session: Session) -> EvalLoader:
         world_size=session.world_size,
         batch=batch,
         num_classes=config.model.num_classes,
-        classes=stored_classes(session) if classified else (),
+        classes=names,
     )
 
 
@@ -39,12 +43,13 @@ def main(argv: list[str]) -> None:
     session = open_session(path, overrides)
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size)
-    loader = build_eval_loader(session.config, session)
+    stored = open_stored(session)
+    loader = build_eval_loader(session.config, session, stored)
     task = build_task(session.config)
     if task.needs_teacher:
         task.teacher = load_teacher(session)
     model = build_local_model(session, task)
-    LOGGER.info("weights: %s", load_weights(model, session))
+    LOGGER.info("weights: %s", load_weights(model, session, stored))
     config = session.config
     network = with_graphs(model.eval(), config)
     context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))

@@ -23,11 +23,12 @@ USAGE = """usage: swin-moe evaluate-features CONFIG [checkpoint.load=PATH] [key=
 
 What the backbone's features tell about classes, whatever task trained it: a vote of the K nearest training images
 (--k 0: none), and a ridge regression on SHOTS images of each class, mean over DRAWS choices (--shots 0: none)."""
+OPTIONS = ("--k", "--temperature", "--shots", "--draws", "--l2")
 
 
 def parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     """Returns (key=value overrides, options)."""
-    parser = Parser("swin-moe evaluate-features", add_help=False)
+    parser = Parser("swin-moe evaluate-features", add_help=False, allow_abbrev=False)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--temperature", type=float, default=0.07)
     parser.add_argument("--shots", type=int, default=5)
@@ -82,7 +83,7 @@ def measure(session: Session, backbone: SwinTransformer, options: argparse.Names
 
 def main(argv: list[str]) -> None:
     """Prints the accuracies."""
-    path, words = parse_arguments(argv, USAGE)
+    path, words = parse_arguments(argv, USAGE, OPTIONS)
     overrides, options = parse_options(words)
     session = open_session(path, overrides)
     start_logging(None, session.rank)

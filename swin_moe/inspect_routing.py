@@ -23,7 +23,7 @@ from swin_moe.moe.routing import Routing
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weights.load import load_weights, stored_classes
+from swin_moe.weights.load import load_weights, open_stored
 
 USAGE = """usage: swin-moe inspect-routing CONFIG [key=value ...] [--out DIR] [--images N] IMAGE ...
 
@@ -98,7 +98,7 @@ class RoutingRecorder:
 
 def main(argv: list[str]) -> None:
     """Draws the routing of image files and of the validation set."""
-    path, rest = parse_arguments(argv, USAGE)
+    path, rest = parse_arguments(argv, USAGE, ("--out", "--images"))
     rest, out = _take_option(rest, "--out", "")
     rest, count = _take_option(rest, "--images", "256")
     if not count.isdecimal():
@@ -120,13 +120,16 @@ def main(argv: list[str]) -> None:
     directory = Path(out) if out else session.directory / "routing"
     directory.mkdir(parents=True, exist_ok=True)
     model = build_classifier(session)
-    LOGGER.info("weights: %s", load_weights(model, session))
+    stored = open_stored(session)
+    LOGGER.info("weights: %s", load_weights(model, session, stored))
     recorder = RoutingRecorder(model.eval())
     with recorder.recording():
         drawn = _draw_images(recorder, session, model, images, directory)
         numbers = {"num_experts": recorder.num_experts, "images": drawn}
         if int(count):
-            numbers["classes"] = _draw_classes(recorder, session, model, int(count), directory)
+            numbers["classes"] = _draw_classes(
+                recorder, session, model, int(count), directory, names=() if stored is None else stored.classes
+            )
     (directory / "routing.json").write_text(json.dumps(numbers) + "\n")
     LOGGER.info("%s", directory / "routing.json")
 
@@ -182,9 +185,18 @@ def _to_rgb(pixels: Tensor) -> np.ndarray:
 
 
 def _draw_classes(
-    recorder: RoutingRecorder, session: Session, model: nn.Module, count: int, directory: Path
+    recorder: RoutingRecorder,
+    session: Session,
+    model: nn.Module,
+    count: int,
+    directory: Path,
+    *,
+    names: tuple[str, ...],
 ) -> dict[str, dict]:
-    """Writes classes.png from validation images spread over the set; returns layer -> the table it shows."""
+    """Writes classes.png from validation images spread over the set; returns layer -> the table it shows.
+
+    names: The checkpoint's classes, as its outputs are numbered.
+    """
     config = session.config
     batch = config.data.eval_batch or config.accumulation(1)[0]
     num_classes = config.model.num_classes
@@ -197,7 +209,7 @@ def _draw_classes(
         world_size=max(1, total // count),
         batch=batch,
         num_classes=num_classes,
-        classes=stored_classes(session),
+        classes=names,
     )
     tables: dict[str, np.ndarray] = {}
     for item in loader:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from swin_moe.config import Config
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
 from swin_moe.data.pixels import decode
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
-from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
-from swin_moe.weights.load import load_weights, stored_classes
+from swin_moe.run.session import build_classifier, open_session, parse_arguments, run_main
+from swin_moe.weights.load import load_weights, open_stored
 from swin_moe.weights.sources import is_own
 
 USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] [--top N] [--json] [--names FILE]
@@ -25,11 +26,12 @@ USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...]
 Prints the N (5) most likely classes and their probabilities for every image file, and for every image below a folder;
 with --json one object per line. Class names are the checkpoint's; those of an official file are numbers unless FILE
 names them, one a line. No training data is needed."""
+OPTIONS = ("--top", "--json", "--names")
 
 
 def main(argv: list[str]) -> None:
     """Prints class probabilities for image files."""
-    path, rest = parse_arguments(argv, USAGE)
+    path, rest = parse_arguments(argv, USAGE, OPTIONS)
     words, options = _parse_options(rest)
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     images = _image_files([word for word in words if word not in overrides])
@@ -38,9 +40,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
     config = session.config
     check_graphs(config, session.device.type, session.world_size)
-    classes = _class_names(session, options.names)
+    stored = open_stored(session)
+    classes = _class_names(config, options.names, () if stored is None else stored.classes)
     model = build_classifier(session)
-    print(f"weights: {load_weights(model, session)}", file=sys.stderr)
+    print(f"weights: {load_weights(model, session, stored)}", file=sys.stderr)
     transform = build_transform(config.data, config.model.img_size, train=False)
     dtype = next(model.parameters()).dtype
     graphed = with_graphs(model.eval(), config)
@@ -67,9 +70,6 @@ def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
         options, others = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ValueError(f"predict: {error}") from None
-    unknown = next((word for word in others if word.startswith("--")), None)
-    if unknown is not None:
-        raise ValueError(f"predict has no option {unknown}; it has --top N, --json and --names FILE")
     if options.top < 1:
         raise ValueError(f"predict: --top must be >= 1, got {options.top}")
     return others, options
@@ -98,13 +98,15 @@ def _image_files(words: list[str]) -> list[str]:
     return found
 
 
-def _class_names(session: Session, file: str) -> Sequence[str]:
+def _class_names(config: Config, file: str, names: Sequence[str]) -> Sequence[str]:
     """Returns a name per output: of the file, the checkpoint, the data set if an older one has none, or numbers.
+
+    names: The checkpoint's; () where it has none.
 
     Raises:
         ValueError: The file has another number of names than the network has outputs.
     """
-    config, outputs = session.config, session.config.model.num_classes
+    outputs = config.model.num_classes
     if file:
         if not Path(file).is_file():
             raise ValueError(f"--names {file}: no such file")
@@ -115,7 +117,6 @@ def _class_names(session: Session, file: str) -> Sequence[str]:
         if len(names) != outputs:
             raise ValueError(f"--names {file} has {len(names)} names, the network {outputs} outputs")
         return names
-    names = stored_classes(session)
     if not names and (not config.checkpoint.load or is_own(Path(config.checkpoint.load))):
         with contextlib.suppress(ValueError):  # a checkpoint of an older version, away from its data: numbers
             names = build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=outputs).classes

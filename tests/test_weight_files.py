@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import checkpoint_tools.weights
 from checkpoint_tools.__main__ import main as tools
+from checkpoint_tools.formats import open_source
 from swin_moe.checkpoint import CheckpointError, load
 from swin_moe.checkpoint.manager import CheckpointManager
 from swin_moe.checkpoint.pieces import Piece
@@ -310,3 +312,14 @@ def test_prediction_turns_images_as_training_does(files, tmp_path, capfd):
         assert code == 0
         answers[name, option] = json.loads(out)["classes"]
     assert answers["turned", "true"] == answers["upright", "false"] != answers["turned", "false"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "inspect_routing"])
+def test_a_command_opens_a_checkpoint_once(command, files, tmp_path, monkeypatch, capfd):
+    opened = []
+    monkeypatch.setattr(
+        checkpoint_tools.weights, "open_source", lambda path, *a: opened.append(path) or open_source(path, *a)
+    )
+    words = {"predict": [str(files / "photos")], "inspect_routing": ["--images", "2", "--out", str(tmp_path)]}
+    code, _, error = perform(command, "moe-training.pth", files, capfd, *words.get(command, []))
+    assert code == 0 and len(opened) == 1, error

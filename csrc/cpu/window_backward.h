@@ -68,8 +68,8 @@ class HeadBackward {
     bias_ = m.bias + matrix;
     grad_bias_ = m.grad_bias + matrix;
     factor_ = p.logit_scale ? static_cast<const A*>(p.logit_scale)[head] : A(p.scale);
-    if (p.grad_pad_qkv) grad_pad_ = p.grad_pad_qkv + task.chunk * 3 * p.channels + channel_;
-    if (p.logit_scale) grad_logit_scale_ = p.grad_logit_scale + task.chunk * p.num_heads + head;
+    if (p.grad_pad_qkv) grad_pad_ = p.grad_pad_qkv + task.share * 3 * p.channels + channel_;
+    if (p.logit_scale) grad_logit_scale_ = p.grad_logit_scale + task.share * p.num_heads + head;
   }
 
   // Adds this window's part of all gradients.
@@ -242,7 +242,7 @@ void backward(const WindowAttention& p, const WindowTask& task) {
     HeadBackward<S, Operand>(p, n, memory, task, tokens, head, upcoming).window();
   });
   for (int h = 0; h < heads; ++h) {
-    double* grad_table = p.grad_bias_table + (task.chunk * p.num_heads + task.head_begin + h) * table;
+    double* grad_table = p.grad_bias_table + (task.share * p.num_heads + task.head_begin + h) * table;
     gather_bias(p.geometry, memory.grad_bias + h * bias_size, n.padded_tokens, grad_table);
   }
 }

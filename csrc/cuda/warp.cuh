@@ -91,9 +91,18 @@ __device__ __forceinline__ float to_float(Float16 x) {
   return value;
 }
 
-// 16 bytes from global to shared memory, both aligned; complete after wait_for_copies.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+// threadIdx.x, read anew: numbers made of it are not kept in registers from window to window.
+__device__ __forceinline__ int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// 16 bytes from global to shared memory, both aligned, or zeros, and nothing is read; complete after wait_for_copies.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(inside ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -108,6 +117,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / sqrt(x) to about two units in the last place of float32; infinity for zero and what is not a normal number.
+__device__ __forceinline__ float reciprocal_root_fast(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -153,13 +169,19 @@ __device__ __forceinline__ void load_pair(const float* from, float& first, float
   second = from[1];
 }
 template <class T>
-__device__ __forceinline__ void load_pair(const T* from, float& first, float& second) {
-  const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
+__device__ __forceinline__ void unpack(uint32_t both, float& first, float& second, T) {
   first = to_float(T{uint16_t(both)});
   second = to_float(T{uint16_t(both >> 16)});
 }
+template <class T>
+__device__ __forceinline__ void load_pair(const T* from, float& first, float& second) {
+  unpack(*reinterpret_cast<const uint32_t*>(from), first, second, T{});
+}
 
 // 16 aligned bytes at once.
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
 struct alignas(16) FourFloats {
   float values[4];
 };
@@ -170,6 +192,25 @@ __device__ __forceinline__ void load_four(const float* from, float* to) {
 }
 __device__ __forceinline__ void store_four(float* to, const float (&from)[4]) {
   *reinterpret_cast<FourFloats*>(to) = {{from[0], from[1], from[2], from[3]}};
+}
+
+// The same of any element, to float32 and from it times a factor.
+__device__ __forceinline__ void load_vector(const float* from, float (&to)[4]) { load_four(from, to); }
+__device__ __forceinline__ void store_vector(float* to, const float (&from)[4], float factor) {
+  *reinterpret_cast<FourFloats*>(to) = {{from[0] * factor, from[1] * factor, from[2] * factor, from[3] * factor}};
+}
+template <class T>
+__device__ __forceinline__ void load_vector(const T* from, float (&to)[8]) {
+  const Vector vector = *reinterpret_cast<const Vector*>(from);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unpack(vector.words[i], to[2 * i], to[2 * i + 1], T{});
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* to, const float (&from)[8], float factor) {
+  Vector vector;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) vector.words[i] = pack(from[2 * i] * factor, from[2 * i + 1] * factor, T{});
+  *reinterpret_cast<Vector*>(to) = vector;
 }
 
 // float64 stays what it is, so that one source serves every element.

@@ -11,14 +11,13 @@ struct KeysShared {
   using T = typename S::T;
   TokenTable table;
   RowStatistics statistics;
-  float *inverse_keys, *inverse_queries, *pad, *pairs;
+  float *inverse_keys, *pad, *pairs;
   T *keys, *values, *queries, *grad_out;  // queries, grad_out and their statistics: in two stages
 
   SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
     SharedPieces pieces{base};
     table.place(pieces, g, padded_tokens<S>(g.tokens()));
     inverse_keys = pieces.take<float>(S::kRows);
-    inverse_queries = pieces.take<float>(S::kOthers);
     pad = pieces.take<float>(S::kWarps * 2 * S::kHeadDim);
     SharedPieces after = pieces;  // the pairs lie where the rows were
     pairs = after.take<float>(PairTiles ? S::kRows * (PairTiles * kTile + 1) : 0);
@@ -35,8 +34,8 @@ struct KeysShared {
   __device__ __forceinline__ void load_queries(const WindowLaunch& p, const RowStatistics& all, int stage,
                                                int64_t window, int64_t image, int head, int tokens, int first) {
     const int* source = table.source + first;
-    load_rows<S>(queries + stage * S::kStage, qkv_rows<const T>(p, p.qkv, image, head, 0), source, S::kOthers);
-    load_rows<S>(grad_out + stage * S::kStage, out_rows<const T>(p, p.grad_out, image, head), source, S::kOthers);
+    load_rows<S, S::kOthers>(queries + stage * S::kStage, qkv_rows<const T>(p, p.qkv, image, head, 0), source);
+    load_rows<S, S::kOthers>(grad_out + stage * S::kStage, out_rows<const T>(p, p.grad_out, image, head), source);
     const RowStatistics from = all.from((window * p.num_heads + head) * tokens + first);
     const RowStatistics to = statistics.from(stage * S::kOthers);
     for (int t = threadIdx.x; t < S::kOthers; t += S::kThreads) {
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2
   const BlockTask task(p, row_blocks * query_ranges, chunks);
   KeysShared<S, PairTiles> shared;
   ScoreRule rule = start_block(shared, p, g, task.head, padded);
-  for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
+  clear_padding<S>(shared.pad);
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block % row_blocks * S::kRows;
   const int first_query = task.row_block / row_blocks * PairTiles * kTile;
   const int query_blocks = min(blocks_of(tokens - first_query, S::kOthers), kUnrolled ? kUnrolled : kMaxWindowTokens);
@@ -73,8 +72,8 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, padded);
-    load_rows<S>(shared.keys, qkv_rows<const T>(p, p.qkv, image, task.head, 1), row_source, S::kRows);
-    load_rows<S>(shared.values, qkv_rows<const T>(p, p.qkv, image, task.head, 2), row_source, S::kRows);
+    T* const tiles[] = {shared.keys, shared.values};
+    load_rows<S, S::kRows>(tiles, qkv_rows<const T>(p, p.qkv, image, task.head, 1), row_source);
     shared.load_queries(p, statistics, 0, window, image, task.head, tokens, first_query);
 
     const ScoreRows<S, true> rows(shared.table, rule, first_row + warp_row);
@@ -89,8 +88,8 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2
       if (block + 1 < query_blocks)
         shared.load_queries(p, statistics, 1 - stage, window, image, task.head, tokens, query + S::kOthers);
       if (p.logit_scale) {
-        if (block == 0) normalize_rows<S>(shared.keys, shared.inverse_keys, S::kRows);
-        normalize_rows<S>(shared.queries + stage * S::kStage, shared.inverse_queries, S::kOthers);
+        if (block == 0) normalize_rows<S, S::kRows>(shared.keys, shared.inverse_keys);
+        normalize_rows<S, S::kOthers>(shared.queries + stage * S::kStage, nullptr);
         __syncthreads();
       }
       if (block == 0) {
@@ -123,17 +122,10 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2
       __syncwarp();
       write_sums<S>(shared.keys, warp_row, grad_keys, factor[0], factor[1]);
       write_sums<S>(shared.values, warp_row, grad_values, 1.f, 1.f);
-      if (partials.pad) {
-        const float unchanged[2] = {1.f, 1.f};
-        float* pad = shared.pad + warp_row / kTile * 2 * S::kHeadDim;
-        add_padding<S>(pad, grad_keys, factor, row_source + warp_row);
-        add_padding<S>(pad + S::kHeadDim, grad_values, unchanged, row_source + warp_row);
-      }
+      if (partials.pad) add_key_padding<S>(shared.pad, grad_keys, factor, grad_values, row_source, warp_row);
       __syncthreads();
-      store_rows<S>(shared.keys, qkv_rows<T>(p, p.grad_qkv, image, task.head, 1), row_source, S::kRows, threadIdx.x,
-                    S::kThreads);
-      store_rows<S>(shared.values, qkv_rows<T>(p, p.grad_qkv, image, task.head, 2), row_source, S::kRows, threadIdx.x,
-                    S::kThreads);
+      store_rows<S, S::kRows, S::kThreads>(shared.keys, qkv_rows<T>(p, p.grad_qkv, image, task.head, 1), row_source);
+      store_rows<S, S::kRows, S::kThreads>(shared.values, qkv_rows<T>(p, p.grad_qkv, image, task.head, 2), row_source);
     }
   }
   const int64_t partial = task.chunk * row_blocks * query_ranges + task.row_block;

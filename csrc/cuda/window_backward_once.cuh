@@ -8,87 +8,59 @@
 // time, each with another row of keys, so that no two have the same distance.
 #pragma once
 
-#include "window_gradients.cuh"
+#include "window_backward_rows.cuh"
 
 namespace swin_moe {
 
 template <class S>
-struct OnceShared {
+struct OnceShared : WindowRows<S> {
   using T = typename S::T;
   static constexpr bool kRowTiles = S::kWindow == kTile;
   static constexpr int kPairTiles = kRowTiles ? 2 * S::kWindow - 1 : S::kWarps * S::kWarps;
   static constexpr int kScorePitch = S::kOthers + 8;   // rows then start in different banks
-  static constexpr int kParts = S::kWarps / S::kTiles;  // warps that share the gradient of 16 queries, by columns
+  // Warps that share the gradient of 16 queries, by columns; where more are left than there are columns, they wait.
+  static constexpr int kParts = S::kWarps / S::kTiles < S::kSlices ? S::kWarps / S::kTiles : S::kSlices;
   static constexpr int kUnrolled = kRowTiles ? 4 : 3;  // tiles of queries that make whole rows of the window
   static_assert(sizeof(T) == 2 && S::kWarps % S::kTiles == 0 && S::kSlices % kParts == 0, "every warp has its columns");
   static_assert(S::kWindow * S::kWindow == S::kRows && S::kRows % S::kOthers == 0, "a window in one piece");
   static_assert(kUnrolled * kTile % S::kWindow == 0 && S::kTiles % kUnrolled == 0, "columns at constant places");
-  TokenTable table;
-  float *inverse_queries, *inverse_keys, *pad, *scratch, *along, *log_sums, *deltas, *pair_sums;
-  T *queries, *keys, *values, *grad_out;
-  T *grad_scores;                    // (keys, queries at a time); before, the output
+  float *along, *log_sums, *deltas, *pair_sums;
+  T *grad_scores;                    // (keys, queries at a time); before, the output and the values
 
   SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
     SharedPieces pieces{base};
-    table.place(pieces, g, S::kRows);
-    inverse_queries = pieces.take<float>(S::kRows);
-    inverse_keys = pieces.take<float>(S::kRows);
-    pad = pieces.take<float>(S::kWarps * 2 * S::kHeadDim);
-    scratch = pieces.take<float>(S::kWarps);
+    this->place_numbers(pieces, g);
     along = pieces.take<float>(kParts * S::kOthers);
     log_sums = pieces.take<float>(S::kRows);
     deltas = pieces.take<float>(2 * S::kRows);
     pair_sums = pieces.take<float>(kPairTiles * kTile * kTile);
-    queries = pieces.take<T>(S::kRows * S::kPitch);
-    keys = pieces.take<T>(S::kRows * S::kPitch);
-    values = pieces.take<T>(S::kRows * S::kPitch);
-    grad_out = pieces.take<T>(S::kRows * S::kPitch);
-    grad_scores = pieces.take<T>(S::kRows * kScorePitch);
+    this->place_rows(pieces);
+    grad_scores = pieces.take<T>(S::kRows * (kScorePitch > 2 * S::kPitch ? kScorePitch : 2 * S::kPitch));
+    this->values = grad_scores + S::kRows * S::kPitch;  // every warp has its own in registers by then
     return pieces.used;
   }
 
   // Brings in a window; its tokens are in the table.
   __device__ __forceinline__ void load(const WindowLaunch& p, int64_t window, int64_t image, int head) {
-    load_rows<S>(queries, qkv_rows<const T>(p, p.qkv, image, head, 0), table.source, S::kRows);
-    load_rows<S>(keys, qkv_rows<const T>(p, p.qkv, image, head, 1), table.source, S::kRows);
-    load_rows<S>(values, qkv_rows<const T>(p, p.qkv, image, head, 2), table.source, S::kRows);
-    load_rows<S>(grad_out, out_rows<const T>(p, p.grad_out, image, head), table.source, S::kRows);
-    load_rows<S>(grad_scores, out_rows<const T>(p, p.out, image, head), table.source, S::kRows);
+    WindowRows<S>::load(p, image, head);
+    load_rows<S, S::kRows>(grad_scores, out_rows<const T>(p, p.out, image, head), this->table.source);
     const float* sums = p.log_sums + (window * p.num_heads + head) * S::kRows;
     for (int t = threadIdx.x; t < S::kRows; t += S::kThreads) log_sums[t] = sums[t];
     wait_for_copies();
     __syncthreads();
     compute_deltas();
-    if (p.logit_scale) {
-      normalize_rows<S>(queries, inverse_queries, S::kRows);
-      normalize_rows<S>(keys, inverse_keys, S::kRows);
-    }
+    if (p.logit_scale) this->normalize();
     __syncthreads();
   }
 
   // Minus the sum of weights times their gradients of every query, twice for each pair of queries: as sums of products
   // of a lane lie, which start with them.
   __device__ __forceinline__ void compute_deltas() {
-    const int lane = threadIdx.x % 4 * 2;
-    for (int row = threadIdx.x / 4; row < S::kRows; row += S::kThreads / 4) {
-      float sum = 0.f;
-      for (int c = lane; c < S::kHeadDim; c += 8) {
-        float out[2], gradient[2];
-        load_pair(grad_scores + row * S::kPitch + c, out[0], out[1]);
-        load_pair(grad_out + row * S::kPitch + c, gradient[0], gradient[1]);
-        sum += out[0] * gradient[0] + out[1] * gradient[1];
-      }
-      sum = quad_sum(sum);
-      if (lane < 4) deltas[row / 2 * 4 + row % 2 + lane] = -sum;
+    for (int row = fresh_thread() / 4; row < S::kRows; row += S::kThreads / 4) {
+      const QuadRow<S> out(grad_scores + row * S::kPitch), gradient(this->grad_out + row * S::kPitch);
+      const float sum = out.product(gradient);
+      if (threadIdx.x % 4 < 2) deltas[row / 2 * 4 + row % 2 + threadIdx.x % 4 * 2] = -sum;
     }
-  }
-
-  __device__ __forceinline__ void store(const WindowLaunch& p, int64_t image, int head) {
-    T* rows[3] = {queries, keys, values};
-#pragma unroll
-    for (int part = 0; part < 3; ++part)
-      store_rows<S>(rows[part], qkv_rows<T>(p, p.grad_qkv, image, head, part), table.source, S::kRows, threadIdx.x,
-                    S::kThreads);
   }
 };
 
@@ -206,9 +178,11 @@ __device__ __forceinline__ float differentiate_queries(const WindowLaunch& p, co
   const int warp = threadIdx.x / 32, tile = warp % S::kTiles * kTile, part = warp / S::kTiles;
   typename S::T* own = shared.queries + (first + tile) * S::kPitch + part * kOwn * kTile;
   float sums[kOwn][kTileSums], factor[2] = {p.scale, p.scale}, share = 0.f;
+  constexpr int kThreads = S::kTiles * OnceShared<S>::kParts * 32;
+  const bool takes_part = S::kThreads == kThreads || threadIdx.x < kThreads;  // of a constant no register is kept
   set_zero(sums);
 #pragma unroll
-  for (int k = 0; k < S::kRows; k += kTile) {
+  for (int k = 0; takes_part && k < S::kRows; k += kTile) {
     const auto left = F::left_of_columns(shared.grad_scores, OnceShared<S>::kScorePitch, tile, k);
 #pragma unroll
     for (int s = 0; s < kOwn; ++s)
@@ -218,12 +192,14 @@ __device__ __forceinline__ float differentiate_queries(const WindowLaunch& p, co
     float along[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      if (!takes_part) break;
       along[h] = product_with_row<S>(sums, own, h);
       if (lane.column == 0) shared.along[part * S::kOthers + tile + lane.row + 8 * h] = along[h];
     }
     __syncthreads();  // the other columns of the rows
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      if (!takes_part) break;
       along[h] = 0.f;
       for (int other = 0; other < OnceShared<S>::kParts; ++other)
         along[h] += shared.along[other * S::kOthers + tile + lane.row + 8 * h];
@@ -234,7 +210,7 @@ __device__ __forceinline__ float differentiate_queries(const WindowLaunch& p, co
     if (lane.column == 0 && part == 0) share = along[0] + along[1];
     __syncwarp();
   }
-  write_sums<S>(own, 0, sums, factor[0], factor[1]);
+  if (takes_part) write_sums<S>(own, 0, sums, factor[0], factor[1]);
   return share;
 }
 
@@ -245,8 +221,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const BlockTask task(p, 1, chunks);
   Shared shared;
-  ScoreRule rule = start_block(shared, p, g, task.head, S::kRows);
-  for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
+  ScoreRule rule = start_window_block<S>(shared, p, g, task.head);
   const int row = threadIdx.x / 32 * kTile;
   PairSums<S>::clear(shared);
   float grad_factor = 0.f;
@@ -256,6 +231,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     shared.load(p, window, image, task.head);
     const ScoreRows<S, true> rows(shared.table, rule, row);
     OwnedKeys<S> owned(shared, rule, row);
+    __syncthreads();  // gradients of scores take the place of the values
 #pragma unroll 1
     for (int first = 0; first < S::kRows; first += S::kOthers) {
 #pragma unroll 1
@@ -269,24 +245,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         }
       __syncthreads();  // the gradients of the scores of these queries are all there
       grad_factor += differentiate_queries<S>(p, shared, task.head, first);
+      if constexpr (!Shared::kRowTiles && S::kRows > S::kOthers) __syncthreads();  // PairSums::add has one otherwise
     }
     float factor[2], along[2];
     finish_rows<S>(owned.grad_keys, factor, along, p, task.head, shared.keys, shared.inverse_keys, row);
-    if (partials.pad) {
-      const float unchanged[2] = {1.f, 1.f};
-      float* pad = shared.pad + row / kTile * 2 * S::kHeadDim;
-      add_padding<S>(pad, owned.grad_keys, factor, shared.table.source + row);
-      add_padding<S>(pad + S::kHeadDim, owned.grad_values, unchanged, shared.table.source + row);
-    }
     __syncthreads();  // nobody reads the keys any more: their gradients take their place
-    write_sums<S>(shared.keys, row, owned.grad_keys, factor[0], factor[1]);
-    write_sums<S>(shared.values, row, owned.grad_values, 1.f, 1.f);
+    shared.write_key_gradients(partials, row, owned.grad_keys, owned.grad_values, factor);
     __syncthreads();
     shared.store(p, image, task.head);
   }
-  write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk, task.head);
-  if (partials.pad) write_padding<S>(p, partials, shared.pad, task.chunk, task.head);
-  PairSums<S>::write(shared, partials.bias + (int64_t(task.chunk) * p.num_heads + task.head) * g.table_rows(), g);
+  PairSums<S>::write(shared, end_window_block(shared, p, partials, g, task, grad_factor), g);
 }
 
 }  // namespace swin_moe

@@ -10,20 +10,25 @@ template <class S>
 struct QueriesShared {
   using T = typename S::T;
   TokenTable table;
-  float *inverse_queries, *inverse_keys, *scratch;
+  float *inverse_queries, *scratch;
   T *queries, *grad_out, *keys, *values;  // keys and values: in two stages
 
   SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
     SharedPieces pieces{base};
     table.place(pieces, g, padded_tokens<S>(g.tokens()));
     inverse_queries = pieces.take<float>(S::kRows);
-    inverse_keys = pieces.take<float>(S::kOthers);
     scratch = pieces.take<float>(S::kWarps);
     queries = pieces.take<T>(S::kRows * S::kPitch);
     grad_out = pieces.take<T>(S::kRows * S::kPitch);
     keys = pieces.take<T>(2 * S::kStage);
     values = pieces.take<T>(2 * S::kStage);
     return pieces.used;
+  }
+
+  // Starts to bring in the keys from `first` on, and their values.
+  __device__ __forceinline__ void load_keys(const WindowLaunch& p, int64_t image, int head, int stage, int first) {
+    T* const tiles[] = {keys + stage, values + stage};
+    load_rows<S, S::kOthers>(tiles, qkv_rows<const T>(p, p.qkv, image, head, 1), table.source + first);
   }
 };
 
@@ -98,12 +103,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 16 ? 4 : 0) window
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, padded);
-    const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
-    const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
-    load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);
-    load_rows<S>(shared.grad_out, out_rows<const T>(p, p.grad_out, image, task.head), row_source, S::kRows);
-    load_rows<S>(shared.keys, keys, shared.table.source, S::kOthers);
-    load_rows<S>(shared.values, values, shared.table.source, S::kOthers);
+    load_rows<S, S::kRows>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source);
+    load_rows<S, S::kRows>(shared.grad_out, out_rows<const T>(p, p.grad_out, image, task.head), row_source);
+    shared.load_keys(p, image, task.head, 0, 0);
 
     const ScoreRows<S, false> rows(shared.table, rule, first_row + warp_row);
     QueryRows<S> row(rule);
@@ -113,14 +115,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 16 ? 4 : 0) window
       const int stage = step % 2 * S::kStage, first_key = step % key_blocks * S::kOthers;
       wait_for_copies();
       __syncthreads();  // this block of keys is here, and the one before is no longer read
-      if (step + 1 < 2 * key_blocks) {
-        const int* next = shared.table.source + (step + 1) % key_blocks * S::kOthers;
-        load_rows<S>(shared.keys + S::kStage - stage, keys, next, S::kOthers);
-        load_rows<S>(shared.values + S::kStage - stage, values, next, S::kOthers);
-      }
+      if (step + 1 < 2 * key_blocks)
+        shared.load_keys(p, image, task.head, S::kStage - stage, (step + 1) % key_blocks * S::kOthers);
       if (p.logit_scale) {
-        if (step == 0) normalize_rows<S>(shared.queries, shared.inverse_queries, S::kRows);
-        normalize_rows<S>(shared.keys + stage, shared.inverse_keys, S::kOthers);
+        if (step == 0) normalize_rows<S, S::kRows>(shared.queries, shared.inverse_queries);
+        normalize_rows<S, S::kOthers>(shared.keys + stage, nullptr);
         __syncthreads();
       }
       if (step == 0) {

@@ -38,8 +38,10 @@ struct BackwardVariants {
 
   static const BackwardVariant* find(const WindowLaunch& p) {
     if constexpr (Fixed) {
+      // Of two in one pass, the second is for devices with the shared memory of an A100.
       static constexpr BackwardVariant kFixed[] = {
-          whole<32, 7>(), whole<32, 8>(), once<12, 144>(), once<16, 128>(), split<32, 24, 6, 64, 64>()};
+          whole<32, 7>(), whole<32, 8>(), once<12, 144>(), once<12, 48>(), once<16, 128>(), once<16, 64>(),
+          split<32, 24, 6, 64, 64>()};
       for (const auto& v : kFixed)
         if (fits(p, v)) return &v;
       static constexpr BackwardVariant kAny[] = {

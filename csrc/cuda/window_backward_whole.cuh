@@ -4,58 +4,38 @@
 // gradients of all pairs of tokens stay in registers from window to window.
 #pragma once
 
-#include "window_gradients.cuh"
+#include "window_backward_rows.cuh"
 
 namespace swin_moe {
 
 template <class S>
-struct WholeShared {
+struct WholeShared : WindowRows<S> {
   using T = typename S::T;
   static_assert(S::kRows == S::kOthers, "a window in one piece");
   static constexpr int kPairPitch = S::kOthers + 16 / int(sizeof(T));  // rows then start in different banks
-  TokenTable table;
-  float *inverse_queries, *inverse_keys, *pad, *scratch, *pairs;
-  T *queries, *keys, *values, *grad_out;
   T *weights, *grad_scores;          // (queries, keys)
+  float* pairs;
 
   SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
     SharedPieces pieces{base};
-    table.place(pieces, g, S::kRows);
-    inverse_queries = pieces.take<float>(S::kRows);
-    inverse_keys = pieces.take<float>(S::kRows);
-    pad = pieces.take<float>(S::kWarps * 2 * S::kHeadDim);
-    scratch = pieces.take<float>(S::kWarps);
+    this->place_numbers(pieces, g);
     SharedPieces after = pieces;  // the pairs lie where the rows were
     pairs = after.take<float>(S::kRows * (S::kRows + 1));
-    queries = pieces.take<T>(S::kRows * S::kPitch);
-    keys = pieces.take<T>(S::kRows * S::kPitch);
-    values = pieces.take<T>(S::kRows * S::kPitch);
-    grad_out = pieces.take<T>(S::kRows * S::kPitch);
+    this->place_rows(pieces);
+    this->values = pieces.take<T>(S::kRows * S::kPitch);
     weights = pieces.take<T>(S::kRows * kPairPitch);
     grad_scores = pieces.take<T>(S::kRows * kPairPitch);
     return pieces.used > after.used ? pieces.used : after.used;
   }
 
   __device__ __forceinline__ void load(const WindowLaunch& p, int64_t image, int head) {
-    load_rows<S>(queries, qkv_rows<const T>(p, p.qkv, image, head, 0), table.source, S::kRows);
-    load_rows<S>(keys, qkv_rows<const T>(p, p.qkv, image, head, 1), table.source, S::kRows);
-    load_rows<S>(values, qkv_rows<const T>(p, p.qkv, image, head, 2), table.source, S::kRows);
-    load_rows<S>(grad_out, out_rows<const T>(p, p.grad_out, image, head), table.source, S::kRows);
+    WindowRows<S>::load(p, image, head);
     wait_for_copies();
     __syncthreads();
     if (p.logit_scale) {
-      normalize_rows<S>(queries, inverse_queries, S::kRows);
-      normalize_rows<S>(keys, inverse_keys, S::kRows);
+      this->normalize();
       __syncthreads();
     }
-  }
-
-  __device__ __forceinline__ void store(const WindowLaunch& p, int64_t image, int head) {
-    T* rows[3] = {queries, keys, values};
-#pragma unroll
-    for (int part = 0; part < 3; ++part)
-      store_rows<S>(rows[part], qkv_rows<T>(p, p.grad_qkv, image, head, part), table.source, S::kRows, threadIdx.x,
-                    S::kThreads);
   }
 };
 
@@ -137,16 +117,14 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[S::kSlices][kTile
 
 // Least blocks for a multiprocessor where the compiler would spill to fit one more.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 48 ? 2 : S::kHeadDim == 16 ? 3 : 0)
+__global__ void __launch_bounds__(S::kThreads, S::kHeadDim > 32 ? 2 : S::kWindow == 7 ? 4 : 3)
     window_backward_whole_kernel(const WindowLaunch p, const Partials partials, int64_t chunks) {
   const WindowGeometry g = known_geometry<S>(p.geometry);
   const BlockTask task(p, 1, chunks);
   WholeShared<S> shared;
-  ScoreRule rule = start_block(shared, p, g, task.head, S::kRows);
-  for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) shared.pad[c] = 0.f;
+  ScoreRule rule = start_window_block<S>(shared, p, g, task.head);
   const int row = threadIdx.x / 32 * kTile;
   const Lane lane;
-  const float unchanged[2] = {1.f, 1.f};
   float grad_bias[S::kTiles][kTileSums], grad_factor = 0.f;
   set_zero(grad_bias);
 
@@ -169,20 +147,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 48 ? 2 : S::kHeadD
     finish_rows<S>(grad_keys, key_factor, along, p, task.head, shared.keys, shared.inverse_keys, row);
     __syncthreads();  // nobody reads the rows any more: the gradients take their place
     write_sums<S>(shared.queries, row, grad_queries, query_factor[0], query_factor[1]);
-    write_sums<S>(shared.keys, row, grad_keys, key_factor[0], key_factor[1]);
-    write_sums<S>(shared.values, row, grad_values, 1.f, 1.f);
-    if (partials.pad) {
-      float* pad = shared.pad + row / kTile * 2 * S::kHeadDim;
-      add_padding<S>(pad, grad_keys, key_factor, shared.table.source + row);
-      add_padding<S>(pad + S::kHeadDim, grad_values, unchanged, shared.table.source + row);
-    }
+    shared.write_key_gradients(partials, row, grad_keys, grad_values, key_factor);
     __syncthreads();
     shared.store(p, image, task.head);
   }
-  const int64_t partial = task.chunk * p.num_heads + task.head;
-  write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk, task.head);
-  if (partials.pad) write_padding<S>(p, partials, shared.pad, task.chunk, task.head);
-  write_bias<S, false>(grad_bias, shared.pairs, partials.bias + partial * g.table_rows(), g, 0, 0);
+  float* partial = end_window_block(shared, p, partials, g, task, grad_factor);
+  write_bias<S, false>(grad_bias, shared.pairs, partial, g, 0, 0);
 }
 
 }  // namespace swin_moe

@@ -1,4 +1,5 @@
-// What a block of threads keeps of its windows in shared memory: the tokens, the position bias, rows of q, k, v.
+// What a block of threads keeps of its windows in shared memory: the shape it is compiled for, the tokens, the position
+// bias.
 #pragma once
 
 #include "fragments.cuh"
@@ -7,8 +8,6 @@
 namespace swin_moe {
 
 constexpr int kNoToken = -2;                       // beyond the tokens of the window; kPadding is one of them
-constexpr float kShortest = 1e-12f;                // least length a query or key is divided by, as F.normalize
-constexpr float kLargestInverse = 1.f / kShortest;
 
 // What a kernel is compiled for. Window: its side in tokens, 0 = read at run time, any rectangle. Each of the Warps
 // owns 16 rows; Others: rows of the other side of the scores that are in shared memory at a time.
@@ -87,106 +86,5 @@ struct TokenTable {
     }
   }
 };
-
-// Rows of one head in a (tokens, stride) matrix of an image.
-template <class T>
-struct HeadRows {
-  T* image;           // element 0 of the head in token 0
-  int64_t stride;     // elements between tokens
-  const T* pad;       // the head of a padding token; null = zeros
-  int head_dim;
-  bool vectors;       // every row is a multiple of 16 aligned bytes
-};
-
-template <class T>
-SWIN_MOE_BOTH bool whole_vectors(const void* matrix, int head_dim) {
-  return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && head_dim * int(sizeof(T)) % 16 == 0;
-}
-
-// Part 0, 1, 2 (queries, keys, values) of a head of an image in a (B, H, W, 3C) matrix.
-template <class T, class U>
-__device__ __forceinline__ HeadRows<T> qkv_rows(const WindowLaunch& p, U* matrix, int64_t image, int head, int part) {
-  const int64_t c = p.channels(), first = int64_t(part) * c + head * p.head_dim;
-  const T* pad = static_cast<const T*>(p.pad_qkv);
-  return {static_cast<T*>(const_cast<void*>(static_cast<const void*>(matrix))) +
-              image * p.geometry.height * p.geometry.width * 3 * c + first,
-          3 * c, pad ? pad + first : nullptr, p.head_dim,
-          whole_vectors<T>(matrix, p.head_dim) && whole_vectors<T>(pad, p.head_dim)};
-}
-
-// A head of an image in a (B, H, W, C) matrix; padding holds zeros.
-template <class T, class U>
-__device__ __forceinline__ HeadRows<T> out_rows(const WindowLaunch& p, U* matrix, int64_t image, int head) {
-  const int64_t c = p.channels();
-  return {static_cast<T*>(const_cast<void*>(static_cast<const void*>(matrix))) +
-              image * p.geometry.height * p.geometry.width * c + head * p.head_dim,
-          c, nullptr, p.head_dim, whole_vectors<T>(matrix, p.head_dim)};
-}
-
-struct alignas(16) Vector {
-  uint32_t words[4];
-};
-
-// Starts to bring `rows` tokens into shared memory, zeros beyond the head dimension and where there is no token.
-// Complete after wait_for_copies and a barrier.
-template <class S>
-__device__ __forceinline__ void load_rows(typename S::T* tile, const HeadRows<const typename S::T>& from,
-                                          const int* source, int rows) {
-  using T = typename S::T;
-  constexpr int kVector = 16 / int(sizeof(T)), kVectors = S::kHeadDim / kVector;
-  for (int i = threadIdx.x; i < rows * kVectors; i += S::kThreads) {
-    const int row = i / kVectors, column = i % kVectors * kVector, token = source[row];
-    T* to = tile + row * S::kPitch + column;
-    const T* at = token >= 0 ? from.image + token * from.stride : token == kPadding ? from.pad : nullptr;
-    if (at && from.vectors && column < from.head_dim) {
-      copy_async(to, at + column);
-      continue;
-    }
-    *reinterpret_cast<Vector*>(to) = Vector{};
-    if (at)
-      for (int c = 0; c < kVector && column + c < from.head_dim; ++c) to[c] = at[column + c];
-  }
-}
-
-// Writes rows of shared memory to their tokens; padding has none. Indices run over [first, first + count) of threads.
-template <class S>
-__device__ __forceinline__ void store_rows(const typename S::T* tile, const HeadRows<typename S::T>& to,
-                                           const int* source, int rows, int first, int count) {
-  using T = typename S::T;
-  constexpr int kVector = 16 / int(sizeof(T)), kVectors = S::kHeadDim / kVector;
-  for (int i = first; i < rows * kVectors; i += count) {
-    const int row = i / kVectors, column = i % kVectors * kVector, token = source[row];
-    if (token < 0) continue;
-    const T* from = tile + row * S::kPitch + column;
-    T* at = to.image + token * to.stride + column;
-    if (to.vectors) {
-      if (column < to.head_dim) *reinterpret_cast<Vector*>(at) = *reinterpret_cast<const Vector*>(from);
-    } else {
-      for (int c = 0; c < kVector && column + c < to.head_dim; ++c) at[c] = from[c];
-    }
-  }
-}
-
-// Divides rows by their lengths and keeps the inverse lengths; kLargestInverse where the length was clamped.
-template <class S>
-__device__ __forceinline__ void normalize_rows(typename S::T* tile, float* inverse, int rows) {
-  const int lane = threadIdx.x % 4 * 2;
-  for (int row = threadIdx.x / 4; row < rows; row += S::kThreads / 4) {
-    typename S::T* at = tile + row * S::kPitch;
-    float squares = 0.f;
-    for (int c = lane; c < S::kHeadDim; c += 8) {
-      float a, b;
-      load_pair(at + c, a, b);
-      squares += a * a + b * b;
-    }
-    const float scale = 1.f / fmaxf(sqrtf(quad_sum(squares)), kShortest);
-    for (int c = lane; c < S::kHeadDim; c += 8) {
-      float a, b;
-      load_pair(at + c, a, b);
-      store_pair(at + c, a * scale, b * scale);
-    }
-    if (lane == 0) inverse[row] = scale;
-  }
-}
 
 }  // namespace swin_moe

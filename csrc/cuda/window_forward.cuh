@@ -10,18 +10,22 @@ struct ForwardShared {
   using T = typename S::T;
   TokenTable table;
   T *queries, *keys, *values;        // keys and values: in stages
-  float* inverse;                    // of lengths, not read again
 
   // With one block of keys there is nothing to bring in ahead.
   SWIN_MOE_BOTH size_t place(unsigned char* base, const WindowGeometry& g) {
     SharedPieces pieces{base};
     const int stages = g.tokens() > S::kOthers ? 2 : 1;
     table.place(pieces, g, padded_tokens<S>(g.tokens()));
-    inverse = pieces.take<float>(S::kRows > S::kOthers ? S::kRows : S::kOthers);
     queries = pieces.take<T>(S::kRows * S::kPitch);
     keys = pieces.take<T>(stages * S::kStage);
     values = pieces.take<T>(stages * S::kStage);
     return pieces.used;
+  }
+
+  // Starts to bring in the keys from `first` on, and their values.
+  __device__ __forceinline__ void load_keys(const WindowLaunch& p, int64_t image, int head, int stage, int first) {
+    T* const tiles[] = {keys + stage, values + stage};
+    load_rows<S, S::kOthers>(tiles, qkv_rows<const T>(p, p.qkv, image, head, 1), table.source + first);
   }
 };
 
@@ -63,7 +67,7 @@ __device__ __forceinline__ void leave_log_sums(const WindowLaunch& p, const Runn
 
 // Least blocks for a multiprocessor where the compiler would spill to fit one more.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kHeadDim > 48 ? 3 : 0)
+__global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kWindow > 0 ? 0 : 6 - S::kSlices)
     window_forward_kernel(const WindowLaunch p, int64_t chunks) {
   using T = typename S::T;
   const WindowGeometry g = known_geometry<S>(p.geometry);
@@ -77,11 +81,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kHeadDim >
 #pragma unroll 1
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, padded);
-    const auto keys = qkv_rows<const T>(p, p.qkv, image, task.head, 1);
-    const auto values = qkv_rows<const T>(p, p.qkv, image, task.head, 2);
-    load_rows<S>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source, S::kRows);
-    load_rows<S>(shared.keys, keys, shared.table.source, S::kOthers);
-    load_rows<S>(shared.values, values, shared.table.source, S::kOthers);
+    load_rows<S, S::kRows>(shared.queries, qkv_rows<const T>(p, p.qkv, image, task.head, 0), row_source);
+    shared.load_keys(p, image, task.head, 0, 0);
 
     const ScoreRows<S, false> rows(shared.table, rule, first_row + warp_row);
     typename Fragments<T>::Left queries[S::kSlices];
@@ -92,14 +93,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kHeadDim >
       const int stage = block % 2 * S::kStage, first_key = block * S::kOthers;
       wait_for_copies();
       __syncthreads();  // this block of keys is here, and the one before is no longer read
-      if (block + 1 < key_blocks) {
-        const int* next = shared.table.source + first_key + S::kOthers;
-        load_rows<S>(shared.keys + S::kStage - stage, keys, next, S::kOthers);
-        load_rows<S>(shared.values + S::kStage - stage, values, next, S::kOthers);
-      }
+      if (block + 1 < key_blocks) shared.load_keys(p, image, task.head, S::kStage - stage, first_key + S::kOthers);
       if (p.logit_scale) {
-        if (block == 0) normalize_rows<S>(shared.queries, shared.inverse, S::kRows);
-        normalize_rows<S>(shared.keys + stage, shared.inverse, S::kOthers);
+        if (block == 0) normalize_rows<S, S::kRows>(shared.queries, nullptr);
+        normalize_rows<S, S::kOthers>(shared.keys + stage, nullptr);
         __syncthreads();
       }
       if (block == 0) load_left<S>(queries, shared.queries, warp_row, rule);
@@ -109,8 +106,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kHeadDim >
     __syncwarp();
     write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));
     __syncwarp();
-    store_rows<S>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
-                  row_source + warp_row, kTile, threadIdx.x % 32, 32);
+    store_rows<S, kTile, 32>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
+                             row_source + warp_row);
     leave_log_sums<S>(p, softmax, (int64_t(window) * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
   }
 }

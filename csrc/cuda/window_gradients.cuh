@@ -104,8 +104,8 @@ __device__ __forceinline__ float leave_queries(const WindowLaunch& p, const RowS
   __syncwarp();
   write_sums<S>(queries, warp_row, sums, factor[0], factor[1]);
   __syncwarp();
-  store_rows<S>(queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, head, 0), row_source + warp_row,
-                kTile, lane.id, 32);
+  store_rows<S, kTile, 32>(queries + warp_row * S::kPitch, qkv_rows<T>(p, p.grad_qkv, image, head, 0),
+                           row_source + warp_row);
   if (lane.column != 0) return 0.f;
   const RowStatistics to = statistics.from((window * p.num_heads + head) * tokens);
 #pragma unroll
@@ -138,6 +138,23 @@ __device__ __forceinline__ void add_padding(float* padding, const float (&sums)[
       for (int distance = 16; distance > 2; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
       if (lane.row == 0) padding[s * kTile + lane.column_of(e)] += sum;
     }
+}
+
+// The same for 16 keys, from `row` on, and their values; `padding` (warps, 2, head dim).
+template <class S>
+__device__ __forceinline__ void add_key_padding(float* padding, const float (&grad_keys)[S::kSlices][kTileSums],
+                                                const float (&factor)[2],
+                                                const float (&grad_values)[S::kSlices][kTileSums], const int* source,
+                                                int row) {
+  const float unchanged[2] = {1.f, 1.f};
+  float* of_warp = padding + row / kTile * 2 * S::kHeadDim;
+  add_padding<S>(of_warp, grad_keys, factor, source + row);
+  add_padding<S>(of_warp + S::kHeadDim, grad_values, unchanged, source + row);
+}
+
+template <class S>
+__device__ __forceinline__ void clear_padding(float* padding) {
+  for (int c = threadIdx.x; c < S::kWarps * 2 * S::kHeadDim; c += S::kThreads) padding[c] = 0.f;
 }
 
 // The sums over warps (2, head dim) of add_padding for keys and values, from (warps, 2, head dim).

@@ -1,7 +1,7 @@
 // From products of queries and keys to scores, with the position bias and the mask of the seam, and their exponentials.
 #pragma once
 
-#include "window_block.cuh"
+#include "window_rows.cuh"
 
 namespace swin_moe {
 

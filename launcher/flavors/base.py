@@ -47,7 +47,10 @@ class Flavor:
 
 
 def with_colons(hosts: Sequence[Host]) -> str:
-    """Returns a hostfile of lines host:4."""
+    """Returns a hostfile of lines host:4. Raises ValueError for an IPv6 address, which such a line cannot hold."""
+    for host in hosts:
+        if ":" in host.name:
+            raise ValueError(f"{host.name!r}: Hydra takes no IPv6 address for a host; name it in /etc/hosts, or by DNS")
     return "".join(f"{host.name}\n" if host.slots is None else f"{host.name}:{host.slots}\n" for host in hosts)
 
 

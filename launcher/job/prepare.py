@@ -87,16 +87,29 @@ def prepare(options: argparse.Namespace, program: list[str]) -> Prepared:
     missing = unmatched(os.environ, options.forward)
     if missing:
         raise ValueError(f"--forward {missing[0]!r} is no variable that is set here")
-    hosts = find_hosts(job, options.exclude)
+    hosts, unknown = find_hosts(job, options.exclude)
     mpi = find_mpi(job.mpirun)
     placed = place(job.ranks, hosts) if hosts else []
     if job.hostfile and not options.dry_run:
         check_names(placed)
-    return arrange(job, mpi, placed, options)
+    prepared = arrange(job, mpi, placed, options)
+    if unknown:
+        print(f"launcher: --exclude names {', '.join(unknown)}, none of the hosts", file=sys.stderr)
+    return prepared
 
 
-def find_hosts(job: Job, left_out: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[Host]:
-    """Returns the hosts of the hostfile, else of the scheduler's allocation, less the excluded; [] = this host alone.
+def ranks_of(options: argparse.Namespace) -> int:
+    """Returns how many ranks there are going to be. Raises ValueError where the hosts cannot take them."""
+    hosts, _ = find_hosts(Job(options.ranks, [], options.hostfile), options.exclude)
+    return sum(host.slots or 0 for host in place(options.ranks, hosts)) if hosts else options.ranks or 1
+
+
+def find_hosts(
+    job: Job, left_out: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> tuple[list[Host], list[str]]:
+    """Returns (hosts of the hostfile, else of the allocation, less the excluded; excluded names that are none of them).
+
+    No hosts: this one alone.
 
     Raises:
         ValueError: They cannot be read, or nothing remains.
@@ -106,14 +119,9 @@ def find_hosts(job: Job, left_out: Sequence[str], environ: Mapping[str, str] = o
     else:
         found = schedulers.allocation(environ)
         hosts = found[1] if found else []
-    if not left_out:
-        return hosts
-    if not hosts:
+    if left_out and not hosts:
         raise ValueError("--exclude needs hosts to leave some out of: a hostfile, or a scheduler's allocation")
-    hosts, unknown = exclude(hosts, left_out)
-    if unknown:
-        print(f"launcher: --exclude names {', '.join(unknown)}, none of the hosts", file=sys.stderr)
-    return hosts
+    return exclude(hosts, left_out) if left_out else (hosts, [])
 
 
 def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namespace) -> Prepared:
@@ -130,8 +138,12 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
     variables = tuple(dict.fromkeys([*names, *settings]))
     start = Start(mpi.mpirun, ranks, os.getcwd(), tuple(placed), hostfile, variables, options.tag)
     command, additions = build_command(job, mpi, start)
+    additions |= settings
+    if os.environ.get("SLURM_JOB_ID") and mpi.flavor.name != "srun" and "SLURM_CPU_BIND" not in os.environ:
+        # mpirun starts its daemons through srun, as one task on each node, which Slurm may bind to one core.
+        additions["SLURM_CPU_BIND"] = "none"
     secrets = [name for name in withheld(os.environ, options.forward) if name not in additions]
-    return Prepared(job, mpi, plan, command, additions | settings, secrets, hostfile, text)
+    return Prepared(job, mpi, plan, command, additions, secrets, hostfile, text)
 
 
 def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, str]:

@@ -8,6 +8,7 @@ scontrol(1): requeue; SLURM_RESTART_COUNT.
 
 from collections.abc import Mapping
 
+from launcher.env import tasks_of_node
 from launcher.hosts.hostfile import Host
 from launcher.hosts.nodelist import expand, expand_counts
 from launcher.schedulers.base import Batch, Scheduler, shell_script
@@ -18,6 +19,12 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not environ.get("SLURM_JOB_ID") or not nodes:
         return []
+    step_tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks_of_node(environ) is not None and step_tasks != "1":
+        raise ValueError(
+            f"srun started this launcher as {step_tasks} tasks, each of which would start all ranks; "
+            "leave srun out, or leave the launcher out: srun python -m PROGRAM"
+        )
     names = expand(nodes)
     tasks = environ.get("SLURM_TASKS_PER_NODE", "")
     asked = environ.get("SLURM_NTASKS") or environ.get("SLURM_NTASKS_PER_NODE")

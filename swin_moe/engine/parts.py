@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from swin_moe.checkpoint import Piece
 from swin_moe.config import Config
+from swin_moe.engine.weight_copies import WeightCopies
 from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
 from swin_moe.optim import parameter_groups
@@ -20,7 +21,7 @@ class Part:
 
     name: str
     parameter: nn.Parameter  # the model's; may be a DTensor
-    leaf: nn.Parameter  # what the optimizer updates: plain, of the same memory, or a copy on the CPU (engine.offload)
+    leaf: nn.Parameter  # what the optimizer updates, plain: of the same memory, on the CPU (engine.offload) or a master
     shape: tuple[int, ...]  # global
     chunk: Chunk  # the box of it that local and leaf hold
 
@@ -31,8 +32,9 @@ class Part:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The gradient of `local`."""
-        return None if self.parameter.grad is None else local_tensor(self.parameter.grad)
+        """The gradient of `local`, or of its master."""
+        found = self.leaf.grad if self.leaf.grad is not None else self.parameter.grad
+        return None if found is None else local_tensor(found)
 
     @property
     def offloaded(self) -> bool:
@@ -59,10 +61,18 @@ class Parts(dict[str, Part]):
     Args:
         model: Materialized and, where parameters are cut, cut.
         layout: Parameter -> (global shape, the box this rank holds).
+        copies: Of weights that the network holds in half precision.
     """
 
-    def __init__(self, model: Network, layout: Mapping[str, tuple[tuple[int, ...], Chunk]], config: Config):
-        self._offload = config.engine.offload == "optimizer"
+    def __init__(
+        self,
+        model: Network,
+        layout: Mapping[str, tuple[tuple[int, ...], Chunk]],
+        config: Config,
+        *,
+        copies: WeightCopies | None = None,
+    ):
+        self._offload, self.copies = config.engine.offload == "optimizer", copies
         super().__init__((name, self._part(name, p, *layout[name])) for name, p in model.named_parameters())
         self.param_groups = parameter_groups(model, config.optim, config.model.depths)
         for group in self.param_groups:
@@ -71,7 +81,8 @@ class Parts(dict[str, Part]):
         self.states: dict[str, dict] = {}
 
     def _part(self, name: str, parameter: nn.Parameter, shape: tuple[int, ...], chunk: Chunk) -> Part:
-        local, leaf = local_tensor(parameter), parameter
+        local = local_tensor(parameter)
+        leaf = parameter if self.copies is None else self.copies.masters.get(name, parameter)
         assert tuple(local.shape) == chunk.size, f"{name}: {tuple(local.shape)} held, {chunk} expected"
         if self._offload:
             leaf = nn.Parameter(local.to("cpu", copy=True), requires_grad=parameter.requires_grad)
@@ -129,6 +140,13 @@ class Parts(dict[str, Part]):
         if self._offload:
             for part in self.values():
                 part.local.copy_(part.leaf)
+        if self.copies is not None:
+            self.copies.refresh()
+
+    def collect(self) -> None:
+        """Brings gradients of a backward to what the optimizer updates, where the network holds copies."""
+        if self.copies is not None:
+            self.copies.collect()
 
     def pieces_of(self, saved: str, name: str, tensors: Mapping[str, Tensor]) -> list[Piece]:
         """See Held."""

@@ -3,17 +3,19 @@
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from swin_moe.checkpoint import Piece
 from swin_moe.config import OptimConfig
 from swin_moe.engine.common import Held, StepEngine, materialize
 from swin_moe.engine.parts import Parts
+from swin_moe.engine.weight_copies import copies_of
 from swin_moe.models.network import Network
 from swin_moe.optim import build_optimizer
 from swin_moe.parallel.apply import expert_parameters
@@ -96,7 +98,8 @@ class ReplicatedEngine(StepEngine):
         """See StepEngine."""
         materialize(model, self.config, self.device)
         self.experts = ExpertReduction(model, self.groups)
-        parts = Parts(model, self.layout, self.config)
+        copies = copies_of(model, self.config, world_size=self.groups.world_size)
+        parts = Parts(model, self.layout, self.config, copies=copies)
         optimizers = self._build_optimizers(self.config.optim, parts.param_groups, self.groups)
         parts.follow(optimizers)
         return self.wrap(model, optimizers), parts, optimizers
@@ -110,9 +113,20 @@ class ReplicatedEngine(StepEngine):
         self.experts.begin(last=last)
         return nullcontext() if last or self.model is self.local_model else self.model.no_sync()
 
+    def differentiate(self, loss: Tensor) -> None:
+        """See StepEngine."""
+        super().differentiate(loss)
+        self.parts.collect()
+
     def reduce(self) -> None:
         """See StepEngine. DDP has averaged the dense gradients during backward, and experts' sums are under way."""
         self.experts.finish(self.groups.world_size)
+
+    def pieces(self) -> Iterable[Piece]:
+        """See Engine. What is saved is what the network computes with."""
+        if self.parts.copies is not None:
+            self.parts.copies.verify()
+        return super().pieces()
 
     def discard_gradients(self) -> str | None:
         """See Engine."""
@@ -121,4 +135,4 @@ class ReplicatedEngine(StepEngine):
 
     def square_sums(self) -> SquareSums:
         """See StepEngine."""
-        return replicated_squares(self.local_model, self.groups)
+        return replicated_squares(self.local_model, self.groups, lambda name, _: self.parts[name].gradient)

@@ -131,7 +131,10 @@ def _backward(
 def _fake_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, parts: Tensor, grouped: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(grad_y, x, weight, needs)
+    grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs)
+    if grouped and needs[2]:  # summed in float32, and left so
+        grad_bias = grad_bias.to(torch.promote_types(grad_y.dtype, torch.float32))
+    return grad_x, grad_weight, grad_bias
 
 
 def _grouped_gradients(
@@ -148,7 +151,7 @@ def _grouped_gradients(
             grad_weight = F.grouped_mm(grad_y.t(), x, offs=ends).transpose(1, 2)
         grad_weight = _as_laid_out(_zeroed_where_empty(grad_weight, ends), weight)
     if needs[2]:
-        grad_bias = expert_bias_gradient(grad_y, ends).to(grad_y.dtype)
+        grad_bias = expert_bias_gradient(grad_y, ends)
     return grad_x, grad_weight, grad_bias
 
 

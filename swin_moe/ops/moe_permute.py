@@ -68,7 +68,7 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def _compiled(x: Tensor) -> bool:
-    return x.is_cuda and extension.available("cuda")
+    return extension.kernels_take(x, extension.COMPILED)
 
 
 def _permute(

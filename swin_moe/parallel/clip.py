@@ -1,6 +1,6 @@
 """One gradient norm for the whole model, although every rank holds other experts."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +25,24 @@ class SquareSums:
 
 
 @torch.no_grad()
-def replicated_squares(model: nn.Module, groups: Groups) -> SquareSums:
+def replicated_squares(
+    model: nn.Module,
+    groups: Groups,
+    gradient_of: Callable[[str, nn.Parameter], Tensor | None] = lambda name, parameter: parameter.grad,
+) -> SquareSums:
     """Returns the sums where dense gradients are equal on all ranks and only experts differ.
 
     To be called after the reduction of expert gradients: the expert group holds every expert element exactly once, and
     replicas have equal ones. A norm per rank (official loop) would scale replicas differently, and they drift.
+
+    gradient_of: (name, parameter) -> its gradient, where that is not the parameter's own.
     """
     parameters = list(model.parameters())
     device = parameters[0].device if parameters else torch.device("cpu")
-    dense = sum_of_squares([p.grad for _, p in dense_parameters(model) if p.grad is not None], device)
-    experts = sum_of_squares([p.grad for _, p in expert_parameters(model) if p.grad is not None], device)
+    dense, experts = (
+        sum_of_squares([g for name, p in named if (g := gradient_of(name, p)) is not None], device)
+        for named in (dense_parameters(model), expert_parameters(model))
+    )
     first = groups.rank - groups.expert_rank
     return SquareSums(dense, experts, range(first, first + groups.expert_size))
 

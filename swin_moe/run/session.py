@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config, ParallelConfig
+from swin_moe.config.arguments import refuse_options
 from swin_moe.config.choices import facts_of
 from swin_moe.config.io import load_config
 from swin_moe.engine.common import materialize
@@ -79,11 +80,20 @@ class Session:
             self.heartbeat.stop()
 
 
-def parse_arguments(argv: list[str], usage: str) -> tuple[str, list[str]]:
-    """Returns (config path or name, key=value overrides); prints the usage and exits for -h or a missing config."""
-    if not argv or argv[0] in ("-h", "--help"):
+def parse_arguments(argv: list[str], usage: str, options: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Returns (config path or name, the other words); prints the usage and exits for -h or a missing config.
+
+    Args:
+        usage: Begins with "usage: swin-moe COMMAND".
+        options: Those that the command has beside key=value.
+
+    Raises:
+        ValueError: Another option.
+    """
+    if not argv or "-h" in argv or "--help" in argv:
         print(usage)
         raise SystemExit(0 if argv else 2)
+    refuse_options(usage.split()[2], argv, options)
     return argv[0], argv[1:]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swin_moe.checkpoint import CheckpointManager, Index, Piece, find_checkpoint, find_latest, resolve, together
+from swin_moe.checkpoint import CheckpointManager, Piece, find_latest, resolve, together
 from swin_moe.config import ModelConfig
 from swin_moe.engine.base import Engine
 from swin_moe.models.attention import stage_geometry
@@ -43,10 +43,13 @@ def why_refused(error: Exception) -> str:
     return first.split(". ")[0]
 
 
-def load_weights(model: nn.Module, session: Session) -> str:
+def load_weights(model: nn.Module, session: Session, stored: Source | None = None) -> str:
     """Fills the model from checkpoint.load, or from the newest checkpoint of the run; returns what was loaded.
 
     Averaged weights (EMA) are taken where the checkpoint has them.
+
+    Args:
+        stored: What open_stored returned, if the caller has it already.
 
     Raises:
         ValueError: Nothing to load, or the checkpoint does not fit the model.
@@ -58,42 +61,36 @@ def load_weights(model: nn.Module, session: Session) -> str:
         shapes = {n: shape for n, (shape, _) in layout.items()}
 
         def fill() -> str:
-            opened = open_weights(source, key="checkpoint.load")
+            opened = open_weights(source, key="checkpoint.load") if stored is None else stored
             report = fill_pieces(opened, pieces, backbone_of(model), shapes, same_classes=True)
             return f"{opened.description}: {report}"
 
         return together(resolve(session.groups.world), fill)
+    stored = open_stored(session) if stored is None else stored
+    if stored is not None:
+        _check_positions(stored, backbone_of(model))
     folder = session.directory / "checkpoints"
-    path = find_checkpoint(source, key="checkpoint.load") if source else find_latest(folder)
-    if path is not None:
-        _check_positions(path, backbone_of(model))
     return CheckpointManager(folder, group=session.groups.world).load_parameters(pieces, source=source)
 
 
-def _check_positions(path: Path, backbone: SwinTransformer) -> None:
+def _check_positions(stored: Source, backbone: SwinTransformer) -> None:
     """Raises ValueError where absolute positions are as many as the model's, but of an image of another shape."""
-    trained = open_weights(path, key="checkpoint.load").model_config()
+    trained = stored.model_config()
     if trained is None or not trained.ape or not hasattr(backbone, "absolute_pos_embed"):
         return
     there, here = stage_geometry(trained, 0).resolution, backbone.grid
     if there != here and math.prod(there) == math.prod(here):
         height, width = trained.img_size
         raise ValueError(
-            f"{path}: its absolute positions are of {there[0]} x {there[1]} tokens, the model has {here[0]} x "
+            f"{stored.path}: its absolute positions are of {there[0]} x {there[1]} tokens, the model has {here[0]} x "
             f"{here[1]}; set model.img_size=[{height},{width}]"
         )
 
 
-def stored_classes(session: Session) -> tuple[str, ...]:
-    """Returns the class names of the checkpoint that load_weights loads, in the order of outputs; () where it has none.
-
-    Official files and checkpoints of older versions have none.
-    """
-    source = session.config.checkpoint.load
-    if source:
-        return open_weights(source, key="checkpoint.load").classes
-    path = find_latest(session.directory / "checkpoints")
-    return () if path is None else tuple(Index.read(path).state.get("classes", ()))
+def open_stored(session: Session) -> Source | None:
+    """Returns the checkpoint that load_weights loads, opened; None where the run has none yet."""
+    path = session.config.checkpoint.load or find_latest(session.directory / "checkpoints")
+    return None if path is None else open_weights(path, key="checkpoint.load")
 
 
 def start_from(source: str, engine: Engine, session: Session) -> str:

@@ -347,15 +347,21 @@ void multiply_add(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T)
   emulation::meet(&place, mine, &multiply_all<T>);
 }
 
-inline void copy_async(void* shared, const void* global) {
+inline int fresh_thread() { return int(threadIdx.x); }
+
+inline void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulation::Machine::instance().fail("an asynchronous copy is not aligned to 16 bytes");
-  std::memcpy(shared, global, 16);
+  if (inside)
+    std::memcpy(shared, global, 16);
+  else
+    std::memset(shared, 0, 16);
 }
 inline void wait_for_copies() {}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
+inline float reciprocal_root_fast(float x) { return 1.f / std::sqrt(x); }
 
 // Of an H100, or what SWIN_MOE_EMULATION_SHARED says.
 inline size_t most_shared_bytes() {

@@ -1,7 +1,6 @@
 """The CUDA kernels of balance losses, run on the host, against moe/losses.py by autograd."""
 
 import ctypes
-from typing import Any
 
 import pytest
 import torch
@@ -25,21 +24,16 @@ SHAPES = {  # tokens, experts, group size
 }
 
 
-def fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
-    """Returns fields of a structure that have one type."""
-    return [(name, kind) for name in names]
-
-
 class BalanceLaunch(ctypes.Structure):
     """swin_moe::BalanceLaunch."""
 
-    _fields_ = (
-        fields(ctypes.c_void_p, *TENSORS)
-        + fields(ctypes.c_int64, *NUMBERS)
-        + fields(ctypes.c_double, "noise_std", "weight", "z_weight")
-        + fields(ctypes.c_int64, "kind")
-        + fields(ctypes.c_int, "wide")
-    )
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in TENSORS),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+        *((name, ctypes.c_double) for name in ("noise_std", "weight", "z_weight")),
+        ("kind", ctypes.c_int64),
+        ("wide", ctypes.c_int),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -188,13 +188,13 @@ double check(const WindowKernels& kernels, Element type, int number) {
   p.qkv = qkv.data, p.pad_qkv = pad.data, p.bias_table = table.data, p.grad_out = grad.data;
   p.out = out.data, p.grad_qkv = grad_qkv.data;
   if (cosine) p.logit_scale = scale.data;
-  const int64_t chunks = std::min<int64_t>(windows, 3);
-  std::vector<double> grad_table(chunks * heads * rows), grad_scale(chunks * heads), grad_pad(chunks * 3 * p.channels);
+  const int64_t shares = std::min<int64_t>(windows, 3);
+  std::vector<double> grad_table(shares * heads * rows), grad_scale(shares * heads), grad_pad(shares * 3 * p.channels);
   p.grad_bias_table = grad_table.data(), p.grad_pad_qkv = grad_pad.data();
   if (cosine) p.grad_logit_scale = grad_scale.data();
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+  for (int64_t share = 0; share < shares; ++share)
     for (int first = 0; first < heads; first += 2) {  // groups of heads, the last one smaller
-      WindowTask task{first, std::min(first + 2, heads), windows * chunk / chunks, windows * (chunk + 1) / chunks, chunk};
+      WindowTask task{first, std::min(first + 2, heads), windows * share / shares, windows * (share + 1) / shares, share};
       kernels.forward[int(type)](p, task);
       kernels.backward[int(type)](p, task);
     }
@@ -208,7 +208,7 @@ double check(const WindowKernels& kernels, Element type, int number) {
   auto summed = [&](const std::vector<double>& parts) {
     return [&](size_t i) {
       double sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[chunk * (parts.size() / chunks) + i];
+      for (int64_t share = 0; share < shares; ++share) sum += parts[share * (parts.size() / shares) + i];
       return sum;
     };
   };

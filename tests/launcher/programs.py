@@ -109,6 +109,10 @@ def _write_variables(folder: Path, rank: str) -> None:
     (folder / f"variables-{rank}").write_text(json.dumps(dict(os.environ)))
 
 
+def _say_two_lines(folder: Path, rank: str) -> None:
+    print(f"first of rank {rank}\nsecond of rank {rank}", flush=True)
+
+
 def _save_and_come_back(folder: Path, rank: str) -> None:
     """Saves at a request and leaves with 75; once started again by the scheduler, finishes."""
     start = os.environ.get("SLURM_RESTART_COUNT", "0")

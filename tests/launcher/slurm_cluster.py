@@ -1,6 +1,7 @@
 """A Slurm of its own on this host: munged, slurmctld and two slurmd, configured in a temporary folder, without a trace.
 
-The nodes n1 and n2 are both this host. Needs root, and Debian's munge, slurmctld and slurmd.
+The nodes n1 and n2 are both this host, and bind tasks to cores unless told otherwise. Needs root, and Debian's munge,
+slurmctld and slurmd.
 """
 
 import os
@@ -29,6 +30,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/affinity
+TaskPluginParam=Cores
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, without_world
+from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, without_world
 
 TORCHRUN = {
     "RANK": "3",
@@ -70,6 +70,19 @@ def test_parse_ready_names_the_bad_variable(change, message):
 
 def test_parse_slurm():
     assert parse_slurm(SRUN) == RankEnv(5, 6, 1, 2, "gpu07", 20000 + 1234 * 7)
+
+
+@pytest.mark.parametrize(
+    "environ, tasks",
+    [
+        (SRUN, 2), (SRUN | {"SLURM_NODEID": "0"}, 4), (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_FD": "9"}, 2),
+        (SRUN | MPICH, None), (SRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None), (BATCH_SCRIPT, None),
+        (TORCHRUN, None),
+        (SRUN | {"SLURM_STEP_ID": "4294967290"}, None),
+    ],
+)  # fmt: skip
+def test_tasks_of_this_node(environ, tasks):
+    assert tasks_of_node(environ) == tasks
 
 
 def test_parse_slurm_on_one_host_stays_on_the_loopback():

@@ -42,8 +42,8 @@ DOCUMENTED = {
     "openmpi4": "-n --quiet --map-by --bind-to --wdir --tag-output --hostfile -x",
     "openmpi5": "-n --map-by --bind-to --wdir --output --hostfile -x",
     "pals": "-n --cpu-bind --envall --wdir --hostfile --label",
-    "srun": "--ntasks --nodes --distribution --nodelist --cpu-bind --overcommit --export --chdir --input"
-    " --kill-on-bad-exit --quiet --mpi --label",
+    "srun": "--ntasks --ntasks-per-node --nodes --distribution --nodelist --cpu-bind --overcommit --export --chdir"
+    " --input --kill-on-bad-exit --quiet --mpi --label",
 }
 
 # (options of two ranks here, options of 3 ranks on a:2 and b:1 with lines tagged and the variable A)
@@ -141,9 +141,23 @@ def test_command_lines(name, monkeypatch):
     assert used <= set(DOCUMENTED[name].split())
 
 
+def test_srun_deals_equal_nodes_by_their_number(monkeypatch):
+    hosts = (Host("a", 2), Host("b", 2))
+    line, _ = command_of("srun", monkeypatch, ranks=4, hosts=hosts)
+    assert line[1:5] == ["--ntasks=4", "--nodes=2", "--ntasks-per-node=2", "--nodelist=a,b"]
+    assert not any("arbitrary" in word for word in line)
+
+
 @pytest.mark.parametrize("name", HOSTFILES)
 def test_hostfiles(name):
     assert BY_NAME[name].hostfile([Host("a", 2), Host("b", 1)]) == HOSTFILES[name]
+
+
+def test_an_address_that_a_hostfile_cannot_hold_is_refused():
+    for name in ("mpich", "intel", "mvapich"):
+        with pytest.raises(ValueError, match="'fd00::1': Hydra takes no IPv6 address for a host"):
+            BY_NAME[name].hostfile([Host("fd00::1", 2)])
+    assert BY_NAME["openmpi4"].hostfile([Host("fd00::1", 2)]) == "fd00::1 slots=2\n"
 
 
 def test_root_may_start_open_mpi(monkeypatch):

@@ -1,6 +1,7 @@
 """Real ranks under every MPI that is installed here, and under Slurm's srun: they start, get signals, and end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,11 +86,41 @@ def test_a_request_to_stop_reaches_every_rank(starter, world, launch, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("starter", starters())
+def test_every_line_tells_its_rank(starter, launch):
+    process = launch(starter, 2, "say_two_lines", "--tag")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    for rank in (0, 1):
+        said = [line for line in output.splitlines() if f"of rank {rank}" in line]
+        assert len(said) == 2 and all(re.match(rf"(\[(1,)?{rank}\](<stdout>:)?|{rank}:) ?", line) for line in said), (
+            output
+        )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("starter", starters())
 def test_a_failing_rank_ends_all_and_is_named(starter, launch):
     process = launch(starter, 4, "sentence_on_1")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
     assert "[rank 1] the data set is gone" in output and "[rank 0]" not in output
+
+
+@pytest.mark.parametrize("options", [(), ("--mpi", "srun")], ids=["mpich", "srun"])
+@pytest.mark.parametrize("tasks, locals", [(["--ntasks-per-node=2"], [0, 1, 0, 1]), (["--ntasks=3"], [0, 1, 0])])
+def test_nodes_of_an_allocation_know_their_own_ranks(options, tasks, locals, slurm, tmp_path):
+    """Equal and unequal nodes, and ranks bound to their share of all cores: Slurm would bind a daemon to one core."""
+    command = ["salloc", "--quiet", "--nodes=2", *tasks, sys.executable, "-m", "launcher", *options]
+    command += ["--", "-m", "tests.launcher.programs", "write_environment", str(tmp_path)]
+    finished = slurm.run(*command, timeout=120, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    facts = [(tmp_path / f"facts-{rank}").read_text().split() for rank in range(len(locals))]
+    assert [(int(rank[2]), int(rank[3])) for rank in facts] == [
+        (local, 2 if number < 2 else len(locals) - 2) for number, local in enumerate(locals)
+    ]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 2:
+        assert [rank[-1] for rank in facts[:2]] == [str(core) for core in cores]
 
 
 PLAIN = [

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from launcher.__main__ import parse
 from launcher.hosts.hostfile import Host
 from launcher.job import plan
 from launcher.job.plan import AT_START, make_plan, table
@@ -138,3 +139,17 @@ def test_an_excluded_host_gets_no_rank(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "launcher: --exclude names n1, n2, none of the hosts" in finished.stderr
     assert (tmp_path / "facts-1").read_text().startswith("1 2 1 2 ")
+
+
+@pytest.mark.parametrize(
+    "arguments, ranks",
+    [(["-n", "3"], 3), ([], 1), (["--hostfile", "HOSTS"], 6), (["--hostfile", "HOSTS", "--exclude", "a"], 2)],
+)
+def test_who_asks_learns_how_many_ranks_there_will_be(arguments, ranks, tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_URI"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "hosts").write_text("a:4\nb:2\n")
+    arguments = [str(tmp_path / "hosts") if word == "HOSTS" else word for word in arguments]
+    assert parse([*arguments, "--", "x.py", "y"]) == (ranks, ["x.py", "y"])
+    with pytest.raises(ValueError):
+        parse(["script", "--scheduler", "slurm"])

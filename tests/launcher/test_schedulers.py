@@ -20,6 +20,19 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_TASKS_P
         ({"PBS_JOBID": "1.pbs", "PBS_NODEFILE": "a\na\nb\n"}, "pbs", [Host("a", 2), Host("b", 1)]),
         ({"LSB_JOBID": "1", "LSB_DJOB_HOSTFILE": "a\nb\na\n"}, "lsf", [Host("a", 2), Host("b", 1)]),
         ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "hostA 4 hostB 2"}, "lsf", [Host("hostA", 4), Host("hostB", 2)]),
+        (
+            SLURM
+            | {
+                "SLURM_STEP_ID": "0",
+                "SLURM_NODEID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "1",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_NTASKS": "1",
+                "SLURM_TASKS_PER_NODE": "1,1",
+            },
+            "slurm",
+            [Host("gpu07", 1), Host("gpu08", 1)],
+        ),  # srun -n1 of the launcher itself
         ({"FLUX_URI": "local:///run/flux"}, "flux", [Host("n1", None), Host("n2", None)]),
     ],
 )
@@ -47,11 +60,13 @@ def test_no_allocation(environ):
     "environ, sentence",
     [
         (SLURM | {"SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "3"}, "SLURM_TASKS_PER_NODE='3' and SLURM_JOB_NODELIST"),
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+                  "SLURM_STEP_NUM_TASKS": "8"}, "srun started this launcher as 8 tasks, each of which would"),
         ({"PBS_JOBID": "1", "PBS_NODEFILE": "/missing"}, "PBS_NODEFILE='/missing' cannot be read"),
         ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "a 1 b"}, "LSB_MCPU_HOSTS must be pairs of a host and its slots"),
         ({"FLUX_URI": "x", "PATH": "/nowhere"}, "FLUX_URI is set, but flux getattr hostlist"),
     ],
-)
+)  # fmt: skip
 def test_contradictions_are_named(environ, sentence, monkeypatch):
     monkeypatch.setenv("PATH", environ.get("PATH", "/bin"))
     with pytest.raises(ValueError, match=sentence):

@@ -16,7 +16,7 @@ from swin_moe.parallel.groups import build_groups
 from swin_moe.run.session import Session, build_local_model
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.train import Trainer
-from swin_moe.weights.load import backbone_of, load_weights, start_from
+from swin_moe.weights.load import backbone_of, load_weights, open_stored, start_from
 from tests.gathered import NETWORK
 
 # 50 images in batches of 20: 3 steps an epoch, the last one of 10, so that of 4 ranks two have none.
@@ -130,8 +130,9 @@ def evaluate(root: str, config: str, *options: str) -> dict[str, float]:
     session = open_tiny(Path(root), config, *options)
     task = build_task(session.config)
     model = build_local_model(session, task)
-    load_weights(model, session)
-    loader = build_eval_loader(session.config, session)
+    stored = open_stored(session)
+    load_weights(model, session, stored)
+    loader = build_eval_loader(session.config, session, stored)
     batches = (to_device(batch, session.device, session.config.engine.precision) for batch in loader)
     context = StepContext(session.config, 0, session.world_size, 0, torch.no_grad)
     return task.evaluate(model.eval(), batches, context)

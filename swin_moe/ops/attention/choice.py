@@ -106,7 +106,7 @@ def choose_path(wanted: str, x_BHWC: Tensor, tensors: HalfTensors, shape: HalfSh
     if wanted in ("sdpa", "reference"):
         return wanted
     facts = _Facts(
-        x_BHWC.device, _computed_dtype(x_BHWC), x_BHWC.dtype, tensors.qkv_weight.dtype, tensors.bias_table.dtype,
+        x_BHWC.device, _computed_dtype(x_BHWC), x_BHWC.dtype, _kept_dtype(tensors), tensors.bias_table.dtype,
         tuple(x_BHWC.shape), shape, tensors.qkv_bias is not None, tensors.logit_scale is not None,
         torch.is_grad_enabled() and (x_BHWC.requires_grad or tensors.qkv_weight.requires_grad),
     )  # fmt: skip
@@ -367,6 +367,15 @@ def _is_real(x: Tensor) -> bool:
     if type(x) not in (Tensor, nn.Parameter) or x.device.type not in ("cpu", "cuda") or torch.jit.is_tracing():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _kept_dtype(tensors: HalfTensors) -> torch.dtype:
+    """Returns the dtype of the weights before autocast, which casts them alike on every path: copies that stand for
+    the cast (engine/weight_copies.py) are no other case."""
+    kind, dtype = tensors.qkv_weight.device.type, tensors.qkv_weight.dtype
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and dtype == torch.get_autocast_dtype(kind):
+        return torch.float32
+    return dtype
 
 
 def _dtype(name: str) -> torch.dtype:

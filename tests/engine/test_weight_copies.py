@@ -1,0 +1,168 @@
+"""Weights that the network holds in half precision: runs of the real trainer equal those in which autocast casts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import swin_moe.engine.replicated as replicated
+from swin_moe.config.io import load_config
+from swin_moe.engine.weight_copies import WeightCopies, copies_of
+from swin_moe.models import build_model
+from swin_moe.train import Trainer
+from tests.engine.test_common import config, engine, on_meta, train
+from tests.ranks import run_ranks
+from tests.tasks import cases
+
+COMMON = ("optim.ema=0.5", "data.images_per_class=4", "log.eval_every=1", "model.drop_path_rate=0.2")
+BF16, SHARED = "engine.precision=bf16", ("model.moe.shared_experts=1",)
+# name -> (config, options). 20 pixels are 10 x 10 tokens, which windows of 4 do not divide: fused attention then uses
+# the bias of queries, keys and values twice.
+RUNS = {
+    "padded": ("digits_dense", (BF16, "model.img_size=20", "data.micro_batch=10", *cases.MOE, *SHARED)),
+    "accumulated": ("digits_dense", (BF16, "data.micro_batch=5")),
+    "fp16, moe": ("digits_dense", ("engine.precision=fp16", "data.micro_batch=10", *cases.MOE, *SHARED)),
+    "recomputed": ("digits_dense", (BF16, "parallel.recompute=block", "data.micro_batch=10")),
+    "swinv2": ("digits_dense", (BF16, "model.name=swinv2")),
+    "frozen": ("digits_dense", (BF16, "optim.freeze=backbone")),
+    "simmim": ("digits_simmim", (BF16, "data.micro_batch=5")),
+    "moby": ("digits_moby", (BF16, *cases.MOBY, "parallel.recompute=block")),
+    "skipped": ("digits_dense", ("engine.precision=fp16", "data.micro_batch=10")),
+}  # fmt: skip
+
+
+def finish(trainer: Trainer) -> dict:
+    """Returns what a run that came to its end wrote and saved, without times."""
+    rows = [
+        {k: v for k, v in row.items() if k.startswith(("train/", "eval/"))} for row in cases.records(trainer.session)
+    ]
+    return {"rows": rows, "saved": {p.name: torch.as_tensor(p.tensor).clone() for p in trainer.engine.pieces()}}
+
+
+def run(directory: Path, name: str, *, copied: bool, source: str = "") -> tuple[dict, str]:
+    """Returns (outcome, the first of its checkpoints) of a run with or without copies."""
+    setup, options = RUNS[name]
+    extra = (*COMMON, *options, "checkpoint.every=1", *((f"checkpoint.load={source}",) if source else ()))
+    kept = replicated.copies_of
+    if not copied:
+        replicated.copies_of = lambda *_, **__: None
+    try:
+        trainer = Trainer(cases.open_tiny(directory, setup, *extra))
+    finally:
+        replicated.copies_of = kept
+    made: Any = trainer.engine
+    assert (made.parts.copies is not None) == (copied and dist.get_world_size() == 1)
+    if name == "skipped":
+        trainer.engine.loss_scale.value = 2.0**40  # the first steps overflow, and are repeated to name what did
+    trainer.resume()
+    trainer.run()
+    return finish(trainer), str(sorted((directory / "run" / "checkpoints").glob("0*"))[0])
+
+
+def compare(root: str, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Returns per run what differs: of the whole runs, and of the ends of runs continued the other way."""
+    different = {}
+    for name in names:
+        folder = Path(root) / name.replace(" ", "-")
+        cast, source = run(folder / "cast", name, copied=False)
+        runs = {"copied": run(folder / "copied", name, copied=True)[0]}
+        if name in ("accumulated", "moby"):
+            runs["continued"] = run(folder / "continued", name, copied=True, source=source)[0]
+        different[name] = [
+            f"{kind}: {key}"
+            for kind, found in runs.items()
+            for key, value in cast["saved"].items()
+            if not torch.equal(value, found["saved"][key])
+        ]
+        if runs["copied"]["rows"] != cast["rows"]:
+            different[name].append("records")
+        assert cast["rows"], "a run writes records"
+    return different
+
+
+QUICK = ("padded",)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(RUNS.keys() - QUICK), marks=pytest.mark.full)], ids=len)
+def test_runs_are_the_same_to_the_bit(tmp_path, names):
+    assert run_ranks(compare, 1, tmp_path, str(tmp_path), names, timeout=400) == [{name: [] for name in names}]
+
+
+@pytest.mark.mpi
+@pytest.mark.full
+def test_two_ranks_cast_as_before(tmp_path):
+    for result in run_ranks(compare, 2, tmp_path, str(tmp_path), ("accumulated",), timeout=200):
+        assert result == {"accumulated": []}
+
+
+def test_which_weights_have_copies():
+    one = engine(BF16)
+    names = {name for name, p in one.local_model.named_parameters() if p.dtype == torch.bfloat16}
+    assert names == set(one.parts.copies.masters)
+    kinds = {name.split(".", 4)[-1] if "layers" in name else name for name in names}
+    assert {"attn.qkv.weight", "attn.proj.weight", "attn.proj.bias", "mlp.fc1.weight", "mlp.fc2.bias"} <= kinds
+    assert "patch_embed.proj.weight" in names
+    assert not any(
+        word in name for name in names for word in ("router", "experts", "norm", "qkv.bias", "fc1.bias", "relative")
+    )
+    assert {piece.dtype for piece in one.pieces()} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("options", "world"),
+    [((), 1), (("engine.precision=fp64",), 1), ((BF16,), 2), ((BF16, "engine.offload=optimizer"), 1),
+     ((BF16, "parallel.compile=block"), 1), ((BF16, "task.name=elsewhere:Task"), 1)],
+)  # fmt: skip
+def test_autocast_casts_elsewhere(options, world):
+    assert copies_of(on_meta(config()), config(*options), world_size=world) is None
+
+
+@pytest.mark.parametrize("write", ["in place", "to .data"])
+def test_a_weight_changed_in_the_network_is_not_lost_silently(write):
+    one = engine(BF16)
+    weight = one.local_model.layers[0].blocks[0].attn.proj.weight
+    with torch.no_grad():
+        (weight if write == "in place" else weight.data).add_(1)
+    said = "attn.proj.weight was changed in the network.*Engine.change_weights"
+    with pytest.raises(ValueError, match=said):
+        one.pieces()
+    if write == "in place":  # which is seen at the next update, before it would be lost
+        with pytest.raises(ValueError, match=said):
+            one.change_weights(lambda parts: None)
+
+
+def test_weights_changed_through_the_engine_reach_the_network():
+    one = engine(BF16, "optim.ema=0.5")
+    name = next(iter(one.parts.copies.masters))
+    one.change_weights(lambda parts: parts[name][0].fill_(3.0))
+    assert one.local_model.get_parameter(name).eq(3).all() and one.parts[name].leaf.eq(3).all()
+    with one.evaluation():
+        average = one.ema.average[name]  # which holds the weights meanwhile
+        assert average.eq(3).all() and not one.local_model.get_parameter(name).eq(3).all()
+    assert one.local_model.get_parameter(name).eq(3).all()
+
+
+def test_micro_batches_add_up_in_float32():
+    model = build_model(load_config("digits_swin_moe", []).model)
+    model.init_weights(0)
+    copies = WeightCopies(model, torch.bfloat16)
+    name, copy = next(iter(copies.copies.items()))
+    for value in (1.0, 2.0**-9):  # the sum is no bfloat16
+        copy.grad = torch.full_like(copy, value)
+        copies.collect()
+        assert copy.grad is None
+    assert copies.masters[name].grad.eq(1 + 2.0**-9).all()
+
+
+def test_steps_of_the_plain_engine_use_them():
+    one = engine(BF16)
+    before = {name: copy.detach().clone() for name, copy in one.parts.copies.copies.items()}
+    with one.autocast():
+        train(one, 1)
+    changed = [name for name, copy in one.parts.copies.copies.items() if not torch.equal(copy, before[name])]
+    assert changed
+    for name, copy in one.parts.copies.copies.items():
+        assert torch.equal(copy, one.parts[name].leaf.to(torch.bfloat16)), name
