@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Files that take longest, first: what begins last must not leave the other of two processes idle (Makefile).
 LONGEST = (
     "training/test_commands.py", "training/test_compile.py", "equivalence/test_engines.py", "training/test_train.py",
-    "training/test_run_folder.py", "tasks/test_layouts.py", "tasks/test_transfer.py", "csrc/test_nvcc.py",
+    "run/test_folder.py", "tasks/test_layouts.py", "tasks/test_transfer.py", "csrc/test_nvcc.py",
 )  # fmt: skip
 
 
