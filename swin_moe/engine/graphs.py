@@ -137,7 +137,7 @@ def check_graphs(config: Config, device_type: str, world_size: int) -> None:
     key = "engine.cuda_graphs=true"
     if device_type != "cuda":
         raise ValueError(f"{key} needs a CUDA device, this run computes on {device_type}; use engine.cuda_graphs=false")
-    if config.task.name != "classify":
+    if not config.task.options.classifies:
         raise ValueError(f"{key} is for task.name=classify, got {config.task.name}; use engine.cuda_graphs=false")
     if world_size > 1 and config.model.moe.has_blocks:
         raise ValueError(f"{key} with MoE blocks runs on one rank, got {world_size}: ranks ask how many rows to send")
