@@ -4,6 +4,7 @@ MPICH kills all other ranks within milliseconds after one ended, and names the w
 from a process that MPI does not know of. The rank is a fork of its guard: what it notes lies in memory they share.
 """
 
+import contextlib
 import mmap
 import os
 import signal
@@ -53,7 +54,8 @@ def report(code: int) -> None:
     as often as what caused it. Does nothing on other hosts than the launcher's."""
     folder = Path(os.environ.get(REPORTS, "/nowhere"))
     if folder.is_dir():
-        (folder / f"{time.monotonic_ns():020d}-{_rank()}").write_text(str(code))
+        with contextlib.suppress(OSError):  # a full disk: what the MPI says of the rank has to do
+            (folder / f"{time.monotonic_ns():020d}-{_rank()}").write_text(str(code))
 
 
 def first_report(folder: Path) -> tuple[str, int] | None:
