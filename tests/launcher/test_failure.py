@@ -139,6 +139,25 @@ def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
             process.wait()
 
 
+@pytest.mark.parametrize("others_rank", ["", "0"])
+def test_a_group_is_swept_unless_another_rank_is_in_it(others_rank):
+    """Slurm puts all tasks into one group; a child without the token belongs to the rank only if that is alone."""
+    token = os.urandom(8).hex()
+    leader = subprocess.Popen(["sleep", "600"], env={orphans.JOB: token, "PMI_RANK": "1"}, process_group=0)
+    started = [leader, subprocess.Popen(["sleep", "600"], env={}, process_group=leader.pid)]
+    try:
+        if others_rank:
+            other = {orphans.JOB: token, "PMI_RANK": others_rank}
+            started.append(subprocess.Popen(["sleep", "600"], env=other, process_group=leader.pid))
+        wait_for(lambda: len(orphans.processes(token)) == 1 + bool(others_rank), "the processes")
+        found = orphans.processes(token, rank="1", group=leader.pid)
+        assert sorted(found) == sorted(process.pid for process in started[: 1 if others_rank else 2])
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("victim", ["rank", "proxy", "mpirun", "launcher", "end"])
 def test_workers_are_gone_with_their_rank(victim, tmp_path):
