@@ -91,15 +91,14 @@ def describe(place: Path, rank: int) -> str:
 def parse(text: str) -> Place:
     """Returns where the main thread is, from what faulthandler wrote: the innermost line that is no library's.
 
-    The main thread takes the signal, so it is the current one; where it cannot, it is the last, as the oldest.
+    The main thread is the oldest, and so the last; the one that is called current is whichever took the signal.
     """
-    threads: list[tuple[bool, list[tuple[str, str, str]]]] = []
+    frames: list[tuple[str, str, str]] = []
     for line in text.splitlines():
         if line.startswith(("Thread ", "Current thread ")):
-            threads.append((line.startswith("Current"), []))
-        elif threads and (found := _FRAME.match(line)):
-            threads[-1][1].append((found[1], found[2], found[3]))
-    frames = next((frames for current, frames in threads if current), threads[-1][1] if threads else [])
+            frames = []
+        elif found := _FRAME.match(line):
+            frames.append((found[1], found[2], found[3]))
     collectives = [function for file, _, function in frames if file.endswith(_COLLECTIVES)]
     mine = [frame for frame in frames if not any(part in frame[0] for part in _LIBRARY)] or frames
     if not mine:

@@ -99,8 +99,8 @@ def test_a_rank_is_late_when_others_wait_for_it():
 def test_a_stack_tells_the_line_and_the_collective(tmp_path):
     c10d = "/venv/lib/python3.11/site-packages/torch/distributed"
     text = (
-        'Thread 0x1 (most recent call first):\n  File "/x/loader.py", line 3 in fetch\n\n'
-        "Current thread 0x2 (most recent call first):\n"
+        'Current thread 0x1 (most recent call first):\n  File "/x/loader.py", line 3 in fetch\n\n'
+        "Thread 0x2 (most recent call first):\n"
         f'  File "{c10d}/distributed_c10d.py", line 2 in all_reduce\n'
         f'  File "{c10d}/c10d_logger.py", line 8 in wrapper\n'
         '  File "/x/train.py", line 12 in step\n  File "/x/train.py", line 90 in main\n'
