@@ -20,7 +20,7 @@ from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
 from swin_moe.run.expert_load import start_clocks
 from swin_moe.run.folder import FolderLock, holding
-from swin_moe.run.identity import RunIdentity, place_in_data
+from swin_moe.run.identity import RunIdentity, begin, place_in_data
 from swin_moe.run.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
 from swin_moe.run.micro_steps import MicroSteps
 from swin_moe.run.session import Session, build_meta_model, open_session, parse_arguments, run_main
@@ -129,6 +129,7 @@ class Trainer:
             )
         state = self.checkpoints.resume(self.engine.pieces(), source=self.config.checkpoint.load)
         if state is None:
+            self.progress = begin(self.config, images=len(self.loader))
             if self.config.checkpoint.init:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return

@@ -205,6 +205,7 @@ class OptimConfig:
     momentum: float = 0.9  # sgd
     clip_norm: float = 5.0  # one global norm over dense and expert gradients; 0 = off
     epochs: float = 300.0
+    start_epoch: int = 0  # where a run without a checkpoint begins: learning rate and data as after so many epochs
     warmup_epochs: float = 20.0
     schedule: Literal["cosine", "linear", "step", "multistep"] = "cosine"
     warmup_prefix: bool = True  # the schedule starts after the warm-up instead of running under it
@@ -221,6 +222,7 @@ class OptimConfig:
         _check_choices(self, "optim")
         _check(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0 (0 = off)")
         _check(self.epochs > 0, "optim.epochs", self.epochs, "> 0")
+        _check(0 <= self.start_epoch < self.epochs, "optim.start_epoch", self.start_epoch, f"in [0, {self.epochs})")
         _check(
             0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"in [0, {self.epochs}]"
         )
