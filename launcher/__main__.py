@@ -1,9 +1,8 @@
 """`python -m launcher -n 2 -- -m module ARGS`: starts a program on many ranks and ends them together."""
 
-import os
 import sys
 
-from launcher import supervise
+from launcher import restart
 from launcher.job.options import parser, split_at_dashes
 from launcher.job.prepare import prepare, ranks_of
 
@@ -18,6 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     own, program = split_at_dashes(arguments)
     try:
         options = parser().parse_args(own)
+        restart.check(options)
+        if not options.dry_run:
+            options.env += restart.own_variables(options)
         job = prepare(options, program)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
@@ -27,14 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(job.shell_lines()))
         return 0
-    try:
-        job.write_hostfile()
-        return supervise.run(
-            job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
-            save_after=options.save_after,
-        )  # fmt: skip
-    finally:
-        job.remove_hostfile()
+    return restart.run(job, options)
 
 
 def parse(arguments: list[str]) -> tuple[int, list[str]]:

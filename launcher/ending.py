@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 from launcher import guard
+from launcher.failure import reports, stacks
+from launcher.failure.kinds import INTERRUPTED, PROGRAM, STALL
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 _LAST_WORDS_SECONDS = 1.0
 _RECORD = struct.Struct("=iH4090s")  # exit code; bytes of the words; the words
 
@@ -38,8 +39,12 @@ def fail(words: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def end_all_ranks(code: int, words: str = "") -> None:
-    """Ends every rank as `fail` does; returns only in a process that MPI did not start, having said nothing."""
+def end_all_ranks(code: int, words: str = "", *, culprit: int | None = None) -> None:
+    """Ends every rank as `fail` does; returns only in a process that MPI did not start, having said nothing.
+
+    Args:
+        culprit: The rank that is to blame, where it is not this one.
+    """
     MPI = _running_mpi()
     if MPI is None:
         return
@@ -53,7 +58,7 @@ def end_all_ranks(code: int, words: str = "") -> None:
     if endings is None:
         if encoded:
             _say(_named([MPI.COMM_WORLD.rank], encoded.decode(errors="replace")))
-        guard.report(code)
+        guard.report(code, words, culprit=culprit)
         _wait_until_read(_errors())
         time.sleep(0.1)  # from the proxy of this host to mpirun
         MPI.COMM_WORLD.Abort(code)
@@ -65,13 +70,26 @@ def end_all_ranks(code: int, words: str = "") -> None:
     _leave_together(MPI, endings)
 
 
+def end_stalled(culprit: int, words: str) -> str:
+    """Ends every rank as one of them stalls, with exit code 70; returns the words only where MPI did not start us.
+
+    The words go on with who and where that rank is, and every rank's stacks are written down, where the launcher left
+    a folder for them (failure/stacks.py).
+    """
+    place = reports.folder()
+    where = "" if place is None else stacks.describe(place, culprit)
+    words = f"{words}; {where}" if where else words
+    end_all_ranks(STALL, words, culprit=culprit)
+    return words
+
+
 def end_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ends every rank with a traceback and exit code 1; a sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         end_all_ranks(INTERRUPTED)
     import traceback
 
-    end_all_ranks(1, "".join(traceback.format_exception(kind, error, trace)))
+    end_all_ranks(PROGRAM, "".join(traceback.format_exception(kind, error, trace)))
 
 
 def last_words(endings: list[tuple[int, str]]) -> list[str]:

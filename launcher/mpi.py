@@ -14,8 +14,9 @@ from typing import Any
 
 from launcher import ending, guard, watch
 from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, world_size_of_mpi
+from launcher.failure import reports
 from launcher.job.plan import describe_cores
-from launcher.machine.binding import NO_BIND, bind, gpu_of, threads_of
+from launcher.machine.binding import NO_BIND, bind, gpu_of, set_threads
 from launcher.machine.network import read_place
 from launcher.machine.software import NO_COMPARE, Software, read_software
 from launcher.machine.topology import Core, Machine, read_machine
@@ -38,6 +39,7 @@ def bootstrap() -> RankEnv:
     if kind == "single":
         return RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
     sys.excepthook = ending.end_on_exception
+    reports.enter("meeting")
     if kind == "slurm" and not _slurm_speaks_mpi():
         env = _meet_over_tcp()
     else:
@@ -46,6 +48,7 @@ def bootstrap() -> RankEnv:
             watch.start_watching(os.environ[watch.WATCHED])
         env = _meet_over_mpi()
     export(env, os.environ)
+    reports.enter("running")
     return env
 
 
@@ -85,7 +88,11 @@ def _meet_over_mpi() -> RankEnv:
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(node.rank)  # DeepSpeed asserts that it equals LOCAL_RANK
     machine = read_machine(os.environ)
-    cores = list(machine.cores) if NO_BIND in os.environ else bind(node, machine, os.environ)
+    cores = list(machine.cores)
+    if NO_BIND in os.environ:
+        set_threads(machine, node.size, os.environ)
+    else:
+        cores = bind(node, machine, os.environ)
     if NO_COMPARE not in os.environ:
         world.Barrier()  # clocks are read at one time
     facts = _facts(node.rank, machine, cores)
@@ -118,8 +125,7 @@ def _meet_over_tcp() -> RankEnv:
     machine = read_machine(os.environ)
     cores = list(machine.cores)
     free = len(cores) == os.cpu_count()
-    threads = max(1, len(cores) // env.local_world_size) if free else len(cores)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of(threads, machine.quota, env.local_world_size)))
+    set_threads(machine, env.local_world_size if free else 1, os.environ)
     facts = _facts(env.local_rank, machine, cores)
 
     def decide(everyone: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,6 +188,10 @@ def _import_mpi() -> Any:
             f"{_library(MPI)}; use {sys.prefix}/bin/mpirun, or point MPI4PY_LIBMPI to the libmpi of that mpirun"
         )
     if not MPI.Is_initialized():
+        if tasks_of_node(os.environ) is not None:
+            from launcher.machine.shared_memory import remove_abandoned
+
+            remove_abandoned()
         MPI.Init_thread()
         # UCX, inside the mpich wheel, answers a SIGHUP by pages of debug output from then on.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)

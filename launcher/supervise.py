@@ -1,20 +1,36 @@
-"""Runs mpirun so that signals reach the ranks and nothing outlives the launcher."""
+"""Runs mpirun so that signals reach the ranks, failures have a cause and a code, and nothing outlives the launcher."""
 
 import math
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import guard, watch
+from launcher.failure import memory, orphans, reports, stacks
+from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL, kind_of
+from launcher.failure.starting import find_late
 from launcher.flavors.base import Flavor
 
-_STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
-_HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *_STOP}
+STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
+_END_SECONDS = 30.0  # what a scheduler gets to end its step; it kills the ranks within seconds itself
+_HANDLED = {signal.SIGCHLD, signal.SIGUSR1, *STOP}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take, in seconds."""
+
+    grace: float  # between a request to stop and the end
+    save_after: float = math.inf  # until the ranks are asked to save, for schedulers that give no warning
+    stall: float = math.inf  # a rank may be stopped, or behind all others while they start
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,13 @@ class Outcome:
     rank: str = ""  # the one that failed first, "" = none did, or none on this host said so
     asked_to_stop: bool = False  # by a signal, or as its time was over
     killed: bool = False  # by the launcher, as it did not stop in time
+    failure: reports.Failure | None = field(default=None, repr=False)  # what the ranks left of it
+    step: int | None = field(default=None, repr=False)  # what the program wrote as its progress
+
+    def describe(self) -> str:
+        """Returns the last line of a job that failed: which kind of failure, who, and what was said."""
+        who = self.failure if self.rank else "all ranks failed alike" if self.failure else "no rank said why"
+        return f"launcher: {kind_of(self.code)} (exit code {self.code}): {who}"
 
 
 def run(
@@ -35,7 +58,16 @@ def run(
 
 
 def supervise(
-    command: Sequence[str], environment: dict[str, str], *, flavor: Flavor, grace: float, save_after: float = math.inf
+    command: Sequence[str],
+    environment: dict[str, str],
+    *,
+    flavor: Flavor,
+    grace: float,
+    save_after: float = math.inf,
+    stall: float = math.inf,
+    ranks: int = 0,
+    shared: Path | None = None,
+    remote: bool = False,
 ) -> Outcome:
     """Returns how the job ended, after the last process is gone.
 
@@ -45,48 +77,131 @@ def supervise(
 
     Args:
         save_after: Seconds after which the ranks are asked as by a SIGTERM, for schedulers that give no warning.
+        stall: Seconds a rank may be stopped by a signal, or be behind the others while they start.
+        ranks: How many there are, 0 = unknown.
+        shared: A folder that all hosts see, where ranks leave word and stacks remain; None = one of this host.
+        remote: Whether some ranks run on other hosts, and so cannot leave word without `shared`.
     """
-    with tempfile.TemporaryDirectory(prefix="launcher-") as reports:
-        environment = environment | {guard.REPORTS: reports}
-        outcome = _wait(_start(command, environment), flavor, grace, save_after)
-        failed_first = None if outcome.killed or not outcome.code else guard.first_report(Path(reports))
-    return outcome if failed_first is None else replace(outcome, rank=failed_first[0], code=failed_first[1])
+    limits, killed = Limits(grace, save_after, stall), memory.kills()
+    token = environment.get(orphans.JOB) or os.urandom(16).hex()
+    with _reports(shared) as place:
+        progress = place / "progress"
+        environment = environment | {
+            reports.REPORTS: str(place), reports.PROGRESS: str(progress), orphans.JOB: token,
+        }  # fmt: skip
+        if stall < math.inf:
+            environment[guard.STALL_SECONDS] = str(stall)
+        process = _start(command, environment, flavor)
+        outcome = _wait(process, flavor, limits, _Start(place, ranks, stall).look)
+        orphans.sweep(token)
+        if outcome.killed or not outcome.code:
+            return outcome
+        unheard = remote and len(reports.states(place)) < ranks
+        outcome = replace(outcome, step=reports.read_progress(progress))
+        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard)
 
 
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen:
+def _explain(outcome: Outcome, failure: reports.Failure | None, short_of_memory: bool, unheard: bool) -> Outcome:
+    """Returns the outcome with its cause, as far as there is word of it.
+
+    Args:
+        short_of_memory: Whether the kernel killed one of this control group's processes meanwhile.
+        unheard: Whether ranks may have failed without being able to leave word.
+    """
+    if failure is not None:
+        return replace(outcome, rank=failure.rank, code=failure.code, failure=failure)
+    if outcome.asked_to_stop or unheard or outcome.code == STALL:
+        return outcome
+    # No rank failed, or none lived to say so: what starts them did, or a host.
+    return replace(outcome, code=MEMORY if short_of_memory else HOST)
+
+
+@contextmanager
+def _reports(shared: Path | None) -> Iterator[Path]:
+    """Yields an empty folder for what ranks leave."""
+    if shared is None:
+        with tempfile.TemporaryDirectory(prefix="launcher-") as name:
+            yield Path(name)
+        return
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir(parents=True)
+    yield shared
+
+
+class _Start:
+    """Looks after the ranks until all of them run the program."""
+
+    def __init__(self, place: Path, ranks: int, limit: float) -> None:
+        self._place, self._ranks, self._limit = place, ranks, limit
+        self._pause = limit / 20  # for each look reads a file for each rank
+        self._next = time.monotonic() + self._pause
+
+    def look(self) -> str:
+        """Returns the sentence about ranks that keep the others waiting, with where they are; "" = none."""
+        if time.monotonic() < self._next:
+            return ""
+        self._next = time.monotonic() + self._pause
+        states = reports.states(self._place)
+        late, sentence = find_late(states, self._ranks, time.time(), self._limit)
+        if late:
+            where = stacks.describe(self._place, late[0])
+            return f"{sentence}; {where}" if where else sentence
+        if len(states) >= self._ranks and all(state.phase == reports.PHASES[-1] for state in states.values()):
+            self._next = math.inf
+        return ""
+
+
+def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) -> subprocess.Popen:
     watch.announce(environment)
     launcher = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-        watch.die_with_parent(launcher)
+        watch.die_with_parent(launcher, flavor.end)
 
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare
     )
 
 
-def _wait(process: subprocess.Popen, flavor: Flavor, grace: float, save_after: float) -> Outcome:
-    """Returns how the process ended, passing signals on meanwhile."""
-    deadline, interrupts = math.inf, 0
-    save_at = time.monotonic() + save_after
+def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Callable[[], str]) -> Outcome:
+    """Returns how the process ended, passing signals on meanwhile.
+
+    Args:
+        look: Called once in a while; returns why the job has to end.
+    """
+    deadline, interrupts, grace = math.inf, 0, limits.grace
+    save_at = time.monotonic() + limits.save_after
     while (code := process.poll()) is None:
         # 1 s: SIGCHLD is the usual way out, the time limit covers one that came between poll and here.
         received = signal.sigtimedwait(_HANDLED, min(1.0, max(0.0, min(deadline, save_at) - time.monotonic())))
         number = received.si_signo if received else None
+        if number is None and (stalled := look()):
+            print(f"launcher: {stalled}", file=sys.stderr, flush=True)
+            _end(process, flavor)
+            return Outcome(STALL)
         if number is None and time.monotonic() >= save_at:
             number, save_at = signal.SIGTERM, math.inf
-            print(f"launcher: {save_after:g} s are over; the ranks have {grace:g} s to save", flush=True)
+            print(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", flush=True)
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
-            process.kill()  # the proxies and ranks follow: hydra's see their socket close, ranks watch this process
-            process.wait()
-            return Outcome(130 if interrupts else 124, asked_to_stop=True, killed=True)
+            _end(process, flavor)
+            return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
             print(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", flush=True)
-        if number in _STOP:
+        if number in STOP:
             deadline, save_at = min(deadline, time.monotonic() + grace), math.inf
-        if number in (signal.SIGUSR1, *_STOP):
+        if number in (signal.SIGUSR1, *STOP):
             process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
     return Outcome(code if code >= 0 else 128 - code, asked_to_stop=deadline < math.inf)
+
+
+def _end(process: subprocess.Popen, flavor: Flavor) -> None:
+    """Ends the job at once. Proxies and ranks follow: hydra's see their socket close, ranks watch this process."""
+    process.send_signal(flavor.end)
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

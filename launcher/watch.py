@@ -18,11 +18,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 0.5
 
 
-def die_with_parent(parent: int) -> None:
-    """Asks the kernel to kill this process when its parent ends; exits if `parent` is its parent no more."""
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Asks the kernel to send this process a signal when its parent ends; exits if `parent` is its parent no more."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -63,3 +63,11 @@ def _start_time(pid: int) -> str:
     except OSError:
         return "gone"
     return "gone" if fields[0] in "ZX" else fields[19]
+
+
+def is_stopped(pid: int) -> bool:
+    """Returns whether a process was stopped by a signal; one in a debugger was not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False

@@ -24,7 +24,7 @@ def build_eval_loader(config: Config, session: Session, stored: Source | None = 
 
     stored: The checkpoint of which the weights are; None = labelled as the data set's are.
     """
-    names = stored.classes if stored is not None and config.task.name == "classify" else ()
+    names = stored.classes if stored is not None and config.task.options.classifies else ()
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
         config.data,

@@ -37,6 +37,8 @@ class Flavor:
     environment_of_root: Mapping[str, str] = field(default_factory=dict)  # the same, if root starts them
     # Sent to the program that starts the ranks, arrives at every rank and lets them live.
     stop: signal.Signals = signal.SIGUSR1
+    # Has the program that starts the ranks end them all, on every host; sent to it also when the launcher is gone.
+    end: signal.Signals = signal.SIGKILL
 
     def command(self, start: Start, rank: Sequence[str]) -> list[str]:
         """Returns the whole command line; `rank` is what every rank runs."""

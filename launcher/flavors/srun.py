@@ -7,6 +7,7 @@ SIGUSR1 is forwarded, SIGTERM ends the step. mpi_guide: PMIx for Open MPI, PMI-2
 """
 
 import re
+import signal
 
 from launcher.flavors.base import Flavor, Start
 
@@ -34,4 +35,5 @@ SRUN = Flavor(
     options=_options,
     hostfile=None,
     libraries=(),
+    end=signal.SIGTERM,  # a killed srun leaves its step running
 )

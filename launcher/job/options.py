@@ -42,6 +42,19 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="ask the ranks to save and leave then, as a SIGTERM does; for schedulers that give no warning",
     )
+    add(
+        "--stall",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a rank may be stopped, or keep the others waiting while they start (default 600)",
+    )
+    add(
+        "--restarts", type=int, default=0, metavar="K", help="failures after which the job is started again (default 0)"
+    )
+    add("--backoff", type=float, default=5.0, metavar="SECONDS", help="before a restart, twice as long each time")
+    add("--min-ranks", type=int, metavar="M", help="fewest ranks to start again with (default: all, none may be lost)")
+    add("--allowed-ranks", default="", metavar="LIST", help="numbers of ranks the program's layout allows: 32,24,16")
     add("--no-bind", action="store_true", help="do not bind each rank to its share of the cores")
     add("--tag", action="store_true", help="begin every line of output with its rank")
     add("--no-compare", action="store_true", help="do not compare every rank's software and clock with rank 0's")

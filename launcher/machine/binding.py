@@ -81,6 +81,12 @@ def bind(node: Any, machine: Machine, environ: MutableMapping[str, str]) -> list
     return own
 
 
+def set_threads(machine: Machine, ranks: int, environ: MutableMapping[str, str]) -> None:
+    """Sets OMP_NUM_THREADS, unless the user did, to an even part of what ranks that are not bound have together."""
+    even = max(1, len(machine.cores) // ranks)
+    environ.setdefault("OMP_NUM_THREADS", str(threads_of(even, machine.quota, ranks)))
+
+
 def _is_partition(shares: Sequence[Sequence[Core]], cores: Sequence[Core]) -> bool:
     """Returns whether no core is in two shares or in none."""
     return sum(map(len, shares)) == len(cores) == len({core for share in shares for core in share})

@@ -251,7 +251,7 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU; parameters: the optimizer too
     timeout: float = 60.0  # seconds the ranks wait for one of them until the job ends with its name
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
-    cuda_graphs: bool = False  # predict, evaluate, throughput: the forward of a shape is recorded once and replayed
+    cuda_graphs: bool = False  # a forward, in train with its backward, is recorded once per shape and replayed
 
     def __post_init__(self) -> None:
         _check_choices(self, "engine")

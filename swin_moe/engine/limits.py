@@ -75,7 +75,7 @@ def _check_compiled(config: Config, world_size: int) -> None:
         raise ValueError(f"{key} does not run model.moe.backend=tutel, whose kernels cannot be traced; use native")
     if config.parallel.compile != "model":
         return
-    if config.task.name != "classify":
+    if not config.task.options.classifies:
         raise ValueError(f"{key} is for task.name=classify, got {config.task.name}; allowed: none, block")
     if config.parallel.zero >= 2 and world_size > 1:
         raise ValueError(

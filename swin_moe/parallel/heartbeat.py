@@ -65,6 +65,7 @@ class Heartbeat:
         self._main = threading.get_ident()
         self._state = (-1, 0, "start-up", time.monotonic(), True)  # one tuple: read by other threads without a lock
         self.patient = False  # while it is set every phase is a long one: ranks compile at their own pace
+        self.culprit = -1  # the rank that everybody waits for, once it is found
         self._backward = False
         self._alarm = False  # a collective failed: somebody may be gone
         self._seen: dict[int, tuple[Beat, float]] = {}  # rank -> (its last beat, when it was new here)
@@ -191,6 +192,7 @@ class Heartbeat:
             rank, sentence = found
             turn = self.rank - (self.rank > rank)
             if not self._stopped.wait(min(3.0 * turn, 6.0)) and not self._moved_on(own):
+                self.culprit = rank
                 end(sentence)
                 return
 

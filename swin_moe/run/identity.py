@@ -42,7 +42,7 @@ class RunIdentity:
         """Returns the identity of a run on these data sets; warns where most outputs of the network have no class."""
         digests = {"train": listing_digest(train), "val": listing_digest(val)}
         outputs = config.model.num_classes
-        if config.task.name == "classify" and outputs > len(train.classes):
+        if config.task.options.classifies and outputs > len(train.classes):
             _log.warning(
                 "model.num_classes=%d, but data.path=%s has %d classes: %d outputs are never right; set "
                 "model.num_classes=%d",
@@ -152,7 +152,7 @@ def _data_changes(run: RunIdentity, state: dict[str, Any]) -> tuple[list[str], l
     """
     found = []
     classes = tuple(state.get("classes", run.classes))
-    if run.config.task.name == "classify" and classes != run.classes:
+    if run.config.task.options.classifies and classes != run.classes:
         gone = [name for name in classes if name not in run.classes]
         new = [name for name in run.classes if name not in classes]
         pairs = (("without", gone), ("new", new))

@@ -171,7 +171,7 @@ def open_session(path: str, overrides: list[str]) -> Session:
     limit = LONG_SECONDS + config.engine.timeout  # the heartbeat is what ends a hang, long before a collective does
     if env.world_size > 1:
         init_distributed(device, timeout=limit, patience=config.engine.timeout)
-        heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence))
+        heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence, heartbeat.culprit))
     routing_ranks = config.routing_ranks(env.world_size)
     moe = config.model.moe
     two_hops = moe.has_blocks and (moe.transport == "hierarchical" or moe.tune == "measure")
@@ -182,14 +182,15 @@ def open_session(path: str, overrides: list[str]) -> Session:
     return Session(config, groups, device, heartbeat)
 
 
-def _end_job(rank: int, sentence: str) -> None:
+def _end_job(rank: int, sentence: str, culprit: int) -> None:
     """Prints why, on the console and in this rank's log, and ends every rank; for a thread beside a hanging one."""
     from launcher import ending
+    from launcher.failure.kinds import STALL
 
     _log_to_file(sentence)
-    ending.end_all_ranks(2, f"error: {sentence}")
-    print(f"[rank {rank}] error: {sentence}", file=sys.stderr, flush=True)
-    os._exit(2)
+    words = ending.end_stalled(culprit, f"error: {sentence}")
+    print(f"[rank {rank}] {words}", file=sys.stderr, flush=True)
+    os._exit(STALL)
 
 
 def _log_to_file(text: str) -> None:
@@ -235,7 +236,7 @@ def build_classifier(session: Session) -> Network:
     Raises:
         ValueError: The config is of another task.
     """
-    if session.config.task.name != "classify":
+    if not session.config.task.options.classifies:
         raise ValueError(f"this command is for task.name=classify, the config has task.name={session.config.task.name}")
     return build_local_model(session, build_task(session.config))
 

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,70 @@ def _ignore_signals(folder: Path, rank: str) -> None:
     time.sleep(60)
 
 
+def _start_workers(folder: Path, rank: str) -> None:
+    """Sleeps beside processes that nothing but a sweep ends: in a session of their own, without the environment, deaf
+    to a request, and a fork such as a loader's worker."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    workers = [
+        subprocess.Popen(["sleep", "600"], start_new_session=True).pid,
+        subprocess.Popen(["sleep", "601"], env={}).pid,
+        subprocess.Popen([sys.executable, "-c", code], start_new_session=True).pid,
+        os.fork(),
+    ]
+    if workers[-1] == 0:
+        os.setsid()
+        time.sleep(600)
+    (folder / f"draft-workers-{rank}").write_text(" ".join(map(str, workers)))
+    (folder / f"draft-workers-{rank}").rename(folder / f"workers-{rank}")
+    time.sleep(600)
+
+
+def _wait_for_rank_1(folder: Path, rank: str) -> None:
+    """Rank 0 waits in a collective of gloo that rank 1 never enters."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    (folder / f"met-{rank}").touch()
+    if rank == "0":
+        dist.all_reduce(torch.ones(1))
+    time.sleep(600)
+
+
+def _train(folder: Path, rank: str) -> None:
+    """Ten steps with a checkpoint each and progress told, from the newest; rank 1 dies in step 5 of the first start."""
+    world, start = os.environ["WORLD_SIZE"], os.environ.get("LAUNCHER_RESTART", "0")
+    first = int((folder / "step").read_text()) if (folder / "step").exists() else 0
+    for step in range(first, 10):
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Barrier()
+        if rank == "0":
+            Path(os.environ["LAUNCHER_PROGRESS"]).write_text(str(step))
+            with (folder / "log").open("a") as log:
+                log.write(f"{start}/{world}/{step} ")
+            (folder / "step").write_text(str(step + 1))
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Barrier()
+        if step == 4 and rank == "1" and start == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail_at_step_3(folder: Path, rank: str) -> None:
+    """The note tells the step."""
+    from launcher import guard
+
+    guard.note("forward of step 3")
+    (folder / f"started-{rank}-{os.environ.get('LAUNCHER_RESTART', '0')}").touch()
+    if rank == "1":
+        raise RuntimeError("the loss is no number")
+    time.sleep(60)
+
+
+def _leave_with_75_twice(folder: Path, rank: str) -> None:
+    start = int(os.environ.get("LAUNCHER_RESTART", "0"))
+    Path(os.environ["LAUNCHER_PROGRESS"]).write_text(str(start))
+    sys.exit(75 if start < 2 else 0)
+
+
 def _write_environment(folder: Path, rank: str) -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "COLOUR")
     facts = [os.environ.get(name, "-") for name in names] + [",".join(map(str, sorted(os.sched_getaffinity(0))))]
@@ -109,8 +174,15 @@ def _write_variables(folder: Path, rank: str) -> None:
     (folder / f"variables-{rank}").write_text(json.dumps(dict(os.environ)))
 
 
+def _wait_to_be_killed_once(folder: Path, rank: str) -> None:
+    """Hangs in its first start, for somebody to kill; finishes when the scheduler starts it again."""
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    (folder / f"ready-{rank}-{start}").write_text(str(os.getpid()))
+    time.sleep(0 if start != "0" else 600)
+
+
 def _say_two_lines(folder: Path, rank: str) -> None:
-    print(f"first of rank {rank}\nsecond of rank {rank}", flush=True)
+    os.write(1, f"first of rank {rank}\nsecond of rank {rank}\n".encode())  # at once: MPIs tag what they read at once
 
 
 def _save_and_come_back(folder: Path, rank: str) -> None:

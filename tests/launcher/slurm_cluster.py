@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from launcher import watch
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo")
 _START_SECONDS = 60
 _CONFIGURATION = """
@@ -21,6 +23,7 @@ SlurmctldPort={controller}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
+FirstJobId={job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 TmpFS={folder}/tmp-%n
@@ -79,6 +82,8 @@ class SlurmCluster:
         text = _CONFIGURATION.format(
             folder=folder, host=socket.gethostname(), cores=os.cpu_count(), controller=controller,
             first=first, second=second,
+            # MPICH names its shared memory after job and step, and killed ranks of an earlier test leave theirs behind.
+            job=int.from_bytes(os.urandom(3), "big") + 1,
         )  # fmt: skip
         (folder / "slurm.conf").write_text(text)
         key = folder / "munge.key"
@@ -94,12 +99,13 @@ class SlurmCluster:
         _wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").stdout.split() == ["2", "idle"], "slurmd", folder)
 
     def _daemon(self, *command: str) -> None:
-        log = open(self.folder / "daemons.log", "ab")
-        process = subprocess.Popen(
-            command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        tests = os.getpid()
+        with open(self.folder / "daemons.log", "ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: watch.die_with_parent(tests),  # a killed test run takes its daemons along
+            )  # fmt: skip
         self._daemons.append(process)
-        log.close()
 
     def run(self, *command: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:
         """Returns what a client says."""

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from launcher.machine.binding import gpu_of, split_cores, threads_of
-from launcher.machine.topology import Core, Gpu, short_list
+from launcher.machine.binding import gpu_of, set_threads, split_cores, threads_of
+from launcher.machine.topology import Core, Gpu, Machine, short_list
 
 
 def cores(*nodes, threads=1):
@@ -89,3 +89,13 @@ def test_gpu_of_a_rank():
 )
 def test_threads(count, quota, ranks, threads):
     assert threads_of(count, quota, ranks) == threads
+
+
+@pytest.mark.parametrize(
+    "count, quota, ranks, before, threads",
+    [(8, None, 2, {}, "4"), (8, 2.0, 2, {}, "1"), (2, None, 4, {}, "1"), (8, None, 2, {"OMP_NUM_THREADS": "6"}, "6")],
+)
+def test_threads_of_ranks_that_are_not_bound(count, quota, ranks, before, threads):
+    environ = dict(before)
+    set_threads(Machine(tuple(cores(count)), quota, (), {}), ranks, environ)
+    assert environ == {"OMP_NUM_THREADS": threads}

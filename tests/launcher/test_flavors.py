@@ -172,6 +172,10 @@ def test_only_hydra_passes_sigterm_on():
     assert {name for name, flavor in BY_NAME.items() if flavor.stop == signal.SIGTERM} == {"mpich", "mvapich", "intel"}
 
 
+def test_only_srun_must_live_to_end_its_ranks():
+    assert {name for name, flavor in BY_NAME.items() if flavor.end != signal.SIGKILL} == {"srun"}
+
+
 @pytest.mark.parametrize("module", [flavors.hydra, flavors.openmpi, flavors.pals, flavors.srun])
 def test_every_file_cites_its_manual(module):
     assert re.search(r"Sources?: .*\d\.\d", module.__doc__, re.DOTALL)

@@ -106,6 +106,25 @@ def test_a_failing_rank_ends_all_and_is_named(starter, launch):
     assert "[rank 1] the data set is gone" in output and "[rank 0]" not in output
 
 
+@pytest.mark.parametrize("how", ["grace", "kill"])
+def test_a_step_of_srun_ends_with_its_launcher(how, slurm, tmp_path):
+    """Ranks that ignore every signal: their time to save is over, or somebody kills the launcher."""
+    command = [sys.executable, "-m", "launcher", "-n", "2", "--mpi", "srun", "--grace", "0.5"]
+    command += ["--", "-m", "tests.launcher.programs", "ignore_signals", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=without_world(slurm.environ), **pipes)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=60)[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM if how == "grace" else signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == (124 if how == "grace" else -9), output
+    while slurm.run("squeue", "--steps", "--noheader").stdout.strip():
+        assert time.monotonic() < deadline, slurm.run("squeue", "--steps").stdout
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("options", [(), ("--mpi", "srun")], ids=["mpich", "srun"])
 @pytest.mark.parametrize("tasks, locals", [(["--ntasks-per-node=2"], [0, 1, 0, 1]), (["--ntasks=3"], [0, 1, 0])])
 def test_nodes_of_an_allocation_know_their_own_ranks(options, tasks, locals, slurm, tmp_path):

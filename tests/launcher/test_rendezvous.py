@@ -134,11 +134,13 @@ def test_ports_that_others_hold_are_passed_over():
     """On the first candidate a silent stranger listens, on the second one that talks."""
     ports = tcp._ports({}, 20000 + (os.getpid() * 7) % 20000)
     with socket.create_server(("127.0.0.1", ports[0])), socket.create_server(("127.0.0.1", ports[1])) as talker:
+        held = []
 
         def talk():
             try:
                 while True:
-                    talker.accept()[0].sendall(b"220 mail\n")
+                    held.append(talker.accept()[0])
+                    held[-1].sendall(b"220 mail\n")
             except OSError:
                 return
 

@@ -11,7 +11,7 @@ from swin_moe.config.coerce import schema_keys
 from swin_moe.config.io import load_config
 from swin_moe.config.official import OFFICIAL
 
-FILES = sorted((Path(__file__).parent / "golden" / "official_configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "golden" / "official_configs").glob("*.yaml"))
 MOE = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"
 
 

@@ -1,0 +1,232 @@
+"""Runs a job, and after a failure again, on the hosts that remain and with a number of ranks that its layout allows.
+
+The program continues by itself, from its newest complete checkpoint; what it is told is in the environment: the new
+number of ranks, and LAUNCHER_RESTART, how often the job was started again.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from launcher import guard, supervise
+from launcher.failure import orphans
+from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED, PREEMPTED, STALL
+from launcher.flavors.base import Start
+from launcher.hosts.hostfile import Host
+from launcher.hosts.place import place
+from launcher.job.plan import is_here
+from launcher.job.prepare import Prepared, arrange, find_hosts
+from launcher.supervise import Outcome
+
+RESTART = "LAUNCHER_RESTART"
+_FINAL = (CONFIGURATION, NOT_STOPPED, INTERRUPTED)  # the same again, or wanted
+_LONGEST_PAUSE = 300.0  # seconds
+_PREEMPTIONS = 3  # in a row, without a step between them
+_PROBE_SECONDS = 60.0
+_STEP = re.compile(r"\bstep (\d+)\b")
+
+
+def own_variables(options: argparse.Namespace) -> list[str]:
+    """Returns what every rank on every host has to know of the launcher, as NAME=VALUE."""
+    return [f"{orphans.JOB}={os.urandom(16).hex()}", f"{guard.STALL_SECONDS}={options.stall}"]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError, one sentence, for options that contradict each other."""
+    for name in ("restarts", "backoff", "min_ranks"):
+        if getattr(options, name) is not None and getattr(options, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
+    if options.stall <= 0:
+        raise ValueError(f"--stall must be more than 0 seconds, got {options.stall:g}")
+    if allowed_ranks(options) == []:
+        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
+
+
+def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
+    """Returns the numbers of ranks that the program's layout allows, largest first; [] = unreadable, None = any."""
+    if not options.allowed_ranks:
+        return None
+    words = options.allowed_ranks.split(",")
+    return sorted(map(int, words), reverse=True) if all(w.isdigit() and int(w) for w in words) else []
+
+
+def run(job: Prepared, options: argparse.Namespace) -> int:
+    """Returns the exit code of the job, having said why it failed, and having started it again as long as it may."""
+    policy, began, lost = Policy(options.restarts, options.backoff), time.monotonic(), Lost()
+    whole = len(job.plan.ranks)
+    while True:
+        outcome = _once(job, options, options.save_after - (time.monotonic() - began))
+        if outcome.code and (outcome.rank or outcome.failure is None):
+            _say(outcome.describe())
+        pause, why = policy.after(outcome)
+        if pause is None:
+            if why:
+                _say(f"launcher: {why}")
+            return outcome.code
+        try:
+            lost = lost.more(job, outcome)
+            job = _again(job, options, lost, whole, policy.starts)
+        except ValueError as error:
+            _say(f"launcher: not started again: {error}")
+            return outcome.code
+        ranks = len(job.plan.ranks)
+        _say(f"launcher: {why}; starting again in {pause:g} s with {ranks} rank{'s' * (ranks > 1)}{lost}")
+        if signal.sigtimedwait(supervise.STOP, pause):
+            _say("launcher: asked to stop; not started again")
+            return outcome.code
+        if not options.quiet:
+            _say("\n".join(job.describe()))
+
+
+class Policy:
+    """Whether a job is started again: at most `restarts` times after failures, and not for ever without a step."""
+
+    def __init__(self, restarts: int, backoff: float) -> None:
+        self.starts = 0  # so far, beyond the first
+        self._restarts, self._backoff = restarts, backoff
+        self._failures = self._preemptions = 0
+        self._step: int | None = None
+
+    def after(self, outcome: Outcome) -> tuple[float | None, str]:
+        """Returns (seconds to wait until the next start, why it is made); None = there is none."""
+        if not outcome.code or outcome.asked_to_stop or outcome.code in _FINAL or not self._restarts:
+            return None, ""
+        step, before = step_of(outcome), self._step
+        self._step = step
+        if outcome.code == PREEMPTED:
+            self._preemptions = self._preemptions + 1 if step is None or step == before else 1
+            if self._preemptions > _PREEMPTIONS:
+                return None, f"preempted {self._preemptions} times in a row without a step; not started again"
+            self.starts += 1
+            return self._pause(self._preemptions), "preempted"
+        self._failures, self._preemptions = self._failures + 1, 0
+        if step is not None and step == before:
+            return None, f"failed twice at step {step}; not started again"
+        if self._failures > self._restarts:
+            return None, f"failed {self._failures} times; not started again (--restarts {self._restarts})"
+        self.starts += 1
+        at = "" if step is None else f" at step {step}"
+        return self._pause(self._failures), f"failure {self._failures}{at}, of {self._restarts} that may be survived"
+
+    def _pause(self, times: int) -> float:
+        return min(_LONGEST_PAUSE, self._backoff * 2 ** (times - 1))
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What failed and is not used again."""
+
+    hosts: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()  # the hosts of ranks that were killed or stalled, once for each
+
+    def __str__(self) -> str:
+        return f", without {', '.join(self.hosts)}" if self.hosts else ""
+
+    def more(self, job: Prepared, outcome: Outcome) -> "Lost":
+        """Returns it with what this outcome adds. Hosts on which mpirun cannot start `true` are lost."""
+        if outcome.code == PREEMPTED:
+            return self
+        slots = self.slots
+        if outcome.rank.isdigit() and (outcome.code in (HOST, STALL) or outcome.code > 128):
+            slots += (job.plan.ranks[int(outcome.rank)].host,)
+        return Lost((*self.hosts, *dead_hosts(job)), slots)
+
+
+def step_of(outcome: Outcome) -> int | None:
+    """Returns the step a job was in: what the program wrote into the file LAUNCHER_PROGRESS, else what the rank that
+    failed noted last; None = unknown."""
+    if outcome.step is not None:
+        return outcome.step
+    found = _STEP.search(outcome.failure.note) if outcome.failure else None
+    return int(found[1]) if found else None
+
+
+def dead_hosts(job: Prepared) -> list[str]:
+    """Returns the job's hosts on which nothing can be started any more."""
+    names = [host.name for host in job.plan.hosts if not is_here(host.name)]
+    with ThreadPoolExecutor(16) as pool:
+        alive = list(pool.map(lambda name: _can_start(job, name), names))
+    return [name for name, lives in zip(names, alive) if not lives]
+
+
+def _can_start(job: Prepared, host: str) -> bool:
+    flavor, hosts = job.mpi.flavor, (Host(host, 1),)
+    with tempfile.NamedTemporaryFile("w", prefix="launcher-host-") as file:
+        if flavor.hostfile:
+            file.write(flavor.hostfile(hosts))
+            file.flush()
+        start = Start(job.mpi.mpirun, 1, "/", hosts, file.name if flavor.hostfile else "", pmi=job.mpi.pmi)
+        try:
+            finished = subprocess.run(
+                flavor.command(start, ["true"]), env=job.environment(os.environ), timeout=_PROBE_SECONDS,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return finished.returncode == 0
+
+
+def choose_ranks(ranks: int, room: int | None, allowed: Sequence[int] | None, least: int | None) -> int:
+    """Returns how many ranks to start again with.
+
+    Args:
+        ranks: Of the job as it was.
+        room: Ranks that what remains takes; None = any number.
+        allowed: Numbers that the layout allows, largest first; None = any.
+        least: The smallest number; None = the smallest allowed one, else `ranks`.
+
+    Raises:
+        ValueError: There are too few.
+    """
+    least = least if least is not None else allowed[-1] if allowed else ranks
+    most = ranks if room is None else min(ranks, room)
+    found = most if allowed is None else next((number for number in allowed if number <= most), 0)
+    if found < max(1, least):
+        wanted = f"one of --allowed-ranks {','.join(map(str, allowed))}" if allowed else f"{least} ranks"
+        raise ValueError(f"what remains takes {most} ranks, the job needs {wanted} (--min-ranks, --allowed-ranks)")
+    return found
+
+
+def _once(job: Prepared, options: argparse.Namespace, save_after: float) -> Outcome:
+    try:
+        job.write_hostfile()
+        return supervise.supervise(
+            job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
+            save_after=max(0.0, save_after), stall=options.stall, ranks=len(job.plan.ranks),
+            remote=any(not is_here(host.name) for host in job.plan.hosts),
+        )  # fmt: skip
+    finally:
+        job.remove_hostfile()
+
+
+def _again(job: Prepared, options: argparse.Namespace, lost: Lost, ranks: int, starts: int) -> Prepared:
+    """Returns the job, which had `ranks` at first, on what remains. Raises ValueError where that is too little."""
+    allowed = allowed_ranks(options)
+    may_shrink = allowed is not None or options.min_ranks is not None
+    hosts, _ = find_hosts(job.job, [*options.exclude, *lost.hosts])
+    asked = replace(job.job, environment=job.job.environment | {RESTART: str(starts)})
+    if not hosts:
+        room = ranks - len(lost.slots) if may_shrink else None
+        number = choose_ranks(ranks, room, allowed, options.min_ranks)
+        return arrange(replace(asked, ranks=number), job.mpi, (), options)
+    if may_shrink:  # a slot whose rank was lost may have a broken GPU or memory
+        hosts = [
+            host if host.slots is None else replace(host, slots=host.slots - lost.slots.count(host.name))
+            for host in hosts
+        ]
+        hosts = [host for host in hosts if host.slots is None or host.slots > 0]
+    room = None if any(host.slots is None for host in hosts) else sum(host.slots or 0 for host in hosts)
+    number = choose_ranks(ranks, room, allowed, options.min_ranks)
+    return arrange(replace(asked, ranks=number), job.mpi, place(number, hosts), options)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
