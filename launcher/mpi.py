@@ -188,6 +188,10 @@ def _import_mpi() -> Any:
             f"{_library(MPI)}; use {sys.prefix}/bin/mpirun, or point MPI4PY_LIBMPI to the libmpi of that mpirun"
         )
     if not MPI.Is_initialized():
+        if tasks_of_node(os.environ) is not None:
+            from launcher.machine.shared_memory import remove_abandoned
+
+            remove_abandoned()
         MPI.Init_thread()
         # UCX, inside the mpich wheel, answers a SIGHUP by pages of debug output from then on.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)

@@ -174,6 +174,13 @@ def _write_variables(folder: Path, rank: str) -> None:
     (folder / f"variables-{rank}").write_text(json.dumps(dict(os.environ)))
 
 
+def _wait_to_be_killed_once(folder: Path, rank: str) -> None:
+    """Hangs in its first start, for somebody to kill; finishes when the scheduler starts it again."""
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    (folder / f"ready-{rank}-{start}").write_text(str(os.getpid()))
+    time.sleep(0 if start != "0" else 600)
+
+
 def _say_two_lines(folder: Path, rank: str) -> None:
     os.write(1, f"first of rank {rank}\nsecond of rank {rank}\n".encode())  # at once: MPIs tag what they read at once
 

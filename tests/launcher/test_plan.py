@@ -1,5 +1,6 @@
 """The plan as data and as a table, and the command line it stands for, run as a shell runs what was pasted."""
 
+import os
 import re
 import socket
 import subprocess
@@ -66,9 +67,10 @@ def test_names_of_this_host(name):
     assert not plan.is_here(f"x{name}")
 
 
-def launcher(*arguments):
+def launcher(*arguments, **variables):
     command = [sys.executable, "-m", "launcher", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environ = os.environ | variables
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
 
 
 PROGRAM = ["--", "-m", "tests.launcher.programs", "write_environment"]
@@ -82,7 +84,7 @@ def test_the_printed_command_does_what_the_launcher_would(hosts, tmp_path):
     folder.mkdir()
     (tmp_path / "hosts").write_text("localhost:2\n")
     options = ["--hostfile", str(tmp_path / "hosts")] if hosts else ["-n", "2"]
-    printed = launcher(*options, "--dry-run", "--env", "COLOUR=it's $HOME", *PROGRAM, str(folder))
+    printed = launcher(*options, "--dry-run", "--env", "COLOUR=it's $HOME", *PROGRAM, str(folder), TMPDIR=str(tmp_path))
     assert printed.returncode == 0 and not list(folder.iterdir())
     assert printed.stderr.startswith("launcher: 2 ranks on 1 host, started by MPICH (")
     assert len(printed.stdout.splitlines()) == 1 + hosts

@@ -184,6 +184,44 @@ def test_a_job_of_slurm_saves_and_comes_back(warning, slurm, tmp_path):
     assert said.count("launcher: 2 ranks on 2 hosts, started by MPICH") == 2
 
 
+@pytest.mark.mpi
+@pytest.mark.full
+def test_a_killed_job_of_slurm_comes_back_on_the_same_node(slurm, tmp_path):
+    """Its ranks are killed with what they share still there, and the job that is requeued has the same number."""
+    path = tmp_path / "job.slurm"
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "script",
+        "--scheduler",
+        "slurm",
+        "--ranks-per-node",
+        "2",
+        "--mpi",
+        "srun",
+    ]
+    command += ["-o", str(path), "--", "-m", "tests.launcher.programs", "wait_to_be_killed_once", str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    text = path.read_text().replace("--output=train-%j.out", f"--output={tmp_path}/log\n#SBATCH --nodelist=n1")
+    path.write_text(text)
+    job = slurm.run("sbatch", "--parsable", str(path), cwd=ROOT).stdout.strip()
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("ready-*-0"))) == 2, "the start of both ranks")
+        time.sleep(6)  # what they share is no longer young
+        pids = [int(path.read_text()) for path in tmp_path.glob("ready-*-0")]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert slurm.run("scontrol", "requeue", job).returncode == 0
+        state = re.compile(r"JobState=(COMPLETED|FAILED) .*?Restarts=1 ", re.DOTALL)
+        wait_for(lambda: state.search(slurm.run("scontrol", "show", "job", job).stdout), "the end", 180)
+        assert state.search(slurm.run("scontrol", "show", "job", job).stdout)[1] == "COMPLETED"
+    finally:
+        print((tmp_path / "log").read_text() if (tmp_path / "log").exists() else "no log")
+        slurm.run("scancel", job)
+    assert len(list(tmp_path.glob("ready-*-1"))) == 2
+
+
 def test_every_scheduler_has_its_text():
     assert {row.name for row in SCHEDULERS} == {name.partition("-")[0] for name in CASES}
     assert {path.stem for path in Path(GOLDEN).glob("*.txt")} == set(CASES)
