@@ -70,7 +70,8 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
     policy, began, lost = Policy(options.restarts, options.backoff), time.monotonic(), Lost()
     whole = len(job.plan.ranks)
     while True:
-        outcome = _once(job, options, options.save_after - (time.monotonic() - began), policy.starts)
+        gone = time.monotonic() - began if policy.starts else 0.0
+        outcome = _once(job, options, options.save_after - gone, policy.starts)
         if outcome.code and (outcome.rank or outcome.failure is None):
             _say(outcome.describe())
         pause, why = policy.after(outcome)
