@@ -6,7 +6,8 @@ Per network of train_step.py: milliseconds a step (training, inference) over ten
 in which the host issues a step, measured from an idle device; kernels and copies a step; the share of the time in which
 the device is busy; the kernels that take longest. Host above step: the host is the limit, and fewer launches help;
 below it with the device busy, the kernels are. A launch queue of the driver holds about a thousand launches, so the
-host's time is the device's where a step has far more and the device is slower.
+host's time is the device's where a step has far more and the device is slower. The line "from a CUDA graph" is the
+training step again, forward and backward replayed as engine.cuda_graphs=true does.
 
 --device cpu has no launches to count: it prints the times and the operators that take longest.
 """
@@ -23,6 +24,8 @@ from device_clock import seconds_per_call
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step import PAIRS, Pair, Side
+
+from swin_moe.run.training_graphs import DeviceRecorder, Recorder
 
 STEPS = 10
 ISSUED = 5  # steps whose issue is timed; the median counts
@@ -80,6 +83,43 @@ def issue_milliseconds(step: Callable[[], None], device: torch.device) -> float:
     return statistics.median(taken)
 
 
+def step_from_graph(side: Side, recorder: Recorder) -> Callable[[], None]:
+    """Returns a training step whose forward and backward are recorded here and replayed."""
+    parameters = list(side.model.parameters())
+
+    def call() -> tuple[torch.Tensor, ...]:
+        side.optimizer.zero_grad(set_to_none=True)
+        return side.differentiate(), *(p.grad for p in parameters if p.grad is not None)
+
+    recorder.eager(lambda: call()[0])
+    replay = recorder.record(call).replay
+    gradients = [(p, p.grad) for p in parameters]
+
+    def step() -> None:
+        replay()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        side.optimizer.step()
+
+    return step
+
+
+def print_graphed(side: Side, recorder: Recorder, device: torch.device, steps: int) -> None:
+    """Prints what a training step takes from a graph, or why there is none."""
+    try:
+        step = step_from_graph(side, recorder)
+    except RuntimeError as error:
+        print(f"  from a CUDA graph: cannot be recorded ({(str(error).splitlines() or [''])[0]})", flush=True)
+        return
+    step()
+    seconds, rate = seconds_per_call(step, device, steps), len(side.images)
+    print(
+        f"  from a CUDA graph: train {1e3 * seconds:.2f} ms a step ({rate / seconds:.0f} images/s), host issues it in "
+        f"{issue_milliseconds(step, device):.2f} ms",
+        flush=True,
+    )
+
+
 def print_device(step: Callable[[], None], device: torch.device, steps: int, top: int) -> None:
     """Prints what a profile of two steps says."""
     print(f"  host issues a step in {issue_milliseconds(step, device):.2f} ms", flush=True)
@@ -129,6 +169,7 @@ def print_network(pair: Pair, options: argparse.Namespace, device: torch.device)
     if device.type == "cuda":
         print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         print_device(side.train, device, 2, options.top)
+        print_graphed(side, DeviceRecorder(device), device, options.steps)
         torch.cuda.reset_peak_memory_stats()
     else:
         print_host(side.train, 1, options.top)

@@ -122,13 +122,19 @@ class Side:
 
     def train(self) -> None:
         """Takes one training step."""
+        self.differentiate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def differentiate(self) -> torch.Tensor:
+        """Returns the loss, having left gradients."""
         self.model.train()
         with autocast(self.precision, self.images.device):
             output = self.model(self.images)
         logits, aux = output if isinstance(output, tuple) else (output, 0.0)
-        (F.cross_entropy(logits.float(), self.target) + aux).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(logits.float(), self.target) + aux
+        loss.backward()
+        return loss.detach()
 
     @torch.no_grad()
     def infer(self) -> None:

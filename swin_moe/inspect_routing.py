@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from swin_moe.checkpoint.errors import naming
 from swin_moe.config.choices import refuse_choice
 from swin_moe.data.batch import to_device
 from swin_moe.data.datasets import build_dataset
@@ -130,7 +131,8 @@ def main(argv: list[str]) -> None:
             numbers["classes"] = _draw_classes(
                 recorder, session, model, int(count), directory, names=() if stored is None else stored.classes
             )
-    (directory / "routing.json").write_text(json.dumps(numbers) + "\n")
+    with naming(directory / "routing.json"):
+        (directory / "routing.json").write_text(json.dumps(numbers) + "\n")
     LOGGER.info("%s", directory / "routing.json")
 
 
@@ -161,7 +163,8 @@ def _draw_images(
         pixels = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0)
         _forward(session, model, pixels[None])
         maps = recorder.patch_maps(0)
-        draw_patches(_to_rgb(pixels), maps, recorder.num_experts).save(target)
+        with naming(target):
+            draw_patches(_to_rgb(pixels), maps, recorder.num_experts).save(target)
         LOGGER.info("%s", target)
         numbers[name] = {m.layer: {"expert": m.expert.tolist(), "kept": m.kept.tolist()} for m in maps}
     return numbers
@@ -220,7 +223,8 @@ def _draw_classes(
                 tables[name] = tables.get(name, 0) + table
     classes = list(loader.dataset.classes) or [str(k) for k in range(num_classes)]
     target = directory / "classes.png"
-    draw_classes([ClassLoad(name, table) for name, table in tables.items()], classes).save(target)
+    with naming(target):
+        draw_classes([ClassLoad(name, table) for name, table in tables.items()], classes).save(target)
     LOGGER.info("%s", target)
     return {name: {"classes": classes, "tokens": table.tolist()} for name, table in tables.items()}
 

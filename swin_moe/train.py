@@ -13,7 +13,6 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats, check_members
 from swin_moe.engine.gradient_watch import GradientWatch
-from swin_moe.engine.graphs import check_training
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.exchange.padded import even_batches
@@ -21,12 +20,14 @@ from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
 from swin_moe.run.expert_load import start_clocks
 from swin_moe.run.folder import FolderLock, holding
-from swin_moe.run.identity import RunIdentity, place_in_data
+from swin_moe.run.identity import RunIdentity, begin, place_in_data
 from swin_moe.run.metrics import LOGGER, MetricsWriter, Progress, duration, start_logging
+from swin_moe.run.micro_steps import MicroSteps
 from swin_moe.run.session import Session, build_meta_model, open_session, parse_arguments, run_main
 from swin_moe.run.state import Progressed, Stopped, StopRequest
 from swin_moe.run.step_records import StepRecords
 from swin_moe.run.summary import describe
+from swin_moe.run.training_graphs import check_training
 from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.weights.load import start_from
 from swin_moe.weights.teacher import load_teacher
@@ -70,6 +71,7 @@ class Trainer:
         check_members(self.engine, config.engine.name)
         self.heartbeat = session.heartbeat
         self.heartbeat.follow(self.engine.local_model)
+        self.micro_steps = MicroSteps(session, self.task, self.engine)
         self.gradients = GradientWatch(self.engine.local_model, session.groups)
         self.checkpoints = CheckpointManager(
             session.directory / "checkpoints",
@@ -127,6 +129,7 @@ class Trainer:
             )
         state = self.checkpoints.resume(self.engine.pieces(), source=self.config.checkpoint.load)
         if state is None:
+            self.progress = begin(self.config, images=len(self.loader))
             if self.config.checkpoint.init:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
@@ -182,12 +185,12 @@ class Trainer:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
         context = self._context(step, self._count(batches))
-        if self.records.due(step + 1) and self.config.parallel.compile == "none":  # a graph has no phases to time
+        if self.records.due(step + 1) and self.micro_steps.has_phases:
             start_clocks(self.engine.local_model, self.device)
         # Whole steps are micro-batches of one size on every rank, unless images were skipped.
         even = batches.num_samples == self.config.data.global_batch and self.config.data.on_broken != "skip"
         with even_batches(self.engine.local_model, even):
-            losses = self._forward_backward(batches, context)
+            losses = self.micro_steps.run(batches, context)
         self.heartbeat.enter("reduction of gradients and update")
         # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on.
         own = torch.zeros(5, dtype=torch.float64, device=self.device)
@@ -202,7 +205,7 @@ class Trainer:
         if not math.isfinite(task_loss + aux_loss):
             self._refuse_loss(step, rows)
         stats = self.engine.step(step)
-        self._note_skip(step, stats, lambda: self._forward_backward(batches, context))
+        self._note_skip(step, stats, lambda: self.micro_steps.run(batches, context, watched=True))
         if self.task.changes_weights and not stats.skipped:
             done = StepDone(step, self.schedule.total, self.progress.samples)
             self.engine.change_weights(lambda parts: self.task.after_step(parts, done))
@@ -213,19 +216,6 @@ class Trainer:
         self._evaluate_and_save(stopping=stop > 0)
         self.heartbeat.enter("loading data", step=step + 1)
         return stop > 0
-
-    def _forward_backward(self, batches: StepBatches, context: StepContext) -> torch.Tensor:
-        """Returns (2,) float64, this rank's task loss and auxiliary loss, having accumulated gradients."""
-        losses = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches):
-            batch = to_device(batch, self.device, self.config.engine.precision)
-            with self.engine.micro_step(last=index == len(batches) - 1):
-                self.heartbeat.enter("forward")
-                loss = self.task.loss(self.engine.model, batch, context)
-                self.heartbeat.enter("backward")
-                self.engine.backward(loss.total)
-            losses += torch.stack([loss.task, loss.aux])
-        return losses
 
     def _context(self, step: int, num_samples: int) -> StepContext:
         return StepContext(self.config, step, self.session.world_size, num_samples, self.engine.autocast)
@@ -382,7 +372,7 @@ def main(argv: list[str]) -> None:
 
 def train(session: Session) -> None:
     """Trains a run to its end, or continues it."""
-    check_training(session.config)
+    check_training(session.config, session.device.type, session.world_size)
     trainer = Trainer(session)
     for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)

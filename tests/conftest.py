@@ -10,6 +10,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+# Files that take longest, first: what begins last must not leave the other of two processes idle (Makefile).
+LONGEST = (
+    "training/test_commands.py", "training/test_compile.py", "equivalence/test_engines.py", "training/test_train.py",
+    "run/test_folder.py", "tasks/test_layouts.py", "tasks/test_transfer.py", "csrc/test_nvcc.py",
+)  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`: whole matrices, fuzzing")
 
@@ -26,12 +33,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    items.sort(key=_turn)
     # Not item.keywords, which hold the names of folders as well: in a checkout called `gpu` all would be skipped.
     for item in items:
         if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="needs --full"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _turn(item: pytest.Item) -> int:
+    """Returns where a test's file stands in LONGEST, after all of them where it does not."""
+    path = item.path.as_posix()
+    return next((turn for turn, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -91,6 +91,29 @@ def test_training_saves_and_resumes(tmp_path, precision):
     assert steps[-1] == f"{2 * (256 // 64):010d}"
 
 
+RECORDED = {
+    "dense": ("model.moe.blocks=[]",),
+    "accumulated": ("data.micro_batch=8", "model.drop_rate=0.1"),
+    "padded": ("model.moe.backend=padded", "model.moe.dropout=0.1", "parallel.recompute=block"),
+    "fp16": ("model.moe.backend=padded", "engine.precision=fp16", "data.micro_batch=8"),
+}
+
+
+@pytest.mark.parametrize("options", RECORDED.values(), ids=RECORDED)
+def test_replayed_training_steps_equal_the_eager_ones(tmp_path, options):
+    from swin_moe.train import main
+    from tests.training.cases import TINY
+
+    losses = []
+    for graphs in ("false", "true"):
+        own = [f"run.output={tmp_path}", f"run.name={graphs}", f"engine.cuda_graphs={graphs}", "engine.device=cuda"]
+        main(["digits_swin_moe", *TINY, "engine.precision=bf16", "optim.epochs=0.25", *options, *own])
+        rows = [json.loads(line) for line in (tmp_path / graphs / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["train/loss"] for row in rows if "train/loss" in row])
+    assert len(losses[0]) >= 8
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", ["native", "padded"])
 def test_a_training_step_waits_once(tmp_path, monkeypatch, backend):
     from swin_moe.config.io import load_config

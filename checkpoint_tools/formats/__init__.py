@@ -173,7 +173,7 @@ def open_source(path: Path, options: Options, name: str = "") -> Source:
     check_members(source, Source, chosen=f"--from {name}", where="checkpoint_tools/sources/base.py: Source")
     taken = taken_off(path) or taken_off(path.with_name(f"{path.name}.rank0"))
     if taken:
-        options.report(f"{path}: read without {taken}")
+        options.report(f"{path}: read {taken}")
     return source
 
 

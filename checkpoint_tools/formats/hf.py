@@ -13,10 +13,10 @@ from checkpoint_tools.files.publish import publish_files
 from checkpoint_tools.files.record_file import OpenFiles, RecordFile, TensorRecord
 from checkpoint_tools.formats.images import CLASSES, labels, named_classes, preprocessor, stated_reading
 from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
-from checkpoint_tools.formats.plain_read import place_records, sizes_of
+from checkpoint_tools.formats.plain_read import parameter_sizes, place_records
 from checkpoint_tools.formats.plain_write import plain_tensors
 from checkpoint_tools.formats.rules import FROM_HF, FROM_HF_V2, to_hf
-from checkpoint_tools.formats.state_dict import open_file, peek, state_dict, stream_safetensors, write_state_dict
+from checkpoint_tools.formats.state_dict import find_weights, open_file, peek, stream_safetensors, write_state_dict
 from checkpoint_tools.sources.assembled import AssembledSource
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
@@ -51,7 +51,7 @@ def open_hf(path: Path, options: Options) -> Source:
     stated = {ours: given[key] for key, ours in _SHARED.items() if key in given}
     stated |= {key: [stated[key]] * 2 for key in _PAIRS if isinstance(stated.get(key), int)}
     buffers = {name: record.shape for name, (_, record) in records.items()}
-    inferred = infer_model(path, sizes_of(parts), buffers) | given_sizes(options.extra)
+    inferred = infer_model(path, parameter_sizes(parts), buffers) | given_sizes(options.extra)
     config = merge_model({"model": stated, **({"data": reading} if reading else {})}, inferred)
     names = named_classes(given)
     state = {CLASSES: names} if names else {}
@@ -112,7 +112,7 @@ def _options(directory: Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def _records(path: Path) -> dict[str, tuple[RecordFile, TensorRecord]]:
-    """Returns every tensor of the file, or of the files that a directory's index names."""
+    """Returns every tensor of the file, or of the files that a directory's index names; see Weights.stored."""
     files = OpenFiles()
     paths = [path]
     if path.is_dir():
@@ -121,7 +121,7 @@ def _records(path: Path) -> dict[str, tuple[RecordFile, TensorRecord]]:
     found: dict[str, tuple[RecordFile, TensorRecord]] = {}
     for one in paths:
         file = open_file(one, files)
-        found |= {name: (file, record) for name, record in state_dict(file.content, one).items()}
+        found |= {name: (file, record) for name, record in find_weights(file.content, one).stored.items()}
     return found
 
 

@@ -1,6 +1,6 @@
 """Our parameters as a foreign state dict of whole tensors, or of some rows of each."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ def plain_tensors(
     *,
     families: tuple[str, ...],
     name: str,
+    without: tuple[str, ...] = (),
 ) -> tuple[dict[str, NewTensor], dict[str, Any]]:
     """Returns (foreign name -> tensor, the network's options); what the format cannot hold is reported.
 
     Args:
         rules: Gives the rules for model.name.
         families: What model.name may be. name: Of the format, for errors.
+        without: Kinds of tensors that the caller writes itself.
 
     Raises:
         CheckpointError: The network has experts, is of another family, or one that the format's program computes
@@ -47,16 +49,27 @@ def plain_tensors(
         )
     check_parts(source.path, network, names, name)
     check_geometry(source.path, network, name)
-    left = sorted({split_kind(tensor)[0] for tensor in source.tensors} - {"weight"})
+    left = sorted({split_kind(tensor)[0] for tensor in source.tensors} - {"weight", *without})
     if left:
         options.report(f"{source.path}: {name} files hold parameters only; left out: {', '.join(left)}")
+    return renamed(source, {tensor: tensor for tensor in names}, rules(family)), network
+
+
+def averages_of(source: Source) -> dict[str, str]:
+    """Returns each parameter of a source and the tensor that holds its average, itself where it has none."""
+    names = [tensor for tensor in source.tensors if split_kind(tensor)[0] == "weight"]
+    return {name: f"ema/{name}" if f"ema/{name}" in source.tensors else name for name in names}
+
+
+def renamed(source: Source, stored: Mapping[str, str], rules: Iterable[Rule]) -> dict[str, NewTensor]:
+    """Returns foreign name -> tensor; `stored` has the tensor of the source that is written for each parameter."""
     tensors: dict[str, NewTensor] = {}
-    chosen = tuple(rules(family))
-    for tensor in names:
-        foreign = from_ours(tensor, chosen)
+    chosen = tuple(rules)
+    for name, tensor in stored.items():
+        foreign = from_ours(name, chosen)
         for part, target in enumerate(foreign):
             tensors[target] = rows(source, tensor, part, len(foreign))
-    return tensors, network
+    return tensors
 
 
 def rows(source: Source, name: str, part: int, parts: int) -> NewTensor:

@@ -58,8 +58,11 @@ def find_weights(content: Any, path: Path) -> Weights[TensorRecord]:
         found = state_dict_names.find_weights(content, lambda value: isinstance(value, TensorRecord))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    records = {name: record for name, record in found.records.items() if isinstance(record, TensorRecord)}
-    return found._replace(records=records)
+    return found._replace(records=_tensors(found.records), averaged=_tensors(found.averaged))
+
+
+def _tensors(found: Mapping[str, TensorRecord | int]) -> dict[str, TensorRecord]:
+    return {name: record for name, record in found.items() if isinstance(record, TensorRecord)}
 
 
 def peek(path: Path) -> frozenset[str]:
@@ -71,7 +74,7 @@ def peek(path: Path) -> frozenset[str]:
 
 
 def taken_off(path: Path) -> str:
-    """Returns what was taken off the content and the names of a file, as text; "" where nothing was."""
+    """Returns what was taken off the content and the names of a file, and what else was read; see Weights.note."""
     try:
         return _peek(path, path.stat().st_mtime_ns)[1] if path.is_file() else ""
     except (CheckpointError, OSError):
@@ -101,17 +104,23 @@ def why_unknown(path: Path) -> str:
     return f"its {len(names)} tensors ({shown}, ...) are no Swin network's" if names else "it holds no tensors"
 
 
-def write_state_dict(path: Path, tensors: Mapping[str, NewTensor], options: Options) -> None:
-    """Writes one state dict at `path`; rank 0 writes, every rank calls it."""
+def write_state_dict(
+    path: Path, tensors: Mapping[str, NewTensor], options: Options, averages: Mapping[str, NewTensor] | None = None
+) -> None:
+    """Writes one state dict at `path`; rank 0 writes, every rank calls it.
+
+    averages: Written beside it, by the keys of timm's training loop; not for safetensors, which hold one.
+    """
     safe = path.suffix == ".safetensors"
+    content = {"state_dict": dict(tensors), "state_dict_ema": dict(averages)} if averages else dict(tensors)
 
     def write(staging: Path) -> None:
         if options.comm.rank == 0 and safe:
             stream_safetensors(staging / path.name, tensors, options)
         elif options.comm.rank == 0:
-            write_torch(staging / path.name, dict(tensors), box_bytes=options.box_bytes, progress=options.progress)
+            write_torch(staging / path.name, content, box_bytes=options.box_bytes, progress=options.progress)
 
-    publish_files(path, num_bytes(dict(tensors)), write, comm=options.comm)
+    publish_files(path, num_bytes(content), write, comm=options.comm)
 
 
 def stream_safetensors(path: Path, tensors: Mapping[str, NewTensor], options: Options) -> None:

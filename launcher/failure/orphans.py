@@ -28,18 +28,22 @@ def processes(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> 
             whose environment may name a number of its own.
         group: A process group whose members belong to the rank even without a token.
     """
-    found = []
+    mine, members, shared = [], [], False
     for path in Path("/proc").glob("[0-9]*"):
         pid = int(path.name)
         try:
             fields = (path / "stat").read_text().rpartition(")")[2].split()
             if pid == os.getpid() or fields[0] in "ZX" or int(fields[19]) <= after:
                 continue
-            if group and int(fields[2]) == group or _is_of(path, token, rank):
-                found.append(pid)
+            owner = _owner(path, token)
         except (OSError, IndexError):
             continue
-    return found
+        if owner is not None and rank in ("", owner):
+            mine.append(pid)
+        elif group and int(fields[2]) == group:
+            members.append(pid)
+            shared |= owner is not None  # Slurm puts all tasks of a node into the group of the first
+    return mine if shared else mine + members
 
 
 def sweep(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> int:
@@ -84,14 +88,13 @@ def _reap(pipe: int, token: str, rank: str, after: int, group: int) -> None:
     sweep(token, rank=rank, after=after, group=group)
 
 
-def _is_of(path: Path, token: str, rank: str) -> bool:
+def _owner(path: Path, token: str) -> str | None:
+    """Returns the rank that a process belongs to, "?" = to what starts them; None without the token."""
     words = (path / "environ").read_bytes().split(b"\0")
     if f"{JOB}={token}".encode() not in words:
-        return False
-    if not rank:
-        return True
+        return None
     pairs = (word.decode(errors="replace").partition("=") for word in words)
-    return rank_of({name: value for name, _, value in pairs}) == rank
+    return rank_of({name: value for name, _, value in pairs})
 
 
 def _start_time(pid: int) -> int:

@@ -18,7 +18,8 @@ from launcher.failure import reports
 
 _SIGNAL = signal.SIGRTMAX - 2  # of no library's: SIGUSR1 and SIGUSR2 are requests to save
 _WANTED = "stacks-wanted"
-_SECONDS = 2.0
+_SECONDS = 5.0
+_PAUSE = 0.2
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 _LIBRARY = (
     "/site-packages/",
@@ -68,11 +69,13 @@ def ask(pid: int) -> None:
 def gather(place: Path, seconds: float = _SECONDS) -> dict[int, Place]:
     """Returns where all ranks are, having asked them; those that do not answer in time are left out."""
     (place / _WANTED).touch()
-    deadline = time.monotonic() + seconds
-    known = reports.states(place)
-    while time.monotonic() < deadline and any(_text(place, rank) == "" for rank in known):
-        time.sleep(0.05)
-    time.sleep(0.1)  # the last ones are still writing
+    known, deadline, before = reports.states(place), time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+        texts = {rank: _text(place, rank) for rank in known}
+        if all(texts.values()) and texts == before:  # they are written line by line
+            break
+        before = texts
     return {rank: parse(text) for rank in known if (text := _text(place, rank))}
 
 
@@ -88,15 +91,14 @@ def describe(place: Path, rank: int) -> str:
 def parse(text: str) -> Place:
     """Returns where the main thread is, from what faulthandler wrote: the innermost line that is no library's.
 
-    The main thread takes the signal, so it is the current one; where it cannot, it is the last, as the oldest.
+    The main thread is the oldest, and so the last; the one that is called current is whichever took the signal.
     """
-    threads: list[tuple[bool, list[tuple[str, str, str]]]] = []
+    frames: list[tuple[str, str, str]] = []
     for line in text.splitlines():
         if line.startswith(("Thread ", "Current thread ")):
-            threads.append((line.startswith("Current"), []))
-        elif threads and (found := _FRAME.match(line)):
-            threads[-1][1].append((found[1], found[2], found[3]))
-    frames = next((frames for current, frames in threads if current), threads[-1][1] if threads else [])
+            frames = []
+        elif found := _FRAME.match(line):
+            frames.append((found[1], found[2], found[3]))
     collectives = [function for file, _, function in frames if file.endswith(_COLLECTIVES)]
     mine = [frame for frame in frames if not any(part in frame[0] for part in _LIBRARY)] or frames
     if not mine:

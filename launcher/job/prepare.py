@@ -44,9 +44,13 @@ class Prepared:
         return without_world(kept) | self.additions
 
     def write_hostfile(self) -> None:
-        """Writes the file that the command names, if it names one."""
-        if self.hostfile:
+        """Writes the file that the command names, if it names one; raises ValueError where it cannot."""
+        if not self.hostfile:
+            return
+        try:
             Path(self.hostfile).write_text(self.hostfile_text)
+        except OSError as error:
+            raise ValueError(f"the hostfile {self.hostfile} cannot be written: {error.strerror}") from error
 
     def remove_hostfile(self) -> None:
         """Removes it."""

@@ -1,5 +1,10 @@
 """The errors of checkpoints. Each message is one sentence that names the file, and the tensor where there is one."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read."""
@@ -16,3 +21,14 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that does not say of which file it is, as a full disk's, this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a sentence of ours
+            raise
+        raise OSError(error.errno, error.strerror, os.fsdecode(error.filename or str(path))) from error

@@ -194,7 +194,7 @@ RANGES: dict[str, tuple] = {
     "task.moby.num_features": _SOME,
     "optim.lr": _COUNT, "optim.lr_reference_batch": _COUNT, "optim.warmup_lr": _COUNT, "optim.min_lr": _COUNT,
     "optim.weight_decay": _COUNT, "optim.betas": _BELOW_ONE, "optim.eps": _POSITIVE, "optim.momentum": _BELOW_ONE,
-    "optim.clip_norm": _COUNT, "optim.epochs": _POSITIVE, "optim.warmup_epochs": _COUNT,
+    "optim.clip_norm": _COUNT, "optim.epochs": _POSITIVE, "optim.start_epoch": _COUNT, "optim.warmup_epochs": _COUNT,
     "optim.decay_epochs": _POSITIVE, "optim.decay_rate": _POSITIVE, "optim.milestones": _COUNT,
     "optim.layer_decay": _POSITIVE, "optim.ema": _BELOW_ONE,
     "parallel.expert": _COUNT, "parallel.expert_shard": _COUNT, "parallel.zero": _range(0, 3),

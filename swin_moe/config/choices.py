@@ -64,6 +64,9 @@ class ExpertFacts(TokenFacts):
     )
     within_rank = "an expert compares the scores of all tokens of its group"
     compiles_whole = False
+    refuses: Mapping[str, str] = {
+        "engine.cuda_graphs=true": "the host asks how many experts the most wanted token got",
+    }
 
     def requirements(self, moe: Any) -> Iterator[tuple[bool, str, object, str]]:
         """Yields that capacities are given."""

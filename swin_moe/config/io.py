@@ -4,6 +4,7 @@ A file whose top-level keys are the sections of the official repository (DATA, M
 official.py, unchanged. The schema, with units and ranges, is schema.py.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -88,11 +89,22 @@ def typed_tree(tree: dict, *, source: str) -> dict:
 
 
 def dump_config(config: Config, path: str | Path) -> None:
-    """Writes every option as YAML that load_config reads back equal."""
+    """Writes every option as YAML that load_config reads back equal; a failure leaves the file that was there.
+
+    Raises:
+        OSError: It cannot be written; names `path`.
+    """
     _check_config(config)
     _check_name(path)
     text = yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def find_config(name: str) -> Path:

@@ -96,7 +96,7 @@ OFFICIAL: dict[str, Rule] = {
     "MODEL.LABEL_SMOOTHING": Rule(0.1, "task.classify.label_smoothing"),
     "MODEL.SIMMIM.NORM_TARGET.ENABLE": Rule(False, into="task.simmim.target_window"),
     "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Rule(47, into="task.simmim.target_window"),
-    "TRAIN.START_EPOCH": Rule(0, why="a resumed run (checkpoint.load) knows its position", only=True),
+    "TRAIN.START_EPOCH": Rule(0, "optim.start_epoch"),
     "TRAIN.EPOCHS": Rule(300, "optim.epochs"),
     "TRAIN.WARMUP_EPOCHS": Rule(20, "optim.warmup_epochs"),
     "TRAIN.WEIGHT_DECAY": Rule(0.05, "optim.weight_decay"),

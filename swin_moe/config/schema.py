@@ -205,6 +205,7 @@ class OptimConfig:
     momentum: float = 0.9  # sgd
     clip_norm: float = 5.0  # one global norm over dense and expert gradients; 0 = off
     epochs: float = 300.0
+    start_epoch: int = 0  # where a run without a checkpoint begins: learning rate and data as after so many epochs
     warmup_epochs: float = 20.0
     schedule: Literal["cosine", "linear", "step", "multistep"] = "cosine"
     warmup_prefix: bool = True  # the schedule starts after the warm-up instead of running under it
@@ -221,6 +222,7 @@ class OptimConfig:
         _check_choices(self, "optim")
         _check(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0 (0 = off)")
         _check(self.epochs > 0, "optim.epochs", self.epochs, "> 0")
+        _check(0 <= self.start_epoch < self.epochs, "optim.start_epoch", self.start_epoch, f"in [0, {self.epochs})")
         _check(
             0 <= self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs, f"in [0, {self.epochs}]"
         )
@@ -249,7 +251,7 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU; parameters: the optimizer too
     timeout: float = 60.0  # seconds the ranks wait for one of them until the job ends with its name
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
-    cuda_graphs: bool = False  # predict, evaluate, throughput: the forward of a shape is recorded once and replayed
+    cuda_graphs: bool = False  # a forward, in train with its backward, is recorded once per shape and replayed
 
     def __post_init__(self) -> None:
         _check_choices(self, "engine")

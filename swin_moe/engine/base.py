@@ -35,6 +35,7 @@ class Serves:
     ema: bool = False  # optim.ema
     accumulation: bool = False  # several micro-batches in a step
     changed_weights: bool = False  # tasks that change weights after a step (Engine.change_weights)
+    graphs: bool = False  # engine.cuda_graphs in training: forward and backward outside of its update
     uneven_experts: bool = False  # ranks that hold different numbers of experts, or shards of different sizes
     reasons: Mapping[str, str] = field(default_factory=dict)  # option -> why it does not run with other values
 
@@ -52,6 +53,7 @@ SERVES = {
         compile=("none", "block", "model"),
         **_OURS,
         changed_weights=True,
+        graphs=True,
         uneven_experts=True,
     ),
     "deepspeed": Serves(

@@ -1,4 +1,5 @@
-"""CUDA graphs of inference (engine.cuda_graphs): the forward of a batch's shape is recorded once and replayed.
+"""CUDA graphs of inference (engine.cuda_graphs): the forward of a batch's shape is recorded once and replayed; those of
+training are in run/training_graphs.py.
 
 A replay is one call of the host whatever the number of kernels. It reads and writes the memory of the recording, so
 inputs are copied in and results copied out, and it does nothing that Python does in a forward: hooks do not run.
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.config import Config
+from swin_moe.config.choices import refuse_choice
 from swin_moe.engine.precision import DTYPES
 from swin_moe.ops.grouped_linear import use_grouped
 
@@ -137,19 +139,26 @@ def check_graphs(config: Config, device_type: str, world_size: int) -> None:
         raise ValueError(f"{key} needs a CUDA device, this run computes on {device_type}; use engine.cuda_graphs=false")
     if not config.task.options.classifies:
         raise ValueError(f"{key} is for task.name=classify, got {config.task.name}; use engine.cuda_graphs=false")
-    moe = config.model.moe
+    if world_size > 1 and config.model.moe.has_blocks:
+        raise ValueError(f"{key} with MoE blocks runs on one rank, got {world_size}: ranks ask how many rows to send")
+    check_rows(config, training=False)
+
+
+def check_rows(config: Config, *, training: bool) -> None:
+    """Raises ValueError where a MoE layer on one rank asks the device for rows, whose number a recording would keep."""
+    moe, key = config.model.moe, "engine.cuda_graphs=true"
     if not moe.has_blocks:
         return
-    if world_size > 1:
-        raise ValueError(f"{key} with MoE blocks runs on one rank, got {world_size}: ranks ask how many rows to send")
+    refuse_choice(moe, key)
     if moe.backend == "tutel":
         raise ValueError(f"{key} does not run model.moe.backend=tutel; use native or padded")
     if moe.choice != "token":
         return  # as many rows for every expert, whatever the data
     if moe.backend == "padded":
-        if moe.eval_factor <= 0:
+        option, factor = ("", moe.capacity_factor) if training else ("eval_", moe.eval_factor)
+        if factor <= 0:
             raise ValueError(
-                f"{key} with model.moe.backend=padded needs model.moe.eval_capacity_factor > 0, got {moe.eval_factor}: "
+                f"{key} with model.moe.backend=padded needs model.moe.{option}capacity_factor > 0, got {factor}: "
                 f"rows by need are counted on the host"
             )
     elif not _is_grouped(config):
@@ -158,12 +167,6 @@ def check_graphs(config: Config, device_type: str, world_size: int) -> None:
             f"of 8, got engine.precision={config.engine.precision} and model.embed_dim={config.model.embed_dim}: other "
             f"products ask for the rows of every expert"
         )
-
-
-def check_training(config: Config) -> None:
-    """Raises ValueError where a training run asks for graphs: gradients move from step to step, so no step is one."""
-    if config.engine.cuda_graphs:
-        raise ValueError("engine.cuda_graphs=true is for predict, evaluate and throughput; train needs false")
 
 
 def _is_grouped(config: Config) -> bool:

@@ -65,7 +65,7 @@ def load_official(
     loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
     loading.fit_all(official, strict=strict)
     if note:
-        loading.report.notes.append(f"read without {note}")
+        loading.report.notes.append(f"read {note}")
     with torch.no_grad():
         for name, tensor in loading.new.items():
             target[name].copy_(tensor.clone() if tensor.data_ptr() == target[name].data_ptr() else tensor)
@@ -358,7 +358,9 @@ def spline_matrix(positions_S: Tensor, wanted_T: Tensor) -> Tensor:
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """Returns (the tensors of an official file, out of what a training loop wrapped around them; what was taken off).
+    """Returns (the tensors of an official file, out of what a training loop wrapped around them; how they were read).
+
+    Averages are taken where the file has them, as of our own checkpoints.
 
     Raises:
         ValueError: It is no state dict of a Swin network, or its names have an unknown prefix.
@@ -369,7 +371,7 @@ def unwrap(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
             raise ValueError(clause)
     except ValueError as error:
         raise ValueError(f"not an official state dict: {error}") from None
-    return found.records, found.note
+    return {**found.records, **found.averaged}, found.note
 
 
 def _holds_numbers(value: Tensor) -> bool:

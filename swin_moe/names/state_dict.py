@@ -4,6 +4,7 @@ Shared by the networks, which get state dicts in memory, and by checkpoint_tools
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -27,19 +28,30 @@ class Weights(NamedTuple, Generic[T]):
     wrapper: str = ""  # key of the content, "outer.inner" of one in another
     taken: tuple[str, ...] = ()  # prefixes
     averages: str = ""  # key of averaged weights that stand beside these
+    averaged: Mapping[str, T] = MappingProxyType({})  # those, by the same names; {} if they are not of this network
 
     @property
     def note(self) -> str:
-        """What a user should know of it; "" where it is as the official code writes it."""
+        """How it was read, as a user should know: "without the key 'net'"; "" where it is as the official code writes
+        it."""
         parts = [f"the key {self.wrapper!r}"] if self.wrapper not in ("", "model") else []
         parts += [f"the prefix {prefix!r}" for prefix in self.taken]
-        return " and ".join([*parts, *([f"the averages under {self.averages!r}"] if self.averages else [])])
+        averages = f"the averages under {self.averages!r}"
+        parts += [averages] if self.averages and not self.averaged else []
+        without = [f"without {' and '.join(parts)}"] if parts else []
+        return ", ".join([*without, *([f"with {averages}"] if self.averaged else [])])
+
+    @property
+    def stored(self) -> dict[str, T]:
+        """The tensors under the names that ours are stored by: averages are `ema/<name>`."""
+        return self.records | {f"ema/{name}": value for name, value in self.averaged.items()}
 
 
 def find_weights(content: Any, is_tensor: Callable[[Any], bool]) -> Weights:
     """Returns the tensors of a state dict: the content itself, or what a training loop wrapped in "model", ...
 
-    Known prefixes of wrapped modules are taken off.
+    Known prefixes of wrapped modules are taken off. Averages beside the weights are found where they are averages of
+    some of these: by name and shape.
 
     Args:
         is_tensor: Whether a value is a tensor, or what stands for one.
@@ -47,14 +59,30 @@ def find_weights(content: Any, is_tensor: Callable[[Any], bool]) -> Weights:
     Raises:
         ValueError: It holds something else; a clause that names it.
     """
+    found, averages, beside = _open(content, is_tensor)
+    if not averages:
+        return found
+    try:
+        averaged = _open(beside, is_tensor)[0].records
+    except ValueError:
+        averaged = {}
+    fits = all(
+        name in found.records and _shape(value) == _shape(found.records[name]) for name, value in averaged.items()
+    )
+    return found._replace(averages=averages, averaged=averaged if fits else {})
+
+
+def _open(content: Any, is_tensor: Callable[[Any], bool]) -> tuple[Weights, str, Any]:
+    """Returns (the weights, the key of averages beside them or "", what stands under it)."""
     keys: list[str] = []
-    averages, inner = "", content
+    averages, inner, beside = "", content, None
     while isinstance(inner, Mapping) and len(keys) < _DEPTH and not _holds(inner, is_tensor):
         inside = [key for key in WRAPPERS if isinstance(inner.get(key), Mapping)]
         key = next((key for key in inside if _holds(inner[key], is_tensor, deep=True)), next(iter(inside), None))
         if key is None:
             break
         averages = next((other for other in inside if other in AVERAGES and key not in AVERAGES), averages)
+        beside = inner.get(averages, beside)
         keys.append(key)
         inner = inner[key]
     if not isinstance(inner, Mapping) or not inner:
@@ -66,7 +94,11 @@ def find_weights(content: Any, is_tensor: Callable[[Any], bool]) -> Weights:
             found[str(name)] = value
         else:
             raise ValueError(_strange(inner, str(name)[:100], value, is_tensor))
-    return _unwrapped(found, ".".join(keys), averages)
+    return _unwrapped(found, ".".join(keys)), averages, beside
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if hasattr(value, "shape") else None
 
 
 def _holds(content: Mapping, is_tensor: Callable[[Any], bool], *, deep: bool = False) -> bool:
@@ -85,7 +117,7 @@ def _strange(content: Mapping, name: str, value: Any, is_tensor: Callable[[Any],
     return f"holds tensors under the key {str(inner)[:100]!r}; known are {', '.join(WRAPPERS)}"
 
 
-def _unwrapped(found: dict[str, T], wrapper: str, averages: str) -> Weights[T]:
+def _unwrapped(found: dict[str, T], wrapper: str) -> Weights[T]:
     """Returns the weights under their names without known prefixes; raises ValueError where two become one."""
     taken = [prefix for prefix in INNER if any(prefix in name for name in found)]
     plain = {name: name for name in found if name not in _COUNTERS}
@@ -102,7 +134,7 @@ def _unwrapped(found: dict[str, T], wrapper: str, averages: str) -> Weights[T]:
         if short in records:
             raise ValueError(f"two tensors stand for {short}, one of them {name[:100]}")
         records[short] = found[name]
-    return Weights(records, wrapper, tuple(taken), averages)
+    return Weights(records, wrapper, tuple(taken))
 
 
 def first_prefix(names: Iterable[str]) -> str | None:

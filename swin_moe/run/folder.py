@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from swin_moe.checkpoint.errors import naming
+
 NAME = "run.lock"
 # What file systems without locks answer; a run there goes on unguarded, as it always did.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -45,8 +47,9 @@ class FolderLock:
                 self._file = file
             else:
                 os.close(file)
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with naming(self.path):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _is_current(self, file: int) -> bool:
         """Returns whether the path still names this file: its last holder may have removed it in the meantime."""

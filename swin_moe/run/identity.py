@@ -94,6 +94,18 @@ class RunIdentity:
         return meaning + course
 
 
+def begin(config: Config, *, images: int) -> Progressed:
+    """Returns where a run without a checkpoint begins: after optim.start_epoch epochs, as the official loop does.
+
+    images: Length of the training data.
+    """
+    steps = steps_in_epoch(images, config.data.global_batch, drop_last=config.data.drop_last)
+    epochs = config.optim.start_epoch
+    if epochs:
+        _log.info("begins at epoch %d (optim.start_epoch), step %d", epochs, epochs * steps)
+    return Progressed(epochs * steps, epochs * min(images, steps * config.data.global_batch))
+
+
 def place_in_data(index: Index, config: Config, *, images: int, own: bool) -> Progressed:
     """Returns how far a checkpoint's run is in steps of this run's batch, which may be another than the checkpoint's.
 

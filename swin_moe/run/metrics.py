@@ -7,14 +7,14 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from swin_moe.checkpoint.errors import naming
 from swin_moe.ops.linear import packed_product, serves
 
 LOGGER = logging.getLogger("swin_moe")
@@ -160,7 +160,7 @@ class MetricsWriter:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self.path, self._folder = directory / "metrics.jsonl", directory.stat()
-        with _naming(self.path):
+        with naming(self.path):
             if self.path.exists():
                 kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resume_step]
                 temporary = self.path.with_suffix(".tmp")
@@ -180,11 +180,11 @@ class MetricsWriter:
             return
         self._failed = True  # until it is done
         self._check_folder()
-        with _naming(self.path):
+        with naming(self.path):
             self.file.write(json.dumps({"step": step, **values, **(histograms or {})}) + "\n")
             self.file.flush()
         if self.board is not None:
-            with _naming(self.directory / "tb"):
+            with naming(self.directory / "tb"):
                 _write_board(self.board, step, values, histograms or {})
         self._failed = False
 
@@ -202,10 +202,10 @@ class MetricsWriter:
         if self.file is None:
             return
         for name, picture in pictures.items():
-            with _naming(self.directory / "pictures"):
+            with naming(self.directory / "pictures"):
                 save_picture(self.directory, f"{name}-{step:07d}", picture)
             if self.board is not None:
-                with _naming(self.directory / "tb"):
+                with naming(self.directory / "tb"):
                     self.board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -218,17 +218,6 @@ class MetricsWriter:
                 if self._failed:
                     continue
                 LOGGER.warning("%s: the last records could not be written: %s", self.directory / path, error)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Gives an OSError that does not say of which file it is this path."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # a sentence of ours
-            raise
-        raise OSError(error.errno, error.strerror, os.fsdecode(error.filename or str(path))) from error
 
 
 def save_picture(directory: Path, name: str, picture: np.ndarray) -> Path:
@@ -271,10 +260,9 @@ def _open_board(directory: Path, purge_step: int) -> Any:
             "swin-moe[tensorboard], or set log.tensorboard=false"
         )
         return None
-    with _naming(directory):
-        board = SummaryWriter(str(directory), purge_step=purge_step)
     _silence_threads()
-    return board
+    with naming(directory):
+        return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _silence_threads() -> None:

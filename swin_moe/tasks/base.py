@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class StepContext:
     world_size: int
     num_samples: int  # images of the whole optimizer step: all ranks, all micro-batches
     autocast: Callable[[], AbstractContextManager]  # for the forward
+    words: Tensor | None = None  # seed and step as a recorded loss reads them, see RandomContext; None = made anew
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,19 @@ class Task(Protocol):
     def pictures(self) -> dict[str, np.ndarray]:
         """Returns name -> (height, width, 3) uint8 that the last evaluation drew, alike on all ranks."""
         return {}
+
+
+@runtime_checkable
+class RecordableLoss(Protocol):
+    """What a task offers beside Task whose loss can be recorded once and replayed (run/training_graphs.py)."""
+
+    def inputs(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """Returns all that differs from step to step, what the host draws for the step included, as tensors on the
+        device; "sample" is the batch's."""
+
+    def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
+        """Returns the loss of a micro-batch from its `inputs`: of the context the number of images and the words
+        alone, without a look at a value."""
 
 
 def build_encoder(config: Config, *, mask_token: bool = False) -> SwinTransformer:

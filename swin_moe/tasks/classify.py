@@ -3,7 +3,7 @@
 Shape legend: B images of this micro-batch, K classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -40,8 +40,12 @@ class Classify(Task):
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
+        return self.loss_of(model, self.inputs(batch, context), context)
+
+    def inputs(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """See RecordableLoss. Kind and box of the mix are the host's."""
         partner_images, partner_targets = partners(batch) if "partner" in batch else (None, None)
-        images, target_BK = mix(
+        image, target_BK = mix(
             batch["image"],
             batch["target"],
             num_classes=self.config.model.num_classes,
@@ -52,14 +56,18 @@ class Classify(Task):
             partner_targets=partner_targets,
             official=self.config.compat.official,
         )
-        random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        return {"image": image, "target": target_BK, "sample": batch["sample"]}
+
+    def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
+        """See RecordableLoss."""
+        random = RandomContext(self.config.run.seed, context.step, inputs["sample"], context.words)
         if self.config.optim.freeze == "backbone":
             model.eval()
         with context.autocast():
-            output = model(images, random=random)
+            output = model(inputs["image"], random=random)
         logits_BK, aux = output if isinstance(output, tuple) else (output, None)
-        task = soft_cross_entropy(logits_BK, target_BK) / context.num_samples
-        return micro_loss(task, aux, len(images), context)
+        task = soft_cross_entropy(logits_BK, inputs["target"]) / context.num_samples
+        return micro_loss(task, aux, len(inputs["image"]), context)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:

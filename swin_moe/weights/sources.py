@@ -107,6 +107,10 @@ class _Stored:
         self._keys = {name: weight_key(name, wrapped=wrapped) for name in self._stored}
         self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
 
+    def _count_averages(self) -> str:
+        averaged = sum(stored.startswith(_AVERAGE) for stored in self._stored.values())
+        return f"{averaged} of {len(self._stored)} averaged"
+
     def model_config(self, **given: Any) -> ModelConfig | None:
         """See Source."""
         told = self.config.get("model", {})
@@ -133,10 +137,8 @@ class OwnCheckpoint(_Stored):
         self.path, self.config, self.notes = path, self.index.config, []
         self.classes = tuple(self.index.state.get("classes", ()))
         self._arrange(self.index.tensors)
-        averaged = sum(stored.startswith(_AVERAGE) for stored in self._stored.values())
         task = self.index.config.get("task", {}).get("name", "?")
-        averages = f"{averaged} of {len(self._stored)} averaged"
-        self.description = f"{path} (task {task}, step {self.index.step}, {averages})"
+        self.description = f"{path} (task {task}, step {self.index.step}, {self._count_averages()})"
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """See Source."""
@@ -181,7 +183,8 @@ class ForeignCheckpoint(_Stored):
     @property
     def description(self) -> str:
         """See Source."""
-        return self._source.described
+        averages = self._count_averages()
+        return self._source.described if averages.startswith("0 ") else f"{self._source.described}, {averages}"
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """See Source. A second bias of experts that is not trained is read, as it may hold numbers all the same."""

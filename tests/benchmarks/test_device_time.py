@@ -10,6 +10,8 @@ import train_step
 from gpu_profile import Span
 from torch.autograd import DeviceType
 
+from tests.training.recorder import HostRecorder
+
 
 def event(name, start, end, *, device=DeviceType.CUDA, annotation=False):
     times = SimpleNamespace(start=start, end=end)
@@ -67,6 +69,36 @@ def test_a_device_is_never_waited_for_between_calls(happened):
 def test_the_issue_of_a_step_begins_with_an_idle_device(happened):
     assert 0 <= gpu_profile.issue_milliseconds(lambda: happened.append("call"), torch.device("cuda")) < 1000
     assert happened == ["wait", "call"] * gpu_profile.ISSUED + ["wait"]
+
+
+def small_side():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    return train_step.Side(model, torch.randn(3, 3, 2, 2), "fp32")
+
+
+def test_a_step_from_a_graph_is_the_step(happened):
+    ours, theirs, recorder = small_side(), small_side(), HostRecorder(torch.device("cpu"))
+    step = gpu_profile.step_from_graph(ours, recorder)
+    for _ in range(3):
+        step()
+        theirs.train()
+    assert recorder.replayed == 3
+    for found, expected in zip(ours.model.parameters(), theirs.model.parameters()):
+        assert torch.equal(found, expected)
+
+
+def test_what_a_graph_takes_is_printed(capsys, happened, monkeypatch):
+    recorder = HostRecorder(torch.device("cpu"))
+    gpu_profile.print_graphed(small_side(), recorder, torch.device("cuda"), 2)
+    assert "from a CUDA graph: train 3000.00 ms a step (1 images/s), host issues it in" in capsys.readouterr().out
+
+    def waits(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(recorder, "record", waits)
+    gpu_profile.print_graphed(small_side(), recorder, torch.device("cuda"), 2)
+    assert "from a CUDA graph: cannot be recorded (operation not permitted" in capsys.readouterr().out
 
 
 def test_the_cpu_is_timed_per_call():

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.__main__ import main
 from checkpoint_tools.formats import find_format
 from checkpoint_tools.verbs import text
-from swin_moe import create_model
+from swin_moe import create_model, load_official
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.manager import CheckpointManager, load
@@ -198,16 +198,91 @@ def test_an_optimizer_in_another_order_is_left_out_and_told(weights, tmp_path):
     assert any("its optimizer is not in the official order" in text for text in said)
 
 
+def averages_in(path) -> dict[str, torch.Tensor]:
+    return {name[4:]: value for name, value in tensors_of(path).items() if name.startswith("ema/")}
+
+
+AVERAGES = {
+    "official": (lambda w, a: {"model": w, "model_ema": a, "epoch": 2}, "model_ema"),
+    "timm": (lambda w, a: {"state_dict": w, "state_dict_ema": prefixed(a, "module."), "epoch": 2}, "state_dict_ema"),
+    "in a wrapper of their own": (lambda w, a: {"model": w, "ema": {"module": a, "decay": 0.9}}, "ema"),
+    "wrapped with the weights": (lambda w, a: {"net": {"model": w, "ema_state_dict": a}}, "ema_state_dict"),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_averages_beside_weights_are_carried_to_our_format(case, weights, tmp_path):
+    wrap, key = AVERAGES[case]
+    averages = {name: value + 1 for name, value in weights.items()}
+    torch.save(wrap(weights, averages), tmp_path / "x.pth")
+    said = []
+    native = convert(tmp_path / "x.pth", tmp_path / "native", extra=SIZES, report=said.append)
+    found = tensors_of(native)
+    assert all(torch.equal(found.pop(name), value) for name, value in weights.items())
+    assert all(torch.equal(found.pop(f"ema/{name}"), value) for name, value in averages.items()) and not found
+    assert any(text.endswith(f"with the averages under {key!r}") for text in said)
+
+
+@pytest.mark.parametrize("strange", [{"head.bias": torch.ones(7)}, {"head.scale": torch.ones(3)}])
+def test_averages_of_another_network_are_left_out_and_told(strange, weights, tmp_path):
+    torch.save({"model": weights, "model_ema": weights | strange}, tmp_path / "x.pth")
+    said = []
+    native = convert(tmp_path / "x.pth", tmp_path / "native", extra=SIZES, report=said.append)
+    assert tensors_of(native).keys() == weights.keys()
+    assert f"{tmp_path / 'x.pth'}: read without the averages under 'model_ema'" in said
+
+
+def test_averages_of_rank_files_are_joined_as_the_weights_are(tmp_path):
+    model = create_model("swin_moe", **SMALL, num_experts=4, moe_blocks=((-1,), (1,)))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ours = CheckpointManager(tmp_path).save(1, [Piece.of(*item) for item in weights.items()], state={}, config={})
+    convert(ours, tmp_path / "ranks.pth", to="official-moe", world=2, extra={**SIZES, "form": "epoch"})
+    for rank in range(2):
+        file = tmp_path / f"ranks.pth.rank{rank}"
+        content = torch.load(file)
+        averages = {name: value + 1 for name, value in content["model"].items() if value.is_floating_point()}
+        torch.save({**content, "model_ema": averages}, file)
+    found = averages_in(convert(tmp_path / "ranks.pth", tmp_path / "native", extra=SIZES))
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value + 1) for name, value in weights.items())
+
+
+def test_averages_go_to_timm_and_back(weights, tmp_path):
+    """One parameter has no average, as one that a run does not train: timm's loader needs all, so it stands twice."""
+    averages = {name: value + 1 for name, value in weights.items() if name != "head.bias"}
+    pieces = [Piece.of(n, v) for n, v in (weights | {f"ema/{n}": v for n, v in averages.items()}).items()]
+    ours = CheckpointManager(tmp_path).save(1, pieces, state={}, config={})
+    convert(ours, tmp_path / "timm.pth.tar", to="timm", extra=SIZES)
+    content = torch.load(tmp_path / "timm.pth.tar")
+    assert content.keys() == {"state_dict", "state_dict_ema"}
+    assert torch.equal(content["state_dict_ema"]["head.fc.weight"], weights["head.weight"] + 1)
+    back = convert(tmp_path / "timm.pth.tar", tmp_path / "back", extra=SIZES)
+    found = averages_in(back)
+    assert all(torch.equal(tensors_of(back)[name], value) for name, value in weights.items())
+    assert all(torch.equal(found.pop(name), value) for name, value in averages.items())
+    assert found.keys() == {"head.bias"} and torch.equal(found["head.bias"], weights["head.bias"])
+    convert(ours, tmp_path / "timm.safetensors", to="timm", extra=SIZES)
+    assert len(load_file(tmp_path / "timm.safetensors")) == len(weights)
+
+
+def test_load_official_takes_averages_as_every_command_does(weights):
+    averages = {name: value + 1 for name, value in weights.items()}
+    model = create_model("swin", **SMALL)
+    report = load_official(model, {"model": weights, "model_ema": averages})
+    assert all(torch.equal(value, averages[name]) for name, value in model.named_parameters())
+    assert "read with the averages under 'model_ema'" in str(report)
+
+
 @pytest.mark.parametrize("to", ["native", "timm", "hf", "dcp", "official", "official-moe"])
 def test_convert_reports_what_it_wrote_and_the_folders_it_makes(to, weights, tmp_path, run):
-    """Of weights, two moments and averages some formats hold the weights alone."""
+    """Of weights, two moments and averages some formats hold the weights alone, timm's the averages too."""
     kinds = ("", "optim.exp_avg/", "optim.exp_avg_sq/", "ema/")
     pieces = [Piece.of(kind + name, value) for kind in kinds for name, value in weights.items()]
     model = {**SMALL, "name": "swin", "img_size": [32, 32], "depths": [1, 2], "num_heads": [1, 2], "patch_size": [4, 4]}
     source = CheckpointManager(tmp_path).save(1, pieces, state={}, config={"model": model})
     target = tmp_path / "out" if to in ("native", "hf", "dcp", "official-moe") else tmp_path / "out.pth"
     code, out, _ = run("convert", source, target, "--to", to)
-    times = {"native": 4, "timm": 1, "hf": 1}.get(to, 3)
+    times = {"native": 4, "timm": 2, "hf": 1}.get(to, 3)
     size = text.format_bytes(times * sum(value.nbytes for value in weights.values()))
     expected = f"{target}: {to}, {times * len(weights)} tensors, {size}, from {source} (native)"
     assert code == 0 and out.splitlines()[-1] == expected

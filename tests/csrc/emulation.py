@@ -4,6 +4,7 @@ What is built is kept under build/emulation by a digest of its sources, so that 
 """
 
 import ctypes
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -44,17 +45,25 @@ def build() -> ctypes.CDLL:
         digest.update(path.read_bytes())
     directory = ROOT / "build" / "emulation"
     library = directory / f"{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda source: _compile(source, directory), sources))
-        unfinished = library.with_suffix(".unfinished")
-        subprocess.run(["g++", "-shared", "-o", unfinished, *objects], check=True)
-        unfinished.rename(library)
+    directory.parent.mkdir(exist_ok=True)
+    with open(directory.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
+        if not library.exists():
+            _build(sources, library)
     loaded = ctypes.CDLL(str(library))
     loaded.swin_moe_window_workspace.restype = ctypes.c_size_t
     return loaded
+
+
+def _build(sources: list[Path], library: Path) -> None:
+    directory = library.parent
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _compile(source, directory), sources))
+    unfinished = library.with_suffix(".unfinished")
+    subprocess.run(["g++", "-shared", "-o", unfinished, *objects], check=True)
+    unfinished.rename(library)
 
 
 def _compile(source: Path, directory: Path) -> Path:

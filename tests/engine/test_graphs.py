@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from swin_moe.config.io import load_config
-from swin_moe.engine.graphs import MOST_GRAPHS, GraphedForward, Recording, check_graphs, check_training, with_graphs
+from swin_moe.engine.graphs import MOST_GRAPHS, GraphedForward, Recording, check_graphs, with_graphs
 from swin_moe.models import build_model
 
 DENSE, MOE = "digits_dense", "digits_swin_moe"
@@ -194,7 +194,7 @@ def test_what_has_no_shape_from_the_data_may_start(name, options, world):
     check_graphs(load_config(name, ["engine.cuda_graphs=true", *options]), "cuda", world)
 
 
-def test_training_is_refused():
-    check_training(load_config(DENSE))
-    with pytest.raises(ValueError, match="engine.cuda_graphs=true is for predict, evaluate and throughput"):
-        check_training(load_config(DENSE, ["engine.cuda_graphs=true"]))
+def test_experts_that_choose_ask_for_their_rows():
+    chosen = ["engine.cuda_graphs=true", "model.moe.choice=expert", "model.moe.balance_loss=none"]
+    with pytest.raises(ValueError, match="^model.moe.choice=expert is not for engine.cuda_graphs=true: the host asks"):
+        check_graphs(load_config(MOE, chosen), "cuda", 1)

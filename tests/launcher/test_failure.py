@@ -99,8 +99,8 @@ def test_a_rank_is_late_when_others_wait_for_it():
 def test_a_stack_tells_the_line_and_the_collective(tmp_path):
     c10d = "/venv/lib/python3.11/site-packages/torch/distributed"
     text = (
-        'Thread 0x1 (most recent call first):\n  File "/x/loader.py", line 3 in fetch\n\n'
-        "Current thread 0x2 (most recent call first):\n"
+        'Current thread 0x1 (most recent call first):\n  File "/x/loader.py", line 3 in fetch\n\n'
+        "Thread 0x2 (most recent call first):\n"
         f'  File "{c10d}/distributed_c10d.py", line 2 in all_reduce\n'
         f'  File "{c10d}/c10d_logger.py", line 8 in wrapper\n'
         '  File "/x/train.py", line 12 in step\n  File "/x/train.py", line 90 in main\n'
@@ -135,6 +135,25 @@ def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
         assert orphans.sweep(token) == 1 and others[1].poll() is None
     finally:
         for process in [mine, *others]:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("others_rank", ["", "0"])
+def test_a_group_is_swept_unless_another_rank_is_in_it(others_rank):
+    """Slurm puts all tasks into one group; a child without the token belongs to the rank only if that is alone."""
+    token = os.urandom(8).hex()
+    leader = subprocess.Popen(["sleep", "600"], env={orphans.JOB: token, "PMI_RANK": "1"}, process_group=0)
+    started = [leader, subprocess.Popen(["sleep", "600"], env={}, process_group=leader.pid)]
+    try:
+        if others_rank:
+            other = {orphans.JOB: token, "PMI_RANK": others_rank}
+            started.append(subprocess.Popen(["sleep", "600"], env=other, process_group=leader.pid))
+        wait_for(lambda: len(orphans.processes(token)) == 1 + bool(others_rank), "the processes")
+        found = orphans.processes(token, rank="1", group=leader.pid)
+        assert sorted(found) == sorted(process.pid for process in started[: 1 if others_rank else 2])
+    finally:
+        for process in started:
             process.kill()
             process.wait()
 

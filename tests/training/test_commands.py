@@ -68,7 +68,7 @@ def checkpoints(directory: Path) -> list[str]:
         (["model.num_classes=5"], "model.num_classes=5"),
         (["engine.device=cuda"], "engine.device=cuda"),
         (["parallel.zero=9"], "parallel.zero"),
-        (["engine.cuda_graphs=true"], "engine.cuda_graphs=true is for predict, evaluate and throughput"),
+        (["engine.cuda_graphs=true"], "engine.cuda_graphs=true needs a CUDA device, this run computes on cpu"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capfd, options, sentence):

@@ -11,7 +11,7 @@ from checkpoint_tools.formats.official.layout import is_buffer
 from checkpoint_tools.formats.official.state import Moments, native_config, read_moments, training_state
 from checkpoint_tools.formats.plain_read import sizes_of
 from checkpoint_tools.formats.rules import FROM_OFFICIAL, Rule, check_ours, to_ours
-from checkpoint_tools.formats.state_dict import find_weights, state_dict
+from checkpoint_tools.formats.state_dict import find_weights
 from checkpoint_tools.sources.assembled import AssembledSource, Leaf, Part, Place, join_parts
 from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint.errors import CheckpointError
@@ -43,7 +43,8 @@ def assemble(
     found = [find_weights(file.content, file.path) for file in ranks]
     models = [weights.records for weights in found]
     optimizer = optimizer and _has_official_order(path, ranks[0], found[0], options)
-    rest = state_dict(shared.content, shared.path) if shared is not None else {}
+    shared_weights = find_weights(shared.content, shared.path) if shared is not None else Weights({})
+    rest = shared_weights.records
     leaves = _gather(ranks, models, shared, rest, rules)
     shapes = {name: found[0].record.shape for name, found in leaves.items() if not is_expert_tensor(name)}
     layers = _layers(path, leaves, shapes, len(ranks))
@@ -57,6 +58,8 @@ def assemble(
             for found in moments
         ]
         parts |= _parts(path, _gather(ranks, states, None, {}, rules), layers)
+    averages = [_averages(weights) for weights in found]
+    parts |= _parts(path, _gather(ranks, averages, shared, _averages(shared_weights), rules), layers)
     newest = max(moments, key=lambda found: found.step or 0, default=None)
     step, unknown = known_step(newest.step if newest else 0, options)
     if newest:
@@ -78,6 +81,10 @@ def assemble(
     source.step_unknown = unknown
     source.tables = {n: Leaf(first, r) for n, r in models[0].items() if n.endswith("relative_coords_table")}
     return source
+
+
+def _averages(weights: Weights[TensorRecord]) -> Model:
+    return {f"ema/{name}": record for name, record in weights.averaged.items()}
 
 
 def _has_official_order(path: Path, file: RecordFile, weights: Weights, options: Options) -> bool:
@@ -143,7 +150,7 @@ def _gather(
 
 
 def _renamed(file: RecordFile, model: Model, rules: Rules) -> Model:
-    """Returns tensors, or optimizer state (`optim.<kind>/<name>`), under our names, without what a rule drops.
+    """Returns tensors, `optim.<kind>/<name>` or `ema/<name>` under our names, without what a rule drops.
 
     Raises:
         CheckpointError: Two tensors of the file stand for one of ours.

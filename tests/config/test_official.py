@@ -11,7 +11,7 @@ from swin_moe.config.coerce import schema_keys
 from swin_moe.config.io import load_config
 from swin_moe.config.official import OFFICIAL
 
-FILES = sorted((Path(__file__).parent / "golden" / "official_configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "golden" / "official_configs").glob("*.yaml"))
 MOE = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"
 
 
@@ -171,6 +171,13 @@ def test_keys_that_change_nothing_are_told(tmp_path, caplog):
     assert "PIN_MEMORY" not in caplog.text  # as it is anyway
 
 
+def test_the_start_epoch_is_ours(tmp_path):
+    assert load(tmp_path, "TRAIN: {START_EPOCH: 3}").optim.start_epoch == 3
+    for wrong in (-1, 300):
+        with pytest.raises(ValueError, match="optim.start_epoch must be (>= 0|in .0, 300)"):
+            load(tmp_path, f"TRAIN: {{START_EPOCH: {wrong}}}")
+
+
 def test_when_to_save_and_whether_to_resume(tmp_path):
     checkpoint = load(tmp_path, "SAVE_FREQ: 5\nTRAIN: {AUTO_RESUME: false}").checkpoint
     assert (checkpoint.every_epochs, checkpoint.resume) == (5.0, "never")
@@ -183,7 +190,6 @@ def test_when_to_save_and_whether_to_resume(tmp_path):
     [
         ("MODEL: {PRETRAINED: a.pth}", "checkpoint.init"),
         ("MODEL: {RESUME: a.pth}", "checkpoint.load"),
-        ("TRAIN: {START_EPOCH: 3}", "checkpoint.load"),
         ("DATA: {INTERPOLATION: lanczos}", "bicubic is the nearest"),
         ("DATA: {INTERPOLATION: hamming}", "bicubic is the nearest"),
         ("AUG: {MIXUP_MODE: pair}", "leave the key out"),

@@ -286,3 +286,23 @@ def test_ranks_that_see_other_data_are_told(tmp_path):
     assert run_ranks(compare, 2, tmp_path, str(tmp_path), False) == ["", ""]
     for error in run_ranks(compare, 2, tmp_path, str(tmp_path), True):
         assert "rank 1 sees other train data than rank 0" in error
+
+
+def test_a_start_epoch_is_the_rest_of_a_whole_run(run, capfd):
+    """SGD without momentum keeps nothing between steps, so weights and position are all that a run continues from."""
+    sgd = ["optim.epochs=2", "optim.warmup_epochs=1", "optim.name=sgd", "optim.momentum=0", "optim.ema=0"]
+    perform("train", run, capfd, *options(run, *sgd, "run.name=whole", "checkpoint.every=3"))
+    half = f"checkpoint.init={run / 'whole' / 'checkpoints' / '0000000003'}"
+    out = perform("train", run, capfd, *options(run, *sgd, "run.name=rest", "optim.start_epoch=1", half))
+    assert "begins at epoch 1 (optim.start_epoch), step 3" in out and "finished: step 6 of 6" in out
+    whole, rest = (
+        [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "rest")
+    )
+    kept = [
+        [(r["step"], r["train/loss"], r["train/lr"]) for r in rows if r["step"] > 3 and "train/loss" in r]
+        for rows in (whole, rest)
+    ]
+    assert kept[0] == kept[1] and [step for step, *_ in kept[1]] == [4, 5, 6]
+    last = [Index.read(run / name / "checkpoints" / "0000000006").state["progress"] for name in ("whole", "rest")]
+    assert last[0]["samples"] == last[1]["samples"] == 48

@@ -16,7 +16,7 @@ from swin_moe.checkpoint.manager import CheckpointManager
 from swin_moe.config.io import load_config
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swin_moe.models.attention import relative_coords_table
-from tests.test_weight_files import CLASSES, DENSE, MOE, files  # noqa: F401 - a fixture
+from tests.weights.test_files import CLASSES, DENSE, MOE, files  # noqa: F401 - a fixture
 
 SMALL = {"img_size": 32, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "num_classes": 10}
 

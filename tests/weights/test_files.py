@@ -136,7 +136,7 @@ def make_broken(root: Path) -> None:
 
 WORKS = (
     "run run/checkpoints/0000000003 .safetensors -official.pth -bare.bin -training.pth -lightning.ckpt "
-    "-compiled.pth.tar -averaged.pt -backbone.bin -old.pth -dcp"
+    "-compiled.pth.tar -averaged.pt -both.pt -backbone.bin -old.pth -dcp"
 ).split()
 PATHS = [
     *(f"{family}-{name}" if name.startswith("run") else family + name for family in ("dense", "moe") for name in WORKS),
@@ -290,7 +290,7 @@ def test_what_was_taken_off_is_told(files):
         "dense-lightning.ckpt": "note: read without the key 'state_dict' and the prefix 'model.'",
         "dense-compiled.pth.tar": "the key 'model_state_dict' and the prefix '_orig_mod.' and the prefix 'module.'",
         "dense-averaged.pt": "note: read without the key 'model_ema'",
-        "dense-both.pt": "note: read without the averages under 'model_ema'",
+        "dense-both.pt": "note: read with the averages under 'model_ema'",
         "dense-backbone.bin": "note: read without the prefix 'backbone.'",
     }
     for path, text in told.items():
