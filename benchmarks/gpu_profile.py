@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from train_step import PAIRS, Pair, Side
 
-from swin_moe.run.training_graphs import DeviceRecorder, Recorder
+from swin_moe.engine.graphs import DeviceRecorder, Recorder
 
 STEPS = 10
 ISSUED = 5  # steps whose issue is timed; the median counts

@@ -15,9 +15,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launcher import guard, supervise
-from launcher.failure import orphans
+from launcher.failure import orphans, reports
 from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED, PREEMPTED, STALL
 from launcher.flavors.base import Start
 from launcher.hosts.hostfile import Host
@@ -35,8 +36,9 @@ _STEP = re.compile(r"\bstep (\d+)\b")
 
 
 def own_variables(options: argparse.Namespace) -> list[str]:
-    """Returns what every rank on every host has to know of the launcher, as NAME=VALUE."""
-    return [f"{orphans.JOB}={os.urandom(16).hex()}", f"{guard.STALL_SECONDS}={options.stall}"]
+    """Returns what every rank on every host has to know of the launcher, as NAME=VALUE; each start fills folders in."""
+    told = {orphans.JOB: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall}
+    return [f"{name}={value}" for name, value in (told | {reports.REPORTS: "", reports.PROGRESS: ""}).items()]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -46,6 +48,11 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
     if options.stall <= 0:
         raise ValueError(f"--stall must be more than 0 seconds, got {options.stall:g}")
+    if options.log_dir:
+        try:
+            Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
     if allowed_ranks(options) == []:
         raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
 
@@ -63,7 +70,8 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
     policy, began, lost = Policy(options.restarts, options.backoff), time.monotonic(), Lost()
     whole = len(job.plan.ranks)
     while True:
-        outcome = _once(job, options, options.save_after - (time.monotonic() - began))
+        gone = time.monotonic() - began if policy.starts else 0.0
+        outcome = _once(job, options, options.save_after - gone, policy.starts)
         if outcome.code and (outcome.rank or outcome.failure is None):
             _say(outcome.describe())
         pause, why = policy.after(outcome)
@@ -195,12 +203,13 @@ def choose_ranks(ranks: int, room: int | None, allowed: Sequence[int] | None, le
     return found
 
 
-def _once(job: Prepared, options: argparse.Namespace, save_after: float) -> Outcome:
+def _once(job: Prepared, options: argparse.Namespace, save_after: float, starts: int) -> Outcome:
+    shared = Path(options.log_dir).absolute() / f"start-{starts}" if options.log_dir else None
     try:
         job.write_hostfile()
         return supervise.supervise(
             job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
-            save_after=max(0.0, save_after), stall=options.stall, ranks=len(job.plan.ranks),
+            save_after=max(0.0, save_after), stall=options.stall, ranks=len(job.plan.ranks), shared=shared,
             remote=any(not is_here(host.name) for host in job.plan.hosts),
         )  # fmt: skip
     finally:

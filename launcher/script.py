@@ -10,13 +10,13 @@ from launcher.command import Job
 from launcher.job.options import Parser, split_at_dashes
 from launcher.job.program import check_program
 from launcher.schedulers import SCHEDULERS
-from launcher.schedulers.base import Batch, Scheduler
+from launcher.schedulers.base import Batch, Scheduler, time_to_save
 
 _USAGE = (
     "python -m launcher script --scheduler slurm|pbs|lsf|flux|k8s --nodes 2 --ranks-per-node 4 --time 8:00:00 "
     "[options] [launcher options] -- -m module ARGS | script.py ARGS"
 )
-_LONGEST_NAME = 63  # of a Kubernetes object; PBS takes 236 characters, Slurm any
+_LONGEST_NAME = 63  # of a Kubernetes object; OpenPBS takes 236 characters (pbs_job_attributes(7B))
 
 
 def main(arguments: list[str]) -> int:
@@ -84,8 +84,8 @@ def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]
 
 
 def _own(options: argparse.Namespace) -> list[str]:
-    """Returns the launcher's options that stand in the script. Ranks get most of the warning to save in."""
-    words = ["--grace", str(max(1, options.warning - min(30, options.warning // 2)))]
+    """Returns the launcher's options that stand in the script."""
+    words = ["--grace", str(time_to_save(options.warning))]
     words += ["--mpi", options.mpi] if options.mpi else []
     for name in ("env", "forward", "exclude"):
         words += [word for value in getattr(options, name) for word in (f"--{name}", value)]

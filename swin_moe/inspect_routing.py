@@ -15,7 +15,7 @@ from swin_moe.config.choices import refuse_choice
 from swin_moe.data.batch import to_device
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.loader import EvalLoader
-from swin_moe.data.pixels import decode
+from swin_moe.data.pixels import decode, read_image
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
 from swin_moe.engine.precision import autocast
 from swin_moe.models.swin import Block
@@ -160,7 +160,7 @@ def _draw_images(
     transform = build_transform(config.data, config.model.img_size, train=False)
     targets = _picture_paths(names, directory)
     for name, target in zip(names, targets):
-        pixels = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0)
+        pixels = transform(decode(read_image(name), name, exif=config.data.exif), 0)
         _forward(session, model, pixels[None])
         maps = recorder.patch_maps(0)
         with naming(target):

@@ -12,7 +12,7 @@ import torch
 
 from swin_moe.config import Config
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
-from swin_moe.data.pixels import decode
+from swin_moe.data.pixels import decode, read_image
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     dtype = next(model.parameters()).dtype
     graphed = with_graphs(model.eval(), config)
     for name in images:
-        image = transform(decode(Path(name).read_bytes(), name, exif=config.data.exif), 0).to(session.device, dtype)
+        image = transform(decode(read_image(name), name, exif=config.data.exif), 0).to(session.device, dtype)
         with torch.inference_mode(), autocast(config.engine.precision, session.device):
             output = graphed(image[None])
         logits = output[0] if isinstance(output, tuple) else output

@@ -145,7 +145,11 @@ def as_path(path: Path | str) -> Path:
     """Returns the path of a checkpoint; raises TypeError or CheckpointError where it cannot be one."""
     if not isinstance(path, Path | str):
         raise TypeError(f"the path of a checkpoint must be text or a Path, got {path!r}")
-    if "\0" in str(path) or not Path(path).resolve().name:
+    try:
+        named = "\0" not in str(path) and bool(Path(path).resolve().name)
+    except (RuntimeError, OSError):  # the former until Python 3.12
+        raise CheckpointError(f"{path}: cannot be opened: its symbolic links lead back to themselves") from None
+    if not named:
         raise CheckpointError(f"the path of a checkpoint must name a file or folder, got {str(path)!r}")
     return Path(path)
 

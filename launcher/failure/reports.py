@@ -49,7 +49,7 @@ class Failure:
 
 def folder() -> Path | None:
     """Returns where to leave word; None where there is no such place."""
-    path = Path(os.environ.get(REPORTS, "/nowhere"))
+    path = Path(os.environ.get(REPORTS) or "/nowhere")
     return path if path.is_dir() else None
 
 

@@ -4,10 +4,13 @@ What they have in common: the whole environment travels to every host (-genvall)
 the ranks, and a rank that fails ends all.
 
 Sources: MPICH 5.0, `mpiexec -help` and doc/wiki/how_to/Using_the_Hydra_Process_Manager.md (-f, -genvall, -wdir,
--bind-to, -prepend-rank). Intel MPI 2021.18, `mpirun -help` and the Developer Reference for Linux, chapters "Global
-Hydra Options" (-machinefile: places exactly the ranks it names, where -f reads names only; -genvall, -prepend-rank,
--silent-abort) and "Environment Variables for Process Pinning" (I_MPI_PIN). MVAPICH 4.0 User Guide, sections "Run MPI
-applications using mpirun/mpiexec" and "MVP_ENABLE_AFFINITY" (MV2_ENABLE_AFFINITY up to 2.3).
+-bind-to, -prepend-rank). Intel MPI 2021.18, `mpirun -help`, and the Developer Reference for Linux 2021.15, "Global
+Hydra Options" (-machinefile places exactly the ranks it names, where -f takes a name only once) and "Environment
+Variables for Process Pinning" (I_MPI_PIN). MVAPICH 4.0, "Using the Hydra Process Manager" (3: -f and lines host:2;
+7: -bind-to; 11: -prepend-rank), and src/pm/hydra/mpiexec/options.c for -genvall, -wdir and what --version says: the
+version of the MPICH in it, so that only a configure option, such as its prefix, tells it from MPICH, and not always.
+That is harmless: the command line is the same, and the variables, which the source of 4.0 no longer has, are for its
+forerunners: MV2_ENABLE_AFFINITY (MVAPICH2 2.3.7 User Guide, 6.18 and 11.22), MVP_ENABLE_AFFINITY (source of 3.0).
 """
 
 import re

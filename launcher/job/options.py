@@ -49,6 +49,7 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="how long a rank may be stopped, or keep the others waiting while they start (default 600)",
     )
+    add("--log-dir", default="", metavar="DIR", help="a folder all hosts see, for word of failures and stacks of ranks")
     add(
         "--restarts", type=int, default=0, metavar="K", help="failures after which the job is started again (default 0)"
     )

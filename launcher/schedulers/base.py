@@ -54,6 +54,11 @@ class Scheduler:
     kinds: tuple[str, ...] = ("",)  # first the default
 
 
+def time_to_save(warning: int) -> int:
+    """Returns the seconds that ranks get of a warning; what is left is for ending those that are not done by then."""
+    return max(1, warning - min(30, warning // 2))
+
+
 def read_nodefile(variable: str, path: str) -> list[Host]:
     """Returns the hosts of a file that names a host once for each of its ranks.
 

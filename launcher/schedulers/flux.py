@@ -1,9 +1,12 @@
 """Flux: its allocation, an instance started by flux alloc or flux batch, and its batch script.
 
-Source: flux-core 0.62, man pages flux-environment(7) (FLUX_URI, FLUX_JOB_ID, set for what runs inside of a job),
-flux-broker-attributes(7) (hostlist: the hosts in broker rank order, in short form) and flux-getattr(1). flux-batch(1):
-"# flux:" lines, --job-name, --nodes, --nslots, --cores-per-slot, --gpus-per-node, --time-limit, --queue, --bank,
---output; flux(1): --parent. The launcher keeps the time itself, as a signal would go to the brokers.
+Source: flux-core 0.62 (the same in 0.88), man pages flux-environment(7), "INITIAL PROGRAM ENVIRONMENT" (FLUX_URI is set
+in a batch script, and little else; flux getattr hostlist), and flux-broker-attributes(7) (hostlist: in broker rank
+order, in short form). flux-batch(1): "# flux:" lines at the head; --nodes, --nslots, --cores-per-slot, --gpus-per-slot
+(--gpus-per-node is flux submit's alone), --job-name, --time-limit with a unit, --queue, --setattr=bank= (for which
+0.65 and later have --bank, too), --output with {{id}}. flux(1): --parent. A slot is all that a node gives, so that its
+GPUs need not be a multiple of its ranks. That --signal reaches a batch script is promised by the manual of 0.88, but
+not by that of 0.62, so the launcher keeps the time itself.
 """
 
 import shlex
@@ -35,9 +38,10 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
 def script(batch: Batch) -> str:
     """Returns what flux batch takes."""
     wanted = {
-        "job-name": batch.name, "nodes": batch.nodes, "nslots": batch.nodes * batch.ranks_per_node,
-        "cores-per-slot": batch.cores_per_rank, "gpus-per-node": batch.gpus_per_node, "time-limit": f"{batch.seconds}s",
-        "queue": batch.queue, "bank": batch.account, "output": f"{batch.name}-{{{{id}}}}.out",
+        "job-name": batch.name, "nodes": batch.nodes, "nslots": batch.nodes,
+        "cores-per-slot": batch.ranks_per_node * batch.cores_per_rank, "gpus-per-slot": batch.gpus_per_node,
+        "time-limit": f"{batch.seconds}s", "queue": batch.queue,
+        "setattr": batch.account and f"bank={batch.account}", "output": f"{batch.name}-{{{{id}}}}.out",
     }  # fmt: skip
     ranks = str(batch.nodes * batch.ranks_per_node)
     return shell_script(

@@ -1,9 +1,15 @@
 """Kubernetes with the operators of Kubeflow: manifests of an MPIJob or a PyTorchJob.
 
-Sources: Kubeflow MPI Operator 0.5, apis/kubeflow/v2beta1 (slotsPerWorker, mpiImplementation, sshAuthMountPath; the
-hostfile is /etc/mpi/hostfile in the launcher's pod). Kubeflow Training Operator 1.8, apis/kubeflow.org/v1 PyTorchJob
-(nprocPerNode; PET_* variables, which torchrun reads). terminationGracePeriodSeconds is the time between a pod's SIGTERM
-(eviction, or activeDeadlineSeconds) and its SIGKILL; a pod that saved and left counts as failed and is started again.
+Sources: Kubeflow MPI Operator 0.5.0, pkg/apis/kubeflow/v2beta1/types.go (slotsPerWorker, mpiImplementation, runPolicy)
+and pkg/controller/mpi_job_controller.go (/etc/mpi/hostfile in the launcher's pod with lines host:4 for MPICH; the
+launcher is a Job with the policy's limits; a finished one has the workers deleted). Kubeflow Training Operator 1.8.0,
+pkg/apis/kubeflow.org/v1 (pytorch_types.go: nprocPerNode, a container named pytorch; common_types.go) and
+pkg/controller.v1/pytorch (PET_* variables, which torchrun reads).
+
+A pod's end (eviction) is a SIGTERM and terminationGracePeriodSeconds later a SIGKILL, and the pod is started again. At
+activeDeadlineSeconds, which counts from the first start, pods end the same way, but for good (Kubernetes documentation,
+"Jobs": "Failed", "DeadlineExceeded"; Training Operator, pkg/controller.v1/common/job.go). torchrun passes a SIGTERM on
+and kills its ranks 30 s later, or when TORCH_ELASTIC_SHUTDOWN_TIMEOUT says (torch 2.13; 2.11 knows the 30 s only).
 """
 
 import json
@@ -11,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.hosts.hostfile import Host
-from launcher.schedulers.base import Batch, Scheduler
+from launcher.schedulers.base import Batch, Scheduler, time_to_save
 
 _HOSTFILE = "/etc/mpi/hostfile"
 _SHARED_MEMORY = "shared-memory"
@@ -46,6 +52,8 @@ def _mpi_job(batch: Batch) -> dict[str, Any]:
 def _pytorch_job(batch: Batch) -> dict[str, Any]:
     command = [batch.python, "-m", "torch.distributed.run", *batch.program]
     template = _pod(batch, "pytorch", command, _resources(batch))
+    timeout = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(time_to_save(batch.warning))}
+    template["spec"]["containers"][0]["env"] = [timeout]
     replicas: dict[str, Any] = {"Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": template}}
     if batch.nodes > 1:
         replicas["Worker"] = {"replicas": batch.nodes - 1, "restartPolicy": "OnFailure", "template": template}

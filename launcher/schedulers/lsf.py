@@ -1,8 +1,11 @@
 """LSF: its allocation and its batch script.
 
-Source: IBM Spectrum LSF 10.1 Reference, "Environment variables set for job execution": $LSB_DJOB_HOSTFILE (a host once
-for each slot), LSB_MCPU_HOSTS ("hostA 4 hostB 2"). bsub: -J, -n, -R "span[ptile=]", -gpu "num=/host", -W [hour:]minute,
--q, -P, -o, -wa and -wt (signal before the limit), -Q (exit codes with which the job goes back into the queue).
+Source: IBM Spectrum LSF 10.1, Command Reference, bsub: -R "span[ptile=] affinity[core()]", -W [hour:]minute (at the
+limit SIGUSR2, ten minutes later the end), -q, -o (appends, %J), -wa signal and -wt [hour:]minute (before the limit),
+-Q "exit_code" (back into the queue), -gpu "num=/host" (where LSB_GPU_NEW_SYNTAX allows it); Using on UNIX: -J, -P;
+"Submit jobs with affinity resource requirements": -n. Environment: LSF 10.1, "Environment variables set for job
+execution" (LSB_JOBID); LSF 9.3.1, lsf_admin/parallel_jobs_about (LSB_MCPU_HOSTS="hostA 4 hostB 2"). Not checked against
+a manual: that $LSB_DJOB_HOSTFILE names a host once for each slot, as scripts of its users take for granted.
 """
 
 from collections.abc import Mapping

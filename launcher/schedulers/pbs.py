@@ -1,9 +1,9 @@
 """PBS (OpenPBS and PBS Professional): its allocation and its batch script.
 
-Source: PBS Professional 2022.1 User's Guide, section 5.1.3 "The Job's Node File": $PBS_NODEFILE names a host once for
-each of its MPI processes (mpiprocs of a chunk, one where it has none). Reference Guide, qsub(1B): -N, -l select with
-ncpus, mpiprocs and ngpus, -l walltime, -q, -A, -j oe, -W depend=afterany. There is no signal before the limit, so the
-launcher keeps the time itself; qrerun is an operator's, so the job submits its successor.
+Source: OpenPBS 23.06, man pages pbs_resources(7B) (mpiprocs: $PBS_NODEFILE has the host's name so often for each chunk;
+ncpus, walltime) and qsub(1B): -N, -l select, -l walltime, -q, -A, -j oe, -W depend=afterany, PBS_JOBID, and no option
+for a signal before the limit, so the launcher keeps the time itself. qrerun(1B) is a manager's or operator's, so the
+job submits its successor. ngpus, which pbsnodes(8B) shows, is a resource that the site has to define.
 """
 
 import shlex

@@ -67,6 +67,9 @@ for _tag, _pattern, _first in (
     ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
+_MOST = 1 << 20  # characters of a config; a device may have no end
+
+
 def read_yaml(path: Path) -> dict:
     """Returns the sections of a file, {} for an empty one.
 
@@ -74,9 +77,15 @@ def read_yaml(path: Path) -> dict:
         ValueError: It is no YAML file, or holds something else than sections.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), ConfigLoader)
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST)
+        if len(text) == _MOST:
+            raise ValueError(f"{path} is no config: it holds {_MOST} characters or more")
+        tree = yaml.load(text, ConfigLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError:
         raise ValueError(f"{path} is not a config: its lists are nested too deeply") from None
     if tree is None:

@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from PIL import Image
 
 from swin_moe.config import DataConfig
 from swin_moe.data.base import Dataset
-from swin_moe.data.pixels import BrokenImage, decode
+from swin_moe.data.pixels import BrokenImage, decode, read_image
 from swin_moe.data.subset import ClassSubset
 from swin_moe.randomness import derive_key
 from swin_moe.registry import lookup
@@ -108,7 +108,7 @@ class _FileDataset:
         self._paths.update(update, skip=self._prefix_size)
 
     def _read(self, index: int) -> bytes:
-        return Path(self.path(index)).read_bytes()
+        return read_image(self.path(index))
 
     def sample(self, index: int) -> tuple[Image.Image, int]:
         """Returns (RGB image, label).
@@ -126,6 +126,17 @@ class _FileDataset:
 
 def _is_no_data(member: zipfile.ZipInfo) -> bool:
     return member.is_dir() or "__MACOSX" in member.filename.split("/")  # resource forks that macOS adds
+
+
+def _folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yields what os.walk does, behind links too; raises ValueError for one that leads back to a folder above it."""
+    for folder, inner, names in os.walk(directory, followlinks=True):
+        for name in inner:
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path) if os.path.islink(path) else ""
+            if real and Path(os.path.realpath(folder)).is_relative_to(real):
+                raise ValueError(f"data.path: the link {path} leads back to {real}, a folder above it")
+        yield folder, inner, names
 
 
 def _is_image(name: str) -> bool:
@@ -183,7 +194,7 @@ class ImageFolder(_FileDataset):
 
     @staticmethod
     def _images(directory: Path) -> list[str]:
-        walk = sorted(os.walk(directory, followlinks=True))
+        walk = sorted(_folders(directory))
         return [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names) if _is_image(name)]
 
 

@@ -1,6 +1,9 @@
 """8-bit RGB pixels from whatever PIL decodes."""
 
 import io
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,6 +18,18 @@ class BrokenImage(ValueError):
 
     def __reduce__(self) -> tuple:
         return BrokenImage, (self.path, self.reason)
+
+
+def read_image(path: str | Path) -> bytes:
+    """Returns the bytes of an image file.
+
+    Raises:
+        BrokenImage: It is a pipe, a device or a folder: reading one may never end.
+        OSError: It cannot be read; names it.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BrokenImage(str(path), "is no regular file")
+    return Path(path).read_bytes()
 
 
 def decode(data: bytes, path: str, *, exif: bool = False) -> Image.Image:

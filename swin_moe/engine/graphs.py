@@ -7,7 +7,7 @@ inputs are copied in and results copied out, and it does nothing that Python doe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,44 @@ def record_on_device(call: Callable[[], Output]) -> Recording:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call()
     return Recording(graph.replay, output)
+
+
+class Recorder(Protocol):
+    """Runs and records calls on one device."""
+
+    def eager(self, call: Callable[[], Tensor]) -> Tensor:
+        """Returns what the call gives, run as a recording of it is going to be."""
+
+    def record(self, call: Callable[[], Output]) -> Recording:
+        """Returns the recording of a call; raises RuntimeError where it cannot be recorded."""
+
+
+class DeviceRecorder:
+    """Records on a stream of its own, all recordings into one pool of memory: they never run at once.
+
+    Also what is not recorded runs on that stream: autograd keeps with a parameter the stream of its first use, and a
+    recording must not meet the default stream there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def eager(self, call: Callable[[], Tensor]) -> Tensor:
+        """See Recorder."""
+        outside = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            result = call()
+        outside.wait_stream(self.stream)
+        return result
+
+    def record(self, call: Callable[[], Output]) -> Recording:
+        """See Recorder."""
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: the loader's threads pin memory meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            output = call()
+        return Recording(graph.replay, output)
 
 
 class _Recorded(NamedTuple):

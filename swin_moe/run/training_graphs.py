@@ -6,9 +6,9 @@ later ones have those that add to them, so nothing is filled with zeros; gradien
 parameters are given them after each replay. The update is not recorded; it reads and drops them as always.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swin_moe.config import Config
 from swin_moe.data.batch import Batch
 from swin_moe.engine.base import Engine
-from swin_moe.engine.graphs import MOST_GRAPHS, Output, Recording, check_rows
+from swin_moe.engine.graphs import MOST_GRAPHS, DeviceRecorder, Output, Recorder, Recording, check_rows
 from swin_moe.engine.limits import serves_of
 from swin_moe.engine.replicated import ReplicatedEngine
 from swin_moe.moe.choices import RoutingStats
@@ -27,44 +27,6 @@ from swin_moe.run.expert_load import moe_layers
 from swin_moe.tasks.base import RecordableLoss, StepContext, Task, find_task
 
 _OPTION = "engine.cuda_graphs=true"
-
-
-class Recorder(Protocol):
-    """Runs and records calls on one device."""
-
-    def eager(self, call: Callable[[], Tensor]) -> Tensor:
-        """Returns what the call gives, run as a recording of it is going to be."""
-
-    def record(self, call: Callable[[], Output]) -> Recording:
-        """Returns the recording of a call; raises RuntimeError where it cannot be recorded."""
-
-
-class DeviceRecorder:
-    """Records on a stream of its own, all recordings into one pool of memory: they never run at once.
-
-    Also what is not recorded runs on that stream: autograd keeps with a parameter the stream of its first use, and a
-    recording must not meet the default stream there.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def eager(self, call: Callable[[], Tensor]) -> Tensor:
-        """See Recorder."""
-        outside = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            result = call()
-        outside.wait_stream(self.stream)
-        return result
-
-    def record(self, call: Callable[[], Output]) -> Recording:
-        """See Recorder."""
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: the loader's threads pin memory meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            output = call()
-        return Recording(graph.replay, output)
 
 
 class _Recorded(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swin_moe.checkpoint import Piece
 from swin_moe.config import DataConfig
-from swin_moe.data.pixels import decode, to_rgb
+from swin_moe.data.pixels import decode, read_image, to_rgb
 from swin_moe.data.transforms import build_transform
 from swin_moe.models import build
 from swin_moe.models.official import LoadReport
@@ -124,6 +124,6 @@ def _preprocess(config: DataConfig, img_size: tuple[int, int]) -> Preprocess:
     def preprocess(image: str | Path | Image.Image) -> Tensor:
         if isinstance(image, Image.Image):
             return transform(to_rgb(ImageOps.exif_transpose(image) if config.exif else image), 0)
-        return transform(decode(Path(image).read_bytes(), str(image), exif=config.exif), 0)
+        return transform(decode(read_image(image), str(image), exif=config.exif), 0)
 
     return preprocess

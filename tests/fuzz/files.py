@@ -1,6 +1,8 @@
 """Files and folders of every kind, right ones and wrong ones, to be named where others are wanted."""
 
 import dataclasses
+import gzip
+import os
 import zipfile
 from pathlib import Path
 
@@ -62,6 +64,21 @@ def make_files(root: Path) -> dict[str, str]:
     Image.fromarray(np.zeros((1, 1), np.uint8)).save(root / "pixel.png")
     (root / "cut.png").write_bytes((root / "image.png").read_bytes()[:40])
     (root / "text.png").write_text("no image\n")
+    (root / "gz.pth").write_bytes(gzip.compress(data))
+    (root / "nothing.png").touch()
+    for name in ("pipe.png", "pipe.pth", "pipe.yaml"):
+        os.mkfifo(root / name)
+    for name in ("loop.png", "loop.pth", "loop.yaml", "loop"):
+        (root / name).symlink_to(name)
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(root / "deep.png")
+    Image.new("CMYK", (20, 20), (10, 20, 30, 40)).save(root / "cmyk.jpg")
+    Image.new("RGB", (3000, 1)).save(root / "wide ☃.png")
+    Image.new("RGB", (20, 20)).save(
+        root / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")]
+    )
+    for name, written in {"bom": b"\xef\xbb\xbf", "two bytes": b"\xff\xfe", "crlf": b""}.items():
+        config = (root / "small.yaml").read_bytes()
+        (root / f"{name}.yaml").write_bytes(written + (config.replace(b"\n", b"\r\n") if name == "crlf" else config))
     (root / "image.yaml").write_bytes((root / "image.png").read_bytes())
     for name, text in {
         "empty": "",
@@ -73,6 +90,10 @@ def make_files(root: Path) -> dict[str, str]:
         "null": "model: null",
         "tag": "run: !!python/object:os.x {}",
         "anchor": "run: &a {name: *a}",
+        "merge": "optim: &a {lr: 0.1}\nlog: {<<: *a}",
+        "octal": "run: {name: 010}",
+        "sexagesimal": "run: {seed: 1:30}",
+        "documents": "run: {}\n---\nrun: {}",
         "tabs": "run:\n\tname: x",
         "binary": "run: !!binary aGk=",
         "official": "MODEL: {TYPE: 3}",

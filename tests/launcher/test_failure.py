@@ -204,7 +204,7 @@ def test_a_traceback_is_said_once_and_the_error_is_the_last_line(mpi, tmp_path):
 @pytest.mark.mpi
 @pytest.mark.parametrize("mpi", MPIS)
 def test_a_stopped_rank_is_named_with_its_line(mpi, tmp_path):
-    process = start("sleep", tmp_path, "--stall", "3", *mpi)
+    process = start("sleep", tmp_path, "--stall", "3", "--log-dir", str(tmp_path / "logs"), *mpi)
     wait_for(lambda: len(list(tmp_path.glob("pid-*"))) == 2, "start of both ranks", PATIENCE)
     pid = int((tmp_path / "pid-1").read_text())
     os.kill(pid, signal.SIGSTOP)
@@ -215,6 +215,8 @@ def test_a_stopped_rank_is_named_with_its_line(mpi, tmp_path):
     assert f"pid {pid}) failed first: was stopped by a signal for 3 s (--stall)" in last
     assert re.search(rf"rank 1 is process {pid} of \S+, at \S+programs\.py:\d+ in _sleep", last), last
     assert not lives(pid)
+    kept = [(tmp_path / "logs" / "start-0" / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("programs.py" in text for text in kept)
 
 
 @pytest.mark.mpi

@@ -18,11 +18,11 @@ BY_NAME = {flavor.name: flavor for flavor in flavors.FLAVORS}
 # What each says of itself, as installed versions and the documentation have it (hydra's is longer).
 VERSIONS = {
     "mpich": "HYDRA build details:\n    Version:  5.0.2\n    Configure options:  --with-device=ch4:ucx,ofi",
-    "mvapich": "HYDRA build details:\n    Version: 4.0\n    Configure options: --with-device=ch4:ucx --enable-mvapich",
+    "mvapich": "HYDRA build details:\n    Version: 4.3.0\n    Configure options: --prefix=/opt/mvapich-4.0",
     "intel": "Intel(R) MPI Library for Linux* OS, Version 2021.18.1 Build 20260626 (id: b44796a)",
     "openmpi4": "mpirun.openmpi (OpenRTE) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/",
     "openmpi5": "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/",
-    "pals": "mpiexec version 1.2.12 revision 1.2.12-20230420",
+    "pals": "mpiexec version 1.8.0 revision",
     "srun": "slurm-wlm 22.05.8",
 }
 FURTHER_VERSIONS = [
@@ -41,7 +41,7 @@ DOCUMENTED = {
     "intel": "-n -machinefile -genvall -wdir -silent-abort -prepend-rank",
     "openmpi4": "-n --quiet --map-by --bind-to --wdir --tag-output --hostfile -x",
     "openmpi5": "-n --map-by --bind-to --wdir --output --hostfile -x",
-    "pals": "-n --cpu-bind --envall --wdir --hostfile --label",
+    "pals": "-n --cpu-bind --envall --wdir --hostfile --ppn --label",
     "srun": "--ntasks --ntasks-per-node --nodes --distribution --nodelist --cpu-bind --overcommit --export --chdir"
     " --input --kill-on-bad-exit --quiet --mpi --label",
 }
@@ -115,6 +115,14 @@ def test_an_mpi_nobody_knows_is_refused_with_what_it_says(tmp_path):
         flavors.detect(str(program))
 
 
+def test_the_aprun_of_pals_is_refused_for_it_has_other_options(tmp_path):
+    program = tmp_path / "aprun"
+    program.write_text("#!/bin/sh\necho aprun version 1.8.0 revision\n")
+    program.chmod(0o755)
+    with pytest.raises(ValueError, match="--version says: 'aprun version 1.8.0"):
+        flavors.detect(str(program))
+
+
 def test_the_script_of_intel_mpi_needs_no_path(tmp_path):
     for name, body in (("mpirun", "exec not-in-path-mpiexec.hydra"), ("mpiexec.hydra", "echo 'Intel(R) MPI Library'")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -146,6 +154,15 @@ def test_srun_deals_equal_nodes_by_their_number(monkeypatch):
     line, _ = command_of("srun", monkeypatch, ranks=4, hosts=hosts)
     assert line[1:5] == ["--ntasks=4", "--nodes=2", "--ntasks-per-node=2", "--nodelist=a,b"]
     assert not any("arbitrary" in word for word in line)
+
+
+def test_pals_deals_equal_hosts_by_their_number(monkeypatch):
+    hosts = (Host("a", 2), Host("b", 2))
+    line, _ = command_of("pals", monkeypatch, ranks=4, hosts=hosts, hostfile="F")
+    assert line[1 : -len(RANK)] == "-n 4 --cpu-bind none --envall --wdir /d --hostfile F --ppn 2".split()
+    assert BY_NAME["pals"].hostfile(hosts) == "a\nb\n"
+    line, _ = command_of("pals", monkeypatch, ranks=3, hosts=(Host("a", 2), Host("b", 1)), hostfile="F")
+    assert "--ppn" not in line
 
 
 @pytest.mark.parametrize("name", HOSTFILES)

@@ -119,6 +119,7 @@ def test_the_slot_of_a_rank_that_was_killed_is_not_used_where_fewer_will_do(tmp_
     "words, sentence",
     [
         (["--restarts", "-1"], "--restarts must be at least 0, got -1"),
+        (["--log-dir", "/dev/null/logs"], "--log-dir '/dev/null/logs' cannot be made: Not a directory"),
         (["--stall", "0"], "--stall must be more than 0"),
         (["--allowed-ranks", "32,x"], "--allowed-ranks takes numbers such as 32,24,16, got '32,x'"),
     ],

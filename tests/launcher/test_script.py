@@ -25,6 +25,32 @@ CASES = {
     "k8s": ["--image", "registry/swin:1"], "k8s-pytorchjob": ["--image", "registry/swin:1", "--kind", "pytorchjob"],
 }  # fmt: skip
 
+# Options of each manual that a directive here may use (sources: the docstrings of launcher/schedulers).
+DOCUMENTED = {
+    "slurm": "--job-name --nodes --ntasks-per-node --cpus-per-task --gpus-per-node --time --partition --account"
+    " --signal --output --open-mode --requeue",
+    "pbs": "-N -l -j -q -A",
+    "lsf": "-J -n -R -W -o -wa -wt -Q -gpu -q -P",
+    "flux": "--job-name --nodes --nslots --cores-per-slot --gpus-per-slot --time-limit --queue --setattr --output",
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_directives_are_those_of_the_manual(name):
+    text = (GOLDEN / f"{name}.txt").read_text()
+    directives = re.findall(r"^#(?:SBATCH|PBS|BSUB| flux:) (-[\w-]+)", text, re.MULTILINE)
+    assert directives and set(directives) <= set(DOCUMENTED[name].split())
+
+
+def test_a_node_of_flux_gives_all_its_ranks_and_gpus(capsys):
+    """Also where the GPUs are no multiple of the ranks."""
+    shape = ["--nodes", "3", "--ranks-per-node", "4", "--cores-per-rank", "2", "--gpus-per-node", "6"]
+    assert script.main(["--scheduler", "flux", *shape, *PROGRAM]) == 0
+    text = capsys.readouterr().out
+    for directive in ("--nodes=3", "--nslots=3", "--cores-per-slot=8", "--gpus-per-slot=6"):
+        assert f"# flux: {directive}\n" in text
+    assert "-m launcher -n 12 " in text
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_whole_text(name, capsys, monkeypatch):
@@ -48,6 +74,9 @@ def test_manifests_are_yaml(name):
     pods = {role: replica["template"]["spec"] for role, replica in replicas.items()}
     assert all(pod["containers"][0]["image"] == "registry/swin:1" for pod in pods.values())
     command = pods.get("Launcher", pods.get("Master"))["containers"][0]["command"]
+    if "Master" in pods:  # torchrun leaves the ranks as long as the launcher would
+        timeout = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": "270"}
+        assert all(pod["containers"][0]["env"] == [timeout] for pod in pods.values())
     assert command[-3:] == ["-m", "json.tool", "run.name=it's new"]
     assert pods["Worker"]["containers"][0]["resources"]["limits"] == {"cpu": 32, "nvidia.com/gpu": 4}
 

@@ -350,3 +350,10 @@ def test_other_launchers(tmp_path, start):
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert "2 ranks = 2 expert" in done.stdout
+
+
+def test_deepspeed_trains_in_one_process_without_a_launcher(tmp_path):
+    """The library asserts LOCAL_RANK, which only a launcher sets."""
+    pytest.importorskip("deepspeed")
+    done = run(command(tmp_path, "engine.name=deepspeed", "parallel.zero=1", "optim.epochs=0.03"), timeout=120)
+    assert done.returncode == 0 and "finished: step 1 of 1" in done.stdout, done.stderr

@@ -121,7 +121,7 @@ def run(directory: Path, name: str, *, graphed: bool, source: str = "") -> tuple
     setup, options = RUNS[name]
     trainer = build(directory, setup, graphed, *options, *((f"checkpoint.load={source}",) if source else ()))
     if name == "skipped":  # steps overflow and are repeated to name what did, some of them from recordings
-        trainer.engine.loss_scale.value = 2.0**40
+        trainer.engine.loss_scale.value = 2.0**24
     return outcome(trainer), trainer
 
 
@@ -137,7 +137,7 @@ def test_a_run_equals_the_eager_one_to_the_bit(tmp_path, name):
     allowed = {"tolist"} if name == BY_COUNT else set()
     assert all(set(waits) <= allowed for waits in recorder.waits), recorder.waits[0]
     if name == "skipped":
-        assert len(found[2]) > 3
+        assert 3 <= len(found[2]) < 9, found[2]  # some of the replayed steps were, and some were not
 
 
 @pytest.mark.parametrize("graphed", [False, True])

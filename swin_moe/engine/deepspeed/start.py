@@ -27,6 +27,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """Returns the package, set to compute on `device` and to keep its log to itself."""
     os.environ["DS_ACCELERATOR"] = device.type  # read once, when the package is imported first
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("LOCAL_RANK", "0")  # which the library insists on; one process without a launcher has none
     # Names of collectives that torch 2.13 changed; the library says so at every call.
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     import deepspeed
