@@ -20,7 +20,7 @@ from tests.fuzz.files import make_files
 from tests.fuzz.oracle import judge_call, judge_command
 from tests.ranks import ROOT
 
-SEED, CHUNK = 15, 100
+SEED, CHUNK = 31, 100
 
 
 @pytest.fixture(scope="module")
