@@ -6,8 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
-# Two test files at a time: a test has one thread a process. In the order that tests/conftest.py gives, longest first.
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-full lint clean
 
@@ -17,10 +15,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launcher -n $(RANKS) -- -m swin_moe.train configs/debug/digits_swin_moe.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -q
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest -q --full $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -q --full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -99,5 +99,6 @@ def test_an_engine_that_says_nothing_gets_the_least(monkeypatch):
 
 
 def test_every_option_and_every_engine_of_ours_is_named():
-    assert MORE.keys() == {field.name for field in fields(Serves)} - {"reasons"}
+    # `graphs` is asked for where training is recorded: tests/training/test_training_graphs.py.
+    assert MORE.keys() == {field.name for field in fields(Serves)} - {"reasons", "graphs"}
     assert SERVES.keys() == ENGINES.keys()
