@@ -29,17 +29,17 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 def announce(environ: MutableMapping[str, str]) -> None:
     """Writes this process into the environment as the one that ranks must not outlive."""
-    environ[WATCHED] = f"{_host()} {os.getpid()} {_start_time(os.getpid())}"
+    environ[WATCHED] = f"{_host()} {os.getpid()} {start_time(os.getpid())}"
 
 
 def start_watching(watched: str) -> None:
     """Starts a thread that ends this process at once when the announced one is gone; does nothing on another host."""
-    host, pid, start_time = watched.split()
+    host, pid, began = watched.split()
     if host != _host():
         return
 
     def watch() -> None:
-        while _start_time(int(pid)) == start_time:
+        while start_time(int(pid)) == began:
             time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -55,7 +55,7 @@ def _host() -> str:
         return "unknown"
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Returns when process `pid` started, in clock ticks since boot, or "gone". A reused pid has another start."""
     try:
         # Fields after the parenthesized name: state is the 1st, start time the 20th (proc_pid_stat(5), field 22).

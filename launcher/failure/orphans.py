@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+from launcher import watch
 from launcher.env import rank_of
 
 JOB = "LAUNCHER_JOB"  # the token
@@ -71,7 +72,7 @@ def start_reaper() -> int | None:
     ours, theirs = os.pipe()
     if os.fork() == 0:
         try:
-            _reap(ours, token, rank, _start_time(guard), group if group == guard else 0)
+            _reap(ours, token, rank, int(watch.start_time(guard)), group if group == guard else 0)
         finally:
             os._exit(0)
     os.close(ours)
@@ -95,10 +96,6 @@ def _owner(path: Path, token: str) -> str | None:
         return None
     pairs = (word.decode(errors="replace").partition("=") for word in words)
     return rank_of({name: value for name, _, value in pairs})
-
-
-def _start_time(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _kill(pid: int, number: int) -> None:

@@ -1,6 +1,7 @@
 """What the launcher is going to do, as data and as a table: where every rank runs and what it gets there."""
 
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,13 +50,15 @@ def make_plan(hosts: Sequence[Host], ranks: int, machine: Machine, *, bind: bool
     """
     names = [host.name for host in hosts for _ in range(host.slots or 0)] or [socket.gethostname()] * ranks
     alone = len(set(names)) == 1 and is_here(names[0])
-    plans = []
+    totals, placed, plans = Counter(names), Counter[str](), []
+    shares = {name: _local_shares(machine, count, bind) for name, count in totals.items() if is_here(name)}
     for rank, name in enumerate(names):
-        local = names[:rank].count(name)
-        if not is_here(name):
+        local = placed[name]
+        placed[name] += 1
+        if name not in shares:
             plans.append(RankPlan(rank, name, local))
             continue
-        cores, nodes, gpu = _local_share(machine, local, names.count(name), bind)
+        cores, nodes, gpu = shares[name][local]
         plans.append(RankPlan(rank, name, local, cores, nodes, gpu, LOOPBACK if alone else AT_START))
     return Plan(tuple(hosts), tuple(plans))
 
@@ -106,13 +109,14 @@ def _united(ranks: Sequence[RankPlan], name: str) -> str:
     return " ".join(dict.fromkeys(getattr(rank, name) for rank in ranks))
 
 
-def _local_share(machine: Machine, local: int, ranks: int, bind: bool) -> tuple[str, str, str]:
-    numbers = [gpu_of(machine.gpus, other) for other in range(ranks)]
+def _local_shares(machine: Machine, ranks: int, bind: bool) -> list[tuple[str, str, str]]:
+    """Returns (cores, NUMA nodes, GPU) of every rank of this host, as they stand in the table."""
+    numbers = [gpu_of(machine.gpus, local) for local in range(ranks)]
     near = [None if number is None else machine.gpus[number].node for number in numbers]
-    cores = machine.cores
-    if bind and cores:
-        cores = tuple(split_cores(machine.cores, ranks, near, machine.distances)[local])
-    return describe_cores(cores, machine.gpus, numbers[local])
+    cores: Sequence[Sequence] = [machine.cores] * ranks
+    if bind and machine.cores:
+        cores = split_cores(machine.cores, ranks, near, machine.distances)
+    return [describe_cores(own, machine.gpus, number) for own, number in zip(cores, numbers)]
 
 
 def title(plan: Plan, by: str, environ: Mapping[str, str]) -> str:

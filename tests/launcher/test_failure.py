@@ -114,7 +114,7 @@ def test_a_stack_tells_the_line_and_the_collective(tmp_path):
 
 
 def lives(pid):
-    return watch._start_time(pid) != "gone"
+    return watch.start_time(pid) != "gone"
 
 
 def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
@@ -129,7 +129,7 @@ def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
     try:
         wait_for(lambda: len(orphans.processes(token)) == 2, "both processes")
         assert orphans.processes(token, rank="1") == [mine.pid]
-        assert orphans.processes(token, rank="1", after=orphans._start_time(mine.pid)) == []
+        assert orphans.processes(token, rank="1", after=int(watch.start_time(mine.pid))) == []
         assert orphans.sweep(token, rank="1") == 1
         assert mine.wait(5) < 0 and all(other.poll() is None for other in others)
         assert orphans.sweep(token) == 1 and others[1].poll() is None
