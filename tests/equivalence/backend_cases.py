@@ -9,10 +9,20 @@ import torch.distributed as dist
 
 from swin_moe.moe import MoELayer
 from swin_moe.parallel.apply import parallelize
-from swin_moe.parallel.groups import Groups, build_groups
+from swin_moe.parallel.groups import Groups
 from swin_moe.randomness import RandomContext
 from tests.equivalence import expert_parallel_cases as spread_cases
-from tests.equivalence.expert_parallel_cases import NOISY, Case, Net, build, data, spread, together, transport_of
+from tests.equivalence.expert_parallel_cases import (
+    NOISY,
+    Case,
+    Net,
+    build,
+    data,
+    groups_of,
+    spread,
+    together,
+    transport_of,
+)
 from tests.parallel import tutel_stand_in
 
 CONFIDENT: dict[str, Any] = {"batch_prioritized": True, "top_k": 2, **NOISY}
@@ -96,14 +106,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def compare_backends(case: Case) -> dict[tuple[str, str], dict]:
     """Returns (backend, dtype) -> this rank's differences from native, and the dispatcher that was used."""
-    groups = build_groups(
-        case.parallel,
-        case.experts,
-        torch.device("cpu"),
-        routing_ranks=case.routing_ranks,
-        two_hops=case.config.transport == "hierarchical",
-        hosts=case.hosts,
-    )
+    groups = groups_of(case)
     found = {}
     # A payload rounds numbers that differ in their last bits now and then to different ones; in float64, never.
     dtypes = (torch.float64, torch.float32) if case.config.payload == "none" else (torch.float64,)

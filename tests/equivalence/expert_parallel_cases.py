@@ -19,7 +19,7 @@ from swin_moe.parallel.apply import (
     reduce_expert_gradients,
 )
 from swin_moe.parallel.clip import clip_by_norm, global_grad_norm
-from swin_moe.parallel.groups import build_groups
+from swin_moe.parallel.groups import Groups, build_groups
 from swin_moe.randomness import RandomContext
 
 DIM, TOKENS, LAYER, NAME = 6, 4, 5, "layers.0.blocks.1.mlp"
@@ -256,11 +256,9 @@ def run_alone(case: Case) -> dict:
     }
 
 
-def run_spread(case: Case) -> dict:
-    """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
-    expected = run_alone(case)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    groups = build_groups(
+def groups_of(case: Case) -> Groups:
+    """Returns the process groups of a case."""
+    return build_groups(
         case.parallel,
         case.experts,
         torch.device("cpu"),
@@ -268,6 +266,13 @@ def run_spread(case: Case) -> dict:
         two_hops=case.config.transport == "hierarchical",
         hosts=case.hosts,
     )
+
+
+def run_spread(case: Case) -> dict:
+    """Returns this rank's largest differences from the layer run alone, and its gradient norm's bits."""
+    expected = run_alone(case)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    groups = groups_of(case)
     with torch.device("meta"):
         net = Net(build(case))
     net = parallelize(net, case.parallel, groups).to_empty(device="cpu").initialize(case)
