@@ -48,6 +48,7 @@ def inputs_of(tokens, experts, dtype, kind):
     scores = torch.sigmoid(logits) if kind == "gshard of shares" else torch.softmax(logits, 1)
     chosen = logits.topk(min(2, experts), dim=1)
     threshold = chosen.values[:, -1] * 0.3
+    threshold[0] = scores[0, 0]  # a score at its threshold is not above it
     return scores.requires_grad_(), threshold.requires_grad_(), chosen.indices, logits.requires_grad_()
 
 

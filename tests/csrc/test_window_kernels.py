@@ -182,8 +182,8 @@ def test_factors_of_any_sign_and_zero(library, name, dtype):
     tensors = [qkv, table, torch.tensor([-7.0, 0.0, 3.0], dtype=factor.dtype), pad]
     grad_out = torch.randn((*qkv.shape[:3], qkv.shape[3] // 3), generator=torch.Generator().manual_seed(6)).to(dtype)
     wide = [t.double() for t in tensors]
-    exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, grad_out.double())
-    eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, grad_out)
+    exact = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), wide, grad_out.double())
+    eager = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), tensors, grad_out)
     ours = value_and_gradients(lambda *t: window_attention(library)(*t, *case.numbers), tensors, grad_out)
     for result, expected in exact.items():
         allowed = 1.5 * relative_error(eager[result], expected) + 100 * torch.finfo(dtype).eps
