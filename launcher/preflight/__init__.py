@@ -14,7 +14,8 @@ The file (--preflight-file) is one JSON object; bytes, seconds, bytes per second
     ranks        [{rank, host, pid, address, interface, interface_bytes_per_s (0 = it does not say), hash_bytes_per_s,
                  copy_bytes_per_s}]
     links        [{ranks: [0, 1], hosts: [a, b], called (the rank that was connected to), address, cause ("" = they
-                 connect), latency_s, bytes_per_s (null = not measured)}]
+                 connect), latency_s, bytes_per_s (of the slower way; null = not measured), up_bytes_per_s (from the
+                 first to the second), down_bytes_per_s}]
     collectives  [{kind, backend, world, bytes, seconds}], where kind is
                  send         one rank to another, on other hosts if there are several
                  send_on_host one rank to another of its host, if there are several hosts
@@ -23,6 +24,7 @@ The file (--preflight-file) is one JSON object; bytes, seconds, bytes per second
     fit          {kind: {latency_s, bytes_per_s, ranks, error}}: seconds = latency_s + bytes / bytes_per_s;
                  error is the root mean square of the relative errors
     notes        [sentence]: what was left out
-    findings     [{severity: "unusable" | "marked", host ("" = none alone), ranks, words}]
+    findings     [{severity: "unusable" | "marked", about (column of the table, link or start), host ("" = none alone),
+                 ranks, words}]
     unusable_hosts [name]
 """

@@ -17,6 +17,7 @@ _MEASURE = {"most_ranks": 16, "most_rounds": 64}
 _TURNS = 16  # in which ranks of a host show their pace
 _LONGEST_COLLECTIVE = 0.5  # seconds; a larger size that would take longer is left out
 _IMPORT_SECONDS = 300.0  # of torch, by all ranks of a host at once, from a cold file system
+_TRIES = 3
 _SUSPECTS = 64  # links that are measured again, alone
 
 
@@ -177,6 +178,8 @@ class Conductor:
                 "cause": "",
                 "latency_s": None,
                 "bytes_per_s": None,
+                "up_bytes_per_s": None,
+                "down_bytes_per_s": None,
             },
         )
 
@@ -195,12 +198,14 @@ class Conductor:
                 if "cause" in answer:
                     link["cause"] = answer["cause"]
                     continue
-                size, seconds = answer["points"][-1]
                 link["latency_s"] = min(answer["latency_s"], link["latency_s"] or answer["latency_s"])
-                link["bytes_per_s"] = max(size / seconds, link["bytes_per_s"] or 0.0)
+                for way, name in (("there", "up_bytes_per_s"), ("back", "down_bytes_per_s")):
+                    size, seconds = answer[way][-1]
+                    link[name] = max(size / seconds, link[name] or 0.0)
+                link["bytes_per_s"] = min(link["up_bytes_per_s"], link["down_bytes_per_s"])
                 near = self._places[rank].stack == self._places[partner[rank]].stack
                 kind = "send_on_host" if near and len(self._hosts) > 1 else "send"
-                self._samples.setdefault(kind, []).extend([(1, answer["latency_s"]), *answer["points"]])
+                self._samples.setdefault(kind, []).extend([(1, answer["latency_s"]), *answer["there"], *answer["back"]])
 
     def _measure_again(self) -> None:
         """Measures links that look slow once more, as a rank that had no core for a moment makes one look slow."""
@@ -215,8 +220,15 @@ class Conductor:
                 turns[local * _TURNS // max(_TURNS, len(host["ranks"]))].append(rank)
         for ranks in [turn for turn in turns if turn] * 2:
             for rank, paces in self._order({rank: {"do": "pace"} for rank in ranks}).items():
-                known = self._ranks[rank]
-                known.update({name: max(value, known.get(name, 0.0)) for name, value in paces.items()})
+                self._keep_paces(rank, paces)
+        for _ in range(_TRIES):  # once more, of those that look slow: they may have had no core for a moment
+            slow = judge.slow_ranks(list(self._ranks.values()))
+            for rank, paces in (self._order({rank: {"do": "pace"} for rank in slow}) if slow else {}).items():
+                self._keep_paces(rank, paces)
+
+    def _keep_paces(self, rank: int, paces: dict[str, float]) -> None:
+        known = self._ranks[rank]
+        known.update({name: max(value, known.get(name, 0.0)) for name, value in paces.items()})
 
     def _collect(self) -> None:
         reason = self._why_no_collectives()
@@ -273,9 +285,10 @@ class Conductor:
         self._order({rank: {"do": "close"} for rank in self._facts})
 
     def _find(self, severity: str, rank: int, words: str) -> None:
-        host = self._ranks[rank]["host"] if rank in self._ranks else self._name_of(rank) if self._name_of else "?"
-        entry = {"severity": severity, "host": host, "ranks": [rank], "words": f"rank {rank} ({host}) {words}"}
-        self._document["findings"].append(entry)
+        host = self._ranks[rank]["host"] if rank in self._ranks else self._name_of(rank) if self._name_of else ""
+        self._document["findings"].append(
+            judge.make_finding(severity, "start", host, [rank], f"rank {rank} ({host or '?'}) {words}")
+        )
 
     def _finish(self) -> dict[str, Any]:
         document = self._document
@@ -288,7 +301,10 @@ class Conductor:
             "links": list(self._links.values()),
         }
         for kind, points in self._samples.items():
-            document["fit"][kind] = asdict(fit(points, 2 if kind.startswith("send") else self._hub.world))
-            if kind.startswith("send"):
-                document["collectives"] += judge.typical(kind, points)
+            ranks = self._hub.world
+            if kind.startswith("send"):  # of many links: the median, as some may be out of line
+                typical = judge.typical(kind, points)
+                document["collectives"] += typical
+                points, ranks = [(entry["bytes"], entry["seconds"]) for entry in typical], 2
+            document["fit"][kind] = asdict(fit(points, ranks))
         return judge.complete(document)

@@ -15,6 +15,7 @@ CLOCK_SECONDS = 1.0
 _OF_INTERFACE = 10.0  # as many times slower than the interface says
 _ENOUGH = 100e6  # bytes per second; above, one thread of Python may be what is slow
 _AGAIN = 4  # links of a slow end that are measured again
+_ONE_WAY = 3.0  # as many times slower than the other way is worth a word
 _LATE = 1e-3  # seconds; less may be a core that was busy
 Link = dict[str, Any]
 Finding = dict[str, Any]
@@ -25,6 +26,7 @@ class Metric:
     """A figure of a link, and when it is out of line."""
 
     name: str  # in the file
+    title: str  # of the column
     words: str
     end_factor: float  # as many times worse than the median end, over every one of its links
     link_factor: float  # as many times worse than both of its ends can
@@ -34,9 +36,10 @@ class Metric:
 
 
 METRICS = (
-    Metric("bytes_per_s", "slow", 3.0, 4.0, lambda value: value, lambda value: f"{value / 1e6:,.1f} MB/s"),
+    Metric("bytes_per_s", "send", "slow", 3.0, 4.0, lambda value: value, lambda value: f"{value / 1e6:,.1f} MB/s"),
     Metric(
         "latency_s",
+        "latency",
         "late",
         5.0,
         5.0,
@@ -56,7 +59,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 
 def blame(document: dict[str, Any], host: str, ranks: Sequence[int], words: str) -> None:
     """Adds the finding that a host cannot be used."""
-    document["findings"].append(_finding("unusable", host, ranks, words))
+    document["findings"].append(make_finding("unusable", "start", host, ranks, words))
     _sum_up(document)
 
 
@@ -93,6 +96,14 @@ def suspects(links: Sequence[Link]) -> list[tuple[int, int]]:
     return list(found)
 
 
+def slow_ranks(ranks: Sequence[dict[str, Any]]) -> list[int]:
+    """Returns the ranks whose pace looks out of line, for another look."""
+    found: set[int] = set()
+    for pace in PACES:
+        found |= behind({r["rank"]: r[pace.name] for r in ranks if pace.name in r}, pace.factor).keys()
+    return sorted(found)
+
+
 def _unreached(document: dict[str, Any]) -> Iterator[Finding]:
     """Yields the links that do not work, each put down to that end of it which explains most of them.
 
@@ -108,7 +119,9 @@ def _unreached(document: dict[str, Any]) -> Iterator[Finding]:
         blamed = max(counts, key=lambda end: (counts[end], end not in spared, end in called))
         for link in broken:
             if blamed in ends_of(link):
-                yield _finding("unusable", link["hosts"][ends_of(link).index(blamed)], link["ranks"], _describe(link))
+                yield make_finding(
+                    "unusable", "link", link["hosts"][ends_of(link).index(blamed)], link["ranks"], _describe(link)
+                )
         broken = [link for link in broken if blamed not in ends_of(link)]
 
 
@@ -134,7 +147,7 @@ def _lacking(document: dict[str, Any]) -> Iterator[Finding]:
                 severity = "unusable" if value < check.least else "marked"
                 limit = check.least if value < check.least else check.enough
                 words = f"{mib(value)} of {check.words}, less than {mib(limit)}"
-                yield _finding(severity, host["name"], host["ranks"], f"{host['name']} has {words}")
+                yield make_finding(severity, check.title, host["name"], host["ranks"], f"{host['name']} has {words}")
 
 
 def _clocks(document: dict[str, Any]) -> Iterator[Finding]:
@@ -144,7 +157,7 @@ def _clocks(document: dict[str, Any]) -> Iterator[Finding]:
         off = ahead.get(host["name"], median) - median
         if abs(off) > CLOCK_SECONDS + host.get("clock_doubt_s", 0.0):
             words = f"the clock of {host['name']} is off by {off:+.1f} s from the median host's"
-            yield _finding("marked", host["name"], host["ranks"], words)
+            yield make_finding("marked", "clock", host["name"], host["ranks"], words)
 
 
 def _gpus(document: dict[str, Any]) -> Iterator[Finding]:
@@ -152,7 +165,7 @@ def _gpus(document: dict[str, Any]) -> Iterator[Finding]:
         for found in host.get("gpus", ()):
             for unusable, words in gpu.complaints(found):
                 severity = "unusable" if unusable else "marked"
-                yield _finding(severity, host["name"], host["ranks"], f"{host['name']}: {words}")
+                yield make_finding(severity, "gpu", host["name"], host["ranks"], f"{host['name']}: {words}")
 
 
 def _paces(document: dict[str, Any]) -> Iterator[Finding]:
@@ -165,7 +178,9 @@ def _paces(document: dict[str, Any]) -> Iterator[Finding]:
                 share = statistics.median(slow[rank] for rank in ranks)
                 who = f"rank{'s' * (len(ranks) > 1)} {short_list(ranks)} ({host['name']})"
                 words = f"the {pace.words} of {who} is slow: {share:.2f} of the median rank's pace"
-                yield _finding("marked", host["name"], ranks, f"{words} (marked below 1/{pace.factor:g})")
+                yield make_finding(
+                    "marked", pace.title, host["name"], ranks, f"{words} (marked below 1/{pace.factor:g})"
+                )
 
 
 def _out_of_line_links(document: dict[str, Any]) -> Iterator[Finding]:
@@ -179,13 +194,17 @@ def _out_of_line_links(document: dict[str, Any]) -> Iterator[Finding]:
             limit = f"(marked below 1/{metric.end_factor:g})"
             shown = f"{metric.show(link[metric.name])} at best, {share:.2f} of the median's {limit}"
             ranks = [rank for rank, other in zip(link["ranks"], link["hosts"]) if (other if far else rank) == end]
-            yield _finding("marked", host, ranks, f"{who} is {metric.words} over every link: {shown}")
+            yield make_finding("marked", metric.title, host, ranks, f"{who} is {metric.words} over every link: {shown}")
         for pair, share in links.items():
             link = best[pair]
             a, b = (f"rank {rank} ({host})" for rank, host in zip(link["ranks"], link["hosts"]))
+            if link["up_bytes_per_s"] * _ONE_WAY < link["down_bytes_per_s"]:
+                b += ", from the first to the second,"
+            elif link["down_bytes_per_s"] * _ONE_WAY < link["up_bytes_per_s"]:
+                b += ", from the second to the first,"
             shown = f"{metric.show(link[metric.name])}, {share:.2f} of what both reach with others"
             words = f"the link between {a} and {b} is {metric.words}: {shown} (marked below 1/{metric.link_factor:g})"
-            yield _finding("marked", "", link["ranks"], words)
+            yield make_finding("marked", metric.title, "", link["ranks"], words)
 
 
 def _below_interface(document: dict[str, Any]) -> Iterator[Finding]:
@@ -200,7 +219,7 @@ def _below_interface(document: dict[str, Any]) -> Iterator[Finding]:
             words = (
                 f"reaches {speed / 1e6:,.1f} MB/s at best, where its interface says {promised[host] / 1e6:,.0f} MB/s"
             )
-            yield _finding("marked", host, [], f"host {host} {words}")
+            yield make_finding("marked", "send", host, [], f"host {host} {words}")
 
 
 def _compared(links: Sequence[Link]) -> Iterator[tuple[Metric, dict[tuple, Link], bool]]:
@@ -229,8 +248,9 @@ def _out_of_line(metric: Metric, best: dict[tuple, Link]) -> tuple[dict, dict]:
     return late, {pair: share for pair, share in links.items() if pair in matters}
 
 
-def _finding(severity: str, host: str, ranks: Sequence[int], words: str) -> Finding:
-    return {"severity": severity, "host": host, "ranks": list(ranks), "words": words}
+def make_finding(severity: str, about: str, host: str, ranks: Sequence[int], words: str) -> Finding:
+    """Returns a finding as it stands in the document."""
+    return {"severity": severity, "about": about, "host": host, "ranks": list(ranks), "words": words}
 
 
 def mib(size: float) -> str:

@@ -1,6 +1,6 @@
 """Two ranks over TCP, as gloo's and NCCL's sockets: whether they connect, how soon and how fast bytes arrive.
 
-Every rank listens on the chosen address; what arrives there is read and acknowledged, by a thread for each connection.
+Every rank listens on the chosen address; a thread for each connection reads what arrives and sends what is asked for.
 """
 
 import errno
@@ -22,7 +22,7 @@ _SIZES = (1 << 16, 1 << 20, 1 << 23)
 _REPEATS = 3
 _LONGEST = 0.2  # seconds of one transfer; a larger size that would take longer is left out
 _AT_A_TIME = 16
-_SIZE = struct.Struct("!Q")
+_ORDER = struct.Struct("!QQ")  # bytes to read, then bytes to send
 _HELLO = struct.Struct("!16sI")
 _CAUSES = {
     errno.ECONNREFUSED: "refused: nothing listens at that port, or a firewall rejects it",
@@ -33,6 +33,7 @@ _CAUSES = {
     errno.EADDRNOTAVAIL: "the address of this side is not there any more",
     errno.EACCES: "forbidden by a firewall of this host",
     errno.EPERM: "forbidden by a firewall of this host",
+    errno.EINVAL: "forbidden by a route of this host",
 }
 
 
@@ -80,13 +81,12 @@ class Listener:
                     return
                 connection.sendall(self._hello)
                 while True:
-                    left = _SIZE.unpack(_read(connection, _SIZE.size))[0]
-                    while left:
-                        count = connection.recv_into(scratch[: min(left, len(scratch))])
-                        if not count:
-                            return
-                        left -= count
-                    connection.sendall(b"!")
+                    coming, wanted = _ORDER.unpack(_read(connection, _ORDER.size))
+                    _receive(connection, coming, scratch)
+                    while wanted:
+                        count = min(wanted, len(scratch))
+                        connection.sendall(scratch[:count])
+                        wanted -= count
             except OSError:  # the other side is done, or gone, which it notices itself
                 return
 
@@ -118,32 +118,42 @@ def cause_of(error: OSError) -> str:
 
 
 def measure(target: Target, token: str, source: str) -> dict[str, Any]:
-    """Returns {latency_s, points: [(bytes, seconds)]} of one way, or {cause} where the connection fails.
+    """Returns {latency_s, there: [(bytes, seconds)], back: the same}, of one way each, or {cause} where it fails.
 
-    A message and its acknowledgement take one way each, so half of the shortest exchange is the way back.
+    A message and its answer take one way each, so half of an exchange of a byte is what to take off for the other way.
     """
+    scratch = memoryview(bytearray(_SIZES[-1]))
     try:
         with _connect(target, token, source) as connection:
-            pings = [_exchange(connection, memoryview(b"?")) for _ in range(_PINGS)]
-            back = statistics.median(pings) / 2
-            points = []
-            for size in _SIZES:
-                data = memoryview(bytearray(size))
-                taken = min(_exchange(connection, data) for _ in range(_REPEATS))
-                points.append((size, max(taken - back, taken / 2)))
-                if taken * 8 > _LONGEST:
-                    break
-            return {"latency_s": back, "points": points}
+            half = statistics.median(_exchange(connection, 1, 1, scratch) for _ in range(_PINGS)) / 2
+            found: dict[str, Any] = {"latency_s": half}
+            for way in ("there", "back"):
+                found[way] = []
+                for size in _SIZES:
+                    sizes = (size, 1) if way == "there" else (1, size)
+                    taken = min(_exchange(connection, *sizes, scratch) for _ in range(_REPEATS))
+                    found[way].append((size, max(taken - half, taken / 2)))
+                    if taken * 8 > _LONGEST:
+                        break
+            return found
     except OSError as error:
         return {"cause": cause_of(error)}
 
 
-def _exchange(connection: socket.socket, data: memoryview) -> float:
+def _exchange(connection: socket.socket, there: int, back: int, scratch: memoryview) -> float:
     began = time.perf_counter()
-    connection.sendall(_SIZE.pack(len(data)))
-    connection.sendall(data)
-    _read(connection, 1)
+    connection.sendall(_ORDER.pack(there, back))
+    connection.sendall(scratch[:there])
+    _receive(connection, back, scratch)
     return time.perf_counter() - began
+
+
+def _receive(connection: socket.socket, size: int, scratch: memoryview) -> None:
+    while size:
+        count = connection.recv_into(scratch[: min(size, len(scratch))])
+        if not count:
+            raise ConnectionResetError(errno.ECONNRESET, "closed")
+        size -= count
 
 
 def _connect(target: Target, token: str, source: str) -> socket.socket:

@@ -15,6 +15,7 @@ from launcher.preflight.conduct import Conductor, Settings
 from launcher.preflight.hub import Hub, Member
 from launcher.preflight.member import facts, take_part
 
+_PATIENCE = 600.0  # seconds until rank 0 of a program gives orders; it may have something else to do before
 ORDERS = "LAUNCHER_PREFLIGHT"  # JSON: where the launcher gives orders, and the folder of the run
 
 
@@ -36,10 +37,13 @@ def main() -> None:
     sys.exit(last["code"])
 
 
-def on_ranks(env: RankEnv, settings: Settings) -> tuple[int, dict[str, Any] | None]:
+def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[int, dict[str, Any] | None]:
     """Returns (exit code, the document on rank 0), having checked the ranks of a running program.
 
     Rank 0 gives the orders from a thread, at the address and port where the ranks are to meet (mpi.bootstrap).
+
+    Args:
+        otherwise: The code of all ranks where the checks find nothing; rank 0's counts.
 
     Raises:
         OSError: The port is taken, or rank 0 cannot be reached there.
@@ -49,14 +53,14 @@ def on_ranks(env: RankEnv, settings: Settings) -> tuple[int, dict[str, Any] | No
     found: list[dict[str, Any]] = []
 
     def give_orders() -> None:
-        found.append(conduct(hub, Conductor(hub, settings)))
+        found.append(conduct(hub, Conductor(hub, settings), otherwise))
 
     if env.rank == 0:
         hub = Hub([env.master_addr], env.world_size, token, env.master_port)
         thread = threading.Thread(target=give_orders, name="launcher-preflight-orders", daemon=True)
         thread.start()
         places = hub.places  # of a process alone, which nobody gave a port
-    last = take_part(Member(places, token, env.rank, facts(os.environ), seconds=settings.seconds), os.getcwd())
+    last = take_part(Member(places, token, env.rank, facts(os.environ), seconds=_PATIENCE), os.getcwd())
     if env.rank:
         return last["verdict"], None
     thread.join()
@@ -64,13 +68,13 @@ def on_ranks(env: RankEnv, settings: Settings) -> tuple[int, dict[str, Any] | No
     return last["verdict"], found[0]
 
 
-def conduct(hub: Hub, conductor: Conductor) -> dict[str, Any]:
+def conduct(hub: Hub, conductor: Conductor, otherwise: int = 0) -> dict[str, Any]:
     """Returns the document of the checks, having dismissed the ranks with the verdict.
 
     Ranks leave with a code other than 0 only where some are lost: then whatever started them ends those as well.
     """
     document = conductor.run()
-    verdict = 0 if judge.is_usable(document) else HOST
+    verdict = otherwise if judge.is_usable(document) else HOST
     hub.dismiss({"do": "end", "verdict": verdict, "code": HOST if hub.lost else 0})
     return document
 

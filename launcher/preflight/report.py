@@ -1,14 +1,12 @@
 """The document on the screen: a line for each host, what is out of line marked, and a sentence for each finding."""
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.job.plan import columns
 from launcher.machine.topology import short_list
-from launcher.preflight import gpu
 from launcher.preflight.judge import is_usable, mib
 from launcher.preflight.resources import CHECKS, PACES
 
@@ -54,36 +52,30 @@ _HEAD = ("host", "ranks", *_FREE, "clock", *_PACE, "latency", "send", "gpu")
 
 
 def _row(host: dict[str, Any], document: dict[str, Any]) -> list[str]:
-    """Returns the cells of a host: free bytes, its slowest rank's paces, its worst links; ! = see the findings."""
+    """Returns the cells of a host: free bytes, its slowest rank's paces, its best link; ! = see the findings."""
     ranks = [rank for rank in document["ranks"] if rank["host"] == host["name"]]
     links = [link for link in document["links"] if host["name"] in link["hosts"] and link["bytes_per_s"]]
-    cells = [host["name"], short_list(host["ranks"])]
+    cells = {"host": host["name"], "ranks": short_list(host["ranks"]), "gpu": _gpus(host), "latency": "-", "send": "-"}
     for check in CHECKS:
-        value = host.get(check.name)
-        cells.append("-" if value is None else f"{mib(value)}{'!' * (value < check.enough)}")
-    cells.append(f"{host['clock_offset_s']:+.3f} s" if "clock_offset_s" in host else "-")
+        cells[check.title] = "-" if host.get(check.name) is None else mib(host[check.name])
+    cells["clock"] = f"{host['clock_offset_s']:+.3f} s" if "clock_offset_s" in host else "-"
     for pace in PACES:
         values = [rank[pace.name] for rank in ranks if pace.name in rank]
-        cells.append(_speed(min(values, default=None), _worst_median(document, pace.name), pace.factor))
-    cells.append(f"{1e6 * max(link['latency_s'] for link in links):,.0f} us" if links else "-")
-    cells.append(f"{min(link['bytes_per_s'] for link in links) / 1e6:,.0f} MB/s" if links else "-")
-    return [*cells, _gpus(host)]
+        cells[pace.title] = f"{min(values) / 1e9:,.2f} GB/s" if values else "-"
+    if links:
+        cells["latency"] = f"{1e6 * min(link['latency_s'] for link in links):,.0f} us"
+        cells["send"] = f"{max(link['bytes_per_s'] for link in links) / 1e6:,.0f} MB/s"
+    marked = {finding["about"] for finding in document["findings"] if _concerns(finding, host)}
+    return [f"{cells[title]}{'!' * (title in marked)}" for title in _HEAD]
 
 
-def _worst_median(document: dict[str, Any], name: str) -> float:
-    values = [rank[name] for rank in document["ranks"] if name in rank]
-    return statistics.median(values) if len(values) > 2 else 0.0
-
-
-def _speed(value: float | None, median: float, factor: float) -> str:
-    return "-" if value is None else f"{value / 1e9:,.2f} GB/s{'!' * (value * factor < median)}"
+def _concerns(finding: dict[str, Any], host: dict[str, Any]) -> bool:
+    return finding["host"] == host["name"] if finding["host"] else bool({*finding["ranks"]} & {*host["ranks"]})
 
 
 def _gpus(host: dict[str, Any]) -> str:
     gpus: Sequence[dict[str, Any]] = host.get("gpus", ())
-    if not gpus:
-        return host.get("gpu_note", "-")
-    return f"{len(gpus)} x {gpus[0].get('name', '?')}{'!' * any(gpu.complaints(found) for found in gpus)}"
+    return f"{len(gpus)} x {gpus[0].get('name', '?')}" if gpus else host.get("gpu_note", "-")
 
 
 def _model(kind: str, found: dict[str, Any]) -> str:
