@@ -46,8 +46,9 @@ def check(options: argparse.Namespace) -> None:
     for name in ("restarts", "backoff", "min_ranks"):
         if getattr(options, name) is not None and getattr(options, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
-    if options.stall <= 0:
-        raise ValueError(f"--stall must be more than 0 seconds, got {options.stall:g}")
+    for name in ("stall", "preflight_limit"):
+        if getattr(options, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 seconds, got {getattr(options, name):g}")
     if options.log_dir:
         try:
             Path(options.log_dir).mkdir(parents=True, exist_ok=True)
@@ -214,6 +215,12 @@ def _once(job: Prepared, options: argparse.Namespace, save_after: float, starts:
         )  # fmt: skip
     finally:
         job.remove_hostfile()
+
+
+def without(job: Prepared, options: argparse.Namespace, hosts: Sequence[str]) -> Prepared:
+    """Returns the job without these hosts, which it will not get back. Raises ValueError where too little remains."""
+    options.exclude = [*options.exclude, *hosts]
+    return _again(job, options, Lost(), len(job.plan.ranks), 0)
 
 
 def _again(job: Prepared, options: argparse.Namespace, lost: Lost, ranks: int, starts: int) -> Prepared:
