@@ -18,7 +18,7 @@ class Start:
     hosts: tuple[Host, ...] = ()  # with the ranks of each as its slots; () = this host alone
     hostfile: str = ""  # a file of these hosts as the flavor's `hostfile` writes it; "" = it takes none
     variables: tuple[str, ...] = ()  # of the launcher's environment, that ranks on other hosts need, too
-    tagged: bool = False  # every line of output begins with its rank
+    tagged: bool = False  # every line of output begins with its rank, without a launcher to see to that
     pmi: str = ""  # what the ranks' MPI library speaks where the starter must be told: pmix, pmi2
 
 

@@ -143,7 +143,8 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
     elsewhere = any(not is_here(host.name) for host in placed)
     names = travelling(os.environ, options.forward) if elsewhere else []
     variables = tuple(dict.fromkeys([*names, *settings]))
-    start = Start(mpi.mpirun, ranks, os.getcwd(), tuple(placed), hostfile, variables, options.tag)
+    tagged = options.tag and options.dry_run  # else the launcher does it
+    start = Start(mpi.mpirun, ranks, os.getcwd(), tuple(placed), hostfile, variables, tagged)
     command, additions = build_command(job, mpi, start)
     additions |= settings
     if elsewhere and mpi.flavor.keep_off:

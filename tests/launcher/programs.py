@@ -208,6 +208,38 @@ def _say_two_lines(folder: Path, rank: str) -> None:
     os.write(1, f"first of rank {rank}\nsecond of rank {rank}\n".encode())  # at once: MPIs tag what they read at once
 
 
+def _write_much(folder: Path, rank: str) -> None:
+    """Lines in pieces of every size, some too long for any pipe, some written over, some no text, one never ended."""
+    import random
+
+    draw = random.Random(int(rank))
+    for number in range(300):
+        size = draw.choice([0, 3, 70, 900, 901, 5000])
+        line = f"r{rank} {number} ".encode() + draw.choice([b"x", b"\xff\xfe", b"\x1e0 n 1.", b"\x00"]) * size
+        if number % 10 == 0:
+            line = b"10%\r20%\r" + line
+        line += b"\n" * (number < 299)
+        for start in range(0, len(line), 1000):
+            os.write(1 + number % 2, line[start : start + 1000])
+    (folder / f"wrote-{rank}").touch()
+
+
+def _die_in_a_line(folder: Path, rank: str) -> None:
+    if rank == "1":
+        print("a whole line")
+        os.write(1, b"the last wor")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _leave_a_child_with_the_pipe(folder: Path, rank: str) -> None:
+    """The child is none of the job's by token or group, and writes on."""
+    code = "import os, time\ntime.sleep(0.5)\nos.write(1, b'late\\n')\ntime.sleep(30)"
+    child = subprocess.Popen([sys.executable, "-c", code], env={}, start_new_session=True)
+    (folder / f"child-{rank}").write_text(str(child.pid))
+    print("the program ends")
+
+
 def _save_and_come_back(folder: Path, rank: str) -> None:
     """Saves at a request and leaves with 75; once started again by the scheduler, finishes."""
     start = os.environ.get("SLURM_RESTART_COUNT", "0")
