@@ -222,7 +222,7 @@ def _kernel_error(device: str) -> float:
     import torch
 
     from swin_moe.ops.attention.fused import fused_window_attention
-    from swin_moe.ops.attention.reference import attend_map
+    from swin_moe.ops.attention.reference import AttentionNumbers, attend_map
 
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(size, generator=generator) for size in ((2, 9, 14, 192), (169, 2), (2, 9, 14, 64))]
@@ -231,7 +231,7 @@ def _kernel_error(device: str) -> float:
     out = fused_window_attention(x, bias, num_heads=2, window=(7, 7), shift=(3, 3), scale=0.2)
     found = [out, *torch.autograd.grad(out, [x, bias], weight)]
     x, bias = qkv.double().cpu().requires_grad_(), table.double().cpu().requires_grad_()
-    exact_out = attend_map(x, bias, None, None, 2, 7, 7, 3, 3, 0.2, -100.0)
+    exact_out = attend_map(x, bias, None, None, numbers=AttentionNumbers(2, 7, 7, 3, 3, 0.2, -100.0))
     exact = [exact_out, *torch.autograd.grad(exact_out, [x, bias], weight.double().cpu())]
     return max(float((f.detach().double().cpu() - e.detach()).norm() / e.detach().norm()) for f, e in zip(found, exact))
 
