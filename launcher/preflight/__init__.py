@@ -9,6 +9,7 @@ Its tables: CHECKS and PACES (resources.py), RULES (gpu.py), TRANSPORTS (collect
 The file (--preflight-file) is one JSON object; bytes, seconds, bytes per second throughout:
 
     version      1
+    complete     false where the job ended before all checks were made
     hosts        [{name, ranks: [0, 1], cores, free_memory_bytes, disk_bytes, tmp_bytes, shm_bytes, clock_offset_s,
                  clock_doubt_s, gpus: [fields of nvidia-smi], gpu_note}]
     ranks        [{rank, host, pid, address, interface, interface_bytes_per_s (0 = it does not say), hash_bytes_per_s,

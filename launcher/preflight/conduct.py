@@ -296,6 +296,7 @@ class Conductor:
             for rank, why in sorted(self._hub.lost.items()):
                 self._find("unusable", rank, why)
         document |= {
+            "complete": not self._hub.stopped,
             "hosts": list(self._hosts.values()),
             "ranks": list(self._ranks.values()),
             "links": list(self._links.values()),

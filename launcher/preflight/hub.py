@@ -97,10 +97,9 @@ class Hub:
         return {rank: result for rank, result in self._results.items() if rank in asked}
 
     def dismiss(self, last: Any) -> None:
-        """Sends a last order, that nobody answers, and hangs up."""
+        """Sends a last order, that nobody answers."""
         for rank in self._lines:
             self._send(rank, last)  # to those that are lost, too: they may hang in a check, and end then
-        self.close()
 
     def close(self) -> None:
         """Hangs up."""
@@ -179,7 +178,7 @@ class Hub:
     def _drop(self, line: _Line) -> None:
         try:
             self._selector.unregister(line.socket)
-        except KeyError:
+        except (KeyError, ValueError):  # it was dropped before
             return
         line.socket.close()
         if line.rank is not None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from launcher.preflight.rank import ORDERS, conduct
 from launcher.supervise import Outcome
 
 _RANK = "launcher.preflight.rank"  # the module that every rank runs
+_LEAVING_SECONDS = 1.0
 _FILE = "preflight.json"  # in --log-dir
 
 
@@ -59,7 +61,14 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
     found: list[dict[str, Any]] = []
     # The thread must not take the signals that `supervise` waits for.
     signal.pthread_sigmask(signal.SIG_BLOCK, supervise.STOP)
-    thread = threading.Thread(target=lambda: found.append(conduct(hub, conductor)), daemon=True)
+
+    def give_orders() -> None:
+        found.append(conduct(hub, conductor))
+        if hub.lost:  # MPIs wait for ranks that hang before they met; the others leave by themselves
+            time.sleep(_LEAVING_SECONDS)
+            orphans.sweep(token)
+
+    thread = threading.Thread(target=give_orders, name="launcher-preflight-orders", daemon=True)
     thread.start()
     checks = _job_of_checks(job, options, hub)
     try:
@@ -75,11 +84,10 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
         )
     finally:
         checks.remove_hostfile()
-        finished = not thread.is_alive()
         hub.stop()
         thread.join()
     document = found[0]
-    if finished or outcome.asked_to_stop:
+    if document["complete"] or outcome.asked_to_stop:
         return replace(outcome, code=outcome.code if outcome.asked_to_stop else 0), document
     for name in restart.dead_hosts(job):
         judge.blame(
