@@ -3,16 +3,20 @@
 Processes are known by a token in the environment that they were started with, which forks and children keep, and by
 the process group of their rank; never by name. Each rank has a reaper for that, a process in a session of its own that
 does nothing until the guard of the rank is gone, however that ended: so it works on hosts without a launcher, and
-after kill -9 of the launcher, mpirun, a daemon or the rank.
+after kill -9 of the launcher, mpirun, a daemon or the rank. For the same reason it takes what the rank writes.
 """
 
 import os
 import signal
 import time
+from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 
 from launcher import watch
 from launcher.env import rank_of
+from launcher.output import pump
+from launcher.output.pump import Pipes, Pump
 
 JOB = "LAUNCHER_JOB"  # the token
 _POLITE_SECONDS = 0.5  # between the request to end and the end
@@ -20,7 +24,7 @@ _SECONDS = 10.0
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def processes(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> list[int]:
+def processes(token: str, *, rank: str = "", after: int = 0, group: int = 0, spared: Collection[int] = ()) -> list[int]:
     """Returns the process ids of a job, less this process's own.
 
     Args:
@@ -28,13 +32,14 @@ def processes(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> 
         after: Only what started later than this, in clock ticks since boot: not the daemon that started the rank,
             whose environment may name a number of its own.
         group: A process group whose members belong to the rank even without a token.
+        spared: Process ids to leave out.
     """
     mine, members, shared = [], [], False
     for path in Path("/proc").glob("[0-9]*"):
         pid = int(path.name)
         try:
             fields = (path / "stat").read_text().rpartition(")")[2].split()
-            if pid == os.getpid() or fields[0] in "ZX" or int(fields[19]) <= after:
+            if pid == os.getpid() or pid in spared or fields[0] in "ZX" or int(fields[19]) <= after:
                 continue
             owner = _owner(path, token)
         except (OSError, IndexError):
@@ -47,11 +52,11 @@ def processes(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> 
     return mine if shared else mine + members
 
 
-def sweep(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> int:
+def sweep(token: str, *, rank: str = "", after: int = 0, group: int = 0, spared: Collection[int] = ()) -> int:
     """Ends the processes of a job, as `processes` has them; returns how many there were."""
     began, seen = time.monotonic(), set()
     while time.monotonic() < began + _SECONDS:
-        left = processes(token, rank=rank, after=after, group=group)
+        left = processes(token, rank=rank, after=after, group=group, spared=spared)
         if not left:
             break
         number = signal.SIGKILL if time.monotonic() > began + _POLITE_SECONDS else signal.SIGTERM
@@ -70,23 +75,45 @@ def start_reaper() -> int | None:
         return None
     guard, group, rank = os.getpid(), os.getpgrp(), rank_of(os.environ)
     ours, theirs = os.pipe()
+    pipes = pump.wanted()
     if os.fork() == 0:
         try:
-            _reap(ours, token, rank, int(watch.start_time(guard)), group if group == guard else 0)
+            os.close(theirs)
+            _reap(ours, token, rank, int(watch.start_time(guard)), group if group == guard else 0, pipes)
         finally:
             os._exit(0)
     os.close(ours)
+    if pipes is not None:
+        pipes.redirect()
     return theirs
 
 
-def _reap(pipe: int, token: str, rank: str, after: int, group: int) -> None:
+def _reap(pipe: int, token: str, rank: str, after: int, group: int, pipes: Pipes | None) -> None:
     os.setsid()
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    os.closerange(0, pipe)
-    os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)
-    os.read(pipe, 1)  # returns when the guard, which has the other end, is gone
+    taken = None
+    if pipes is not None:
+        pipes.keep_reading()
+        taken = Pump(pipes, inherited=2)
+    _close_all_but(pipe, *([1, 2, *taken.descriptors] if taken else []))
+    if taken is None:
+        os.read(pipe, 1)  # returns when the guard, which has the other end, is gone
+    else:
+        taken.work(until=pipe)
+        taken.empty()
     sweep(token, rank=rank, after=after, group=group)
+    if taken is not None:
+        # Not before: Hydra does not abort a job if it finds a rank's output closed while a child of the rank still
+        # holds the rank's PMI socket (seen with MPICH 5.0.2: it reaps the rank first, and then ignores the socket).
+        taken.close(1, 2)
+        taken.finish(_SECONDS)
+
+
+def _close_all_but(*kept: int) -> None:
+    last = min(os.sysconf("SC_OPEN_MAX"), 65536)
+    for low, high in pairwise([-1, *sorted(set(kept)), last]):
+        os.closerange(low + 1, high)
 
 
 def _owner(path: Path, token: str) -> str | None:

@@ -56,6 +56,21 @@ def parser() -> Parser:
     add("--backoff", type=float, default=5.0, metavar="SECONDS", help="before a restart, twice as long each time")
     add("--min-ranks", type=int, metavar="M", help="fewest ranks to start again with (default: all, none may be lost)")
     add("--allowed-ranks", default="", metavar="LIST", help="numbers of ranks the program's layout allows: 32,24,16")
+    add("--preflight", action="store_true", help="check hosts and links first; without a program, only that")
+    add("--preflight-file", default="", metavar="FILE", help="for its figures (default: preflight.json in --log-dir)")
+    add(
+        "--preflight-over",
+        default="auto",
+        choices=("auto", "nccl", "gloo", "mpi", "none"),
+        help="what its collectives run over (default: the first that all ranks have)",
+    )
+    add(
+        "--preflight-limit",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long it waits for a rank to come, or to answer (default 120)",
+    )
     add("--no-bind", action="store_true", help="do not bind each rank to its share of the cores")
     add("--tag", action="store_true", help="begin every line of output with its rank")
     add("--no-compare", action="store_true", help="do not compare every rank's software and clock with rank 0's")
