@@ -13,6 +13,9 @@ from pathlib import Path
 
 from launcher import watch
 from launcher.env import rank_of
+from launcher.failure import reports
+from launcher.failure.page import Page
+from launcher.machine import shared_memory
 
 JOB = "LAUNCHER_JOB"  # the token
 _POLITE_SECONDS = 0.5  # between the request to end and the end
@@ -63,30 +66,38 @@ def sweep(token: str, *, rank: str = "", after: int = 0, group: int = 0) -> int:
     return len(seen)
 
 
-def start_reaper() -> int | None:
-    """Starts the reaper of this rank, from its guard; returns what the rank has to close, None without a token."""
+def start_reaper(page: Page) -> int | None:
+    """Starts the reaper of this rank, from its guard; returns what the rank has to close, None without a token.
+
+    It leaves word of a guard that was killed, and removes the shared memory of a rank that could not do so itself.
+    """
     token = os.environ.get(JOB)
     if not token:
         return None
     guard, group, rank = os.getpid(), os.getpgrp(), rank_of(os.environ)
+    began, group = int(watch.start_time(guard)), group if group == guard else 0
     ours, theirs = os.pipe()
     if os.fork() == 0:
         try:
-            _reap(ours, token, rank, int(watch.start_time(guard)), group if group == guard else 0)
+            _wait_until_closed(ours)
+            if page.was_cut_off:
+                reports.lose(rank)
+            sweep(token, rank=rank, after=began, group=group)
+            shared_memory.remove(page.left)
         finally:
             os._exit(0)
     os.close(ours)
     return theirs
 
 
-def _reap(pipe: int, token: str, rank: str, after: int, group: int) -> None:
+def _wait_until_closed(pipe: int) -> None:
+    """Returns when the guard, which has the other end, is gone; until then this process holds and heeds nothing."""
     os.setsid()
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.closerange(0, pipe)
     os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)
-    os.read(pipe, 1)  # returns when the guard, which has the other end, is gone
-    sweep(token, rank=rank, after=after, group=group)
+    os.read(pipe, 1)
 
 
 def _owner(path: Path, token: str) -> str | None:
