@@ -96,10 +96,11 @@ def supervise(
         }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
-        process = _start(command, environment, flavor)
-        outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look)
-        orphans.sweep(token)
-        shared_memory.remove(reports.held_here(place))
+        with orphans.cleaned_up(token, place, keep=shared is not None):
+            process = _start(command, environment, flavor)
+            outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look)
+            orphans.sweep(token)
+            shared_memory.remove(reports.held_here(place))
         if outcome.killed or not outcome.code:
             return outcome
         unheard = remote and len(reports.states(place)) < ranks

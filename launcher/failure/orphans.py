@@ -7,8 +7,11 @@ after kill -9 of the launcher, mpirun, a daemon or the rank.
 """
 
 import os
+import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from launcher import watch
@@ -90,14 +93,47 @@ def start_reaper(page: Page) -> int | None:
     return theirs
 
 
-def _wait_until_closed(pipe: int) -> None:
-    """Returns when the guard, which has the other end, is gone; until then this process holds and heeds nothing."""
+@contextmanager
+def cleaned_up(token: str, place: Path, *, keep: bool) -> Iterator[None]:
+    """Has a process of its own clean up if this one, a launcher, is killed within: where Slurm kills the reapers, or no
+    rank lived long enough to have one.
+
+    Args:
+        place: The folder of reports.
+        keep: Whether that is to stay.
+    """
+    ours, theirs = os.pipe()
+    cleaner = os.fork()
+    if cleaner == 0:
+        try:
+            if not _wait_until_closed(ours):
+                sweep(token)
+                shared_memory.remove(reports.held_here(place))
+                if not keep:
+                    shutil.rmtree(place, ignore_errors=True)
+        finally:
+            os._exit(0)
+    os.close(ours)
+    try:
+        yield
+    finally:
+        try:
+            os.write(theirs, b"done")
+        except BrokenPipeError:  # somebody killed the cleaner
+            pass
+        os.close(theirs)
+        os.waitpid(cleaner, 0)
+
+
+def _wait_until_closed(pipe: int) -> bytes:
+    """Returns what was last said into the pipe, when the process that has its other end said so or is gone; until then
+    this process holds and heeds nothing."""
     os.setsid()
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.closerange(0, pipe)
     os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)
-    os.read(pipe, 1)
+    return os.read(pipe, 1)
 
 
 def _owner(path: Path, token: str) -> str | None:

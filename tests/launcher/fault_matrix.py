@@ -298,7 +298,13 @@ def _victim(name: str, rank: int, launcher: int) -> int:
         return launcher
     if name == "daemon":
         return _parent(_parent(rank))
-    return next(pid for pid in _all_processes() if _parent(pid) == launcher and watch.start_time(pid) != "gone")
+    # Its other child, which cleans up after it, is a fork and looks like it.
+    children = [pid for pid in _all_processes() if _parent(pid) == launcher]
+    return next(pid for pid in children if _command_line(pid) != _command_line(launcher))
+
+
+def _command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
 def _all_processes() -> list[int]:
@@ -329,7 +335,7 @@ def processes(folder: Path) -> dict[int, str]:
     for pid in _all_processes():
         try:
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") and watch.start_time(pid) != "gone":
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[pid] = _command_line(pid)
         except OSError:
             continue
     return found

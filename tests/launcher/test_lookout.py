@@ -1,15 +1,19 @@
 """What the launcher sees of ranks that are gone, and the memory that tells it and the reaper."""
 
 import os
+import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from launcher.failure import kinds, lookout, reports
+from launcher.failure import kinds, lookout, orphans, reports
 from launcher.failure.lookout import Lookout
 from launcher.failure.page import Page
 from launcher.failure.reports import Failure
 from launcher.supervise import Outcome, _explain
+from tests.launcher.test_faults import wait_for
 
 
 @pytest.fixture
@@ -102,3 +106,32 @@ def test_the_code_of_a_request_that_nobody_heeds(outcome, failure, lost, code):
     assert ended.code == code
     if code == 143:
         assert ended.describe() == "launcher: SIGTERM (exit code 143): asked to save, the program ended without"
+
+
+@pytest.mark.parametrize("how, keep", [("killed", False), ("killed", True), ("done", False)])
+def test_what_a_killed_launcher_leaves_is_cleaned_up(how, keep, tmp_path, monkeypatch):
+    token, place = os.urandom(8).hex(), tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setenv(reports.REPORTS, str(place))
+    job = subprocess.Popen(["sleep", "600"], env={orphans.JOB: token}, start_new_session=True)
+    mine = Path(f"/dev/shm/test_lookout_{token}")
+    mine.touch()
+    reports.hold([mine.name])
+    launcher = os.fork()
+    if launcher == 0:
+        with orphans.cleaned_up(token, place, keep=keep):
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    try:
+        os.waitpid(launcher, 0)
+        if how == "done":
+            time.sleep(0.5)
+            assert job.poll() is None and mine.exists() and place.exists()
+        else:
+            assert job.wait(20) < 0
+            wait_for(lambda: not mine.exists() and place.exists() == keep, "cleaning up")
+    finally:
+        mine.unlink(missing_ok=True)
+        job.kill()
+        job.wait()

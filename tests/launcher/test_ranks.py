@@ -42,10 +42,14 @@ def test_a_failing_rank_raises_with_its_traceback(tmp_path):
 
 
 def test_a_timeout_kills_every_rank(tmp_path):
-    with pytest.raises(AssertionError, match="took over 10 s"):
-        run_ranks(sleep_and_say_pid, 2, tmp_path, tmp_path, timeout=10)
-    pids = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
-    assert len(pids) == 2
+    pids: list[int] = []
+    for seconds in (10, 40, 110):  # a busy machine may take longer to start the ranks than they are to live
+        with pytest.raises(AssertionError, match=f"took over {seconds} s"):
+            run_ranks(sleep_and_say_pid, 2, tmp_path, tmp_path, timeout=seconds)
+        pids = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+        if len(pids) >= 2:
+            break
+    assert len(pids) >= 2
     deadline = time.monotonic() + 5
     while any(os.path.exists(f"/proc/{pid}/cmdline") and open(f"/proc/{pid}/cmdline").read() for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived the time limit"
