@@ -119,12 +119,12 @@ def available(environ: Mapping[str, str], has_gpu: bool) -> list[str]:
     return [name for name in TRANSPORTS if found[name]]
 
 
-def run(transport: Transport, kind: str, size: int) -> list[float]:
+def run(transport: Transport, kind: str, size: int, repeats: int) -> list[float]:
     """Returns the seconds of each repeat on this rank, from when all were ready."""
     once = transport.make(kind, size)
     once()
     taken = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         transport.barrier()
         began = time.perf_counter()
         once()
