@@ -43,6 +43,7 @@ class Torch:
         self._device: Any = None
 
     def open(self, rank: int, world: int, local_rank: int, address: str, port: int) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every host without a name
         self._torch = importlib.import_module("torch")
         self._dist = importlib.import_module("torch.distributed")
         self._device = self._torch.device("cpu")
