@@ -179,7 +179,9 @@ class _Rank:
             if at + HEAD.size + size > len(self._data):
                 break
             at += HEAD.size
-            self._console.take(self._head, self._rank, self._host, stream, bytes(memoryview(self._data)[at : at + size]))
+            self._console.take(
+                self._head, self._rank, self._host, stream, bytes(memoryview(self._data)[at : at + size])
+            )
             at += size
         del self._data[:at]
 
