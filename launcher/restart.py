@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,6 +187,8 @@ def step_of(outcome: Outcome) -> int | None:
 def dead_hosts(job: Prepared) -> list[str]:
     """Returns the job's hosts on which nothing can be started any more."""
     names = [host.name for host in job.plan.hosts if not is_here(host.name)]
+    from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
+
     with ThreadPoolExecutor(16) as pool:
         alive = list(pool.map(lambda name: _can_start(job, name), names))
     return [name for name, lives in zip(names, alive) if not lives]

@@ -103,7 +103,8 @@ def supervise(
         orphans.sweep(token, spared=() if console is None else console.movers)
         if console is not None:
             console.close()
-            orphans.sweep(token)
+            if any(watch.start_time(pid) != "gone" for pid in console.movers):
+                orphans.sweep(token)
         if outcome.killed or not outcome.code:
             return outcome
         unheard = remote and len(reports.states(place)) < ranks
