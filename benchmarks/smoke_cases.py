@@ -18,7 +18,7 @@ from swin_moe import create_model
 from swin_moe.engine.graphs import GraphedForward, Recording, record_on_device
 from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.geometry import MASKED, merge_windows, partition_windows
-from swin_moe.ops.attention.reference import attend_map
+from swin_moe.ops.attention.reference import AttentionNumbers, attend_map
 from swin_moe.ops.residual_norm import norm_residual, residual_norm
 from swin_moe.ops.window_shift import window_merge, window_partition
 from swin_moe.randomness import derive_key, keep_mask, normal, uniform
@@ -58,8 +58,8 @@ def attention(shape: Window, dtype: torch.dtype, full: bool, device: torch.devic
     images, side, most, heads = SIZES[size]
     counts = [max(1, min(side, most // n)) for n in shape.window]
     height, width = (n * count - (n // 3 if full else 0) for n, count in zip(shape.window, counts))
-    shift = tuple(n // 2 for n in shape.window) if full else (0, 0)
-    numbers = (heads, *shape.window, *shift, shape.head_dim**-0.5, MASKED)
+    shift = (shape.window[0] // 2, shape.window[1] // 2) if full else (0, 0)
+    numbers = AttentionNumbers(heads, *shape.window, *shift, shape.head_dim**-0.5, MASKED)
     dim, positions = heads * shape.head_dim, (2 * shape.window[0] - 1) * (2 * shape.window[1] - 1)
     tensors = {
         "qkv": draw(device, dtype, images, height, width, 3 * dim),
@@ -72,7 +72,7 @@ def attention(shape: Window, dtype: torch.dtype, full: bool, device: torch.devic
     def ours(qkv: Tensor, bias: Tensor, factor: Tensor | None, padding: Tensor | None) -> Tensor:
         return fused_window_attention(qkv, bias, logit_scale=factor, pad_qkv=padding, **options)
 
-    return Problem(tensors, ours, lambda *t: attend_map(*t, *numbers))
+    return Problem(tensors, ours, lambda *t: attend_map(*t, numbers=numbers))
 
 
 def windows_of_a_map(dtype: torch.dtype, channels: int, device: torch.device, size: str) -> Problem:

@@ -50,8 +50,9 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not value >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
-    if not options.stall > 0:
-        raise ValueError(f"--stall must be more than 0 seconds, got {options.stall:g}")
+    for name in ("stall", "preflight_limit"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 seconds, got {getattr(options, name):g}")
     allowed, least = allowed_ranks(options), options.min_ranks
     if allowed == []:
         raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
@@ -260,6 +261,12 @@ def _once(job: Prepared, options: argparse.Namespace, save_after: float, shared:
         )  # fmt: skip
     finally:
         job.remove_hostfile()
+
+
+def without(job: Prepared, options: argparse.Namespace, hosts: Sequence[str]) -> Prepared:
+    """Returns the job without these hosts, which it will not get back. Raises ValueError where too little remains."""
+    options.exclude = [*options.exclude, *hosts]
+    return _again(job, options, Lost(), len(job.plan.ranks), 0)
 
 
 def _again(job: Prepared, options: argparse.Namespace, lost: Lost, ranks: int, starts: int) -> Prepared:

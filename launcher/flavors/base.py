@@ -35,6 +35,9 @@ class Flavor:
     wheel: str = ""  # distribution on the package index that brings the same library
     environment: Mapping[str, str] = field(default_factory=dict)  # for the program that starts the ranks
     environment_of_root: Mapping[str, str] = field(default_factory=dict)  # the same, if root starts them
+    # The variables that keep its messages off subnets (the second argument) which hosts do not share; the first is the
+    # program that starts the ranks, the last its environment, in which the user may have chosen. None = it takes care.
+    keep_off: Callable[[str, Sequence[str], Mapping[str, str]], dict[str, str]] | None = None
     # Sent to the program that starts the ranks, arrives at every rank and lets them live.
     stop: signal.Signals = signal.SIGUSR1
     # Has the program that starts the ranks end them all, on every host; sent to it also when the launcher is gone.

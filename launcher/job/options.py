@@ -48,7 +48,7 @@ def add_options(made: Parser) -> list[argparse.Action]:
         add("--no-bind", action="store_true", help="do not bind each rank to its share of the cores"),
         add("--no-compare", action="store_true", help="do not compare every rank's software and clock with rank 0's"),
     ]
-    return [*where, *_add_environment(made), *_add_ends(made), *_add_output(made)]
+    return [*where, *_add_environment(made), *_add_preflight(made), *_add_ends(made), *_add_output(made)]
 
 
 def _add_environment(made: Parser) -> list[argparse.Action]:
@@ -62,6 +62,27 @@ def _add_environment(made: Parser) -> list[argparse.Action]:
             metavar="NAME",
             help="a variable, or a pattern such as 'WANDB_*', that reaches every rank on every host even if its name "
             "looks like a secret's",
+        ),
+    ]
+
+
+def _add_preflight(made: Parser) -> list[argparse.Action]:
+    add = made.add_argument_group("what is checked first").add_argument
+    return [
+        add("--preflight", action="store_true", help="check hosts and links first; without a program, only that"),
+        add("--preflight-file", default="", metavar="FILE", help="for its figures (default: --log-dir/preflight.json)"),
+        add(
+            "--preflight-over",
+            default="auto",
+            choices=("auto", "nccl", "gloo", "mpi", "none"),
+            help="what its collectives run over (default: the first that all ranks have)",
+        ),
+        add(
+            "--preflight-limit",
+            type=float,
+            default=120.0,
+            metavar="SECONDS",
+            help="how long it waits for a rank to come, or to answer (default 120)",
         ),
     ]
 

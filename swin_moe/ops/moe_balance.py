@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops import extension
+from swin_moe.ops.moe_route import MAX_EXPERTS_CUDA
 from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_balance", "moe_balance_backward")
@@ -20,8 +21,9 @@ KINDS = {"none": 0, "gshard": 1, "gshard of shares": 2, "load_importance": 3}  #
 
 
 def available(scores: Tensor) -> bool:
-    """Returns whether the operator takes scores of this device."""
-    return scores.device.type in COMPILED
+    """Returns whether the operator takes scores of this device and number of experts."""
+    fits = scores.device.type == "cpu" or scores.shape[1] <= MAX_EXPERTS_CUDA
+    return scores.device.type in COMPILED and fits
 
 
 def auxiliary_loss(

@@ -124,6 +124,29 @@ def _wait_for_rank_1(folder: Path, rank: str) -> None:
     time.sleep(600)
 
 
+def _sum_and_wait(folder: Path, rank: str) -> None:
+    """Sums over gloo as this package's programs do, writes what this rank knows, and stays until told to go."""
+    import socket
+
+    import torch
+    import torch.distributed as dist
+
+    from swin_moe.parallel.meeting import meet
+
+    world, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    store = meet(int(rank), world, os.environ["MASTER_ADDR"], port, patience=30, timeout=60)
+    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=world)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    facts = {name: os.environ[name] for name in names} | {"host": socket.gethostname(), "sum": int(total)}
+    (folder / f"draft-sum-{rank}").write_text(json.dumps(facts))
+    (folder / f"draft-sum-{rank}").rename(folder / f"sum-{rank}")
+    while not (folder / "go").exists():
+        time.sleep(0.05)
+    dist.destroy_process_group()
+
+
 def _train(folder: Path, rank: str) -> None:
     """Ten steps with a checkpoint each and progress told, from the newest; rank 1 dies in step 5 of the first start."""
     world, start = os.environ["WORLD_SIZE"], os.environ.get("LAUNCHER_RESTART", "0")

@@ -121,6 +121,7 @@ def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
 VALUES = {
     "exclude": "n03", "mpi": "mpirun", "env": "A=it's", "forward": "WANDB_*", "stall": "90", "restarts": "3",
     "backoff": "7.5", "min_ranks": "4", "allowed_ranks": "8,4", "log_dir": "logs of it",
+    "preflight_file": "a b.json", "preflight_over": "gloo", "preflight_limit": "33.5",
 }  # fmt: skip
 SETTLED = {"ranks": "4", "hostfile": "hosts", "grace": "60", "save_after": "60", "dry_run": ""}
 NEEDED = {"backoff": ["--restarts", "1"], "min_ranks": ["--restarts", "1"], "allowed_ranks": ["--restarts", "1"]}
