@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dry_run:
             options.env += restart.own_variables(options)
         job = prepare(options, program or [*CHECKS] if options.preflight else program)
+        restart.check_ranks(options, len(job.plan.ranks))
+        if not options.dry_run:
+            restart.make_log_folder(options)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return 2

@@ -110,7 +110,8 @@ def supervise(
             orphans.sweep(token, spared=() if console is None else console.movers)
             if console is not None:
                 console.close()
-                orphans.sweep(token)
+                if any(watch.start_time(pid) != "gone" for pid in console.movers):
+                    orphans.sweep(token)
             shared_memory.remove(reports.held_here(place))
         if outcome.killed or not outcome.code:
             return outcome
