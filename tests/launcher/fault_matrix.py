@@ -1,4 +1,4 @@
-"""Every fault in every phase under every MPI: the cells as data, what each has to come to, and a runner that measures.
+"""Runs cells of the fault matrix (fault_cells.py) with real processes, and measures what they come to.
 
 `python -m tests.launcher.fault_matrix --table` runs all of them and prints the table of docs/launcher.md; names after
 it choose: `--only "SIGKILL of mpirun" saving openmpi`.
@@ -12,144 +12,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher import watch
 from launcher.env import without_world
-from launcher.failure import kinds
 from tests.launcher import fault_program
+from tests.launcher.fault_cells import FAULTS, STALL_SECONDS, STARTERS, Cell, Result, cells, problems, table
 from tests.launcher.fault_program import PHASES, culprit_of
 from tests.launcher.slurm_cluster import SlurmCluster, why_not
 from tests.ranks import ROOT
 
-STALL_SECONDS = 3
-_PATIENCE = 60.0  # seconds, for what has no promised time: the start, and a cell that fails
+_START_SECONDS, _PATIENCE = 300.0, 60.0  # until the fault, on a busy machine; until a cell that fails is given up
 _SURVIVAL_SECONDS = 3.0  # after which a job has not noticed a fault
 _DISK_BYTES = 256 << 10  # three checkpoints, and some of the one at which the fault is
-_MEMORY_BYTES = 256 << 20
-STARTERS = ("mpich", "openmpi", "srun")
+_MEMORY_BYTES = {"light": 256 << 20, "training": 1 << 30}  # of the rank's group; it takes 1.5 GiB
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong, and what the job has to come to."""
-
-    name: str
-    seconds: float  # promised, until everything is gone
-    code: int  # of the launcher
-    victim: str = ""  # who gets the signal from outside: launcher, mpirun, daemon; "" = a rank fails by itself
-    signal: int = 0
-    words: str = ""  # of the last line
-    saves: bool = False  # a program that runs is asked to save, and leaves with 75
-
-    @property
-    def names_rank(self) -> bool:
-        """Returns whether the last line has to name the rank: it has done it."""
-        return not self.victim
-
-
-FAULTS = (
-    Fault("exception", 5, 1, words="RuntimeError: the fault of the matrix"),
-    Fault("exit(0)", 5, 1, words="exited with code 0"),
-    Fault("exit(3)", 5, 3, words="exited with code 3"),
-    Fault("SIGKILL of a rank", 5, 128 + signal.SIGKILL, words="was killed by SIGKILL"),
-    Fault("SIGSTOP of a rank", STALL_SECONDS + 8, kinds.STALL, words=f"was stopped by a signal for {STALL_SECONDS} s"),
-    Fault("out of memory", 5, kinds.MEMORY, words="was killed by the kernel for lack of memory"),
-    Fault("disk full", 5, 1, words="No space left on device"),
-    Fault("SIGKILL of the launcher", 5, -signal.SIGKILL, "launcher", signal.SIGKILL),
-    Fault("SIGTERM of the launcher", 5, 128 + signal.SIGTERM, "launcher", signal.SIGTERM, "asked to save", True),
-    Fault("SIGKILL of mpirun", 5, kinds.HOST, "mpirun", signal.SIGKILL, "no rank said why"),
-    Fault("SIGTERM of mpirun", 5, kinds.HOST, "mpirun", signal.SIGTERM, "no rank said why"),
-    Fault("SIGKILL of the daemon", 15, kinds.HOST, "daemon", signal.SIGKILL, "no rank said why"),
-    Fault("SIGTERM of the daemon", 15, kinds.HOST, "daemon", signal.SIGTERM, "no rank said why"),
-)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A fault in a phase of a job that a starter started."""
-
-    fault: Fault
-    phase: str
-    starter: str
-
-    def __str__(self) -> str:
-        return f"{self.fault.name}, {self.phase}, {self.starter}"
-
-    @property
-    def code(self) -> int:
-        """Returns the exit code that it has to have."""
-        runs = self.phase not in PHASES[:2]
-        if self.survives:
-            return 0
-        passed_on = self.fault.name == "SIGTERM of mpirun" and self.starter == "mpich"
-        return kinds.PREEMPTED if runs and (self.fault.saves or passed_on) else self.fault.code
-
-    @property
-    def survives(self) -> bool:
-        """Returns whether the job goes on: the daemons of MPICH and Slurm ignore a request to end."""
-        return self.fault.name == "SIGTERM of the daemon" and self.starter != "openmpi"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a cell came to."""
-
-    seconds: float  # from the fault until the launcher and every process of the job were gone
-    code: int
-    output: str
-    left: list[str] = field(default_factory=list)  # command lines of processes that had to be ended by hand
-    lost: list[str] = field(default_factory=list)  # checkpoints that were whole before and are not now
-    files: list[str] = field(default_factory=list)  # that ranks left in shared memory
-
-    @property
-    def last_line(self) -> str:
-        """Returns what stands last on the screen."""
-        lines = self.output.strip().splitlines()
-        return lines[-1] if lines else ""
-
-
-def cells() -> list[Cell]:
-    """Returns all of them; a disk is full only where something is written."""
-    return [
-        Cell(fault, phase, starter)
-        for fault in FAULTS
-        for phase in PHASES
-        for starter in STARTERS
-        if fault.name != "disk full" or phase == "saving"
-    ]
-
-
-def problems(cell: Cell, result: Result) -> list[str]:
-    """Returns what is wrong with what a cell came to, but for its time; [] = nothing."""
-    found = []
-    if result.code != cell.code:
-        found.append(f"exit code {result.code}, not {cell.code}")
-    if result.left:
-        found.append(f"left running: {result.left}")
-    if result.lost:
-        found.append(f"lost: {result.lost}")
-    if result.files:
-        found.append(f"left in shared memory: {result.files}")
-    culprit = culprit_of(cell.phase)
-    if result.code in (0, kinds.PREEMPTED, -signal.SIGKILL):  # nobody is to be named, or nobody is there to name
-        return found
-    named = [rank for rank in (0, 1) if f"rank {rank} (" in result.last_line or f"[rank {rank}]" in result.output]
-    if named != ([culprit] if cell.fault.names_rank else []):
-        found.append(f"names ranks {named}")
-    if cell.fault.words not in result.last_line or not result.last_line.startswith("launcher: "):
-        found.append(f"last line {result.last_line!r}")
-    return found
-
-
-def run_cell(cell: Cell, folder: Path, cluster: SlurmCluster | None) -> Result:
+def run_cell(cell: Cell, folder: Path, cluster: SlurmCluster | None, *options: str) -> Result:
     """Returns what a cell came to, in an empty folder.
 
     Args:
         cluster: Needed for srun.
+        options: Of the launcher, beside those of every cell.
 
     Raises:
         RuntimeError: The job did not come to the fault.
@@ -157,7 +43,7 @@ def run_cell(cell: Cell, folder: Path, cluster: SlurmCluster | None) -> Result:
     (folder / "checkpoints").mkdir()
     with _surroundings(cell, folder) as extra:
         fault_program.write_checkpoint(folder / "checkpoints" / "checkpoint-0", 0)
-        process = _start(cell, folder, cluster, extra)
+        process = _start(cell, folder, cluster, extra, options)
         try:
             began, whole = _strike(cell, folder, process)
             output, ended = _end_of(cell, folder, process, began)
@@ -166,7 +52,7 @@ def run_cell(cell: Cell, folder: Path, cluster: SlurmCluster | None) -> Result:
                 process.kill()
             process.wait()
             left = _end_what_is_left(folder)
-        lost = [path.name for path in whole if not path.exists() or not fault_program.verifies(path)]
+        lost = [path.name for path in whole if not path.exists() or not _verifies(path)]
         files = [
             name for rank in (0, 1) for name in _words(folder / f"at-{rank}")[1:] if Path("/dev/shm", name).exists()
         ]
@@ -184,7 +70,7 @@ def _surroundings(cell: Cell, folder: Path) -> Iterator[dict[str, str]]:
         finally:
             subprocess.run(["umount", str(folder / "checkpoints")], check=True)
     elif cell.fault.name == "out of memory":
-        group = memory_group()
+        group = memory_group(_MEMORY_BYTES[cell.program])
         assert group is not None
         try:
             yield {fault_program.GROUP: str(group)}
@@ -194,8 +80,8 @@ def _surroundings(cell: Cell, folder: Path) -> Iterator[dict[str, str]]:
         yield {}
 
 
-def memory_group() -> Path | None:
-    """Returns a new control group below this process's that takes 256 MiB, None where none can be made.
+def memory_group(limit_bytes: int) -> Path | None:
+    """Returns a new control group below this process's with this limit, None where none can be made.
 
     Version 1 of control groups (memory.limit_in_bytes), or version 2 where the memory controller is given to children.
     """
@@ -209,7 +95,7 @@ def memory_group() -> Path | None:
         except OSError:
             continue
         try:
-            (group / limit).write_text(str(_MEMORY_BYTES))
+            (group / limit).write_text(str(limit_bytes))
             return group
         except OSError:
             group.rmdir()
@@ -234,16 +120,18 @@ def why_not_here(cell: Cell) -> str:
     if cell.fault.name == "disk full" and os.geteuid() != 0:
         return "needs root, to mount a small disk"
     if cell.fault.name == "out of memory":
-        group = memory_group()
+        group = memory_group(_MEMORY_BYTES[cell.program])
         if group is None:
             return "needs a control group with a memory limit"
         group.rmdir()
     return ""
 
 
-def _start(cell: Cell, folder: Path, cluster: SlurmCluster | None, extra: dict[str, str]) -> subprocess.Popen:
+def _start(
+    cell: Cell, folder: Path, cluster: SlurmCluster | None, extra: dict[str, str], further: Sequence[str]
+) -> subprocess.Popen:
     environ = without_world(os.environ)
-    options = ["--quiet", "--no-compare", "--stall", str(STALL_SECONDS), "--grace", "20"]
+    options = [*further, "--quiet", "--no-compare", "--stall", str(STALL_SECONDS), "--grace", "20"]
     if cell.starter == "srun":
         assert cluster is not None
         environ = without_world(cluster.environ)
@@ -261,9 +149,19 @@ def _start(cell: Cell, folder: Path, cluster: SlurmCluster | None, extra: dict[s
     environ = environ | told  # for daemons; --env for ranks on other hosts
     own = [word for name, value in told.items() for word in ("--env", f"{name}={value}")]
     command = [sys.executable, "-m", "launcher", "-n", "2", *options, *own]
-    command += ["--", str(ROOT / "tests/launcher/fault_program.py")]
+    name = "fault_program" if cell.program == "light" else "fault_training"
+    command += ["--", str(ROOT / f"tests/launcher/{name}.py")]
+    if cell.program == "training":
+        command += ["digits_swin_moe", *_training(), f"run.output={folder}"]
     pipes = {"stdout": (folder / "output").open("w"), "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=ROOT, env=environ, **pipes)  # type: ignore[call-overload]
+
+
+def _training() -> list[str]:
+    """Returns the trainer's arguments: six steps of a micro model, with a checkpoint after every other one."""
+    from tests.training.cases import TINY  # loads torch
+
+    return [*TINY, "model.moe.group_images=2", "run.name=run", "optim.epochs=0.14", "checkpoint.every=2"]
 
 
 def _agent(folder: Path) -> Path:
@@ -277,19 +175,34 @@ def _agent(folder: Path) -> Path:
 def _strike(cell: Cell, folder: Path, process: subprocess.Popen) -> tuple[float, list[Path]]:
     """Returns (when the fault was, the checkpoints that were whole then), having made one that comes from outside."""
     at, began = folder / f"at-{culprit_of(cell.phase)}", folder / "began"
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _START_SECONDS
     while not began.exists() or not began.read_text():
         if time.monotonic() > deadline or process.poll() is not None:
             raise RuntimeError(f"{cell}: the job did not come to the fault:\n{(folder / 'output').read_text()}")
         time.sleep(0.005)
-    whole = [path for path in (folder / "checkpoints").glob("checkpoint-*") if fault_program.verifies(path)]
+    whole = [path for path in checkpoints(folder) if _verifies(path)]
     if not cell.fault.victim:
         return float(began.read_text()), whole
     time.sleep(0.3)  # the other rank comes to where it waits
     pid = _victim(cell.fault.victim, int(_words(at)[0]), process.pid)
     now = time.time()
     os.kill(pid, cell.fault.signal)
+    if cell.program == "training" and cell.fault.saves:  # the trainer's own handlers know of it
+        (folder / "released").touch()
     return now, whole
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Returns what either program published in a cell's folder."""
+    return sorted([*(folder / "checkpoints").glob("checkpoint-*"), *(folder / "run" / "checkpoints").glob("0*")])
+
+
+def _verifies(path: Path) -> bool:
+    """Returns whether a checkpoint is whole, as its own program has it."""
+    if path.is_file():
+        return fault_program.verifies(path)
+    command = [sys.executable, "-m", "swin_moe", "checkpoint", "verify", str(path)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def _victim(name: str, rank: int, launcher: int) -> int:
@@ -399,30 +312,6 @@ def _show(cell: Cell, cluster: SlurmCluster | None, results: dict[Cell, Result])
     if found:
         print("    " + result.output.replace("\n", "\n    "), flush=True)
     return not found
-
-
-def table(results: dict[Cell, Result]) -> list[str]:
-    """Returns the table of docs/launcher.md: a row for each fault under each MPI, with the seconds of each phase."""
-    lines = [
-        f"| fault | MPI | {' | '.join(PHASES)} | promised | exit code | last line names |",
-        f"|{'---|' * (len(PHASES) + 5)}",
-    ]
-    for fault, starter in ((fault, starter) for fault in FAULTS for starter in STARTERS):
-        row = {phase: (Cell(fault, phase, starter), results.get(Cell(fault, phase, starter))) for phase in PHASES}
-        known = [(cell, result) for cell, result in row.values() if result is not None]
-        if not known:
-            continue
-        goes_on = known[0][0].survives
-        times = [
-            "-" if result is None else "goes on" if goes_on else f"{result.seconds:.1f}" for _, result in row.values()
-        ]
-        codes = " / ".join(
-            dict.fromkeys(str(result.code % 256 if result.code >= 0 else 128 - result.code) for _, result in known)
-        )
-        named = "the rank" if fault.names_rank else "nobody" if fault.victim != "launcher" else "-"
-        promised = "" if goes_on else f"{fault.seconds:g}"
-        lines.append(f"| {fault.name} | {starter} | {' | '.join(times)} | {promised} | {codes} | {named} |")
-    return lines
 
 
 def _axes(names: list[str]) -> list[list[str]]:

@@ -46,8 +46,11 @@ def prepare(environ: MutableMapping[str, str]) -> None:
 
 
 def reach(phase: str) -> None:
-    """Does what is to happen in this phase; returns where nothing is, or once the rank was asked to save."""
-    if phase != os.environ[PHASE]:
+    """Does what is to happen in this phase; returns where nothing is, or once the rank was asked to save.
+
+    It happens once: not in a job that was started again.
+    """
+    if phase != os.environ[PHASE] or os.environ.get("LAUNCHER_RESTART", "0") != "0":
         return
     folder, rank = Path(os.environ[FOLDER]), rank_of(os.environ)
     draft = folder / f".at-{rank}"
@@ -93,8 +96,8 @@ def _stop() -> None:
 
 
 def _take_memory() -> None:
-    """Takes memory until the kernel ends this process; its group has less than half of this."""
-    taken = [bytearray(os.urandom(1)) * (16 << 20) for _ in range(64)]
+    """Takes memory until the kernel ends this process; its group has less than this."""
+    taken = [bytearray(os.urandom(1)) * (16 << 20) for _ in range(96)]
     raise AssertionError(f"{len(taken)} blocks of 16 MiB fit")
 
 

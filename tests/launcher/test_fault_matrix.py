@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.launcher.fault_matrix import FAULTS, STARTERS, Cell, cells, problems, run_cell, table, why_not_here
-from tests.launcher.fault_matrix import Result as Came
+from tests.launcher.fault_cells import FAULTS, STARTERS, Cell, cells, problems, table, training_cells
+from tests.launcher.fault_cells import Result as Came
+from tests.launcher.fault_matrix import checkpoints, run_cell, why_not_here
 from tests.launcher.fault_program import PHASES
 
 # Every fault once, and every phase and MPI; those that were wrong once, where one fault has several to choose from.
@@ -25,6 +26,19 @@ COVERING = {
 SLACK = 3  # of promised times: tests share a machine of few cores
 
 
+SAVED = {
+    "import": 0,
+    "rendezvous": 0,
+    "first step": 0,
+    "saving": 1,
+    "steady state": 2,
+}  # by the trainer before the fault
+
+
+def name_of(cell):
+    return str(cell).replace(", ", "-").replace(" ", "_")
+
+
 def key(cell):
     return cell.fault.name, cell.phase, cell.starter
 
@@ -40,11 +54,7 @@ def test_the_dozen_covers_every_fault_phase_and_starter():
 @pytest.mark.parametrize(
     "cell",
     [
-        pytest.param(
-            cell,
-            id=str(cell).replace(", ", "-").replace(" ", "_"),
-            marks=[] if key(cell) in COVERING else [pytest.mark.full],
-        )
+        pytest.param(cell, id=name_of(cell), marks=[] if key(cell) in COVERING else [pytest.mark.full])
         for cell in cells()
     ],
 )
@@ -57,8 +67,35 @@ def test_a_fault_ends_the_job_in_time_and_names_the_culprit(cell, request, tmp_p
     assert cell.survives or result.seconds < SLACK * cell.fault.seconds, result.output
 
 
-def cell_of(fault, phase="steady state", starter="mpich"):
-    return Cell(next(row for row in FAULTS if row.name == fault), phase, starter)
+@pytest.mark.mpi
+@pytest.mark.full
+@pytest.mark.parametrize("cell", training_cells(), ids=name_of)
+def test_a_fault_of_a_real_training_run_costs_no_checkpoint(cell, request, tmp_path):
+    if reason := why_not_here(cell):
+        pytest.skip(reason)
+    cluster = request.getfixturevalue("slurm") if cell.starter == "srun" else None
+    result = run_cell(cell, tmp_path, cluster)
+    assert problems(cell, result) == [], result.output
+    assert result.seconds < SLACK * cell.fault.seconds, result.output
+    assert len(checkpoints(tmp_path)) == 1 + SAVED[cell.phase] + (cell.code == 75)
+
+
+@pytest.mark.mpi
+@pytest.mark.full
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_real_training_run_goes_on_after_its_writer_was_killed(starter, request, tmp_path):
+    cell = cell_of("SIGKILL of a rank", "saving", starter, "training")
+    if reason := why_not_here(cell):
+        pytest.skip(reason)
+    cluster = request.getfixturevalue("slurm") if starter == "srun" else None
+    result = run_cell(cell, tmp_path, cluster, "--restarts", "1", "--backoff", "0.1")
+    assert result.code == 0 and not result.left and not result.lost and not result.files, result.output
+    assert "resumed from step 2" in result.output
+    assert [path.name for path in checkpoints(tmp_path)[:3]] == ["0000000002", "0000000004", "0000000006"]
+
+
+def cell_of(fault, phase="steady state", starter="mpich", program="light"):
+    return Cell(next(row for row in FAULTS if row.name == fault), phase, starter, program)
 
 
 def test_what_is_wrong_with_a_cell_is_found():
