@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED
 from launcher.flavors.base import Start
 from launcher.hosts.hostfile import Host
 from launcher.hosts.place import place
+from launcher.job.options import BACKOFF
 from launcher.job.plan import is_here
 from launcher.job.prepare import Prepared, arrange, find_hosts
 from launcher.output import pump
@@ -45,20 +45,40 @@ def own_variables(options: argparse.Namespace) -> list[str]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError, one sentence, for options that contradict each other."""
-    for name in ("restarts", "backoff", "min_ranks"):
-        if getattr(options, name) is not None and getattr(options, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
+    """Raises ValueError, one sentence, for options that cannot be or contradict each other."""
+    for name in ("restarts", "backoff", "min_ranks", "grace", "save_after"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
     for name in ("stall", "preflight_limit"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0 seconds, got {getattr(options, name):g}")
+    allowed, least = allowed_ranks(options), options.min_ranks
+    if allowed == []:
+        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
+    for name in ("backoff", "min_ranks", "allowed_ranks"):
+        if getattr(options, name) not in (None, "") and not options.restarts:
+            raise ValueError(f"--{name.replace('_', '-')} is for a job that is started again; it needs --restarts")
+    if allowed and least is not None and allowed[0] < least:
+        raise ValueError(f"--min-ranks {least} is more than any of --allowed-ranks {options.allowed_ranks}")
+
+
+def check_ranks(options: argparse.Namespace, ranks: int) -> None:
+    """Raises ValueError where a job of so many ranks is none that --allowed-ranks and --min-ranks let start."""
+    allowed = allowed_ranks(options)
+    if allowed and ranks not in allowed:
+        raise ValueError(f"a job of {ranks} rank{'s' * (ranks > 1)} is none of --allowed-ranks {options.allowed_ranks}")
+    if (options.min_ranks or 0) > ranks:
+        raise ValueError(f"--min-ranks {options.min_ranks} is more than the job's {ranks}")
+
+
+def make_log_folder(options: argparse.Namespace) -> None:
+    """Makes the folder of --log-dir. Raises ValueError where it cannot."""
     if options.log_dir:
         try:
             Path(options.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
-    if allowed_ranks(options) == []:
-        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
 
 
 def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
@@ -71,7 +91,8 @@ def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
 
 def run(job: Prepared, options: argparse.Namespace) -> int:
     """Returns the exit code of the job, having said why it failed, and having started it again as long as it may."""
-    policy, began, lost = Policy(options.restarts, options.backoff), time.monotonic(), Lost()
+    policy = Policy(options.restarts, BACKOFF if options.backoff is None else options.backoff)
+    began, lost = time.monotonic(), Lost()
     whole = len(job.plan.ranks)
     while True:
         gone = time.monotonic() - began if policy.starts else 0.0
@@ -167,6 +188,8 @@ def step_of(outcome: Outcome) -> int | None:
 def dead_hosts(job: Prepared) -> list[str]:
     """Returns the job's hosts on which nothing can be started any more."""
     names = [host.name for host in job.plan.hosts if not is_here(host.name)]
+    from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
+
     with ThreadPoolExecutor(16) as pool:
         alive = list(pool.map(lambda name: _can_start(job, name), names))
     return [name for name, lives in zip(names, alive) if not lives]

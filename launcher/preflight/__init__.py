@@ -17,6 +17,8 @@ The file (--preflight-file) is one JSON object; bytes, seconds, bytes per second
     links        [{ranks: [0, 1], hosts: [a, b], called (the rank that was connected to), address, cause ("" = they
                  connect), latency_s, bytes_per_s (of the slower way; null = not measured), up_bytes_per_s (from the
                  first to the second), down_bytes_per_s}]
+                 Those that were only tried, and connect, are not listed.
+    links_tried  number
     collectives  [{kind, backend, world, bytes, seconds}], where kind is
                  send         one rank to another, on other hosts if there are several
                  send_on_host one rank to another of its host, if there are several hosts

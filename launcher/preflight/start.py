@@ -29,6 +29,18 @@ _LEAVING_SECONDS = 1.0
 _FILE = "preflight.json"  # in --log-dir
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError, one sentence, where the file could not be written in the end."""
+    path = _file(options)
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise OSError(0, "it is a folder" if path.is_dir() else "its folder may not be written to")
+    except OSError as error:
+        raise ValueError(f"the preflight's file {path} cannot be written: {error.strerror}") from error
+
+
 def run(job: Prepared, options: argparse.Namespace) -> tuple[int, Prepared]:
     """Returns (0 where the job may start, else its exit code; the job, without hosts that failed where it may restart).
 
@@ -121,12 +133,18 @@ def _job_of_checks(job: Prepared, options: argparse.Namespace, hub: Hub) -> Prep
 
 
 def _write(document: dict[str, Any], options: argparse.Namespace) -> None:
-    path = options.preflight_file or (Path(options.log_dir, _FILE) if options.log_dir else "")
-    if path:
+    path = _file(options)
+    if path is not None:
         try:
-            report.write(document, Path(path))
-        except OSError as error:
-            raise ValueError(f"the preflight's file {path} cannot be written: {error.strerror}") from error
+            report.write(document, path)
+        except OSError as error:  # its disk is full: no reason to keep the program from starting
+            _say([f"launcher: the preflight's file {path} cannot be written: {error.strerror}"])
+
+
+def _file(options: argparse.Namespace) -> Path | None:
+    if options.preflight_file:
+        return Path(options.preflight_file)
+    return Path(options.log_dir, _FILE) if options.log_dir else None
 
 
 def _say(lines: list[str]) -> None:
