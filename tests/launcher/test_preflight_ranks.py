@@ -215,7 +215,7 @@ def test_strangers_are_passed_over():
     with pytest.raises(OSError, match="something else answers"):
         Member(hub.places, "another token", 0, {}, seconds=0.5)
     meeting.join()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hub": 1, "rank": 0}\n', b"[]\n", b"x" * 200_000):
+    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hub": 1, "rank": 0, "facts": 1}\n', b"[]\n", b"x" * 200_000):
         with socket.create_connection(hub.places[0]) as stranger:
             stranger.sendall(text)
     assert hub.meet(0.5) == {}
