@@ -53,8 +53,13 @@ SIZES = {  # name -> images, windows of a side at most, tokens of a side at most
 }
 
 
-def attention(shape: Window, dtype: torch.dtype, full: bool, device: torch.device, size: str) -> Problem:
-    """Returns window attention: plain dot products; or, `full`, cosine scores, a shift and padding with values."""
+def attention(
+    shape: Window, dtype: torch.dtype, full: bool, device: torch.device, size: str, *, keep_sums: bool = True
+) -> Problem:
+    """Returns window attention: plain dot products; or, `full`, cosine scores, a shift and padding with values.
+
+    keep_sums: As a run calls it; without, the operator alone, whose backward makes the row sums that it reads again.
+    """
     images, side, most, heads = SIZES[size]
     counts = [max(1, min(side, most // n)) for n in shape.window]
     height, width = (n * count - (n // 3 if full else 0) for n, count in zip(shape.window, counts))
@@ -70,6 +75,8 @@ def attention(shape: Window, dtype: torch.dtype, full: bool, device: torch.devic
     options = {"num_heads": heads, "window": shape.window, "shift": shift, "scale": shape.head_dim**-0.5}
 
     def ours(qkv: Tensor, bias: Tensor, factor: Tensor | None, padding: Tensor | None) -> Tensor:
+        if not keep_sums:
+            return torch.ops.swin_moe.window_attention(qkv, bias, factor, padding, *numbers)
         return fused_window_attention(qkv, bias, logit_scale=factor, pad_qkv=padding, **options)
 
     return Problem(tensors, ours, lambda *t: attend_map(*t, numbers=numbers))
@@ -176,6 +183,12 @@ def cases() -> list[Case]:
         for full, what in ((False, "dot"), (True, "cosine shifted padded"))
     ]
     for name, dtype in DTYPES.items():
+        if dtype != torch.float32:  # whose backward reads none
+            rows += [
+                Case(f"{s.name}, {name}, without row sums", partial(attention, s, dtype, True, keep_sums=False))
+                for s in WINDOWS
+                if s.window in ((12, 12), (16, 16))
+            ]
         rows += [Case(f"window_shift, {name}, {c} channels", partial(windows_of_a_map, dtype, c)) for c in (96, 33)]
         rows += smoke_experts.cases(name, dtype)
         rows += [

@@ -22,8 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser().parse_args(own)
         restart.check(options)
-        if options.preflight_file:
+        if options.preflight or options.preflight_file:
+            from launcher.preflight import start  # costs every other start of the launcher 30 ms
+
             options.preflight = True
+            start.check(options)
         if not options.dry_run:
             options.env += restart.own_variables(options)
         job = prepare(options, program or [*CHECKS] if options.preflight else program)
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check_first(job: Prepared, options: argparse.Namespace) -> tuple[int, Prepared]:
     """Returns (0 where the job may start after --preflight, else its exit code; the job that may)."""
-    from launcher.preflight import start  # costs every start of the launcher 30 ms
+    from launcher.preflight import start
 
     try:
         return start.run(job, options)

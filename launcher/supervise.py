@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import guard, watch
-from launcher.failure import memory, orphans, reports, stacks
+from launcher.failure import memory, orphans, reports
 from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL, kind_of
-from launcher.failure.starting import find_late
+from launcher.failure.lookout import LOOK_SECONDS, Lookout, Verdict
 from launcher.flavors.base import Flavor
+from launcher.machine import shared_memory
 from launcher.output import pump
 from launcher.output.console import Console, Show
 
@@ -41,12 +42,16 @@ class Outcome:
     code: int  # of the job; 128 + n when ended by signal n
     rank: str = ""  # the one that failed first, "" = none did, or none on this host said so
     asked_to_stop: bool = False  # by a signal, or as its time was over
+    request: int = field(default=0, repr=False)  # the signal that stands for that
     killed: bool = False  # by the launcher, as it did not stop in time
     failure: reports.Failure | None = field(default=None, repr=False)  # what the ranks left of it
     step: int | None = field(default=None, repr=False)  # what the program wrote as its progress
 
     def describe(self) -> str:
         """Returns the last line of a job that failed: which kind of failure, who, and what was said."""
+        if self.request and self.code == 128 + self.request:
+            name = signal.Signals(self.request).name
+            return f"launcher: {name} (exit code {self.code}): asked to save, the program ended without"
         who = self.failure if self.rank else "all ranks failed alike" if self.failure else "no rank said why"
         return f"launcher: {kind_of(self.code)} (exit code {self.code}): {who}"
 
@@ -98,29 +103,38 @@ def supervise(
         console = None if show is None else Console(show)
         if console is not None:
             environment |= {pump.CONSOLE: console.path, pump.LOGS: "" if shared is None else str(shared)}
-        process = _start(command, environment, flavor, console)
-        outcome = _wait(process, flavor, limits, _Start(place, ranks, stall).look, console)
-        orphans.sweep(token, spared=() if console is None else console.movers)
-        if console is not None:
-            console.close()
-            if any(watch.start_time(pid) != "gone" for pid in console.movers):
-                orphans.sweep(token)
+        remove = [*([place] if shared is None else []), *([console.folder] if console is not None else [])]
+        with orphans.cleaned_up(token, place, remove=remove):
+            process = _start(command, environment, flavor, console)
+            outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look, console)
+            orphans.sweep(token, spared=() if console is None else console.movers)
+            if console is not None:
+                console.close()
+                if any(watch.start_time(pid) != "gone" for pid in console.movers):
+                    orphans.sweep(token)
+            shared_memory.remove(reports.held_here(place))
         if outcome.killed or not outcome.code:
             return outcome
         unheard = remote and len(reports.states(place)) < ranks
         outcome = replace(outcome, step=reports.read_progress(progress))
-        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard)
+        lost = reports.ends(place)[1] > 0 or outcome.code == 128 + flavor.stop
+        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard, lost)
 
 
-def _explain(outcome: Outcome, failure: reports.Failure | None, short_of_memory: bool, unheard: bool) -> Outcome:
+def _explain(
+    outcome: Outcome, failure: reports.Failure | None, short_of_memory: bool, unheard: bool, lost: bool = False
+) -> Outcome:
     """Returns the outcome with its cause, as far as there is word of it.
 
     Args:
         short_of_memory: Whether the kernel killed one of this control group's processes meanwhile.
         unheard: Whether ranks may have failed without being able to leave word.
+        lost: Whether a rank was ended from outside; after a request to save that is one which does not heed it.
     """
     if failure is not None:
         return replace(outcome, rank=failure.rank, code=failure.code, failure=failure)
+    if outcome.request and lost:
+        return replace(outcome, code=128 + outcome.request)
     if outcome.asked_to_stop or unheard or outcome.code == STALL:
         return outcome
     # No rank failed, or none lived to say so: what starts them did, or a host.
@@ -137,29 +151,6 @@ def _reports(shared: Path | None) -> Iterator[Path]:
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir(parents=True)
     yield shared
-
-
-class _Start:
-    """Looks after the ranks until all of them run the program."""
-
-    def __init__(self, place: Path, ranks: int, limit: float) -> None:
-        self._place, self._ranks, self._limit = place, ranks, limit
-        self._pause = limit / 20  # for each look reads a file for each rank
-        self._next = time.monotonic() + self._pause
-
-    def look(self) -> str:
-        """Returns the sentence about ranks that keep the others waiting, with where they are; "" = none."""
-        if time.monotonic() < self._next:
-            return ""
-        self._next = time.monotonic() + self._pause
-        states = reports.states(self._place)
-        late, sentence = find_late(states, self._ranks, time.time(), self._limit)
-        if late:
-            where = stacks.describe(self._place, late[0])
-            return f"{sentence}; {where}" if where else sentence
-        if len(states) >= self._ranks and all(state.phase == reports.PHASES[-1] for state in states.values()):
-            self._next = math.inf
-        return ""
 
 
 def _start(
@@ -184,24 +175,30 @@ def _start(
 
 
 def _wait(
-    process: subprocess.Popen[bytes], flavor: Flavor, limits: Limits, look: Callable[[], str], console: Console | None
+    process: subprocess.Popen[bytes],
+    flavor: Flavor,
+    limits: Limits,
+    look: Callable[[], Verdict | None],
+    console: Console | None,
 ) -> Outcome:
     """Returns how the process ended, passing signals on meanwhile.
 
     Args:
         look: Called once in a while; returns why the job has to end.
     """
-    deadline, interrupts, grace = math.inf, 0, limits.grace
+    deadline, interrupts, grace, asked = math.inf, 0, limits.grace, 0
     say = Console.print if console is None else console.say
     save_at = time.monotonic() + limits.save_after
     while (code := process.poll()) is None:
-        # 1 s: SIGCHLD is the usual way out, the time limit covers one that came between poll and here.
-        received = signal.sigtimedwait(_HANDLED, min(1.0, max(0.0, min(deadline, save_at) - time.monotonic())))
+        # SIGCHLD is the usual way out, the time limit covers one that came between poll and here.
+        left = max(0.0, min(deadline, save_at) - time.monotonic())
+        received = signal.sigtimedwait(_HANDLED, min(LOOK_SECONDS, left))
         number = received.si_signo if received else None
-        if number is None and (stalled := look()):
-            say(f"launcher: {stalled}", 2)
+        if number is None and (verdict := look()):
+            if verdict.words:
+                say(f"launcher: {verdict.words}", 2)
             _end(process, flavor)
-            return Outcome(STALL)
+            return Outcome(verdict.code, asked_to_stop=bool(asked), request=asked)
         if number is None and time.monotonic() >= save_at:
             number, save_at = signal.SIGTERM, math.inf
             say(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", 1)
@@ -212,10 +209,10 @@ def _wait(
         if number == signal.SIGINT:
             say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
         if number in STOP:
-            deadline, save_at = min(deadline, time.monotonic() + grace), math.inf
+            deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):
             process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
-    return Outcome(code if code >= 0 else 128 - code, asked_to_stop=deadline < math.inf)
+    return Outcome(code if code >= 0 else 128 - code, asked_to_stop=bool(asked), request=asked)
 
 
 def _end(process: subprocess.Popen[bytes], flavor: Flavor) -> None:

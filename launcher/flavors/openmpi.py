@@ -55,8 +55,9 @@ OPEN_MPI_4 = Flavor(
     name="openmpi4",
     title="Open MPI 4",
     version=re.compile(r"\((Open MPI|OpenRTE)\) [1-4]\."),
-    # Quiet: what it would add to an error of a rank is a page of its own.
-    options=partial(_options, own=("--quiet",), tag=("--tag-output",)),
+    # Quiet: what it would add to an error of a rank is a page of its own. Where one fails, the others hang in MPI, deaf
+    # to the request to end that comes a second before the end.
+    options=partial(_options, own=("--quiet", "--mca", "odls_base_sigkill_timeout", "0"), tag=("--tag-output",)),
     hostfile=with_slots,
     libraries=("libmpi.so.40",),
     keep_off=_keep_off,

@@ -48,7 +48,7 @@ class Console:
         if len(folder) > _LONGEST_PATH - 2:
             os.rmdir(folder)
             folder = tempfile.mkdtemp(prefix="launcher-", dir="/tmp")
-        self._folder, self._show = Path(folder), show
+        self.folder, self._show = Path(folder), show
         self._screen = _Screen()
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.bind(self.path)
@@ -66,7 +66,7 @@ class Console:
     @property
     def path(self) -> str:
         """Returns the socket for ranks of this host."""
-        return str(self._folder / "console")
+        return str(self.folder / "console")
 
     def start(self, process: subprocess.Popen[bytes]) -> None:
         """Begins to show what `process`, started with pipes, and the ranks write."""
@@ -93,7 +93,7 @@ class Console:
                 os.kill(os.getpid(), received.si_signo)  # the caller has to know of it
                 break
         os.close(self._wake)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def take(self, who: str, rank: int, host: str, stream: int, data: bytes) -> None:
         """Shows what can be shown after these bytes of a rank; none of them: it has ended."""

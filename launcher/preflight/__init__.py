@@ -9,6 +9,7 @@ Its tables: CHECKS and PACES (resources.py), RULES (gpu.py), TRANSPORTS (collect
 The file (--preflight-file) is one JSON object; bytes, seconds, bytes per second throughout:
 
     version      1
+    complete     false where the job ended before all checks were made
     hosts        [{name, ranks: [0, 1], cores, free_memory_bytes, disk_bytes, tmp_bytes, shm_bytes, clock_offset_s,
                  clock_doubt_s, gpus: [fields of nvidia-smi], gpu_note}]
     ranks        [{rank, host, pid, address, interface, interface_bytes_per_s (0 = it does not say), hash_bytes_per_s,
@@ -16,6 +17,8 @@ The file (--preflight-file) is one JSON object; bytes, seconds, bytes per second
     links        [{ranks: [0, 1], hosts: [a, b], called (the rank that was connected to), address, cause ("" = they
                  connect), latency_s, bytes_per_s (of the slower way; null = not measured), up_bytes_per_s (from the
                  first to the second), down_bytes_per_s}]
+                 Those that were only tried, and connect, are not listed.
+    links_tried  number
     collectives  [{kind, backend, world, bytes, seconds}], where kind is
                  send         one rank to another, on other hosts if there are several
                  send_on_host one rank to another of its host, if there are several hosts

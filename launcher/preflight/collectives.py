@@ -43,6 +43,7 @@ class Torch:
         self._device: Any = None
 
     def open(self, rank: int, world: int, local_rank: int, address: str, port: int) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every host without a name
         self._torch = importlib.import_module("torch")
         self._dist = importlib.import_module("torch.distributed")
         self._device = self._torch.device("cpu")
@@ -119,12 +120,12 @@ def available(environ: Mapping[str, str], has_gpu: bool) -> list[str]:
     return [name for name in TRANSPORTS if found[name]]
 
 
-def run(transport: Transport, kind: str, size: int) -> list[float]:
+def run(transport: Transport, kind: str, size: int, repeats: int) -> list[float]:
     """Returns the seconds of each repeat on this rank, from when all were ready."""
     once = transport.make(kind, size)
     once()
     taken = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         transport.barrier()
         began = time.perf_counter()
         once()

@@ -15,9 +15,11 @@ LOOPBACK = "127.0.0.1"
 _REACH = {"most_ranks": 64, "most_rounds": 256}  # probes of one rank: 64 at most, beyond 64 ranks 256
 _MEASURE = {"most_ranks": 16, "most_rounds": 64}
 _TURNS = 16  # in which ranks of a host show their pace
-_LONGEST_COLLECTIVE = 0.5  # seconds; a larger size that would take longer is left out
+_LONGEST_COLLECTIVE = 1.0  # seconds; a larger size that would take longer is left out
+_GROWTH = 8  # from a size to the next
 _IMPORT_SECONDS = 300.0  # of torch, by all ranks of a host at once, from a cold file system
-_TRIES = 3
+_TRIES = 3  # of what looks out of line
+_ALONE = 8  # links that are measured again one by one; more of them at a time
 _SUSPECTS = 64  # links that are measured again, alone
 
 
@@ -208,9 +210,10 @@ class Conductor:
                 self._samples.setdefault(kind, []).extend([(1, answer["latency_s"]), *answer["there"], *answer["back"]])
 
     def _measure_again(self) -> None:
-        """Measures links that look slow once more, as a rank that had no core for a moment makes one look slow."""
-        suspects = judge.suspects(list(self._links.values()))[:_SUSPECTS]
-        self._measure([[pair] for pair in suspects] if len(suspects) <= 8 else schedule.regroup(suspects))
+        """Measures links that look slow again, alone, as a rank that had no core for a moment makes one look slow."""
+        for _ in range(_TRIES):
+            suspects = judge.suspects(list(self._links.values()))[:_SUSPECTS]
+            self._measure([[pair] for pair in suspects] if len(suspects) <= _ALONE else schedule.regroup(suspects))
 
     def _pace(self) -> None:
         """Has ranks of a host show their pace in turns, as they may share cores; twice, and the better counts."""
@@ -272,16 +275,19 @@ class Conductor:
 
     def _time_collectives(self, backend: str) -> None:
         for kind in collectives.KINDS:
-            for size in collectives.SIZES:
-                answers = self._order({rank: {"do": "collective", "kind": kind, "size": size} for rank in self._facts})
+            before = seconds = 0.0
+            for number, size in enumerate(collectives.SIZES):
+                if number > 1 and seconds + (seconds - before) * _GROWTH > _LONGEST_COLLECTIVE:
+                    break
+                repeats = collectives.REPEATS if seconds < _LONGEST_COLLECTIVE / 10 else 3
+                order = {"do": "collective", "kind": kind, "size": size, "repeats": repeats}
+                answers = self._order(dict.fromkeys(self._facts, order))
                 if self._hub.lost:
                     return
-                seconds = collectives.combine(list(answers.values()))
+                before, seconds = seconds, collectives.combine(list(answers.values()))
                 entry = {"kind": kind, "backend": backend, "world": self._hub.world, "bytes": size, "seconds": seconds}
                 self._document["collectives"].append(entry)
                 self._samples.setdefault(kind, []).append((size, seconds))
-                if seconds * 8 > _LONGEST_COLLECTIVE:
-                    break
         self._order({rank: {"do": "close"} for rank in self._facts})
 
     def _find(self, severity: str, rank: int, words: str) -> None:
@@ -296,9 +302,11 @@ class Conductor:
             for rank, why in sorted(self._hub.lost.items()):
                 self._find("unusable", rank, why)
         document |= {
+            "complete": not self._hub.stopped,
             "hosts": list(self._hosts.values()),
             "ranks": list(self._ranks.values()),
-            "links": list(self._links.values()),
+            "links": [link for link in self._links.values() if link["cause"] or link["bytes_per_s"]],
+            "links_tried": len(self._links),
         }
         for kind, points in self._samples.items():
             ranks = self._hub.world

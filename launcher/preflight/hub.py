@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import queue
+import resource
 import selectors
 import socket
 import threading
@@ -23,6 +24,7 @@ _TICK_SECONDS = 0.2
 _SEND_SECONDS = 10.0
 _STRANGER_BYTES = 1 << 16  # of a first line
 _CHUNK = 1 << 16
+_OTHER_FILES = 256
 _CLOCKS = 8
 _FIND_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1
@@ -51,6 +53,8 @@ class Hub:
         self._lines: dict[int, _Line] = {}
         self._facts: dict[int, Any] = {}
         self._results: dict[int, Any] = {}
+        self._waiting: set[int] = set()  # ranks that have not answered yet
+        _allow_connections(world)
         self._selector = selectors.DefaultSelector()
         self._listeners = []
         for address in addresses:
@@ -83,24 +87,21 @@ class Hub:
 
     def order(self, orders: Mapping[int, Any], seconds: float) -> dict[int, Any]:
         """Returns what the ranks answer to their orders, less those that are lost, now or before."""
-        asked = {rank for rank in orders if rank not in self.lost}
         self._results = {}
-        for rank in asked:
+        self._waiting = {rank for rank in orders if rank not in self.lost}
+        for rank in tuple(self._waiting):
             self._send(rank, orders[rank])
         deadline = time.monotonic() + seconds
-        while asked - self._results.keys() - self.lost.keys() and not self._stop.is_set():
-            if time.monotonic() > deadline:
-                break
+        while self._waiting and not self._stop.is_set() and time.monotonic() < deadline:
             self._look(_TICK_SECONDS)
-        for rank in asked - self._results.keys():
+        for rank in self._waiting:
             self.lost.setdefault(rank, f"did not answer within {seconds:g} s")
-        return {rank: result for rank, result in self._results.items() if rank in asked}
+        return self._results
 
     def dismiss(self, last: Any) -> None:
-        """Sends a last order, that nobody answers, and hangs up."""
+        """Sends a last order, that nobody answers."""
         for rank in self._lines:
             self._send(rank, last)  # to those that are lost, too: they may hang in a check, and end then
-        self.close()
 
     def close(self) -> None:
         """Hangs up."""
@@ -165,7 +166,10 @@ class Hub:
             elif "clock" in message:
                 self._send(line.rank, {"clock": time.time()})
             else:
-                self._results[line.rank] = message["result"]
+                result = message["result"]
+                if line.rank in self._waiting:
+                    self._waiting.remove(line.rank)
+                    self._results[line.rank] = result
         except (ValueError, KeyError, TypeError):
             return False
         return True
@@ -179,10 +183,11 @@ class Hub:
     def _drop(self, line: _Line) -> None:
         try:
             self._selector.unregister(line.socket)
-        except KeyError:
+        except (KeyError, ValueError):  # it was dropped before
             return
         line.socket.close()
         if line.rank is not None:
+            self._waiting.discard(line.rank)
             self.lost.setdefault(line.rank, "ended, or its connection was cut")
 
 
@@ -264,6 +269,15 @@ def _find(places: Sequence[tuple[str, int]], greeting: str, seconds: float) -> t
         if time.monotonic() > deadline:
             raise last
         time.sleep(_PAUSE_SECONDS)
+
+
+def _allow_connections(count: int) -> None:
+    """Raises this process's limit of open files to what so many ranks need, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _digest(token: str) -> str:

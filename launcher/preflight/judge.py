@@ -1,7 +1,6 @@
 """From figures to verdicts: who cannot be used, and who is out of line. Pure: a document in, findings out."""
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,16 +112,20 @@ def _unreached(document: dict[str, Any]) -> Iterator[Finding]:
     broken = [link for link in document["links"] if link["cause"]]
     ends_of = _ends_of_hosts if any(link["hosts"][0] != link["hosts"][1] for link in broken) else _ends_of_ranks
     spared = {ends_of(link)[0] for link in broken if link["ranks"][0] == 0}
-    while broken:
-        counts = Counter(end for link in broken for end in ends_of(link))
-        called = {ends_of(link)[link["ranks"].index(link["called"])] for link in broken}
-        blamed = max(counts, key=lambda end: (counts[end], end not in spared, end in called))
-        for link in broken:
-            if blamed in ends_of(link):
-                yield make_finding(
-                    "unusable", "link", link["hosts"][ends_of(link).index(blamed)], link["ranks"], _describe(link)
-                )
-        broken = [link for link in broken if blamed not in ends_of(link)]
+    called = {ends_of(link)[link["ranks"].index(link["called"])] for link in broken}
+    left: dict[Hashable, set[int]] = {}  # the broken links of every end, by number
+    for number, link in enumerate(broken):
+        for end in ends_of(link):
+            left.setdefault(end, set()).add(number)
+    while any(left.values()):
+        blamed = max(left, key=lambda end: (len(left[end]), end not in spared, end in called))
+        for number in sorted(left.pop(blamed)):
+            link = broken[number]
+            yield make_finding(
+                "unusable", "link", link["hosts"][ends_of(link).index(blamed)], link["ranks"], _describe(link)
+            )
+            for end in ends_of(link):
+                left.get(end, set()).discard(number)
 
 
 def _ends_of_hosts(link: Link) -> list[Hashable]:
@@ -214,8 +217,9 @@ def _below_interface(document: dict[str, Any]) -> Iterator[Finding]:
     for link in document["links"]:
         for host in link["hosts"] if link["bytes_per_s"] and link["hosts"][0] != link["hosts"][1] else ():
             best[host] = max(best.get(host, 0.0), link["bytes_per_s"])
+    known = {finding["host"] for finding in document["findings"] if finding["about"] == "send"}
     for host, speed in best.items():
-        if speed < min(promised[host] / _OF_INTERFACE, _ENOUGH):
+        if host not in known and speed < min(promised[host] / _OF_INTERFACE, _ENOUGH):
             words = (
                 f"reaches {speed / 1e6:,.1f} MB/s at best, where its interface says {promised[host] / 1e6:,.0f} MB/s"
             )

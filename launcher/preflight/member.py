@@ -99,7 +99,7 @@ def _open(state: State, order: dict[str, Any]) -> str:
 
 def _collective(state: State, order: dict[str, Any]) -> list[float]:
     assert state.transport is not None
-    return collectives.run(state.transport, order["kind"], order["size"])
+    return collectives.run(state.transport, order["kind"], order["size"], order["repeats"])
 
 
 def _close(state: State, order: dict[str, Any]) -> None:

@@ -71,12 +71,15 @@ def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[i
 def conduct(hub: Hub, conductor: Conductor, otherwise: int = 0) -> dict[str, Any]:
     """Returns the document of the checks, having dismissed the ranks with the verdict.
 
-    Ranks leave with a code other than 0 only where some are lost: then whatever started them ends those as well.
+    Ranks that the launcher started leave with a code other than 0 only where some are lost.
     """
-    document = conductor.run()
-    verdict = otherwise if judge.is_usable(document) else HOST
-    hub.dismiss({"do": "end", "verdict": verdict, "code": HOST if hub.lost else 0})
-    return document
+    try:
+        document = conductor.run()
+        verdict = otherwise if judge.is_usable(document) else HOST
+        hub.dismiss({"do": "end", "verdict": verdict, "code": HOST if hub.lost else 0})
+        return document
+    finally:
+        hub.close()
 
 
 if __name__ == "__main__":

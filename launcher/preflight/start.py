@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,20 @@ from launcher.preflight.rank import ORDERS, conduct
 from launcher.supervise import Outcome
 
 _RANK = "launcher.preflight.rank"  # the module that every rank runs
+_LEAVING_SECONDS = 1.0
 _FILE = "preflight.json"  # in --log-dir
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError, one sentence, where the file could not be written in the end."""
+    path = _file(options)
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise OSError(0, "it is a folder" if path.is_dir() else "its folder may not be written to")
+    except OSError as error:
+        raise ValueError(f"the preflight's file {path} cannot be written: {error.strerror}") from error
 
 
 def run(job: Prepared, options: argparse.Namespace) -> tuple[int, Prepared]:
@@ -59,7 +73,14 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
     found: list[dict[str, Any]] = []
     # The thread must not take the signals that `supervise` waits for.
     signal.pthread_sigmask(signal.SIG_BLOCK, supervise.STOP)
-    thread = threading.Thread(target=lambda: found.append(conduct(hub, conductor)), daemon=True)
+
+    def give_orders() -> None:
+        found.append(conduct(hub, conductor))
+        if hub.lost:  # MPIs wait for ranks that hang before they met; the others leave by themselves
+            time.sleep(_LEAVING_SECONDS)
+            orphans.sweep(token)
+
+    thread = threading.Thread(target=give_orders, name="launcher-preflight-orders", daemon=True)
     thread.start()
     checks = _job_of_checks(job, options, hub)
     try:
@@ -75,11 +96,10 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
         )
     finally:
         checks.remove_hostfile()
-        finished = not thread.is_alive()
         hub.stop()
         thread.join()
     document = found[0]
-    if finished or outcome.asked_to_stop:
+    if document["complete"] or outcome.asked_to_stop:
         return replace(outcome, code=outcome.code if outcome.asked_to_stop else 0), document
     for name in restart.dead_hosts(job):
         judge.blame(
@@ -113,12 +133,18 @@ def _job_of_checks(job: Prepared, options: argparse.Namespace, hub: Hub) -> Prep
 
 
 def _write(document: dict[str, Any], options: argparse.Namespace) -> None:
-    path = options.preflight_file or (Path(options.log_dir, _FILE) if options.log_dir else "")
-    if path:
+    path = _file(options)
+    if path is not None:
         try:
-            report.write(document, Path(path))
-        except OSError as error:
-            raise ValueError(f"the preflight's file {path} cannot be written: {error.strerror}") from error
+            report.write(document, path)
+        except OSError as error:  # its disk is full: no reason to keep the program from starting
+            _say([f"launcher: the preflight's file {path} cannot be written: {error.strerror}"])
+
+
+def _file(options: argparse.Namespace) -> Path | None:
+    if options.preflight_file:
+        return Path(options.preflight_file)
+    return Path(options.log_dir, _FILE) if options.log_dir else None
 
 
 def _say(lines: list[str]) -> None:

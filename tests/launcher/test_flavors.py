@@ -39,7 +39,7 @@ DOCUMENTED = {
     "mpich": "-n -f -genvall -wdir -bind-to -prepend-rank",
     "mvapich": "-n -f -genvall -wdir -bind-to -prepend-rank",
     "intel": "-n -machinefile -genvall -wdir -silent-abort -prepend-rank",
-    "openmpi4": "-n --quiet --map-by --bind-to --wdir --tag-output --hostfile -x",
+    "openmpi4": "-n --quiet --mca --map-by --bind-to --wdir --tag-output --hostfile -x",
     "openmpi5": "-n --map-by --bind-to --wdir --output --hostfile -x",
     "pals": "-n --cpu-bind --envall --wdir --hostfile --ppn --label",
     "srun": "--ntasks --ntasks-per-node --nodes --distribution --nodelist --cpu-bind --overcommit --export --chdir"
@@ -61,8 +61,9 @@ LINES = {
         "-n 3 -machinefile F -genvall -wdir /d -silent-abort -prepend-rank",
     ),
     "openmpi4": (
-        "-n 2 --quiet --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d -x A",
-        "-n 3 --quiet --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d --tag-output --hostfile F -x A",
+        "-n 2 --quiet --mca odls_base_sigkill_timeout 0 --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d -x A",
+        "-n 3 --quiet --mca odls_base_sigkill_timeout 0 --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d"
+        " --tag-output --hostfile F -x A",
     ),
     "openmpi5": (
         "-n 2 --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d -x A",

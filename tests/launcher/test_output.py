@@ -219,7 +219,7 @@ def test_a_file_that_cannot_be_written_costs_a_sentence_and_nothing_else(tmp_pat
     code = (
         "import os, sys\nfrom launcher.failure import orphans\nfrom launcher.output import pump\n"
         "os.environ.update({pump.CONSOLE: '/no', pump.LOGS: '/dev/full/x', orphans.JOB: 'a', 'PMI_RANK': '7'})\n"
-        "orphans.start_reaper()\nprint('still here')\n"
+        "from launcher.failure.page import Page\norphans.start_reaper(Page())\nprint('still here')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=PATIENCE)
     found = [unframe(line + b"\n") for line in done.stderr.splitlines()]
