@@ -206,9 +206,12 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
     raw = read_yaml(path)
     if is_official(raw):
         raw = convert_official(
-            _read_official(path, raw, chain), path=path, world_size=context.world_size, given=context.overridden,
+            _read_official(path, raw, chain),
+            path=path,
+            world_size=context.world_size,
+            given=context.overridden,
             notes=context.notes,
-        )  # fmt: skip
+        )
     bases = raw.pop("base", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     tree: dict = {}
