@@ -55,7 +55,7 @@ def auxiliary_loss(
         threshold = None
     return apply(
         _AuxiliaryLoss, scores, threshold, expert, logits, KINDS[kind], noise_std, group_size, weight, z_weight
-    )  # fmt: skip
+    )
 
 
 class _AuxiliaryLoss(torch.autograd.Function):
@@ -95,9 +95,16 @@ class _AuxiliaryLoss(torch.autograd.Function):
 
 
 def _fake_balance(
-    scores: Tensor, threshold: Tensor | None, expert: Tensor, logits: Tensor | None, kind: int, noise_std: float,
-    group_size: int, weight: float, z_weight: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    scores: Tensor,
+    threshold: Tensor | None,
+    expert: Tensor,
+    logits: Tensor | None,
+    kind: int,
+    noise_std: float,
+    group_size: int,
+    weight: float,
+    z_weight: float,
+) -> tuple[Tensor, ...]:
     tokens, experts = scores.shape
     size = torch.sym_max(torch.sym_min(group_size, tokens), 1)
     cells = ((tokens + size - 1) // size, experts) if kind and tokens else (0,)
@@ -111,9 +118,16 @@ def _fake_balance(
 
 
 def _fake_backward(
-    grad: Tensor, scores: Tensor, threshold: Tensor | None, logits: Tensor | None, sums: Tensor, load: Tensor,
-    log_sum: Tensor, kind: int, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    scores: Tensor,
+    threshold: Tensor | None,
+    logits: Tensor | None,
+    sums: Tensor,
+    load: Tensor,
+    log_sum: Tensor,
+    kind: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         scores.new_empty(scores.shape if kind else (0,)),
         scores.new_empty((len(scores) if kind == KINDS["load_importance"] else 0,)),

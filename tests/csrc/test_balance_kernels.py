@@ -91,7 +91,7 @@ def test_equals_the_python_form(library, kind, shape, dtype, with_z, noise_std):
     leaves = [t.requires_grad_() for t in (scores, threshold, logits)]
     aux, balance = slowly(
         scores, threshold, expert, kind=kind, group_size=shape[2], logits=logits if with_z else None, **options
-    )  # fmt: skip
+    )
     grads = [None] * 3
     if aux.requires_grad:
         grads = torch.autograd.grad(aux * 1.7, leaves, allow_unused=True)
