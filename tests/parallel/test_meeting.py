@@ -49,3 +49,12 @@ def test_a_port_in_use_is_one_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"cannot listen at 127.0.0.1:{port} \(MASTER_PORT\): the port is in use"):
             meet(0, 2, "127.0.0.1", port, patience=1, timeout=1)
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "x" * 80, "a..b"])
+def test_an_address_without_a_host_is_one_sentence(address, port, capfd):
+    with pytest.raises(ValueError, match=f"MASTER_ADDR={address}: .*name its own host"):
+        meet(0, 2, address, port, patience=1, timeout=2)
+    with pytest.raises(ValueError, match=f"rank 0 at {address}:{port} .* did not come within 1 s"):
+        meet(1, 2, address, port, patience=0.5, timeout=1)
+    assert "frame #" not in capfd.readouterr().err  # torch's stack

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from launcher.env import without_world
+from launcher.failure.kinds import MEMORY
 from swin_moe.config import Config, EngineConfig
-from swin_moe.run.session import fit_precision
+from swin_moe.run.session import fit_precision, run_main
 from swin_moe.run.state import StopRequest
 from tests.ranks import ROOT
 
@@ -85,3 +86,24 @@ def test_ctrl_c_counts_where_nobody_reads_errors(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 3.2 GiB for an array"), "out of memory (3.2 GiB more were needed): lower"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "(20.00 MiB more were needed)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "(9 bytes more"),
+        (MemoryError(), "out of memory: lower data.micro_batch"),
+    ],
+)
+def test_what_ends_for_lack_of_memory_ends_as_the_launcher_says_it(error, said, capfd):
+    def program(_words):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(program, [])
+    assert stop.value.code == MEMORY
+    assert said in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="not a word of memory"):
+        run_main(lambda _words: (_ for _ in ()).throw(RuntimeError("not a word of memory")), [])
