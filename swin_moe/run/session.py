@@ -20,6 +20,7 @@ from torch import nn
 from swin_moe.checkpoint.errors import describe, out_of_memory
 from swin_moe.config import Config, ParallelConfig
 from swin_moe.config.arguments import refuse_options
+from swin_moe.config.checks import MOST_THREADS
 from swin_moe.config.choices import facts_of
 from swin_moe.config.io import load_config
 from swin_moe.engine.common import materialize
@@ -144,9 +145,17 @@ def layout_of(config: Config) -> tuple[ParallelConfig, int]:
 
 
 def default_threads() -> int:
-    """Returns OMP_NUM_THREADS if set, else the cores this rank is bound to; torch counted them before it was bound."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isdecimal() and int(threads) else len(os.sched_getaffinity(0))
+    """Returns the threads of OMP_NUM_THREADS if set, else the cores this rank is bound to; torch counted them before.
+
+    Raises:
+        ValueError: More than engine.threads may be; torch would end the process without a word.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is by nested levels
+    if not (threads.isdecimal() and threads.isascii() and threads.strip("0")):
+        return len(os.sched_getaffinity(0))
+    if len(threads) > 6 or int(threads) > MOST_THREADS:
+        raise ValueError(f"environment variable OMP_NUM_THREADS must be at most {MOST_THREADS}, got {threads[:20]}")
+    return int(threads)
 
 
 def check_layout(config: Config, world_size: int) -> None:

@@ -17,7 +17,7 @@ from checkpoint_tools.verbs import text
 from swin_moe import create_model, load_official
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
-from swin_moe.checkpoint.manager import CheckpointManager, load
+from swin_moe.checkpoint.manager import CheckpointManager, find_checkpoint, load
 from swin_moe.checkpoint.pieces import Piece
 from tests.checkpoint_tools.official_files import convert, tensors_of
 
@@ -358,3 +358,16 @@ def test_a_packed_file_is_told_as_such(weights, tmp_path, run, name, program, pa
         assert code == 2 and sentence in errors, errors
     with pytest.raises(CheckpointError, match="is packed by"):
         load_official(create_model("swin", **SMALL), tmp_path / name)
+
+
+def test_rank_files_are_named_together(tmp_path, run):
+    """What is wrong with one of them, and what is done about it, is said of their common path."""
+    whole = tmp_path / "ckpt_epoch_7.pth"
+    for name in ("rank1", "rank0"):
+        (tmp_path / f"{whole.name}.{name}").write_bytes(b"x")
+        if name == "rank1":
+            code, _, errors = run("inspect", whole)
+            assert code == 2 and f"does not exist, but there is {whole.name}.rank1: .rank0 is missing" in errors
+    for given in (whole, f"{whole}.rank0", f"{whole}.rank1"):
+        with pytest.raises(CheckpointError, match=f"convert {whole} DIR .* checkpoint.init={whole} takes the weights"):
+            find_checkpoint(given, key="checkpoint.load")

@@ -12,7 +12,7 @@ import torch
 from launcher.env import without_world
 from launcher.failure.kinds import MEMORY
 from swin_moe.config import Config, EngineConfig
-from swin_moe.run.session import fit_precision, run_main
+from swin_moe.run.session import default_threads, fit_precision, run_main
 from swin_moe.run.state import StopRequest
 from tests.ranks import ROOT
 
@@ -107,3 +107,19 @@ def test_what_ends_for_lack_of_memory_ends_as_the_launcher_says_it(error, said, 
     assert said in capfd.readouterr().err
     with pytest.raises(RuntimeError, match="not a word of memory"):
         run_main(lambda _words: (_ for _ in ()).throw(RuntimeError("not a word of memory")), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [("3", 3), ("2,1", 2), (" 2 ", 2), ("0", None), ("x", None), ("-1", None), ("", None), ("²", None)],
+)
+def test_threads_are_omps_or_the_cores(monkeypatch, text, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert default_threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("text", ["99999999", "4097", "9" * 5000])
+def test_more_threads_than_openmp_can_start_are_refused(monkeypatch, text):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(ValueError, match="OMP_NUM_THREADS must be at most 4096, got"):
+        default_threads()
