@@ -4,11 +4,9 @@ MPICH kills all other ranks within milliseconds after one ended, and names the w
 from a process that MPI does not know of. The rank is a fork of its guard: what it notes lies in memory they share.
 """
 
-import mmap
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -19,27 +17,29 @@ from launcher import watch
 from launcher.env import rank_of
 from launcher.failure import memory, orphans, reports, stacks
 from launcher.failure.kinds import MEMORY, STALL
+from launcher.failure.page import Page
+from launcher.machine import shared_memory
 
 STALL_SECONDS = "LAUNCHER_STALL"  # for how long a rank may be stopped
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_HEADER = struct.Struct("=?dH")  # the rank has ended by itself; time of the note; bytes of the note
-_PAGE_BYTES = 1024
 # A rank that is killed together with its job is not worth a word: its guard is killed within this time as well.
 _TOGETHER_SECONDS = 0.3
 _PATROL_SECONDS = 0.25
+_WORD_SECONDS = 10.0  # more than stacks take
 
-_page: mmap.mmap | None = None  # in a guarded rank, what it shares with its guard
+_page: Page | None = None  # in a guarded rank, what it shares with its guard
 
 
 def run(program: Callable[[], None]) -> None:
     """Runs `program` in a child; returns there when it has ended. The guard itself exits with the child's code."""
     global _page
     watch.die_with_parent(os.getppid())
-    page, guard, killed = mmap.mmap(-1, _PAGE_BYTES), os.getpid(), memory.kills()
-    pipe = orphans.start_reaper()
+    page, guard, killed = Page(), os.getpid(), memory.kills()
+    pipe = orphans.start_reaper(page)
     child = os.fork()
     if child == 0:
         watch.die_with_parent(guard)
+        _take_signals()
         if pipe is not None:
             os.close(pipe)
         _page = page
@@ -49,9 +49,13 @@ def run(program: Callable[[], None]) -> None:
         return
     stalled = _Patrol(child, page)
     code, passed_on = _wait(child)
-    if stalled.words:
-        _end(STALL)
-    if not _HEADER.unpack_from(page)[0] and -code not in passed_on:
+    if stalled.words:  # the rank went on to write its stacks, and ended meanwhile
+        stalled.wait()
+        _end(STALL, page)
+    if stalled.is_over:
+        page.judge()
+        os._exit(128 + signal.SIGKILL)
+    if not page.ends and -code not in passed_on:
         status = code if code > 0 else 128 - code if code else 1
         how = _how(code)
         if code == -signal.SIGKILL and memory.kills() > killed:
@@ -59,9 +63,12 @@ def run(program: Callable[[], None]) -> None:
         _leave_word(status, f"{how}{_without_a_word(page)}", page, child)
         time.sleep(_TOGETHER_SECONDS)
         _say(f"rank {_rank()} {how}{_last_seen(page)}")
-        _end(status)
+        _end(status, page)
+    if -code in passed_on:  # it had no handler: the others cannot save without it
+        reports.lose(_rank())
     if code > 0:  # it said why, or all did
-        reports.fail(reports.Failure("", code, note=_noted(page)[1]))
+        reports.fail(reports.Failure("", code, note=page.noted[1]))
+    page.judge()
     os._exit(code if code >= 0 else 128 - code)
 
 
@@ -78,21 +85,37 @@ def report(code: int, words: str = "", *, culprit: int | None = None) -> None:
     rank = _rank() if culprit is None else str(culprit)
     host = socket.gethostname() if culprit is None else state.host if state else "?"
     pid = os.getpid() if culprit is None else state.pid if state else 0
-    reports.fail(reports.Failure(rank, code, words, _noted(_page)[1] if _page else "", host, pid))
+    reports.fail(reports.Failure(rank, code, words, _page.noted[1] if _page else "", host, pid))
 
 
 def note(text: str) -> None:
     """Remembers what this rank is doing, for its guard; costs a microsecond. Does nothing in a rank without one."""
     if _page is not None:
-        data = text.encode()[: _PAGE_BYTES - _HEADER.size]
-        _page[_HEADER.size : _HEADER.size + len(data)] = data
-        _HEADER.pack_into(_page, 0, False, time.time(), len(data))
+        _page.note(text)
 
 
 def ended() -> None:
     """To be called by a rank that ends by itself, with an error or without: its guard then stays silent."""
     if _page is not None:
-        _page[0] = 1
+        _page.end()
+
+
+def leaves_shared_memory() -> None:
+    """To be called by a rank that has just made shared memory: if it is killed, that is removed.
+
+    By its reaper, or, where Slurm killed that as well, by the launcher of this host.
+    """
+    if _page is not None:
+        names = shared_memory.held()
+        _page.leave(names)
+        reports.hold(names)
+
+
+def _take_signals() -> None:
+    """Has requests to save end a rank that has no handler for them; Slurm starts its tasks with SIGUSR1 ignored."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
 
 def _wait(child: int) -> tuple[int, set[int]]:
@@ -118,11 +141,16 @@ def _wait(child: int) -> tuple[int, set[int]]:
 class _Patrol:
     """Looks after a rank from a thread of its guard: whether its stacks are wanted, and whether it was stopped."""
 
-    def __init__(self, child: int, page: mmap.mmap) -> None:
-        self.words = ""  # why the rank was ended
+    def __init__(self, child: int, page: Page) -> None:
+        self.words, self.is_over = "", False  # why the rank is ended; whether the launcher ends all
         self._child, self._page = child, page
         self._limit = float(os.environ.get(STALL_SECONDS, "inf"))
-        threading.Thread(target=self._work, name="launcher-patrol", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="launcher-patrol", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when it has left word of why the rank is ended, where it is about to."""
+        self._thread.join(_WORD_SECONDS)
 
     def _work(self) -> None:
         asked, stopped = False, 0.0
@@ -131,6 +159,10 @@ class _Patrol:
             if not asked and stacks.are_wanted():
                 asked = True
                 stacks.ask(self._child)
+            if reports.is_over():
+                self.is_over = True
+                self._send(signal.SIGKILL)
+                return
             # Counted, not timed: who stops all processes of a job stops this one, too.
             stopped = stopped + _PATROL_SECONDS if watch.is_stopped(self._child) else 0.0
             if stopped >= self._limit:
@@ -139,25 +171,37 @@ class _Patrol:
 
     def _end(self) -> None:
         self.words = f"was stopped by a signal for {self._limit:g} s (--stall)"
-        place = reports.folder()
+        place, now = reports.folder(), time.time_ns()
+        # Before the rank goes on for a moment, to write its stacks: others may fail of that.
+        _leave_word(STALL, self.words, self._page, self._child, now)
         stacks.ask(self._child)
+        if place is not None:
+            stacks.wait_for(place, _rank())
+        self._send(signal.SIGSTOP)  # it is not to go on
         where = stacks.describe(place, int(_rank())) if place is not None and _rank().isdigit() else ""
-        _leave_word(STALL, f"{self.words}{f'; {where}' if where else ''}", self._page, self._child)
+        _leave_word(STALL, f"{self.words}{f'; {where}' if where else ''}", self._page, self._child, now)
         _say(f"rank {_rank()} {self.words}{_last_seen(self._page)}{f'; {where}' if where else ''}")
         time.sleep(_TOGETHER_SECONDS)
-        os.kill(self._child, signal.SIGKILL)
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        try:
+            os.kill(self._child, number)
+        except ProcessLookupError:
+            return
 
 
-def _leave_word(code: int, words: str, page: mmap.mmap, child: int) -> None:
-    reports.fail(reports.Failure(_rank(), code, words, _noted(page)[1], socket.gethostname(), child))
+def _leave_word(code: int, words: str, page: Page, child: int, when: int = 0) -> None:
+    reports.fail(reports.Failure(_rank(), code, words, page.noted[1], socket.gethostname(), child), when)
 
 
 def _say(sentence: str) -> None:
     print(f"[rank {_rank()}] error: {sentence}", file=sys.stderr, flush=True)
 
 
-def _end(code: int) -> None:
+def _end(code: int, page: Page) -> None:
     time.sleep(_TOGETHER_SECONDS)  # hydra drops what it has not read when a process fails
+    page.judge()
     os._exit(code)
 
 
@@ -168,18 +212,12 @@ def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}{by_hand}"
 
 
-def _noted(page: mmap.mmap) -> tuple[float, str]:
-    """Returns (when, what) the rank noted last; "" = nothing."""
-    _, noted, length = _HEADER.unpack_from(page)
-    return noted, page[_HEADER.size : _HEADER.size + length].decode(errors="replace")
+def _without_a_word(page: Page) -> str:
+    return "" if page.noted[1] else " without a word"
 
 
-def _without_a_word(page: mmap.mmap) -> str:
-    return "" if _noted(page)[1] else " without a word"
-
-
-def _last_seen(page: mmap.mmap) -> str:
-    noted, text = _noted(page)
+def _last_seen(page: Page) -> str:
+    noted, text = page.noted
     if not text:
         return " without a word"
     return f"; it was last seen in {text}, which it had begun {time.time() - _TOGETHER_SECONDS - noted:.1f} s before"

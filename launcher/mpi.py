@@ -67,11 +67,7 @@ def call(program: Callable[[], Any], *, says_why: bool = True) -> None:
     says_why: False for a program of which nothing is known: then its exit code is printed.
     """
     try:
-        bootstrap()
-    except ValueError as error:
-        guard.ended()
-        ending.fail(f"launcher: {error}", 2)
-    try:
+        _join()
         program()
     except SystemExit as stop:
         if stop.code not in (None, 0):
@@ -82,6 +78,14 @@ def call(program: Callable[[], Any], *, says_why: bool = True) -> None:
         guard.ended()
         raise
     guard.ended()
+
+
+def _join() -> None:
+    try:
+        bootstrap()
+    except ValueError as error:
+        guard.ended()
+        ending.fail(f"launcher: {error}", 2)
 
 
 def _meet_over_mpi() -> RankEnv:
@@ -202,8 +206,11 @@ def _import_mpi() -> Any:
 
             remove_abandoned()
         MPI.Init_thread()
-        # UCX, inside the mpich wheel, answers a SIGHUP by pages of debug output from then on.
-        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGHUP) or signal.SIG_DFL)
+        guard.leaves_shared_memory()
+        # UCX, inside the mpich wheel, answers a SIGHUP by pages of debug output from then on, and MPICH swallows a
+        # SIGUSR1, the request to save of other starters.
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.getsignal(number) or signal.SIG_DFL)
         atexit.register(_finalize, MPI)
     return MPI
 

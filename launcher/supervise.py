@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import guard, watch
-from launcher.failure import memory, orphans, reports, stacks
+from launcher.failure import memory, orphans, reports
 from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL, kind_of
-from launcher.failure.starting import find_late
+from launcher.failure.lookout import LOOK_SECONDS, Lookout, Verdict
 from launcher.flavors.base import Flavor
+from launcher.machine import shared_memory
+from launcher.output import pump
+from launcher.output.console import Console, Show
 
 STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
 _END_SECONDS = 30.0  # what a scheduler gets to end its step; it kills the ranks within seconds itself
@@ -40,12 +42,16 @@ class Outcome:
     code: int  # of the job; 128 + n when ended by signal n
     rank: str = ""  # the one that failed first, "" = none did, or none on this host said so
     asked_to_stop: bool = False  # by a signal, or as its time was over
+    request: int = field(default=0, repr=False)  # the signal that stands for that
     killed: bool = False  # by the launcher, as it did not stop in time
     failure: reports.Failure | None = field(default=None, repr=False)  # what the ranks left of it
     step: int | None = field(default=None, repr=False)  # what the program wrote as its progress
 
     def describe(self) -> str:
         """Returns the last line of a job that failed: which kind of failure, who, and what was said."""
+        if self.request and self.code == 128 + self.request:
+            name = signal.Signals(self.request).name
+            return f"launcher: {name} (exit code {self.code}): asked to save, the program ended without"
         who = self.failure if self.rank else "all ranks failed alike" if self.failure else "no rank said why"
         return f"launcher: {kind_of(self.code)} (exit code {self.code}): {who}"
 
@@ -68,6 +74,7 @@ def supervise(
     ranks: int = 0,
     shared: Path | None = None,
     remote: bool = False,
+    show: Show | None = None,
 ) -> Outcome:
     """Returns how the job ended, after the last process is gone.
 
@@ -79,8 +86,10 @@ def supervise(
         save_after: Seconds after which the ranks are asked as by a SIGTERM, for schedulers that give no warning.
         stall: Seconds a rank may be stopped by a signal, or be behind the others while they start.
         ranks: How many there are, 0 = unknown.
-        shared: A folder that all hosts see, where ranks leave word and stacks remain; None = one of this host.
+        shared: A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of
+            this host, without what they write.
         remote: Whether some ranks run on other hosts, and so cannot leave word without `shared`.
+        show: How output is shown; None = mpirun does it, as it comes.
     """
     limits, killed = Limits(grace, save_after, stall), memory.kills()
     token = environment.get(orphans.JOB) or os.urandom(16).hex()
@@ -91,25 +100,41 @@ def supervise(
         }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
-        process = _start(command, environment, flavor)
-        outcome = _wait(process, flavor, limits, _Start(place, ranks, stall).look)
-        orphans.sweep(token)
+        console = None if show is None else Console(show)
+        if console is not None:
+            environment |= {pump.CONSOLE: console.path, pump.LOGS: "" if shared is None else str(shared)}
+        remove = [*([place] if shared is None else []), *([console.folder] if console is not None else [])]
+        with orphans.cleaned_up(token, place, remove=remove):
+            process = _start(command, environment, flavor, console)
+            outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look, console)
+            orphans.sweep(token, spared=() if console is None else console.movers)
+            if console is not None:
+                console.close()
+                if any(watch.start_time(pid) != "gone" for pid in console.movers):
+                    orphans.sweep(token)
+            shared_memory.remove(reports.held_here(place))
         if outcome.killed or not outcome.code:
             return outcome
         unheard = remote and len(reports.states(place)) < ranks
         outcome = replace(outcome, step=reports.read_progress(progress))
-        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard)
+        lost = reports.ends(place)[1] > 0 or outcome.code == 128 + flavor.stop
+        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard, lost)
 
 
-def _explain(outcome: Outcome, failure: reports.Failure | None, short_of_memory: bool, unheard: bool) -> Outcome:
+def _explain(
+    outcome: Outcome, failure: reports.Failure | None, short_of_memory: bool, unheard: bool, lost: bool = False
+) -> Outcome:
     """Returns the outcome with its cause, as far as there is word of it.
 
     Args:
         short_of_memory: Whether the kernel killed one of this control group's processes meanwhile.
         unheard: Whether ranks may have failed without being able to leave word.
+        lost: Whether a rank was ended from outside; after a request to save that is one which does not heed it.
     """
     if failure is not None:
         return replace(outcome, rank=failure.rank, code=failure.code, failure=failure)
+    if outcome.request and lost:
+        return replace(outcome, code=128 + outcome.request)
     if outcome.asked_to_stop or unheard or outcome.code == STALL:
         return outcome
     # No rank failed, or none lived to say so: what starts them did, or a host.
@@ -128,30 +153,9 @@ def _reports(shared: Path | None) -> Iterator[Path]:
     yield shared
 
 
-class _Start:
-    """Looks after the ranks until all of them run the program."""
-
-    def __init__(self, place: Path, ranks: int, limit: float) -> None:
-        self._place, self._ranks, self._limit = place, ranks, limit
-        self._pause = limit / 20  # for each look reads a file for each rank
-        self._next = time.monotonic() + self._pause
-
-    def look(self) -> str:
-        """Returns the sentence about ranks that keep the others waiting, with where they are; "" = none."""
-        if time.monotonic() < self._next:
-            return ""
-        self._next = time.monotonic() + self._pause
-        states = reports.states(self._place)
-        late, sentence = find_late(states, self._ranks, time.time(), self._limit)
-        if late:
-            where = stacks.describe(self._place, late[0])
-            return f"{sentence}; {where}" if where else sentence
-        if len(states) >= self._ranks and all(state.phase == reports.PHASES[-1] for state in states.values()):
-            self._next = math.inf
-        return ""
-
-
-def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) -> subprocess.Popen:
+def _start(
+    command: Sequence[str], environment: dict[str, str], flavor: Flavor, console: Console | None
+) -> subprocess.Popen[bytes]:
     watch.announce(environment)
     launcher = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
@@ -160,44 +164,58 @@ def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         watch.die_with_parent(launcher, flavor.end)
 
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare
-    )
+    pipe = None if console is None else subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True,
+        preexec_fn=prepare,
+    )  # fmt: skip
+    if console is not None:  # its threads begin after the fork, and with the signals blocked
+        console.start(process)
+    return process
 
 
-def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Callable[[], str]) -> Outcome:
+def _wait(
+    process: subprocess.Popen[bytes],
+    flavor: Flavor,
+    limits: Limits,
+    look: Callable[[], Verdict | None],
+    console: Console | None,
+) -> Outcome:
     """Returns how the process ended, passing signals on meanwhile.
 
     Args:
         look: Called once in a while; returns why the job has to end.
     """
-    deadline, interrupts, grace = math.inf, 0, limits.grace
+    deadline, interrupts, grace, asked = math.inf, 0, limits.grace, 0
+    say = Console.print if console is None else console.say
     save_at = time.monotonic() + limits.save_after
     while (code := process.poll()) is None:
-        # 1 s: SIGCHLD is the usual way out, the time limit covers one that came between poll and here.
-        received = signal.sigtimedwait(_HANDLED, min(1.0, max(0.0, min(deadline, save_at) - time.monotonic())))
+        # SIGCHLD is the usual way out, the time limit covers one that came between poll and here.
+        left = max(0.0, min(deadline, save_at) - time.monotonic())
+        received = signal.sigtimedwait(_HANDLED, min(LOOK_SECONDS, left))
         number = received.si_signo if received else None
-        if number is None and (stalled := look()):
-            print(f"launcher: {stalled}", file=sys.stderr, flush=True)
+        if number is None and (verdict := look()):
+            if verdict.words:
+                say(f"launcher: {verdict.words}", 2)
             _end(process, flavor)
-            return Outcome(STALL)
+            return Outcome(verdict.code, asked_to_stop=bool(asked), request=asked)
         if number is None and time.monotonic() >= save_at:
             number, save_at = signal.SIGTERM, math.inf
-            print(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", flush=True)
+            say(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", 1)
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
             _end(process, flavor)
             return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
-            print(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", flush=True)
+            say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
         if number in STOP:
-            deadline, save_at = min(deadline, time.monotonic() + grace), math.inf
+            deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):
             process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
-    return Outcome(code if code >= 0 else 128 - code, asked_to_stop=deadline < math.inf)
+    return Outcome(code if code >= 0 else 128 - code, asked_to_stop=bool(asked), request=asked)
 
 
-def _end(process: subprocess.Popen, flavor: Flavor) -> None:
+def _end(process: subprocess.Popen[bytes], flavor: Flavor) -> None:
     """Ends the job at once. Proxies and ranks follow: hydra's see their socket close, ranks watch this process."""
     process.send_signal(flavor.end)
     try:

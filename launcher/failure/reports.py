@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from launcher.env import rank_of
 
 REPORTS = "LAUNCHER_REPORTS"
 PROGRESS = "LAUNCHER_PROGRESS"  # a file into which one rank of the program may write the number of its step
+_OVER = "ending"  # a file that is there once the launcher ends the job
 PHASES = ("starting", "meeting", "running")  # of a rank, before the program's own
 
 
@@ -61,11 +62,57 @@ def enter(phase: str, pid: int | None = None) -> None:
         _write(place / f"rank-{rank}.json", asdict(state))
 
 
-def fail(failure: Failure) -> None:
-    """Leaves word of a failure."""
+def fail(failure: Failure, when: int = 0) -> None:
+    """Leaves word of a failure.
+
+    Args:
+        when: In nanoseconds, 0 = now; the word that this process left of the same rank and time is replaced.
+    """
     place = folder()
     if place is not None:
-        _write(place / f"failed-{time.time_ns():020d}-{failure.rank}-{os.getpid()}.json", asdict(failure))
+        when = when or time.time_ns()
+        _write(place / f"failed-{when:020d}-{failure.rank}-{os.getpid()}.json", asdict(failure))
+
+
+def lose(rank: str) -> None:
+    """Leaves word of a rank that was killed together with its guard, by whatever started them or by the loss of it."""
+    place = folder()
+    if place is not None:
+        _write(place / f"lost-{rank}.json", {"time": time.time()})
+
+
+def hold(names: Sequence[str]) -> None:
+    """Leaves word of the shared memory that this rank has on its host."""
+    place = folder()
+    if place is not None:
+        _write(place / f"shared-{rank_of(os.environ)}.json", {"host": socket.gethostname(), "names": list(names)})
+
+
+def held_here(place: Path) -> list[str]:
+    """Returns the names of the shared memory that ranks of this host left word of."""
+    found = [_read(path, dict) for path in place.glob("shared-*.json")]
+    return [name for one in found if one and one.get("host") == socket.gethostname() for name in one.get("names", [])]
+
+
+def call_it_over(place: Path) -> None:
+    """Has the guard of every rank that sees the folder end its rank at once."""
+    try:
+        (place / _OVER).touch()
+    except OSError:  # the disk is full: MPI ends them, later
+        return
+
+
+def is_over() -> bool:
+    """Returns whether the launcher is ending the job."""
+    place = folder()
+    return place is not None and (place / _OVER).exists()
+
+
+def ends(place: Path) -> tuple[int, int]:
+    """Returns how many ranks (failed on their own, were killed together with their guards)."""
+    names = [entry.name.split("-") for entry in os.scandir(place) if entry.name.startswith(("failed-", "lost-"))]
+    failed = {name[2] for name in names if name[0] == "failed" and len(name) > 2 and name[2]}
+    return len(failed), sum(name[0] == "lost" for name in names)
 
 
 def states(place: Path) -> dict[int, State]:

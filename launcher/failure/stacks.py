@@ -66,6 +66,17 @@ def ask(pid: int) -> None:
         return
 
 
+def wait_for(place: Path, rank: str, seconds: float = 1.0) -> None:
+    """Returns when a rank of this host, which was asked, has written its stacks down, or when the time is over."""
+    deadline, before = time.monotonic() + seconds, ""
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        text = _text(place, rank)
+        if text and text == before:  # they are written line by line
+            return
+        before = text
+
+
 def gather(place: Path, seconds: float = _SECONDS) -> dict[int, Place]:
     """Returns where all ranks are, having asked them; those that do not answer in time are left out."""
     (place / _WANTED).touch()
@@ -107,7 +118,7 @@ def parse(text: str) -> Place:
     return Place(f"{file}:{number} in {function}", collectives[0] if collectives else "")
 
 
-def _text(place: Path, rank: int) -> str:
+def _text(place: Path, rank: int | str) -> str:
     try:
         return (place / f"stacks-{rank}.txt").read_text()
     except OSError:

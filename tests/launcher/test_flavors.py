@@ -39,7 +39,7 @@ DOCUMENTED = {
     "mpich": "-n -f -genvall -wdir -bind-to -prepend-rank",
     "mvapich": "-n -f -genvall -wdir -bind-to -prepend-rank",
     "intel": "-n -machinefile -genvall -wdir -silent-abort -prepend-rank",
-    "openmpi4": "-n --quiet --map-by --bind-to --wdir --tag-output --hostfile -x",
+    "openmpi4": "-n --quiet --mca --map-by --bind-to --wdir --tag-output --hostfile -x",
     "openmpi5": "-n --map-by --bind-to --wdir --output --hostfile -x",
     "pals": "-n --cpu-bind --envall --wdir --hostfile --ppn --label",
     "srun": "--ntasks --ntasks-per-node --nodes --distribution --nodelist --cpu-bind --overcommit --export --chdir"
@@ -61,8 +61,9 @@ LINES = {
         "-n 3 -machinefile F -genvall -wdir /d -silent-abort -prepend-rank",
     ),
     "openmpi4": (
-        "-n 2 --quiet --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d -x A",
-        "-n 3 --quiet --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d --tag-output --hostfile F -x A",
+        "-n 2 --quiet --mca odls_base_sigkill_timeout 0 --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d -x A",
+        "-n 3 --quiet --mca odls_base_sigkill_timeout 0 --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d"
+        " --tag-output --hostfile F -x A",
     ),
     "openmpi5": (
         "-n 2 --map-by slot:OVERSUBSCRIBE --bind-to none --wdir /d -x A",
@@ -196,3 +197,19 @@ def test_only_srun_must_live_to_end_its_ranks():
 @pytest.mark.parametrize("module", [flavors.hydra, flavors.openmpi, flavors.pals, flavors.srun])
 def test_every_file_cites_its_manual(module):
     assert re.search(r"Sources?: .*\d\.\d", module.__doc__, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["openmpi4", "openmpi5"])
+def test_open_mpi_keeps_off_networks_that_hosts_do_not_share(name, tmp_path):
+    keep_off = BY_NAME[name].keep_off
+    environ = {"HOME": str(tmp_path)}
+    mpirun, subnets = str(tmp_path / "prefix/bin/mpirun"), ["172.17.0.0/16", "10.5.0.0/16"]
+    expected = {"OMPI_MCA_btl_tcp_if_exclude": "127.0.0.0/8,sppp,172.17.0.0/16,10.5.0.0/16"}
+    assert keep_off(mpirun, subnets, environ) == expected
+    assert keep_off(mpirun, subnets, environ | {"OMPI_MCA_btl_tcp_if_include": "eth0"}) == {}
+    for file in (tmp_path / ".openmpi/mca-params.conf", tmp_path / "prefix/etc/openmpi-mca-params.conf"):
+        file.parent.mkdir(parents=True)
+        file.write_text("# interfaces\n btl_tcp_if_include = eth0\n")
+        assert keep_off(mpirun, subnets, environ) == {}
+        file.write_text("# btl_tcp_if_include = eth0\n")
+        assert keep_off(mpirun, subnets, environ) == expected
