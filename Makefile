@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
+# Two test files at a time: a test has one thread a process. In the order that tests/conftest.py gives, longest first.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-full lint clean
 
@@ -15,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launcher -n $(RANKS) -- -m swin_moe.train configs/debug/digits_swin_moe.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest -q --full

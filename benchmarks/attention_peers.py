@@ -14,7 +14,7 @@ from torch import Tensor
 from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.geometry import MASKED, gather_bias, merge_windows, partition_windows, shift_mask
 from swin_moe.ops.attention.in_windows import attend_windows
-from swin_moe.ops.attention.reference import attend_map
+from swin_moe.ops.attention.reference import AttentionNumbers, attend_map
 
 Attend = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 HEAD_DIM = 32  # of all published models
@@ -87,8 +87,8 @@ def fused(stage: Stage) -> Attend:
 
 def eager(stage: Stage) -> Attend:
     """Returns the official order of operations."""
-    numbers = (stage.heads, *(stage.window,) * 2, *(stage.shift,) * 2, stage.scale, MASKED)
-    return lambda qkv, table, factor: attend_map(qkv, table, factor, None, *numbers)
+    numbers = AttentionNumbers(stage.heads, *(stage.window,) * 2, *(stage.shift,) * 2, stage.scale, MASKED)
+    return lambda qkv, table, factor: attend_map(qkv, table, factor, None, numbers=numbers)
 
 
 def in_windows(stage: Stage, attend: Callable[..., Tensor]) -> Attend:

@@ -92,6 +92,17 @@ def _device_on_paper() -> Iterator[None]:
         yield
 
 
+class _Propagation(FakeTensorProp):
+    """Notes numbers as well: torch before 2.13 notes tensors alone, and its inductor asks what a graph returns."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Returns what a node computes, noted as its value."""
+        result = super().run_node(n)
+        if isinstance(result, int | float):
+            n.meta["val"] = result
+        return result
+
+
 def write_for_device(graph: fx.GraphModule, inputs: list[Any], *, is_backward: bool) -> str:
     """Returns the program that inductor writes for a CUDA device, of a graph on the CPU; only its sizes count."""
     graph = copy.deepcopy(graph)
@@ -108,7 +119,7 @@ def write_for_device(graph: fx.GraphModule, inputs: list[Any], *, is_backward: b
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with mode:
         placed = [_placed(value) for value in inputs]
-    FakeTensorProp(graph, mode=mode).propagate_dont_convert_inputs(*placed)
+    _Propagation(graph, mode=mode).propagate_dont_convert_inputs(*placed)
     options = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1}
     with (
         _device_on_paper(),

@@ -18,7 +18,7 @@ from swin_moe import create_model
 from swin_moe.engine.graphs import GraphedForward, Recording, record_on_device
 from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.geometry import MASKED, merge_windows, partition_windows
-from swin_moe.ops.attention.reference import attend_map
+from swin_moe.ops.attention.reference import AttentionNumbers, attend_map
 from swin_moe.ops.residual_norm import norm_residual, residual_norm
 from swin_moe.ops.window_shift import window_merge, window_partition
 from swin_moe.randomness import derive_key, keep_mask, normal, uniform
@@ -53,13 +53,18 @@ SIZES = {  # name -> images, windows of a side at most, tokens of a side at most
 }
 
 
-def attention(shape: Window, dtype: torch.dtype, full: bool, device: torch.device, size: str) -> Problem:
-    """Returns window attention: plain dot products; or, `full`, cosine scores, a shift and padding with values."""
+def attention(
+    shape: Window, dtype: torch.dtype, full: bool, device: torch.device, size: str, *, keep_sums: bool = True
+) -> Problem:
+    """Returns window attention: plain dot products; or, `full`, cosine scores, a shift and padding with values.
+
+    keep_sums: As a run calls it; without, the operator alone, whose backward makes the row sums that it reads again.
+    """
     images, side, most, heads = SIZES[size]
     counts = [max(1, min(side, most // n)) for n in shape.window]
     height, width = (n * count - (n // 3 if full else 0) for n, count in zip(shape.window, counts))
-    shift = tuple(n // 2 for n in shape.window) if full else (0, 0)
-    numbers = (heads, *shape.window, *shift, shape.head_dim**-0.5, MASKED)
+    shift = (shape.window[0] // 2, shape.window[1] // 2) if full else (0, 0)
+    numbers = AttentionNumbers(heads, *shape.window, *shift, shape.head_dim**-0.5, MASKED)
     dim, positions = heads * shape.head_dim, (2 * shape.window[0] - 1) * (2 * shape.window[1] - 1)
     tensors = {
         "qkv": draw(device, dtype, images, height, width, 3 * dim),
@@ -70,9 +75,11 @@ def attention(shape: Window, dtype: torch.dtype, full: bool, device: torch.devic
     options = {"num_heads": heads, "window": shape.window, "shift": shift, "scale": shape.head_dim**-0.5}
 
     def ours(qkv: Tensor, bias: Tensor, factor: Tensor | None, padding: Tensor | None) -> Tensor:
+        if not keep_sums:
+            return torch.ops.swin_moe.window_attention(qkv, bias, factor, padding, *numbers)
         return fused_window_attention(qkv, bias, logit_scale=factor, pad_qkv=padding, **options)
 
-    return Problem(tensors, ours, lambda *t: attend_map(*t, *numbers))
+    return Problem(tensors, ours, lambda *t: attend_map(*t, numbers=numbers))
 
 
 def windows_of_a_map(dtype: torch.dtype, channels: int, device: torch.device, size: str) -> Problem:
@@ -176,6 +183,12 @@ def cases() -> list[Case]:
         for full, what in ((False, "dot"), (True, "cosine shifted padded"))
     ]
     for name, dtype in DTYPES.items():
+        if dtype != torch.float32:  # whose backward reads none
+            rows += [
+                Case(f"{s.name}, {name}, without row sums", partial(attention, s, dtype, True, keep_sums=False))
+                for s in WINDOWS
+                if s.window in ((12, 12), (16, 16))
+            ]
         rows += [Case(f"window_shift, {name}, {c} channels", partial(windows_of_a_map, dtype, c)) for c in (96, 33)]
         rows += smoke_experts.cases(name, dtype)
         rows += [

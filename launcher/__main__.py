@@ -1,10 +1,14 @@
 """`python -m launcher -n 2 -- -m module ARGS`: starts a program on many ranks and ends them together."""
 
+import argparse
 import sys
 
 from launcher import restart
+from launcher.failure.kinds import HOST
 from launcher.job.options import parser, split_at_dashes
-from launcher.job.prepare import prepare, ranks_of
+from launcher.job.prepare import Prepared, prepare, ranks_of
+
+CHECKS = ("-m", "launcher.preflight")  # stands for a program where there is only --preflight
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,9 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser().parse_args(own)
         restart.check(options)
+        if options.preflight or options.preflight_file:
+            from launcher.preflight import start  # costs every other start of the launcher 30 ms
+
+            options.preflight = True
+            start.check(options)
         if not options.dry_run:
             options.env += restart.own_variables(options)
-        job = prepare(options, program)
+        job = prepare(options, program or [*CHECKS] if options.preflight else program)
+        restart.check_ranks(options, len(job.plan.ranks))
+        if not options.dry_run:
+            restart.make_log_folder(options)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return 2
@@ -29,7 +41,22 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print("\n".join(job.shell_lines()))
         return 0
+    if options.preflight:
+        code, job = check_first(job, options)
+        if code or not program:
+            return code
     return restart.run(job, options)
+
+
+def check_first(job: Prepared, options: argparse.Namespace) -> tuple[int, Prepared]:
+    """Returns (0 where the job may start after --preflight, else its exit code; the job that may)."""
+    from launcher.preflight import start
+
+    try:
+        return start.run(job, options)
+    except ValueError as error:
+        print(f"launcher: {error}", file=sys.stderr)
+        return HOST, job
 
 
 def parse(arguments: list[str]) -> tuple[int, list[str]]:

@@ -23,6 +23,7 @@ class Job:
     hostfile: str = ""
     mpirun: str = ""  # "" = the wheel's, then PATH's
     environment: dict[str, str] = field(default_factory=dict)
+    rank_module: str = "launcher.rank"  # runs the program as one rank
 
     def check(self) -> None:
         """Raises ValueError, one sentence, for what cannot work."""
@@ -91,12 +92,12 @@ def build_command(job: Job, mpi: Mpi, start: Start) -> tuple[list[str], dict[str
     if mpi.library:
         travelling.append("MPI4PY_LIBMPI")
     start = replace(start, variables=tuple(dict.fromkeys(travelling)), pmi=mpi.pmi)
-    return mpi.flavor.command(start, rank_command(job.program)), environment
+    return mpi.flavor.command(start, rank_command(job.program, job.rank_module)), environment
 
 
-def rank_command(program: Sequence[str]) -> list[str]:
+def rank_command(program: Sequence[str], module: str = "launcher.rank") -> list[str]:
     """Returns what every rank runs."""
-    return [sys.executable, "-m", "launcher.rank", *program]
+    return [sys.executable, "-m", module, *program]
 
 
 def _wheel() -> str | None:

@@ -5,6 +5,7 @@ import runpy
 import sys
 
 from launcher import guard, mpi
+from launcher.output import pump
 
 
 def run_program(arguments: list[str]) -> None:
@@ -19,4 +20,5 @@ def run_program(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    pump.write_lines_at_once()
     guard.run(lambda: mpi.call(lambda: run_program(sys.argv[1:]), says_why=False))

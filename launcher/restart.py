@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +22,11 @@ from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED
 from launcher.flavors.base import Start
 from launcher.hosts.hostfile import Host
 from launcher.hosts.place import place
+from launcher.job.options import BACKOFF
 from launcher.job.plan import is_here
 from launcher.job.prepare import Prepared, arrange, find_hosts
+from launcher.output import pump
+from launcher.output.console import Show
 from launcher.supervise import Outcome
 
 RESTART = "LAUNCHER_RESTART"
@@ -38,23 +40,45 @@ _STEP = re.compile(r"\bstep (\d+)\b")
 def own_variables(options: argparse.Namespace) -> list[str]:
     """Returns what every rank on every host has to know of the launcher, as NAME=VALUE; each start fills folders in."""
     told = {orphans.JOB: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall}
-    return [f"{name}={value}" for name, value in (told | {reports.REPORTS: "", reports.PROGRESS: ""}).items()]
+    folders = dict.fromkeys((reports.REPORTS, reports.PROGRESS, pump.CONSOLE, pump.LOGS), "")
+    return [f"{name}={value}" for name, value in (told | folders).items()]
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError, one sentence, for options that contradict each other."""
-    for name in ("restarts", "backoff", "min_ranks"):
-        if getattr(options, name) is not None and getattr(options, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
-    if options.stall <= 0:
-        raise ValueError(f"--stall must be more than 0 seconds, got {options.stall:g}")
+    """Raises ValueError, one sentence, for options that cannot be or contradict each other."""
+    for name in ("restarts", "backoff", "min_ranks", "grace", "save_after"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+    for name in ("stall", "preflight_limit"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 seconds, got {getattr(options, name):g}")
+    allowed, least = allowed_ranks(options), options.min_ranks
+    if allowed == []:
+        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
+    for name in ("backoff", "min_ranks", "allowed_ranks"):
+        if getattr(options, name) not in (None, "") and not options.restarts:
+            raise ValueError(f"--{name.replace('_', '-')} is for a job that is started again; it needs --restarts")
+    if allowed and least is not None and allowed[0] < least:
+        raise ValueError(f"--min-ranks {least} is more than any of --allowed-ranks {options.allowed_ranks}")
+
+
+def check_ranks(options: argparse.Namespace, ranks: int) -> None:
+    """Raises ValueError where a job of so many ranks is none that --allowed-ranks and --min-ranks let start."""
+    allowed = allowed_ranks(options)
+    if allowed and ranks not in allowed:
+        raise ValueError(f"a job of {ranks} rank{'s' * (ranks > 1)} is none of --allowed-ranks {options.allowed_ranks}")
+    if (options.min_ranks or 0) > ranks:
+        raise ValueError(f"--min-ranks {options.min_ranks} is more than the job's {ranks}")
+
+
+def make_log_folder(options: argparse.Namespace) -> None:
+    """Makes the folder of --log-dir. Raises ValueError where it cannot."""
     if options.log_dir:
         try:
             Path(options.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
-    if allowed_ranks(options) == []:
-        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
 
 
 def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
@@ -67,11 +91,15 @@ def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
 
 def run(job: Prepared, options: argparse.Namespace) -> int:
     """Returns the exit code of the job, having said why it failed, and having started it again as long as it may."""
-    policy, began, lost = Policy(options.restarts, options.backoff), time.monotonic(), Lost()
+    policy = Policy(options.restarts, BACKOFF if options.backoff is None else options.backoff)
+    began, lost = time.monotonic(), Lost()
     whole = len(job.plan.ranks)
     while True:
         gone = time.monotonic() - began if policy.starts else 0.0
-        outcome = _once(job, options, options.save_after - gone, policy.starts)
+        logs = _log_folder(options)
+        outcome = _once(job, options, options.save_after - gone, logs)
+        if outcome.code and outcome.rank and logs is not None:
+            _say(f"launcher: what rank {outcome.rank} wrote is in {pump.file_of(str(logs), outcome.rank)}")
         if outcome.code and (outcome.rank or outcome.failure is None):
             _say(outcome.describe())
         pause, why = policy.after(outcome)
@@ -160,6 +188,8 @@ def step_of(outcome: Outcome) -> int | None:
 def dead_hosts(job: Prepared) -> list[str]:
     """Returns the job's hosts on which nothing can be started any more."""
     names = [host.name for host in job.plan.hosts if not is_here(host.name)]
+    from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
+
     with ThreadPoolExecutor(16) as pool:
         alive = list(pool.map(lambda name: _can_start(job, name), names))
     return [name for name, lives in zip(names, alive) if not lives]
@@ -203,17 +233,40 @@ def choose_ranks(ranks: int, room: int | None, allowed: Sequence[int] | None, le
     return found
 
 
-def _once(job: Prepared, options: argparse.Namespace, save_after: float, starts: int) -> Outcome:
-    shared = Path(options.log_dir).absolute() / f"start-{starts}" if options.log_dir else None
+def _log_folder(options: argparse.Namespace) -> Path | None:
+    """Returns the folder of the next start: after those that are there, which may be another job's."""
+    if not options.log_dir:
+        return None
+    place = Path(options.log_dir).absolute()
+    numbers = [int(path.name[6:]) for path in place.glob("start-*") if path.name[6:].isdigit()]
+    return place / f"start-{max(numbers, default=-1) + 1}"
+
+
+def _show(job: Prepared, options: argparse.Namespace) -> Show | None:
+    """Returns how output is shown; None where one rank writes, which nothing can get between."""
+    alone = len(job.plan.ranks) == 1
+    if alone and not options.tag and not options.log_dir:
+        return None
+    hosts = len({rank.host for rank in job.plan.ranks}) > 1
+    return Show("all" if options.tag else "others", hosts, raw=alone and not options.tag)
+
+
+def _once(job: Prepared, options: argparse.Namespace, save_after: float, shared: Path | None) -> Outcome:
     try:
         job.write_hostfile()
         return supervise.supervise(
             job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
             save_after=max(0.0, save_after), stall=options.stall, ranks=len(job.plan.ranks), shared=shared,
-            remote=any(not is_here(host.name) for host in job.plan.hosts),
+            remote=any(not is_here(host.name) for host in job.plan.hosts), show=_show(job, options),
         )  # fmt: skip
     finally:
         job.remove_hostfile()
+
+
+def without(job: Prepared, options: argparse.Namespace, hosts: Sequence[str]) -> Prepared:
+    """Returns the job without these hosts, which it will not get back. Raises ValueError where too little remains."""
+    options.exclude = [*options.exclude, *hosts]
+    return _again(job, options, Lost(), len(job.plan.ranks), 0)
 
 
 def _again(job: Prepared, options: argparse.Namespace, lost: Lost, ranks: int, starts: int) -> Prepared:

@@ -6,8 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+from launcher import restart
 from launcher.command import Job
-from launcher.job.options import Parser, split_at_dashes
+from launcher.job.options import Parser, add_options, given, split_at_dashes
 from launcher.job.program import check_program
 from launcher.schedulers import SCHEDULERS
 from launcher.schedulers.base import Batch, Scheduler, time_to_save
@@ -16,6 +17,14 @@ _USAGE = (
     "python -m launcher script --scheduler slurm|pbs|lsf|flux|k8s --nodes 2 --ranks-per-node 4 --time 8:00:00 "
     "[options] [launcher options] -- -m module ARGS | script.py ARGS"
 )
+# The launcher's options that the script settles by itself.
+_SETTLED = {
+    "ranks": "-n has no place in a script: its ranks are --nodes times --ranks-per-node",
+    "hostfile": "--hostfile has no place in a script: its hosts are those that the scheduler gives",
+    "grace": "--grace follows from --warning in a script",
+    "save_after": "--save-after follows from --time and --warning in a script",
+    "dry_run": "--dry-run has no place in a script: writing one starts nothing",
+}
 _LONGEST_NAME = 63  # of a Kubernetes object; OpenPBS takes 236 characters (pbs_job_attributes(7B))
 
 
@@ -23,9 +32,11 @@ def main(arguments: list[str]) -> int:
     """Returns 0 having written the script; 2 with one sentence on stderr where there can be none."""
     own, program = split_at_dashes(arguments)
     try:
-        options = _parser().parse_args(own)
+        parser = _parser()
+        passed = add_options(parser)
+        options = parser.parse_args(own)
         scheduler = next(row for row in SCHEDULERS if row.name == options.scheduler)
-        batch = _batch(options, scheduler, program)
+        batch = _batch(options, scheduler, program, _own(passed, options))
         text = scheduler.script(batch)
         if not options.output:
             print(text, end="")
@@ -54,7 +65,7 @@ def parse_time(text: str) -> int:
     return seconds
 
 
-def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]) -> Batch:
+def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str], own: dict[str, list[str]]) -> Batch:
     Job(None, program).check()
     check_program(program, {})
     for name in ("nodes", "ranks_per_node", "cores_per_rank"):
@@ -75,21 +86,26 @@ def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]
         raise ValueError(f"--kind {kind!r} is none of {scheduler.title}'s kinds: {known}")
     if bool(options.image) != (scheduler.name == "k8s"):
         raise ValueError("--image names the container of --scheduler k8s, and is needed there and only there")
+    if own and kind in scheduler.without_launcher:
+        raise ValueError(f"--kind {kind} does not start the launcher, so {own.popitem()[1][0]} cannot be passed on")
+    restart.check(options)
+    restart.check_ranks(options, options.nodes * options.ranks_per_node)
+    words = ["--grace", str(time_to_save(options.warning)), *(word for words in own.values() for word in words)]
     file = str(Path(options.output or f"{options.name}{scheduler.suffix}").absolute())
     return Batch(
         options.name, options.nodes, options.ranks_per_node, options.cores_per_rank, options.gpus_per_node, seconds,
-        options.warning, os.getcwd(), options.python, tuple(_own(options)), tuple(program), file, options.queue,
+        options.warning, os.getcwd(), options.python, tuple(words), tuple(program), file, options.queue,
         options.account, options.image, kind,
     )  # fmt: skip
 
 
-def _own(options: argparse.Namespace) -> list[str]:
-    """Returns the launcher's options that stand in the script."""
-    words = ["--grace", str(time_to_save(options.warning))]
-    words += ["--mpi", options.mpi] if options.mpi else []
-    for name in ("env", "forward", "exclude"):
-        words += [word for value in getattr(options, name) for word in (f"--{name}", value)]
-    return words
+def _own(passed: list[argparse.Action], options: argparse.Namespace) -> dict[str, list[str]]:
+    """Returns the words of the launcher's options that were given. Raises ValueError for one the script settles."""
+    found = given(passed, options)
+    for name, sentence in _SETTLED.items():
+        if name in found:
+            raise ValueError(sentence)
+    return found
 
 
 def _write(path: Path, text: str) -> None:
@@ -100,7 +116,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m launcher script", usage=_USAGE)
+    parser = Parser(
+        prog="python -m launcher script",
+        usage=_USAGE,
+        epilog="The launcher's own options stand in the script as given.",
+    )
     add = parser.add_argument
     add("--scheduler", required=True, choices=[row.name for row in SCHEDULERS])
     add("--nodes", type=int, default=1, help="hosts (default 1)")
@@ -118,7 +138,4 @@ def _parser() -> Parser:
     add("--image", default="", help="k8s: the container, with this program in its working directory")
     add("--python", default=sys.executable, help="the interpreter there (default: this one)")
     add("--output", "-o", default="", metavar="FILE", help="where to write (default: standard output)")
-    add("--mpi", default="", help="as of the launcher; so are --env, --forward and --exclude")
-    for name in ("--env", "--forward", "--exclude"):
-        add(name, action="append", default=[], help=argparse.SUPPRESS)
     return parser

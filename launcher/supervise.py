@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,8 @@ from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL
 from launcher.failure.lookout import LOOK_SECONDS, Lookout, Verdict
 from launcher.flavors.base import Flavor
 from launcher.machine import shared_memory
+from launcher.output import pump
+from launcher.output.console import Console, Show
 
 STOP = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # save and exit, within the grace time
 _END_SECONDS = 30.0  # what a scheduler gets to end its step; it kills the ranks within seconds itself
@@ -73,6 +74,7 @@ def supervise(
     ranks: int = 0,
     shared: Path | None = None,
     remote: bool = False,
+    show: Show | None = None,
 ) -> Outcome:
     """Returns how the job ended, after the last process is gone.
 
@@ -84,8 +86,10 @@ def supervise(
         save_after: Seconds after which the ranks are asked as by a SIGTERM, for schedulers that give no warning.
         stall: Seconds a rank may be stopped by a signal, or be behind the others while they start.
         ranks: How many there are, 0 = unknown.
-        shared: A folder that all hosts see, where ranks leave word and stacks remain; None = one of this host.
+        shared: A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of
+            this host, without what they write.
         remote: Whether some ranks run on other hosts, and so cannot leave word without `shared`.
+        show: How output is shown; None = mpirun does it, as it comes.
     """
     limits, killed = Limits(grace, save_after, stall), memory.kills()
     token = environment.get(orphans.JOB) or os.urandom(16).hex()
@@ -96,10 +100,18 @@ def supervise(
         }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
-        with orphans.cleaned_up(token, place, keep=shared is not None):
-            process = _start(command, environment, flavor)
-            outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look)
-            orphans.sweep(token)
+        console = None if show is None else Console(show)
+        if console is not None:
+            environment |= {pump.CONSOLE: console.path, pump.LOGS: "" if shared is None else str(shared)}
+        remove = [*([place] if shared is None else []), *([console.folder] if console is not None else [])]
+        with orphans.cleaned_up(token, place, remove=remove):
+            process = _start(command, environment, flavor, console)
+            outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look, console)
+            orphans.sweep(token, spared=() if console is None else console.movers)
+            if console is not None:
+                console.close()
+                if any(watch.start_time(pid) != "gone" for pid in console.movers):
+                    orphans.sweep(token)
             shared_memory.remove(reports.held_here(place))
         if outcome.killed or not outcome.code:
             return outcome
@@ -141,7 +153,9 @@ def _reports(shared: Path | None) -> Iterator[Path]:
     yield shared
 
 
-def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) -> subprocess.Popen:
+def _start(
+    command: Sequence[str], environment: dict[str, str], flavor: Flavor, console: Console | None
+) -> subprocess.Popen[bytes]:
     watch.announce(environment)
     launcher = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
@@ -150,18 +164,30 @@ def _start(command: Sequence[str], environment: dict[str, str], flavor: Flavor) 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         watch.die_with_parent(launcher, flavor.end)
 
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare
-    )
+    pipe = None if console is None else subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True,
+        preexec_fn=prepare,
+    )  # fmt: skip
+    if console is not None:  # its threads begin after the fork, and with the signals blocked
+        console.start(process)
+    return process
 
 
-def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Callable[[], Verdict | None]) -> Outcome:
+def _wait(
+    process: subprocess.Popen[bytes],
+    flavor: Flavor,
+    limits: Limits,
+    look: Callable[[], Verdict | None],
+    console: Console | None,
+) -> Outcome:
     """Returns how the process ended, passing signals on meanwhile.
 
     Args:
         look: Called once in a while; returns why the job has to end.
     """
     deadline, interrupts, grace, asked = math.inf, 0, limits.grace, 0
+    say = Console.print if console is None else console.say
     save_at = time.monotonic() + limits.save_after
     while (code := process.poll()) is None:
         # SIGCHLD is the usual way out, the time limit covers one that came between poll and here.
@@ -170,18 +196,18 @@ def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Calla
         number = received.si_signo if received else None
         if number is None and (verdict := look()):
             if verdict.words:
-                print(f"launcher: {verdict.words}", file=sys.stderr, flush=True)
+                say(f"launcher: {verdict.words}", 2)
             _end(process, flavor)
             return Outcome(verdict.code, asked_to_stop=bool(asked), request=asked)
         if number is None and time.monotonic() >= save_at:
             number, save_at = signal.SIGTERM, math.inf
-            print(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", flush=True)
+            say(f"launcher: {limits.save_after:g} s are over; the ranks have {grace:g} s to save", 1)
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
             _end(process, flavor)
             return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
-            print(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", flush=True)
+            say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
         if number in STOP:
             deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):
@@ -189,7 +215,7 @@ def _wait(process: subprocess.Popen, flavor: Flavor, limits: Limits, look: Calla
     return Outcome(code if code >= 0 else 128 - code, asked_to_stop=bool(asked), request=asked)
 
 
-def _end(process: subprocess.Popen, flavor: Flavor) -> None:
+def _end(process: subprocess.Popen[bytes], flavor: Flavor) -> None:
     """Ends the job at once. Proxies and ranks follow: hydra's see their socket close, ranks watch this process."""
     process.send_signal(flavor.end)
     try:

@@ -2,6 +2,8 @@
 
 Prints one line per part and ends with exit code 1 where something required is broken, else 0. Optional parts that are
 missing are said to be missing. Every part is imported when it is looked at, so a broken one hides no other.
+Started on many ranks (`swin-moe launch -n 4 -- -m swin_moe.doctor`), rank 0 says that of itself, and all ranks check
+each other, the links between them and their hosts (launcher/preflight): 69 where a rank cannot be used.
 """
 
 import importlib
@@ -12,8 +14,12 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from swin_moe.config.arguments import Parser
+
+if TYPE_CHECKING:
+    from launcher.env import RankEnv
 
 MARK = {True: "ok", False: "BROKEN", None: "-"}
 # Name of a distribution -> what is imported, where they differ.
@@ -36,7 +42,7 @@ def run(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 1 where something required is broken."""
+    """Returns 0; 1 where something required is broken; 69 where one of many ranks cannot be used."""
     parser = Parser(prog="swin-moe doctor", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--no-measure", action="store_true", help="leave out the times of the attention paths")
     try:
@@ -44,9 +50,34 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    try:
+        ranks = _ranks()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    broken = 0 if ranks is not None and ranks.rank else _examine(measure=not options.no_measure)
+    if ranks is None:
+        return broken
+    from launcher.preflight.conduct import Settings
+    from launcher.preflight.rank import on_ranks
+
+    return on_ranks(ranks, Settings(), otherwise=broken)[0]
+
+
+def _ranks() -> "RankEnv | None":
+    """Returns who this process is among the ranks it was started with; None = it is alone, or under torchrun, which
+    keeps the port where ranks meet. Raises ValueError where the ranks do not meet."""
+    from launcher import env, mpi
+
+    alone = env.detect(os.environ) == "single" or "TORCHELASTIC_RUN_ID" in os.environ
+    return None if alone else mpi.bootstrap()
+
+
+def _examine(*, measure: bool) -> int:
+    """Returns 1 where something required is broken, else 0, having said all about this process."""
     broken = 0
     parts: list[Callable[[], Iterator[Line]]] = [python_lines, package_lines, device_lines, mpi_lines, kernel_lines]
-    if not options.no_measure:
+    if measure:
         parts.append(path_lines)
     for part in parts:
         try:
@@ -191,7 +222,7 @@ def _kernel_error(device: str) -> float:
     import torch
 
     from swin_moe.ops.attention.fused import fused_window_attention
-    from swin_moe.ops.attention.reference import attend_map
+    from swin_moe.ops.attention.reference import AttentionNumbers, attend_map
 
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(size, generator=generator) for size in ((2, 9, 14, 192), (169, 2), (2, 9, 14, 64))]
@@ -200,7 +231,7 @@ def _kernel_error(device: str) -> float:
     out = fused_window_attention(x, bias, num_heads=2, window=(7, 7), shift=(3, 3), scale=0.2)
     found = [out, *torch.autograd.grad(out, [x, bias], weight)]
     x, bias = qkv.double().cpu().requires_grad_(), table.double().cpu().requires_grad_()
-    exact_out = attend_map(x, bias, None, None, 2, 7, 7, 3, 3, 0.2, -100.0)
+    exact_out = attend_map(x, bias, None, None, numbers=AttentionNumbers(2, 7, 7, 3, 3, 0.2, -100.0))
     exact = [exact_out, *torch.autograd.grad(exact_out, [x, bias], weight.double().cpu())]
     return max(float((f.detach().double().cpu() - e.detach()).norm() / e.detach().norm()) for f, e in zip(found, exact))
 

@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from swin_moe.config import OptimConfig
 from swin_moe.models.network import Network
@@ -97,15 +96,21 @@ def has_decay(name: str, parameter: torch.Tensor, names: set[str], keywords: set
     return not (parameter.ndim <= 1 or name.endswith(".bias") or excluded)
 
 
-def frozen_parameters(model: nn.Module, freeze: str) -> set[str]:
+def frozen_parameters(model: Network, freeze: str) -> set[str]:
     """Returns the names of what optim.freeze keeps as it is.
 
     experts: the experts of MoE layers, routers go on. moe: whole MoE layers, as the Tutel paper (arXiv:2206.03382)
     found better for fine-tuning on detection. backbone: all but the class head, a linear probe.
+
+    Raises:
+        ValueError: Nothing would be left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     if freeze == "backbone":
-        return {name for name in names if not name.startswith("head.")}
+        head = model.head_parameters()
+        if not head:
+            raise ValueError(f"optim.freeze=backbone needs a class head to train, {type(model).__name__} has none")
+        return set(names) - head
     layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoELayer))
     if freeze == "moe":
         return {name for name in names if name.startswith(layers)}

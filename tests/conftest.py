@@ -12,10 +12,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Files that take longest, first: with pytest -n 2 --dist loadfile, what begins last must not leave one process idle.
 LONGEST = (
-    "fuzz/test_wrong_input.py",  # before all: its children are forks, of a process that has done nothing yet
-    "training/test_commands.py", "training/test_compile.py", "equivalence/test_engines.py", "training/test_train.py",
-    "run/test_folder.py", "tasks/test_layouts.py", "tasks/test_transfer.py", "csrc/test_nvcc.py",
-)  # fmt: skip
+    "equivalence/test_engines.py",
+    "training/test_commands.py",
+    "training/test_train.py",
+    "training/test_compile.py",
+    "tasks/test_layouts.py",
+    "launcher/test_faults.py",
+    "equivalence/test_backend_vs_backend.py",
+    "equivalence/test_expert_parallel.py",
+    "tasks/test_transfer.py",
+    "run/test_folder.py",
+    "csrc/test_nvcc.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

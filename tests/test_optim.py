@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from swin_moe.config import OptimConfig
-from swin_moe.optim import build_optimizer, build_schedule, has_decay, layer_id, parameter_groups
+from swin_moe.models.network import Network
+from swin_moe.optim import build_optimizer, build_schedule, frozen_parameters, has_decay, layer_id, parameter_groups
 
 NUMBERS = Path(__file__).parent / "golden" / "numbers.json"
 
@@ -107,6 +108,24 @@ class Toy(nn.Module):
 
     def no_weight_decay_keywords(self):
         return set()
+
+
+class Classifier(Network):
+    """A network of somebody else, whose head is not called so."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.headroom, self.scorer = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def head_parameters(self):
+        return {"scorer.weight", "scorer.bias"}
+
+
+def test_the_network_says_which_parameters_are_its_head():
+    frozen = {"features.weight", "features.bias", "headroom.weight", "headroom.bias"}
+    assert frozen_parameters(Classifier(), "backbone") == frozen
+    with pytest.raises(ValueError, match="optim.freeze=backbone needs a class head to train, Network has none"):
+        frozen_parameters(Network(), "backbone")
 
 
 def test_groups_hold_every_trainable_parameter_once():

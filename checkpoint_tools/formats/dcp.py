@@ -30,13 +30,22 @@ from swin_moe.layout import Chunk
 METADATA = ".metadata"
 _MODULE, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _CLASSES = (
-    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-    "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
+    "Metadata",
+    "MetadataIndex",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
 _INERT = {f"{_MODULE}.{name}" for name in _CLASSES} | {
-    f"{_FILES}._StorageInfo", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath",
+    f"{_FILES}._StorageInfo",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib.PurePosixPath",
     "torch.serialization._get_layout",
-}  # fmt: skip
+}
 _TORCH_NAMES = {short: name for name, short in reversed(DTYPES.items())}
 
 
@@ -204,10 +213,15 @@ def _write_directory(source: Source, named: dict[str, Any], directory: Path, opt
     """Writes the chunks, a new file where one would exceed Options.file_size, and the metadata last."""
     entries, places = {}, {}
     number, stream, begin = 0, open(directory / "__0_0.distcp", "wb"), 0
-    steps = {} if source.step_unknown else {
-        f"optim.state.{n.removeprefix('model.')}.step": n for n in named
-        if any(f"optim.state.{n.removeprefix('model.')}.{kind}" in named for kind in ("exp_avg", "momentum_buffer"))
-    }  # fmt: skip
+    steps = (
+        {}
+        if source.step_unknown
+        else {
+            f"optim.state.{n.removeprefix('model.')}.step": n
+            for n in named
+            if any(f"optim.state.{n.removeprefix('model.')}.{kind}" in named for kind in ("exp_avg", "momentum_buffer"))
+        }
+    )
     try:
         for foreign, (name, tensor) in sorted([*named.items(), *((s, (None, None)) for s in steps)]):
             shape, dtype = tensor or ((), "F32")
@@ -252,20 +266,28 @@ def _metadata(entries: dict[str, Any], places: dict[tuple, tuple[str, int, int]]
     tensors, stored = {}, {}
     for name, (shape, dtype, chunks) in entries.items():
         properties = (NewGlobal("torch", _TORCH_NAMES[dtype]), layout, False, encoding, False)
-        tensors[name] = made("TensorStorageMetadata", {
-            "properties": made("TensorProperties", properties),
-            "size": size(shape),
-            "chunks": [
-                made("ChunkStorageMetadata", {"offsets": size(c.offset), "sizes": size(c.size)}) for c in chunks
-            ],
-        })  # fmt: skip
+        tensors[name] = made(
+            "TensorStorageMetadata",
+            {
+                "properties": made("TensorProperties", properties),
+                "size": size(shape),
+                "chunks": [
+                    made("ChunkStorageMetadata", {"offsets": size(c.offset), "sizes": size(c.size)}) for c in chunks
+                ],
+            },
+        )
         for number, chunk in enumerate(chunks):
             file, begin, length = places[name, chunk.offset]
             index = made("MetadataIndex", {"fqn": name, "offset": size(chunk.offset), "index": number})
             info = {"relative_path": file, "offset": begin, "length": length, "transform_descriptors": None}
             stored[index] = made("_StorageInfo", info, _FILES)
-    return made("Metadata", {
-        "state_dict_metadata": tensors,
-        "planner_data": {name: tuple(name.split(".", 1)) for name in entries},
-        "storage_data": stored, "storage_meta": None, "version": "1.0.0",
-    })  # fmt: skip
+    return made(
+        "Metadata",
+        {
+            "state_dict_metadata": tensors,
+            "planner_data": {name: tuple(name.split(".", 1)) for name in entries},
+            "storage_data": stored,
+            "storage_meta": None,
+            "version": "1.0.0",
+        },
+    )

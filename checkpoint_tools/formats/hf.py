@@ -95,10 +95,14 @@ def _config(source: Source, network: Mapping[str, Any]) -> dict[str, Any]:
     family, classes = network["name"], network.get("num_classes", 0)
     architecture = "ForImageClassification" if classes else "Model"
     return {
-        **values, **labels(source, classes), "model_type": family,
+        **values,
+        **labels(source, classes),
+        "model_type": family,
         "architectures": [f"{family.capitalize()}{architecture}"],
-        "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_absolute_embeddings": False,
-    }  # fmt: skip
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "use_absolute_embeddings": False,
+    }
 
 
 def _options(directory: Path, name: str = CONFIG) -> dict[str, Any]:

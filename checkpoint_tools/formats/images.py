@@ -57,9 +57,14 @@ def preprocessing(config: Mapping[str, Any], size: tuple[int, int]) -> dict[str,
     resize = [int(256 / 224 * side) for side in size] if crop else list(size)
     interpolation = data.get("interpolation", "bicubic")
     return {
-        "size": list(size), "resize": resize, "crop": "center" if crop else "none", "mean": list(MEAN),
-        "std": list(STD), "scale": 1 / 255, "interpolation": interpolation if interpolation != "random" else "bicubic",
-    }  # fmt: skip
+        "size": list(size),
+        "resize": resize,
+        "crop": "center" if crop else "none",
+        "mean": list(MEAN),
+        "std": list(STD),
+        "scale": 1 / 255,
+        "interpolation": interpolation if interpolation != "random" else "bicubic",
+    }
 
 
 def preprocessor(config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -72,11 +77,18 @@ def preprocessor(config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, 
     resized = {"shortest_edge": max(found["resize"])} if crop else {"height": height, "width": width}
     cut = {"do_center_crop": True, "crop_size": {"height": height, "width": width}} if crop else {}
     return {
-        "image_processor_type": "BitImageProcessor" if crop else "ViTImageProcessor", "do_resize": True,
-        "size": resized, "resample": _RESAMPLING[found["interpolation"]], "do_rescale": True,
-        "rescale_factor": found["scale"], "do_normalize": True, "image_mean": found["mean"], "image_std": found["std"],
-        "do_convert_rgb": True, **cut,
-    }  # fmt: skip
+        "image_processor_type": "BitImageProcessor" if crop else "ViTImageProcessor",
+        "do_resize": True,
+        "size": resized,
+        "resample": _RESAMPLING[found["interpolation"]],
+        "do_rescale": True,
+        "rescale_factor": found["scale"],
+        "do_normalize": True,
+        "image_mean": found["mean"],
+        "image_std": found["std"],
+        "do_convert_rgb": True,
+        **cut,
+    }
 
 
 def stated_reading(preprocessor: Mapping[str, Any]) -> dict[str, Any]:

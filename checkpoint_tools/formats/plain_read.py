@@ -36,8 +36,11 @@ def parameter_sizes(parts: Mapping[str, list[Part]]) -> dict[str, tuple[int, ...
 def sizes_of(parts: Mapping[str, list[Part]]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each of our tensors: where its parts end."""
     return {
-        name: tuple(max(o + n for o, n in zip(offsets, sizes)) for offsets, sizes in zip(
-            zip(*(part.box.offset for part in found)), zip(*(part.box.size for part in found))
-        ))
+        name: tuple(
+            max(o + n for o, n in zip(offsets, sizes))
+            for offsets, sizes in zip(
+                zip(*(part.box.offset for part in found)), zip(*(part.box.size for part in found))
+            )
+        )
         for name, found in parts.items()
-    }  # fmt: skip
+    }

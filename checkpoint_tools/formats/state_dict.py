@@ -130,8 +130,10 @@ def stream_safetensors(path: Path, tensors: Mapping[str, NewTensor], options: Op
     for name in names:
         start, end = end, end + tensors[name].num_bytes
         entries[name] = {
-            "dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end],
-        }  # fmt: skip
+            "dtype": tensors[name].dtype,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     with open(path, "wb") as file:
         file.write(encode_header(entries, {"format": "pt"}))
         for name in names:

@@ -24,9 +24,10 @@ def detect(path: Path) -> bool:
     """See formats/__init__.py."""
     names = peek(path)
     return "patch_embed.proj.weight" in names and (
-        "head.fc.weight" in names or not any(name.startswith("layers.0.downsample.") for name in names)
+        "head.fc.weight" in names
+        or not any(name.startswith("layers.0.downsample.") for name in names)
         and any(name.startswith("layers.1.downsample.") for name in names)
-    )  # fmt: skip
+    )
 
 
 def open_timm(path: Path, options: Options) -> Source:

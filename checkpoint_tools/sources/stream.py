@@ -81,11 +81,17 @@ def plan_job(source: Source, options: Options) -> Job:
     units = list_units(source, plan, options.box_bytes)
     reads = [sum(source.read_bytes(unit.name, box) for box, _, _ in unit_boxes(plan, unit)) for unit in units]
     identity = {
-        "source": source.identity(), "format": source.format, "step": source.step, "state": source.state,
-        "config": source.config, "file_size": options.file_size, "digest": options.algorithm,
-        "on_drift": options.on_drift, "extra": dict(options.extra),
+        "source": source.identity(),
+        "format": source.format,
+        "step": source.step,
+        "state": source.state,
+        "config": source.config,
+        "file_size": options.file_size,
+        "digest": options.algorithm,
+        "on_drift": options.on_drift,
+        "extra": dict(options.extra),
         "tensors": {name: [list(shape), dtype] for name, (shape, dtype) in specs.items()},
-    }  # fmt: skip
+    }
     return Job(plan, units, reads, fingerprint(canonical_json(identity)))
 
 
@@ -278,8 +284,11 @@ def _provenance(source: Source) -> dict[str, Any]:
     """Returns where a written checkpoint came from, with the chain of what that one came from."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parent = {"path": str(source.path), "format": source.format, "identity": fingerprint_of(source)}
-    return {"time": now, "versions": {"swin_moe": swin_moe.__version__, "numpy": np.__version__},
-            "parent": parent | {"provenance": source.provenance}}  # fmt: skip
+    return {
+        "time": now,
+        "versions": {"swin_moe": swin_moe.__version__, "numpy": np.__version__},
+        "parent": parent | {"provenance": source.provenance},
+    }
 
 
 def fingerprint_of(source: Source) -> str:

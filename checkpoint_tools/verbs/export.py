@@ -33,8 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=sorted(KINDS))
     add_format_argument(parser)
     add("--last", action="store_true", help="the last weights also where the checkpoint has averaged ones (ema/)")
-    add("--batch", type=int, metavar="N", help="images per call of an exported network (default: any; 1 "
-        "where several images share the slots of experts)")  # fmt: skip
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images per call of an exported network (default: any; 1 where several images share the slots of experts)",
+    )
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:

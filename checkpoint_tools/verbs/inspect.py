@@ -35,11 +35,14 @@ def describe(source: Source) -> dict[str, Any]:
     parameters = [n for n in source.tensors if split_kind(n)[0] == "weight"]
     tensors: dict[str, dict[str, Any]] = {
         name: {
-            "shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": tensor.num_bytes,
-            "chunks": source.num_chunks(name), "experts": num_experts(source, name),
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "bytes": tensor.num_bytes,
+            "chunks": source.num_chunks(name),
+            "experts": num_experts(source, name),
         }
         for name, tensor in sorted(source.tensors.items())
-    }  # fmt: skip
+    }
     totals = {
         "tensors": len(tensors),
         "chunks": sum(tensor["chunks"] for tensor in tensors.values()),
@@ -51,9 +54,16 @@ def describe(source: Source) -> dict[str, Any]:
     }
     files = {str(path): path.stat().st_size for path in source.files}
     return {
-        "path": str(source.path), "format": source.format, "step": source.step, "totals": totals, "files": files,
-        "tensors": tensors, "state": source.state, "config": source.config, "provenance": source.provenance,
-    }  # fmt: skip
+        "path": str(source.path),
+        "format": source.format,
+        "step": source.step,
+        "totals": totals,
+        "files": files,
+        "tensors": tensors,
+        "state": source.state,
+        "config": source.config,
+        "provenance": source.provenance,
+    }
 
 
 def num_experts(source: Source, name: str) -> int:

@@ -47,8 +47,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, help="a dense checkpoint of any format")
     add("destination", type=Path, help="the native checkpoint to write; nothing may be there yet")
     add("--experts", type=int, required=True, metavar="E", help="experts of every MoE block")
-    add("--blocks", default="", metavar="JSON", help="per stage, the blocks that get experts: [[-1],[-1],[1,3,5],[1]] "
-        "(default: the odd ones of the last two stages, as Swin-MoE)")  # fmt: skip
+    add(
+        "--blocks",
+        default="",
+        metavar="JSON",
+        help="per stage, the blocks that get experts: [[-1],[-1],[1,3,5],[1]] "
+        "(default: the odd ones of the last two stages, as Swin-MoE)",
+    )
     add("--top-k", type=int, default=1, help="experts per token (default 1)")
     add("--normalize-gate", action="store_true", help="the k gates of a token sum to 1 (k >= 2)")
     add("--router-std", type=float, default=0.0, help="standard deviation of the router's weights (default 0)")
@@ -112,9 +117,10 @@ class Upcycling:
         if self.arguments.optimizer == "zero":
             tensors |= {
                 f"optim.{kind}/{name}": zeros(made.shape, made.dtype)
-                for name, made in tensors.items() for kind in ("exp_avg", "exp_avg_sq")
+                for name, made in tensors.items()
+                for kind in ("exp_avg", "exp_avg_sq")
                 if "/" not in name and not self._frozen(name)
-            }  # fmt: skip
+            }
         state, step = self._state()
         recipe = {"verb": "upcycle", **{k: v for k, v in vars(self.arguments).items() if k in _RECIPE}}
         return DerivedSource(self.dense, tensors, step=step, state=state, config=self._config(), recipe=recipe)
@@ -226,8 +232,15 @@ class Upcycling:
 
 
 _RECIPE = (
-    "experts", "blocks", "top_k", "normalize_gate", "router_std", "reinit", "optimizer", "seed",
-)  # fmt: skip
+    "experts",
+    "blocks",
+    "top_k",
+    "normalize_gate",
+    "router_std",
+    "reinit",
+    "optimizer",
+    "seed",
+)
 
 
 def check(arguments: argparse.Namespace) -> None:

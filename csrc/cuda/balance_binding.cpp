@@ -14,6 +14,7 @@
 #include "../moe_balance_checks.h"
 #include "balance_launch.h"
 #include "devices.h"
+#include "route_launch.h"
 
 namespace swin_moe {
 namespace {
@@ -28,6 +29,8 @@ BalanceLaunch describe(const Tensor& scores, int64_t kind, double noise_std, int
                        double z_weight) {
   TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kDouble,
                    "moe_balance: scores must be float32 or float64, got ", scores.scalar_type());
+  TORCH_CHECK_VALUE(scores.size(1) <= kMaxRoutedExperts, "moe_balance: at most ", kMaxRoutedExperts,
+                    " experts on a CUDA device, got ", scores.size(1));
   BalanceLaunch p{};
   p.tokens = scores.size(0);
   p.experts = scores.size(1);

@@ -70,8 +70,19 @@ struct WindowInputs {
   }
 };
 
+// Refuses what no kernel computes with the shared memory of the current device: none that setup.py builds for has so
+// little (tests/csrc/test_window_shared.py), but PTX runs on any.
+void check_shared_memory(const WindowInputs& in, bool backward) {
+  const size_t most = swin_moe_window_most_shared();
+  TORCH_CHECK_VALUE(swin_moe_window_shared(&in.p, backward, most) > 0, "window_attention: a window of ",
+                    in.p.geometry.window_h, " x ", in.p.geometry.window_w, " tokens with ", in.p.head_dim,
+                    " channels a head in ", in.qkv.scalar_type(), " needs more shared memory ",
+                    backward ? "in backward " : "", "than the ", most, " bytes that a block of this device can have");
+}
+
 // Runs the forward; `log_sums` undefined = not wanted.
 Tensor run_forward(WindowInputs& in, const Tensor& log_sums) {
+  check_shared_memory(in, false);
   const Tensor& qkv = in.qkv;
   Tensor out = at::empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, qkv.options());
   in.p.out = out.mutable_data_ptr();
@@ -139,6 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward_cuda(
   WindowInputs in({qkv, bias_table, logit_scale, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale,
                    mask_value});
   check_gradient(grad_out, qkv);
+  check_shared_memory(in, true);
   const ForwardResults forward(in, out, log_sums);
   const auto sums = qkv.options().dtype(at::kFloat);
   Tensor grad = grad_out.contiguous();

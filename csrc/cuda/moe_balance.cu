@@ -2,6 +2,7 @@
 // has a fixed order. Formulas are those of swin_moe/moe/losses.py.
 #include "balance_launch.h"
 #include "limits.cuh"
+#include "route_launch.h"
 #include "row_groups.cuh"
 
 namespace swin_moe {
@@ -260,6 +261,7 @@ cudaError_t run(const BalanceLaunch& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t run_backward(const BalanceLaunch& p, cudaStream_t stream) {
+  if (p.experts > kMaxRoutedExperts) return cudaErrorInvalidValue;  // 32 KiB of float64, which any device gives
   return launch(backward_kernel<T>, p.groups * p.chunks, kRowThreads, 2 * p.experts * sizeof(T), stream, p,
                 lanes_for(p.experts));
 }

@@ -8,20 +8,20 @@ namespace {
 
 constexpr int kPlanThreads = 256;
 
-// One block. Every thread takes some experts, over all groups.
+// One block, which sees its own counts behind the barrier: any number of experts, which shared memory would not hold.
+// Every thread takes some experts, over all groups.
 __global__ void __launch_bounds__(kPlanThreads) plan_starts_kernel(const PlanLaunch p) {
-  int64_t* counts = reinterpret_cast<int64_t*>(shared_memory());
   for (int64_t e = threadIdx.x; e < p.experts; e += kPlanThreads) {
     int64_t count = 0;
     for (int64_t g = 0; g < p.groups; ++g) count += p.kept[g * p.experts + e];
-    p.counts[e] = counts[e] = count;
+    p.counts[e] = count;
   }
   __syncthreads();
   for (int64_t e = threadIdx.x; e < p.experts; e += kPlanThreads) {
     int64_t next = e * p.padded_rows;
     if (p.padded_rows < 0) {
       next = 0;
-      for (int64_t lower = 0; lower < e; ++lower) next += counts[lower];
+      for (int64_t lower = 0; lower < e; ++lower) next += p.counts[lower];
     }
     for (int64_t g = 0; g < p.groups; ++g) {
       p.first[g * p.experts + e] = next;
@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_place_kernel(const PlanLaun
 cudaError_t swin_moe_plan(const swin_moe::PlanLaunch* launch_, cudaStream_t stream) {
   using namespace swin_moe;
   const PlanLaunch& p = *launch_;
-  const cudaError_t error =
-      launch(plan_starts_kernel, 1, kPlanThreads, size_t(p.experts) * sizeof(int64_t), stream, p);
+  const cudaError_t error = launch(plan_starts_kernel, 1, kPlanThreads, 0, stream, p);
   if (error != cudaSuccess) return error;
   const int64_t threads = p.vacant && p.rows > p.pairs ? p.rows : p.pairs;
   return launch(plan_place_kernel, (threads + kPlanThreads - 1) / kPlanThreads, kPlanThreads, 0, stream, p);

@@ -1,6 +1,8 @@
 // How a backward pass is divided into launches, and where its partial sums lie in the workspace.
 #pragma once
 
+#include <algorithm>
+
 #include "partial_sums.cuh"
 #include "window_backward_keys.cuh"
 #include "window_backward_once.cuh"
@@ -87,12 +89,24 @@ struct SplitBackward {
             true};
   }
 
+  template <int Tiles>
+  static size_t keys_shared_bytes(const WindowLaunch& p) {
+    KeysShared<K, Tiles> shared;
+    return shared.place(nullptr, p.geometry);
+  }
+  static size_t queries_shared_bytes(const WindowLaunch& p) {
+    QueriesShared<Q> shared;
+    return shared.place(nullptr, p.geometry);
+  }
+  static size_t shared_bytes(const WindowLaunch& p) {
+    return std::max({queries_shared_bytes(p), keys_shared_bytes<0>(p), keys_shared_bytes<kBiasTiles>(p)});
+  }
+
   template <int Tiles, bool Gradients>
   static cudaError_t run_keys(const WindowLaunch& p, const Workspace& workspace, int64_t key_blocks, int64_t ranges,
                               int64_t chunks, cudaStream_t stream) {
-    KeysShared<K, Tiles> shared;
     return launch(window_backward_keys_kernel<K, Tiles, Gradients>, chunks * key_blocks * ranges * p.num_heads,
-                  K::kThreads, shared.place(nullptr, p.geometry), stream, p, workspace.partials, workspace.statistics,
+                  K::kThreads, keys_shared_bytes<Tiles>(p), stream, p, workspace.partials, workspace.statistics,
                   int(ranges), chunks);
   }
 
@@ -100,10 +114,9 @@ struct SplitBackward {
     const Division d(p);
     const BackwardPlan parts = plan(p);
     const Workspace workspace(p, parts);
-    QueriesShared<Q> shared;
     cudaError_t error =
         launch(window_backward_queries_kernel<Q>, d.query_chunks * d.query_blocks * p.num_heads, Q::kThreads,
-               shared.place(nullptr, p.geometry), stream, p, workspace.partials, workspace.statistics, d.query_chunks);
+               queries_shared_bytes(p), stream, p, workspace.partials, workspace.statistics, d.query_chunks);
     if (error == cudaSuccess)
       error = run_keys<0, true>(p, workspace, d.key_blocks, 1, d.key_chunks, stream);
     if (error == cudaSuccess)

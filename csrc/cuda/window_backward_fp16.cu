@@ -2,6 +2,8 @@
 
 namespace swin_moe {
 
-const BackwardVariant* find_backward_fp16(const WindowLaunch& p) { return BackwardVariants<Float16, true>::find(p); }
+const BackwardVariant* find_backward_fp16(const WindowLaunch& p, size_t most) {
+  return BackwardVariants<Float16, true>::find(p, most);
+}
 
 }  // namespace swin_moe

@@ -2,6 +2,8 @@
 
 namespace swin_moe {
 
-const BackwardVariant* find_backward_fp32(const WindowLaunch& p) { return BackwardVariants<float, false>::find(p); }
+const BackwardVariant* find_backward_fp32(const WindowLaunch& p, size_t most) {
+  return BackwardVariants<float, false>::find(p, most);
+}
 
 }  // namespace swin_moe

@@ -113,16 +113,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kWindow > 
 }
 
 template <class S>
-cudaError_t window_forward(const WindowLaunch& p, cudaStream_t stream) {
+size_t forward_shared_bytes(const WindowLaunch& p) {
   ForwardShared<S> shared;
-  const size_t bytes = shared.place(nullptr, p.geometry);
+  return shared.place(nullptr, p.geometry);
+}
+
+template <class S>
+cudaError_t window_forward(const WindowLaunch& p, cudaStream_t stream) {
   const int64_t row_blocks = blocks_of(p.geometry.tokens(), S::kRows);
   // A block takes several windows where there are many: the bias of its head is then read once for all of them.
   constexpr int64_t kMostWindows = 8;
   int64_t per_block = p.windows() * p.num_heads * row_blocks / (4 * kEnoughBlocks);
   per_block = per_block < 1 ? 1 : per_block > kMostWindows ? kMostWindows : per_block;
   const int64_t chunks = (p.windows() + per_block - 1) / per_block;
-  return launch(window_forward_kernel<S>, chunks * row_blocks * p.num_heads, S::kThreads, bytes, stream, p, chunks);
+  return launch(window_forward_kernel<S>, chunks * row_blocks * p.num_heads, S::kThreads,
+                forward_shared_bytes<S>(p), stream, p, chunks);
 }
 
 }  // namespace swin_moe

@@ -2,6 +2,8 @@
 
 namespace swin_moe {
 
-const ForwardVariant* find_forward_fp16(const WindowLaunch& p) { return ForwardVariants<Float16, true>::find(p); }
+const ForwardVariant* find_forward_fp16(const WindowLaunch& p, size_t most) {
+  return ForwardVariants<Float16, true>::find(p, most);
+}
 
 }  // namespace swin_moe

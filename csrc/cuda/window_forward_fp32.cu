@@ -2,6 +2,8 @@
 
 namespace swin_moe {
 
-const ForwardVariant* find_forward_fp32(const WindowLaunch& p) { return ForwardVariants<float, false>::find(p); }
+const ForwardVariant* find_forward_fp32(const WindowLaunch& p, size_t most) {
+  return ForwardVariants<float, false>::find(p, most);
+}
 
 }  // namespace swin_moe

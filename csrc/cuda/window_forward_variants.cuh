@@ -11,21 +11,24 @@ template <class T, bool Fixed>
 struct ForwardVariants {
   template <int HeadDim, int Window, int Warps, int Keys>
   static constexpr ForwardVariant variant() {
-    return {HeadDim, Window, &window_forward<Shape<T, HeadDim, Window, Warps, Keys>>};
+    using S = Shape<T, HeadDim, Window, Warps, Keys>;
+    return {HeadDim, Window, &window_forward<S>, &forward_shared_bytes<S>};
   }
 
-  static const ForwardVariant* find(const WindowLaunch& p) {
+  static const ForwardVariant* find(const WindowLaunch& p, size_t most) {
     if constexpr (Fixed) {
       static constexpr ForwardVariant kFixed[] = {variant<32, 7, 4, 64>(), variant<32, 8, 4, 64>(),
                                                   variant<32, 12, 9, 48>(), variant<32, 16, 8, 64>(),
                                                   variant<32, 24, 9, 48>()};
-      for (const auto& v : kFixed)
-        if (fits(p, v.head_dim, v.window)) return &v;
+      if (const auto* found = first_fit(kFixed, p, most)) return found;
     }
     static constexpr ForwardVariant kAny[] = {variant<16, 0, 4, 64>(), variant<32, 0, 4, 64>(), variant<48, 0, 4, 64>(),
                                               variant<64, 0, 4, 64>()};
-    for (const auto& v : kAny)
-      if (fits(p, v.head_dim, v.window)) return &v;
+    if (const auto* found = first_fit(kAny, p, most)) return found;
+    if constexpr (sizeof(T) == 4) {
+      static constexpr ForwardVariant kFewKeys[] = {variant<64, 0, 4, 32>()};
+      return first_fit(kFewKeys, p, most);
+    }
     return nullptr;
   }
 };

@@ -46,6 +46,11 @@ struct WindowLaunch {
 #endif
 
 extern "C" {
+// Bytes of shared memory of a block of the kernels chosen where `most` are allowed; 0 = none fits. Of the shape, the
+// element and `most` alone.
+size_t swin_moe_window_shared(const swin_moe::WindowLaunch* launch, int backward, size_t most);
+// What the current device allows, which is what the functions below choose by.
+size_t swin_moe_window_most_shared();
 // Bytes of workspace that swin_moe_window_backward needs.
 size_t swin_moe_window_workspace(const swin_moe::WindowLaunch* launch);
 // Whether swin_moe_window_backward needs what the forward left in `out` and `log_sums`.

@@ -18,7 +18,7 @@ class Start:
     hosts: tuple[Host, ...] = ()  # with the ranks of each as its slots; () = this host alone
     hostfile: str = ""  # a file of these hosts as the flavor's `hostfile` writes it; "" = it takes none
     variables: tuple[str, ...] = ()  # of the launcher's environment, that ranks on other hosts need, too
-    tagged: bool = False  # every line of output begins with its rank
+    tagged: bool = False  # every line of output begins with its rank, without a launcher to see to that
     pmi: str = ""  # what the ranks' MPI library speaks where the starter must be told: pmix, pmi2
 
 
@@ -35,6 +35,9 @@ class Flavor:
     wheel: str = ""  # distribution on the package index that brings the same library
     environment: Mapping[str, str] = field(default_factory=dict)  # for the program that starts the ranks
     environment_of_root: Mapping[str, str] = field(default_factory=dict)  # the same, if root starts them
+    # The variables that keep its messages off subnets (the second argument) which hosts do not share; the first is the
+    # program that starts the ranks, the last its environment, in which the user may have chosen. None = it takes care.
+    keep_off: Callable[[str, Sequence[str], Mapping[str, str]], dict[str, str]] | None = None
     # Sent to the program that starts the ranks, arrives at every rank and lets them live.
     stop: signal.Signals = signal.SIGUSR1
     # Has the program that starts the ranks end them all, on every host; sent to it also when the launcher is gone.

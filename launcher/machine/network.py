@@ -13,16 +13,22 @@ _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _SCOPE_UNIVERSE, _SCOPE_SITE = 0, 200
 _IFF_UP, _IFF_LOOPBACK = 1, 8
+# What docker and libvirt give their bridges unless told otherwise; other hosts may have them where this one has not.
+_USUAL_BRIDGES = ("172.17.0.0/16", "192.168.122.0/24")
 
 
 @dataclass(frozen=True)
 class Interface:
-    """An address of this host that others can reach, where it lies and how fast (Mbit/s; 0 = it does not say)."""
+    """An address of this host that others can reach, where it lies and how fast (Mbit/s; 0 = it does not say).
+
+    A closed one is a bridge without a network card in it: it leads to containers and virtual machines of this host.
+    """
 
     name: str
     address: str
     prefix: int
     speed: int
+    closed: bool = False
 
     @property
     def network(self) -> str:
@@ -50,8 +56,8 @@ def shared_network(places: Sequence[Place], wanted: str = "", routed: str = "") 
     """Returns the subnet in which all ranks have an address, or None where there is none.
 
     A subnet in which two hosts have the same address is none that they share: every host's docker0 is 172.17.0.1. Of
-    several the fastest is taken (by the slowest of its interfaces), then the one that leads to the other hosts' names,
-    then IPv4.
+    several an open one is taken before one that is some host's bridge, then the fastest (by the slowest of its
+    interfaces), then the one that leads to the other hosts' names, then IPv4.
 
     Args:
         wanted: Names of interfaces as NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME have them, for the first rank.
@@ -71,8 +77,24 @@ def shared_network(places: Sequence[Place], wanted: str = "", routed: str = "") 
         members = [member for member in of_hosts.values() if member is not None]
         if len(members) == len(of_hosts) == len({member.address for member in members}):
             slowest = min(member.speed for member in members)
-            found.append((-slowest, interface.address != routed, ":" in interface.address, number, network))
+            closed = any(member.closed for member in members)
+            found.append((closed, -slowest, interface.address != routed, ":" in interface.address, number, network))
     return min(found)[-1] if found else None
+
+
+def closed_networks(interfaces: Sequence[Interface], others: Sequence[str]) -> list[str]:
+    """Returns the IPv4 subnets in which an MPI must not look for other hosts: bridges here, and the usual ones there.
+
+    Args:
+        others: Addresses of the other hosts; a subnet that holds one leads there.
+    """
+    import ipaddress
+
+    known = [ipaddress.ip_address(text) for text in others if ":" not in text]
+    known += [ipaddress.ip_address(one.address) for one in interfaces if not one.closed and ":" not in one.address]
+    closed = [one.network for one in interfaces if one.closed and ":" not in one.address]
+    subnets = [(text, ipaddress.ip_network(text)) for text in dict.fromkeys([*closed, *_USUAL_BRIDGES])]
+    return [text for text, subnet in subnets if not any(address in subnet for address in known)]
 
 
 def interface_in(place: Place, network: str) -> Interface | None:
@@ -90,6 +112,14 @@ def is_wanted(name: str, wanted: str) -> bool:
     if wanted.startswith("="):
         return name in wanted[1:].split(",")
     return not wanted or any(name.startswith(part) for part in wanted.split(","))
+
+
+def addresses_of(name: str) -> list[str]:
+    """Returns the addresses that a host's name stands for, [] where nobody knows."""
+    try:
+        return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(name, None)))
+    except OSError:
+        return []
 
 
 def address_towards(other: str) -> str:
@@ -132,7 +162,8 @@ def _interfaces() -> list[Interface]:
             continue
         if scope in (_SCOPE_UNIVERSE, _SCOPE_SITE) and flags & _IFF_UP and not flags & _IFF_LOOPBACK:
             speed = _text(name, "speed")
-            found.append(Interface(name, socket.inet_ntop(family, raw), prefix, int(speed) if speed.isdigit() else 0))
+            mbits = int(speed) if speed.isdigit() else 0
+            found.append(Interface(name, socket.inet_ntop(family, raw), prefix, mbits, _is_closed(name)))
     return found
 
 
@@ -164,6 +195,14 @@ def _attributes(data: bytes) -> list[tuple[int, bytes]]:
         found.append((kind, data[4:length]))
         data = data[max(4, (length + 3) & ~3) :]
     return found
+
+
+def _is_closed(name: str, root: Path = Path("/sys/class/net")) -> bool:
+    """Returns whether an interface is a bridge none of whose ports is a card, or stands on one (bond, VLAN)."""
+    if not (root / name / "bridge").is_dir():
+        return False
+    ports = [root / port.name for port in (root / name / "brif").glob("*")]
+    return not any((port / "device").exists() or any(port.glob("lower_*")) for port in ports)
 
 
 def _text(name: str, what: str) -> str:

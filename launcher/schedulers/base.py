@@ -52,6 +52,7 @@ class Scheduler:
     submit: str  # that command
     suffix: str = ".sh"  # of a file with it
     kinds: tuple[str, ...] = ("",)  # first the default
+    without_launcher: tuple[str, ...] = ()  # kinds of which something else starts the ranks
 
 
 def time_to_save(warning: int) -> int:

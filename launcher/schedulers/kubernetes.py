@@ -103,4 +103,6 @@ def _yaml(value: Any, indent: str = "") -> list[str]:
     return lines
 
 
-KUBERNETES = Scheduler("k8s", "Kubernetes", hosts, script, "kubectl apply -f", ".yaml", ("mpijob", "pytorchjob"))
+KUBERNETES = Scheduler(
+    "k8s", "Kubernetes", hosts, script, "kubectl apply -f", ".yaml", ("mpijob", "pytorchjob"), ("pytorchjob",)
+)

@@ -17,8 +17,13 @@ from swin_moe.config.tasks import TaskOptions
 from swin_moe.config.yaml_files import ConfigLoader
 
 _PATHS = (
-    "data.path", "run.output", "checkpoint.load", "checkpoint.init", "task.distill.teacher", "model.moe.tune_cache",
-)  # fmt: skip
+    "data.path",
+    "run.output",
+    "checkpoint.load",
+    "checkpoint.init",
+    "task.distill.teacher",
+    "model.moe.tune_cache",
+)
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 

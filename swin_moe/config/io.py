@@ -116,7 +116,7 @@ def find_config(name: str) -> Path:
     _check_name(name)
     folder = config_folder()
     wanted = Path(name.removesuffix(".yaml"))
-    files = sorted(folder.rglob("*.yaml"))
+    files = config_files()
     found = [f for f in files if f.with_suffix("").parts[-len(wanted.parts) :] == wanted.parts]
     if len(found) == 1:
         return found[0]
@@ -140,6 +140,12 @@ def config_folder() -> Path:
     """Returns the folder of the shipped configs: inside the installed package, else at the top of the checkout."""
     package = Path(__file__).parent.parent
     return next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package / "configs")
+
+
+def config_files() -> list[Path]:
+    """Returns the shipped configs of runs and their bases; hardware/ holds machines (swin_moe/planner/hardware.py)."""
+    folder = config_folder()
+    return sorted(path for path in folder.rglob("*.yaml") if path.parent != folder / "hardware")
 
 
 def _culprit(path: Path, own: dict, given: dict, error: str) -> str:
@@ -200,9 +206,12 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
     raw = read_yaml(path)
     if is_official(raw):
         raw = convert_official(
-            _read_official(path, raw, chain), path=path, world_size=context.world_size, given=context.overridden,
+            _read_official(path, raw, chain),
+            path=path,
+            world_size=context.world_size,
+            given=context.overridden,
             notes=context.notes,
-        )  # fmt: skip
+        )
     bases = raw.pop("base", None) or []
     bases = bases if isinstance(bases, list) else [bases]
     tree: dict = {}

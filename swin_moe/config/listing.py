@@ -2,13 +2,13 @@
 
 import sys
 
-from swin_moe.config.io import config_folder
+from swin_moe.config.io import config_files, config_folder
 
 
 def shipped(words: list[str]) -> dict[str, list[str]]:
     """Returns folder -> names of the shipped configs with every word in them, but for bases, which are no runs."""
     found: dict[str, list[str]] = {}
-    for path in sorted(config_folder().rglob("*.yaml")):
+    for path in config_files():
         folder = path.parent.name
         if path.parent != config_folder() and all(word in f"{folder}/{path.stem}" for word in words):
             found.setdefault(folder, []).append(path.stem)

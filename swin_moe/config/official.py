@@ -25,7 +25,7 @@ class Rule:
     Attributes:
         default: The official default; its type is the type allowed.
         key: Our key, or "" where `why` says what happens instead.
-        convert: Official value -> ours.
+        convert: Official value -> ours; of an ignored key, whether the official code knows the value.
         into: Our keys that it becomes together with other official keys.
         why: Why the key is ignored.
         only: Any value but the default is an error (for `why`).
@@ -81,7 +81,7 @@ OFFICIAL: dict[str, Rule] = {
     "DATA.IMG_SIZE": Rule(224, "model.img_size"),
     "DATA.INTERPOLATION": Rule("bicubic", "data.interpolation", _resampling),
     "DATA.ZIP_MODE": Rule(False, into="data.name"),
-    "DATA.CACHE_MODE": Rule("part", why=_CACHE),
+    "DATA.CACHE_MODE": Rule("part", convert=_one_of(no="no", full="full", part="part"), why=_CACHE),
     "DATA.PIN_MEMORY": Rule(True, why="memory is pinned where a GPU is used"),
     "DATA.NUM_WORKERS": Rule(8, "data.workers"),
     "DATA.MASK_PATCH_SIZE": Rule(32, "task.simmim.mask_patch_size"),
@@ -249,11 +249,13 @@ def convert_official(
     flat: dict[str, Any] = {"optim.lr_reference_batch": LR_REFERENCE_BATCH, "run.name": path.stem}
     for key, rule in OFFICIAL.items():
         parts = key.split(".")
-        if rule.key and (len(parts) < 3 or parts[0] != "MODEL" or parts[1] == family):
+        if len(parts) < 3 or parts[0] != "MODEL" or parts[1] == family:
             try:
-                flat[rule.key] = rule.convert(values[key])
+                value = rule.convert(values[key])
             except ValueError as error:
                 raise ValueError(f"{path}: {key} must be {error}, got {values[key]!r}") from None
+            if rule.key:
+                flat[rule.key] = value
         if key in stated and stated[key] != rule.default and rule.why and not rule.only:
             notes.append(f"{key}={stated[key]!r} is ignored: {rule.why}")
     if values["TAG"] not in ("default", path.stem):

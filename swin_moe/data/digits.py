@@ -4,6 +4,11 @@ E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Mach
 (the repository's test part). No download: the file is inside the scikit-learn wheel.
 """
 
+import functools
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -35,26 +40,35 @@ def stratified_split(labels: np.ndarray, *, num_test: int) -> tuple[np.ndarray, 
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
+@functools.cache
+def _table() -> np.ndarray:
+    """Returns (1797, 65) float64: the 64 pixels of every image, row by row, and its label.
+
+    Read where load_digits reads it, but without the second that importing scikit-learn takes.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ValueError(
+            "data.name=digits needs the package 'scikit-learn', which is not installed; "
+            "install it with: pip install scikit-learn"
+        )
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        return np.loadtxt(file, delimiter=",")
+
+
 class Digits:
     """Data set of RGB images of 8 x 8 pixels; the transforms bring them to the image size."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "data.name=digits needs the package 'scikit-learn', which is not installed; "
-                "install it with: pip install scikit-learn"
-            ) from error
-        digits = load_digits()
-        train, test = stratified_split(digits.target, num_test=NUM_TEST)
+        pixels, labels = _table()[:, :-1], _table()[:, -1].astype(np.int64)
+        train, test = stratified_split(labels, num_test=NUM_TEST)
         self._rows = train if split == "train" else test
-        self._labels = digits.target[self._rows].astype(np.int64)
+        self._labels = labels[self._rows]
         # 16 grey levels above black -> 8 bits, and the same in three channels.
-        grey = np.rint(digits.images[self._rows] * (255 / 16)).astype(np.uint8)
+        grey = np.rint(pixels[self._rows].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self._pixels = np.repeat(grey[..., None], 3, axis=-1)
         self._images = [Image.fromarray(pixels) for pixels in self._pixels] if config.cache else None
-        self.classes = tuple(str(c) for c in digits.target_names)
+        self.classes = tuple(str(c) for c in range(10))
         self.num_classes = len(self.classes)
 
     def __len__(self) -> int:

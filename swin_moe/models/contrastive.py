@@ -141,7 +141,7 @@ class ContrastiveModel(EncoderModel):
                 queue.copy_(F.normalize(rows, dim=1))
 
     def momentum_pairs(self) -> dict[str, str]:
-        """Returns name of every momentum parameter -> name of the online one that it follows."""
+        """See Network."""
         names = [name for name, _ in self.named_parameters() if name.startswith("momentum_")]
         return {name: name.removeprefix("momentum_") for name in names}
 

@@ -5,6 +5,8 @@ norms count one operation per element, the final pooling divides by 2 ** stages,
 they do not divide the map, biases and softmax are free, a router costs nothing.
 """
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from swin_moe.config import ModelConfig
@@ -44,25 +46,39 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _total(config: ModelConfig, capacity_factor: float, *, spatial_mlp: bool, norm_after: bool) -> float:
+    parts = part_flops(config, capacity_factor, spatial_mlp=spatial_mlp, norm_after=norm_after)
+    return sum((macs for _, macs in parts), 0.0)
+
+
+def part_flops(
+    config: ModelConfig, capacity_factor: float, *, spatial_mlp: bool, norm_after: bool
+) -> Iterator[tuple[str, float]]:
+    """Yields (module, multiply-accumulates of one image) in the network's order: embedding, every block with its
+    mixer, feed-forward network and norms, merging, head. The counts are the sum of these, in this order.
+
+    capacity_factor: By which the products of experts are counted; see official_flops.
+    """
     stages = len(config.depths)
     height, width = stage_geometry(config, 0).resolution
     patch = config.patch_size[0] * config.patch_size[1]
-    total: float = height * width * config.embed_dim * config.in_chans * patch
-    if config.patch_norm:
-        total += height * width * config.embed_dim
+    yield "patch_embed.proj", height * width * config.embed_dim * config.in_chans * patch
+    yield "patch_embed.norm", config.patch_norm * height * width * config.embed_dim
     for stage, depth in enumerate(config.depths):
         geometry = stage_geometry(config, stage)
         moe_blocks = config.moe.blocks[stage] if stage < len(config.moe.blocks) else ()
         for block in range(depth):
+            name = f"layers.{stage}.blocks.{block}"
             mixer = _spatial_mlp(geometry, block) if spatial_mlp else _attention(geometry, config.num_heads[stage])
             experts = _passes(config, geometry, capacity_factor) if block in moe_blocks else 1.0
             extra = config.extra_norm_every > 0 and (block + 1) % config.extra_norm_every == 0
-            total += _block(geometry, mixer, config.mlp_ratio, experts) + extra * _norm(geometry)
+            yield f"{name}.mixer", mixer
+            yield f"{name}.mlp", _feed_forward(geometry, config.mlp_ratio, experts)
+            yield f"{name}.norms", (2 + extra) * _norm(geometry)
         if stage < stages - 1:
-            total += _merging(geometry, norm_after)
+            yield f"layers.{stage}.downsample", _merging(geometry, norm_after)
     num_features = config.embed_dim * 2 ** (stages - 1)
-    total += num_features * height * width // 2**stages
-    return total + num_features * config.num_classes
+    yield "norm", num_features * height * width // 2**stages
+    yield "head", num_features * config.num_classes
 
 
 def _norm(geometry: StageGeometry) -> int:
@@ -70,9 +86,9 @@ def _norm(geometry: StageGeometry) -> int:
     return geometry.dim * height * width
 
 
-def _block(geometry: StageGeometry, mixer: float, mlp_ratio: float, experts: float) -> float:
+def _feed_forward(geometry: StageGeometry, mlp_ratio: float, experts: float) -> float:
     height, width = geometry.resolution
-    return 2 * _norm(geometry) + mixer + 2 * height * width * geometry.dim * geometry.dim * mlp_ratio * experts
+    return 2 * height * width * geometry.dim * geometry.dim * mlp_ratio * experts
 
 
 def _passes(config: ModelConfig, geometry: StageGeometry, capacity_factor: float) -> float:

@@ -73,6 +73,10 @@ class EncoderModel(Network):
         keywords = self.encoder.no_weight_decay_keywords()
         return {f"encoder.{word}" for word in keywords} if self.official_groups else keywords
 
+    def head_parameters(self) -> set[str]:
+        """Returns full names of all that stands beside the encoder."""
+        return {name for name, _ in self.named_parameters() if not name.startswith("encoder.")}
+
     def num_tokens(self) -> int:
         """Returns the tokens of the last stage, of an image of nominal size."""
         config = self.encoder.config

@@ -32,6 +32,15 @@ class Network(nn.Module):
         """Returns the multiply-accumulates one image really costs."""
         _lacks(self, "active_flops")
 
+    def head_parameters(self) -> set[str]:
+        """Returns full names of the class head's parameters: what optim.freeze=backbone leaves to learn."""
+        return set()
+
+    def momentum_pairs(self) -> dict[str, str]:
+        """Returns name of every parameter of a momentum network -> name of the one that it follows. A new run's begin
+        where those do, whatever is loaded."""
+        return {}
+
 
 def _lacks(network: nn.Module, name: str) -> NoReturn:
     raise NotImplementedError(f"{type(network).__name__} has no {name} (swin_moe/models/network.py: Network)")

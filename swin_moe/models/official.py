@@ -88,7 +88,7 @@ def fit_weights(
     Args:
         backbone: In a task's network, or the network itself.
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
-        shapes: Global shapes of the network's parameters by weight_key.
+        shapes: Global shapes of the network's parameters by names.official.file_key.
         own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing, and
             starts from the seed, or stand in the source alone.
         same_classes: A head of other classes is an error: weights to compute with, not to begin from.

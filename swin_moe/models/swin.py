@@ -280,6 +280,10 @@ class SwinTransformer(Network):
         """Returns full names of parameters without weight decay."""
         return {"absolute_pos_embed", "mask_token"}
 
+    def head_parameters(self) -> set[str]:
+        """See Network."""
+        return {f"head.{name}" for name, _ in self.head.named_parameters()}
+
     def no_weight_decay_keywords(self) -> set[str]:
         """Returns strings; a parameter whose name contains one has no weight decay."""
         keywords = {"relative_position_bias_table"}

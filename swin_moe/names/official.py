@@ -22,7 +22,6 @@ DROPPED = (
 SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)  # of the official files of SimMIM
 BACKBONE = "encoder."  # before the backbone's names in a network that has more than a backbone; all others are a task's
 OUTSIDE = "/"  # before the key of what stands beside the backbone there, whose names may be the backbone's own
-_MOMENTUM = "momentum_"  # before the names of networks that follow others
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
@@ -39,8 +38,3 @@ def file_key(name: str, *, wrapped: bool) -> str:
     if not wrapped:
         return name
     return name.removeprefix(BACKBONE) if name.startswith(BACKBONE) else OUTSIDE + name
-
-
-def weight_key(name: str, *, wrapped: bool) -> str:
-    """Returns the file_key of what fills a network's parameter: of momentum networks, what they follow."""
-    return file_key(name.removeprefix(_MOMENTUM), wrapped=wrapped)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops import extension
+from swin_moe.ops.moe_route import MAX_EXPERTS_CUDA
 from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_balance", "moe_balance_backward")
@@ -20,8 +21,9 @@ KINDS = {"none": 0, "gshard": 1, "gshard of shares": 2, "load_importance": 3}  #
 
 
 def available(scores: Tensor) -> bool:
-    """Returns whether the operator takes scores of this device."""
-    return scores.device.type in COMPILED
+    """Returns whether the operator takes scores of this device and number of experts."""
+    fits = scores.device.type == "cpu" or scores.shape[1] <= MAX_EXPERTS_CUDA
+    return scores.device.type in COMPILED and fits
 
 
 def auxiliary_loss(
@@ -53,7 +55,7 @@ def auxiliary_loss(
         threshold = None
     return apply(
         _AuxiliaryLoss, scores, threshold, expert, logits, KINDS[kind], noise_std, group_size, weight, z_weight
-    )  # fmt: skip
+    )
 
 
 class _AuxiliaryLoss(torch.autograd.Function):
@@ -93,9 +95,16 @@ class _AuxiliaryLoss(torch.autograd.Function):
 
 
 def _fake_balance(
-    scores: Tensor, threshold: Tensor | None, expert: Tensor, logits: Tensor | None, kind: int, noise_std: float,
-    group_size: int, weight: float, z_weight: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    scores: Tensor,
+    threshold: Tensor | None,
+    expert: Tensor,
+    logits: Tensor | None,
+    kind: int,
+    noise_std: float,
+    group_size: int,
+    weight: float,
+    z_weight: float,
+) -> tuple[Tensor, ...]:
     tokens, experts = scores.shape
     size = torch.sym_max(torch.sym_min(group_size, tokens), 1)
     cells = ((tokens + size - 1) // size, experts) if kind and tokens else (0,)
@@ -109,9 +118,16 @@ def _fake_balance(
 
 
 def _fake_backward(
-    grad: Tensor, scores: Tensor, threshold: Tensor | None, logits: Tensor | None, sums: Tensor, load: Tensor,
-    log_sum: Tensor, kind: int, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    scores: Tensor,
+    threshold: Tensor | None,
+    logits: Tensor | None,
+    sums: Tensor,
+    load: Tensor,
+    log_sum: Tensor,
+    kind: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         scores.new_empty(scores.shape if kind else (0,)),
         scores.new_empty((len(scores) if kind == KINDS["load_importance"] else 0,)),

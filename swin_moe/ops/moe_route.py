@@ -78,10 +78,8 @@ def route_tokens(
     """
     limits = [-1 if limit is None else limit for limit in (capacity, last_capacity)]
     return Routed(
-        *apply(
-            _Route, clean, noisy, bias, top_k, group_size, *limits, sigmoid, normalize, prioritized, probabilities
-        )
-    )  # fmt: skip
+        *apply(_Route, clean, noisy, bias, top_k, group_size, *limits, sigmoid, normalize, prioritized, probabilities)
+    )
 
 
 class _Route(torch.autograd.Function):
@@ -139,10 +137,16 @@ def _fake_route(
 
 
 def _fake_backward(
-    grad_scores: Tensor | None, grad_probabilities: Tensor | None, grad_gate: Tensor | None,
-    grad_threshold: Tensor | None, scores: Tensor, probabilities: Tensor | None, expert: Tensor, sigmoid: bool,
+    grad_scores: Tensor | None,
+    grad_probabilities: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_threshold: Tensor | None,
+    scores: Tensor,
+    probabilities: Tensor | None,
+    expert: Tensor,
+    sigmoid: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     has_clean = grad_probabilities is not None and probabilities is not None
     return scores.new_empty(scores.shape if has_clean else (0,)), scores.new_empty(scores.shape)
 

@@ -58,9 +58,16 @@ def drop_path_factors(random: RandomContext, rates: Sequence[float], dtype: torc
 
 
 def drop_units(
-    x: Tensor, random: RandomContext, rows: Tensor, *, purpose: str, layer: int, site: int | None = None,
-    drop: float, scale: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    random: RandomContext,
+    rows: Tensor,
+    *,
+    purpose: str,
+    layer: int,
+    site: int | None = None,
+    drop: float,
+    scale: float,
+) -> Tensor:
     """Returns x (N, U) with units dropped with probability `drop` and the others times `scale`, in the dtype of x.
 
     Nothing is kept for the backward, which hashes again.
@@ -92,9 +99,15 @@ class UnitDraw:
         """Returns x (..., U), whose rows are numbered in order, with units dropped."""
         flat = x.reshape(-1, x.shape[-1])
         return drop_units(
-            flat, self.random, self.rows,
-            purpose=self.purpose, layer=self.layer, site=self.site, drop=self.drop, scale=self.scale,
-        ).view(x.shape)  # fmt: skip
+            flat,
+            self.random,
+            self.rows,
+            purpose=self.purpose,
+            layer=self.layer,
+            site=self.site,
+            drop=self.drop,
+            scale=self.scale,
+        ).view(x.shape)
 
     def operands(self) -> tuple[Tensor | None, Tensor, int, int, int, float, float]:
         """Returns (words, rows, layer, purpose, site, drop, scale) as operators that drop units take them."""

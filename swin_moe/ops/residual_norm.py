@@ -96,9 +96,15 @@ def _forward(
 
 
 def _backward(
-    grad_sum: Tensor | None, grad_normed: Tensor, total: Tensor, factor: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_sum: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = (*total.shape[:-1], 1)
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_normed.contiguous(), total, weight.shape, mean.view(rows), rstd.view(rows), weight, weight, [True] * 3
@@ -118,9 +124,15 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_sum: Tensor | None, grad_normed: Tensor, total: Tensor, factor: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor, branch_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_sum: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = total.shape
     return total.new_empty(shape), total.new_empty(shape, dtype=branch_dtype), weight.new_empty((2, shape[-1]))
 
@@ -156,9 +168,15 @@ def _norm_backward(
     given = grad_sum if factor is None else grad_sum * factor.view(-1, *(1,) * (branch.dim() - 1))
     rows = (*branch.shape[:-1], 1)
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        given.contiguous(), branch.to(given.dtype).contiguous(), weight.shape, mean.view(rows), rstd.view(rows),
-        weight, weight, [True] * 3,
-    )  # fmt: skip
+        given.contiguous(),
+        branch.to(given.dtype).contiguous(),
+        weight.shape,
+        mean.view(rows),
+        rstd.view(rows),
+        weight,
+        weight,
+        [True] * 3,
+    )
     return grad.to(branch.dtype), torch.stack([grad_weight, grad_bias])
 
 

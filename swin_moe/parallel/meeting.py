@@ -1,5 +1,8 @@
 """Where the ranks of a world meet, and who is waited for when one of them does not come."""
 
+import errno
+import ipaddress
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -8,6 +11,7 @@ import torch.distributed as dist
 
 _NAMED = 8  # missing ranks named in a sentence
 _POLL_SECONDS = 0.05
+_BACKLOG = 16_384  # ranks that may come at once; the kernel lowers it to net.core.somaxconn
 
 
 def meet(rank: int, world_size: int, address: str, port: int, *, patience: float, timeout: float) -> dist.Store:
@@ -21,7 +25,7 @@ def meet(rank: int, world_size: int, address: str, port: int, *, patience: float
         ValueError: The port is in use, or a rank did not come in time.
     """
     began = time.monotonic()
-    store = None
+    store, listener = None, _listen(address, port) if rank == 0 else None
     while store is None:
         try:
             store = dist.TCPStore(
@@ -31,12 +35,11 @@ def meet(rank: int, world_size: int, address: str, port: int, *, patience: float
                 is_master=rank == 0,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=min(patience, timeout)),
+                master_listen_fd=listener,
             )
         except dist.DistNetworkError as error:
             if rank == 0:
-                raise ValueError(
-                    f"rank 0 cannot listen at {address}:{port} (MASTER_PORT): {_reason(error)}; choose another port"
-                ) from error
+                raise _cannot_listen(address, port, _reason(error)) from error
             _complain(f"rank 0 at {address}:{port}", rank, time.monotonic() - began, timeout)
     keys = [f"here/{other}" for other in range(world_size)]
     store.set(keys[rank], "1")
@@ -50,6 +53,30 @@ def meet(rank: int, world_size: int, address: str, port: int, *, patience: float
                 _complain(_names(missing, world_size), rank, said - began, timeout)
     store.set_timeout(timedelta(seconds=timeout))
     return store
+
+
+def _listen(address: str, port: int) -> int | None:
+    """Returns the descriptor of a listener at this very address, where torch would listen on every interface.
+
+    None where it is a name, or an address that is not this host's own: a service's in front of it.
+
+    Raises:
+        ValueError: The port is in use.
+    """
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    except ValueError:
+        return None
+    try:
+        return socket.create_server((address, port), family=family, backlog=_BACKLOG).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _cannot_listen(address, port, "the port is in use") from error
+        return None
+
+
+def _cannot_listen(address: str, port: int, why: str) -> ValueError:
+    return ValueError(f"rank 0 cannot listen at {address}:{port} (MASTER_PORT): {why}; choose another port")
 
 
 def _complain(whom: str, rank: int, waited: float, timeout: float) -> None:

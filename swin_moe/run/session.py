@@ -176,9 +176,13 @@ def open_session(path: str, overrides: list[str]) -> Session:
     moe = config.model.moe
     two_hops = moe.has_blocks and (moe.transport == "hierarchical" or moe.tune == "measure")
     groups = build_groups(
-        *layout_of(config), device, routing_ranks=routing_ranks, timeout=limit, two_hops=two_hops,
+        *layout_of(config),
+        device,
+        routing_ranks=routing_ranks,
+        timeout=limit,
+        two_hops=two_hops,
         saves_in_background=config.checkpoint.asynchronous,
-    )  # fmt: skip
+    )
     return Session(config, groups, device, heartbeat)
 
 

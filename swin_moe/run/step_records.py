@@ -1,11 +1,20 @@
 """What a run records of its steps: sums over a window of steps, then one record, and the console's line."""
 
+import functools
 import time
+
+import torch
 
 from swin_moe.engine.base import Engine, StepStats
 from swin_moe.run.expert_load import exchange_cost, expert_load, links, phase_times
 from swin_moe.run.metrics import MetricsWriter, Progress, peak_flops, peak_memory
 from swin_moe.run.session import Session
+
+
+@functools.cache
+def _peak(device: torch.device, precision: str) -> float:
+    """Returns peak_flops, measured once in a process: half a second, more than a small run takes."""
+    return peak_flops(device, precision)
 
 
 class StepRecords:
@@ -24,7 +33,7 @@ class StepRecords:
     def open(self, writer: MetricsWriter, bar: Progress) -> None:
         """Begins to record, to these."""
         self.writer, self.bar = writer, bar
-        self.peak = peak_flops(self.session.device, self.session.config.engine.precision)
+        self.peak = _peak(self.session.device, self.session.config.engine.precision)
         self.start_anew()
 
     def start_anew(self) -> None:

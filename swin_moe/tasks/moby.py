@@ -34,14 +34,14 @@ class MoBY(Task):
     def build_network(self) -> Network:
         """See Task. The encoders have no head, whatever model.num_classes says."""
         task = self.config.task.moby
-        return ContrastiveModel(
-            build_encoder(self.config), queue=task.queue, temperature=task.temperature, hidden_dim=task.hidden_dim,
-            num_features=task.num_features,
-        )  # fmt: skip
+        sizes = {"queue": task.queue, "hidden_dim": task.hidden_dim, "num_features": task.num_features}
+        return ContrastiveModel(build_encoder(self.config), temperature=task.temperature, **sizes)
 
     def connect(self, model: nn.Module, groups: Groups) -> None:
         """See Task."""
+        assert isinstance(model, Network), "as build_network gave it"
         self._keys: tuple[Tensor, Tensor, Tensor] | None = None
+        self._followed = model.momentum_pairs()
         for module in model.modules():
             if isinstance(module, BatchNorm):
                 module.exchange = None if groups.world is None else RankExchange(groups.world)
@@ -61,17 +61,16 @@ class MoBY(Task):
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the momentum networks, and puts the step's keys where the oldest ones are."""
         momentum = momentum_at(self.config.task.moby.momentum, done.step + 1, done.total_steps)
-        for name, (part, _) in parts.items():
-            if name.startswith("momentum_"):
-                part.lerp_(parts[name.removeprefix("momentum_")][0], 1 - momentum)
+        for name, online in self._followed.items():
+            parts[name][0].lerp_(parts[online][0], 1 - momentum)
         assert self._keys is not None, "a step has a loss"
         *keys, sample = (gathered(x) for x in self._keys)
         order = sample.argsort()
         for name, key in zip(("queue1", "queue2"), keys):
             part, chunk = parts[name]
             if part.numel():
-                enqueue(part, key[order].to(part), first_row=chunk.offset[0], size=self.config.task.moby.queue,
-                        position=done.samples_before)  # fmt: skip
+                place = {"first_row": chunk.offset[0], "size": self.config.task.moby.queue}
+                enqueue(part, key[order].to(part), position=done.samples_before, **place)
         self._keys = None
 
     @torch.no_grad()

@@ -19,9 +19,10 @@ from swin_moe.checkpoint import CheckpointManager, Piece, find_latest, resolve, 
 from swin_moe.config import ModelConfig
 from swin_moe.engine.base import Engine
 from swin_moe.models.attention import stage_geometry
+from swin_moe.models.network import Network
 from swin_moe.models.official import LoadReport, fit_weights
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.names.official import is_wrapped, weight_key
+from swin_moe.names.official import file_key, is_wrapped
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.run.session import Session
 from swin_moe.weights.sources import Source, is_own, open_weights
@@ -43,7 +44,7 @@ def why_refused(error: Exception) -> str:
     return first.split(". ")[0]
 
 
-def load_weights(model: nn.Module, session: Session, stored: Source | None = None) -> str:
+def load_weights(model: Network, session: Session, stored: Source | None = None) -> str:
     """Fills the model from checkpoint.load, or from the newest checkpoint of the run; returns what was loaded.
 
     Averaged weights (EMA) are taken where the checkpoint has them.
@@ -62,7 +63,8 @@ def load_weights(model: nn.Module, session: Session, stored: Source | None = Non
 
         def fill() -> str:
             opened = open_weights(source, key="checkpoint.load") if stored is None else stored
-            report = fill_pieces(opened, pieces, backbone_of(model), shapes, same_classes=True)
+            followed = model.momentum_pairs()
+            report = fill_pieces(opened, pieces, backbone_of(model), shapes, followed=followed, same_classes=True)
             return f"{opened.description}: {report}"
 
         return together(resolve(session.groups.world), fill)
@@ -108,8 +110,9 @@ def start_from(source: str, engine: Engine, session: Session) -> str:
     def fill() -> str:
         opened = open_weights(source, key="checkpoint.init")
         shapes = {name: shape for name, (shape, _) in engine.layout.items()}
-        backbone = backbone_of(engine.local_model)
-        report = fill_pieces(opened, engine.pieces(), backbone, shapes, own_parts=True)
+        model = engine.local_model
+        followed = model.momentum_pairs()
+        report = fill_pieces(opened, engine.pieces(), backbone_of(model), shapes, followed=followed, own_parts=True)
         return f"{opened.description}: {report}"
 
     text = together(resolve(session.groups.world), fill)
@@ -123,6 +126,7 @@ def fill_pieces(
     backbone: SwinTransformer,
     shapes: Mapping[str, tuple[int, ...]],
     *,
+    followed: Mapping[str, str] | None = None,
     own_parts: bool = False,
     same_classes: bool = False,
 ) -> LoadReport:
@@ -130,10 +134,13 @@ def fill_pieces(
 
     Args:
         shapes: Global shapes of the network's parameters by name.
+        followed: Network.momentum_pairs of the network; those parameters get what the ones they follow get.
         own_parts, same_classes: See fit_weights.
     """
     wrapped, trained = is_wrapped(shapes), source.model_config()
-    key_shapes = {weight_key(name, wrapped=wrapped): tuple(shape) for name, shape in shapes.items()}
+    online = dict(followed or {})
+    keys = {name: file_key(online.get(name, name), wrapped=wrapped) for name in shapes}
+    key_shapes = {keys[name]: tuple(shape) for name, shape in shapes.items()}
     grid = None if trained is None else stage_geometry(trained, 0).resolution
     other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
     tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
@@ -146,12 +153,11 @@ def fill_pieces(
     direct = []
     for piece in pieces:
         name = piece.name.removeprefix(_AVERAGE)
-        key = weight_key(name, wrapped=wrapped)
-        value = values.get(key)
-        if name not in shapes or value is None or not piece.chunk.numel:
+        value = values.get(keys.get(name, ""))
+        if value is None or not piece.chunk.numel:
             continue
         if value.is_meta:
-            direct.append(dataclasses.replace(piece, name=key))
+            direct.append(dataclasses.replace(piece, name=keys[name]))
             continue
         box = tuple(slice(o, o + n) for o, n in zip(piece.chunk.offset, piece.chunk.size))
         with torch.no_grad():

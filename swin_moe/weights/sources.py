@@ -18,10 +18,10 @@ from swin_moe.checkpoint.manager import to_raw, torch_dtype
 from swin_moe.config import DataConfig, ModelConfig
 from swin_moe.config.io import config_from_tree
 from swin_moe.layout import Chunk
-from swin_moe.names.official import is_wrapped, weight_key
+from swin_moe.names.official import file_key, is_wrapped
 
 _AVERAGE = "ema/"
-# Momentum networks follow the online ones, so a new run's begin where those do.
+# Momentum networks of MoBY follow the online ones, so a new run's begin where those do (fill_pieces).
 _NO_WEIGHTS = ("optim.", "master/", "momentum_", _AVERAGE)
 _READING = ("interpolation", "eval_crop", "resize", "exif")  # what of config.data makes an image a network's input
 _TOLD = ("img_size", "window_size")  # what a network is, beside what its tensors tell
@@ -44,7 +44,7 @@ class Source(Protocol):
         """Returns every tensor by name; one of the shape wanted may be on meta, and is then read by `fill`.
 
         Args:
-            shapes: Global shapes wanted, by names.official.weight_key.
+            shapes: Global shapes wanted, by names.official.file_key.
             whole: Keys of tensors that are never left on meta.
         """
 
@@ -104,7 +104,7 @@ class _Stored:
         names = [name for name in stored if not name.startswith(_NO_WEIGHTS)]
         self._stored = {start + n: _AVERAGE + n if _AVERAGE + n in stored else n for n in names}
         wrapped = is_wrapped(self._stored)
-        self._keys = {name: weight_key(name, wrapped=wrapped) for name in self._stored}
+        self._keys = {name: file_key(name, wrapped=wrapped) for name in self._stored}
         self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
 
     def _count_averages(self) -> str:

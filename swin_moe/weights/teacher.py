@@ -11,9 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed import ProcessGroup
 
 from swin_moe.checkpoint import Piece, resolve, together
 from swin_moe.config import ModelConfig
@@ -124,10 +122,7 @@ def _load_ours(session: Session) -> tuple[Teacher, str]:
     network.to(dtype).requires_grad_(False).eval()
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
     if task.teacher_shard and session.groups.world is not None:
-        mesh = DeviceMesh.from_group(session.groups.world, session.device.type)
-        for block in [module for module in network.modules() if isinstance(module, Block)]:
-            fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        _cut_over(session.groups.world, network, session.device)
     network.to_empty(device=session.device)
     pieces = [_piece(name, shapes[name], p) for name, p in network.named_parameters()]
 
@@ -139,6 +134,18 @@ def _load_ours(session: Session) -> tuple[Teacher, str]:
     held = sum(piece.chunk.numel for piece in pieces)
     total = sum(p.numel() for p in network.parameters())
     return SwinTeacher(network, dtype), f"{report}\n{total:,} parameters, {held:,} on this rank in {dtype}"
+
+
+def _cut_over(world: ProcessGroup, network: nn.Module, device: torch.device) -> None:
+    """Cuts a network over the ranks, gathered block by block where it runs."""
+    # Only here: their imports take 0.7 s, a third of what a rank takes to start.
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = DeviceMesh.from_group(world, device.type)
+    for block in [module for module in network.modules() if isinstance(module, Block)]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
 
 
 def _model_config(source: str, named: str) -> ModelConfig:
@@ -156,12 +163,13 @@ def _model_config(source: str, named: str) -> ModelConfig:
 def _piece(name: str, shape: tuple[int, ...], parameter: nn.Parameter) -> Piece:
     """Returns this rank's part of a parameter, a view of it."""
     whole = Chunk((0,) * len(shape), shape)
-    if not isinstance(parameter, DTensor):
-        return Piece(name, shape, parameter.dtype, whole, parameter.detach())
-    mesh, (cut,) = parameter.device_mesh, parameter.placements
-    assert isinstance(cut, Shard), "fully_shard cuts every parameter"
+    held: Any = parameter
+    if not hasattr(held, "device_mesh"):  # a DTensor has one
+        return Piece(name, shape, held.dtype, whole, held.detach())
+    mesh, (cut,) = held.device_mesh, held.placements
+    assert cut.is_shard(), "fully_shard cuts every parameter"
     chunk = sub_chunk(whole, cut.dim, mesh.get_local_rank(), mesh.size())
-    return Piece(name, shape, parameter.dtype, chunk, parameter.to_local().detach())
+    return Piece(name, shape, held.dtype, chunk, held.to_local().detach())
 
 
 def _load_timm(session: Session) -> tuple[Teacher, str]:

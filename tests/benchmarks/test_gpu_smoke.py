@@ -10,10 +10,11 @@ import torch
 from smoke_problem import Case, Problem
 
 from swin_moe.ops import extension
+from swin_moe.ops.attention import fused
 from tests.csrc.test_window_kernels import VARIANTS
 
 CPU = torch.device("cpu")
-QUICK = ("window 7, bf16", "any, 48, fp32", "large, 32, fp16", "window_shift", "moe", "grouped", "draws")
+QUICK = ("window 7, bf16", "any, 48, fp32", "large, 32, fp16", "window_shift", "moe", "grouped", "draws", "row sums")
 
 
 def of_size(name: str) -> Problem:
@@ -32,6 +33,18 @@ def test_the_kernels_here_are_right(capsys):
     assert not {"window_attention", "window_merge", "grouped_linear"} & set(
         gpu_smoke.without_a_case(CPU, gpu_smoke.Called.names)
     )
+
+
+@pytest.mark.parametrize("window", [12, 16])
+def test_backward_runs_with_row_sums_and_without(monkeypatch, window):
+    monkeypatch.setattr(fused, "_backward_reads_sums", lambda *_: True)  # as on CUDA
+    for kind, with_sums in (("cosine shifted padded", True), ("without row sums", False)):
+        monkeypatch.setattr(gpu_smoke.Called, "names", set())
+        problem = of_size(f"window {window}, bf16, {kind}")
+        with gpu_smoke.Called():
+            gpu_smoke.results(problem.ours, problem)
+        forward = "window_attention_and_sums" if with_sums else "window_attention"
+        assert gpu_smoke.Called.names == {forward, "window_attention_backward"}
 
 
 def test_every_variant_that_has_a_test_has_a_case():

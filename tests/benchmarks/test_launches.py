@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-import torch.distributed as dist
-from torch import nn
+from torch import fx, nn
 
 from swin_moe import create_model
 from swin_moe.ops import extension
@@ -74,9 +73,6 @@ def test_copied_weights_are_cast_no_more(micro_batches):
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
-@pytest.mark.skipif(
-    not hasattr(dist, "all_gather_single"), reason="inductor before torch 2.13 asks for more of a graph"
-)
 @pytest.mark.parametrize(
     "name", [n if n == "digits_swin_moe" else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
 )
@@ -105,6 +101,17 @@ def test_what_is_counted_of_a_graph(forget_graphs):
         assert counter.counts["extern_kernels.mm"] == 3 and sum(counter.counts.values()) == 5, counter.counts
     torch.testing.assert_close(y, layer(x))
     torch.testing.assert_close(grads, torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())))
+
+
+def test_a_graph_that_returns_numbers(forget_graphs):
+    # As graphs of MoE layers do, which keep the sizes of backward.
+    graph = fx.Graph()
+    x, number = graph.placeholder("x"), graph.placeholder("number")
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, number)), number))
+    program = generated_kernels.write_for_device(
+        fx.GraphModule(nn.Module(), graph), [torch.randn(4, 8), 3], is_backward=False
+    )
+    assert generated_kernels.calls(program, launches.starts_kernel) == {"triton_poi_fused": 1}
 
 
 def test_views_and_allocations_start_none():

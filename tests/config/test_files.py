@@ -6,10 +6,10 @@ Parameters and multiply-accumulates are those of the official code, run once (fa
 import pytest
 import torch
 
-from swin_moe.config.io import config_folder, load_config
+from swin_moe.config.io import config_files, load_config
 from swin_moe.models.build import build_model
 
-NAMES = sorted(p.stem for p in config_folder().rglob("*.yaml") if not p.stem.startswith("base_"))
+NAMES = sorted(p.stem for p in config_files() if not p.stem.startswith("base_"))
 ONE_K = ("model.num_classes=1000", "model.extra_norm_every=0")
 
 # name: (parameters with head, 1e9 multiply-accumulates or None)
@@ -105,7 +105,7 @@ def test_every_table_row_has_its_config():
     assert set(PUBLISHED) | set(SCALE) <= set(NAMES)
 
 
-@pytest.mark.parametrize("path", sorted(config_folder().rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", config_files(), ids=lambda p: p.stem)
 def test_every_file_tells_where_it_comes_from(path):
     text = path.read_text(encoding="ascii")
     assert text.startswith("# ")

@@ -115,6 +115,7 @@ def test_values_written_as_python(tmp_path):
         ("TRAIN: {OPTIMIZER: {NAME: fused_lamb}}", "TRAIN.OPTIMIZER.NAME must be one of"),
         ("TRAIN: {LR_SCHEDULER: {NAME: cosin}}", "optim.schedule must be one of"),
         ("DATA: {DATASET: cifar}", "DATA.DATASET must be one of imagenet, imagenet22K, got 'cifar'"),
+        ("DATA: {CACHE_MODE: never}", "DATA.CACHE_MODE must be one of no, full, part, got 'never'"),
         ("DATA: {}\nmodel: {embed_dim: 1}", "unknown official key 'model.embed_dim'"),
         ("BASE: [gone.yaml]", "BASE file 'gone.yaml' does not exist"),
         ("BASE: [mine.yaml]\nDATA: {}", "BASE files form a cycle"),
@@ -147,6 +148,16 @@ def test_simmim_pretraining_resizes_bilinear(tmp_path):
     assert load_config("simmim_pretrain__swin_base__img192_window6__800ep").data.interpolation == "bilinear"
     assert load(tmp_path, "DATA: {INTERPOLATION: random}").data.interpolation == "random"
     assert load_config("simmim_finetune__swin_base__img224_window7__800ep").data.interpolation == "bicubic"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base_moby", "base_linear_probe", "moby_linear_swin_tiny_patch4_window7_224_100ep", "base_simmim_pretrain"]
+    + ["moby_swin_tiny_patch4_window7_224_300ep", "swinv2_giant_3b_patch4_window12_192_simmim"],
+)
+def test_configs_of_torchvisions_transforms_resize_bilinear(name):
+    """SimMIM's, MoBY's and its linear evaluation's transforms name no interpolation, so torchvision's default holds."""
+    assert load_config(name).data.interpolation == "bilinear"
 
 
 @pytest.mark.parametrize("size, resize", [(32, False), (33, True), (224, True)])

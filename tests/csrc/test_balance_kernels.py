@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swin_moe.ops.moe_balance import KINDS
+from swin_moe.ops.moe_route import MAX_EXPERTS_CUDA
 from tests.csrc.emulation import Guarded, build
 from tests.ops.test_moe_balance import slowly
 
@@ -47,6 +48,7 @@ def inputs_of(tokens, experts, dtype, kind):
     scores = torch.sigmoid(logits) if kind == "gshard of shares" else torch.softmax(logits, 1)
     chosen = logits.topk(min(2, experts), dim=1)
     threshold = chosen.values[:, -1] * 0.3
+    threshold[0] = scores[0, 0]  # a score at its threshold is not above it
     return scores.requires_grad_(), threshold.requires_grad_(), chosen.indices, logits.requires_grad_()
 
 
@@ -89,7 +91,7 @@ def test_equals_the_python_form(library, kind, shape, dtype, with_z, noise_std):
     leaves = [t.requires_grad_() for t in (scores, threshold, logits)]
     aux, balance = slowly(
         scores, threshold, expert, kind=kind, group_size=shape[2], logits=logits if with_z else None, **options
-    )  # fmt: skip
+    )
     grads = [None] * 3
     if aux.requires_grad:
         grads = torch.autograd.grad(aux * 1.7, leaves, allow_unused=True)
@@ -110,6 +112,20 @@ def test_a_shift_of_logits_and_infinite_ones(library):
     log_sum = torch.logsumexp(tensors[3].detach(), 1)
     assert torch.equal(aux, log_sum.square().mean()) and grad[:3].isfinite().all()
     torch.testing.assert_close(grad[:3], (torch.softmax(tensors[3].detach(), 1) * log_sum[:, None] / 2)[:3])
+
+
+def test_more_experts_than_any_device_has_shared_memory_for_are_refused(library):
+    for wide in (0, 1):  # before anything is launched: cudaErrorInvalidValue
+        launch = BalanceLaunch(tokens=1, experts=MAX_EXPERTS_CUDA + 1, group_size=1, groups=1, chunks=1, wide=wide)
+        assert library.swin_moe_balance_backward(ctypes.byref(launch), None) == 1
+
+
+def test_the_most_experts_fit_the_shared_memory_of_any_device(library, monkeypatch):
+    monkeypatch.setenv("SWIN_MOE_EMULATION_SHARED", str(48 << 10))  # what a launch has without asking
+    shape = (3, MAX_EXPERTS_CUDA, 3)
+    tensors = inputs_of(*shape[:2], torch.float64, "gshard")
+    aux, balance, grad, *_ = run(library, tensors, "gshard", shape, 1.0, with_z=False, weight=1.0)
+    assert torch.equal(aux, balance) and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "none"])

@@ -104,14 +104,18 @@ def test_statics_are_not_shared_with_a_cuda_build_of_the_extension(library):
 SHARED = {"consumer": 99, "A100": 163, "H100": 227}
 
 
+def launch_of(case: Case, dtype: torch.dtype) -> WindowLaunch:
+    """Returns what kernels are chosen by, without tensors, for one head of one image."""
+    geometry = Geometry.of(case.height, case.width, case.window, case.shift)
+    return WindowLaunch(geometry=geometry, batch=1, num_heads=1, head_dim=case.head_dim, element=ELEMENTS[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", SHARED)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shared_memory_decides_which_backward_reads_row_sums(library, name, device, dtype, monkeypatch):
     monkeypatch.setenv("SWIN_MOE_EMULATION_SHARED", str(SHARED[device] << 10))
-    case = VARIANTS[name]
-    geometry = Geometry.of(case.height, case.width, case.window, case.shift)
-    launch = WindowLaunch(geometry=geometry, batch=1, num_heads=1, head_dim=case.head_dim, element=ELEMENTS[dtype])
+    case, launch = VARIANTS[name], launch_of(VARIANTS[name], dtype)
     in_one_pass = case.window in ((12, 12), (16, 16)) and dtype != torch.float32 and device != "consumer"
     assert bool(library.swin_moe_window_needs_log_sums(ctypes.byref(launch))) == in_one_pass
 
@@ -178,8 +182,8 @@ def test_factors_of_any_sign_and_zero(library, name, dtype):
     tensors = [qkv, table, torch.tensor([-7.0, 0.0, 3.0], dtype=factor.dtype), pad]
     grad_out = torch.randn((*qkv.shape[:3], qkv.shape[3] // 3), generator=torch.Generator().manual_seed(6)).to(dtype)
     wide = [t.double() for t in tensors]
-    exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, grad_out.double())
-    eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, grad_out)
+    exact = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), wide, grad_out.double())
+    eager = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), tensors, grad_out)
     ours = value_and_gradients(lambda *t: window_attention(library)(*t, *case.numbers), tensors, grad_out)
     for result, expected in exact.items():
         allowed = 1.5 * relative_error(eager[result], expected) + 100 * torch.finfo(dtype).eps

@@ -40,9 +40,12 @@ def test_split_by_hand():
 def test_pixels_are_the_original_ones(splits):
     from sklearn.datasets import load_digits
 
-    _, val = splits
-    row = int(val.path(7).partition("[")[2][:-1])
-    image, label = val.sample(7)
     original = load_digits()
-    assert (image.mode, image.size, label) == ("RGB", (8, 8), original.target[row])
-    np.testing.assert_array_equal(np.asarray(image)[..., 1], np.rint(original.images[row] * 255 / 16))
+    for split in splits:
+        assert split.classes == tuple(map(str, original.target_names))
+        rows = [int(split.path(i).partition("[")[2][:-1]) for i in range(len(split))]
+        np.testing.assert_array_equal(split.labels(), original.target[rows])
+        for i, row in enumerate(rows):
+            image, label = split.sample(i)
+            assert (image.mode, image.size, label) == ("RGB", (8, 8), original.target[row])
+            np.testing.assert_array_equal(np.asarray(image)[..., 1], np.rint(original.images[row] * 255 / 16))

@@ -30,7 +30,7 @@ RUNS = {
     "simmim": ("digits_simmim", (BF16, "data.micro_batch=5")),
     "moby": ("digits_moby", (BF16, *cases.MOBY, "parallel.recompute=block")),
     "skipped": ("digits_dense", ("engine.precision=fp16", "data.micro_batch=10")),
-}  # fmt: skip
+}
 
 
 def finish(trainer: Trainer) -> dict:
@@ -113,9 +113,15 @@ def test_which_weights_have_copies():
 
 @pytest.mark.parametrize(
     ("options", "world"),
-    [((), 1), (("engine.precision=fp64",), 1), ((BF16,), 2), ((BF16, "engine.offload=optimizer"), 1),
-     ((BF16, "parallel.compile=block"), 1), ((BF16, "task.name=elsewhere:Task"), 1)],
-)  # fmt: skip
+    [
+        ((), 1),
+        (("engine.precision=fp64",), 1),
+        ((BF16,), 2),
+        ((BF16, "engine.offload=optimizer"), 1),
+        ((BF16, "parallel.compile=block"), 1),
+        ((BF16, "task.name=elsewhere:Task"), 1),
+    ],
+)
 def test_autocast_casts_elsewhere(options, world):
     assert copies_of(on_meta(config()), config(*options), world_size=world) is None
 

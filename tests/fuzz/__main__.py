@@ -1,15 +1,15 @@
-"""`python -m tests.fuzz SEED:FIRST[-END]` repeats one case, or runs a range and counts its outcomes as a table."""
+"""`python -m tests.fuzz SEED:FIRST[-END]` repeats one case, or runs a range and counts its outcomes as a table.
+
+`serve` runs what a Runner asks for.
+"""
 
 import collections
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from swin_moe.ops.attention.choice import Measuring
 from tests.fuzz.cases import draw_case
-from tests.fuzz.children import Result, run_cases
+from tests.fuzz.children import Result, Runner, serve
 from tests.fuzz.files import make_files
 
 
@@ -26,14 +26,15 @@ def table(results: list[Result]) -> str:
 
 def main() -> None:
     """Runs what the argument names."""
+    if sys.argv[1] == "serve":
+        return serve()
     seed, _, numbers = sys.argv[1].partition(":")
     first, dash, end = numbers.partition("-")
-    torch.set_num_threads(1)
-    Measuring.enabled = False
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, Runner() as runner:
         folder = Path(name)
         files = make_files(folder / "files")
-        results = run_cases(int(seed), range(int(first), int(end) if dash else int(first) + 1), files, folder / "work")
+        chosen = range(int(first), int(end) if dash else int(first) + 1)
+        results = runner.run_cases(int(seed), chosen, files, folder / "work")
         for result in results:
             case = draw_case(int(seed), result.number, files, folder / "work")
             if result.outcome == "wrong":

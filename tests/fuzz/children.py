@@ -1,20 +1,27 @@
-"""Runs cases in a child process with little memory and a time limit each; another child goes on after one that died."""
+"""Runs cases in a child process with little memory and a time limit each; another child goes on after one that died.
+
+The children are forks of `python -m tests.fuzz serve`, a process that has computed nothing: a fork of one in which
+OpenMP had started threads waits for ever, at its first parallel loop, for threads that it does not have.
+"""
 
 import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from tests.fuzz.cases import Case, draw_case
 from tests.fuzz.oracle import judge_call, judge_command
+from tests.ranks import ROOT
 
 MEMORY = 4 << 30  # bytes of address space beyond what the process has already
 AT_ONCE = 50  # cases of one child: threads and caches of torch add up
@@ -37,16 +44,69 @@ class Result(NamedTuple):
         return f"{self.why}\n  {case.text[:2000]}\n  {self.said[-1500:]}\n  repeat: {repeat}"
 
 
-def run_cases(seed: int, numbers: Iterable[int], files: dict[str, str], folder: Path) -> list[Result]:
-    """Returns a result per case, in order."""
-    waiting, results = list(numbers), []
+class Runner:
+    """The process whose forks run cases, and what asks it. A context manager; one process serves many calls."""
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "tests.fuzz", "serve"]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()  # which closes its input: it ends
+
+    def run_cases(
+        self,
+        seed: int,
+        numbers: Iterable[int],
+        files: dict[str, str],
+        folder: Path,
+        *,
+        seconds: float = SECONDS,
+        broken: Callable[[], object] | None = None,
+    ) -> list[Result]:
+        """Returns a result per case, in order.
+
+        Args:
+            seconds: Limit of a case.
+            broken: Function of a module that a child calls before its cases, to see that what it breaks is found.
+        """
+        name = f"{broken.__module__}:{broken.__qualname__}" if broken else ""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([seed, list(numbers), files, str(folder), seconds, name]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"{' '.join(self._process.args)} ended"  # type: ignore[arg-type]  # a list of words
+        return [Result(*result) for result in json.loads(answer)]
+
+
+def serve() -> None:
+    """Answers a Runner: a line with the results for each line that asks."""
+    import torch
+
+    from swin_moe import doctor, throughput, train  # noqa: F401  # once for all children
+    from swin_moe.ops.attention.choice import Measuring
+
+    torch.set_num_threads(1)
+    Measuring.enabled = False
+    for line in iter(sys.stdin.readline, ""):
+        seed, numbers, files, folder, seconds, broken = json.loads(line)
+        results = _fork_all(seed, numbers, files, Path(folder), seconds, broken)
+        sys.stdout.write(json.dumps(results) + "\n")
+        sys.stdout.flush()
+
+
+def _fork_all(
+    seed: int, waiting: list[int], files: dict[str, str], folder: Path, seconds: float, broken: str
+) -> list[Result]:
+    results: list[Result] = []
     folder.mkdir(parents=True, exist_ok=True)
     while waiting:
         journal = folder / "journal"
         journal.write_text("")
         child = os.fork()
         if child == 0:
-            _run_here(seed, waiting[:AT_ONCE], files, folder, journal)
+            _run_here(seed, waiting[:AT_ONCE], files, folder, journal, seconds, broken)
         status = os.waitpid(child, 0)[1]
         lines = journal.read_text().splitlines()
         results += [Result(*json.loads(line)) for line in lines if line.startswith("[")]
@@ -55,7 +115,13 @@ def run_cases(seed: int, numbers: Iterable[int], files: dict[str, str], folder: 
         if waiting and done < AT_ONCE:  # the one that was begun last ended the child
             case = draw_case(seed, waiting[0], files, folder)
             said = (folder / "stderr").read_text(errors="replace")
-            why = f"the process ended with {os.waitstatus_to_exitcode(status)}"
+            late = said.rfind("Timeout (")  # faulthandler's word; the innermost calls follow
+            why = (
+                f"it took over {seconds} s"
+                if late >= 0
+                else f"the process ended with {os.waitstatus_to_exitcode(status)}"
+            )
+            said = said[late:][:1500] if late >= 0 else said
             results.append(Result(waiting.pop(0), case.command, case.kind, "wrong", why, said))
     return results
 
@@ -96,17 +162,24 @@ def _command(words: tuple[str, ...]) -> object:
     return 0
 
 
-def _run_here(seed: int, numbers: list[int], files: dict[str, str], folder: Path, journal: Path) -> None:
+def _run_here(
+    seed: int, numbers: list[int], files: dict[str, str], folder: Path, journal: Path, seconds: float, broken: str
+) -> None:
     try:
         confine(folder)
+        if broken:
+            module, _, name = broken.partition(":")
+            getattr(importlib.import_module(module), name)()
         with journal.open("a") as file:
             for number in numbers:
-                faulthandler.dump_traceback_later(SECONDS, exit=True)
+                faulthandler.dump_traceback_later(seconds, exit=True)
                 random.seed(0)
                 case = draw_case(seed, number, files, folder)
                 outcome, why, said = run_case(case, folder)
                 file.write(json.dumps([number, case.command, case.kind, outcome, why, said]) + "\n")
                 file.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)
 

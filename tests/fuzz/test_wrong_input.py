@@ -9,13 +9,14 @@ import os
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 
 import pytest
+import torch
 
-from tests.fuzz import children
-from tests.fuzz.cases import Case, draw_case
-from tests.fuzz.children import run_cases
+from tests.fuzz import broken
+from tests.fuzz.cases import draw_case
+from tests.fuzz.children import Runner
 from tests.fuzz.files import make_files
 from tests.fuzz.oracle import judge_call, judge_command
 from tests.ranks import ROOT
@@ -28,24 +29,30 @@ def files(tmp_path_factory) -> dict[str, str]:
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-def check(first: int, count: int, files: dict[str, str], folder) -> collections.Counter:
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with Runner() as started:
+        yield started
+
+
+def check(runner: Runner, first: int, count: int, files: dict[str, str], folder) -> collections.Counter:
     """Returns how often what happened; fails with every input that went wrong and the line that repeats it."""
-    results = run_cases(SEED, range(first, first + count), files, folder)
+    results = runner.run_cases(SEED, range(first, first + count), files, folder)
     assert [r.number for r in results] == list(range(first, first + count))
     wrong = [r.report(SEED, draw_case(SEED, r.number, files, folder)) for r in results if r.outcome == "wrong"]
     assert not wrong, "\n\n".join(wrong)
     return collections.Counter(r.outcome for r in results)
 
 
-def test_wrong_input_is_refused_in_one_sentence_or_works(files, tmp_path):
-    counts = check(0, 50, files, tmp_path)
+def test_wrong_input_is_refused_in_one_sentence_or_works(runner, files, tmp_path):
+    counts = check(runner, 0, 50, files, tmp_path)
     assert counts["refused"] >= 25 and counts["works"] >= 3, counts
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("first", range(0, 2000, CHUNK))
-def test_much_wrong_input(first, files, tmp_path):
-    counts = check(first, CHUNK, files, tmp_path)
+def test_much_wrong_input(first, runner, files, tmp_path):
+    counts = check(runner, first, CHUNK, files, tmp_path)
     assert counts["refused"] >= CHUNK // 2 and counts["works"] > 0, counts
 
 
@@ -104,25 +111,25 @@ def test_the_oracle_refuses_what_we_did_not_raise(error):
         assert judge_call(raised, ("optim.lr",))[0] == "wrong"
 
 
-def test_a_check_that_is_broken_is_found(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("swin_moe.config.checks._fits", lambda value, kind: True)
-    monkeypatch.setattr("swin_moe.config.coerce._coerce", lambda value, kind: value)
-    results = run_cases(SEED, range(50), files, tmp_path)
+def test_a_check_that_is_broken_is_found(runner, files, tmp_path):
+    results = runner.run_cases(SEED, range(50), files, tmp_path, broken=broken.accept_everything)
     assert any(r.outcome == "wrong" for r in results)
 
 
-def test_a_child_that_dies_or_hangs_is_told_and_the_others_run(files, tmp_path, monkeypatch):
-    ends = {3: lambda: os._exit(0), 5: lambda: time.sleep(60)}
-    monkeypatch.setattr(children, "SECONDS", 3)
-    monkeypatch.setattr(
-        children, "draw_case", lambda seed, number, *_: Case("f", "python", "f()", (), call=ends.get(number, tuple))
-    )
-    outcomes = [r.outcome for r in run_cases(SEED, range(7), files, tmp_path)]
-    assert outcomes == ["works"] * 3 + ["wrong", "works", "wrong", "works"]
+def test_a_child_that_dies_or_hangs_is_told_and_the_others_run(runner, files, tmp_path):
+    results = runner.run_cases(SEED, range(7), files, tmp_path, seconds=3, broken=broken.end_and_hang)
+    assert [r.outcome for r in results] == ["works"] * 3 + ["wrong", "works", "wrong", "works"]
 
 
-def test_memory_is_limited(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        children, "draw_case", lambda *_: Case("f", "python", "f()", (), call=lambda: bytearray(2 * children.MEMORY))
-    )
-    assert [r.why for r in run_cases(SEED, range(1), files, tmp_path)] == ["raises MemoryError"]
+def test_memory_is_limited(runner, files, tmp_path):
+    results = runner.run_cases(SEED, range(1), files, tmp_path, broken=broken.take_memory)
+    assert [r.why for r in results] == ["raises MemoryError"]
+
+
+def test_threads_that_ran_here_before_are_not_waited_for(runner, files, tmp_path):
+    # What another test of this process may have done: a fork of it would wait for these threads for ever.
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).add_(1)
+    torch.set_num_threads(1)
+    results = runner.run_cases(SEED, range(1), files, tmp_path, seconds=20, broken=broken.loop_in_parallel)
+    assert [r.outcome for r in results] == ["works"], results

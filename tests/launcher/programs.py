@@ -124,6 +124,29 @@ def _wait_for_rank_1(folder: Path, rank: str) -> None:
     time.sleep(600)
 
 
+def _sum_and_wait(folder: Path, rank: str) -> None:
+    """Sums over gloo as this package's programs do, writes what this rank knows, and stays until told to go."""
+    import socket
+
+    import torch
+    import torch.distributed as dist
+
+    from swin_moe.parallel.meeting import meet
+
+    world, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    store = meet(int(rank), world, os.environ["MASTER_ADDR"], port, patience=30, timeout=60)
+    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=world)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    names = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    facts = {name: os.environ[name] for name in names} | {"host": socket.gethostname(), "sum": int(total)}
+    (folder / f"draft-sum-{rank}").write_text(json.dumps(facts))
+    (folder / f"draft-sum-{rank}").rename(folder / f"sum-{rank}")
+    while not (folder / "go").exists():
+        time.sleep(0.05)
+    dist.destroy_process_group()
+
+
 def _train(folder: Path, rank: str) -> None:
     """Ten steps with a checkpoint each and progress told, from the newest; rank 1 dies in step 5 of the first start."""
     world, start = os.environ["WORLD_SIZE"], os.environ.get("LAUNCHER_RESTART", "0")
@@ -183,6 +206,38 @@ def _wait_to_be_killed_once(folder: Path, rank: str) -> None:
 
 def _say_two_lines(folder: Path, rank: str) -> None:
     os.write(1, f"first of rank {rank}\nsecond of rank {rank}\n".encode())  # at once: MPIs tag what they read at once
+
+
+def _write_much(folder: Path, rank: str) -> None:
+    """Lines in pieces of every size, some too long for any pipe, some written over, some no text, one never ended."""
+    import random
+
+    draw = random.Random(int(rank))
+    for number in range(300):
+        size = draw.choice([0, 3, 70, 900, 901, 5000])
+        line = f"r{rank} {number} ".encode() + draw.choice([b"x", b"\xff\xfe", b"\x1e0 n 1.", b"\x00"]) * size
+        if number % 10 == 0:
+            line = b"10%\r20%\r" + line
+        line += b"\n" * (number < 299)
+        for start in range(0, len(line), 1000):
+            os.write(1 + number % 2, line[start : start + 1000])
+    (folder / f"wrote-{rank}").touch()
+
+
+def _die_in_a_line(folder: Path, rank: str) -> None:
+    if rank == "1":
+        print("a whole line")
+        os.write(1, b"the last wor")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _leave_a_child_with_the_pipe(folder: Path, rank: str) -> None:
+    """The child is none of the job's by token or group, and writes on."""
+    code = "import os, time\ntime.sleep(0.5)\nos.write(1, b'late\\n')\ntime.sleep(30)"
+    child = subprocess.Popen([sys.executable, "-c", code], env={}, start_new_session=True)
+    (folder / f"child-{rank}").write_text(str(child.pid))
+    print("the program ends")
 
 
 def _save_and_come_back(folder: Path, rank: str) -> None:

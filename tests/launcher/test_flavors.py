@@ -197,3 +197,19 @@ def test_only_srun_must_live_to_end_its_ranks():
 @pytest.mark.parametrize("module", [flavors.hydra, flavors.openmpi, flavors.pals, flavors.srun])
 def test_every_file_cites_its_manual(module):
     assert re.search(r"Sources?: .*\d\.\d", module.__doc__, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["openmpi4", "openmpi5"])
+def test_open_mpi_keeps_off_networks_that_hosts_do_not_share(name, tmp_path):
+    keep_off = BY_NAME[name].keep_off
+    environ = {"HOME": str(tmp_path)}
+    mpirun, subnets = str(tmp_path / "prefix/bin/mpirun"), ["172.17.0.0/16", "10.5.0.0/16"]
+    expected = {"OMPI_MCA_btl_tcp_if_exclude": "127.0.0.0/8,sppp,172.17.0.0/16,10.5.0.0/16"}
+    assert keep_off(mpirun, subnets, environ) == expected
+    assert keep_off(mpirun, subnets, environ | {"OMPI_MCA_btl_tcp_if_include": "eth0"}) == {}
+    for file in (tmp_path / ".openmpi/mca-params.conf", tmp_path / "prefix/etc/openmpi-mca-params.conf"):
+        file.parent.mkdir(parents=True)
+        file.write_text("# interfaces\n btl_tcp_if_include = eth0\n")
+        assert keep_off(mpirun, subnets, environ) == {}
+        file.write_text("# btl_tcp_if_include = eth0\n")
+        assert keep_off(mpirun, subnets, environ) == expected

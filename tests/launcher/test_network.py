@@ -97,8 +97,51 @@ def test_interfaces_are_those_ip_lists():
     assert {(found.name, f"{found.address}/{found.prefix}") for found in read_place().interfaces} == listed
 
 
+BRIDGE = Interface("br0", "10.5.0.1", 16, 10_000, closed=True)
+
+
+def test_a_bridge_is_taken_only_where_nothing_else_is_shared():
+    places = [Place(f"h{n}", f"s{n}", (Interface("lxdbr0", f"10.5.0.{n}", 16, 10_000, closed=True),)) for n in (1, 2)]
+    assert shared_network(places) == "10.5.0.0/16"
+    slow = [
+        Place(p.host, p.stack, (*p.interfaces, Interface("eth0", f"10.6.0.{n}", 24, 0))) for n, p in enumerate(places)
+    ]
+    assert shared_network(slow) == "10.6.0.0/24"
+
+
+@pytest.mark.parametrize(
+    "interfaces, others, closed",
+    [
+        ([], [], ["172.17.0.0/16", "192.168.122.0/24"]),
+        ([BRIDGE], ["10.1.0.2"], ["10.5.0.0/16", "172.17.0.0/16", "192.168.122.0/24"]),
+        ([BRIDGE], ["10.5.0.2", "fd00::1"], ["172.17.0.0/16", "192.168.122.0/24"]),  # the hosts are its containers
+        ([Interface("eth0", "172.17.3.4", 20, 0)], [], ["192.168.122.0/24"]),  # a real network has docker's numbers
+        ([Interface("br6", "fd00::1", 64, 0, closed=True)], ["172.17.0.2"], ["192.168.122.0/24"]),
+    ],
+)
+def test_networks_that_lead_to_no_other_host(interfaces, others, closed):
+    assert network.closed_networks(interfaces, others) == closed
+
+
+@pytest.mark.parametrize(
+    "links, closed",
+    [
+        (["eth0/device"], False),  # no bridge
+        (["eth0/bridge", "eth0/brif/veth1", "veth1/ifindex"], True),
+        (["eth0/bridge"], True),
+        (["eth0/bridge", "eth0/brif/eno1", "eno1/device"], False),
+        (["eth0/bridge", "eth0/brif/veth1", "veth1/ifindex", "eth0/brif/bond0", "bond0/lower_eno1"], False),
+    ],
+)
+def test_a_bridge_with_a_card_in_it_is_open(links, closed, tmp_path):
+    for name in links:
+        (tmp_path / name).mkdir(parents=True)
+    assert network._is_closed("eth0", tmp_path) is closed
+
+
 def test_the_way_to_another_host():
     assert network.address_towards("127.0.0.1") == "127.0.0.1"
     assert network.address_towards("no-such-host.invalid") == ""
+    assert network.addresses_of("127.0.0.1") == ["127.0.0.1"] and network.addresses_of("no-such-host.invalid") == []
     if socket.has_ipv6:
         assert network.address_towards("::1") in ("::1", "")

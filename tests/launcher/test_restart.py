@@ -3,6 +3,7 @@
 import pytest
 
 from launcher import restart
+from launcher.__main__ import main
 from launcher.failure import kinds
 from launcher.failure.reports import Failure
 from launcher.hosts.hostfile import Host
@@ -105,7 +106,7 @@ def test_a_lost_host_is_left_out_and_its_ranks_go_where_there_is_room(tmp_path):
 
 
 def test_the_slot_of_a_rank_that_was_killed_is_not_used_where_fewer_will_do(tmp_path):
-    job, own = job_on("a:16\nb:16\n", "--allowed-ranks", "32,24,16", tmp_path=tmp_path)
+    job, own = job_on("a:16\nb:16\n", "--restarts", "2", "--allowed-ranks", "32,24,16", tmp_path=tmp_path)
     lost = Lost().more(job, Outcome(137, "17"))
     assert lost.slots == ("b",) and set(lost.hosts) <= {"a", "b"}
     again = restart._again(job, own, Lost(slots=lost.slots), 32, 1)
@@ -119,14 +120,45 @@ def test_the_slot_of_a_rank_that_was_killed_is_not_used_where_fewer_will_do(tmp_
     "words, sentence",
     [
         (["--restarts", "-1"], "--restarts must be at least 0, got -1"),
-        (["--log-dir", "/dev/null/logs"], "--log-dir '/dev/null/logs' cannot be made: Not a directory"),
         (["--stall", "0"], "--stall must be more than 0"),
+        (["--stall", "nan"], "--stall must be more than 0"),
+        (["--grace", "-5"], "--grace must be at least 0, got -5"),
+        (["--backoff", "nan", "--restarts", "1"], "--backoff must be at least 0, got nan"),
         (["--allowed-ranks", "32,x"], "--allowed-ranks takes numbers such as 32,24,16, got '32,x'"),
+        (["--allowed-ranks", "32,0", "--restarts", "1"], "--allowed-ranks takes numbers such as 32,24,16, got '32,0'"),
+        (["--backoff", "5"], "--backoff is for a job that is started again; it needs --restarts"),
+        (["--min-ranks", "2"], "--min-ranks is for a job that is started again; it needs --restarts"),
+        (["--allowed-ranks", "4,2"], "--allowed-ranks is for a job that is started again; it needs --restarts"),
+        (
+            ["--restarts", "1", "--allowed-ranks", "16,8", "--min-ranks", "17"],
+            "--min-ranks 17 is more than any of --allowed-ranks 16,8",
+        ),
     ],
 )
 def test_options_that_cannot_be(words, sentence):
     with pytest.raises(ValueError, match=sentence):
         restart.check(parser().parse_args(words))
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["-n", "3", "--restarts", "1", "--allowed-ranks", "4,2"], "a job of 3 ranks is none of --allowed-ranks 4,2"),
+        (["-n", "3", "--restarts", "1", "--min-ranks", "4"], "--min-ranks 4 is more than the job's 3"),
+        (["-n", "3", "--exclude", "n01"], "--exclude needs hosts to leave some out of"),
+        (["--log-dir", "/dev/null/logs"], "--log-dir '/dev/null/logs' cannot be made: Not a directory"),
+        (["--restarts", "1", "--backoff", "-1"], "--backoff must be at least 0, got -1"),
+    ],
+)
+def test_one_sentence_before_anything_starts(words, sentence, capsys):
+    assert main([*words, "--", "-m", "json.tool"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"launcher: {sentence}") and message.count("\n") == 1
+
+
+def test_a_dry_run_makes_no_folder(tmp_path, capsys):
+    assert main(["-n", "2", "--dry-run", "--log-dir", str(tmp_path / "logs"), "--", "-m", "json.tool"]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.mpi

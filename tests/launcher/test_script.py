@@ -1,7 +1,9 @@
 """Batch scripts and manifests: their whole text, what their shell does with signals, and Slurm's really submitted."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher import script
+from launcher.job.options import Parser, add_options, given, parser
 from launcher.schedulers import SCHEDULERS
 from launcher.script import parse_time
 from tests.ranks import ROOT
@@ -112,6 +115,69 @@ def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert script.main([*arguments, *PROGRAM]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"launcher: {sentence}") and message.count("\n") == 1
+
+
+# What each option of the launcher's table can be given as, for the walk below; "" = it is a flag.
+VALUES = {
+    "exclude": "n03", "mpi": "mpirun", "env": "A=it's", "forward": "WANDB_*", "stall": "90", "restarts": "3",
+    "backoff": "7.5", "min_ranks": "4", "allowed_ranks": "8,4", "log_dir": "logs of it",
+    "preflight_file": "a b.json", "preflight_over": "gloo", "preflight_limit": "33.5",
+}  # fmt: skip
+SETTLED = {"ranks": "4", "hostfile": "hosts", "grace": "60", "save_after": "60", "dry_run": ""}
+NEEDED = {"backoff": ["--restarts", "1"], "min_ranks": ["--restarts", "1"], "allowed_ranks": ["--restarts", "1"]}
+TABLE = {action.dest: action for action in add_options(Parser())}
+
+
+def words_of(name):
+    action = TABLE[name]
+    value = (VALUES | SETTLED).get(name, "")
+    assert bool(value) != isinstance(action.const, bool), f"give --{name} a value in VALUES"
+    return [action.option_strings[-1], *([value] if value else [])]
+
+
+@pytest.mark.parametrize("option", TABLE)
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_is_in_the_script_or_refused(name, option, tmp_path, capsys, monkeypatch):
+    """The words that the script gives the launcher are read back by the launcher's own parser."""
+    monkeypatch.chdir(tmp_path)
+    words = [*words_of(option), *NEEDED.get(option, [])]
+    own = CASES[name] if name.startswith("k8s") else []
+    code = script.main(["--scheduler", name.partition("-")[0], *COMMON, *own, *words, *PROGRAM])
+    text, said = capsys.readouterr()
+    if option in SETTLED or name == "k8s-pytorchjob":
+        assert code == 2 and said.count("\n") == 1
+        if option not in SETTLED:
+            sentence = f"--kind pytorchjob does not start the launcher, so {words[0]} cannot be passed on"
+            assert said == f"launcher: {sentence}\n"
+        return
+    assert code == 0, said
+    assert not list(tmp_path.iterdir())  # no folder of --log-dir, which belongs to the job
+    found = given(list(TABLE.values()), parser().parse_args(words_of_launcher(text)))
+    for wanted in (option, *(["restarts"] if option in NEEDED else [])):
+        assert found[wanted] == given(list(TABLE.values()), parser().parse_args(words))[wanted]
+
+
+def words_of_launcher(text):
+    """Returns what stands between `-m launcher` and the dashes of a script or a manifest."""
+    line = next(line for line in text.splitlines() if "launcher" in line and " -m" in line.replace('", "', " "))
+    listed = re.fullmatch(r" *command: (.*)", line)
+    words = json.loads(listed[1]) if listed else shlex.split(line)
+    return words[words.index("launcher") + 1 : words.index("--")]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--restarts", "-1"], "--restarts must be at least 0"),
+        (["--restarts", "1", "--allowed-ranks", "4,2"], "a job of 8 ranks is none of --allowed-ranks 4,2"),
+        (["--backoff", "3"], "--backoff is for a job that is started again"),
+        (["--grace", "5"], "--grace follows from --warning in a script"),
+        (["-n", "5"], "-n has no place in a script: its ranks are --nodes times --ranks-per-node"),
+    ],
+)
+def test_what_the_launcher_would_refuse_is_refused_before_it_is_submitted(arguments, sentence, capsys):
+    assert script.main(["--scheduler", "slurm", *COMMON, *arguments, *PROGRAM]) == 2
+    assert capsys.readouterr().err.startswith(f"launcher: {sentence}")
 
 
 def test_the_launcher_has_the_command(tmp_path):

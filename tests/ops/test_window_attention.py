@@ -40,8 +40,8 @@ def test_reference_and_operator_equal_the_formula(name):
     tensors = case.tensors()
     weight = torch.randn(case.batch, case.height, case.width, case.heads * case.head_dim, dtype=torch.float64)
     expected = value_and_gradients(lambda *t: formula(case, *t), tensors, weight)
-    for attend in (attend_map, OPERATOR):
-        found = value_and_gradients(lambda *t, attend=attend: attend(*t, *case.numbers), tensors, weight)
+    for attend in (lambda *t: attend_map(*t, numbers=case.numbers), lambda *t: OPERATOR(*t, *case.numbers)):
+        found = value_and_gradients(attend, tensors, weight)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -63,9 +63,9 @@ def test_zero_queries_and_keys_are_divided_by_the_smallest_length(dtype):
     tensors[0][0, 1] = 0.0  # a row of four tokens without queries, keys and values
     weight = torch.randn(1, 4, 4, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = value_and_gradients(lambda *t: OPERATOR(*t, *case.numbers), tensors, weight)
-    eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, weight)
+    eager = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), tensors, weight)
     wide = [None if t is None else t.double() for t in tensors]
-    exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, weight.double())
+    exact = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), wide, weight.double())
     # Gradients of zero rows are 1e12 times as long as the others, so each kind is compared for itself.
     parts = {"zero": (0, 1), "rest": (0, [0, 2, 3])}
     for part, index in parts.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import swin_moe.ops.attention.fused  # noqa: F401  defines the operator
-from swin_moe.ops.attention.reference import attend_map
+from swin_moe.ops.attention.reference import AttentionNumbers, attend_map
 
 INPUTS = ("qkv", "bias_table", "logit_scale", "pad_qkv")
 # Added to the bound on the relative error of one case: a few roundings, where eager happens to be exact (48 float32
@@ -32,9 +32,9 @@ class Case:
     pad: bool  # pad_qkv is given
 
     @property
-    def numbers(self) -> tuple:
+    def numbers(self) -> AttentionNumbers:
         """The arguments of the operator after the tensors."""
-        return self.heads, *self.window, *self.shift, self.head_dim**-0.5, -100.0
+        return AttentionNumbers(self.heads, *self.window, *self.shift, self.head_dim**-0.5, -100.0)
 
     def tensors(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
         """Returns qkv, bias_table, logit_scale, pad_qkv: values of `dtype`, tables of at least float32."""
@@ -137,8 +137,8 @@ def errors(
     shape = (case.batch, case.height, case.width, case.heads * case.head_dim)
     grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     wide = [None if t is None else t.double() for t in tensors]
-    exact = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), wide, grad_out.double())
-    eager = value_and_gradients(lambda *t: attend_map(*t, *case.numbers), tensors, grad_out)
+    exact = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), wide, grad_out.double())
+    eager = value_and_gradients(lambda *t: attend_map(*t, numbers=case.numbers), tensors, grad_out)
     operator = operator or torch.ops.swin_moe.window_attention
     ours = value_and_gradients(lambda *t: operator(*t, *case.numbers), tensors, grad_out)
     found = {}

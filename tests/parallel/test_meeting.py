@@ -1,11 +1,12 @@
 """Ranks that meet in threads of one process, and what is said of those that do not come."""
 
+import errno
 import socket
 import threading
 
 import pytest
 
-from swin_moe.parallel.meeting import meet
+from swin_moe.parallel.meeting import _listen, meet
 
 
 @pytest.fixture
@@ -49,3 +50,17 @@ def test_a_port_in_use_is_one_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"cannot listen at 127.0.0.1:{port} \(MASTER_PORT\): the port is in use"):
             meet(0, 2, "127.0.0.1", port, patience=1, timeout=1)
+
+
+def test_rank_0_listens_at_its_address_alone(port):
+    store = meet(0, 1, "127.0.0.1", port, patience=5, timeout=20)
+    for address, code in (("127.0.0.1", 0), ("127.0.0.2", errno.ECONNREFUSED)):
+        with socket.socket() as probe:
+            assert probe.connect_ex((address, port)) == code
+    del store
+
+
+@pytest.mark.parametrize("address", ["localhost", "203.0.113.9"])
+def test_where_the_address_is_no_interface_of_this_host_torch_listens(address, port):
+    """A name; and the address of a service that leads here, which documentation's own (RFC 5737) stands for."""
+    assert _listen(address, port) is None

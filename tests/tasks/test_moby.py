@@ -246,6 +246,20 @@ def test_an_encoder_is_probed_and_a_classifier_begins_moby(tmp_path):
         assert torch.equal(after[name], after[other]), name
 
 
+def test_momentum_networks_may_have_other_names(tmp_path):
+    own = (*MOBY, "task.name=tests.tasks.slow_moby:SlowMoBY")
+    source, other = trained(tmp_path / "ours", "digits_moby", *MOBY), trained(tmp_path / "theirs", "digits_moby", *own)
+    found = {name.replace("slow.", "momentum_"): value for name, value in weights(other).items()}
+    assert found.keys() == weights(source).keys()
+    assert all(torch.equal(value, found[name]) for name, value in weights(source).items())
+    new, _ = begun(tmp_path / "theirs", "digits_moby", other.session.directory, *own)
+    after, moved = weights(new), 0
+    for name, online in new.engine.local_model.momentum_pairs().items():
+        assert torch.equal(after[name], weights(other)[online]), name
+        moved += not torch.equal(after[name], weights(other)[name])
+    assert moved, "they had fallen behind"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -82,13 +82,20 @@ def test_averaged_weights_come_first_and_start_the_new_average(tmp_path):
 # Windows and resolutions.
 
 
-@pytest.mark.parametrize(("task", "resize"), [("digits_simmim", resize_bias_table_geometric),
-                                              ("digits_dense", resize_bias_table)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "resize"), [("digits_simmim", resize_bias_table_geometric), ("digits_dense", resize_bias_table)]
+)
 def test_bias_tables_follow_a_new_window(tmp_path, task, resize):
     source = trained(tmp_path, task, "model.name=swin")
     old = weights(source)
-    new, report = begun(tmp_path, "digits_dense", source.session.directory, "model.name=swin", "model.img_size=28",
-                        "model.window_size=7")  # fmt: skip
+    new, report = begun(
+        tmp_path,
+        "digits_dense",
+        source.session.directory,
+        "model.name=swin",
+        "model.img_size=28",
+        "model.window_size=7",
+    )
     prefix = "encoder." if task == "digits_simmim" else ""
     for name, value in weights(new).items():
         if name.endswith("relative_position_bias_table"):

@@ -25,6 +25,12 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def die_once() -> None:
+    """Kills this process, unless the launcher has started the job again."""
+    if "LAUNCHER_RESTART" not in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def in_forward(rank: int, act) -> None:
     """Calls `act` on one rank in the forward of the MoE layer of step 3."""
     original = MoELayer.forward
@@ -66,6 +72,7 @@ FAULTS = {
     "stop rank 1": lambda: in_forward(1, stop),
     "stop rank 0": lambda: in_forward(0, stop),
     "exit rank 1": lambda: in_forward(1, lambda: os._exit(7)),
+    "kill rank 1 once": lambda: in_forward(1, die_once),
     "hang in forward": lambda: in_forward(1, sleep_for_ever),
     "hang in records": lambda: in_records(1, sleep_for_ever),
     "slow save": save_slowly,

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,23 @@ def command(
     return [*start, f"swin_moe.{entry}", config, *QUICK, f"run.output={directory}", *options]
 
 
-def run(words: list[str], timeout: float = 60) -> subprocess.CompletedProcess:
+@pytest.fixture
+def start() -> Iterator[Callable[[list[str]], subprocess.Popen]]:
+    """Starts commands in the background, their output in a pipe; none outlives a test that fails before its end."""
+    with contextlib.ExitStack() as started:
+
+        def begin(words: list[str]) -> subprocess.Popen:
+            process = subprocess.Popen(
+                words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            started.callback(process.communicate)
+            started.callback(process.kill)  # before it: the ranks of a launcher end with it
+            return process
+
+        yield begin
+
+
+def run(words: list[str], timeout: float = 180) -> subprocess.CompletedProcess:
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -205,7 +222,7 @@ def test_finished_run_is_a_no_op(tmp_path):
 
 def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
     """Waits until the run has recorded a step."""
-    deadline, path = time.monotonic() + 40, directory / "run" / "metrics.jsonl"
+    deadline, path = time.monotonic() + 150, directory / "run" / "metrics.jsonl"
     while time.monotonic() < deadline:
         lines = path.read_text().splitlines() if path.exists() else []
         if lines and json.loads(lines[-1])["step"] >= step:
@@ -233,18 +250,16 @@ def ranks_of(directory: Path) -> list[int]:
     [
         (signal.SIGTERM, 2),
         (signal.SIGUSR1, 2),
-        (signal.SIGHUP, 2),
+        pytest.param(signal.SIGHUP, 2, marks=pytest.mark.full),  # the launcher passes it on as it does SIGTERM
         (signal.SIGINT, 2),
         (signal.SIGTERM, 0),
         (signal.SIGHUP, 0),
         (signal.SIGINT, 0),
     ],
 )
-def test_signal_saves_and_exits_cleanly(tmp_path, number, ranks):
+def test_signal_saves_and_exits_cleanly(tmp_path, start, number, ranks):
     words = command(tmp_path, "optim.epochs=500", ranks=ranks)
-    process = subprocess.Popen(
-        words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start(words)
     wait_for_step(process, tmp_path, 3)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -257,11 +272,9 @@ def test_signal_saves_and_exits_cleanly(tmp_path, number, ranks):
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_ctrl_c_twice_ends_at_once_and_keeps_what_was_saved(tmp_path, ranks):
+def test_ctrl_c_twice_ends_at_once_and_keeps_what_was_saved(tmp_path, start, ranks):
     words = command(tmp_path, "optim.epochs=500", "checkpoint.every=2", "engine.timeout=30", ranks=ranks)
-    process = subprocess.Popen(
-        words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start(words)
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -272,11 +285,9 @@ def test_ctrl_c_twice_ends_at_once_and_keeps_what_was_saved(tmp_path, ranks):
 
 
 @pytest.mark.parametrize("victim", ["launcher", "rank"])
-def test_kill_9_leaves_no_orphan_and_the_next_run_resumes(tmp_path, victim):
+def test_kill_9_leaves_no_orphan_and_the_next_run_resumes(tmp_path, start, victim):
     words = command(tmp_path, "optim.epochs=500", "checkpoint.every=2", "checkpoint.keep=2", ranks=2)
-    process = subprocess.Popen(
-        words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start(words)
     wait_for_step(process, tmp_path, 5)
     if victim == "launcher":
         process.kill()

@@ -90,9 +90,14 @@ def assert_equal(found: tuple, expected: tuple) -> None:
 
 # 50 images: steps of 24, 24 and 2, an evaluation after each epoch.
 COMMON = (
-    "engine.precision=fp32", "data.global_batch=24", "optim.epochs=3", "optim.ema=0.5", "model.drop_path_rate=0.3",
-    "model.drop_rate=0.1", "optim.lr=0.01",
-)  # fmt: skip
+    "engine.precision=fp32",
+    "data.global_batch=24",
+    "optim.epochs=3",
+    "optim.ema=0.5",
+    "model.drop_path_rate=0.3",
+    "model.drop_rate=0.1",
+    "optim.lr=0.01",
+)
 THIRDS, BF16 = "data.micro_batch=8", "engine.precision=bf16"
 PADDED = (*cases.MOE, "model.moe.backend=padded", "model.moe.dropout=0.1", "model.moe.gate_noise=1.0")
 BY_COUNT = "by count"

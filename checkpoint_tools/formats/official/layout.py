@@ -123,9 +123,16 @@ def shift_mask(geometry: StageGeometry) -> np.ndarray | None:
 
 # Of all families: no family has a parameter that only another one excludes. Ours: router.projector.
 _KEYWORDS = (
-    "cpb_mlp", "logit_scale", "relative_position_bias_table", "fc1_bias", "fc2_bias", "temperature",
-    "cosine_projector", "router.projector", "sim_matrix",
-)  # fmt: skip
+    "cpb_mlp",
+    "logit_scale",
+    "relative_position_bias_table",
+    "fc1_bias",
+    "fc2_bias",
+    "temperature",
+    "cosine_projector",
+    "router.projector",
+    "sim_matrix",
+)
 
 
 def has_decay(name: str, num_dims: int) -> bool:

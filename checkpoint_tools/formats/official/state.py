@@ -105,9 +105,10 @@ def steps_of_schedule(content: Mapping[str, Any]) -> int | None:
     if options.get("WARMUP_PREFIX") and isinstance(total, int) and isinstance(warmup, int):
         total += warmup  # the prefix is no part of it there
     pairs = (
-        (total, train.get("EPOCHS")), (warmup, train.get("WARMUP_EPOCHS")),
+        (total, train.get("EPOCHS")),
+        (warmup, train.get("WARMUP_EPOCHS")),
         (schedule.get("decay_t"), options.get("DECAY_EPOCHS")),
-    )  # fmt: skip
+    )
     ratios = {steps / epochs for steps, epochs in pairs if type(steps) is int and type(epochs) is int and epochs > 0}
     per_epoch = next(iter(ratios)) if len(ratios) == 1 else 0
     return (epoch + 1) * int(per_epoch) if per_epoch > 0 and per_epoch == int(per_epoch) else None

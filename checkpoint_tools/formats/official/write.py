@@ -142,9 +142,12 @@ class OfficialContent:
         if "scaler" not in kept and engine.get("loss_scale"):
             scale = engine["loss_scale"]
             kept["scaler"] = {
-                "scale": scale["value"], "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+                "scale": scale["value"],
+                "growth_factor": 2.0,
+                "backoff_factor": 0.5,
+                "growth_interval": 2000,
                 "_growth_tracker": scale["good_steps"],
-            }  # fmt: skip
+            }
         missing = {"lr_scheduler": {}, "max_accuracy": 0.0, "epoch": 0}
         known = {key: kept.get(key, missing.get(key)) for key in KEPT if key in kept or key in missing}
         config = {}

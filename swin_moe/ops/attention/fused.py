@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swin_moe.ops import extension
 from swin_moe.ops.attention.geometry import MASKED, Pair
-from swin_moe.ops.attention.reference import attend_map, attend_map_backward
+from swin_moe.ops.attention.reference import AttentionNumbers, attend_map, attend_map_backward
 from swin_moe.ops.transforms import call_operator
 
 _ARGUMENTS = (
@@ -117,24 +117,23 @@ def _fake(qkv: Tensor, bias_table: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty((batch, height, width, channels // 3))
 
 
-def _attend_and_sum(
-    qkv: Tensor,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    pad_qkv: Tensor | None,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    mask_value: float,
-) -> tuple[Tensor, Tensor]:
+def _attend(*arguments: Any) -> Tensor:
+    """Returns what the operator does, by the reference."""
+    return attend_map(*arguments[:4], numbers=AttentionNumbers(*arguments[4:]))
+
+
+def _attend_and_sum(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Returns the attended values (B, H, W, C), and (windows, heads, tokens) float32 for the backward of the device:
     zeros here, since the reference's backward does not read them."""
-    numbers = num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value
-    out = attend_map(qkv, bias_table, logit_scale, pad_qkv, *numbers)
-    return out, qkv.new_zeros(_sums_shape(qkv, num_heads, window_h, window_w), dtype=torch.float32)
+    qkv, numbers = arguments[0], AttentionNumbers(*arguments[4:])
+    sums = qkv.new_zeros(_sums_shape(qkv, numbers.num_heads, *numbers.window), dtype=torch.float32)
+    return _attend(*arguments), sums
+
+
+def _attend_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Returns the gradients by the reference, which does not read what the forward left, the last two arguments."""
+    numbers = AttentionNumbers(*arguments[5 : 5 + len(AttentionNumbers._fields)])
+    return attend_map_backward(*arguments[:5], numbers=numbers)
 
 
 def _sums_shape(qkv: Tensor, num_heads: int, window_h: int, window_w: int) -> tuple[int, int, int]:
@@ -192,6 +191,6 @@ def _register(name: str, kernel: Callable, fake: Callable, differentiate: Callab
     torch.library.register_autograd(qualified, differentiate, setup_context=save, lib=library)
 
 
-_register("window_attention", attend_map, _fake, _differentiate, _save)
+_register("window_attention", _attend, _fake, _differentiate, _save)
 _register("window_attention_and_sums", _attend_and_sum, _fake_and_sum, _differentiate_with_sums, _save_with_sums)
-_register("window_attention_backward", attend_map_backward, _fake_backward, _refuse_second_derivative, None)
+_register("window_attention_backward", _attend_backward, _fake_backward, _refuse_second_derivative, None)

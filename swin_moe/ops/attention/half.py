@@ -68,9 +68,13 @@ def attention_half(
     qkv = project(windows)
     bias = gather_bias(tensors.bias_table, shape.window)
     out = attend_windows(
-        qkv, bias, seam_mask(full, shape, bias), scale=shape.scale, logit_scale=tensors.logit_scale,
+        qkv,
+        bias,
+        seam_mask(full, shape, bias),
+        scale=shape.scale,
+        logit_scale=tensors.logit_scale,
         implementation=path,
-    )  # fmt: skip
+    )
     return join(project_out(out), x_BHWC, full, shape)
 
 
@@ -91,9 +95,15 @@ def fused_half(x_BHWC: Tensor, tensors: HalfTensors, shape: HalfShape, *, layers
         pad = tensors.qkv_bias.to(qkv.dtype)  # a padded token is zero before the projection
     factor = None if tensors.logit_scale is None else clamped_factor(tensors.logit_scale).flatten()
     out = fused_window_attention(
-        qkv, tensors.bias_table, num_heads=shape.num_heads, window=shape.window, shift=shape.shift, scale=shape.scale,
-        logit_scale=factor, pad_qkv=pad,
-    )  # fmt: skip
+        qkv,
+        tensors.bias_table,
+        num_heads=shape.num_heads,
+        window=shape.window,
+        shift=shape.shift,
+        scale=shape.scale,
+        logit_scale=factor,
+        pad_qkv=pad,
+    )
     return project_out(out)
 
 

@@ -52,9 +52,11 @@ def attend_windows(
         implementation = "reference"  # sdpa of no windows returns a constant: the bias would have no gradient
     elif implementation == "auto":
         implementation = choose(
-            qkv_WNC.device.type, qkv_WNC.dtype, bias_HNN.dtype,
+            qkv_WNC.device.type,
+            qkv_WNC.dtype,
+            bias_HNN.dtype,
             gradients=torch.is_grad_enabled() and (qkv_WNC.requires_grad or bias_HNN.requires_grad),
-        )  # fmt: skip
+        )
     # Merged once per call: the score matrix is then read and written once less than with two additions.
     bias = bias_HNN[None] if mask_MNN is None else bias_HNN[None] + mask_MNN[:, None]
     if implementation == "analytic":

@@ -6,42 +6,55 @@ It runs as the kernel of the operator wherever no compiled one is registered.
 """
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops.attention.geometry import gather_bias, merge_windows, padded_size, partition_windows, shift_mask
+from swin_moe.ops.attention.geometry import Pair, gather_bias, merge_windows, padded_size, partition_windows, shift_mask
 from swin_moe.ops.attention.in_windows import attend_explicitly
 
 
+class AttentionNumbers(NamedTuple):
+    """What the operator takes besides tensors, in the order of its schema (fused.py)."""
+
+    num_heads: int
+    window_h: int  # tokens
+    window_w: int
+    shift_h: int  # tokens, less than the window
+    shift_w: int
+    scale: float  # on dot-product scores
+    mask_value: float  # added to scores across the seam of the shift
+
+    @property
+    def window(self) -> Pair:
+        """(height, width) in tokens."""
+        return self.window_h, self.window_w
+
+    @property
+    def shift(self) -> Pair:
+        """(height, width) in tokens."""
+        return self.shift_h, self.shift_w
+
+
 def attend_map(
-    qkv: Tensor,
-    bias_table: Tensor,
-    logit_scale: Tensor | None,
-    pad_qkv: Tensor | None,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    mask_value: float,
+    qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None, pad_qkv: Tensor | None, *, numbers: AttentionNumbers
 ) -> Tensor:
-    """Returns (B, H, W, C); arguments as the operator's (window_attention.py). Differentiable by autograd."""
+    """Returns (B, H, W, C); tensors as the operator's (fused.py). Differentiable by autograd."""
     batch, height, width, channels = qkv.shape
-    window, shift = (window_h, window_w), (shift_h, shift_w)
-    full = (padded_size(height, window_h), padded_size(width, window_w))
+    window, shift = numbers.window, numbers.shift
+    full = (padded_size(height, window[0]), padded_size(width, window[1]))
     with without_autocast(qkv.device.type):
         x = _pad(qkv, full, pad_qkv)
         if any(shift):
-            x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
+            x = torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
         bias = gather_bias(bias_table, window)[None]
         if any(shift):
-            bias = bias + shift_mask(*full, window, shift, bias.device, bias.dtype, mask_value)[:, None]
-        factor = None if logit_scale is None else logit_scale.view(num_heads, 1, 1)
-        out_WAND = attend_explicitly(partition_windows(x, window), bias, scale, factor)
-        out = out_WAND.transpose(1, 2).reshape(-1, window_h * window_w, channels // 3)
+            bias = bias + shift_mask(*full, window, shift, bias.device, bias.dtype, numbers.mask_value)[:, None]
+        factor = None if logit_scale is None else logit_scale.view(numbers.num_heads, 1, 1)
+        out_WAND = attend_explicitly(partition_windows(x, window), bias, numbers.scale, factor)
+        out = out_WAND.transpose(1, 2).reshape(-1, window[0] * window[1], channels // 3)
         x = merge_windows(out, window, batch, *full)
         if any(shift):
             x = torch.roll(x, shifts=shift, dims=(1, 2))
@@ -54,25 +67,17 @@ def attend_map_backward(
     bias_table: Tensor,
     logit_scale: Tensor | None,
     pad_qkv: Tensor | None,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    mask_value: float,
-    out: Tensor | None = None,
-    log_sums: Tensor | None = None,
+    *,
+    numbers: AttentionNumbers,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, bias_table, logit_scale and pad_qkv, an empty tensor for what was None.
 
-    The forward is computed again and differentiated by autograd; its results, which kernels may be given, are not read.
+    The forward is computed again and differentiated by autograd.
     """
-    numbers = (num_heads, window_h, window_w, shift_h, shift_w, scale, mask_value)
     with torch.inference_mode(False), torch.enable_grad():
         x, table = _leaf(qkv), _leaf(bias_table)
         factor, padding = (None if t is None else _leaf(t) for t in (logit_scale, pad_qkv))
-        out = attend_map(x, table, factor, padding, *numbers)
+        out = attend_map(x, table, factor, padding, numbers=numbers)
         given = [x, table, *(leaf for leaf in (factor, padding) if leaf is not None)]
         grads = iter(torch.autograd.grad(out, given, _leaf(grad_out), materialize_grads=True))
         grad_x, grad_table = next(grads).contiguous(), next(grads).contiguous()

@@ -1,0 +1,96 @@
+"""What it costs that the launcher takes what ranks write: four ranks that write 25 MB each, against bare mpirun.
+
+    python benchmarks/launcher_output.py [--ranks 4] [--megabytes 25] [--rounds 5]
+
+Runs alternate. `write` hands 60 KB of lines of 60 bytes to the system at once, `print` is Python's print of the same
+lines, which waits in a buffer under bare mpirun and is written line by line under the launcher. Every run is read to
+its end and counted: a line that is missing or torn apart is an error. CPU seconds are those of the launcher or mpirun
+and of the ranks, less what a job costs that writes nothing.
+
+Prints a markdown table of medians.
+"""
+
+import argparse
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launcher.command import find_mpi  # noqa: E402
+from launcher.env import without_world  # noqa: E402
+
+PROGRAM = """
+import os, sys
+from mpi4py import MPI
+rank, kind, lines = MPI.COMM_WORLD.rank, sys.argv[1], int(sys.argv[2])
+if kind == "print":
+    for number in range(lines):
+        print(f"rank {rank} step {number:7d} loss 2.3456 lr 1.00e-04 memory 1234 M")
+else:
+    line = "rank %d step %7d loss 2.3456 lr 1.00e-04 memory 1234 M\\n"
+    for start in range(0, lines, 1000):
+        text = "".join(line % (rank, number) for number in range(start, start + 1000))
+        while text:
+            text = text[os.write(1, text.encode()):]
+"""
+LINE = re.compile(rb"(?:\[\d+\] )?rank (\d+) step  *(\d+) loss 2\.3456 lr 1\.00e-04 memory 1234 M")
+
+
+def run(command: list[str], kind: str, lines: int, ranks: int, *, check: bool = True) -> tuple[float, float]:
+    """Returns (wall, CPU) seconds of a job. Raises RuntimeError for output that is not whole."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environ = without_world(os.environ) | {"PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile() as out:
+        subprocess.run([*command, kind, str(lines)], env=environ, cwd=ROOT, stdout=out, check=True)
+        wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        out.seek(0)
+        text = out.read()
+    if check:
+        found = Counter(match[1] for line in text.split(b"\n") if (match := LINE.fullmatch(line)))
+        if found != {b"%d" % rank: lines for rank in range(ranks)} or text.count(b"\n") != ranks * lines:
+            raise RuntimeError(f"not whole: {dict(found)} of {lines} lines of each rank")
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--megabytes", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    lines = options.megabytes * 1_000_000 // 60 // 1000 * 1000
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "program.py")
+        program.write_text(PROGRAM)
+        ours = [sys.executable, "-m", "launcher", "-n", str(options.ranks), "--quiet"]
+        commands = {
+            "bare mpirun": [find_mpi("").mpirun, "-n", str(options.ranks), sys.executable, str(program)],
+            "launcher": [*ours, "--", str(program)],
+            "launcher --log-dir": [*ours, "--log-dir", f"{folder}/logs", "--", str(program)],
+        }
+        print(f"{options.ranks} ranks, {options.megabytes} MB each, medians of {options.rounds}\n")
+        print("| output by | how | wall | CPU, less an empty job's | lines whole |\n|---|---|---|---|---|")
+        for kind in ("write", "print"):
+            costs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+            for _ in range(options.rounds):
+                for name, command in commands.items():
+                    _, idle = run(command, kind, 0, options.ranks, check=False)
+                    wall, cpu = run(command, kind, lines, options.ranks, check=name != "bare mpirun")
+                    costs[name].append((wall, cpu - idle))
+            for name, pairs in costs.items():
+                wall, cpu = (statistics.median(pair[number] for pair in pairs) for number in (0, 1))
+                whole = "not looked at" if name == "bare mpirun" else "all"
+                print(f"| {kind} | {name} | {wall:.2f} s | {cpu:.2f} s | {whole} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the ranks of a layout send each other in one optimizer step, by group; plain arithmetic."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from swin_moe.config import Config
+from swin_moe.planner.layouts import Layout
+from swin_moe.planner.workload import Workload
+
+_ENCODED = {"none": None, "bf16": 2, "fp8": 1}  # bytes of an element that travels
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal calls of one kind.
+
+    bytes: Of one call: what a rank sends in an all-to-all, the whole of what is reduced or gathered else.
+    stride: Ranks of the group are so many apart. beside: What it may run beside (backward, forward, experts, "" =
+    nothing), and share: how much of that hides it.
+    """
+
+    kind: str  # all_to_all, all_reduce, all_gather, reduce_scatter
+    phase: str  # exchange, reduction
+    ranks: int
+    stride: int
+    bytes: float
+    calls: int
+    beside: str = ""
+    share: float = 0.0
+
+
+def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterator[Collective]:
+    """Yields what is sent in a step. Passes of the network: forward, backward, and recomputed in backward."""
+    forwards = (2 if layout.recompute == "block" else 1) * layout.accumulation
+    yield from _rows(config, workload, layout, forwards)
+    if layout.world_size == 1:
+        return
+    item = 8 if config.engine.precision == "fp64" else 4
+    dense = float(item * workload.numel(experts=False, trained=True))
+    local = float(item * workload.numel(experts=True, trained=True) / (layout.expert * layout.expert_shard))
+    stride = layout.expert * layout.expert_shard
+    world, replicas = (layout.world_size, 1), (layout.expert_data, stride)
+    sharded = layout.zero == 3 or (layout.zero == 2 and layout.engine == "torch")
+    for size, (ranks, apart) in ((dense, world), (local, replicas)):
+        if ranks == 1 or not size:
+            continue
+        if sharded:
+            gathers = forwards + layout.accumulation if layout.zero == 3 else 1
+            calls = workload.blocks * gathers
+            yield Collective("all_gather", "reduction", ranks, apart, size / workload.blocks, calls, "forward", 0.8)
+            yield Collective("reduce_scatter", "reduction", ranks, apart, size / workload.blocks, workload.blocks,
+                             "backward", 0.8)  # fmt: skip
+        elif layout.zero == 0:
+            yield Collective("all_reduce", "reduction", ranks, apart, size, 1, "backward", 0.8)
+        else:
+            scattered = layout.engine == "deepspeed" or layout.zero == 2
+            kind, hides = ("reduce_scatter", 0.0) if scattered else ("all_reduce", 0.8)
+            yield Collective(kind, "reduction", ranks, apart, size, 1, "backward", hides)
+            yield Collective("all_gather", "reduction", ranks, apart, size, 1)
+
+
+def _rows(config: Config, workload: Workload, layout: Layout, forwards: int) -> Iterator[Collective]:
+    """Yields rows to the experts and back, their gradients, and shards of experts."""
+    ranks = layout.expert * layout.expert_shard
+    if ranks == 1:
+        return
+    item = _ENCODED[layout.payload] or workload.row_bytes
+    padded = config.model.moe.backend in ("padded", "tutel") and config.model.moe.capacity_factor > 0
+    padding = config.model.moe.capacity_factor if padded else 1.0
+    ways = 2 * (forwards + layout.accumulation)
+    hides = (layout.overlap - 1) / layout.overlap
+    for layer in workload.moe:
+        size = float(layer.rows * layer.dim * item * layout.micro_batch) * padding
+        calls = ways * layout.overlap
+        yield Collective("all_to_all", "exchange", ranks, 1, size / layout.overlap, calls, "experts", hides)
+        if layout.expert_shard > 1:
+            whole = 4.0 * layer.weights / layout.expert
+            yield Collective("all_gather", "exchange", layout.expert_shard, 1, whole, forwards)
+            yield Collective("reduce_scatter", "exchange", layout.expert_shard, 1, whole, layout.accumulation)

@@ -1,0 +1,260 @@
+"""Runs one micro-step of a rank on fake tensors and returns its segments (trace.py), for any micro-batch."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from swin_moe.config import Config, ModelConfig
+from swin_moe.data.batch import Batch
+from swin_moe.engine.precision import autocast
+from swin_moe.engine.weight_copies import copies_of
+from swin_moe.models.attention import stage_geometry
+from swin_moe.models.network import Network
+from swin_moe.models.swin import Block
+from swin_moe.moe import MoELayer
+from swin_moe.optim import frozen_parameters
+from swin_moe.parallel.sharding import Degrees, local_chunk
+from swin_moe.planner.exchange import EvenDispatcher
+from swin_moe.planner.trace import LiveBytes, Segment
+from swin_moe.planner.workload import task_to_count
+from swin_moe.tasks.base import StepContext, Task
+
+_TRACED = (2, 3)  # images; with one image some reshapes give views that copy with more
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """The segments of one micro-step for two micro-batches, from which those of any other follow."""
+
+    first: tuple[Segment, ...]  # of _TRACED[0] images
+    second: tuple[Segment, ...]
+    config: ModelConfig
+    depths: tuple[int, ...]  # blocks of each stage that were traced
+
+    def at(self, images: int) -> list[Segment]:
+        """Returns the segments of a whole network for a micro-batch of this size, in order of time."""
+        share = (images - _TRACED[0]) / (_TRACED[1] - _TRACED[0])
+        traced = [_between(a, b, share) for a, b in zip(self.first, self.second)]
+        return list(_repeated(traced, self.config, self.depths))
+
+
+def trace_micro_step(config: Config, degrees: Degrees, rows: float = 1.0) -> MicroStep:
+    """Returns the micro-step of rank 0, which holds as much as any.
+
+    Args:
+        rows: Rows that arrive for this rank's experts, in shares of those that it sends; 1 = an even load.
+    """
+    # What one rank copies of weights (engine/weight_copies.py) comes together at the end, of all blocks.
+    short = config if degrees.world_size == 1 and config.engine.precision in ("bf16", "fp16") else _shortened(config)
+    first, second = (trace_exactly(short, degrees, images, rows) for images in _TRACED)
+    return MicroStep(tuple(first), tuple(second), config.model, tuple(short.model.depths))
+
+
+def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1.0) -> list[Segment]:
+    """Returns the segments of a micro-step with this many images, every block of the config run."""
+    with FakeTensorMode():
+        task = task_to_count(config)
+        with torch.device("meta"):
+            model = task.build_network()
+        _hold(model, config, degrees, rows)
+        copies = copies_of(model, config, world_size=degrees.world_size)
+        known = [*model.parameters(), *model.buffers(), *([] if copies is None else copies.masters.values())]
+        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive):
+            batch = _batch(config, images, task)
+            precision = config.engine.precision
+            context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
+                                  lambda: autocast(precision, _CPU))  # fmt: skip
+            loss = task.loss(model, batch, context)
+            bytes_alive.mark("+", backward=True)
+            loss.total.backward()
+            if copies is not None:
+                copies.collect()
+                for master in copies.masters.values():
+                    if master.grad is not None:
+                        bytes_alive.is_gradient(master.grad)
+            bytes_alive.end()
+        return bytes_alive.segments
+
+
+def _batch(config: Config, images: int, task: Task) -> Batch:
+    dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    size = (images, config.model.in_chans, *config.model.img_size)
+    batch: Any = {
+        "image": torch.empty(size, dtype=dtype),
+        "target": torch.empty(images, dtype=torch.int64),
+        "sample": torch.empty(images, dtype=torch.int64),
+        "epoch": 0,
+        "step": 1,
+    }
+    if task.needs_partners:  # neighbours, which are here, as an even micro-batch has them
+        batch |= {"partner": torch.empty(images, dtype=torch.int64), "extra_target": torch.empty(0, dtype=torch.int64)}
+        batch["extra_image"] = torch.empty((0, *size[1:]), dtype=dtype)
+    if task.needs_views:
+        batch["view"] = torch.empty(size, dtype=dtype)
+    return batch
+
+
+def _hold(model: Network, config: Config, degrees: Degrees, rows: float) -> None:
+    """Gives a network on meta this rank's parameters as fake tensors, and its MoE layers a dispatcher of even loads."""
+    frozen = frozen_parameters(model, config.optim.freeze)
+    dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    coordinates = degrees.coordinates(0)
+    model.train()
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{key}" if name else key
+            shape = local_chunk(full, tuple(parameter.shape), coordinates).size
+            wanted = parameter.requires_grad and full not in frozen
+            setattr(module, key, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=wanted))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        if isinstance(module, MoELayer):
+            module.dispatcher = EvenDispatcher(module.config, degrees, rows)
+            if degrees.expert_shard > 1:
+                module.experts.gather = module.dispatcher.gather_shards(module.experts.global_shapes())
+
+
+@contextmanager
+def _watched(model: Network, bytes_alive: LiveBytes) -> Iterator[None]:
+    """Marks where blocks begin and end, in forward and in backward, and what becomes a parameter's gradient."""
+    handles: list[Any] = []
+    last: list[Any] = [lambda: None]  # the last block's output: its hook is where the next block's backward ends
+
+    def begins(name: str) -> Any:
+        def hook(block: nn.Module, inputs: tuple) -> None:
+            x = inputs[0]
+            if bytes_alive.backward:
+                return  # computed again in backward
+            bytes_alive.mark(name, backward=False)
+            if x.requires_grad and x is not last[0]():
+                x.register_hook(lambda _: bytes_alive.mark(f"{name}-", backward=True))
+
+        return hook
+
+    def ends(name: str) -> Any:
+        def hook(block: nn.Module, inputs: tuple, outputs: tuple) -> None:
+            if bytes_alive.backward:
+                return
+            bytes_alive.is_output(outputs[0])
+            if outputs[0].requires_grad:
+                outputs[0].register_hook(lambda _: bytes_alive.mark(name, backward=True))
+                last[0] = weakref.ref(outputs[0])
+            bytes_alive.mark(f"{name}+", backward=False)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            handles.append(module.register_forward_pre_hook(begins(name)))
+            handles.append(module.register_forward_hook(ends(name)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            handles.append(
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: None if p.grad is None else bytes_alive.is_gradient(p.grad)
+                )
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Blocks that do the same.
+
+
+def _kinds(config: ModelConfig, stage: int) -> list[tuple]:
+    """Returns what tells the blocks of a stage apart, in order."""
+    shrunk, every = stage_geometry(config, stage).shrunk, config.extra_norm_every
+    moe = config.moe.blocks[stage] if stage < len(config.moe.blocks) else ()
+    return [
+        (not shrunk and b % 2 == 1, b in moe, every > 0 and (b + 1) % every == 0) for b in range(config.depths[stage])
+    ]
+
+
+def _traced_depths(config: ModelConfig) -> list[int]:
+    """Returns how many first blocks of each stage hold all kinds; the very first block drops no path, so two."""
+    depths = []
+    for stage, depth in enumerate(config.depths):
+        kinds = _kinds(config, stage)
+        depths.append(max(kinds.index(kind) + 1 for kind in kinds))
+        if stage == 0:
+            depths[0] = min(depth, max(2, depths[0]))
+    return depths
+
+
+def _shortened(config: Config) -> Config:
+    """Returns the config with as few blocks as have all kinds."""
+    model = config.model
+    depths = _traced_depths(model)
+    blocks = tuple(tuple(b for b in chosen if b < depths[stage]) for stage, chosen in enumerate(model.moe.blocks))
+    short = replace(model, depths=tuple(depths), moe=replace(model.moe, blocks=blocks))
+    return replace(config, model=short)
+
+
+def _place(name: str) -> tuple[str, int, int, str] | None:
+    """Returns (what stands before "layers", stage, block, "" within it or what follows) of a segment's name."""
+    words = name.rstrip("+-").split(".")
+    if "layers" not in words:
+        return None
+    start = words.index("layers")
+    tail = name[len(name.rstrip("+-")) :]
+    return ".".join(words[:start]), int(words[start + 1]), int(words[start + 3]), tail
+
+
+def _repeated(traced: list[Segment], config: ModelConfig, depths: Sequence[int]) -> Iterator[Segment]:
+    """Yields the segments with those of blocks that were left out, after their stage's last traced block in forward
+    and before it in backward."""
+    within = {(*place[:3], s.backward): s for s in traced if (place := _place(s.name)) and not place[3]}
+    times: Counter[str] = Counter()  # name of a traced block -> blocks that are left out and do the same
+    for segment in traced:
+        place, copies = _place(segment.name), []
+        if place is not None and not place[3] and place[2] == depths[place[1]] - 1:
+            prefix, stage, last, _ = place
+            kinds = _kinds(config, stage)
+            for block in range(depths[stage], config.depths[stage]):
+                twin = max(b for b in range(depths[stage]) if kinds[b] == kinds[block])
+                found, name = within[(prefix, stage, twin, segment.backward)], segment.name.removesuffix(str(last))
+                times[found.name] += not segment.backward
+                copies.append(replace(found, name=name + str(block)))
+        whole = _with_deaths(segment, times)
+        yield from (*reversed(copies), whole) if segment.backward else (whole, *copies)
+
+
+def _with_deaths(segment: Segment, times: Mapping[str, int]) -> Segment:
+    """Returns the segment in which what dies of a traced block also dies of those that do the same."""
+    live = segment.live.copy()
+    for (index, born), size in segment.deaths.items():
+        if born != segment.name:
+            live[index:] -= times.get(born, 0) * size
+    return replace(segment, live=live)
+
+
+def _between(a: Segment, b: Segment, share: float) -> Segment:
+    """Returns the segment on the line through two, share 0 = a, 1 = b; by its ends and peaks where the number of
+    operators depends on the images."""
+    assert (a.name, a.backward) == (b.name, b.backward)
+    if len(a.live) != len(b.live):
+        a, b = _at_peak(a), _at_peak(b)
+    fields = ("live", "gradients", "launches", "moved", "moved_by_products")
+    values = {f: getattr(a, f) + share * (getattr(b, f) - getattr(a, f)) for f in fields}
+    deaths = {key: size + share * (b.deaths.get(key, size) - size) for key, size in a.deaths.items()}
+    return Segment(a.name, a.backward, deaths=deaths, **values)
+
+
+def _at_peak(segment: Segment) -> Segment:
+    moments = [int(np.argmax(segment.live + segment.gradients)), -1]
+    deaths: Counter[tuple[int, str]] = Counter()
+    for (_, born), size in segment.deaths.items():
+        deaths[1, born] += size  # type: ignore[assignment]
+    return replace(segment, live=segment.live[moments], gradients=segment.gradients[moments], deaths=deaths)

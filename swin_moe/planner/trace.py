@@ -1,0 +1,163 @@
+"""One micro-step of a network on tensors without memory: bytes that are alive after every operator, and its work.
+
+The network itself runs, forward and backward, on fake tensors, so what is counted is what it does. The same counter
+follows real steps (benchmarks/planner_memory.py), and both see tensors that PyTorch's operators return, not what a
+kernel keeps for itself while it runs.
+
+Blocks of one kind do the same: a network is traced with as many blocks of each stage as have all kinds in them, and
+the others are repeated. Bytes grow evenly with the images of a micro-batch, so two traces give all sizes.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators that multiply matrices: their bytes are hidden behind their arithmetic, or the reverse.
+_PRODUCTS = frozenset(
+    "mm addmm bmm baddbmm linear convolution convolution_backward grouped_linear grouped_linear_backward "
+    "window_attention window_attention_backward _scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention_for_cpu_backward _linear_pointwise mkldnn_linear_backward_weights".split()
+)
+# Operators that start nothing on a device: they allocate, or give another view or a size of what is there.
+_NO_KERNEL = frozenset(
+    "empty empty_like new_empty empty_strided new_empty_strided empty_permuted detach alias _unsafe_view lift_fresh "
+    "is_same_size _has_compatible_shallow_copy_type device".split()
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a step, in order of time; plain numbers, of one micro-batch.
+
+    live[i], gradients[i]: Bytes of activations and of parameters' gradients alive after its i-th operator, over those
+        at its start; the last is after all that dies in it.
+    """
+
+    name: str  # of the block, with "+" for what follows it in forward and "-" in backward; "" before the first
+    backward: bool
+    live: np.ndarray
+    gradients: np.ndarray
+    launches: float  # operators that start a kernel, or more than one
+    moved: float  # bytes that these read and write, but for matrix products
+    moved_by_products: float
+    # (index of an operator, segment of forward) -> bytes from there, not handed on, that died before it
+    deaths: Mapping[tuple[int, str], float]
+
+
+def over_time(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (bytes of activations, bytes of gradients) alive after every operator of segments in order of time."""
+    live, gradients, at = [], [], np.zeros(2)
+    for segment in segments:
+        live.append(at[0] + segment.live)
+        gradients.append(at[1] + segment.gradients)
+        at = at + (segment.live[-1], segment.gradients[-1])
+    return np.concatenate(live), np.concatenate(gradients)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, storages that operators make are counted while they live, and operators that start kernels.
+
+    Args:
+        known: Tensors that are there before and are not counted, such as parameters.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.gradients = 0  # bytes
+        self.segments: list[Segment] = []
+        self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no other takes their place
+        self._alive: dict[int, tuple[Any, int]] = {storage._cdata: (None, 0) for storage in self._known}
+        self._outputs: set[int] = set()
+        self._begin("", backward=False)
+
+    def _begin(self, name: str, *, backward: bool) -> None:
+        self.name, self.backward = name, backward
+        self._at = self.live, self.gradients
+        self._lives: list[float] = []
+        self._gradients: list[float] = []
+        self._deaths: dict[tuple[int, str], float] = {}
+        self._launches = self._moved = self._multiplied = 0
+
+    def mark(self, name: str, *, backward: bool) -> None:
+        """Ends a segment and begins the next."""
+        self.end()
+        self._begin(name, backward=backward)
+
+    def end(self) -> None:
+        """Ends a segment: what has died since its last operator belongs to it."""
+        lives = np.array([*self._lives, self.live], dtype=np.float64) - self._at[0]
+        gradients = np.array([*self._gradients, self.gradients], dtype=np.float64) - self._at[1]
+        work = self._launches, self._moved, self._multiplied, self._deaths
+        self.segments.append(Segment(self.name, self.backward, lives, gradients, *work))
+
+    def is_output(self, tensor: Tensor) -> None:
+        """Says that a tensor is what a block hands on: it dies with the next block, not at the end of the forward."""
+        self._outputs.add(tensor.untyped_storage()._cdata)
+
+    def is_gradient(self, gradient: Tensor) -> None:
+        """Counts a tensor as a parameter's gradient from now on, until it dies."""
+        storage = gradient.untyped_storage()
+        entry = self._alive.pop(storage._cdata, None)
+        if entry is not None:
+            self.live -= entry[1]
+        self._add(storage, "gradients")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and counts what it made."""
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name == "device":
+            return result
+        outputs = list(_tensors(result))
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._alive:
+                self._add(storage, "live")
+        if starts_kernel(function, name):
+            self._launches += 1
+            moved = sum(t.numel() * t.element_size() for part in (args, outputs) for t in _tensors(part))
+            if name in _PRODUCTS:
+                self._multiplied += moved
+            else:
+                self._moved += moved
+        self._lives.append(self.live)
+        self._gradients.append(self.gradients)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
+        key, size, alive, born = storage._cdata, storage.nbytes(), self._alive, self.name
+        born_in_forward = not self.backward and kind == "live"
+        setattr(self, kind, getattr(self, kind) + size)
+
+        def gone(_: Any) -> None:
+            del alive[key]
+            setattr(self, kind, getattr(self, kind) - size)
+            handed_on = key in self._outputs
+            self._outputs.discard(key)
+            if born_in_forward and born != self.name and not handed_on:
+                place = len(self._lives), born
+                self._deaths[place] = self._deaths.get(place, 0.0) + size
+
+        alive[key] = (weakref.ref(storage, gone), size)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def starts_kernel(function: Any, name: str) -> bool:
+    """Returns whether an operator computes anything: no view, no allocation."""
+    if name in _NO_KERNEL:
+        return False
+    aliases = [r.alias_info for r in function._schema.returns]
+    return not aliases or not all(a is not None and not a.is_write for a in aliases)

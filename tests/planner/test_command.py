@@ -1,0 +1,71 @@
+"""`swin-moe plan` as a user calls it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from swin_moe.planner.command import main
+
+SMALL = ["digits_swin_moe", "--hardware", "cpu", "data.global_batch=64"]
+
+
+def test_the_json_has_layouts_best_first(capsys):
+    assert main([*SMALL, "--gpus", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    rates = [layout["images_per_second"] for layout in plan["layouts"]]
+    assert rates == sorted(rates, reverse=True) and len(rates) > 10
+    for layout in plan["layouts"]:
+        assert layout["degrees"]["world"] == 2
+        assert layout["images_per_second"] == pytest.approx(64 / layout["step_seconds"])
+        assert layout["memory_bytes"] == pytest.approx(sum(layout["memory"].values()))
+        assert layout["bound_by"] in ("compute", "memory", "launches", "link", "network")
+    options = [json.dumps(layout["options"], sort_keys=True) for layout in plan["layouts"]]
+    assert len(set(options)) == len(options)
+    assert any("stage 0 clips by a wrong norm" in rejected["reason"] for rejected in plan["rejected"])
+
+
+def test_the_table_names_the_best(capsys):
+    assert main([*SMALL, "--gpus", "1", "--top", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "best: parallel.expert=1" in text and "more (--top K" in text and "rejected" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ([*SMALL, "--gpus", "0"], "--gpus must be >= 1, got 0"),
+        (["digits_swin_moe", "--gpus", "2", "--hardware", "h10"], "did you mean h100?"),
+        ([*SMALL, "--gpus", "7"], "no layout of 7 ranks runs this config: data.global_batch=64 is not a multiple"),
+        ([*SMALL, "--gpus", "2", "optim.lrr=1"], "optim.lr"),
+        ([*SMALL, "--gpus", "2", "parallel.expert=3"], "parallel.expert=3"),
+        (["digits_swin_moe", "--gpus", "2", "--hardware", "v100_32", "engine.precision=bf16"], "no figure for"),
+        (["digits_swin_moe", "--hardware", "cpu"], "--gpus"),
+        ([*SMALL, "--gpus", "1", "--jsn"], "did you mean --json?"),
+    ],
+)
+def test_wrong_use_is_one_sentence(capsys, arguments, sentence):
+    assert main(arguments) == 2
+    found = capsys.readouterr()
+    assert sentence in found.err and found.err.count("\n") == 1 and not found.out
+
+
+def test_what_is_too_large_is_told_with_what_would_fit(capsys, tmp_path):
+    from swin_moe.planner.hardware import hardware_folder
+
+    small = tmp_path / "small.yaml"
+    small.write_text((hardware_folder() / "cpu.yaml").read_text().replace("memory_bytes: 8.0e9", "memory_bytes: 1.0e6"))
+    assert main(["digits_swin_moe", "--hardware", str(small), "--gpus", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "no layout fits 2 ranks of small with 0.0 GiB each: the smallest needs" in error and "more ranks" in error
+
+
+def test_it_is_a_command_of_the_package():
+    finished = subprocess.run([sys.executable, "-m", "swin_moe", "plan", "--help"], capture_output=True, text=True)
+    assert finished.returncode == 0 and "--hardware NAME" in finished.stdout
+
+
+def test_training_does_not_load_the_planner():
+    code = "import sys, swin_moe.train; sys.exit(any('planner' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
