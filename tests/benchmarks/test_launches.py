@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+import torch.distributed as dist
 from torch import fx, nn
 
 from swin_moe import create_model
@@ -73,6 +74,9 @@ def test_copied_weights_are_cast_no_more(micro_batches):
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
+@pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="held as torch 2.13 writes programs; 2.11 is counted by hand"
+)
 @pytest.mark.parametrize(
     "name", [n if n == "digits_swin_moe" else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
 )
