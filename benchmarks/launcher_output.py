@@ -4,18 +4,15 @@
 
 Runs alternate. `write` hands 60 KB of lines of 60 bytes to the system at once, `print` is Python's print of the same
 lines, which waits in a buffer under bare mpirun and is written line by line under the launcher. Every run is read to
-its end and counted: a line that is missing or torn apart is an error. CPU seconds are those of the launcher or mpirun
-and of the ranks, less what a job costs that writes nothing.
+its end and counted: a line that is missing or torn apart is an error. CPU seconds are those of every process; of both,
+what a job costs that writes nothing is taken away.
 
 Prints a markdown table of medians.
 """
 
 import argparse
-import os
 import re
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launcher_start import run_all  # noqa: E402
+
 from launcher.command import find_mpi  # noqa: E402
-from launcher.env import without_world  # noqa: E402
 
 PROGRAM = """
 import os, sys
@@ -47,18 +45,17 @@ LINE = re.compile(rb"(?:\[\d+\] )?rank (\d+) step  *(\d+) loss 2\.3456 lr 1\.00e
 
 def run(command: list[str], kind: str, lines: int, ranks: int, *, check: bool = True) -> tuple[float, float]:
     """Returns (wall, CPU) seconds of a job. Raises RuntimeError for output that is not whole."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environ = without_world(os.environ) | {"PYTHONPATH": str(ROOT)}
+    began = time.perf_counter()
     with tempfile.TemporaryFile() as out:
-        subprocess.run([*command, kind, str(lines)], env=environ, cwd=ROOT, stdout=out, check=True)
-        wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = run_all([*command, kind, str(lines)], out.fileno())
+        wall = time.perf_counter() - began
         out.seek(0)
         text = out.read()
     if check:
         found = Counter(match[1] for line in text.split(b"\n") if (match := LINE.fullmatch(line)))
         if found != {b"%d" % rank: lines for rank in range(ranks)} or text.count(b"\n") != ranks * lines:
             raise RuntimeError(f"not whole: {dict(found)} of {lines} lines of each rank")
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, cpu
 
 
 def main() -> None:
@@ -78,14 +75,14 @@ def main() -> None:
             "launcher --log-dir": [*ours, "--log-dir", f"{folder}/logs", "--", str(program)],
         }
         print(f"{options.ranks} ranks, {options.megabytes} MB each, medians of {options.rounds}\n")
-        print("| output by | how | wall | CPU, less an empty job's | lines whole |\n|---|---|---|---|---|")
+        print("| output by | how | wall | CPU | lines whole |\n|---|---|---|---|---|")
         for kind in ("write", "print"):
             costs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
             for _ in range(options.rounds):
                 for name, command in commands.items():
-                    _, idle = run(command, kind, 0, options.ranks, check=False)
+                    empty, idle = run(command, kind, 0, options.ranks, check=False)
                     wall, cpu = run(command, kind, lines, options.ranks, check=name != "bare mpirun")
-                    costs[name].append((wall, cpu - idle))
+                    costs[name].append((wall - empty, cpu - idle))
             for name, pairs in costs.items():
                 wall, cpu = (statistics.median(pair[number] for pair in pairs) for number in (0, 1))
                 whole = "not looked at" if name == "bare mpirun" else "all"

@@ -224,6 +224,14 @@ def _write_much(folder: Path, rank: str) -> None:
     (folder / f"wrote-{rank}").touch()
 
 
+def _write_6_megabytes(folder: Path, rank: str) -> None:
+    for start in range(0, 100_000, 1000):
+        text = "".join(f"{rank} {number:6d} {'x' * 50}\n" for number in range(start, start + 1000)).encode()
+        while text:
+            text = text[os.write(1, text) :]
+    (folder / f"wrote-{rank}").touch()
+
+
 def _die_in_a_line(folder: Path, rank: str) -> None:
     if rank == "1":
         print("a whole line")

@@ -77,7 +77,9 @@ def launch(program, folder, *options, world=2, **pipes):
     command = [sys.executable, "-m", "launcher", "-n", str(world), "--quiet", *options]
     command += ["--", "-m", "tests.launcher.programs", program, str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
-    return subprocess.Popen(command, cwd=ROOT, env=without_world(os.environ), **pipes)
+    environ = without_world(os.environ)
+    environ.pop("PYTHONUNBUFFERED", None)  # which would hide that lines wait in Python's buffer
+    return subprocess.Popen(command, cwd=ROOT, env=environ, **pipes)
 
 
 def written_by(rank, folder):
@@ -177,18 +179,19 @@ def test_a_child_that_holds_the_pipe_open_holds_up_nothing(tmp_path):
 
 @pytest.mark.mpi
 def test_a_screen_that_stands_keeps_nobody_waiting(tmp_path):
-    """More than a pipe holds waits for the screen, while the ranks go on to their end and the files are whole."""
-    process = launch("write_much", tmp_path, "--log-dir", str(tmp_path / "logs"), world=2)
+    """12 MB wait for the screen, while the ranks go on to their end and the files are whole."""
+    process = launch("write_6_megabytes", tmp_path, "--log-dir", str(tmp_path / "logs"))
     wait_for(lambda: len(list(tmp_path.glob("wrote-*"))) == 2, "the end of both ranks", PATIENCE)
     logs = [tmp_path / "logs" / "start-0" / f"rank-{rank:05d}.log" for rank in range(2)]
-    sizes = [len(written_by(rank, tmp_path)[2]) for rank in range(2)]
-    assert min(sizes) > 100_000
-    wait_for(lambda: [log.stat().st_size for log in logs] == sizes, "whole files", PATIENCE)
+    texts = [b"".join(b"%d %6d %s\n" % (rank, n, b"x" * 50) for n in range(100_000)) for rank in range(2)]
+    wait_for(lambda: [log.stat().st_size for log in logs] == [len(text) for text in texts], "whole files", PATIENCE)
+    assert [log.read_bytes() for log in logs] == texts
     time.sleep(1)
     assert process.poll() is None  # it has lines to show
-    for number, stream in enumerate(process.communicate(timeout=PATIENCE)):
-        assert_whole(stream, number, 2, tmp_path)
+    lines = process.communicate(timeout=PATIENCE)[0].splitlines(keepends=True)
     assert process.returncode == 0
+    assert b"".join(line for line in lines if line.startswith(b"0 ")) == texts[0]
+    assert b"".join(line[4:] for line in lines if line.startswith(b"[1] ")) == texts[1] and len(lines) == 200_000
 
 
 @pytest.mark.mpi
