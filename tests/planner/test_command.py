@@ -71,13 +71,12 @@ def test_training_does_not_load_the_planner():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_giant_on_512_devices_is_planned_in_seconds_and_little_memory():
+def test_the_giant_on_512_devices_is_planned_in_little_memory():
     arguments = "swinv2_giant_3b_patch4_window12_192_22k --gpus 512 --hardware a100_80 engine.precision=bf16".split()
     code = (
         "import resource, sys\nfrom swin_moe.planner.command import main\n"
-        f"code = main({arguments!r})\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)\nsys.exit(code)"
+        f"code = main({arguments!r})\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\nsys.exit(code)"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, gib = map(float, finished.stdout.splitlines()[-1].split())
-    assert seconds < 30 and gib < 1, finished.stdout  # 8 s of a processor, beside much other work
+    assert float(finished.stdout.splitlines()[-1]) < 1, finished.stdout  # GiB
