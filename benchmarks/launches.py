@@ -43,6 +43,7 @@ from swin_moe.engine.precision import autocast
 from swin_moe.engine.weight_copies import WeightCopies
 from swin_moe.moe import experts
 from swin_moe.ops import extension, grouped_linear
+from swin_moe.ops.attention.choice import Measuring
 from swin_moe.parallel.compile import compile_network
 from swin_moe.randomness import RandomContext
 
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="cpu", choices=["cpu", "cuda"], help="the operators of which device")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    Measuring.enabled = False  # what is faster on a busy machine is not what is counted
     chosen: list[Pair] = [p for p in PAIRS if not options.only or p.name in options.only.split(",")]
     how = f"operators of {options.kernels}, compile={options.compile}, torch {torch.__version__}"
     print(f"launches, batch {options.batch}, {options.precision}, {how}\n")

@@ -11,8 +11,8 @@ import traceback
 
 from checkpoint_tools.ranks import join_ranks
 from checkpoint_tools.verbs.arguments import add_common_arguments, build_options
-from swin_moe.checkpoint.errors import describe
-from swin_moe.config.arguments import Parser
+from swin_moe.checkpoint.errors import describe, out_of_memory
+from swin_moe.config.arguments import Parser, nearest
 
 PROGRAM = "swin-moe checkpoint"
 VERBS = {
@@ -30,17 +30,21 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 where a verb found differences, 2 after an error of the user's, 130 for control-C."""
+    """Returns the exit code: 0, 1 where a verb found differences, else launcher.failure.kinds'."""
+    from launcher.env import speaks_first
+    from launcher.failure.kinds import CONFIGURATION, INTERRUPTED, MEMORY  # entry points only
+
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
         print(f"usage: {PROGRAM} VERB [arguments]; {PROGRAM} VERB --help says more\n")
         print("\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items()))
-        return 0 if argv else 2
+        return 0 if argv else CONFIGURATION
     if argv[0] not in VERBS:
-        print(f"error: unknown verb {argv[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    rank = int(os.environ.get("RANK", "0"))
+        near = nearest(argv[0], VERBS)
+        meant = f"did you mean {near}? " if near else ""
+        print(f"error: unknown verb {argv[0][:80]!r}; {meant}allowed: {', '.join(VERBS)}", file=sys.stderr)
+        return CONFIGURATION
     try:
         module, text = VERBS[argv[0]]
         verb = importlib.import_module(module)
@@ -51,18 +55,22 @@ def main(argv: list[str] | None = None) -> int:
         return verb.run(arguments, build_options(arguments, join_ranks()))
     except KeyboardInterrupt:
         print("interrupted; the same command continues what it can", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        short = out_of_memory(error)
+        if short is None and not isinstance(error, ValueError | OSError):
+            raise
         if os.environ.get("SWIN_MOE_TRACEBACK"):
             traceback.print_exc()
-        if rank:
+        if not speaks_first(os.environ):
             time.sleep(3)  # all ranks raise the same, and this one's exit ends them: rank 0 has to say it first
         else:
-            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
-        return 2
+            words = describe(error) if short is None else f"{short}: lower --max-memory, or use fewer ranks on a host"
+            print(f"error: {words}", file=sys.stderr, flush=True)
+        return CONFIGURATION if short is None else MEMORY
 
 
 def run(argv: list[str] | None = None) -> None:

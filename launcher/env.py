@@ -76,7 +76,29 @@ def parse_ready(environ: Mapping[str, str]) -> RankEnv:
     local_rank = _number(environ, "LOCAL_RANK", rank)
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
     port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"environment variable MASTER_PORT must be in [1, 65535], got {port}")
     return RankEnv(rank, world_size, local_rank, local_world_size, environ["MASTER_ADDR"], port)
+
+
+def parse_single(environ: Mapping[str, str]) -> RankEnv:
+    """Returns the facts of a process that nothing started as one of several.
+
+    Raises:
+        ValueError: WORLD_SIZE says that it is one of several, and variables that would say which are missing.
+    """
+    missing = [name for name in READY if not environ.get(name)]
+    if environ.get("WORLD_SIZE") and _number(environ, "WORLD_SIZE") > 1:
+        raise ValueError(
+            f"WORLD_SIZE={environ['WORLD_SIZE']} is set, but {', '.join(missing)} is not; unset it, or start the ranks "
+            "with python -m launcher"
+        )
+    return RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
+
+
+def speaks_first(environ: Mapping[str, str]) -> bool:
+    """Returns whether this process says what all ranks of a world would say alike: rank 0 does."""
+    return detect(environ) == "single" or environ.get("RANK", "0") == "0"
 
 
 def parse_slurm(environ: Mapping[str, str]) -> RankEnv:
@@ -123,6 +145,6 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     text = environ.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdigit():
+    if text is None or not (text.isascii() and text.isdigit()):
         raise ValueError(f"environment variable {name} must be a whole number >= 0, got {text!r}")
     return int(text)

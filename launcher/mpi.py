@@ -13,7 +13,16 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher import ending, guard, watch
-from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, world_size_of_mpi
+from launcher.env import (
+    RankEnv,
+    detect,
+    export,
+    parse_ready,
+    parse_single,
+    parse_slurm,
+    tasks_of_node,
+    world_size_of_mpi,
+)
 from launcher.failure import reports
 from launcher.job.plan import describe_cores
 from launcher.machine.binding import NO_BIND, bind, gpu_of, set_threads
@@ -37,7 +46,7 @@ def bootstrap() -> RankEnv:
     if kind == "ready":
         return parse_ready(os.environ)
     if kind == "single":
-        return RankEnv(0, 1, 0, 1, "127.0.0.1", 0)
+        return parse_single(os.environ)
     sys.excepthook = ending.end_on_exception
     reports.enter("meeting")
     if kind == "slurm" and not _slurm_speaks_mpi():

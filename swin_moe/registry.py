@@ -5,6 +5,8 @@ import importlib.metadata
 import re
 from typing import Any
 
+_SHOWN = 120  # characters of a name that is refused
+
 
 def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
     """Returns the object that `name` stands for, importing its module only now.
@@ -20,7 +22,8 @@ def lookup(table: dict[str, str], name: str, *, key: str) -> Any:
         ValueError: `name` is not in the table, or an optional package it needs is not installed.
     """
     if name not in table and not is_outside(name):
-        raise ValueError(f"{key}: unknown choice {name!r}; allowed: {', '.join(sorted(table))}, or package.module:Name")
+        shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]} ...")
+        raise ValueError(f"{key}: unknown choice {shown}; allowed: {', '.join(sorted(table))}, or package.module:Name")
     module, _, attribute = table.get(name, name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -29,3 +29,8 @@ def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0")
     with pytest.raises(ValueError, match="deepspeed 0.20.0 is installed, but only 0.19.8 was checked"):
         require("deepspeed", "0.19.8")
+
+
+def test_a_very_long_name_is_cut():
+    with pytest.raises(ValueError, match="unknown choice '9{120} ...'; allowed: a"):
+        lookup({"a": "json:dumps"}, "9" * 5000, key="engine.name")

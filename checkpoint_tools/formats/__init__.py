@@ -8,6 +8,7 @@ plan(source: Source, path: Path, options: Options)            optional, for --dr
     -> dict[str, int]                                         make, with their bytes
 """
 
+import glob
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,11 @@ def find_format(path: Path, *, advice: bool = True) -> str:
         if row.detect and lookup({name: row.detect}, name, key="--from")(path):
             return name
     if not path.exists():
-        raise CheckpointError(f"{path}: does not exist")
+        others = sorted(
+            other.name for other in path.parent.glob(f"{glob.escape(path.name)}.*") if _RANK_FILE.fullmatch(other.name)
+        )
+        found = f", but there is {others[0]}: .rank0 is missing" if others else ""
+        raise CheckpointError(f"{path}: does not exist{found}")
     kind = why_unknown(path) if path.is_file() else "is no checkpoint of a known format"
     remedy = f"; name one with --from ({', '.join(FORMATS)})" if advice else ""
     raise CheckpointError(f"{path}: {kind}{remedy}")
@@ -130,9 +135,12 @@ _PARTS = (
 )
 
 
+_RANK_FILE = re.compile(r"(.+)\.(rank\d+|master)")
+
+
 def refuse_part(path: Path) -> None:
     """Raises CheckpointError for one file of a checkpoint of many; says what to give instead."""
-    match = re.fullmatch(r"(.+)\.(rank\d+|master)", path.name)
+    match = _RANK_FILE.fullmatch(path.name)
     whole = path.with_name(match[1]) if match else path
     if match and any(whole.with_name(f"{whole.name}{end}").is_file() for end in (".rank0", ".rank1", ".master")):
         raise CheckpointError(f"{path}: is one of several rank files; give their path without .{match[2]}: {whole}")

@@ -74,15 +74,21 @@ def _depths(shapes: Shapes) -> list[int]:
 
 
 def _family(shapes: Shapes) -> str:
-    """Returns model.name: the families differ in the parameters of their token mixers."""
+    """Returns model.name: the families differ in the parameters of their mixers; of two that do not, the first."""
     endings = {name.rpartition("blocks.")[2].partition(".")[2] for name in shapes}
     biases = {"attn.relative_position_bias_table": "table", "attn.cpb_mlp.0.weight": "log_cpb"}
     bias = next((kind for ending, kind in biases.items() if ending in endings), "none")
     cosine = "attn.logit_scale" in endings
-    found = [name for name, v in VARIANTS.items() if (v.bias, v.scores == "cosine") == (bias, cosine)]
+    found = [name for name in VARIANTS if _mixer_parameters(name) == (bias, cosine)]
     if not found:
         raise ValueError("a mixture of families")
     return found[0]
+
+
+def _mixer_parameters(family: object) -> tuple[str, bool] | None:
+    """Returns what tells a family by its tensors: (kind of position bias, whether scores have a scale)."""
+    variant = VARIANTS.get(family) if isinstance(family, str) else None
+    return None if variant is None else (variant.bias, variant.scores == "cosine")
 
 
 def _heads(shapes: Shapes, stage: int) -> int:
@@ -144,10 +150,13 @@ def _infer_moe(shapes: Shapes, stages: int) -> dict[str, Any]:
 def merge_model(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config whose model section agrees with what the tensors are; all else is kept.
 
-    An image that is stated counts: tensors tell how many tokens it has, and not whether it is a square.
+    An image that is stated counts: tensors tell how many tokens it has, and not whether it is a square. So does a
+    family whose parameters are those of the one found.
     """
     model = dict(config.get("model", {}))
     inferred = {key: value for key, value in inferred.items() if key != "img_size" or not _is_stated(model, value)}
+    if "name" in inferred and _mixer_parameters(model.get("name")) == _mixer_parameters(inferred["name"]):
+        del inferred["name"]
     moe = {**model.get("moe", {}), **inferred.get("moe", {})}
     model |= {key: value for key, value in inferred.items() if key != "moe"}
     return {**config, "model": model | ({"moe": moe} if moe else {})}

@@ -30,7 +30,21 @@ def open_file(path: Path, files: OpenFiles | None = None) -> TorchFile | Safeten
         raise CheckpointError(f"{path}: {'is a directory, not a file' if path.is_dir() else 'does not exist'}")
     if not path.stat().st_size:
         raise CorruptionError(f"{path}: is empty")
+    if kind := packed_by(path):
+        raise CheckpointError(f"{path}: is packed by {kind}; unpack it first")
     return SafetensorsFile(path, files) if is_safetensors(path) else TorchFile(path, files)
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def packed_by(path: Path) -> str:
+    """Returns the program that packed a file, by its first bytes or as a tar archive; "" for none."""
+    with open(path, "rb") as stream:
+        head = stream.read(262)
+    if head[257:] == b"ustar":
+        return "tar"
+    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), "")
 
 
 def is_safetensors(path: Path) -> bool:

@@ -214,7 +214,16 @@ def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Opti
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--to onnx needs {' and '.join(missing)}; install with: pip install {' '.join(missing)}")
-    program = export_program(source, stored, options, batch).run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code, when a program is made, too
+        onnx = _to_onnx(export_program(source, stored, options, batch).run_decompositions({}))
+    onnx.model.metadata_props.update(onnx_metadata(source))
+    size = sum(source.tensors[name].num_bytes for name in stored.values())
+    publish_files(path, size, lambda staging: onnx.save(staging / path.name))
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> Any:
+    """Returns the program as torch.onnx's; changes it."""
     graph = program.graph_module.graph
     # Without assertions on them, slots that nobody asks for go.
     for node in list(graph.nodes):
@@ -226,14 +235,7 @@ def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Opti
             check_factor(factor)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sort.stable):
         _sort_as_onnx(graph, node)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
-        onnx: Any = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
-        )
-    onnx.model.metadata_props.update(onnx_metadata(source))
-    size = sum(source.tensors[name].num_bytes for name in stored.values())
-    publish_files(path, size, lambda staging: onnx.save(staging / path.name))
+    return torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"])
 
 
 def check_factor(factor: float) -> None:

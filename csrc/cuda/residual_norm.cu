@@ -1,5 +1,7 @@
 // x + factor * branch and its LayerNorm, and x + factor * LayerNorm of branch: a warp for a row, whose lanes each keep
 // to their own channels, so that what a lane leaves in shared memory only it reads. Sums have a fixed order.
+#include <type_traits>
+
 #include "partial_sums.cuh"
 #include "residual_norm.h"
 
@@ -74,138 +76,70 @@ __device__ __forceinline__ void add_warps(const ResidualNormLaunch& p, const flo
   }
 }
 
-template <class T, int Width>
-__global__ void __launch_bounds__(kNormThreads) residual_norm_kernel(const ResidualNormLaunch p) {
+// Sums and norms, one template for both: kSumFirst, sum = x + factor * branch and its norm; else sum = x + factor *
+// norm of branch. The factor is rounded as what it multiplies is.
+template <class T, int Width, bool kSumFirst>
+__global__ void __launch_bounds__(kNormThreads) forward_kernel(const ResidualNormLaunch p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp, channels = p.channels, vectors = channels / Width;
   if (row >= p.rows) return;
   float* kept = reinterpret_cast<float*>(shared_memory());
-  const float factor = factor_of<T>(p, row);
+  const float factor = factor_of<std::conditional_t<kSumFirst, T, float>>(p, row);
   float total = 0.f;
   for (int64_t i = lane; i < vectors; i += 32) {
-    const auto x = load<float, Width>(p.x, row, channels, i);
     const auto branch = load<T, Width>(p.branch, row, channels, i);
-    Vector<float, Width> sum;
+    Vector<float, Width> own{};
+    if constexpr (kSumFirst) own = load<float, Width>(p.x, row, channels, i);
 #pragma unroll
     for (int c = 0; c < Width; ++c) {
-      sum.values[c] = x.values[c] + rounded<T>(to_float(branch.values[c]) * factor);
-      total += sum.values[c];
+      const float added = to_float(branch.values[c]);
+      own.values[c] = kSumFirst ? own.values[c] + rounded<T>(added * factor) : added;
+      total += own.values[c];
     }
-    place<float, Width>(p.sum, row, channels, i) = sum;
-    place<float, Width>(kept, warp, channels, i) = sum;
+    if constexpr (kSumFirst) place<float, Width>(p.sum, row, channels, i) = own;
+    place<float, Width>(kept, warp, channels, i) = own;
   }
   const auto [mean, rstd] = row_statistics<Width>(p, kept, total);
   for (int64_t i = lane; i < vectors; i += 32) {
-    const auto sum = load<float, Width>(kept, warp, channels, i);
+    const auto own = load<float, Width>(kept, warp, channels, i);
     const auto weight = load<float, Width>(p.weight, 0, channels, i);
     const auto bias = load<float, Width>(p.bias, 0, channels, i);
-    Vector<float, Width> normed;
+    Vector<float, Width> made{};
+    if constexpr (!kSumFirst) made = load<float, Width>(p.x, row, channels, i);
 #pragma unroll
-    for (int c = 0; c < Width; ++c)
-      normed.values[c] = (sum.values[c] - mean) * rstd * weight.values[c] + bias.values[c];
-    place<float, Width>(p.normed, row, channels, i) = normed;
+    for (int c = 0; c < Width; ++c) {
+      const float normed = (own.values[c] - mean) * rstd * weight.values[c] + bias.values[c];
+      made.values[c] = kSumFirst ? normed : made.values[c] + factor * normed;
+    }
+    place<float, Width>(kSumFirst ? p.normed : p.sum, row, channels, i) = made;
   }
   if (lane != 0) return;
   p.mean[row] = mean;
   p.rstd[row] = rstd;
 }
 
-// A block takes every gridDim-th group of rows; its warps' sums for weight and bias are added in their order at the end.
-template <class T, int Width>
-__global__ void __launch_bounds__(kNormThreads) residual_norm_backward_kernel(const ResidualNormLaunch p, int64_t step) {
+// A block takes every gridDim-th group of rows; its warps' sums for weight and bias are added in order at the end.
+// Where the norm comes first the gradient of x is that of the sum: only the branch's, weight's and bias's are made.
+template <class T, int Width, bool kSumFirst>
+__global__ void __launch_bounds__(kNormThreads) backward_kernel(const ResidualNormLaunch p, int64_t step) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t channels = p.channels, vectors = channels / Width;
+  using Normed = std::conditional_t<kSumFirst, float, T>;
   float* sums = cleared_sums<Width>(channels);
   for (int64_t row = int64_t(blockIdx.x) * kNormWarps + warp; row < p.rows; row += step) {
-    const float mean = p.mean[row], rstd = p.rstd[row], factor = factor_of<T>(p, row);
+    const float mean = p.mean[row], rstd = p.rstd[row];
+    const float factor = factor_of<std::conditional_t<kSumFirst, T, float>>(p, row);
     float plain = 0.f, along = 0.f;
     for (int64_t i = lane; i < vectors; i += 32) {
-      const auto sum = load<float, Width>(p.sum, row, channels, i);
-      const auto grad = load<float, Width>(p.grad_normed, row, channels, i);
+      const auto own = load<Normed, Width>(kSumFirst ? p.sum : p.branch, row, channels, i);
+      const auto grad = load<float, Width>(kSumFirst ? p.grad_normed : p.grad_sum, row, channels, i);
       const auto weight = load<float, Width>(p.weight, 0, channels, i);
       auto& of_weight = place<float, Width>(sums, 2 * warp, channels, i);
       auto& of_bias = place<float, Width>(sums, 2 * warp + 1, channels, i);
 #pragma unroll
       for (int c = 0; c < Width; ++c) {
-        const float normal = (sum.values[c] - mean) * rstd, scaled = grad.values[c] * weight.values[c];
-        plain += scaled;
-        along += scaled * normal;
-        of_weight.values[c] += grad.values[c] * normal;
-        of_bias.values[c] += grad.values[c];
-      }
-    }
-    plain = warp_sum(plain) / float(channels);
-    along = warp_sum(along) / float(channels);
-    for (int64_t i = lane; i < vectors; i += 32) {
-      const auto sum = load<float, Width>(p.sum, row, channels, i);
-      const auto grad = load<float, Width>(p.grad_normed, row, channels, i);
-      const auto weight = load<float, Width>(p.weight, 0, channels, i);
-      Vector<float, Width> x{};
-      if (p.grad_sum) x = load<float, Width>(p.grad_sum, row, channels, i);
-      Vector<T, Width> branch;
-#pragma unroll
-      for (int c = 0; c < Width; ++c) {
-        const float normal = (sum.values[c] - mean) * rstd;
-        x.values[c] += rstd * (grad.values[c] * weight.values[c] - plain - normal * along);
-        from_float(branch.values[c], x.values[c] * factor);
-      }
-      place<float, Width>(p.grad_x, row, channels, i) = x;
-      place<T, Width>(p.grad_branch, row, channels, i) = branch;
-    }
-  }
-  __syncthreads();
-  add_warps(p, sums);
-}
-
-template <class T, int Width>
-__global__ void __launch_bounds__(kNormThreads) norm_residual_kernel(const ResidualNormLaunch p) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp, channels = p.channels, vectors = channels / Width;
-  if (row >= p.rows) return;
-  float* kept = reinterpret_cast<float*>(shared_memory());
-  const float factor = factor_of<float>(p, row);
-  float total = 0.f;
-  for (int64_t i = lane; i < vectors; i += 32) {
-    const auto branch = load<T, Width>(p.branch, row, channels, i);
-    Vector<float, Width> wide;
-#pragma unroll
-    for (int c = 0; c < Width; ++c) total += wide.values[c] = to_float(branch.values[c]);
-    place<float, Width>(kept, warp, channels, i) = wide;
-  }
-  const auto [mean, rstd] = row_statistics<Width>(p, kept, total);
-  for (int64_t i = lane; i < vectors; i += 32) {
-    const auto branch = load<float, Width>(kept, warp, channels, i);
-    const auto weight = load<float, Width>(p.weight, 0, channels, i);
-    const auto bias = load<float, Width>(p.bias, 0, channels, i);
-    auto sum = load<float, Width>(p.x, row, channels, i);
-#pragma unroll
-    for (int c = 0; c < Width; ++c)
-      sum.values[c] += factor * ((branch.values[c] - mean) * rstd * weight.values[c] + bias.values[c]);
-    place<float, Width>(p.sum, row, channels, i) = sum;
-  }
-  if (lane != 0) return;
-  p.mean[row] = mean;
-  p.rstd[row] = rstd;
-}
-
-// The gradient of x is that of the sum, so only the branch's and those of weight and bias are made.
-template <class T, int Width>
-__global__ void __launch_bounds__(kNormThreads) norm_residual_backward_kernel(const ResidualNormLaunch p, int64_t step) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t channels = p.channels, vectors = channels / Width;
-  float* sums = cleared_sums<Width>(channels);
-  for (int64_t row = int64_t(blockIdx.x) * kNormWarps + warp; row < p.rows; row += step) {
-    const float mean = p.mean[row], rstd = p.rstd[row], factor = factor_of<float>(p, row);
-    float plain = 0.f, along = 0.f;
-    for (int64_t i = lane; i < vectors; i += 32) {
-      const auto branch = load<T, Width>(p.branch, row, channels, i);
-      const auto grad = load<float, Width>(p.grad_sum, row, channels, i);
-      const auto weight = load<float, Width>(p.weight, 0, channels, i);
-      auto& of_weight = place<float, Width>(sums, 2 * warp, channels, i);
-      auto& of_bias = place<float, Width>(sums, 2 * warp + 1, channels, i);
-#pragma unroll
-      for (int c = 0; c < Width; ++c) {
-        const float normal = (to_float(branch.values[c]) - mean) * rstd, given = grad.values[c] * factor;
+        const float normal = (to_float(own.values[c]) - mean) * rstd;
+        const float given = kSumFirst ? grad.values[c] : grad.values[c] * factor;
         const float scaled = given * weight.values[c];
         plain += scaled;
         along += scaled * normal;
@@ -216,16 +150,22 @@ __global__ void __launch_bounds__(kNormThreads) norm_residual_backward_kernel(co
     plain = warp_sum(plain) / float(channels);
     along = warp_sum(along) / float(channels);
     for (int64_t i = lane; i < vectors; i += 32) {
-      const auto branch = load<T, Width>(p.branch, row, channels, i);
-      const auto grad = load<float, Width>(p.grad_sum, row, channels, i);
+      const auto own = load<Normed, Width>(kSumFirst ? p.sum : p.branch, row, channels, i);
+      const auto grad = load<float, Width>(kSumFirst ? p.grad_normed : p.grad_sum, row, channels, i);
       const auto weight = load<float, Width>(p.weight, 0, channels, i);
-      Vector<T, Width> made;
+      Vector<float, Width> x{};
+      if (kSumFirst && p.grad_sum) x = load<float, Width>(p.grad_sum, row, channels, i);
+      Vector<T, Width> branch;
 #pragma unroll
       for (int c = 0; c < Width; ++c) {
-        const float normal = (to_float(branch.values[c]) - mean) * rstd;
-        from_float(made.values[c], rstd * (grad.values[c] * factor * weight.values[c] - plain - normal * along));
+        const float normal = (to_float(own.values[c]) - mean) * rstd;
+        const float given = kSumFirst ? grad.values[c] : grad.values[c] * factor;
+        const float through = rstd * (given * weight.values[c] - plain - normal * along);
+        if constexpr (kSumFirst) x.values[c] += through;
+        from_float(branch.values[c], kSumFirst ? x.values[c] * factor : through);
       }
-      place<T, Width>(p.grad_branch, row, channels, i) = made;
+      if constexpr (kSumFirst) place<float, Width>(p.grad_x, row, channels, i) = x;
+      place<T, Width>(p.grad_branch, row, channels, i) = branch;
     }
   }
   __syncthreads();
@@ -234,24 +174,21 @@ __global__ void __launch_bounds__(kNormThreads) norm_residual_backward_kernel(co
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-enum class Pass { kSumThenNorm, kSumThenNormBackward, kNormThenSum, kNormThenSumBackward };
+enum class Pass { kForward, kBackward };
 
-template <class T, int Width>
+template <class T, int Width, bool kSumFirst>
 cudaError_t run(const ResidualNormLaunch& p, Pass pass, cudaStream_t stream) {
-  const bool backward = pass == Pass::kSumThenNormBackward || pass == Pass::kNormThenSumBackward;
-  if (!backward)
-    return launch(pass == Pass::kSumThenNorm ? residual_norm_kernel<T, Width> : norm_residual_kernel<T, Width>,
-                  (p.rows + kNormWarps - 1) / kNormWarps, kNormThreads, kNormWarps * p.channels * sizeof(float),
-                  stream, p);
+  if (pass == Pass::kForward)
+    return launch(forward_kernel<T, Width, kSumFirst>, (p.rows + kNormWarps - 1) / kNormWarps, kNormThreads,
+                  kNormWarps * p.channels * sizeof(float), stream, p);
   const int64_t blocks = swin_moe_residual_norm_blocks(p.rows);
-  const cudaError_t error = launch(
-      pass == Pass::kSumThenNormBackward ? residual_norm_backward_kernel<T, Width>
-                                         : norm_residual_backward_kernel<T, Width>,
-      blocks, kNormThreads, 2 * kNormWarps * p.channels * sizeof(float), stream, p, blocks * kNormWarps);
+  const cudaError_t error = launch(backward_kernel<T, Width, kSumFirst>, blocks, kNormThreads,
+                                   2 * kNormWarps * p.channels * sizeof(float), stream, p, blocks * kNormWarps);
   if (error != cudaSuccess) return error;
   return sum_partials(p.partials, blocks, {2 * p.channels, 2 * p.channels, 0}, p.grad_weight, stream);
 }
 
+template <bool kSumFirst>
 cudaError_t run_element(const ResidualNormLaunch& p, Pass pass, cudaStream_t stream) {
   if (p.channels > kLargestNormChannels) return cudaErrorInvalidValue;
   bool wide = p.channels % 4 == 0;
@@ -262,11 +199,12 @@ cudaError_t run_element(const ResidualNormLaunch& p, Pass pass, cudaStream_t str
                            static_cast<const void*>(p.grad_branch)})
     wide = wide && aligned(rows);
   switch (RowElement(p.element)) {
-    case RowElement::kFloat32: return wide ? run<float, 4>(p, pass, stream) : run<float, 1>(p, pass, stream);
+    case RowElement::kFloat32:
+      return wide ? run<float, 4, kSumFirst>(p, pass, stream) : run<float, 1, kSumFirst>(p, pass, stream);
     case RowElement::kBFloat16:
-      return wide ? run<BFloat16, 4>(p, pass, stream) : run<BFloat16, 1>(p, pass, stream);
+      return wide ? run<BFloat16, 4, kSumFirst>(p, pass, stream) : run<BFloat16, 1, kSumFirst>(p, pass, stream);
     case RowElement::kFloat16:
-      return wide ? run<Float16, 4>(p, pass, stream) : run<Float16, 1>(p, pass, stream);
+      return wide ? run<Float16, 4, kSumFirst>(p, pass, stream) : run<Float16, 1, kSumFirst>(p, pass, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -275,19 +213,19 @@ cudaError_t run_element(const ResidualNormLaunch& p, Pass pass, cudaStream_t str
 }  // namespace swin_moe
 
 cudaError_t swin_moe_residual_norm(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
-  return swin_moe::run_element(*p, swin_moe::Pass::kSumThenNorm, stream);
+  return swin_moe::run_element<true>(*p, swin_moe::Pass::kForward, stream);
 }
 
 cudaError_t swin_moe_residual_norm_backward(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
-  return swin_moe::run_element(*p, swin_moe::Pass::kSumThenNormBackward, stream);
+  return swin_moe::run_element<true>(*p, swin_moe::Pass::kBackward, stream);
 }
 
 cudaError_t swin_moe_norm_residual(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
-  return swin_moe::run_element(*p, swin_moe::Pass::kNormThenSum, stream);
+  return swin_moe::run_element<false>(*p, swin_moe::Pass::kForward, stream);
 }
 
 cudaError_t swin_moe_norm_residual_backward(const swin_moe::ResidualNormLaunch* p, cudaStream_t stream) {
-  return swin_moe::run_element(*p, swin_moe::Pass::kNormThenSumBackward, stream);
+  return swin_moe::run_element<false>(*p, swin_moe::Pass::kBackward, stream);
 }
 
 int64_t swin_moe_residual_norm_blocks(int64_t rows) {

@@ -1,6 +1,7 @@
 """The errors of checkpoints. Each message is one sentence that names the file, and the tensor where there is one."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,16 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Returns "out of memory" and how much more was needed, where Python, numpy or torch got none; else None."""
+    text = " ".join(str(error).split())
+    names = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported for its name
+    if not names & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r"allocate ([\d.]+ ?(?:[KMGTPE]i?B|bytes))", text)
+    return f"out of memory{f' ({asked[1]} more were needed)' if asked else ''}"
 
 
 @contextmanager

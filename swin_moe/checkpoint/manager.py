@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import logging
 import platform
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -257,9 +258,10 @@ def _kind_of(path: Path, key: str = "checkpoint.load") -> str:
         if list_checkpoints(path / below):
             return below
     if path.is_file() or path.with_name(f"{path.name}.rank0").is_file():
+        whole = re.sub(r"\.(rank\d+|master)$", "", str(path))  # rank files are named together
         raise CheckpointError(
             f"{key}={path}: is a file, and a run goes on from a checkpoint of this system; `swin-moe checkpoint "
-            f"convert {path} DIR --to native` makes one, checkpoint.init={path} takes the weights alone"
+            f"convert {whole} DIR --to native` makes one, checkpoint.init={whole} takes the weights alone"
         )
     raise CheckpointError(f"{key}={path}: is neither a checkpoint (no {INDEX_NAME}) nor a run that holds one")
 

@@ -1,6 +1,6 @@
 """What a routing choice (model.moe.choice) means to a config, a summary or a count of work: plain arithmetic, no torch.
 
-One row of CHOICES each. The classes that route are rows of swin_moe.moe.choices.CHOICES, under the same names.
+One row of CHOICES each, with the place of the class that routes, which is imported where a layer is built.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from swin_moe.registry import lookup
 class TokenFacts:
     """Tokens choose experts: top-k by score."""
 
+    routed_by = "swin_moe.moe.choices.token:TokenChoice"
     # (other option, its values that go with this choice, why).
     excludes: tuple[tuple[str, tuple, str], ...] = (("slots", (1,), "slots belong to model.moe.choice=soft"),)
     has_groups = True  # tokens compete within routing groups
@@ -55,6 +56,7 @@ class TokenFacts:
 class ExpertFacts(TokenFacts):
     """Experts choose tokens (arXiv:2202.09368)."""
 
+    routed_by = "swin_moe.moe.choices.expert:ExpertChoice"
     excludes = (
         ("balance_loss", ("none",), "every expert takes as many tokens as the others"),
         ("normalize_gate", (False,), "a token may have any number of experts"),
@@ -95,6 +97,7 @@ class ExpertFacts(TokenFacts):
 class SoftFacts(TokenFacts):
     """Experts take slots, means of all tokens of an image (arXiv:2308.00951)."""
 
+    routed_by = "swin_moe.moe.choices.soft:SoftChoice"
     excludes = (
         ("balance_loss", ("none",), "every expert gets its slots filled"),
         ("scores", ("softmax",), "its weights are means"),

@@ -96,6 +96,8 @@ def dump_config(config: Config, path: str | Path) -> None:
     """
     _check_config(config)
     _check_name(path)
+    if not Path(path).name:
+        raise ValueError(f"dump_config: the path must be a file's, got {str(path)!r}")
     text = yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:

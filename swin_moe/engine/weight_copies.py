@@ -7,16 +7,13 @@ the launches: one operator for all weights where autocast starts two per weight 
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swin_moe.config import Config
 from swin_moe.engine.precision import DTYPES
+from swin_moe.ops.bias_gelu import is_fused
 from swin_moe.ops.linear import Linear
 from swin_moe.registry import is_outside
-
-# Not copied. qkv.bias is used twice where windows are padded, as a padded token's values too: two casts, whose
-# gradients add up in float32. fc1.bias is added in float32 by the kernel of bias and GELU on CUDA (ops/bias_gelu.py).
-_WIDE = ("qkv.bias", "fc1.bias")
 
 
 class WeightCopies:
@@ -33,7 +30,7 @@ class WeightCopies:
         for path, module in model.named_modules():
             for key, master in list(module.named_parameters(recurse=False)) if _is_cast(path, module) else ():
                 name = f"{path}.{key}"
-                if name.endswith(_WIDE):
+                if _is_wide(name, master):
                     continue
                 copy = nn.Parameter(master.detach().to(dtype), requires_grad=master.requires_grad)
                 setattr(module, key, copy)
@@ -90,6 +87,16 @@ def _is_cast(path: str, module: nn.Module) -> bool:
     """Returns whether autocast casts the weights of a module in every forward, all of them and once: no routers, bias
     networks or experts, which compute in float32 or cast by themselves."""
     return type(module) is Linear or (type(module) is nn.Conv2d and path.endswith("patch_embed.proj"))
+
+
+def _is_wide(name: str, bias: Tensor) -> bool:
+    """Returns whether a bias is needed in float32.
+
+    That of queries, keys and values is used twice where windows are padded, as a padded token's values too: two casts,
+    whose gradients add up in float32. That of a hidden layer is added in float32 by the kernel of bias and GELU, where
+    there is one.
+    """
+    return name.endswith("qkv.bias") or (name.endswith("fc1.bias") and is_fused(bias))
 
 
 def copies_of(model: nn.Module, config: Config, *, world_size: int) -> WeightCopies | None:

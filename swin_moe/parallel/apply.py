@@ -45,7 +45,7 @@ DISPATCHERS = {
     "padded": "swin_moe.parallel.exchange.padded:padded",
     "tutel": "swin_moe.parallel.exchange.tutel:tutel",
 }
-_BUCKET_BYTES = 32 * 2**20  # gradients reduced together: large enough to hide latency, small beside the experts
+BUCKET_BYTES = 32 * 2**20  # gradients reduced together: large enough to hide latency, small beside the experts
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
@@ -148,13 +148,13 @@ def reduce_expert_gradients(model: nn.Module, groups: Groups, divisor: float) ->
 
 
 def buckets(tensors: Sequence[T]) -> Iterator[list[T]]:
-    """Yields runs of tensors that are reduced together, in order: of one dtype, at most _BUCKET_BYTES or one larger
+    """Yields runs of tensors that are reduced together, in order: of one dtype, at most BUCKET_BYTES or one larger
     tensor."""
     bucket: list[T] = []
     size = 0
     for tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
-        if bucket and (size + num_bytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+        if bucket and (size + num_bytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

@@ -80,16 +80,16 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0, patience: 
     """
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _number("WORLD_SIZE", 1)
     if world_size == 1:
         return 0, 1
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set; start with python -m launcher")
-    backend = communication_backend(device, int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
-    rank, store = int(os.environ["RANK"]), None
+    backend = communication_backend(device, _number("LOCAL_WORLD_SIZE", world_size))
+    rank, store = _number("RANK"), None
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hosts a store at this port already
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
         store = meet(rank, world_size, address, port, patience=patience, timeout=timeout)
     dist.init_process_group(
         backend,
@@ -100,6 +100,13 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0, patience: 
         device_id=device if "nccl" in backend and device.index is not None else None,
     )
     return dist.get_rank(), world_size
+
+
+def _number(name: str, default: int = 0) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"environment variable {name} must be a whole number >= 0, got {text!r}")
+    return int(text)
 
 
 def ensure_distributed(device: torch.device) -> None:

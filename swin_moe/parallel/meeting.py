@@ -22,11 +22,17 @@ def meet(rank: int, world_size: int, address: str, port: int, *, patience: float
         timeout: Seconds after which it gives up; also the limit of the store's calls from then on.
 
     Raises:
-        ValueError: The port is in use, or a rank did not come in time.
+        ValueError: The address has no host, the port is in use, or a rank did not come in time.
     """
     began = time.monotonic()
     store, listener = None, _listen(address, port) if rank == 0 else None
     while store is None:
+        if problem := _unresolved(address):  # before torch asks, which prints its C++ stack
+            if rank == 0:
+                raise ValueError(f"MASTER_ADDR={address}: {problem}; rank 0 listens there, so name its own host")
+            time.sleep(min(patience, timeout))  # names of a job's hosts may come later than the hosts
+            _complain(f"rank 0 at {address}:{port} ({problem})", rank, time.monotonic() - began, timeout)
+            continue
         try:
             store = dist.TCPStore(
                 address,
@@ -89,6 +95,15 @@ def _complain(whom: str, rank: int, waited: float, timeout: float) -> None:
 def _names(missing: list[int], world_size: int) -> str:
     more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     return f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:_NAMED]))}{more} of {world_size}"
+
+
+def _unresolved(address: str) -> str:
+    """Returns why a host's name has no address, "" if it has one."""
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:  # the latter: a name of over 63 letters
+        return getattr(error, "strerror", None) or "is no name of a host"
+    return ""
 
 
 def _reason(error: Exception) -> str:

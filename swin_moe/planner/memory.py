@@ -1,6 +1,7 @@
 """Bytes that the fullest rank of a layout holds, by what they are; states follow from the sharding table by arithmetic,
 activations from the segments of a micro-step."""
 
+import heapq
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from swin_moe.config import Config
+from swin_moe.parallel.apply import BUCKET_BYTES
 from swin_moe.parallel.sharding import Degrees, cut_dim, local_chunk
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.trace import Segment, over_time
@@ -42,7 +44,7 @@ def predict_memory(config: Config, workload: Workload, layout: Layout, segments:
     segments = list(segments)
     live, produced = over_time(segments)
     whole_gradients = float(produced[-1])
-    gathered = _gathered(config, workload, layout, segments)
+    gathered = _whole(config, workload, layout, segments)
     gradients = np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(
         produced, whole_gradients
     )  # fmt: skip
@@ -60,18 +62,23 @@ def predict_memory(config: Config, workload: Workload, layout: Layout, segments:
     )
 
 
+def activations_over_time(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
+    """Returns bytes of activations and of what is gathered or reduced, after every operator of a micro-step."""
+    return over_time(segments)[0] + _whole(config, workload, layout, segments)
+
+
 def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory:
     """Returns what a rank holds between steps, and all its gradients; nothing of a micro-step."""
     item = 8 if config.engine.precision == "fp64" else 4
     half = config.engine.precision in ("bf16", "fp16")
     held = sum(n for _, n in _held(workload, layout))
     trained = sum(n for p, n in _held(workload, layout) if p.trained)
-    updated = _updated(config, workload, layout)
+    updated, tensors = max(_updated(workload, layout))
     moments = _STATES[config.optim.name] * (config.optim.name != "sgd" or config.optim.momentum > 0)
     copies = 0.0
     if half and layout.world_size == 1 and layout.engine != "deepspeed" and layout.offload == "none":
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
-    count = 4 * sum(p.trained for p in workload.parameters) if config.optim.name == "adamw" else 0
+    count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(
         parameters=item * held + copies,
         gradients=item * trained,
@@ -103,35 +110,42 @@ def _held_with(workload: Workload, degrees: Degrees, cuts: bool) -> list[tuple[P
     return held
 
 
-def _updated(config: Config, workload: Workload, layout: Layout) -> float:
-    """Returns the elements whose optimizer state the fullest rank keeps."""
+def _updated(workload: Workload, layout: Layout) -> list[tuple[int, int]]:
+    """Returns (elements, parameters) of rank after rank whose optimizer state it keeps; of one rank where all keep as
+    many."""
     held = [(p, n) for p, n in _held(workload, layout) if p.trained]
-    if (
-        layout.zero == 0
-        or layout.world_size == 1
-        or layout.zero == 3
-        or (layout.zero == 2 and layout.engine == "torch")
-    ):
-        return sum(n for _, n in held)
+    cut_with_weights = layout.zero == 3 or (layout.zero == 2 and layout.engine == "torch")
+    if layout.zero == 0 or layout.world_size == 1 or cut_with_weights:
+        return [(sum(n for _, n in held), len(held))]
     if layout.engine == "deepspeed":  # flat buffers, cut anywhere
         dense = sum(n for p, n in held if not p.is_expert)
         experts = sum(n for p, n in held if p.is_expert)
-        return -(-dense // layout.world_size) + -(-experts // layout.expert_data)
-    total = 0.0
+        return [(-(-dense // layout.world_size) + -(-experts // layout.expert_data), len(held))]
+    largest_first = layout.engine == "torch"
+    shares = []
     for is_expert, ranks in ((False, layout.world_size), (True, layout.expert_data)):
-        sizes = [n for p, n in held if p.is_expert == is_expert]
-        total += _dealt_out(tuple(sizes), ranks, largest_first=layout.engine == "torch")
-    return total
+        sizes = tuple((p.group, n) for p, n in held if p.is_expert == is_expert)
+        shares.append(_dealt_out(sizes, ranks, largest_first=largest_first))
+    # Ranks that hold the same experts are so many apart.
+    apart = layout.expert * layout.expert_shard
+    return [
+        (shares[0][r][0] + shares[1][r // apart][0], shares[0][r][1] + shares[1][r // apart][1])
+        for r in range(layout.world_size)
+    ]
 
 
 @lru_cache(maxsize=64)
-def _dealt_out(sizes: tuple[int, ...], ranks: int, *, largest_first: bool) -> int:
-    """Returns what the fullest rank gets where whole parameters are dealt out, each to the rank that has least."""
-    loads = [0] * min(ranks, max(len(sizes), 1))
-    for size in sorted(sizes, reverse=True) if largest_first else sizes:
-        least = min(range(len(loads)), key=loads.__getitem__)
-        loads[least] += size
-    return max(loads)
+def _dealt_out(sizes: tuple[tuple[int, int], ...], ranks: int, *, largest_first: bool) -> list[tuple[int, int]]:
+    """Returns (elements, parameters) that every rank gets where whole parameters are dealt out, each to the rank that
+    has least; group after group, as ZeroRedundancyOptimizer and FairScale's OSS do it.
+
+    sizes: (group, elements) in the order of the model.
+    """
+    loads = [(0, rank, 0) for rank in range(ranks)]
+    for _, size in sorted(sizes, key=lambda row: (row[0], -row[1] * largest_first)):
+        load, rank, count = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, rank, count + 1))
+    return [(load, count) for _, load, count in sorted((rank, load, count) for load, rank, count in loads)]
 
 
 def _keeps_gradients(layout: Layout) -> bool:
@@ -140,27 +154,74 @@ def _keeps_gradients(layout: Layout) -> bool:
     return layout.accumulation > 1 or (layout.engine == "torch" and layout.zero <= 1 and layout.world_size > 1)
 
 
+def _whole(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
+    return _gathered(config, workload, layout, segments) + _in_buckets(config, workload, layout, segments)
+
+
+def _in_buckets(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
+    """Returns, after every operator, bytes of buckets into which expert gradients are copied before they are summed
+    over replicas (parallel/expert_reduction.py): one sets out in the backward of its first layer."""
+    over = [np.zeros(len(s.live)) for s in segments]
+    ours = layout.engine != "deepspeed" and not (layout.engine == "torch" and layout.zero >= 2)
+    if not ours or layout.expert_data == 1:
+        return np.concatenate(over)
+    item = 8 if config.engine.precision == "fp64" else 4
+    sizes: dict[str, float] = {}
+    first, filled = "", 0.0
+    for p, numel in _held(workload, layout):
+        if p.trained and p.is_expert:
+            if not filled or filled + item * numel > BUCKET_BYTES:
+                first, filled = _block_of(p.name), 0.0
+            filled += item * numel
+            sizes[first] = max(sizes.get(first, 0.0), filled)
+    for segment, extra in zip(segments, over):
+        if segment.backward and segment.name in sizes:
+            steps = np.diff(segment.gradients, prepend=0.0)
+            # When the experts' first weight gets its own: that is not yet told from activations then.
+            last = int(np.flatnonzero(steps >= 0.5 * steps.max())[-1])
+            extra[max(last - 1, 0)] = sizes[segment.name]
+    return np.concatenate(over)
+
+
+def _block_of(name: str) -> str:
+    """Returns the block that a parameter is in; "" for one outside."""
+    words = name.split(".")
+    return ".".join(words[: words.index("blocks") + 2]) if "blocks" in words else ""
+
+
 def _gathered(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
-    """Returns, after every operator, bytes of parameters that are whole on a rank which keeps a shard of them."""
-    lengths = [len(s.live) for s in segments]
+    """Returns, after every operator, bytes of what is whole on a rank that keeps a shard of it: parameters, the buffer
+    that they came in, their gradients, and the buffer that these leave in. As torch's FSDP2 does it."""
     if layout.zero < 2 or layout.world_size == 1 or (layout.zero == 2 and layout.engine != "torch"):
-        return np.zeros(sum(lengths))
+        return np.zeros(sum(len(s.live) for s in segments))
     whole = _whole_blocks(config, workload, layout)
-    rest, sizes = whole.get("", 0.0), []
-    gathered_before, seen = 0.0, set()
+    root, keeps = whole.pop("", 0.0), layout.zero == 2
+    before = dict(zip(list(whole)[1:], whole.values()))  # block -> bytes of the one before, which is gathered early
+    # Kept: whole from forward to backward. Buffer: of the last gathering, or of the last reduction.
+    kept, buffer, last, root_gradients = 0.0, root, 0.0, 0.0
+    waiting = sum(whole.values()) + root if layout.accumulation > 1 else 0.0  # gradients of earlier micro-batches
+    over = []
     for segment in segments:
-        name = segment.name.rstrip("+-")
-        own = whole.get(name, 0.0) if segment.name == name else 0.0
-        if layout.zero == 3:
-            now = own
-        elif segment.backward:
-            now, gathered_before = gathered_before, gathered_before - own
+        own, count = whole.get(segment.name, 0.0), len(segment.live)
+        if not segment.backward:
+            buffer, kept = own or buffer, kept + own * keeps
+            over.append(np.full(count, root + (kept if keeps else own) + buffer + waiting))
+            continue
+        if segment.name == "+":
+            # Nothing is gathered in this backward, so that the last buffer stays.
+            last, buffer = buffer * keeps, 0.0
+        produced = np.minimum(segment.gradients, own) if own else segment.gradients
+        parameters = kept if keeps else own + before.get(segment.name, 0.0)
+        alive = root + last + parameters + buffer + root_gradients + produced + waiting
+        if own:  # resharded, then copied to the buffer of the reduction
+            alive[-1] = root + last + parameters - own + root_gradients + 2 * own + waiting
+            kept, buffer = kept - own * keeps, own
+            waiting -= min(own, waiting)
         else:
-            gathered_before += own if segment.name not in seen else 0.0
-            now = gathered_before
-        seen.add(segment.name)
-        sizes.append(rest + now + (2 * own if segment.backward else own))  # gradients and their buffer; the buffer
-    return np.repeat(np.array(sizes), lengths)
+            root_gradients += float(produced[-1])
+        over.append(alive)
+    over[-1][-1] += root
+    return np.concatenate(over)
 
 
 @lru_cache(maxsize=32)
@@ -171,9 +232,7 @@ def _blocks_of(workload: Workload, key: tuple) -> tuple[tuple[str, int], ...]:
     for p in workload.parameters:
         if p.is_expert and data == 1:
             continue  # cut over nobody
-        words = p.name.split(".")
-        inside = "blocks" in words
-        block = ".".join(words[: words.index("blocks") + 2]) if inside else ""
+        block = _block_of(p.name)
         found[block] = found.get(block, 0) + local_chunk(p.name, p.shape, coordinates).numel
     return tuple(found.items())
 

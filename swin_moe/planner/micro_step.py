@@ -33,30 +33,33 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class MicroStep:
-    """The segments of one micro-step for two micro-batches, from which those of any other follow."""
+    """The segments of one micro-step for one or two micro-batches, from which those of others follow."""
 
-    first: tuple[Segment, ...]  # of _TRACED[0] images
-    second: tuple[Segment, ...]
+    traced: Mapping[int, list[Segment]]  # images -> segments
     config: ModelConfig
     depths: tuple[int, ...]  # blocks of each stage that were traced
 
     def at(self, images: int) -> list[Segment]:
         """Returns the segments of a whole network for a micro-batch of this size, in order of time."""
-        share = (images - _TRACED[0]) / (_TRACED[1] - _TRACED[0])
-        traced = [_between(a, b, share) for a, b in zip(self.first, self.second)]
-        return list(_repeated(traced, self.config, self.depths))
+        found = self.traced.get(images)
+        if found is None:
+            (low, first), (high, second) = self.traced.items()
+            share = (images - low) / (high - low)
+            found = [_between(a, b, share) for a, b in zip(first, second)]
+        return list(_repeated(found, self.config, self.depths))
 
 
-def trace_micro_step(config: Config, degrees: Degrees, rows: float = 1.0) -> MicroStep:
+def trace_micro_step(config: Config, degrees: Degrees, rows: float = 1.0, *, images: int = 0) -> MicroStep:
     """Returns the micro-step of rank 0, which holds as much as any.
 
     Args:
         rows: Rows that arrive for this rank's experts, in shares of those that it sends; 1 = an even load.
+        images: The only micro-batch that will be asked for; 0 = any.
     """
     # What one rank copies of weights (engine/weight_copies.py) comes together at the end, of all blocks.
     short = config if degrees.world_size == 1 and config.engine.precision in ("bf16", "fp16") else _shortened(config)
-    first, second = (trace_exactly(short, degrees, images, rows) for images in _TRACED)
-    return MicroStep(tuple(first), tuple(second), config.model, tuple(short.model.depths))
+    traced = {size: trace_exactly(short, degrees, size, rows) for size in ([images] if images else _TRACED)}
+    return MicroStep(traced, config.model, tuple(short.model.depths))
 
 
 def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1.0) -> list[Segment]:

@@ -101,12 +101,15 @@ class _Traces:
 
     def of(self, layout: Layout) -> list[Segment]:
         """Returns the segments of a layout's micro-step."""
-        key = (
+        key: tuple = (
             layout.recompute, layout.attention_chunk, layout.expert, layout.expert_shard, layout.payload,
             layout.world_size == 1,
         )  # fmt: skip
+        # Attention in turns has as many operators as there are turns: no line leads to another micro-batch.
+        images = layout.micro_batch if layout.attention_chunk else 0
+        key = (*key, images)
         if key not in self._steps:
-            self._steps[key] = trace_micro_step(layout.apply(self.config), layout.degrees)
+            self._steps[key] = trace_micro_step(layout.apply(self.config), layout.degrees, images=images)
         whole = (*key, layout.micro_batch)
         if whole not in self._segments:
             self._segments[whole] = self._steps[key].at(layout.micro_batch)

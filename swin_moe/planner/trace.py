@@ -72,7 +72,9 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.gradients = 0  # bytes
         self.segments: list[Segment] = []
         self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no other takes their place
-        self._alive: dict[int, tuple[Any, int]] = {storage._cdata: (None, 0) for storage in self._known}
+        # Storage -> (weak reference to it, bytes, what it counts as; "" = it was there before).
+        self._alive: dict[int, tuple[Any, int, str]] = {storage._cdata: (None, 0, "") for storage in self._known}
+        self.peak = 0  # bytes of activations, at most
         self._outputs: set[int] = set()
         self._begin("", backward=False)
 
@@ -103,17 +105,21 @@ class LiveBytes(TorchDispatchMode):
     def is_gradient(self, gradient: Tensor) -> None:
         """Counts a tensor as a parameter's gradient from now on, until it dies."""
         storage = gradient.untyped_storage()
-        entry = self._alive.pop(storage._cdata, None)
-        if entry is not None:
-            self.live -= entry[1]
-        self._add(storage, "gradients")
+        _, size, kind = self._alive.get(storage._cdata, (None, 0, "live"))
+        if kind == "live":
+            self.live -= size
+            self._alive.pop(storage._cdata, None)
+            self._add(storage, "gradients")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator and counts what it made."""
-        result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name == "device":
-            return result
+            return function(*args, **(kwargs or {}))
+        for tensor in _tensors([*args, *(kwargs or {}).values()]):
+            if tensor.untyped_storage()._cdata not in self._alive:  # made before, or below operators
+                self._add(tensor.untyped_storage(), "")
+        result = function(*args, **(kwargs or {}))
         outputs = list(_tensors(result))
         for tensor in outputs:
             storage = tensor.untyped_storage()
@@ -126,6 +132,7 @@ class LiveBytes(TorchDispatchMode):
                 self._multiplied += moved
             else:
                 self._moved += moved
+        self.peak = max(self.peak, self.live)
         self._lives.append(self.live)
         self._gradients.append(self.gradients)
         return result
@@ -133,10 +140,13 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
         key, size, alive, born = storage._cdata, storage.nbytes(), self._alive, self.name
         born_in_forward = not self.backward and kind == "live"
-        setattr(self, kind, getattr(self, kind) + size)
+        if kind:
+            setattr(self, kind, getattr(self, kind) + size)
 
         def gone(_: Any) -> None:
             del alive[key]
+            if not kind:
+                return
             setattr(self, kind, getattr(self, kind) - size)
             handed_on = key in self._outputs
             self._outputs.discard(key)
@@ -144,12 +154,14 @@ class LiveBytes(TorchDispatchMode):
                 place = len(self._lives), born
                 self._deaths[place] = self._deaths.get(place, 0.0) + size
 
-        alive[key] = (weakref.ref(storage, gone), size)
+        alive[key] = (weakref.ref(storage, gone), size, kind)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yields tensors with a storage: not those that oneDNN packs for one product."""
     if isinstance(values, Tensor):
-        yield values
+        if values.layout is torch.strided:
+            yield values
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _tensors(value)

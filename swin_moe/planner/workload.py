@@ -18,7 +18,7 @@ from swin_moe.engine.weight_copies import WeightCopies
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.flops import part_flops
 from swin_moe.models.network import Network
-from swin_moe.optim import frozen_parameters
+from swin_moe.optim import frozen_parameters, parameter_groups
 from swin_moe.parallel.sharding import placement
 from swin_moe.tasks.base import Task, build_task
 
@@ -34,6 +34,7 @@ class Parameter:
     trained: bool
     copied: bool  # one rank keeps it in half precision, too (engine/weight_copies.py)
     is_expert: bool  # ranks hold different parts of it
+    group: int  # of the optimizer's parameters, in its order
 
     @property
     def numel(self) -> int:
@@ -81,11 +82,15 @@ def build_workload(config: Config) -> Workload:
         network = task_to_count(config).build_network()
     frozen = frozen_parameters(network, config.optim.freeze)
     parameters = [(n, tuple(p.shape), p.requires_grad and n not in frozen) for n, p in network.named_parameters()]
+    places = [g["names"] for g in parameter_groups(network, config.optim, config.model.depths)]
+    group = {name: number for number, names in enumerate(places) for name in names}
     blocks = sum(config.model.depths)
     counts = network.flops(), network.active_flops()
     copied = set(WeightCopies(network, torch.bfloat16).copies)
     return Workload(
-        parameters=tuple(Parameter(*row, row[0] in copied, placement(row[0]).is_expert) for row in parameters),
+        parameters=tuple(
+            Parameter(*row, row[0] in copied, placement(row[0]).is_expert, group.get(row[0], 0)) for row in parameters
+        ),
         macs=tuple(_macs(config, network)),
         flops=counts[0],
         active_flops=counts[1],

@@ -8,6 +8,7 @@ from typing import Any
 from swin_moe.checkpoint import Index, resolve
 from swin_moe.config import Config
 from swin_moe.config.tasks import nested
+from swin_moe.config.variants import VARIANTS
 from swin_moe.data.base import Dataset
 from swin_moe.data.listing import listing_digest
 from swin_moe.data.loader import steps_in_epoch
@@ -81,8 +82,9 @@ class RunIdentity:
         stored, now = _flat(nested(index.config, source=str(index.path))), _flat(dataclasses.asdict(self.config))
         stored |= {"run.seed": index.state["seed"]} if "seed" in index.state else {}
         stored |= {key: value for key, value in _provenance(index).items() if key in _ENGINE}
+        idle = _idle(stored) & _idle(now)
         for key, old in stored.items():
-            if key not in now or now[key] == old or key.startswith(_FREE):
+            if key not in now or now[key] == old or key.startswith(_FREE) or key in idle:
                 continue
             deep = key.startswith(_MEANING) and key not in _COURSE
             (meaning if deep else course).append(f"{key}: {_word(old)} -> {_word(now[key])}")
@@ -183,6 +185,20 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
     return flat
+
+
+def _idle(flat: dict[str, Any]) -> set[str]:
+    """Returns the options of a network, dotted, that have no effect on what it computes, by what it is."""
+    name, idle = flat.get("model.name"), set[str]()
+    if not any(block >= 0 for stage in flat.get("model.moe.blocks", [[0]]) for block in stage):
+        idle |= {key for key in flat if key.startswith("model.moe.")}
+    if name not in VARIANTS:
+        return idle
+    if VARIANTS[name].bias != "log_cpb" or not any(flat.get("model.pretrained_window_sizes", [])):
+        idle.add("model.pretrained_window_sizes")
+    if VARIANTS[name].scores != "dot":
+        idle.add("model.qk_scale")
+    return idle
 
 
 def _word(value: Any) -> str:

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from swin_moe.checkpoint.errors import describe
+from swin_moe.checkpoint.errors import describe, out_of_memory
 from swin_moe.config import Config, ParallelConfig
 from swin_moe.config.arguments import refuse_options
+from swin_moe.config.checks import MOST_THREADS
 from swin_moe.config.choices import facts_of
 from swin_moe.config.io import load_config
 from swin_moe.engine.common import materialize
@@ -39,6 +40,10 @@ from swin_moe.tasks.base import Task, build_task, find_task
 
 # In what gloo and NCCL say when a peer closed its connections; gloo raises plain RuntimeErrors.
 _BROKEN_COLLECTIVE = r"gloo|NCCL|Connection (closed|reset|refused)"
+_LESS_MEMORY = (
+    "lower data.micro_batch (in evaluation data.eval_batch) or the sizes under model, set parallel.recompute=block, or "
+    "use more ranks"
+)
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,17 @@ def layout_of(config: Config) -> tuple[ParallelConfig, int]:
 
 
 def default_threads() -> int:
-    """Returns OMP_NUM_THREADS if set, else the cores this rank is bound to; torch counted them before it was bound."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isdecimal() and int(threads) else len(os.sched_getaffinity(0))
+    """Returns the threads of OMP_NUM_THREADS if set, else the cores this rank is bound to; torch counted them before.
+
+    Raises:
+        ValueError: More than engine.threads may be; torch would end the process without a word.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is by nested levels
+    if not (threads.isdecimal() and threads.isascii() and threads.strip("0")):
+        return len(os.sched_getaffinity(0))
+    if len(threads) > 6 or int(threads) > MOST_THREADS:
+        raise ValueError(f"environment variable OMP_NUM_THREADS must be at most {MOST_THREADS}, got {threads[:20]}")
+    return int(threads)
 
 
 def check_layout(config: Config, world_size: int) -> None:
@@ -246,7 +259,7 @@ def build_classifier(session: Session) -> Network:
 
 
 def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs an entry point on this rank; an error of the user's becomes one sentence and exit code 2.
+    """Runs an entry point on this rank; an error of the user's becomes one sentence and exit code 2, 71 for memory.
 
     What all ranks find alike is printed once (launcher/ending.py); a run that was asked to stop ends with STOPPED.
     """
@@ -257,6 +270,7 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
 
 def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     from launcher import ending
+    from launcher.failure.kinds import CONFIGURATION, MEMORY
 
     try:
         main(argv)
@@ -265,32 +279,21 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except Stopped:
         code = STOPPED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        sentence = describe(error) if isinstance(error, ValueError | OSError) else _out_of_memory(error)
-        if sentence is None:
+        short = out_of_memory(error)
+        if short is None and not isinstance(error, ValueError | OSError):
             raise
+        sentence = describe(error) if short is None else f"{short}: {_LESS_MEMORY}"
         if os.environ.get("SWIN_MOE_TRACEBACK"):
             traceback.print_exc()
         _log_to_file(sentence)
         _let_rank_0_speak()
-        _fail(f"error: {sentence}", 2)
+        _fail(f"error: {sentence}", CONFIGURATION if short is None else MEMORY)
     else:
         code = 0
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:
         ending.fail("", code)
-
-
-def _out_of_memory(error: Exception) -> str | None:
-    """Returns what to change where torch, numpy or Python got no memory; None for any other error."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
-        return None
-    asked = re.search(r"allocate ([\d.]+ ?(?:[KMGTPE]i?B|bytes))", text)
-    return (
-        f"out of memory{f' ({asked[1]} more were needed)' if asked else ''}: lower data.micro_batch (in evaluation "
-        f"data.eval_batch) or the sizes under model, set parallel.recompute=block, or use more ranks"
-    )
 
 
 def _fail(words: str, code: int) -> NoReturn:
@@ -313,5 +316,7 @@ def _fail(words: str, code: int) -> NoReturn:
 def _let_rank_0_speak() -> None:
     """Waits a moment in other ranks than 0 that have not met it and cannot ask MPI what it says: if it finds the same,
     its exit ends them."""
-    if not dist.is_initialized() and int(os.environ.get("RANK", 0)) and "mpi4py.MPI" not in sys.modules:
+    from launcher.env import speaks_first
+
+    if not dist.is_initialized() and not speaks_first(os.environ) and "mpi4py.MPI" not in sys.modules:
         time.sleep(10)

@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
+import torch.distributed as dist
 from torch import fx, nn
 
 from swin_moe import create_model
 from swin_moe.ops import extension
 
-# Operators of a training step in bfloat16, a few more than are counted: by the CPU's kernels 500 and 428, by those that
+# Operators of a training step in bfloat16, a few more than are counted: by the CPU's kernels 476 and 422, by those that
 # CUDA has 563 (in which its autocast converts for every norm) and 389.
 MOST = {
-    ("swin_tiny_patch4_window7_224", "cpu"): 508,
-    ("digits_swin_moe", "cpu"): 434,
+    ("swin_tiny_patch4_window7_224", "cpu"): 484,
+    ("digits_swin_moe", "cpu"): 428,
     ("swin_tiny_patch4_window7_224", "cuda"): 571,
     ("digits_swin_moe", "cuda"): 395,
 }
@@ -73,6 +74,9 @@ def test_copied_weights_are_cast_no_more(micro_batches):
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
+@pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="held as torch 2.13 writes programs; 2.11 is counted by hand"
+)
 @pytest.mark.parametrize(
     "name", [n if n == "digits_swin_moe" else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
 )

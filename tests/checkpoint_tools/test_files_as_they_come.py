@@ -1,6 +1,11 @@
 """Files as people have them: any name, any wrapper, known prefixes; and one sentence that helps for what is refused."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import tarfile
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from checkpoint_tools.verbs import text
 from swin_moe import create_model, load_official
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
-from swin_moe.checkpoint.manager import CheckpointManager, load
+from swin_moe.checkpoint.manager import CheckpointManager, find_checkpoint, load
 from swin_moe.checkpoint.pieces import Piece
 from tests.checkpoint_tools.official_files import convert, tensors_of
 
@@ -326,3 +331,43 @@ def test_a_router_of_another_kind_is_refused_by_name(tmp_path, run):
         code, _, error = run("experts", source, tmp_path / "out", f"--{operation}", count, "--no-check")
         assert code == 2 and f"tensor {block}.router.table belongs to a router that this verb does not know" in error
         assert not (tmp_path / "out").exists()
+
+
+def _tar(data: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        entry = tarfile.TarInfo("x.pth")
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("program", "pack"),
+    {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "tar": _tar}.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("name", ["x.pth", "x.pth.tar", "x.safetensors"])
+def test_a_packed_file_is_told_as_such(weights, tmp_path, run, name, program, pack):
+    torch.save(weights, tmp_path / "plain.pth")
+    (tmp_path / name).write_bytes(pack((tmp_path / "plain.pth").read_bytes()))
+    sentence = f"{tmp_path / name}: is packed by {program}; unpack it first"
+    for words in (["inspect"], ["convert", "--to", "native"], ["convert", "--from", "official", "--to", "native"]):
+        target = [tmp_path / "out"] if words[0] == "convert" else []
+        code, _, errors = run(words[0], tmp_path / name, *target, *words[1:])
+        assert code == 2 and sentence in errors, errors
+    with pytest.raises(CheckpointError, match="is packed by"):
+        load_official(create_model("swin", **SMALL), tmp_path / name)
+
+
+def test_rank_files_are_named_together(tmp_path, run):
+    """What is wrong with one of them, and what is done about it, is said of their common path."""
+    whole = tmp_path / "ckpt_epoch_7.pth"
+    for name in ("rank1", "rank0"):
+        (tmp_path / f"{whole.name}.{name}").write_bytes(b"x")
+        if name == "rank1":
+            code, _, errors = run("inspect", whole)
+            assert code == 2 and f"does not exist, but there is {whole.name}.rank1: .rank0 is missing" in errors
+    for given in (whole, f"{whole}.rank0", f"{whole}.rank1"):
+        with pytest.raises(CheckpointError, match=f"convert {whole} DIR .* checkpoint.init={whole} takes the weights"):
+            find_checkpoint(given, key="checkpoint.load")

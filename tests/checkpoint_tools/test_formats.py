@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from checkpoint_tools.formats import find_format, open_source, write_checkpoint
+from checkpoint_tools.formats.infer import merge_model
 from checkpoint_tools.sources.base import Options
 from swin_moe import create_model
 from swin_moe.checkpoint import CheckpointError, Piece, load
 from swin_moe.checkpoint.index import Index
+from swin_moe.config.variants import VARIANTS
 from tests.checkpoint_tools.official_files import FILES, FORMS, convert, identity, tensors_of
 from tests.models.reference import GOLDEN, normal
 
@@ -239,3 +242,12 @@ def test_what_a_format_cannot_hold_is_refused_or_told(tmp_path, native):
         told: list[str] = []
         write_checkpoint(source, tmp_path / "dcp", Options(report=told.append), "dcp")
     assert not told
+
+
+@pytest.mark.parametrize("stated", ["swin", "swin_post"])
+def test_of_families_with_the_same_parameters_the_stated_one_counts(monkeypatch, stated):
+    post = replace(VARIANTS["swin"], norm="post")
+    monkeypatch.setattr("checkpoint_tools.formats.infer.VARIANTS", {"swin_post": post, **VARIANTS})
+    found = merge_model({"model": {"name": stated, "ape": True}}, {"name": "swin_post", "ape": False})
+    assert found == {"model": {"name": stated, "ape": False}}
+    assert merge_model({"model": {"name": "swinv2"}}, {"name": "swin"}) == {"model": {"name": "swin"}}

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from checkpoint_tools.__main__ import VERBS, main
 from checkpoint_tools.verbs import text
+from launcher.failure.kinds import MEMORY
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import read_arrays, verify
 from swin_moe.checkpoint.pieces import Piece
@@ -263,3 +264,31 @@ def test_sizes_are_read_and_written():
     assert [text.parse_bytes(t) for t in ("7", "2K", "1.5MiB", "3g", "1TB")] == [7, 2048, 3 << 19, 3 << 30, 1 << 40]
     assert [text.format_bytes(n) for n in (7, 999, 1000, 1 << 20)] == ["7 B", "999 B", "0.977 KiB", "1 MiB"]
     assert text.format_bytes(2000 << 40) == "2000 TiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 7 KiB"), "(7 KiB more were needed)"),
+        (RuntimeError("can't allocate memory"), ":"),
+    ],
+)
+def test_a_verb_without_memory_says_so_and_ends_as_a_run_does(run, monkeypatch, tmp_path, error, said):
+    def short(*_arguments):
+        raise error
+
+    monkeypatch.setattr("checkpoint_tools.verbs.inspect.run", short)
+    code, _, errors = run("inspect", tmp_path)
+    assert code == MEMORY and errors.startswith(f"error: out of memory {said}".replace(" :", ":")), errors
+    assert errors.count("\n") == 1
+
+
+def test_a_misspelt_verb_is_answered_with_the_right_one(run):
+    code, _, errors = run("inspcet", "x")
+    assert code == 2 and "unknown verb 'inspcet'; did you mean inspect? allowed: inspect, verify" in errors
+
+
+@pytest.mark.parametrize("rank", ["1", "x", ""])
+def test_a_rank_in_the_environment_alone_silences_nothing(run, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert run("inspect", "nowhere")[2] == "error: nowhere: does not exist\n"

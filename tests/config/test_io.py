@@ -223,3 +223,9 @@ def test_names_find_files_in_any_folder(tmp_path):
 def test_an_unknown_path_says_so(name):
     with pytest.raises(ValueError, match="no config"):
         load_config(name)
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_config_is_written_to_a_file(path):
+    with pytest.raises(ValueError, match="dump_config: the path must be a file's"):
+        dump_config(Config(), path)

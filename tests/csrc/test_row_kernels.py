@@ -1,6 +1,7 @@
 """The CUDA kernels that move rows (experts, windows), run on the host, against the Python operators."""
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
@@ -59,39 +60,13 @@ def test_rows_of_experts_equal_the_python_operators(library, case, dtypes, chann
     gate = random_tensor(tokens, top_k, dtype=gate_dtype, seed=3)
     wide = torch.promote_types(rows_dtype, gate_dtype)
     grad = random_tensor(tokens, channels, dtype=wide, seed=4)
-    taken = call(
-        library.swin_moe_permute,
-        (rows.shape, rows_dtype),
-        grad,
-        order.pair,
-        flags=order.vacant,
-        gate=gate,
-        top_k=top_k,
-        offset=offset,
-    )
-    plain = call(library.swin_moe_permute, (rows.shape, rows_dtype), x, order.pair, top_k=top_k, offset=offset)
-    combined = call(
-        library.swin_moe_unpermute,
-        ((tokens, channels), wide),
-        rows,
-        order.position,
-        flags=order.keep,
-        gate=gate,
-        top_k=top_k,
-        offset=offset,
-    )
     sums = torch.float64 if wide == torch.float64 else torch.float32
-    products = call(
-        library.swin_moe_gate_gradient,
-        ((tokens, top_k), sums),
-        rows,
-        order.position,
-        flags=order.keep,
-        grad_out=grad,
-        top_k=top_k,
-        other=wide,
-        offset=offset,
-    )
+    run = partial(call, top_k=top_k, offset=offset)
+    taken = run(library.swin_moe_permute, (rows.shape, rows_dtype), grad, order.pair, flags=order.vacant, gate=gate)
+    plain = run(library.swin_moe_permute, (rows.shape, rows_dtype), x, order.pair)
+    of_choices = partial(run, rows=rows, index=order.position, flags=order.keep)
+    combined = of_choices(library.swin_moe_unpermute, ((tokens, channels), wide), gate=gate)
+    products = of_choices(library.swin_moe_gate_gradient, ((tokens, top_k), sums), grad_out=grad, other=wide)
     assert torch.equal(plain, _permute(x, order.pair, top_k, None, None))
     pairs = (
         (taken, _permute(grad, order.pair, top_k, gate, order.vacant, rows_dtype)),

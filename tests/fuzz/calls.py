@@ -28,7 +28,12 @@ _SUBJECTS = (
     "load_official create_model build_model parallelize moe config override image path format max_memory model tensor "
     "source interpolation seed"
 )
-SUBJECTS = (*_SUBJECTS.split(), "state dict")
+# Arguments of the official constructors, and one of nobody: of two wrong arguments either may be named.
+_OFFICIAL = (
+    "moe_blocks top_value cosine_router use_bpr is_gshard_loss seed moe_drop norm_layer use_checkpoint nope "
+    "num_local_experts"
+).split()
+SUBJECTS = (*_SUBJECTS.split(), *_OFFICIAL, "state dict")
 
 Call = tuple[str, str, Callable[[], Any]]
 
@@ -45,10 +50,7 @@ def _short(value: object) -> str:
 def _create(draw: random.Random, files: dict[str, str]) -> Call:
     name: Any
     names = [f.name for section in (schema.ModelConfig, schema.MoEConfig) for f in fields(section) if f.name != "name"]
-    names += (
-        "moe_blocks top_value cosine_router use_bpr is_gshard_loss seed moe_drop norm_layer use_checkpoint nope "
-        "num_local_experts"
-    ).split()
+    names += _OFFICIAL
     name = draw.choice(["swin", "swin_moe", "swinv2", "swin_mlp"])
     given = {key: draw.choice(VALUES) for key in draw.sample(names, draw.choice((1, 1, 2)))}
     if draw.random() < 0.25:

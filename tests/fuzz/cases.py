@@ -25,6 +25,20 @@ NUMBERS = (
     f"0 -1 -0.5 1e-9 nan .nan inf -inf .inf 1e400 {'9' * 25} 1000000000 2 3 5 7 1e9 0x10 1_0 1e-400 [0,0] [1,2,3] [-1] "
     f"[1e9,1e9] [1,1] {'9' * 5000} 65537 [9999999999,1] [1.5,2] +1 0.999999999 1e18"
 ).split()
+_OF_ENVIRONMENT = 0.08  # of all cases
+_WHOLE = ["x", "", "-1", "1.5", "²", "9" * 25, "0x1", " 1", "0"]
+_FOLDERS = [None, "", "/nope", "/dev/null", "relative", "~"]
+_WORLD = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+ENVIRONMENT: dict[str, list[str | None]] = {
+    **{name: [*_WHOLE] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE")},
+    **{name: [*_WHOLE] for name in ("LAUNCHER_RESTART", "LAUNCHER_STALL", "SLURM_NTASKS", "COLUMNS")},
+    **{name: [*_FOLDERS] for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "LAUNCHER_REPORTS", "MPI4PY_LIBMPI")},
+    "MASTER_PORT": [*_WHOLE, "99999"],
+    "MASTER_ADDR": ["", "nope.invalid", "x" * 80, "a..b", "é"],
+    "OMP_NUM_THREADS": [*_WHOLE, "99999999", "2,1", "4097"],
+    "CUDA_VISIBLE_DEVICES": ["", "nope", "-1", "99", "0,0"],
+    "SWIN_MOE_NO_EXT": ["x", "1", ""],
+}
 NEEDS_IMAGES = ("predict", "inspect-routing")
 CONFIGURED = ("train", "evaluate", "evaluate-features", "predict", "inspect-routing", "throughput", "launch")
 OPTIONS = {
@@ -50,10 +64,14 @@ class Case:
     subjects: tuple[str, ...]
     words: tuple[str, ...] = ()
     call: Callable[[], Any] | None = None
+    environment: tuple[tuple[str, str | None], ...] = ()  # None: not set
 
 
 def draw_case(seed: int, number: int, files: dict[str, str], scratch: Path) -> Case:
     """Returns a case; what it writes goes below `scratch`, or below what `files` names."""
+    wrong = random.Random(f"environment {seed}:{number}")  # apart: a kind more leaves the other cases as they were
+    if wrong.random() < _OF_ENVIRONMENT:
+        return _environment_case(wrong, files, scratch)
     draw = random.Random(f"{seed}:{number}")
     kinds = {"config key": 8, "config file": 3, "option": 3, "path": 4, "checkpoint verb": 4, "command": 1, "python": 8}
     kind = draw.choices(list(kinds), list(kinds.values()))[0]
@@ -62,6 +80,21 @@ def draw_case(seed: int, number: int, files: dict[str, str], scratch: Path) -> C
         return Case(name, kind, text, (*calls.SUBJECTS, ": does not exist"), call=call)
     words, subjects = _WORDS[kind](draw, files, scratch)
     return Case(words[0] if words else "", kind, f"swin-moe {' '.join(map(repr, words))}", subjects, tuple(words))
+
+
+def _environment_case(draw: random.Random, files: dict[str, str], scratch: Path) -> Case:
+    """Returns a right command among one or two wrong variables; half of those about the world beside a right world."""
+    names = draw.sample(list(ENVIRONMENT), draw.choice((1, 1, 2)))
+    wrong = {name: draw.choice(ENVIRONMENT[name]) for name in names}
+    given: dict[str, str | None] = {**_WORLD} if draw.random() < 0.5 and wrong.keys() & _WORLD.keys() else {}
+    given |= ({"PMI_RANK": "0"} if "PMI_SIZE" in wrong else {}) | wrong
+    command = draw.choice([*CONFIGURED, "checkpoint", "doctor"])
+    if command in CONFIGURED:
+        words = _start(command, files["small.yaml"], [], files, scratch)
+    else:
+        words = [command, "--no-measure"] if command == "doctor" else [command, "inspect", files["native"]]
+    text = f"{' '.join(f'{name}={value!r}' for name, value in given.items())} swin-moe {' '.join(map(repr, words))}"
+    return Case(command, "environment", text, tuple(given), tuple(words), environment=tuple(given.items()))
 
 
 def _start(command: str, config: str, rest: list[str], files: dict[str, str], scratch: Path) -> list[str]:

@@ -14,8 +14,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -141,11 +142,29 @@ def run_case(case: Case, folder: Path) -> tuple[str, str, str]:
         outcome, why = judge_call(raised, case.subjects)
         said = "" if raised is None else "".join(traceback.format_exception(raised)[-2:])
         return outcome, why, said
-    code = _command(case.words)
+    with _environment(case):
+        code = _command(case.words)
     sys.stderr.flush()
     said = errors.read_text(errors="replace")
     outcome, why = judge_command(case.command, code, said, case.subjects)
     return outcome, why, said
+
+
+@contextlib.contextmanager
+def _environment(case: Case) -> Iterator[None]:
+    """Sets the variables of a case, and takes them back with all that the command set."""
+    before = dict(os.environ)
+    for name, value in case.environment:
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    tempfile.tempdir = None  # asked for anew
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        tempfile.tempdir = None
 
 
 def _command(words: tuple[str, ...]) -> object:

@@ -4,6 +4,7 @@ import re
 import traceback
 from pathlib import Path
 
+from launcher.failure.kinds import CONFIGURATION, MEMORY
 from swin_moe.config import Config
 from swin_moe.config.coerce import schema_keys
 
@@ -31,14 +32,14 @@ def judge_command(command: str, code: object, error: str, subjects: tuple[str, .
     """
     if code in WORKS or code == 1 and command in FOUND and "Traceback" not in error:
         return "works", ""
-    if code != 2:
+    if code not in (CONFIGURATION, MEMORY):
         return "wrong", f"exit code {code}"
     trace, lines = _split(error)
     lines = [line for line in lines if not TOLD.match(line)]
     if len(lines) != 1 or not lines[0].startswith(("error: ", "launcher: ")):
         return "wrong", f"{len(lines)} lines"
-    if lines[0].startswith("error: out of memory"):
-        return "refused", ""
+    if lines[0].startswith("error: out of memory") or code == MEMORY:
+        return ("refused", "") if "out of memory" in lines[0] and code == MEMORY else ("wrong", f"exit code {code}")
     if trace and not _raised_by_us(trace):
         return "wrong", "no sentence of ours"
     return _judge_sentence(lines[0], subjects)

@@ -2,7 +2,17 @@
 
 import pytest
 
-from launcher.env import RankEnv, detect, export, parse_ready, parse_slurm, tasks_of_node, without_world
+from launcher.env import (
+    RankEnv,
+    detect,
+    export,
+    parse_ready,
+    parse_single,
+    parse_slurm,
+    speaks_first,
+    tasks_of_node,
+    without_world,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -61,11 +71,49 @@ def test_parse_ready_without_local_ranks_means_one_host():
 
 
 @pytest.mark.parametrize(
-    "change, message", [({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4"), ({"MASTER_PORT": "http"}, "MASTER_PORT")]
+    "change, message",
+    [
+        ({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT"),
+        ({"MASTER_PORT": "99999"}, r"MASTER_PORT must be in \[1, 65535\], got 99999"),
+        ({"WORLD_SIZE": "²"}, "WORLD_SIZE must be a whole number"),
+    ],
 )
 def test_parse_ready_names_the_bad_variable(change, message):
     with pytest.raises(ValueError, match=message):
         parse_ready(TORCHRUN | change)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 is set, but MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
+    ],
+)
+def test_half_a_world_is_refused(environ, said):
+    with pytest.raises(ValueError, match=said):
+        parse_single(environ)
+
+
+def test_what_one_process_of_one_inherits_is_no_world():
+    assert parse_single({"RANK": "3", "WORLD_SIZE": "1"}).world_size == parse_single({}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "first"),
+    [
+        ({}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "x"}, True),
+        (TORCHRUN, False),
+        (TORCHRUN | {"RANK": "0"}, True),
+        ({"WORLD_SIZE": "x"}, True),
+    ],
+)
+def test_who_says_what_all_ranks_would_say(environ, first):
+    assert speaks_first(environ) == first
 
 
 def test_parse_slurm():

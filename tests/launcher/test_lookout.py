@@ -119,7 +119,7 @@ def test_what_a_killed_launcher_leaves_is_cleaned_up(how, keep, tmp_path, monkey
     reports.hold([mine.name])
     launcher = os.fork()
     if launcher == 0:
-        with orphans.cleaned_up(token, place, keep=keep):
+        with orphans.cleaned_up(token, place, remove=[] if keep else [place]):
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)

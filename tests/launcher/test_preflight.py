@@ -98,6 +98,7 @@ def test_beyond_a_size_hosts_meet_instead_of_ranks():
     met = {tuple(sorted((hosts[a], hosts[b]))) for a, b in pairs}
     assert met == {*combinations(range(7), 2), *((host, host) for host in range(7))}
     assert {rank for pair in pairs for rank in pair} == set(range(28))  # and no rank is left out
+    assert {(rank, rank + 1) for rank in range(27) if rank % 4 < 3} <= {*pairs}  # neighbours on a host
     assert all(len({rank for pair in one for rank in pair}) == 2 * len(one) for one in made)
 
 
@@ -255,6 +256,16 @@ def test_two_hosts_are_held_against_what_their_interfaces_say():
         f"host n{n} reaches 10.0 MB/s at best, where its interface says 1,250 MB/s" for n in (0, 1)
     ]
     assert findings(count=2, links={0: SLOW}) == []  # an interface that says nothing
+
+
+def test_a_slow_host_is_told_of_once():
+    fast = {number: {"interface_bytes_per_s": 1.25e9} for number in range(3)}
+    ((_, host, words),) = findings(ranks=fast, links={1: SLOW, 2: SLOW})
+    assert host == "n2" and "over every link" in words
+
+
+def test_clocks_are_held_against_each_other_not_against_the_launcher_s():
+    assert findings(hosts={number: {"clock_offset_s": 50.0 + number / 10} for number in range(3)}) == []
 
 
 def broken_links(*pairs, called=None):

@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_gpu(changed, unusable, words):
 
 @pytest.mark.parametrize("text", ["[N/A]", "[Not Supported]", "N/A", ""])
 def test_what_a_gpu_does_not_have_is_no_complaint(text):
-    assert complaints(HEALTHY) == []
+    assert complaints(HEALTHY) == [] and complaints(HEALTHY | {gpu._WIDTH: text}) == []
     assert complaints(HEALTHY | {name: text for name in (gpu._ECC, gpu._WIDTH, gpu._WIDEST, "temperature.gpu")}) == []
 
 

@@ -81,7 +81,7 @@ def test_then_the_program_starts(tmp_path):
             r"unusable: rank 0 \(.*\) cannot connect to rank 1 \(.*\) at 127.0.0.1: refused: nothing listens",
         ),
         ("deaf", 4, HOST, r"unusable: rank 0 \(.*\) cannot connect to rank 1 \(.*\) at 127.0.0.1: refused"),
-        ("throttled", 4, 0, r"marked: the processor of rank 1 \(.*\) is slow: 0\.\d\d of the median"),
+        ("throttled", 4, 0, r"marked: the (processor|memory) of rank 1 \(.*\) is slow: 0\.\d\d of the"),
         ("slow_to_read", 4, 0, r"marked: rank 1 \(.*\) is slow over every link: \d\.\d MB/s at best"),
         ("silent", 2, HOST, r"unusable: rank 1 \(.*\) did not answer within 3 s"),
         ("gone", 2, HOST, r"unusable: rank 1 \(.*\) ended, or its connection was cut"),
@@ -215,7 +215,7 @@ def test_strangers_are_passed_over():
     with pytest.raises(OSError, match="something else answers"):
         Member(hub.places, "another token", 0, {}, seconds=0.5)
     meeting.join()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hub": 1, "rank": 0}\n', b"[]\n", b"x" * 200_000):
+    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hub": 1, "rank": 0, "facts": 1}\n', b"[]\n", b"x" * 200_000):
         with socket.create_connection(hub.places[0]) as stranger:
             stranger.sendall(text)
     assert hub.meet(0.5) == {}

@@ -36,7 +36,7 @@ class Layer(torch.nn.Module):
 
 def compare(micro_steps: int) -> list:
     """Returns per step: buckets under way after each backward; whether the gradients are those of the slow way."""
-    apply._BUCKET_BYTES = 100
+    apply.BUCKET_BYTES = 100
     world = dist.get_world_size()
     groups = build_groups(ParallelConfig(expert=1, expert_shard=1), 1, torch.device("cpu"))
     slow, fast = Layer(), Layer()

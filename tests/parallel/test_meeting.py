@@ -64,3 +64,12 @@ def test_rank_0_listens_at_its_address_alone(port):
 def test_where_the_address_is_no_interface_of_this_host_torch_listens(address, port):
     """A name; and the address of a service that leads here, which documentation's own (RFC 5737) stands for."""
     assert _listen(address, port) is None
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid", "x" * 80, "a..b"])
+def test_an_address_without_a_host_is_one_sentence(address, port, capfd):
+    with pytest.raises(ValueError, match=f"MASTER_ADDR={address}: .*name its own host"):
+        meet(0, 2, address, port, patience=1, timeout=2)
+    with pytest.raises(ValueError, match=f"rank 0 at {address}:{port} .* did not come within 1 s"):
+        meet(1, 2, address, port, patience=0.5, timeout=1)
+    assert "frame #" not in capfd.readouterr().err  # torch's stack

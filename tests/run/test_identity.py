@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from swin_moe import train
 from swin_moe.checkpoint import Index
-from swin_moe.config import Config, DataConfig
+from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
 from swin_moe.config.io import load_config
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.listing import Relabeled, listing_digest
@@ -306,3 +308,37 @@ def test_a_start_epoch_is_the_rest_of_a_whole_run(run, capfd):
     assert kept[0] == kept[1] and [step for step, *_ in kept[1]] == [4, 5, 6]
     last = [Index.read(run / name / "checkpoints" / "0000000006").state["progress"] for name in ("whole", "rest")]
     assert last[0]["samples"] == last[1]["samples"] == 48
+
+
+def changes(path, old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Returns what is said of a run with a network that continues a checkpoint of another."""
+    index = SimpleNamespace(path=path, state={}, config=dataclasses.asdict(Config(model=old)))
+    return RunIdentity(Config(model=new), (), {}).check_resume(cast(Index, index))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"name": "swin"}, {"moe": MoEConfig(blocks=((), (-1,)), num_experts=4, top_k=2)}),
+        ({"name": "swin"}, {"pretrained_window_sizes": (7, 7)}),
+        ({"name": "swin_mlp"}, {"pretrained_window_sizes": (0, 0), "qk_scale": 0.5}),
+        ({"name": "swinv2"}, {"pretrained_window_sizes": (0, 0), "qk_scale": 0.5}),
+    ],
+)
+def test_options_without_an_effect_are_not_compared(tmp_path, old, new):
+    assert changes(tmp_path, ModelConfig(**old), ModelConfig(**old | new)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ({"name": "swin"}, {"moe": MoEConfig(blocks=((0,),))}, r"model\.moe\.blocks: \[\] -> \[\[0\]\]"),
+        ({"name": "swin_moe", "moe": MoEConfig(blocks=((0,),))}, {"moe": MoEConfig(blocks=((0,),), top_k=2)}, "top_k"),
+        ({"name": "swinv2"}, {"pretrained_window_sizes": (8, 8, 8, 8)}, "pretrained_window_sizes"),
+        ({"name": "swin_moe"}, {"qk_scale": 0.5}, "qk_scale"),
+        ({"name": "swin"}, {"name": "swinv2"}, "model.name"),
+    ],
+)
+def test_options_with_an_effect_are_compared(tmp_path, old, new, said):
+    with pytest.raises(ValueError, match=said):
+        changes(tmp_path, ModelConfig(**old), ModelConfig(**old | new))

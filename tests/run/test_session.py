@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from launcher.env import without_world
+from launcher.failure.kinds import MEMORY
 from swin_moe.config import Config, EngineConfig
-from swin_moe.run.session import fit_precision
+from swin_moe.run.session import default_threads, fit_precision, run_main
 from swin_moe.run.state import StopRequest
 from tests.ranks import ROOT
 
@@ -85,3 +86,40 @@ def test_ctrl_c_counts_where_nobody_reads_errors(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 3.2 GiB for an array"), "out of memory (3.2 GiB more were needed): lower"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "(20.00 MiB more were needed)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "(9 bytes more"),
+        (MemoryError(), "out of memory: lower data.micro_batch"),
+    ],
+)
+def test_what_ends_for_lack_of_memory_ends_as_the_launcher_says_it(error, said, capfd):
+    def program(_words):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(program, [])
+    assert stop.value.code == MEMORY
+    assert said in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="not a word of memory"):
+        run_main(lambda _words: (_ for _ in ()).throw(RuntimeError("not a word of memory")), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [("3", 3), ("2,1", 2), (" 2 ", 2), ("0", None), ("x", None), ("-1", None), ("", None), ("²", None)],
+)
+def test_threads_are_omps_or_the_cores(monkeypatch, text, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert default_threads() == (threads or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("text", ["99999999", "4097", "9" * 5000])
+def test_more_threads_than_openmp_can_start_are_refused(monkeypatch, text):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(ValueError, match="OMP_NUM_THREADS must be at most 4096, got"):
+        default_threads()

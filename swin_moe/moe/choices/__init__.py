@@ -1,23 +1,19 @@
 """Routing choices (model.moe.choice): who chooses whom, one file and one row each.
 
-The table is CHOICES. A new row needs a subclass of base.Choice here, and a row of the same name in
-swin_moe.config.choices, which says what the choice means to configs, summaries and counts of work.
+The table is swin_moe.config.choices.CHOICES. A new row needs a subclass of base.Choice here, and there what the choice
+means to configs, summaries and counts of work, with the place of the class (routed_by).
 """
 
 from swin_moe.config import MoEConfig
+from swin_moe.config.choices import CHOICES
 from swin_moe.moe.choices.base import Choice, Routed, RoutingStats
 from swin_moe.registry import lookup
-
-CHOICES = {
-    "token": "swin_moe.moe.choices.token:TokenChoice",
-    "expert": "swin_moe.moe.choices.expert:ExpertChoice",
-    "soft": "swin_moe.moe.choices.soft:SoftChoice",
-}
 
 
 def build_choice(config: MoEConfig, layer: int) -> Choice:
     """Returns the choice of a layer, the block of this number in the network."""
-    return lookup(CHOICES, config.choice, key="model.moe.choice")(config, layer)
+    routed_by = {name: facts.routed_by for name, facts in CHOICES.items()}
+    return lookup(routed_by, config.choice, key="model.moe.choice")(config, layer)
 
 
-__all__ = ["CHOICES", "Choice", "Routed", "RoutingStats", "build_choice"]
+__all__ = ["Choice", "Routed", "RoutingStats", "build_choice"]

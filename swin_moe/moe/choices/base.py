@@ -64,7 +64,7 @@ class Assigned(NamedTuple):
 class Choice:
     """The rule by which a layer's logits become a routing and a loss. Has no parameters: those are the router's.
 
-    A subclass gives assign and pairs, and is a row of choices.CHOICES; what it means to a config is a row of
+    A subclass gives assign and pairs; what it means to a config, and where it stands, is a row of
     config.choices.CHOICES.
 
     Args:
