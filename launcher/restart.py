@@ -12,12 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher import guard, supervise
-from launcher.failure import orphans, reports
+from launcher.failure import line, orphans, reports
 from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED, PREEMPTED, STALL
 from launcher.flavors.base import Start
 from launcher.hosts.hostfile import Host
@@ -40,8 +40,8 @@ _STEP = re.compile(r"\bstep (\d+)\b")
 def own_variables(options: argparse.Namespace) -> list[str]:
     """Returns what every rank on every host has to know of the launcher, as NAME=VALUE; each start fills folders in."""
     told = {orphans.JOB: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall}
-    folders = dict.fromkeys((reports.REPORTS, reports.PROGRESS, pump.CONSOLE, pump.LOGS), "")
-    return [f"{name}={value}" for name, value in (told | folders).items()]
+    filled = dict.fromkeys((reports.REPORTS, reports.PROGRESS, pump.CONSOLE, pump.LOGS, line.WHERE), "")
+    return [f"{name}={value}" for name, value in (told | filled).items()]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -98,9 +98,13 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
         gone = time.monotonic() - began if policy.starts else 0.0
         logs = _log_folder(options)
         outcome = _once(job, options, options.save_after - gone, logs)
+        dead = dead_hosts(job) if outcome.doubtful else {}
+        if dead:
+            found = "; ".join(f"{host}: {why}" for host, why in dead.items())
+            outcome = replace(outcome, code=HOST, rank="", words=f"nothing can be started on {found}")
         if outcome.code and outcome.rank and logs is not None:
             _say(f"launcher: what rank {outcome.rank} wrote is in {pump.file_of(str(logs), outcome.rank)}")
-        if outcome.code and (outcome.rank or outcome.failure is None):
+        if outcome.code and (outcome.rank or outcome.failure is None or outcome.words):
             _say(outcome.describe())
         pause, why = policy.after(outcome)
         if pause is None:
@@ -108,7 +112,7 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
                 _say(f"launcher: {why}")
             return outcome.code
         try:
-            lost = lost.more(job, outcome)
+            lost = lost.more(job, outcome, dead)
             job = _again(job, options, lost, whole, policy.starts)
         except ValueError as error:
             _say(f"launcher: not started again: {error}")
@@ -166,14 +170,18 @@ class Lost:
     def __str__(self) -> str:
         return f", without {', '.join(self.hosts)}" if self.hosts else ""
 
-    def more(self, job: Prepared, outcome: Outcome) -> "Lost":
-        """Returns it with what this outcome adds. Hosts on which mpirun cannot start `true` are lost."""
+    def more(self, job: Prepared, outcome: Outcome, dead: Iterable[str] = ()) -> "Lost":
+        """Returns it with what this outcome adds. Hosts on which mpirun cannot start `true` are lost.
+
+        Args:
+            dead: Those of which it is known already; () = to be tried.
+        """
         if outcome.code == PREEMPTED:
             return self
         slots = self.slots
         if outcome.rank.isdigit() and (outcome.code in (HOST, STALL) or outcome.code > 128):
             slots += (job.plan.ranks[int(outcome.rank)].host,)
-        return Lost((*self.hosts, *dead_hosts(job)), slots)
+        return Lost((*self.hosts, *(dead or dead_hosts(job))), slots)
 
 
 def step_of(outcome: Outcome) -> int | None:
@@ -185,17 +193,36 @@ def step_of(outcome: Outcome) -> int | None:
     return int(found[1]) if found else None
 
 
-def dead_hosts(job: Prepared) -> list[str]:
-    """Returns the job's hosts on which nothing can be started any more."""
-    names = [host.name for host in job.plan.hosts if not is_here(host.name)]
+def dead_hosts(job: Prepared) -> dict[str, str]:
+    """Returns {host: why} of the job's hosts on which nothing can be started any more."""
     from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
 
-    with ThreadPoolExecutor(16) as pool:
-        alive = list(pool.map(lambda name: _can_start(job, name), names))
-    return [name for name, lives in zip(names, alive) if not lives]
+    names = other_hosts(job)
+    with ThreadPoolExecutor(16, initializer=_let_children_be_heard) as pool:
+        found = list(pool.map(lambda name: _why_not(job, name), names))
+    if token := job.environment(os.environ).get(orphans.JOB):
+        orphans.sweep(token)  # an ssh that still waits for an answer
+    return {name: why for name, why in zip(names, found) if why}
 
 
-def _can_start(job: Prepared, host: str) -> bool:
+def _let_children_be_heard() -> None:
+    """Lets what this thread starts get SIGCHLD, which the launcher blocks for itself: Hydra waits for it for ever."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def other_hosts(job: Prepared) -> list[str]:
+    """Returns the job's hosts but for this one."""
+    return [host.name for host in job.plan.hosts if not is_here(host.name)]
+
+
+def _starts_here(job: Prepared) -> bool:
+    """Returns whether some ranks start on this host at once; srun's may wait for the resources of their step."""
+    here = not job.plan.hosts or len(other_hosts(job)) < len(job.plan.hosts)
+    return here and job.mpi.flavor.name != "srun"
+
+
+def _why_not(job: Prepared, host: str) -> str:
+    """Returns why mpirun cannot start `true` on a host, "" = it can."""
     flavor, hosts = job.mpi.flavor, (Host(host, 1),)
     with tempfile.NamedTemporaryFile("w", prefix="launcher-host-") as file:
         if flavor.hostfile:
@@ -205,11 +232,14 @@ def _can_start(job: Prepared, host: str) -> bool:
         try:
             finished = subprocess.run(
                 flavor.command(start, ["true"]), env=job.environment(os.environ), timeout=_PROBE_SECONDS,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
             )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-    return finished.returncode == 0
+        except OSError as error:
+            return str(error)
+        except subprocess.TimeoutExpired:
+            return f"it took over {_PROBE_SECONDS:g} s to start nothing there"
+    said = [words.strip() for words in finished.stderr.splitlines() if words.strip()]
+    return "" if finished.returncode == 0 else said[0] if said else f"exit code {finished.returncode}"
 
 
 def choose_ranks(ranks: int, room: int | None, allowed: Sequence[int] | None, least: int | None) -> int:
@@ -257,7 +287,7 @@ def _once(job: Prepared, options: argparse.Namespace, save_after: float, shared:
         return supervise.supervise(
             job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
             save_after=max(0.0, save_after), stall=options.stall, ranks=len(job.plan.ranks), shared=shared,
-            remote=any(not is_here(host.name) for host in job.plan.hosts), show=_show(job, options),
+            others=other_hosts(job), local=_starts_here(job), show=_show(job, options),
         )  # fmt: skip
     finally:
         job.remove_hostfile()

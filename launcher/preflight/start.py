@@ -92,7 +92,7 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
             grace=options.grace,
             stall=options.stall,
             ranks=len(hosts),
-            remote=any(not is_here(name) for name in hosts.values()),
+            others=restart.other_hosts(job),
         )
     finally:
         checks.remove_hostfile()
