@@ -257,6 +257,8 @@ def _wait(
             return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
         if number == signal.SIGINT:
             say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
+        elif received and number in STOP:
+            say(f"launcher: {signal.Signals(received.si_signo).name}: the ranks have {grace:g} s to save", 1)
         if number in STOP:
             deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):
