@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
+    "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
     "configs": ("swin_moe.config.listing", "names of the shipped configs"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
