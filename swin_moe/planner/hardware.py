@@ -44,6 +44,9 @@ class Hardware:
     matrix_share: float = 1.0
     memory_share: float = 1.0
     link_share: float = 1.0
+    nics_per_node: int = 0  # 0 = one a rank
+    nodes_per_leaf: int = 0  # nodes on one switch of the network's lowest level; 0 = all
+    oversubscription: float = 1.0  # bytes/s that the nodes of a leaf send over those that its uplinks carry
     device: str = "cuda"  # whose operators are counted: cuda or cpu
 
     def matrix_rate(self, precision: str) -> float:
@@ -57,6 +60,11 @@ class Hardware:
                 f"hardware {self.name} has no figure for engine.precision={precision}; it has {', '.join(self.flops)}"
             )
         return self.flops[precision] * self.matrix_share
+
+    @property
+    def nics(self) -> int:
+        """NICs of a node, each with the bandwidth of as many `between` as ranks share it."""
+        return self.nics_per_node or self.ranks_per_node
 
     @property
     def memory_rate(self) -> float:
@@ -125,7 +133,7 @@ def _figure(path: Path, key: str, value: Any) -> Any:
             raise ValueError(f"{path}: {key} must give {' and '.join(wanted)}, got {shown(value)}")
         return Link(**{name: _number(path, f"{key}.{name}", value[name]) for name in wanted})
     number = _number(path, key, value)
-    if key == "ranks_per_node":
+    if key in ("ranks_per_node", "nics_per_node", "nodes_per_leaf"):
         if number != int(number):
             raise ValueError(f"{path}: {key} must be a whole number, got {shown(value)}")
         return int(number)
