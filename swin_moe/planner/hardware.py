@@ -48,6 +48,9 @@ class Hardware:
     matrix_share: float = 1.0
     memory_share: float = 1.0
     link_share: float = 1.0
+    nics_per_node: int = 0  # 0 = one a rank
+    nodes_per_leaf: int = 0  # nodes on one switch of the network's lowest level; 0 = all
+    oversubscription: float = 1.0  # bytes/s that the nodes of a leaf send over those that its uplinks carry
     device: str = "cuda"  # whose operators are counted: cuda or cpu
     # What calibration found, by precision: products by shape, and seconds of operators by name (rates.py).
     products: Mapping[str, Sequence[Point]] = field(default_factory=dict)
@@ -73,6 +76,11 @@ class Hardware:
             for name, operators in self.operators.items()
             if name in self.products
         }
+
+    @property
+    def nics(self) -> int:
+        """NICs of a node, each with the bandwidth of as many `between` as ranks share it."""
+        return self.nics_per_node or self.ranks_per_node
 
     @property
     def memory_rate(self) -> float:
@@ -176,7 +184,7 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
     if form in ("products", "operators"):
         return _by_precision(path, key, value, _points if form == "products" else _rates)
     number = _number(path, key, value)
-    if key == "ranks_per_node":
+    if key in ("ranks_per_node", "nics_per_node", "nodes_per_leaf"):
         if number != int(number):
             raise ValueError(f"{path}: {key} must be a whole number, got {shown(value)}")
         return int(number)
