@@ -254,7 +254,10 @@ def _wait(
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
             _end(process, flavor)
-            return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
+            code = INTERRUPTED if interrupts else NOT_STOPPED
+            words = "Ctrl-C twice" if interrupts > 1 else f"not saved in {grace:g} s"
+            words += "; what was saved before is kept"
+            return Outcome(code, asked_to_stop=True, killed=True, words=words)
         if number == signal.SIGINT:
             say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
         elif received and number in STOP:
