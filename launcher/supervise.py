@@ -62,13 +62,6 @@ class Outcome:
         return f"launcher: {kind_of(self.code)} (exit code {self.code}): {who}"
 
 
-def run(
-    command: Sequence[str], environment: dict[str, str], *, flavor: Flavor, grace: float, save_after: float = math.inf
-) -> int:
-    """Returns the exit code of the job, as `supervise` has it."""
-    return supervise(command, environment, flavor=flavor, grace=grace, save_after=save_after).code
-
-
 def supervise(
     command: Sequence[str],
     environment: dict[str, str],
