@@ -158,7 +158,7 @@ class _Patrol:
         self._thread.join(_WORD_SECONDS)
 
     def _work(self) -> None:
-        limit = min(line.LOST_SECONDS, self._limit)
+        limit = float(os.environ.get(line.SECONDS, line.LOST_SECONDS))
         self._line = line.hold({"rank": _rank(), "host": socket.gethostname(), "pid": self._child}, limit)
         asked, stopped = False, 0.0
         while True:

@@ -77,6 +77,7 @@ def supervise(
     grace: float,
     save_after: float = math.inf,
     stall: float = math.inf,
+    lost: float = line.LOST_SECONDS,
     ranks: int = 0,
     shared: Path | None = None,
     others: Sequence[str] = (),
@@ -92,6 +93,7 @@ def supervise(
     Args:
         save_after: Seconds after which the ranks are asked as by a SIGTERM, for schedulers that give no warning.
         stall: Seconds a rank may be stopped by a signal, or be behind the others while they start.
+        lost: Seconds a host may not answer until it counts as lost.
         ranks: How many there are, 0 = unknown.
         shared: A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of
             this host, without what they write.
@@ -108,12 +110,13 @@ def supervise(
         }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
+        environment[line.SECONDS] = str(lost)
         console = None if show is None else Console(show)
         if console is not None:
             environment |= {pump.CONSOLE: console.path, pump.LOGS: "" if shared is None else str(shared)}
         remove = [*([place] if shared is None else []), *([console.folder] if console is not None else [])]
         with orphans.cleaned_up(token, place, remove=remove):
-            with _lines(place, token, others, min(line.LOST_SECONDS, stall)) as lines:
+            with _lines(place, token, others, lost) as lines:
                 environment[line.WHERE] = lines.where if lines is not None else ""
                 process = _start(command, environment, flavor, console)
                 look = partial(_look, lines, Lookout(place, ranks, stall, hears=local))
@@ -251,7 +254,10 @@ def _wait(
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
             _end(process, flavor)
-            return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
+            code = INTERRUPTED if interrupts else NOT_STOPPED
+            words = "Ctrl-C twice" if interrupts > 1 else f"not saved in {grace:g} s"
+            words += "; what was saved before is kept"
+            return Outcome(code, asked_to_stop=True, killed=True, words=words)
         if number == signal.SIGINT:
             say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
         if number in STOP:

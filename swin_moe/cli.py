@@ -15,6 +15,8 @@ COMMANDS = {
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
+    "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
+    "simulate": ("swin_moe.planner.simulation.command", "one step on a world that is not there, with uneven experts"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
     "configs": ("swin_moe.config.listing", "names of the shipped configs"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
@@ -49,7 +51,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "checkpoint", "configs", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "configs", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main

@@ -12,11 +12,12 @@ from typing import Any
 
 WHERE = "LAUNCHER_LINE"  # "ADDRESS PORT" of the launcher; empty where it expects nobody
 TOKEN = "LAUNCHER_JOB"  # by which a job's processes and messages are known
-# After which a host that does not answer counts as lost. Long, for the network of names may be down for a while and
+SECONDS = "LAUNCHER_LOST"  # after which a host that does not answer counts as lost
+# The same where nobody said (--lost). Long, for the network of names may be down for a while and
 # leave alone a job whose data take another one.
 LOST_SECONDS = 120.0
 _PROBES = 4
-_SECONDS = 3.0  # to connect, and to be answered
+_ANSWER_SECONDS = 3.0  # to connect, and to be answered
 _unreachable: list[bool] = []  # not empty: this process tried in vain, and shall not wait again
 
 
@@ -71,7 +72,7 @@ def _send(kind: str, data: dict[str, Any]) -> socket.socket | None:
     if not port.isdigit() or _unreachable:
         return None
     try:
-        connection = socket.create_connection((address, int(port)), timeout=_SECONDS)
+        connection = socket.create_connection((address, int(port)), timeout=_ANSWER_SECONDS)
         connection.sendall(
             json.dumps({"token": os.environ.get(TOKEN, ""), "kind": kind, "data": data}).encode() + b"\n"
         )

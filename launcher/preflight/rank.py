@@ -60,7 +60,10 @@ def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[i
             hub = Hub([env.master_addr], env.world_size, token, env.master_port)
         except OSError as error:
             where = f"{env.master_addr} port {env.master_port}"
-            raise ValueError(f"rank 0 cannot listen at {where}: {error.strerror}; torchrun keeps that port") from error
+            raise ValueError(
+                f"rank 0 cannot listen at {where}: {error.strerror}; torchrun keeps that port for itself, so start the "
+                "checks with mpirun, srun or python -m launcher --preflight"
+            ) from error
         thread = threading.Thread(target=give_orders, name="launcher-preflight-orders", daemon=True)
         thread.start()
         places = hub.places  # of a process alone, which nobody gave a port

@@ -64,9 +64,7 @@ def _rows(config: Config, workload: Workload, layout: Layout, forwards: int) -> 
     ranks = layout.expert * layout.expert_shard
     if ranks == 1:
         return
-    item = _ENCODED[layout.payload] or workload.row_bytes
-    padded = config.model.moe.backend in ("padded", "tutel") and config.model.moe.capacity_factor > 0
-    padding = config.model.moe.capacity_factor if padded else 1.0
+    item, padding = bytes_of_channel(workload, layout), padding_of(config)
     ways = 2 * (forwards + layout.accumulation)
     hides = (layout.overlap - 1) / layout.overlap
     for layer in workload.moe:
@@ -77,3 +75,15 @@ def _rows(config: Config, workload: Workload, layout: Layout, forwards: int) -> 
             whole = 4.0 * layer.weights / layout.expert
             yield Collective("all_gather", "exchange", layout.expert_shard, 1, whole, forwards)
             yield Collective("reduce_scatter", "exchange", layout.expert_shard, 1, whole, layout.accumulation)
+
+
+def bytes_of_channel(workload: Workload, layout: Layout) -> int:
+    """Returns bytes of one channel of a row on its way."""
+    return _ENCODED[layout.payload] or workload.row_bytes
+
+
+def padding_of(config: Config) -> float:
+    """Returns rows that are sent over rows that there are; 1 where none are padded."""
+    moe = config.model.moe
+    padded = moe.has_blocks and moe.backend in ("padded", "tutel") and moe.capacity_factor > 0
+    return moe.capacity_factor if padded else 1.0
