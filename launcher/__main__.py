@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+import time
 
 from launcher import restart
 from launcher.failure.kinds import HOST
-from launcher.job.options import parser, split_at_dashes
+from launcher.job.options import check, check_ranks, make_log_folder, parser, split_at_dashes
 from launcher.job.prepare import Prepared, prepare, ranks_of
 
 CHECKS = ("-m", "launcher.preflight")  # stands for a program where there is only --preflight
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     own, program = split_at_dashes(arguments)
     try:
         options = parser().parse_args(own)
-        restart.check(options)
+        check(options)
         if options.preflight or options.preflight_file:
             from launcher.preflight import start  # costs every other start of the launcher 30 ms
 
@@ -30,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dry_run:
             options.env += restart.own_variables(options)
         job = prepare(options, program or [*CHECKS] if options.preflight else program)
-        restart.check_ranks(options, len(job.plan.ranks))
+        check_ranks(options, len(job.plan.ranks))
         if not options.dry_run:
-            restart.make_log_folder(options)
+            make_log_folder(options)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return 2
@@ -52,11 +53,14 @@ def check_first(job: Prepared, options: argparse.Namespace) -> tuple[int, Prepar
     """Returns (0 where the job may start after --preflight, else its exit code; the job that may)."""
     from launcher.preflight import start
 
+    began = time.monotonic()
     try:
         return start.run(job, options)
     except ValueError as error:
         print(f"launcher: {error}", file=sys.stderr)
         return HOST, job
+    finally:
+        options.save_after -= time.monotonic() - began  # the scheduler's limit counts from here, too
 
 
 def parse(arguments: list[str]) -> tuple[int, list[str]]:

@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from array import array
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
@@ -21,6 +22,7 @@ from launcher.failure import reports, stacks
 from launcher.failure.kinds import INTERRUPTED, PROGRAM, STALL
 
 _LAST_WORDS_SECONDS = 1.0
+_STARTERS = (f"{Path(__file__).parent}/", "<frozen runpy>")  # files whose functions call a program
 _RECORD = struct.Struct("=iH4090s")  # exit code; bytes of the words; the words
 
 
@@ -89,7 +91,15 @@ def end_on_exception(kind: type[BaseException], error: BaseException, trace: Tra
         end_all_ranks(INTERRUPTED)
     import traceback
 
-    end_all_ranks(PROGRAM, "".join(traceback.format_exception(kind, error, trace)))
+    end_all_ranks(PROGRAM, "".join(traceback.format_exception(kind, error, _of_program(trace))))
+
+
+def _of_program(trace: TracebackType | None) -> TracebackType | None:
+    """Returns a traceback from where the program's own begins: what called it is the same in every one."""
+    inner = trace
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(_STARTERS):
+        inner = inner.tb_next
+    return inner or trace
 
 
 def last_words(endings: list[tuple[int, str]]) -> list[str]:

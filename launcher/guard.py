@@ -15,8 +15,8 @@ from types import FrameType
 
 from launcher import watch
 from launcher.env import rank_of
-from launcher.failure import memory, orphans, reports, stacks
-from launcher.failure.kinds import MEMORY, STALL
+from launcher.failure import line, memory, orphans, reports, stacks
+from launcher.failure.kinds import HOST, MEMORY, STALL
 from launcher.failure.page import Page
 from launcher.machine import shared_memory
 
@@ -25,6 +25,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # A rank that is killed together with its job is not worth a word: its guard is killed within this time as well.
 _TOGETHER_SECONDS = 0.3
 _PATROL_SECONDS = 0.25
+_ABORT_SECONDS = 10.0  # by then the process that takes the order has killed this one
 _WORD_SECONDS = 10.0  # more than stacks take
 
 _page: Page | None = None  # in a guarded rank, what it shares with its guard
@@ -47,14 +48,16 @@ def run(program: Callable[[], None]) -> None:
         stacks.listen()
         program()
         return
-    stalled = _Patrol(child, page)
+    patrol = _Patrol(child, page)
     code, passed_on = _wait(child)
-    if stalled.words:  # the rank went on to write its stacks, and ended meanwhile
-        stalled.wait()
+    if patrol.words:  # the rank went on to write its stacks, and ended meanwhile
+        patrol.wait()
         _end(STALL, page)
-    if stalled.is_over:
+    if patrol.is_over:
         page.judge()
         os._exit(128 + signal.SIGKILL)
+    if patrol.is_alone:
+        _end(HOST, page)
     if not page.ends and -code not in passed_on:
         status = code if code > 0 else 128 - code if code else 1
         how = _how(code)
@@ -143,7 +146,9 @@ class _Patrol:
 
     def __init__(self, child: int, page: Page) -> None:
         self.words, self.is_over = "", False  # why the rank is ended; whether the launcher ends all
+        self.is_alone = False  # the launcher, or the way to it, is gone; mpirun may never hear of that
         self._child, self._page = child, page
+        self._line: socket.socket | None = None  # held while this process lives
         self._limit = float(os.environ.get(STALL_SECONDS, "inf"))
         self._thread = threading.Thread(target=self._work, name="launcher-patrol", daemon=True)
         self._thread.start()
@@ -153,6 +158,8 @@ class _Patrol:
         self._thread.join(_WORD_SECONDS)
 
     def _work(self) -> None:
+        limit = float(os.environ.get(line.SECONDS, line.LOST_SECONDS))
+        self._line = line.hold({"rank": _rank(), "host": socket.gethostname(), "pid": self._child}, limit)
         asked, stopped = False, 0.0
         while True:
             time.sleep(_PATROL_SECONDS)
@@ -161,6 +168,10 @@ class _Patrol:
                 stacks.ask(self._child)
             if reports.is_over():
                 self.is_over = True
+                self._send(signal.SIGKILL)
+                return
+            if self._line is not None and not line.is_held(self._line):
+                self.is_alone = True
                 self._send(signal.SIGKILL)
                 return
             # Counted, not timed: who stops all processes of a job stops this one, too.
@@ -202,7 +213,24 @@ def _say(sentence: str) -> None:
 def _end(code: int, page: Page) -> None:
     time.sleep(_TOGETHER_SECONDS)  # hydra drops what it has not read when a process fails
     page.judge()
+    _end_on_other_hosts(code)
     os._exit(code)
+
+
+def _end_on_other_hosts(code: int) -> None:
+    """Has Hydra end all ranks of a job on several hosts: at a process that merely exits it does so on one host only.
+
+    (Seen with MPICH 5.0.2: the others ran on for ever.) This is what MPI_Abort sends; source: MPICH 5.0,
+    src/pmi/src/pmi_v1.c, PMI_Abort.
+    """
+    ours, all_ranks = os.environ.get("MPI_LOCALNRANKS"), os.environ.get("PMI_SIZE")  # the first is set by Hydra alone
+    if ours is None or ours == all_ranks or not os.environ.get("PMI_FD", "").isdigit():
+        return
+    try:
+        os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())
+    except OSError:
+        return
+    time.sleep(_ABORT_SECONDS)
 
 
 def _how(code: int) -> str:

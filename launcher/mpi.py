@@ -24,6 +24,7 @@ from launcher.env import (
     world_size_of_mpi,
 )
 from launcher.failure import reports
+from launcher.failure.kinds import CONFIGURATION, HOST
 from launcher.job.plan import describe_cores
 from launcher.machine.binding import NO_BIND, bind, gpu_of, set_threads
 from launcher.machine.network import read_place
@@ -85,7 +86,7 @@ def _join() -> None:
         bootstrap()
     except ValueError as error:
         guard.ended()
-        ending.fail(f"launcher: {error}", 2)
+        ending.fail(f"launcher: {error}", HOST if isinstance(error, rendezvous.NoRoute) else CONFIGURATION)
 
 
 def _meet_over_mpi() -> RankEnv:
@@ -111,6 +112,9 @@ def _meet_over_mpi() -> RankEnv:
     facts = _facts(node.rank, machine, cores)
     everyone = world.gather(facts, root=0)
     meeting = world.bcast(None if everyone is None else rendezvous.decide(everyone, os.environ), root=0)
+    if not meeting.network and not meeting.on_one_host:  # routes are to be followed: has every host one?
+        found = world.allgather((facts.place, rendezvous.reaches(meeting)))
+        meeting = rendezvous.without_route(meeting, *zip(*found))
     if everyone is not None:
         _say(everyone, meeting)
     rendezvous.settle(meeting, facts.place, os.environ)

@@ -8,23 +8,19 @@ import argparse
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher import guard, supervise
-from launcher.failure import orphans, reports
+from launcher.failure import line, orphans, reports
 from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED, PREEMPTED, STALL
-from launcher.flavors.base import Start
-from launcher.hosts.hostfile import Host
 from launcher.hosts.place import place
-from launcher.job.options import BACKOFF
-from launcher.job.plan import is_here
+from launcher.job.options import BACKOFF, allowed_ranks, lost_seconds
 from launcher.job.prepare import Prepared, arrange, find_hosts
+from launcher.job.reachable import dead_hosts, other_hosts
 from launcher.output import pump
 from launcher.output.console import Show
 from launcher.supervise import Outcome
@@ -33,60 +29,14 @@ RESTART = "LAUNCHER_RESTART"
 _FINAL = (CONFIGURATION, NOT_STOPPED, INTERRUPTED)  # the same again, or wanted
 _LONGEST_PAUSE = 300.0  # seconds
 _PREEMPTIONS = 3  # in a row, without a step between them
-_PROBE_SECONDS = 60.0
 _STEP = re.compile(r"\bstep (\d+)\b")
 
 
 def own_variables(options: argparse.Namespace) -> list[str]:
     """Returns what every rank on every host has to know of the launcher, as NAME=VALUE; each start fills folders in."""
-    told = {orphans.JOB: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall}
-    folders = dict.fromkeys((reports.REPORTS, reports.PROGRESS, pump.CONSOLE, pump.LOGS), "")
-    return [f"{name}={value}" for name, value in (told | folders).items()]
-
-
-def check(options: argparse.Namespace) -> None:
-    """Raises ValueError, one sentence, for options that cannot be or contradict each other."""
-    for name in ("restarts", "backoff", "min_ranks", "grace", "save_after"):
-        value = getattr(options, name)
-        if value is not None and not value >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
-    for name in ("stall", "preflight_limit"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 seconds, got {getattr(options, name):g}")
-    allowed, least = allowed_ranks(options), options.min_ranks
-    if allowed == []:
-        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
-    for name in ("backoff", "min_ranks", "allowed_ranks"):
-        if getattr(options, name) not in (None, "") and not options.restarts:
-            raise ValueError(f"--{name.replace('_', '-')} is for a job that is started again; it needs --restarts")
-    if allowed and least is not None and allowed[0] < least:
-        raise ValueError(f"--min-ranks {least} is more than any of --allowed-ranks {options.allowed_ranks}")
-
-
-def check_ranks(options: argparse.Namespace, ranks: int) -> None:
-    """Raises ValueError where a job of so many ranks is none that --allowed-ranks and --min-ranks let start."""
-    allowed = allowed_ranks(options)
-    if allowed and ranks not in allowed:
-        raise ValueError(f"a job of {ranks} rank{'s' * (ranks > 1)} is none of --allowed-ranks {options.allowed_ranks}")
-    if (options.min_ranks or 0) > ranks:
-        raise ValueError(f"--min-ranks {options.min_ranks} is more than the job's {ranks}")
-
-
-def make_log_folder(options: argparse.Namespace) -> None:
-    """Makes the folder of --log-dir. Raises ValueError where it cannot."""
-    if options.log_dir:
-        try:
-            Path(options.log_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
-
-
-def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
-    """Returns the numbers of ranks that the program's layout allows, largest first; [] = unreadable, None = any."""
-    if not options.allowed_ranks:
-        return None
-    words = options.allowed_ranks.split(",")
-    return sorted(map(int, words), reverse=True) if all(w.isdigit() and int(w) for w in words) else []
+    told = {orphans.JOB: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall, line.SECONDS: lost_seconds(options)}
+    filled = dict.fromkeys((reports.REPORTS, reports.PROGRESS, pump.CONSOLE, pump.LOGS, line.WHERE), "")
+    return [f"{name}={value}" for name, value in (told | filled).items()]
 
 
 def run(job: Prepared, options: argparse.Namespace) -> int:
@@ -98,9 +48,13 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
         gone = time.monotonic() - began if policy.starts else 0.0
         logs = _log_folder(options)
         outcome = _once(job, options, options.save_after - gone, logs)
+        dead = dead_hosts(job) if outcome.doubtful else {}
+        if dead:
+            found = "; ".join(f"{host}: {why}" for host, why in dead.items())
+            outcome = replace(outcome, code=HOST, rank="", words=f"nothing can be started on {found}")
         if outcome.code and outcome.rank and logs is not None:
             _say(f"launcher: what rank {outcome.rank} wrote is in {pump.file_of(str(logs), outcome.rank)}")
-        if outcome.code and (outcome.rank or outcome.failure is None):
+        if outcome.code and (outcome.rank or outcome.failure is None or outcome.words):
             _say(outcome.describe())
         pause, why = policy.after(outcome)
         if pause is None:
@@ -108,7 +62,7 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
                 _say(f"launcher: {why}")
             return outcome.code
         try:
-            lost = lost.more(job, outcome)
+            lost = lost.more(job, outcome, dead)
             job = _again(job, options, lost, whole, policy.starts)
         except ValueError as error:
             _say(f"launcher: not started again: {error}")
@@ -166,14 +120,18 @@ class Lost:
     def __str__(self) -> str:
         return f", without {', '.join(self.hosts)}" if self.hosts else ""
 
-    def more(self, job: Prepared, outcome: Outcome) -> "Lost":
-        """Returns it with what this outcome adds. Hosts on which mpirun cannot start `true` are lost."""
+    def more(self, job: Prepared, outcome: Outcome, dead: Iterable[str] = ()) -> "Lost":
+        """Returns it with what this outcome adds. Hosts on which mpirun cannot start `true` are lost.
+
+        Args:
+            dead: Those of which it is known already; () = to be tried.
+        """
         if outcome.code == PREEMPTED:
             return self
         slots = self.slots
         if outcome.rank.isdigit() and (outcome.code in (HOST, STALL) or outcome.code > 128):
             slots += (job.plan.ranks[int(outcome.rank)].host,)
-        return Lost((*self.hosts, *dead_hosts(job)), slots)
+        return Lost((*self.hosts, *(dead or dead_hosts(job))), slots)
 
 
 def step_of(outcome: Outcome) -> int | None:
@@ -185,31 +143,10 @@ def step_of(outcome: Outcome) -> int | None:
     return int(found[1]) if found else None
 
 
-def dead_hosts(job: Prepared) -> list[str]:
-    """Returns the job's hosts on which nothing can be started any more."""
-    names = [host.name for host in job.plan.hosts if not is_here(host.name)]
-    from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
-
-    with ThreadPoolExecutor(16) as pool:
-        alive = list(pool.map(lambda name: _can_start(job, name), names))
-    return [name for name, lives in zip(names, alive) if not lives]
-
-
-def _can_start(job: Prepared, host: str) -> bool:
-    flavor, hosts = job.mpi.flavor, (Host(host, 1),)
-    with tempfile.NamedTemporaryFile("w", prefix="launcher-host-") as file:
-        if flavor.hostfile:
-            file.write(flavor.hostfile(hosts))
-            file.flush()
-        start = Start(job.mpi.mpirun, 1, "/", hosts, file.name if flavor.hostfile else "", pmi=job.mpi.pmi)
-        try:
-            finished = subprocess.run(
-                flavor.command(start, ["true"]), env=job.environment(os.environ), timeout=_PROBE_SECONDS,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-    return finished.returncode == 0
+def _starts_here(job: Prepared) -> bool:
+    """Returns whether some ranks start on this host at once; srun's may wait for the resources of their step."""
+    here = not job.plan.hosts or len(other_hosts(job)) < len(job.plan.hosts)
+    return here and job.mpi.flavor.name != "srun"
 
 
 def choose_ranks(ranks: int, room: int | None, allowed: Sequence[int] | None, least: int | None) -> int:
@@ -256,8 +193,8 @@ def _once(job: Prepared, options: argparse.Namespace, save_after: float, shared:
         job.write_hostfile()
         return supervise.supervise(
             job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
-            save_after=max(0.0, save_after), stall=options.stall, ranks=len(job.plan.ranks), shared=shared,
-            remote=any(not is_here(host.name) for host in job.plan.hosts), show=_show(job, options),
+            save_after=max(0.0, save_after), stall=options.stall, lost=lost_seconds(options), ranks=len(job.plan.ranks),
+            shared=shared, others=other_hosts(job), local=_starts_here(job), show=_show(job, options),
         )  # fmt: skip
     finally:
         job.remove_hostfile()

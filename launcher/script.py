@@ -6,9 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from launcher import restart
 from launcher.command import Job
-from launcher.job.options import Parser, add_options, given, split_at_dashes
+from launcher.job.options import Parser, add_options, check, check_ranks, given, split_at_dashes
 from launcher.job.program import check_program
 from launcher.schedulers import SCHEDULERS
 from launcher.schedulers.base import Batch, Scheduler, time_to_save
@@ -88,8 +87,8 @@ def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]
         raise ValueError("--image names the container of --scheduler k8s, and is needed there and only there")
     if own and kind in scheduler.without_launcher:
         raise ValueError(f"--kind {kind} does not start the launcher, so {own.popitem()[1][0]} cannot be passed on")
-    restart.check(options)
-    restart.check_ranks(options, options.nodes * options.ranks_per_node)
+    check(options)
+    check_ranks(options, options.nodes * options.ranks_per_node)
     words = ["--grace", str(time_to_save(options.warning)), *(word for words in own.values() for word in words)]
     file = str(Path(options.output or f"{options.name}{scheduler.suffix}").absolute())
     return Batch(

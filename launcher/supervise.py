@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from launcher import guard, watch
-from launcher.failure import memory, orphans, reports
+from launcher.failure import line, memory, orphans, reports
 from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL, kind_of
 from launcher.failure.lookout import LOOK_SECONDS, Lookout, Verdict
+from launcher.failure.switchboard import Switchboard
 from launcher.flavors.base import Flavor
 from launcher.machine import shared_memory
+from launcher.machine.network import address_towards
 from launcher.output import pump
 from launcher.output.console import Console, Show
 
@@ -46,6 +49,8 @@ class Outcome:
     killed: bool = False  # by the launcher, as it did not stop in time
     failure: reports.Failure | None = field(default=None, repr=False)  # what the ranks left of it
     step: int | None = field(default=None, repr=False)  # what the program wrote as its progress
+    doubtful: bool = field(default=False, repr=False)  # a host may have been lost before any rank could say anything
+    words: str = field(default="", repr=False)  # why, where that is known better than by what a rank said
 
     def describe(self) -> str:
         """Returns the last line of a job that failed: which kind of failure, who, and what was said."""
@@ -53,6 +58,7 @@ class Outcome:
             name = signal.Signals(self.request).name
             return f"launcher: {name} (exit code {self.code}): asked to save, the program ended without"
         who = self.failure if self.rank else "all ranks failed alike" if self.failure else "no rank said why"
+        who = self.words or who
         return f"launcher: {kind_of(self.code)} (exit code {self.code}): {who}"
 
 
@@ -71,9 +77,11 @@ def supervise(
     grace: float,
     save_after: float = math.inf,
     stall: float = math.inf,
+    lost: float = line.LOST_SECONDS,
     ranks: int = 0,
     shared: Path | None = None,
-    remote: bool = False,
+    others: Sequence[str] = (),
+    local: bool = False,
     show: Show | None = None,
 ) -> Outcome:
     """Returns how the job ended, after the last process is gone.
@@ -85,10 +93,12 @@ def supervise(
     Args:
         save_after: Seconds after which the ranks are asked as by a SIGTERM, for schedulers that give no warning.
         stall: Seconds a rank may be stopped by a signal, or be behind the others while they start.
+        lost: Seconds a host may not answer until it counts as lost.
         ranks: How many there are, 0 = unknown.
         shared: A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of
             this host, without what they write.
-        remote: Whether some ranks run on other hosts, and so cannot leave word without `shared`.
+        others: The other hosts that ranks run on, which leave word over TCP.
+        local: Whether some ranks run on this host, and mpirun, unlike srun, starts them without waiting for anything.
         show: How output is shown; None = mpirun does it, as it comes.
     """
     limits, killed = Limits(grace, save_after, stall), memory.kills()
@@ -100,25 +110,44 @@ def supervise(
         }  # fmt: skip
         if stall < math.inf:
             environment[guard.STALL_SECONDS] = str(stall)
+        environment[line.SECONDS] = str(lost)
         console = None if show is None else Console(show)
         if console is not None:
             environment |= {pump.CONSOLE: console.path, pump.LOGS: "" if shared is None else str(shared)}
         remove = [*([place] if shared is None else []), *([console.folder] if console is not None else [])]
         with orphans.cleaned_up(token, place, remove=remove):
-            process = _start(command, environment, flavor, console)
-            outcome = _wait(process, flavor, limits, Lookout(place, ranks, stall).look, console)
-            orphans.sweep(token, spared=() if console is None else console.movers)
-            if console is not None:
-                console.close()
-                if any(watch.start_time(pid) != "gone" for pid in console.movers):
-                    orphans.sweep(token)
-            shared_memory.remove(reports.held_here(place))
+            with _lines(place, token, others, lost) as lines:
+                environment[line.WHERE] = lines.where if lines is not None else ""
+                process = _start(command, environment, flavor, console)
+                look = partial(_look, lines, Lookout(place, ranks, stall, hears=local))
+                outcome = _wait(process, flavor, limits, look, console)
+            _end_all(token, place, console)
         if outcome.killed or not outcome.code:
             return outcome
-        unheard = remote and len(reports.states(place)) < ranks
-        outcome = replace(outcome, step=reports.read_progress(progress))
+        unheard = bool(others) and len(reports.states(place)) < ranks
+        outcome, first = _add_word(replace(outcome, step=reports.read_progress(progress)), place, lines)
         lost = reports.ends(place)[1] > 0 or outcome.code == 128 + flavor.stop
-        return _explain(outcome, reports.first_failure(place), memory.kills() > killed, unheard, lost)
+        return _explain(outcome, first, memory.kills() > killed, unheard, lost)
+
+
+def _end_all(token: str, place: Path, console: Console | None) -> None:
+    """Ends what is left of a job on this host, having shown what its ranks wrote."""
+    orphans.sweep(token, spared=() if console is None else console.movers)
+    if console is not None:
+        console.close()
+        if any(watch.start_time(pid) != "gone" for pid in console.movers):
+            orphans.sweep(token)
+    shared_memory.remove(reports.held_here(place))
+
+
+def _add_word(outcome: Outcome, place: Path, lines: Switchboard | None) -> tuple[Outcome, reports.Failure | None]:
+    """Returns (the outcome with what the lines to other hosts tell of it, how the rank that failed first did)."""
+    first = reports.first_failure(place)
+    if lines is None:
+        return outcome, first
+    if lines.lost:
+        return outcome, next(iter(lines.lost.values()))
+    return replace(outcome, doubtful=not outcome.asked_to_stop and (first is None or lines.silent)), first
 
 
 def _explain(
@@ -151,6 +180,26 @@ def _reports(shared: Path | None) -> Iterator[Path]:
     shutil.rmtree(shared, ignore_errors=True)
     shared.mkdir(parents=True)
     yield shared
+
+
+@contextmanager
+def _lines(place: Path, token: str, others: Sequence[str], seconds: float) -> Iterator[Switchboard | None]:
+    """Yields what takes the word of ranks on other hosts; None where there are none, or no way leads there."""
+    address = next(filter(None, map(address_towards, others)), "")
+    try:
+        lines = Switchboard(place, token, address, seconds) if address else None
+    except OSError:
+        lines = None
+    try:
+        yield lines
+    finally:
+        if lines is not None:
+            lines.close()
+
+
+def _look(lines: Switchboard | None, lookout: Lookout) -> Verdict | None:
+    """Returns why the job has to end: a host is lost, or what the lookout says."""
+    return lines and lines.look() or lookout.look()
 
 
 def _start(
@@ -205,7 +254,10 @@ def _wait(
         interrupts += number == signal.SIGINT
         if interrupts > 1 or time.monotonic() >= deadline:
             _end(process, flavor)
-            return Outcome(INTERRUPTED if interrupts else NOT_STOPPED, asked_to_stop=True, killed=True)
+            code = INTERRUPTED if interrupts else NOT_STOPPED
+            words = "Ctrl-C twice" if interrupts > 1 else f"not saved in {grace:g} s"
+            words += "; what was saved before is kept"
+            return Outcome(code, asked_to_stop=True, killed=True, words=words)
         if number == signal.SIGINT:
             say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
         if number in STOP:

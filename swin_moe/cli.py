@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
+    "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
     "simulate": ("swin_moe.planner.simulation.command", "one step on a world that is not there, with uneven experts"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
     "configs": ("swin_moe.config.listing", "names of the shipped configs"),
@@ -42,6 +43,11 @@ def main() -> None:
         sys.exit(2)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
+        try:
+            arguments = with_plan(arguments)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
@@ -51,6 +57,37 @@ def main() -> None:
         from swin_moe.run.session import run_main
 
         run_main(module.main, arguments)
+
+
+def with_plan(arguments: list[str]) -> list[str]:
+    """Returns the launcher's arguments without our own --plan and --hardware NAME, which become options of the program:
+    training takes the best layout of the planner for the ranks that are there, also after a restart on fewer.
+
+    Raises:
+        ValueError: The program is not our training, or one option is there without the other's sense.
+    """
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own, program, plan, hardware = [], arguments[at + 1 :], False, ""
+    words = iter(arguments[:at])
+    for word in words:
+        name, _, value = word.partition("=")
+        if word == "--plan":
+            plan = True
+        elif name == "--hardware":
+            hardware = value or next(words, "")
+            if not hardware:
+                raise ValueError("swin-moe launch: --hardware needs the name of a machine or a YAML file")
+        else:
+            own.append(word)
+    if not plan and not hardware:
+        return arguments
+    if not plan:
+        raise ValueError("swin-moe launch: --hardware is for --plan; give that as well")
+    if program[:2] != ["-m", "swin_moe.train"] or len(program) < 3:
+        raise ValueError(
+            "swin-moe launch: --plan chooses the layout of training; it goes with -- -m swin_moe.train CONFIG"
+        )
+    return [*own, "--", *program, "parallel.plan=auto", *([f"parallel.hardware={hardware}"] if hardware else [])]
 
 
 def check_before_launch(ranks: int, program: list[str]) -> None:
@@ -67,7 +104,9 @@ def check_before_launch(ranks: int, program: list[str]) -> None:
     if ranks < 1 or program[:2] not in starts or not options or options[0] in ("-h", "--help"):
         return
     try:
-        check_layout(load_config(options[0], options[1:]), ranks)
+        config = load_config(options[0], options[1:])
+        if program[1] != "swin_moe.train" or config.parallel.plan == "none":
+            check_layout(config, ranks)  # a planned layout is checked when there is one
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)

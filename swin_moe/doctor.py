@@ -61,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     from launcher.preflight.conduct import Settings
     from launcher.preflight.rank import on_ranks
 
-    return on_ranks(ranks, Settings(), otherwise=broken)[0]
+    try:
+        return on_ranks(ranks, Settings(), otherwise=broken)[0]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _ranks() -> "RankEnv | None":

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from swin_moe.checkpoint import CheckpointManager, resolve, together
+from swin_moe.config import Config
 from swin_moe.config.io import dump_config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
@@ -361,13 +362,24 @@ class Trainer:
 def main(argv: list[str]) -> None:
     """Trains the run that the arguments describe."""
     path, overrides = parse_arguments(argv, USAGE)
-    session = open_session(path, overrides)
+    session = open_session(path, overrides, _choose)
     lock = FolderLock(session.directory)
     with session.watched(), holding(lock):
         # All ranks are one job, so one takes it; before logging, which writes into the folder.
         together(resolve(session.groups.world), lock.take if session.rank == 0 else lambda: None)
         start_logging(session.directory, session.rank)
         train(session)
+    if session.rank == 0 and session.config.parallel.hardware:
+        from swin_moe.planner.runs.auto import report
+
+        LOGGER.info("%s", "\n".join(report(session.directory, session.config.parallel.hardware)))
+
+
+def _choose(config: Config, world_size: int, overrides: Sequence[str]) -> tuple[list[str], str]:
+    """Asks the planner, which nothing else in training loads, for a layout."""
+    from swin_moe.planner.runs.auto import choose_layout
+
+    return choose_layout(config, world_size, overrides)
 
 
 def train(session: Session) -> None:

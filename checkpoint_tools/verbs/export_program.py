@@ -202,7 +202,14 @@ def write_program(source: Source, stored: dict[str, str], path: Path, options: O
     """Writes what torch.export.load reads."""
     program = export_program(source, stored, options, batch)
     size = sum(source.tensors[name].num_bytes for name in stored.values())
-    publish_files(path, size, lambda staging: torch.export.save(program, staging / path.name))
+
+    def write(staging: Path) -> None:
+        with open(staging / path.name, "wb") as file:  # torch warns of paths that do not end in .pt2
+            torch.export.save(program, file)
+
+    publish_files(path, size, write)
+    if path.suffix != ".pt2":
+        options.report(f"{path}: torch.export.load warns of names that do not end in .pt2")
 
 
 def write_onnx(source: Source, stored: dict[str, str], path: Path, options: Options, batch: int) -> None:

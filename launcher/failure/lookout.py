@@ -28,9 +28,14 @@ class Verdict:
 class Lookout:
     """Looks after ranks: that all of them start, and that a job with one that is gone ends soon."""
 
-    def __init__(self, place: Path, ranks: int, stall: float) -> None:
-        """Looks into `place`; `ranks` = 0 is an unknown number of them; `stall` seconds may a rank be late."""
+    def __init__(self, place: Path, ranks: int, stall: float, *, hears: bool = False) -> None:
+        """Looks into `place`; `ranks` = 0 is an unknown number of them; `stall` seconds may a rank be late.
+
+        Args:
+            hears: Whether nothing but a fault keeps all ranks from leaving word.
+        """
         self._place, self._ranks, self._stall = place, ranks, stall
+        self._silent = time.monotonic() + stall if hears else math.inf  # until then the first may be heard of
         self._start_pause = stall / 20  # for each look reads a file for each rank
         self._next_start = time.monotonic() + self._start_pause
         self._pause = LOOK_SECONDS * max(1.0, ranks / _MANY_RANKS)
@@ -56,6 +61,8 @@ class Lookout:
             return ""
         self._next_start = now + self._start_pause
         states = reports.states(self._place)
+        if not states and now > self._silent:
+            return f"no rank started within {self._stall:g} s (--stall)"
         late, sentence = find_late(states, self._ranks, time.time(), self._stall)
         if late:
             where = stacks.describe(self._place, late[0])

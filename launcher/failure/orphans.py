@@ -17,13 +17,13 @@ from pathlib import Path
 
 from launcher import watch
 from launcher.env import rank_of
-from launcher.failure import reports
+from launcher.failure import line, reports
 from launcher.failure.page import Page
 from launcher.machine import shared_memory
 from launcher.output import pump
 from launcher.output.pump import Pipes, Pump
 
-JOB = "LAUNCHER_JOB"  # the token
+JOB = line.TOKEN
 _POLITE_SECONDS = 0.5  # between the request to end and the end
 _SECONDS = 10.0
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -1,6 +1,7 @@
 """The folder in which ranks leave word for the launcher: who they are, how far they came, and how they failed.
 
-It lies on the launcher's host, or under --log-dir, which hosts share; elsewhere nothing is left, and that is no error.
+It lies on the launcher's host, or under --log-dir, which hosts may share. What ranks elsewhere have to say goes to the
+launcher over a line (line.py, switchboard.py); where there is neither, nothing is left, and that is no error.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.env import rank_of
+from launcher.failure import line
 
 REPORTS = "LAUNCHER_REPORTS"
 PROGRESS = "LAUNCHER_PROGRESS"  # a file into which one rank of the program may write the number of its step
@@ -56,10 +58,9 @@ def folder() -> Path | None:
 
 def enter(phase: str, pid: int | None = None) -> None:
     """Leaves word of this rank's phase."""
-    place, rank = folder(), rank_of(os.environ)
-    if place is not None and rank.isdigit():
-        state = State(int(rank), socket.gethostname(), pid or os.getpid(), phase, time.time())
-        _write(place / f"rank-{rank}.json", asdict(state))
+    rank = rank_of(os.environ)
+    if rank.isdigit():
+        _leave("state", State(int(rank), socket.gethostname(), pid or os.getpid(), phase, time.time()))
 
 
 def fail(failure: Failure, when: int = 0) -> None:
@@ -68,17 +69,37 @@ def fail(failure: Failure, when: int = 0) -> None:
     Args:
         when: In nanoseconds, 0 = now; the word that this process left of the same rank and time is replaced.
     """
-    place = folder()
-    if place is not None:
-        when = when or time.time_ns()
-        _write(place / f"failed-{when:020d}-{failure.rank}-{os.getpid()}.json", asdict(failure))
+    _leave("failure", failure, when)
 
 
 def lose(rank: str) -> None:
     """Leaves word of a rank that was killed together with its guard, by whatever started them or by the loss of it."""
     place = folder()
     if place is not None:
-        _write(place / f"lost-{rank}.json", {"time": time.time()})
+        keep_lost(place, rank)
+    else:
+        line.say("lost", {"rank": rank})
+
+
+def keep(place: Path, word: State | Failure, when: int = 0) -> None:
+    """Writes word of a rank into the folder."""
+    if isinstance(word, State):
+        _write(place / f"rank-{word.rank}.json", asdict(word))
+    else:
+        _write(place / f"failed-{when or time.time_ns():020d}-{word.rank}-{os.getpid()}.json", asdict(word))
+
+
+def keep_lost(place: Path, rank: str) -> None:
+    """Writes into the folder that a rank was killed with its guard."""
+    _write(place / f"lost-{rank}.json", {"time": time.time()})
+
+
+def _leave(kind: str, word: State | Failure, when: int = 0) -> None:
+    place = folder()
+    if place is not None:
+        keep(place, word, when)
+    else:
+        line.say(kind, asdict(word))
 
 
 def hold(names: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ class Flavor:
     wheel: str = ""  # distribution on the package index that brings the same library
     environment: Mapping[str, str] = field(default_factory=dict)  # for the program that starts the ranks
     environment_of_root: Mapping[str, str] = field(default_factory=dict)  # the same, if root starts them
+    ipv4_only: bool = False  # it reaches other hosts by IPv4 alone
     # The variables that keep its messages off subnets (the second argument) which hosts do not share; the first is the
     # program that starts the ranks, the last its environment, in which the user may have chosen. None = it takes care.
     keep_off: Callable[[str, Sequence[str], Mapping[str, str]], dict[str, str]] | None = None

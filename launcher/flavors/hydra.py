@@ -11,6 +11,7 @@ Variables for Process Pinning" (I_MPI_PIN). MVAPICH 4.0, "Using the Hydra Proces
 version of the MPICH in it, so that only a configure option, such as its prefix, tells it from MPICH, and not always.
 That is harmless: the command line is the same, and the variables, which the source of 4.0 no longer has, are for its
 forerunners: MV2_ENABLE_AFFINITY (MVAPICH2 2.3.7 User Guide, 6.18 and 11.22), MVP_ENABLE_AFFINITY (source of 3.0).
+MPICH's Hydra looks hosts up as IPv4 alone (seen with 5.0.2: "unable to get host address").
 """
 
 import re
@@ -36,6 +37,7 @@ MPICH = Flavor(
     hostfile=with_colons,
     libraries=("libmpi.so.12", "libmpich.so.12"),
     wheel="mpich",
+    ipv4_only=True,
     stop=signal.SIGTERM,
 )
 

@@ -3,7 +3,10 @@
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from launcher.failure.line import LOST_SECONDS
 
 USAGE = (
     "python -m launcher [-n 2 | --hostfile H | nothing, inside a scheduler's allocation] [options] "
@@ -19,6 +22,8 @@ _EXAMPLES = """examples:
 
 `python -m launcher script --help`: the batch script of a scheduler instead."""
 BACKOFF = 5.0  # seconds
+PREFLIGHT_SECONDS = 120.0
+_LONGEST_LOST = 86_400.0  # what the kernel's probes can be stretched to (tcp(7): 32,767 s, of which there are three)
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,9 +85,9 @@ def _add_preflight(made: Parser) -> list[argparse.Action]:
         add(
             "--preflight-limit",
             type=float,
-            default=120.0,
+            default=PREFLIGHT_SECONDS,
             metavar="SECONDS",
-            help="how long it waits for a rank to come, or to answer (default 120)",
+            help=f"how long it waits for a rank to come, or to answer (default {PREFLIGHT_SECONDS:g})",
         ),
     ]
 
@@ -102,6 +107,11 @@ def _add_ends(made: Parser) -> list[argparse.Action]:
             "--stall",
             default=600.0,
             help="how long a rank may be stopped, or keep the others waiting while they start (default 600)",
+            **seconds,
+        ),
+        add(
+            "--lost",
+            help=f"how long a host may not answer, before it is lost (default {LOST_SECONDS:g}, or --stall if less)",
             **seconds,
         ),
         add("--restarts", type=int, default=0, metavar="K", help="failures after which the job is started again (0)"),
@@ -156,3 +166,59 @@ def parse_environment(pairs: list[str]) -> dict[str, str]:
         if not pair.partition("=")[0] or "=" not in pair:
             raise ValueError(f"--env takes NAME=VALUE, got {pair!r}")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError, one sentence, for options that cannot be or contradict each other."""
+    for name in ("restarts", "backoff", "min_ranks", "grace", "save_after"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+    for name in ("stall", "preflight_limit"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0 seconds, got {getattr(options, name):g}")
+    if not 0 < lost_seconds(options) <= _LONGEST_LOST:
+        raise ValueError(f"--lost must be more than 0 and at most {_LONGEST_LOST:g} seconds, got {options.lost:g}")
+    if not (options.preflight or options.preflight_file):
+        for name, usual in (("preflight_over", "auto"), ("preflight_limit", PREFLIGHT_SECONDS)):
+            if getattr(options, name) != usual:
+                raise ValueError(f"--{name.replace('_', '-')} is for checks before the program; it needs --preflight")
+    allowed, least = allowed_ranks(options), options.min_ranks
+    if allowed == []:
+        raise ValueError(f"--allowed-ranks takes numbers such as 32,24,16, got {options.allowed_ranks!r}")
+    for name in ("backoff", "min_ranks", "allowed_ranks"):
+        if getattr(options, name) not in (None, "") and not options.restarts:
+            raise ValueError(f"--{name.replace('_', '-')} is for a job that is started again; it needs --restarts")
+    if allowed and least is not None and allowed[0] < least:
+        raise ValueError(f"--min-ranks {least} is more than any of --allowed-ranks {options.allowed_ranks}")
+
+
+def lost_seconds(options: argparse.Namespace) -> float:
+    """Returns after how many seconds without an answer a host counts as lost."""
+    return min(LOST_SECONDS, options.stall) if options.lost is None else float(options.lost)
+
+
+def check_ranks(options: argparse.Namespace, ranks: int) -> None:
+    """Raises ValueError where a job of so many ranks is none that --allowed-ranks and --min-ranks let start."""
+    allowed = allowed_ranks(options)
+    if allowed and ranks not in allowed:
+        raise ValueError(f"a job of {ranks} rank{'s' * (ranks > 1)} is none of --allowed-ranks {options.allowed_ranks}")
+    if (options.min_ranks or 0) > ranks:
+        raise ValueError(f"--min-ranks {options.min_ranks} is more than the job's {ranks}")
+
+
+def make_log_folder(options: argparse.Namespace) -> None:
+    """Makes the folder of --log-dir. Raises ValueError where it cannot."""
+    if options.log_dir:
+        try:
+            Path(options.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
+
+
+def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
+    """Returns the numbers of ranks that the program's layout allows, largest first; [] = unreadable, None = any."""
+    if not options.allowed_ranks:
+        return None
+    words = options.allowed_ranks.split(",")
+    return sorted(map(int, words), reverse=True) if all(w.isdigit() and int(w) for w in words) else []

@@ -99,6 +99,8 @@ def prepare(options: argparse.Namespace, program: list[str]) -> Prepared:
     placed = place(job.ranks, hosts) if hosts else []
     if job.hostfile and not options.dry_run:
         check_names(placed)
+        if mpi.flavor.ipv4_only:
+            check_ipv4(placed, mpi.flavor.title)
     prepared = arrange(job, mpi, placed, options)
     if unknown:
         print(f"launcher: --exclude names {', '.join(unknown)}, none of the hosts", file=sys.stderr)
@@ -155,6 +157,16 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
         additions["SLURM_CPU_BIND"] = "none"
     secrets = [name for name in withheld(os.environ, options.forward) if name not in additions]
     return Prepared(job, mpi, plan, command, additions, secrets, hostfile, text)
+
+
+def check_ipv4(hosts: Sequence[Host], title: str) -> None:
+    """Raises ValueError for another host that has IPv6 addresses only."""
+    for host in hosts:
+        known = [] if is_here(host.name) else network.addresses_of(host.name)
+        if known and all(":" in address for address in known):
+            raise ValueError(
+                f"{host.name} has no IPv4 address, and {title} starts ranks over nothing else; use Open MPI or srun"
+            )
 
 
 def closed_networks(hosts: Sequence[Host]) -> list[str]:

@@ -37,6 +37,10 @@ class Facts:
         return Facts(int(data["local_rank"]), Place(**place), tuple(data["cores"]), software)
 
 
+class NoRoute(ValueError):
+    """Hosts that cannot reach one another."""
+
+
 @dataclass(frozen=True)
 class Meeting:
     """What the ranks agreed on."""
@@ -45,6 +49,7 @@ class Meeting:
     port: int = 0
     network: str = ""  # subnet that all share; "" = there is none, every rank takes its route to the address
     problem: str = ""  # why there is no meeting, for every rank to say
+    no_route: bool = False  # the problem is one of hosts, not of what somebody set
 
     @property
     def on_one_host(self) -> bool:
@@ -67,10 +72,26 @@ def decide(everyone: Sequence[Facts], environ: MutableMapping[str, str]) -> Meet
             return Meeting(own.address, free_port(own.address), shared)
         if not routed:
             names = ", ".join(list(others)[:4]) or "the other hosts"
-            raise ValueError(f"the ranks share no subnet, and {places[0].host} has no route to {names}")
+            raise NoRoute(f"the ranks share no subnet, and {places[0].host} has no route to {names}")
         return Meeting(routed, free_port(routed))
     except ValueError as error:
-        return Meeting(problem=str(error))
+        return Meeting(problem=str(error), no_route=isinstance(error, NoRoute))
+
+
+def reaches(meeting: Meeting) -> bool:
+    """Returns whether this host has an address in the network of the meeting, or a route to it."""
+    return bool(meeting.problem or meeting.network or network.address_towards(meeting.address))
+
+
+def without_route(meeting: Meeting, places: Sequence[Place], reached: Sequence[bool]) -> Meeting:
+    """Returns the meeting as it is, or why there is none where a rank's host does not reach it."""
+    lost = list(dict.fromkeys(place.host for place, found in zip(places, reached) if not found))
+    if not lost:
+        return meeting
+    names = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+    have = "have" if len(lost) > 1 else "has"
+    words = f"the ranks share no subnet, and {names} {have} no route to {places[0].host} ({meeting.address})"
+    return Meeting(problem=words, no_route=True)
 
 
 def interface_of(meeting: Meeting, place: Place) -> str:
@@ -84,7 +105,7 @@ def interface_of(meeting: Meeting, place: Place) -> str:
 def settle(meeting: Meeting, place: Place, environ: MutableMapping[str, str]) -> None:
     """Tells gloo and NCCL the interface, unless the user did. Raises ValueError where the ranks found no meeting."""
     if meeting.problem:
-        raise ValueError(meeting.problem)
+        raise (NoRoute if meeting.no_route else ValueError)(meeting.problem)
     name = interface_of(meeting, place)
     if not name:
         source = network.address_towards(meeting.address)

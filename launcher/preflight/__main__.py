@@ -2,9 +2,20 @@
 
 import sys
 
-from launcher import mpi
+from launcher import ending, mpi
+from launcher.failure.kinds import CONFIGURATION
 from launcher.preflight.conduct import Settings
 from launcher.preflight.rank import on_ranks
 
+
+def main() -> None:
+    """Ends with the checks' exit code."""
+    try:
+        code, _ = on_ranks(mpi.bootstrap(), Settings())
+    except ValueError as error:
+        ending.fail(f"launcher: {error}", CONFIGURATION)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    mpi.call(lambda: sys.exit(on_ranks(mpi.bootstrap(), Settings())[0]))
+    mpi.call(main)

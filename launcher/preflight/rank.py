@@ -46,7 +46,7 @@ def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[i
         otherwise: The code of all ranks where the checks find nothing; rank 0's counts.
 
     Raises:
-        OSError: The port is taken, or rank 0 cannot be reached there.
+        ValueError: The port is taken, as under torchrun, or rank 0 cannot be reached there.
     """
     token = os.environ.get(orphans.JOB) or f"{env.master_addr} {env.master_port}"
     places = [(env.master_addr, env.master_port)]
@@ -56,11 +56,21 @@ def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[i
         found.append(conduct(hub, Conductor(hub, settings), otherwise))
 
     if env.rank == 0:
-        hub = Hub([env.master_addr], env.world_size, token, env.master_port)
+        try:
+            hub = Hub([env.master_addr], env.world_size, token, env.master_port)
+        except OSError as error:
+            where = f"{env.master_addr} port {env.master_port}"
+            raise ValueError(
+                f"rank 0 cannot listen at {where}: {error.strerror}; torchrun keeps that port for itself, so start the "
+                "checks with mpirun, srun or python -m launcher --preflight"
+            ) from error
         thread = threading.Thread(target=give_orders, name="launcher-preflight-orders", daemon=True)
         thread.start()
         places = hub.places  # of a process alone, which nobody gave a port
-    last = take_part(Member(places, token, env.rank, facts(os.environ), seconds=_PATIENCE), os.getcwd())
+    try:
+        last = take_part(Member(places, token, env.rank, facts(os.environ), seconds=_PATIENCE), os.getcwd())
+    except OSError as error:
+        raise ValueError(f"rank {env.rank} lost rank 0, which gives the orders: {error}") from error
     if env.rank:
         return last["verdict"], None
     thread.join()

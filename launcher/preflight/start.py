@@ -15,8 +15,9 @@ from typing import Any
 from launcher import restart, supervise
 from launcher.failure import orphans
 from launcher.failure.kinds import HOST
-from launcher.job.plan import is_here
+from launcher.job.options import lost_seconds
 from launcher.job.prepare import Prepared, arrange
+from launcher.job.reachable import dead_hosts, other_hosts
 from launcher.machine.network import address_towards
 from launcher.preflight import judge, report
 from launcher.preflight.conduct import LOOPBACK, Conductor, Settings
@@ -91,8 +92,9 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
             flavor=checks.mpi.flavor,
             grace=options.grace,
             stall=options.stall,
+            lost=lost_seconds(options),
             ranks=len(hosts),
-            remote=any(not is_here(name) for name in hosts.values()),
+            others=other_hosts(job),
         )
     finally:
         checks.remove_hostfile()
@@ -101,7 +103,7 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
     document = found[0]
     if document["complete"] or outcome.asked_to_stop:
         return replace(outcome, code=outcome.code if outcome.asked_to_stop else 0), document
-    for name in restart.dead_hosts(job):
+    for name in dead_hosts(job):
         judge.blame(
             document, name, [r for r, host in hosts.items() if host == name], f"nothing can be started on {name}"
         )
@@ -110,7 +112,7 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
 
 def _listen(job: Prepared, token: str) -> Hub:
     """Returns a hub at the addresses of this host from which packets to the ranks' hosts leave."""
-    names = [host.name for host in job.plan.hosts if not is_here(host.name)]
+    names = other_hosts(job)
     addresses = list(dict.fromkeys(filter(None, map(address_towards, names))))
     if len(names) < max(1, len(job.plan.hosts)):
         addresses.append(LOOPBACK)

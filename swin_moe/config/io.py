@@ -254,7 +254,7 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
         if not equals:
             raise ValueError(f"override {shown(word)} must have the form section.key=value")
         written = written.strip()
-        key = moved_key(written)
+        key = "parallel.plan" if (written, text.strip()) == ("parallel", "auto") else moved_key(written)
         kind = type_of(key, source=_COMMAND_LINE)
         value = Word(text) if kind is Word else read_word(text, kind)
         before, value_before = given.setdefault(key, (written, value))
@@ -268,6 +268,8 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
 
 def _typed(tree: dict, *, source: str) -> dict:
     """Returns the tree with every value in its field's type and where its option stands today."""
+    if tree.get("parallel") == "auto":  # a word for the section
+        tree = tree | {"parallel": {"plan": "auto"}}
     return coerce_tree(nested(tree, source=source), source=source)
 
 

@@ -236,6 +236,9 @@ class ParallelConfig:
     placement: Literal["consecutive"] = "consecutive"
     recompute: Literal["none", "block"] = "none"  # block: activations of every block are recomputed in backward
     compile: Literal["none", "block", "model"] = "none"  # what torch.compile makes one graph of, in training
+    # auto: train takes the best layout of `swin-moe plan` for the ranks that are there; `parallel: auto` says the same
+    plan: Literal["none", "auto"] = "none"
+    hardware: str = ""  # what plans reckon with: a name in configs/hardware/ or a YAML file; "" = the machine's own
 
     def __post_init__(self) -> None:
         _check_choices(self, "parallel")

@@ -274,7 +274,8 @@ class _Loading:
                 continue
             window, largest = (table.shape[1] + 1) // 2, float(table.max())
             if not 0 < largest < _LARGEST_COORDINATE:  # also false for NaN
-                self.problems.append((key, f"its largest number is {largest}, not finite and positive as in a table"))
+                allowed = f"where a table's is above 0 and below {_LARGEST_COORDINATE:g}"
+                self.problems.append((key, f"its largest number is {largest:g}, {allowed}"))
                 continue
             found[int(match[2]), match[1]] = round(8 * (window - 1) / (2 ** (3 * largest) - 1) + 1)
         return found

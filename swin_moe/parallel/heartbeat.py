@@ -64,6 +64,8 @@ class Heartbeat:
         self._note = note
         self._main = threading.get_ident()
         self._state = (-1, 0, "start-up", time.monotonic(), True)  # one tuple: read by other threads without a lock
+        self._spent: dict[str, float] = {}  # phase -> seconds, since they were last taken
+        self._since = time.monotonic()
         self.patient = False  # while it is set every phase is a long one: ranks compile at their own pace
         self.culprit = -1  # the rank that everybody waits for, once it is found
         self._backward = False
@@ -79,11 +81,23 @@ class Heartbeat:
     def enter(self, phase: str, *, step: int | None = None, long: bool = False) -> None:
         """Begins a phase. Every rank has to begin the same ones in the same order."""
         old_step, order, *_ = self._state
+        self._account()
         step, long = old_step if step is None else step, long or self.patient
         self._backward = phase == "backward"
         self._state = (step, order + 1, phase, time.monotonic(), long)
         if self._note is not None:
             self._note(f"{phase}{f' of step {step}' if step >= 0 else ''}")
+
+    def take_seconds(self) -> dict[str, float]:
+        """Returns phase -> seconds of the host's since the last call; the phase at hand begins anew."""
+        self._account()
+        spent, self._spent = self._spent, {}
+        return spent
+
+    def _account(self) -> None:
+        phase, now = self._state[2], time.monotonic()
+        self._spent[phase] = self._spent.get(phase, 0.0) + now - self._since
+        self._since = now
 
     def over(self, items: Iterable[T], phase: str) -> Iterator[T]:
         """Yields the items, beginning the phase anew at each: a long loop of short parts."""

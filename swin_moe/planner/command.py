@@ -3,13 +3,21 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from swin_moe.checkpoint.errors import naming
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
-from swin_moe.planner.hardware import Hardware, load_hardware, shipped_hardware
+from swin_moe.planner.hardware import Hardware, dump_hardware, shipped_hardware
 from swin_moe.planner.plan import Plan, Planned, make_plan
+from swin_moe.planner.report.costs import describe_costs, predict_costs
+from swin_moe.planner.report.plot import draw_plans, plans_by_world
+from swin_moe.planner.report.skew import Skew, default_skew, recorded_skew, step_interval
+from swin_moe.planner.runs.auto import hardware_of, own_hardware
+from swin_moe.planner.runs.check import compare, refit, table, trace_run, without_loading
+from swin_moe.planner.runs.records import read_run
 
 _SHOWN = 12  # layouts on the screen
 
@@ -23,37 +31,115 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
     try:
         options = parse(argv)
-        config, hardware = load_config(options.config, options.overrides), load_hardware(options.hardware)
-        plan = make_plan(config, hardware, options.gpus)
+        text = of_runs(options) if options.check or options.refit else of_config(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps(as_json(plan, config, hardware, options.gpus), indent=1))
-    else:
-        print("\n".join(lines(plan, config, hardware, options.gpus, shown=options.top)))
+    print(text)
     return 0
+
+
+def of_config(options: Any) -> str:
+    """Returns what the screen shows of a config's plan; draws the picture that is asked for."""
+    config = load_config(options.config, options.overrides)
+    hardware, _ = hardware_of(options.hardware or config.parallel.hardware)
+    plan = make_plan(config, hardware, options.gpus)
+    experts = config.model.moe.num_experts
+    skew = default_skew(experts)
+    if options.skew:
+        skew = recorded_skew(read_run(options.skew, 1).loads, experts, options.skew)
+    if options.plot:
+        plans = plans_by_world(config, hardware, options.gpus, plan)
+        title = f"{config.run.name} on {hardware.name}, batch {config.data.global_batch}: the best layouts"
+        picture = draw_plans(plans, title, hardware.memory_bytes)
+        with naming(Path(options.plot)):
+            picture.save(options.plot, format="png")
+    if options.json:
+        return json.dumps(as_json(plan, config, hardware, options.gpus, skew, options.images), indent=1)
+    text = lines(plan, config, hardware, options.gpus, shown=options.top)
+    if plan.layouts:
+        best = plan.layouts[0]
+        low, high = step_interval(config, hardware, plan.workload, best, skew)
+        more = [f"step with uneven routing: {low:.4g} to {high:.4g} s ({skew.source})"] if plan.workload.moe else []
+        more += describe_costs(predict_costs(config, hardware, plan.workload, best, options.images))
+        at = text.index(_time(best)) + 1
+        text[at:at] = more
+    return "\n".join(text)
+
+
+def of_runs(options: Any) -> str:
+    """Returns what the screen shows of runs: their predictions, or how well a fitted machine predicts them."""
+    runs = [
+        trace_run(read_run(name, options.gpus or 0)) for name in ([options.check] if options.check else options.refit)
+    ]
+    hardware, source = hardware_of(options.hardware or runs[0].run.config.parallel.hardware)
+    if options.check:
+        rows = compare(runs[0], hardware)
+        if options.json:
+            return json.dumps([asdict(row) | {"error": row.error} for row in rows], indent=1)
+        return "\n".join(table(rows, f"{options.check}: {runs[0].run.ranks} x {hardware.name}"))
+    fitted = refit(runs, hardware)
+    names = ", ".join(options.refit)
+    shares = {key: value for key, value in asdict(fitted).items() if key.endswith("_share")}
+    with naming(Path(options.out)):
+        dump_hardware(fitted, Path(options.out), f"{source}, with *_share fitted to the steps of {names}")
+    text = [f"{key}: {getattr(hardware, key):.3g} -> {value:.3g}" for key, value in shares.items()]
+    for traced in runs:
+        errors = [traced.time(machine).seconds / without_loading(traced.run) - 1 for machine in (hardware, fitted)]
+        text.append(f"step of {traced.run.directory}: error {errors[0]:+.1%} -> {errors[1]:+.1%}")
+    return "\n".join([*text, f"written: {options.out}"])
 
 
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
     parser = Parser(prog="swin-moe plan", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of one in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option of the config")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks, one per device")
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="a YAML file or the name of one in configs/")
+    add("overrides", nargs="*", metavar="key=value", help="any option of the config")
+    add("--gpus", type=int, metavar="N", help="ranks, one per device; of a run, where its records do not say them")
     known = ", ".join(shipped_hardware())
-    parser.add_argument("--hardware", required=True, metavar="NAME", help=f"{known}, or a YAML file")
-    parser.add_argument("--json", action="store_true", help="all layouts and rejections as JSON")
-    parser.add_argument("--top", type=int, default=_SHOWN, metavar="K", help=f"layouts in the table ({_SHOWN})")
+    add("--hardware", default="", metavar="NAME", help=f"{known}, or a YAML file (default: {own_hardware()})")
+    add("--json", action="store_true", help="all layouts and rejections as JSON")
+    add("--top", type=int, default=_SHOWN, metavar="K", help=f"layouts in the table ({_SHOWN})")
+    add("--images", type=int, default=0, metavar="N", help="training images of an epoch (default: known ones)")
+    add("--skew", default="", metavar="RUN", help="a run whose recorded loads of experts give the interval of a step")
+    add("--plot", default="", metavar="FILE.png", help="draw best layouts over numbers of ranks, and their memory")
+    add("--check", default="", metavar="RUN", help="instead: predicted against measured, of a run's folder")
+    add("--refit", nargs="+", default=[], metavar="RUN", help="instead: fit the machine's *_share to runs, into --out")
+    add("--out", default="", metavar="FILE.yaml", help="where --refit writes the machine")
     options = parser.parse_intermixed_args(argv)
-    for name in ("gpus", "top"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"swin-moe plan: --{name} must be >= 1, got {getattr(options, name)}")
+    _check(options)
     return options
 
 
-def as_json(plan: Plan, config: Config, hardware: Hardware, ranks: int) -> dict[str, Any]:
+def _check(options: Any) -> None:
+    """Raises ValueError for options that do not go together."""
+    of_runs = bool(options.check or options.refit)
+    for name, least in (("gpus", 1), ("top", 1), ("images", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"swin-moe plan: --{name} must be >= {least}, got {value}")
+    if of_runs and options.config is not None:
+        raise ValueError(f"swin-moe plan: --check and --refit read a run's own config, got {options.config} as well")
+    if options.check and options.refit:
+        raise ValueError("swin-moe plan: --check and --refit are two commands; give one of them")
+    if bool(options.refit) != bool(options.out):
+        raise ValueError("swin-moe plan: --refit RUN... and --out FILE.yaml go together")
+    if not of_runs and (options.config is None or options.gpus is None):
+        missing = "CONFIG" if options.config is None else "--gpus N"
+        raise ValueError(f"swin-moe plan: {missing} is needed; swin-moe plan --help says more")
+    if options.plot and Path(options.plot).suffix.lower() != ".png":
+        raise ValueError(f"swin-moe plan: --plot must be a .png file, got {options.plot}")
+
+
+def as_json(plan: Plan, config: Config, hardware: Hardware, ranks: int, skew: Skew, images: int) -> dict[str, Any]:
     """Returns the plan as JSON types; the form is described in docs/planner.md."""
+    layouts = []
+    for planned in plan.layouts:
+        low, high = step_interval(config, hardware, plan.workload, planned, skew)
+        costs = asdict(predict_costs(config, hardware, plan.workload, planned, images))
+        interval = {"step_seconds_low": low, "step_seconds_high": high}
+        layouts.append(planned.as_dict() | interval | {"costs": costs})
     return {
         "config": config.run.name,
         "hardware": hardware.name,
@@ -62,7 +148,8 @@ def as_json(plan: Plan, config: Config, hardware: Hardware, ranks: int) -> dict[
         "parameters": plan.workload.numel(),
         "flops": plan.workload.flops,
         "active_flops": plan.workload.active_flops,
-        "layouts": [planned.as_dict() for planned in plan.layouts],
+        "skew": skew.source,
+        "layouts": layouts,
         "rejected": [asdict(rejected) for rejected in plan.rejected],
     }
 

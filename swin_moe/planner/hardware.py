@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import yaml
 from swin_moe.config.checks import shown
 from swin_moe.config.io import config_folder
 from swin_moe.config.yaml_files import read_yaml
+from swin_moe.planner.rates import OTHER, Curve, Point, Rate, Rates
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+_LINKS = "links.yaml"  # in the folder of machines; none itself
+_LINK = "inside"  # a figure of this form
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Hardware:
     nodes_per_leaf: int = 0  # nodes on one switch of the network's lowest level; 0 = all
     oversubscription: float = 1.0  # bytes/s that the nodes of a leaf send over those that its uplinks carry
     device: str = "cuda"  # whose operators are counted: cuda or cpu
+    # What calibration found, by precision: products by shape, and seconds of operators by name (rates.py).
+    products: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    operators: Mapping[str, Mapping[str, Rate]] = field(default_factory=dict)
 
     def matrix_rate(self, precision: str) -> float:
         """Returns FLOP/s that matrix products reach.
@@ -60,6 +67,15 @@ class Hardware:
                 f"hardware {self.name} has no figure for engine.precision={precision}; it has {', '.join(self.flops)}"
             )
         return self.flops[precision] * self.matrix_share
+
+    @cached_property
+    def rates(self) -> dict[str, Rates]:
+        """What calibration found, by precision; none of a data sheet's machine."""
+        return {
+            name: Rates(Curve(self.products[name]), operators)
+            for name, operators in self.operators.items()
+            if name in self.products
+        }
 
     @property
     def nics(self) -> int:
@@ -79,24 +95,56 @@ def hardware_folder() -> Path:
 
 def shipped_hardware() -> list[str]:
     """Returns the names of the shipped machines."""
-    return sorted(path.stem for path in hardware_folder().glob("*.yaml"))
+    return sorted(path.stem for path in hardware_folder().glob("*.yaml") if path.name != _LINKS)
 
 
-def load_hardware(name_or_path: str) -> Hardware:
+def shipped_links() -> dict[str, Link]:
+    """Returns the links that a machine can be given, by name."""
+    path = hardware_folder() / _LINKS
+    return {name: _figure(path, name, value, _LINK) for name, value in read_yaml(path).items()}
+
+
+def load_hardware(text: str) -> Hardware:
     """Returns a machine by the name of a file in configs/hardware/, or by the path of a file of the same form.
 
+    Args:
+        text: NAME or PATH, and after commas what differs: h100,between=slingshot_11,ranks_per_node=4.
+
     Raises:
-        ValueError: No such machine (with the near name), or a figure is missing, negative or no number.
+        ValueError: No such machine, link or figure (with the near name), or one is missing, negative or no number.
     """
-    path = Path(name_or_path)
+    name, *changes = text.split(",")
+    path = Path(name)
     if not (path.suffix in (".yaml", ".yml") or path.is_file()):
-        path = hardware_folder() / f"{name_or_path}.yaml"
-        if name_or_path not in shipped_hardware():
-            near = difflib.get_close_matches(name_or_path.lower(), shipped_hardware(), n=1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            names = ", ".join(shipped_hardware())
-            raise ValueError(f"no hardware {shown(name_or_path)}; {meant}known: {names}, or the path of a YAML file")
-    return read_hardware(path)
+        path = hardware_folder() / f"{name}.yaml"
+        if name not in shipped_hardware():
+            known = f"{', '.join(shipped_hardware())}, or the path of a YAML file"
+            raise ValueError(f"no hardware {shown(name)}; {_near(name.lower(), shipped_hardware(), known)}")
+    hardware = read_hardware(path)
+    for change in changes:
+        hardware = dataclasses.replace(hardware, **_changed(change))
+    return hardware
+
+
+def _changed(text: str) -> dict[str, Any]:
+    """Returns a figure of "key=value"."""
+    key, _, value = text.partition("=")
+    if key not in ("inside", "between", "ranks_per_node"):
+        raise ValueError(f"--hardware: {shown(text)} is not inside=LINK, between=LINK or ranks_per_node=N")
+    if key == "ranks_per_node":
+        if not (value.isascii() and value.isdigit() and int(value) > 0):
+            raise ValueError(f"--hardware: ranks_per_node must be a whole number > 0, got {shown(value)}")
+        return {key: int(value)}
+    links = shipped_links()
+    if value not in links:
+        raise ValueError(f"--hardware: no link {shown(value)}; {_near(value.lower(), links, ', '.join(links))}")
+    return {key: links[value]}
+
+
+def _near(name: str, names: Iterable[str], known: str) -> str:
+    """Returns which name may have been meant, and what is known."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}known: {known}"
 
 
 def read_hardware(path: Path) -> Hardware:
@@ -117,21 +165,24 @@ def read_hardware(path: Path) -> Hardware:
     return Hardware(**figures)
 
 
-def _figure(path: Path, key: str, value: Any) -> Any:
-    """Returns a figure of a file in its type."""
-    if key == "device":
+def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
+    """Returns a figure of a file in its type. form: The figure whose form it has; "" = its own."""
+    form = form or key
+    if form == "device":
         if value not in ("cpu", "cuda"):
             raise ValueError(f"{path}: device must be cpu or cuda, got {shown(value)}")
         return value
-    if key == "flops":
+    if form == "flops":
         if not isinstance(value, dict) or not value or set(value) - set(PRECISIONS):
             raise ValueError(f"{path}: flops must give FLOP/s of some of {', '.join(PRECISIONS)}, got {shown(value)}")
         return {name: _number(path, f"flops.{name}", rate) for name, rate in value.items()}
-    if key in ("inside", "between"):
+    if form in ("inside", "between"):
         wanted = [f.name for f in dataclasses.fields(Link)]
         if not isinstance(value, dict) or set(value) != set(wanted):
             raise ValueError(f"{path}: {key} must give {' and '.join(wanted)}, got {shown(value)}")
         return Link(**{name: _number(path, f"{key}.{name}", value[name]) for name in wanted})
+    if form in ("products", "operators"):
+        return _by_precision(path, key, value, _points if form == "products" else _rates)
     number = _number(path, key, value)
     if key in ("ranks_per_node", "nics_per_node", "nodes_per_leaf"):
         if number != int(number):
@@ -142,10 +193,36 @@ def _figure(path: Path, key: str, value: Any) -> Any:
     return number
 
 
-def _number(path: Path, key: str, value: Any) -> float:
+def _by_precision(path: Path, key: str, value: Any, read: Callable[[Path, str, Any], Any]) -> dict[str, Any]:
+    if not isinstance(value, dict) or set(value) - set(PRECISIONS):
+        raise ValueError(f"{path}: {key} must be figures by {', '.join(PRECISIONS)}, got {shown(value)}")
+    return {name: read(path, f"{key}.{name}", figures) for name, figures in value.items()}
+
+
+def _points(path: Path, key: str, value: Any) -> list[Point]:
+    if not isinstance(value, list) or not value or not all(isinstance(row, list) and len(row) == 4 for row in value):
+        raise ValueError(f"{path}: {key} must be rows of [rows, inner, columns, FLOP/s], got {shown(value)}")
+    a: list[Any] = [tuple(_number(path, f"{key}[{place}]", n) for n in row) for place, row in enumerate(value)]
+    return a
+
+
+def _rates(path: Path, key: str, value: Any) -> dict[str, Rate]:
+    wanted = [f.name for f in dataclasses.fields(Rate)]
+    if not isinstance(value, dict) or OTHER not in value:
+        raise ValueError(f"{path}: {key} must be rates by operator, one of them {OTHER}, got {shown(value)}")
+    for name, rate in value.items():
+        if not isinstance(rate, dict) or set(rate) != set(wanted):
+            raise ValueError(f"{path}: {key}.{name} must give {', '.join(wanted)}, got {shown(rate)}")
+    return {
+        name: Rate(**{k: _number(path, f"{key}.{name}.{k}", rate[k], zero=True) for k in wanted})
+        for name, rate in value.items()
+    }
+
+
+def _number(path: Path, key: str, value: Any, *, zero: bool = False) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value <= 0:
-        raise ValueError(f"{path}: {key} must be a number > 0, got {shown(value)}")
+    if not is_number or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{path}: {key} must be a number {'>= 0' if zero else '> 0'}, got {shown(value)}")
     return float(value)
 
 
@@ -153,5 +230,15 @@ def dump_hardware(hardware: Hardware, path: Path, header: str) -> None:
     """Writes a machine as a file that read_hardware reads back equal. header: Comment lines, with where it is from."""
     tree = dataclasses.asdict(hardware)
     del tree["name"]
+    tree["products"] = {name: [list(point) for point in points] for name, points in hardware.products.items()}
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    path.write_text(comment + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    text = yaml.dump(tree, Dumper=_Rows, sort_keys=False, width=120)
+    path.write_text(comment + text, encoding="utf-8")
+
+
+class _Rows(yaml.SafeDumper):
+    """Writes lists, the points of a curve, in one line each."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        """See yaml.SafeDumper."""
+        return super().represent_sequence(tag, sequence, not any(isinstance(value, list) for value in sequence))

@@ -11,6 +11,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.engine.base import Engine
 from swin_moe.engine.parts import local_tensor
 from swin_moe.planner.trace import LiveBytes
+from swin_moe.run.held import bytes_of, held_tensors
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,6 @@ class _LiveAndGathered(LiveBytes):
         return result
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of tensors' storages, each once."""
-    storages = {s._cdata: s.nbytes() for t in tensors for s in [local_tensor(t).untyped_storage()]}
-    return sum(storages.values())
-
-
 def measure_step(engine: Any, task: Any, batches: Iterable[Any], context: Any) -> Measured:
     """Returns what a rank holds in a step, which is taken. Another should have been taken before.
 
@@ -54,10 +49,8 @@ def measure_step(engine: Any, task: Any, batches: Iterable[Any], context: Any) -
     context: A StepContext.
     """
     batches = list(batches)
-    model, parts = engine.local_model, engine.parts
-    weights = [*model.parameters(), *model.buffers(), *(part.leaf for part in parts.values())]
-    states = [t for state in parts.states.values() for t in state.values() if isinstance(t, Tensor)]
-    averages = [] if engine.ema is None else list(engine.ema.average.values())
+    parts = engine.parts
+    weights, states, averages = held_tensors(engine).values()
     with _LiveAndGathered([local_tensor(t) for t in (*weights, *states, *averages)], engine.model) as seen:
         handles = [_gradients(part.parameter, seen) for part in parts.values() if part.parameter.requires_grad]
         _run(engine, task, batches, context)

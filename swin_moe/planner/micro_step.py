@@ -72,7 +72,7 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
         copies = copies_of(model, config, world_size=degrees.world_size)
         known = [*model.parameters(), *model.buffers(), *([] if copies is None else copies.masters.values())]
         with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive):
-            batch = _batch(config, images, task)
+            batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
                                   lambda: autocast(precision, _CPU))  # fmt: skip
@@ -88,7 +88,7 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
         return bytes_alive.segments
 
 
-def _batch(config: Config, images: int, task: Task) -> Batch:
+def example_batch(config: Config, images: int, task: Task) -> Batch:
     dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
     size = (images, config.model.in_chans, *config.model.img_size)
     batch: Any = {
@@ -252,7 +252,16 @@ def _between(a: Segment, b: Segment, share: float) -> Segment:
     fields = ("live", "gradients", "launches", "moved", "moved_by_products")
     values = {f: getattr(a, f) + share * (getattr(b, f) - getattr(a, f)) for f in fields}
     deaths = {key: size + share * (b.deaths.get(key, size) - size) for key, size in a.deaths.items()}
-    return Segment(a.name, a.backward, deaths=deaths, **values)
+    operators, work = _work_between(a, b, share)
+    return Segment(a.name, a.backward, deaths=deaths, operators=operators, work=work, **values)
+
+
+def _work_between(a: Segment, b: Segment, share: float) -> tuple[tuple[tuple[str, str], ...], np.ndarray]:
+    """Returns (operators, their work) on the line through two segments; by its sums where operators differ."""
+    if a.operators == b.operators:
+        return b.operators, a.work + share * (b.work - a.work)
+    sums = a.work.sum(axis=0) + share * (b.work.sum(axis=0) - a.work.sum(axis=0))
+    return b.operators, b.work * (sums / np.maximum(b.work.sum(axis=0), 1.0))
 
 
 def _at_peak(segment: Segment) -> Segment:

@@ -57,8 +57,10 @@ class Plan:
     workload: Workload
 
 
-def make_plan(config: Config, hardware: Hardware, ranks: int) -> Plan:
+def make_plan(config: Config, hardware: Hardware, ranks: int, traces: "Traces | None" = None) -> Plan:
     """Returns the layouts of a config on so many ranks of a machine, by images per second.
+
+    traces: Of this config, shared by plans of several worlds.
 
     Raises:
         ValueError: No layout fits, with what would; or the machine cannot run the precision.
@@ -66,7 +68,7 @@ def make_plan(config: Config, hardware: Hardware, ranks: int) -> Plan:
     hardware.matrix_rate(config.engine.precision)
     candidates, rejected = enumerate_layouts(config, ranks, hardware.ranks_per_node)
     workload = build_workload(config)
-    traces = _Traces(config)
+    traces = traces or Traces(config)
     found: list[Planned] = []
     too_large: list[tuple[Layout, Memory]] = []
     fitting: Counter[tuple] = Counter()
@@ -91,7 +93,7 @@ def make_plan(config: Config, hardware: Hardware, ranks: int) -> Plan:
     return Plan(_checked(config, found, rejected), rejected, workload)
 
 
-class _Traces:
+class Traces:
     """Micro-steps by what they depend on."""
 
     def __init__(self, config: Config) -> None:

@@ -1,18 +1,23 @@
 """Seconds of one optimizer step of a layout: a roofline per block and phase, and communication that nothing hides.
 
 A block takes as long as its products (arithmetic or bytes, whichever is slower), its other passes over memory, or the
-host that starts its operators. Figures are the hardware file's; nothing is fitted here.
+host that starts its operators. Where the hardware file has what calibration found of this precision, it is the sum of
+its operators by their measured rates instead. Figures are the hardware file's; nothing is fitted here.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from swin_moe.config import Config
 from swin_moe.planner.collectives import Collective, collectives_of
 from swin_moe.planner.hardware import Hardware, Link
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.memory import predict_states
+from swin_moe.planner.operators import PRODUCTS
+from swin_moe.planner.rates import UPDATE, UPDATE_EXPERTS, Rates
 from swin_moe.planner.trace import Segment
 from swin_moe.planner.workload import Workload
 
@@ -48,7 +53,10 @@ def predict_time(
 ) -> StepTime:
     """Returns the time of a step with this layout. segments: Of its micro-step (micro_step.py)."""
     bounds = dict.fromkeys(BOUNDS, 0.0)
-    forward, backward = _computation(config, hardware, workload, layout, list(segments), bounds)
+    if hardware.rates:
+        forward, backward = _measured(hardware, config.engine.precision, segments, bounds)
+    else:
+        forward, backward = _computation(config, hardware, workload, layout, list(segments), bounds)
     micro_steps = layout.accumulation
     forward, backward = forward * micro_steps, backward * micro_steps
     for name in bounds:
@@ -97,6 +105,29 @@ def _computation(
     return seconds[0], seconds[1]
 
 
+def _measured(
+    hardware: Hardware, precision: str, segments: Iterable[Segment], bounds: dict[str, float]
+) -> tuple[float, float]:
+    """Returns (forward, backward) seconds of a micro-step by the rates that calibration found, and adds what they are
+    bound by. On the CPU the host runs the operators itself, so its time adds; elsewhere the longer decides."""
+    by_operator: dict[tuple[str, str, bool], list[np.ndarray]] = {}
+    for segment in segments:
+        for (name, kind), work in zip(segment.operators, segment.work):
+            by_operator.setdefault((name, kind, segment.backward), []).append(work)
+    seconds, launches = [0.0, 0.0], [0.0, 0.0]
+    for (name, kind, backward), rows in by_operator.items():
+        rates = hardware.rates.get(kind) or hardware.rates.get(precision) or next(iter(hardware.rates.values()))
+        taken = float(rates.seconds(name, np.array(rows)).sum())
+        bounds["compute" if name in PRODUCTS else "memory"] += taken
+        seconds[backward] += taken
+        launches[backward] += hardware.launch_seconds * len(rows)
+    if hardware.device == "cpu":
+        bounds["launches"] += sum(launches)
+        return seconds[0] + launches[0], seconds[1] + launches[1]
+    bounds["launches"] += sum(max(0.0, b - a) for a, b in zip(seconds, launches))
+    return max(seconds[0], launches[0]), max(seconds[1], launches[1])
+
+
 def _macs_by_block(config: Config, workload: Workload, layout: Layout) -> dict[str, float]:
     """Returns segment -> multiply-accumulates of a micro-batch; what lies between blocks goes to the one before."""
     factor = _padding(config)
@@ -136,9 +167,27 @@ def _update(config: Config, hardware: Hardware, workload: Workload, layout: Layo
     """Returns seconds of norm, clipping and optimizer."""
     states = predict_states(config, workload, layout)
     moments = {"adamw": 2, "sgd": 1}[config.optim.name]
+    rates = hardware.rates.get(config.engine.precision)
+    if rates is not None and UPDATE in rates.operators:
+        return _measured_update(config, rates, workload, layout) + 3 * states.averages / hardware.memory_rate
     elements = (states.optimizer or states.gradients * moments) / moments
     traffic = elements * _UPDATE_PASSES[config.optim.name] + 3 * states.gradients + 3 * states.averages
     return traffic / hardware.memory_rate + 20 * hardware.launch_seconds
+
+
+def update_bytes(config: Config, workload: Workload, layout: Layout) -> tuple[float, float]:
+    """Returns bytes of weights that this rank updates: (of what all ranks hold, of experts)."""
+    dense, experts = workload.numel(experts=False, trained=True), workload.numel(experts=True, trained=True)
+    item = 8.0 if config.engine.precision == "fp64" else 4.0
+    shards, replicas = (layout.world_size, layout.expert_data) if layout.zero else (1, 1)
+    return item * dense / shards, item * experts / (layout.expert * layout.expert_shard * replicas)
+
+
+def _measured_update(config: Config, rates: Rates, workload: Workload, layout: Layout) -> float:
+    """Returns seconds of norm, clipping and optimizer by measured rates, which were AdamW's; others by their passes."""
+    dense, experts = update_bytes(config, workload, layout)
+    found = rates.operators[UPDATE].seconds(1, dense, 0) + rates.operators[UPDATE_EXPERTS].seconds(0, experts, 0)
+    return found * _UPDATE_PASSES[config.optim.name] / _UPDATE_PASSES["adamw"]
 
 
 def _seconds(collective: Collective, hardware: Hardware, layout: Layout) -> tuple[float, str]:

@@ -9,8 +9,8 @@ the others are repeated. Bytes grow evenly with the images of a micro-batch, so 
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators that multiply matrices: their bytes are hidden behind their arithmetic, or the reverse.
-_PRODUCTS = frozenset(
-    "mm addmm bmm baddbmm linear convolution convolution_backward grouped_linear grouped_linear_backward "
-    "window_attention window_attention_backward _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_flash_attention_for_cpu_backward _linear_pointwise mkldnn_linear_backward_weights".split()
-)
-# Operators that start nothing on a device: they allocate, or give another view or a size of what is there.
-_NO_KERNEL = frozenset(
-    "empty empty_like new_empty empty_strided new_empty_strided empty_permuted detach alias _unsafe_view lift_fresh "
-    "is_same_size _has_compatible_shallow_copy_type device".split()
-)
+from swin_moe.planner.operators import BYTES, PRODUCTS, starts_kernel, tensors_of, work_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +38,8 @@ class Segment:
     moved_by_products: float
     # (index of an operator, segment of forward) -> bytes from there, not handed on, that died before it
     deaths: Mapping[tuple[int, str], float]
+    operators: tuple[tuple[str, str], ...] = ()  # (name, precision) of those that start a kernel, in order
+    work: np.ndarray = field(default_factory=lambda: np.zeros((0, 5)))  # (operators, 5), see operators.py
 
 
 def over_time(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +76,8 @@ class LiveBytes(TorchDispatchMode):
         self._lives: list[float] = []
         self._gradients: list[float] = []
         self._deaths: dict[tuple[int, str], float] = {}
-        self._launches = self._moved = self._multiplied = 0
+        self._operators: list[tuple[str, str]] = []
+        self._work: list[list[float]] = []
 
     def mark(self, name: str, *, backward: bool) -> None:
         """Ends a segment and begins the next."""
@@ -95,8 +88,11 @@ class LiveBytes(TorchDispatchMode):
         """Ends a segment: what has died since its last operator belongs to it."""
         lives = np.array([*self._lives, self.live], dtype=np.float64) - self._at[0]
         gradients = np.array([*self._gradients, self.gradients], dtype=np.float64) - self._at[1]
-        work = self._launches, self._moved, self._multiplied, self._deaths
-        self.segments.append(Segment(self.name, self.backward, lives, gradients, *work))
+        work = np.array(self._work).reshape(-1, 5)
+        multiplies = np.array([name in PRODUCTS for name, _ in self._operators], dtype=bool)
+        moved, by_products = float(work[~multiplies, BYTES].sum()), float(work[multiplies, BYTES].sum())
+        counts = len(work), moved, by_products, self._deaths, tuple(self._operators), work
+        self.segments.append(Segment(self.name, self.backward, lives, gradients, *counts))
 
     def is_output(self, tensor: Tensor) -> None:
         """Says that a tensor is what a block hands on: it dies with the next block, not at the end of the forward."""
@@ -116,22 +112,19 @@ class LiveBytes(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name == "device":
             return function(*args, **(kwargs or {}))
-        for tensor in _tensors([*args, *(kwargs or {}).values()]):
+        for tensor in tensors_of([*args, *(kwargs or {}).values()]):
             if tensor.untyped_storage()._cdata not in self._alive:  # made before, or below operators
                 self._add(tensor.untyped_storage(), "")
         result = function(*args, **(kwargs or {}))
-        outputs = list(_tensors(result))
+        outputs = list(tensors_of(result))
         for tensor in outputs:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._alive:
                 self._add(storage, "live")
         if starts_kernel(function, name):
-            self._launches += 1
-            moved = sum(t.numel() * t.element_size() for part in (args, outputs) for t in _tensors(part))
-            if name in _PRODUCTS:
-                self._multiplied += moved
-            else:
-                self._moved += moved
+            precision, work = work_of(name, args, outputs)
+            self._operators.append((name, precision))
+            self._work.append(work)
         self.peak = max(self.peak, self.live)
         self._lives.append(self.live)
         self._gradients.append(self.gradients)
@@ -155,21 +148,3 @@ class LiveBytes(TorchDispatchMode):
                 self._deaths[place] = self._deaths.get(place, 0.0) + size
 
         alive[key] = (weakref.ref(storage, gone), size, kind)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yields tensors with a storage: not those that oneDNN packs for one product."""
-    if isinstance(values, Tensor):
-        if values.layout is torch.strided:
-            yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-
-
-def starts_kernel(function: Any, name: str) -> bool:
-    """Returns whether an operator computes anything: no view, no allocation."""
-    if name in _NO_KERNEL:
-        return False
-    aliases = [r.alias_info for r in function._schema.returns]
-    return not aliases or not all(a is not None and not a.is_write for a in aliases)

@@ -1,5 +1,6 @@
 """What every entry point sets up in the same order: configuration, ranks, device, model; and how errors end it."""
 
+import json
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -22,7 +24,7 @@ from swin_moe.config import Config, ParallelConfig
 from swin_moe.config.arguments import refuse_options
 from swin_moe.config.checks import MOST_THREADS
 from swin_moe.config.choices import facts_of
-from swin_moe.config.io import load_config
+from swin_moe.config.io import apply_overrides, load_config
 from swin_moe.engine.common import materialize
 from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import DTYPES
@@ -54,6 +56,7 @@ class Session:
     groups: Groups
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    plan: str = ""  # what chose the layout, in words, where the planner did
 
     @property
     def rank(self) -> int:
@@ -165,8 +168,15 @@ def check_layout(config: Config, world_size: int) -> None:
     Degrees.resolve(*layout_of(config), world_size)
 
 
-def open_session(path: str, overrides: list[str]) -> Session:
+Chooser = Callable[[Config, int, Sequence[str]], tuple[list[str], str]]
+
+
+def open_session(path: str, overrides: list[str], choose: Chooser | None = None) -> Session:
     """Returns the session; everything that can be refused is refused here, before memory is allocated.
+
+    Args:
+        choose: With parallel.plan=auto, asked on rank 0 for (overrides that make the layout, why, in words) of a config
+            in a world of so many ranks with the overrides of the command line. Without it the config's own layout runs.
 
     Raises:
         ValueError: Bad config, or a world that cannot hold the layout.
@@ -175,7 +185,9 @@ def open_session(path: str, overrides: list[str]) -> Session:
 
     env = mpi.bootstrap()
     config = load_config(path, overrides)
-    check_layout(config, env.world_size)
+    planned = choose is not None and config.parallel.plan == "auto"
+    if not planned:
+        check_layout(config, env.world_size)
     torch.set_num_threads(config.engine.threads or default_threads())
     device = pick_device(config.engine.device, env.local_rank)
     if not any(word.partition("=")[0].strip() == "engine.precision" for word in overrides):
@@ -185,6 +197,11 @@ def open_session(path: str, overrides: list[str]) -> Session:
     if env.world_size > 1:
         init_distributed(device, timeout=limit, patience=config.engine.timeout)
         heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence, heartbeat.culprit))
+    plan = ""
+    if choose is not None and planned:
+        heartbeat.enter("planning the layout", long=True)
+        config, plan = _planned(config, env.rank, env.world_size, lambda: choose(config, env.world_size, overrides))
+        check_layout(config, env.world_size)
     routing_ranks = config.routing_ranks(env.world_size)
     moe = config.model.moe
     two_hops = moe.has_blocks and (moe.transport == "hierarchical" or moe.tune == "measure")
@@ -196,7 +213,22 @@ def open_session(path: str, overrides: list[str]) -> Session:
         two_hops=two_hops,
         saves_in_background=config.checkpoint.asynchronous,
     )
-    return Session(config, groups, device, heartbeat)
+    return Session(config, groups, device, heartbeat, plan)
+
+
+def _planned(
+    config: Config, rank: int, world_size: int, choose: Callable[[], tuple[list[str], str]]
+) -> tuple[Config, str]:
+    """Returns (the config with the layout that rank 0 chose, why, in words), the same on all ranks."""
+    if world_size == 1:
+        chosen, plan = choose()
+        return apply_overrides(config, chosen), plan
+    store, key = meeting_store(), "swin_moe/plan"
+    if rank == 0:
+        store.set(key, json.dumps(choose()))
+    store.wait([key], timedelta(seconds=LONG_SECONDS))
+    chosen, plan = json.loads(store.get(key))
+    return apply_overrides(config, chosen), plan
 
 
 def _end_job(rank: int, sentence: str, culprit: int) -> None:

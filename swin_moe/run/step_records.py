@@ -7,8 +7,18 @@ import torch
 
 from swin_moe.engine.base import Engine, StepStats
 from swin_moe.run.expert_load import exchange_cost, expert_load, links, phase_times
+from swin_moe.run.held import held_bytes
 from swin_moe.run.metrics import MetricsWriter, Progress, peak_flops, peak_memory
 from swin_moe.run.session import Session
+
+# What a phase of the heartbeat begins with -> what its seconds are recorded as; the first that fits.
+_PHASES = {
+    "forward and backward": "forward_backward",
+    "forward": "forward",
+    "backward": "backward",
+    "reduction": "update",
+    "loading data": "loading",
+}
 
 
 @functools.cache
@@ -40,6 +50,7 @@ class StepRecords:
         """Begins a window: what an evaluation or a save took and sent belongs to no step."""
         for _, link in links(self.engine.local_model):
             link.take()
+        self.session.heartbeat.take_seconds()
         self.began, self.images, self.steps, self.loss, self.aux = time.monotonic(), 0.0, 0, 0.0, 0.0
 
     def due(self, step: int) -> bool:
@@ -70,7 +81,10 @@ class StepRecords:
             "train/epoch": step / self.steps_per_epoch,
             "speed/images_per_second": rate,
             "speed/mfu_percent": 100 * flops / self.peak,
+            "speed/ranks": self.session.world_size,
             "memory/peak_bytes": peak_memory(self.session.device),
+            **{f"memory/{name}_bytes": size for name, size in held_bytes(self.engine).items()},
+            **self._phases(),
         }
         load, histograms = expert_load(model, groups)
         cost = exchange_cost(model, groups, self.steps)
@@ -81,3 +95,15 @@ class StepRecords:
             f"| {rate:.0f} img/s",
         )
         self.start_anew()
+
+    def _phases(self) -> dict[str, float]:
+        """Returns speed/s_<phase>, seconds of this rank per step; {} beside a device, which the host runs ahead of."""
+        if self.session.device.type != "cpu":
+            return {}
+        spent = self.session.heartbeat.take_seconds()
+        found = dict.fromkeys(_PHASES.values(), 0.0)
+        for phase, seconds in spent.items():
+            name = next((name for start, name in _PHASES.items() if phase.startswith(start)), "")
+            if name:
+                found[name] += seconds / self.steps
+        return {f"speed/s_{name}": seconds for name, seconds in found.items() if seconds}

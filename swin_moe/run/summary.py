@@ -73,6 +73,8 @@ def describe(session: Session, engine: Engine) -> Iterator[str]:
         yield from (f"exchange   {line}" for line in describe_links([layer for _, layer in layers]))
     else:
         yield f"layout     {session.world_size} ranks, data parallel"
+    if session.plan:
+        yield f"plan       {session.plan}"
     yield (
         f"engine     {config.engine.name}, ZeRO-{config.parallel.zero}, {config.engine.precision} on {session.device}, "
         f"recompute {config.parallel.recompute}, compile {config.parallel.compile}"

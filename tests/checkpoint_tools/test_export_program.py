@@ -104,6 +104,17 @@ def test_a_program_gives_the_networks_logits_for_any_number_of_images(tmp_path, 
     check_any_number(program, network, size, drops=name in DROPPING, rtol=1e-5, atol=1e-6)
 
 
+def test_a_program_of_another_name_is_written_with_a_word_of_ours_alone(tmp_path, capfd):
+    path, network = saved(tmp_path, MODELS["swin"])
+    assert main(["export", str(path), str(tmp_path / "net.export"), "--to", "torch-export"]) == 0
+    found = capfd.readouterr()
+    assert "net.export: torch.export.load warns of names that do not end in .pt2\n" in found.out
+    assert "archive" not in found.err  # torch's own warning
+    with open(tmp_path / "net.export", "rb") as file:
+        program = torch.export.load(file).module()
+    check_any_number(program, network, (32, 32), drops=False, rtol=1e-5, atol=1e-6)
+
+
 def test_images_that_share_slots_need_a_number_and_are_told_why(tmp_path, capsys):
     options = dict(num_experts=4, capacity_scope="images", group_images=2, eval_capacity_factor=0.6)
     path, network = saved(tmp_path, with_experts(**options))

@@ -195,6 +195,10 @@ def test_a_traceback_is_said_once_and_the_error_is_the_last_line(mpi, tmp_path):
     process = start("raise_on_1", tmp_path, *mpi)
     output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 1 and output.count("Traceback") == 1, output
+    files = re.findall(r'  File "(.*)", line', output)
+    assert files and all(file.endswith("tests/launcher/programs.py") for file in files), (
+        output
+    )  # none of the launcher's
     expected = (
         r"launcher: program error \(exit code 1\): rank 1 \(\S+, pid \d+\) failed first: RuntimeError: boom on rank one"
     )

@@ -141,21 +141,22 @@ def test_who_supervises_learns_how_a_job_ended(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "numbers, options, code",
+    "numbers, options, code, said",
     [
-        ([signal.SIGTERM], ("--grace", "0.5"), 124),
-        ([signal.SIGINT], ("--grace", "0.5"), 130),
-        ([signal.SIGINT, signal.SIGINT], (), 130),
+        ([signal.SIGTERM], ("--grace", "0.5"), 124, "did not stop in time (exit code 124): not saved in 0.5 s"),
+        ([signal.SIGINT], ("--grace", "0.5"), 130, "interrupted (exit code 130): not saved in 0.5 s"),
+        ([signal.SIGINT, signal.SIGINT], (), 130, "interrupted (exit code 130): Ctrl-C twice"),
     ],
 )
-def test_ranks_that_ignore_signals_are_killed(numbers, options, code, tmp_path):
+def test_ranks_that_ignore_signals_are_killed(numbers, options, code, said, tmp_path):
     process = start("ignore_signals", tmp_path, *options)
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "readiness of both ranks")
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.3)
-    process.communicate(timeout=10)
+    output = process.communicate(timeout=10)[0]
     assert process.returncode == code
+    assert output.splitlines()[-1] == f"launcher: {said}; what was saved before is kept"
     assert_nothing_left(tmp_path)
 
 

@@ -1,370 +1,20 @@
-"""The preflight's arithmetic: who tries whom, cost models, what is out of line, how it is said. Nothing is started."""
+"""What --preflight makes of its verdicts, and its options. Nothing is started."""
 
-import json
-import random
 import time
-from itertools import combinations
 
 import pytest
 
+from launcher import __main__ as command
 from launcher import restart
 from launcher.__main__ import main
 from launcher.failure.kinds import HOST
 from launcher.job.options import parser
 from launcher.preflight import judge, report, start
-from launcher.preflight.collectives import TRANSPORTS, combine
-from launcher.preflight.fit import Fit, behind, fit, slow_links
-from launcher.preflight.schedule import regroup, round_robin, rounds
+from launcher.preflight.collectives import TRANSPORTS
 from launcher.restart import Lost
 from launcher.supervise import Outcome
+from tests.launcher.test_preflight_verdicts import document
 from tests.launcher.test_restart import job_on
-
-SIZES = (1, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23)
-
-
-@pytest.mark.parametrize("latency, bandwidth", [(2e-5, 5e9), (1e-3, 1e8), (0.02, 1e6), (5e-6, 2e11)])
-@pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_a_fit_finds_the_terms_it_was_made_of(latency, bandwidth, noise):
-    draw = random.Random(f"{latency} {noise}")
-    true = Fit(latency, bandwidth, 4, 0.0)
-    points = [(size, true.seconds(size) * draw.uniform(1 - noise, 1 + noise)) for size in SIZES * 8]
-    found = fit(points, 4)
-    assert found.latency_s == pytest.approx(latency, rel=0.01 + noise)
-    assert found.bytes_per_s == pytest.approx(bandwidth, rel=0.01 + 2 * noise)
-    assert found.error == pytest.approx(noise / 3**0.5, abs=0.2 * noise + 1e-9)  # of a uniform distribution
-    assert found.ranks == 4
-
-
-def test_a_fit_is_the_best_of_many():
-    """Against a search: no pair of terms nearby has a smaller sum of squared relative errors."""
-    draw = random.Random(3)
-    points = [(size, (1e-4 + size / 1e9) * draw.uniform(0.7, 1.4)) for size in SIZES * 3]
-    found = fit(points, 2)
-
-    def loss(latency, bandwidth):
-        return sum(((latency + size / bandwidth) / seconds - 1) ** 2 for size, seconds in points)
-
-    best = loss(found.latency_s, found.bytes_per_s)
-    assert best == pytest.approx(len(points) * found.error**2)
-    for a in (0.9, 0.99, 1.01, 1.1):
-        for b in (0.9, 0.99, 1.01, 1.1):
-            assert loss(found.latency_s * a, found.bytes_per_s * b) > best
-
-
-@pytest.mark.parametrize(
-    "points, latency, bandwidth",
-    [
-        ([(1, 1e-3), (1 << 20, 1e-3)], 1e-3, (1 << 20) / 1e-3),  # not longer with more bytes
-        ([(1000, 5e-4), (1_000_000, 1.0)], 0.0, 5e12 / 3e6),  # the best latency would be negative
-        ([(4096, 1e-3)], 1e-3, 4096e3),  # one size
-    ],
-)
-def test_no_term_is_negative(points, latency, bandwidth):
-    found = fit(points, 2)
-    assert found.latency_s == pytest.approx(latency) and found.bytes_per_s == pytest.approx(bandwidth, rel=1e-3)
-
-
-def test_what_is_far_behind_the_median_is_out_of_line():
-    assert behind({"a": 10.0, "b": 11.0, "c": 3.0}, 3) == {"c": 0.3}
-    assert behind({"a": 10.0, "b": 11.0, "c": 4.0}, 3) == {}
-    assert behind({"a": 10.0, "b": 1.0}, 3) == {}  # it cannot be told which
-
-
-def test_one_slow_end_does_not_make_the_others_slow():
-    ends, links = slow_links({("a", "b"): 100, ("a", "c"): 5, ("b", "c"): 6}, end_factor=3, link_factor=4)
-    assert ends == {"c": 0.06} and links == {}
-
-
-def test_one_slow_link_makes_no_end_slow():
-    speeds = {pair: 100.0 for pair in combinations("abcd", 2)} | {("b", "d"): 10.0}
-    assert slow_links(speeds, end_factor=3, link_factor=4) == ({}, {("b", "d"): 0.1})
-    assert slow_links(speeds | {("b", "d"): 30.0}, end_factor=3, link_factor=4) == ({}, {})
-
-
-@pytest.mark.parametrize("players", range(1, 12))
-def test_everyone_meets_everyone_once_and_nobody_twice_in_a_round(players):
-    made = rounds([f"h{n}" for n in range(players)], most_ranks=64, most_rounds=256)
-    assert len(made) <= players
-    assert sorted(pair for pairs in made for pair in pairs) == list(combinations(range(players), 2))
-    for pairs in made:
-        ranks = [rank for pair in pairs for rank in pair]
-        assert len(set(ranks)) == len(ranks)
-
-
-def test_beyond_a_size_hosts_meet_instead_of_ranks():
-    hosts = [rank // 4 for rank in range(28)]
-    made = rounds(hosts, most_ranks=16, most_rounds=64)
-    pairs = [pair for one in made for pair in one]
-    met = {tuple(sorted((hosts[a], hosts[b]))) for a, b in pairs}
-    assert met == {*combinations(range(7), 2), *((host, host) for host in range(7))}
-    assert {rank for pair in pairs for rank in pair} == set(range(28))  # and no rank is left out
-    assert {(rank, rank + 1) for rank in range(27) if rank % 4 < 3} <= {*pairs}  # neighbours on a host
-    assert all(len({rank for pair in one for rank in pair}) == 2 * len(one) for one in made)
-
-
-def test_ten_thousand_ranks_try_a_bounded_number_of_others_soon():
-    hosts = [rank // 8 for rank in range(10_240)]
-    began = time.process_time()
-    made = rounds(hosts, most_ranks=64, most_rounds=256)
-    assert time.process_time() - began < 5.0  # 0.2 s on a quiet core
-    assert len(made) == 258
-    probes = [0] * 10_240
-    for pairs in made:
-        for pair in pairs:
-            for rank in pair:
-                probes[rank] += 1
-    assert max(probes) <= 64
-
-
-def test_the_rounds_of_one_player_more_are_the_circle_s():
-    assert round_robin(4, 0) == [(0, 3), (1, 2)] and round_robin(3, 0) == [(1, 2)]
-
-
-def test_pairs_are_regrouped_without_a_rank_twice_in_a_round():
-    assert regroup([(0, 1), (0, 2), (2, 3), (1, 3)]) == [[(0, 1), (2, 3)], [(0, 2), (1, 3)]]
-
-
-def test_a_collective_takes_as_long_as_its_last_rank():
-    assert combine([[1.0, 5.0, 1.0], [2.0, 1.0, 4.0]]) == 4.0  # of 2, 5, 4
-
-
-def document(*, count=3, per_host=1, **changes):
-    """Returns a document of equal hosts and links, changed by {what: {number: entries}}."""
-    names = [f"n{number}" for number in range(count)]
-    ranks = [{"rank": r, "host": names[r // per_host], "interface_bytes_per_s": 0} for r in range(count * per_host)]
-    made = {
-        "version": 1,
-        "ranks": ranks,
-        "links": [],
-        "collectives": [],
-        "fit": {},
-        "notes": [],
-        "findings": [],
-        "unusable_hosts": [],
-        "hosts": [
-            {
-                "name": name,
-                "ranks": [r["rank"] for r in ranks if r["host"] == name],
-                "free_memory_bytes": 2**34,
-                "disk_bytes": 2**40,
-                "tmp_bytes": 2**34,
-                "shm_bytes": 2**34,
-                "clock_offset_s": 0.0,
-                "clock_doubt_s": 1e-4,
-                "gpus": [],
-                "gpu_note": "no GPU",
-            }
-            for name in names
-        ],
-    }
-    for rank in ranks:
-        rank |= {"hash_bytes_per_s": 1e9, "copy_bytes_per_s": 1e10}
-    for a, b in combinations(range(len(ranks)), 2):
-        made["links"].append(
-            {
-                "ranks": [a, b],
-                "hosts": [ranks[a]["host"], ranks[b]["host"]],
-                "called": b,
-                "address": f"10.0.0.{b}",
-                "cause": "",
-                "latency_s": 2e-5,
-                "bytes_per_s": 1e9,
-                "up_bytes_per_s": 1e9,
-                "down_bytes_per_s": 1e9,
-            }
-        )
-    for what, entries in changes.items():
-        for number, entry in entries.items():
-            made[what][number] |= entry
-    return made
-
-
-def findings(**changes):
-    found = judge.complete(document(**changes))["findings"]
-    return [(finding["severity"], finding["host"], finding["words"]) for finding in found]
-
-
-BROKEN = {"cause": "refused", "latency_s": None, "bytes_per_s": None}
-SLOW = {"bytes_per_s": 1e7, "up_bytes_per_s": 1e7}
-LATE = {"latency_s": 0.02}
-
-
-def test_nothing_is_wrong_with_equal_hosts():
-    assert findings() == [] and findings(count=1, per_host=4) == [] and findings(count=1) == []
-    assert report.verdict(judge.complete(document())) == "3 ranks on 3 hosts can be used"
-
-
-@pytest.mark.parametrize(
-    "changes, severity, host, words",
-    [
-        ({"hosts": {1: {"free_memory_bytes": 2**20}}}, "unusable", "n1", "n1 has 1.0 MiB of free memory, less than 64"),
-        (
-            {"hosts": {1: {"free_memory_bytes": 2**29}}},
-            "marked",
-            "n1",
-            "n1 has 512.0 MiB of free memory, less than 1.0 G",
-        ),
-        (
-            {"hosts": {2: {"disk_bytes": 0}}},
-            "unusable",
-            "n2",
-            "n2 has 0.0 MiB of space on the disk of the run's folder",
-        ),
-        ({"hosts": {2: {"tmp_bytes": 4096}}}, "unusable", "n2", "of space for temporary files, less than 1.0 MiB"),
-        ({"hosts": {0: {"shm_bytes": 2**26}}}, "marked", "n0", "n0 has 64.0 MiB of space in /dev/shm, less than 65"),
-        ({"hosts": {0: {"clock_offset_s": -7.0}}}, "marked", "n0", "the clock of n0 is off by -7.0 s"),
-        (
-            {"ranks": {1: {"hash_bytes_per_s": 4e8}}},
-            "marked",
-            "n1",
-            "processor of rank 1 (n1) is slow: 0.40 of the median",
-        ),
-        ({"ranks": {2: {"copy_bytes_per_s": 2e9}}}, "marked", "n2", "the memory of rank 2 (n2) is slow: 0.20 of the"),
-        ({"links": {1: SLOW, 2: SLOW}}, "marked", "n2", "host n2 is slow over every link: 10.0 MB/s at best, 0.01 of"),
-        ({"links": {1: LATE, 2: LATE}}, "marked", "n2", "host n2 is late over every link: 20,000 us at best"),
-        (
-            {"links": {2: SLOW}},
-            "marked",
-            "",
-            "the link between rank 1 (n1) and rank 2 (n2), from the first to the second, is slow: 10.0 MB/s, 0.01",
-        ),
-        ({"links": {0: BROKEN}}, "unusable", "n1", "rank 0 (n0) cannot connect to rank 1 (n1) at 10.0.0.1: refused"),
-    ],
-)
-def test_what_is_out_of_line_is_named_and_nothing_else(changes, severity, host, words):
-    (found,) = findings(**changes)
-    assert found[:2] == (severity, host) and words in found[2]
-    assert judge.is_usable(judge.complete(document(**changes))) == (severity == "marked")
-
-
-@pytest.mark.parametrize("latency", [9e-4, 5e-4])
-def test_a_link_within_a_millisecond_is_not_late(latency):
-    assert findings(links={1: {"latency_s": latency}, 2: {"latency_s": latency}}) == []
-
-
-def test_ranks_of_a_host_are_held_against_each_other():
-    slow = {number: SLOW for number in (2, 4, 5)}  # the links of rank 3: (0, 3), (1, 3), (2, 3)
-    ((severity, host, words),) = findings(count=1, per_host=4, links=slow)
-    assert (severity, host) == ("marked", "n0") and words.startswith("rank 3 (n0) is slow over every link")
-
-
-def test_two_hosts_are_held_against_what_their_interfaces_say():
-    fast = {number: {"interface_bytes_per_s": 1.25e9} for number in (0, 1)}
-    assert findings(count=2, ranks=fast) == []
-    found = findings(count=2, ranks=fast, links={0: SLOW})
-    assert [entry[2] for entry in found] == [
-        f"host n{n} reaches 10.0 MB/s at best, where its interface says 1,250 MB/s" for n in (0, 1)
-    ]
-    assert findings(count=2, links={0: SLOW}) == []  # an interface that says nothing
-
-
-def test_a_slow_host_is_told_of_once():
-    fast = {number: {"interface_bytes_per_s": 1.25e9} for number in range(3)}
-    ((_, host, words),) = findings(ranks=fast, links={1: SLOW, 2: SLOW})
-    assert host == "n2" and "over every link" in words
-
-
-def test_clocks_are_held_against_each_other_not_against_the_launcher_s():
-    assert findings(hosts={number: {"clock_offset_s": 50.0 + number / 10} for number in range(3)}) == []
-
-
-def broken_links(*pairs, called=None):
-    made = document(count=4)
-    for link in made["links"]:
-        if tuple(link["ranks"]) in pairs:
-            link |= BROKEN | ({} if called is None else {"called": called})
-    return judge.complete(made)
-
-
-@pytest.mark.parametrize(
-    "pairs, called, blamed",
-    [
-        ([(0, 2), (1, 2), (2, 3)], None, ["n2"]),  # the end that explains all
-        ([(0, 1)], 0, ["n1"]),  # not rank 0's host, where the launcher is
-        ([(2, 3)], 2, ["n2"]),  # of two alike, the one that does not answer
-        ([(0, 1), (0, 2), (0, 3)], None, ["n0"]),
-        ([(0, 1), (2, 3)], None, ["n1", "n3"]),
-    ],
-)
-def test_who_is_cut_off_is_who_explains_most_links(pairs, called, blamed):
-    found = broken_links(*pairs, called=called)
-    assert found["unusable_hosts"] == blamed
-    assert len(found["findings"]) == len(pairs)  # every link is told of once
-
-
-def test_on_one_host_a_rank_is_to_blame():
-    made = document(count=1, per_host=4)
-    for link in made["links"]:
-        if link["ranks"] in ([0, 1], [1, 3]):
-            link |= BROKEN | {"called": 1, "address": "10.0.0.1"}
-    words = [finding["words"] for finding in judge.complete(made)["findings"]]
-    assert words == [f"rank {r} (n0) cannot connect to rank 1 (n0) at 10.0.0.1: refused" for r in (0, 3)]
-
-
-def test_links_that_look_slow_are_measured_again():
-    assert judge.suspects(document(count=4)["links"]) == []
-    slow = document(count=4, links={3: SLOW})["links"]
-    assert judge.suspects(slow) == [(1, 2)]
-    end = document(count=4, links={2: SLOW, 4: SLOW, 5: SLOW})["links"]
-    assert judge.suspects(end) == [(0, 3), (1, 3), (2, 3)]
-    assert judge.slow_ranks(document(ranks={2: {"hash_bytes_per_s": 1e8}})["ranks"]) == [2]
-
-
-def test_the_table_marks_what_the_findings_are_about():
-    gpu = {"index": "1", "name": "H100", "temperature.gpu": "91"}
-    made = document(hosts={1: {"shm_bytes": 2**25, "gpus": [gpu]}}, links={1: SLOW, 2: SLOW})
-    made["fit"] = {"send": {"latency_s": 2e-5, "bytes_per_s": 1e9, "ranks": 2, "error": 0.123}}
-    made["notes"] = ["collectives were not timed: there is no torch"]
-    lines = report.lines(judge.complete(made))
-    head, *rows = (line.removeprefix("preflight: ") for line in lines)
-    assert head.split() == [
-        "host",
-        "ranks",
-        "memory",
-        "disk",
-        "tmp",
-        "shm",
-        "clock",
-        "cpu",
-        "copy",
-        "latency",
-        "send",
-        "gpu",
-    ]
-    marks = [[cell for cell in row.split("  ") if cell.endswith("!")] for row in rows[:3]]
-    assert marks == [[], ["32.0 MiB!", "1 x H100!"], ["10 MB/s!"]]
-    assert rows[3] == "send of 2 ranks takes 20 us + bytes / 1,000 MB/s (off by 12 %)"
-    assert rows[4] == "note: collectives were not timed: there is no torch"
-    assert rows[5:8] == [
-        "marked: n1 has 32.0 MiB of space in /dev/shm, less than 65.0 MiB",
-        "marked: n1: GPU 1 (H100): 91 degrees Celsius",
-        "marked: host n2 is slow over every link: 10.0 MB/s at best, 0.01 of the median's (marked below 1/3)",
-    ]
-    assert rows[8:] == ["3 ranks on 3 hosts can be used; 3 things out of line"]
-
-
-def test_of_very_many_hosts_only_those_in_findings_are_shown():
-    made = document(count=100)
-    made["hosts"][70]["disk_bytes"] = 0
-    lines = report.lines(judge.complete(made))
-    assert [line.split()[1] for line in lines[:2]] == ["host", "n70"]
-    assert lines[2] == "preflight: and 99 more hosts"
-    assert lines[-1] == "preflight: not all ranks can be used, of 100 ranks on 100 hosts: see n70"
-
-
-def test_many_findings_are_counted():
-    made = document(count=30)
-    for host in made["hosts"]:
-        host["disk_bytes"] = 0
-    lines = report.lines(judge.complete(made))
-    assert lines[-2] == "preflight: and 10 more" and sum("unusable: n" in line for line in lines) == 20
-
-
-def test_the_file_is_whole_json(tmp_path):
-    path = tmp_path / "new" / "preflight.json"
-    report.write(judge.complete(document()), path)
-    assert json.loads(path.read_text())["hosts"][0]["name"] == "n0"
-    assert [entry.name for entry in path.parent.iterdir()] == ["preflight.json"]
 
 
 def checked(document, tmp_path, monkeypatch, *options, outcome=None):
@@ -421,12 +71,22 @@ def test_a_full_disk_keeps_no_program_from_starting(tmp_path, monkeypatch, capsy
         (["--preflight-file", "/dev/null/x"], "the preflight's file /dev/null/x cannot be written: "),
         (["--preflight-file", "/dev"], "the preflight's file /dev cannot be written: it is a folder"),
         (["--preflight", "--preflight-limit", "0"], "--preflight-limit must be more than 0 seconds, got 0"),
+        (["--preflight-over", "gloo"], "--preflight-over is for checks before the program; it needs --preflight"),
+        (["--preflight-limit", "3"], "--preflight-limit is for checks before the program; it needs --preflight"),
     ],
 )
 def test_wrong_options_are_one_sentence(arguments, sentence, capsys):
     assert main(["-n", "2", *arguments]) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
+
+
+def test_the_time_until_ranks_are_to_save_counts_from_the_start_of_the_checks(tmp_path, monkeypatch):
+    """A batch script's --save-after is what the scheduler's limit leaves."""
+    job, own = job_on("a:2\n", "--preflight", "--save-after", "100", tmp_path=tmp_path)
+    monkeypatch.setattr(start, "run", lambda job, options: (time.sleep(0.5), job))
+    command.check_first(job, own)
+    assert 90 < own.save_after <= 99.5
 
 
 def test_a_choice_of_transport_is_a_row_of_the_table():

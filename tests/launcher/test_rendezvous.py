@@ -14,7 +14,18 @@ import pytest
 from launcher.env import without_world
 from launcher.machine.software import Software
 from launcher.meeting import rendezvous, tcp
-from launcher.meeting.rendezvous import Facts, Meeting, decide, free_port, interface_of, lines, settle
+from launcher.meeting.rendezvous import (
+    Facts,
+    Meeting,
+    NoRoute,
+    decide,
+    free_port,
+    interface_of,
+    lines,
+    reaches,
+    settle,
+    without_route,
+)  # fmt: skip
 from tests.launcher.test_network import DOCKER, FAST, SIX, SLOW, hosts
 from tests.ranks import ROOT
 
@@ -66,8 +77,16 @@ def test_hosts_without_a_common_subnet_take_the_route_or_say_so(monkeypatch):
     monkeypatch.setattr(rendezvous.network, "address_towards", lambda other: "")
     meeting = decide(everyone, {})
     assert meeting.problem == "the ranks share no subnet, and h0 has no route to h1"
-    with pytest.raises(ValueError, match="share no subnet"):
+    with pytest.raises(NoRoute, match="share no subnet"):
         settle(meeting, everyone[1].place, {})
+    assert reaches(meeting) and not reaches(Meeting("10.0.1.1", 1))
+    places = [place for place in hosts(SLOW)]
+    assert without_route(meeting, places, [True] * 3) == meeting
+    lost = without_route(Meeting("10.0.1.1", 1), places, [True, False, False])
+    assert lost.problem == "the ranks share no subnet, and h1, h2 have no route to h0 (10.0.1.1)" and lost.no_route
+    with pytest.raises(ValueError, match="no interface ib7") as found:
+        settle(decide(everyone, {"NCCL_SOCKET_IFNAME": "ib7"}), everyone[0].place, {})
+    assert not isinstance(found.value, NoRoute)
 
 
 def test_a_port_is_free_on_its_address_and_nobody_listens_at_it():

@@ -4,10 +4,10 @@ import pytest
 
 from launcher import restart
 from launcher.__main__ import main
-from launcher.failure import kinds
+from launcher.failure import kinds, line
 from launcher.failure.reports import Failure
 from launcher.hosts.hostfile import Host
-from launcher.job.options import parser
+from launcher.job.options import check, lost_seconds, parser
 from launcher.job.prepare import prepare
 from launcher.restart import Lost, Policy, choose_ranks, step_of
 from launcher.supervise import Outcome
@@ -126,6 +126,8 @@ def test_the_slot_of_a_rank_that_was_killed_is_not_used_where_fewer_will_do(tmp_
         (["--backoff", "nan", "--restarts", "1"], "--backoff must be at least 0, got nan"),
         (["--allowed-ranks", "32,x"], "--allowed-ranks takes numbers such as 32,24,16, got '32,x'"),
         (["--allowed-ranks", "32,0", "--restarts", "1"], "--allowed-ranks takes numbers such as 32,24,16, got '32,0'"),
+        (["--lost", "0"], "--lost must be more than 0 and at most 86400 seconds, got 0"),
+        (["--lost", "inf"], "--lost must be more than 0 and at most 86400 seconds, got inf"),
         (["--backoff", "5"], "--backoff is for a job that is started again; it needs --restarts"),
         (["--min-ranks", "2"], "--min-ranks is for a job that is started again; it needs --restarts"),
         (["--allowed-ranks", "4,2"], "--allowed-ranks is for a job that is started again; it needs --restarts"),
@@ -137,7 +139,20 @@ def test_the_slot_of_a_rank_that_was_killed_is_not_used_where_fewer_will_do(tmp_
 )
 def test_options_that_cannot_be(words, sentence):
     with pytest.raises(ValueError, match=sentence):
-        restart.check(parser().parse_args(words))
+        check(parser().parse_args(words))
+
+
+@pytest.mark.parametrize(
+    "words, seconds",
+    [([], 120), (["--stall", "9"], 9), (["--stall", "9000"], 120), (["--lost", "900"], 900), (["--lost", "30"], 30)],
+)
+def test_a_host_counts_as_lost_after_seconds_that_can_be_chosen(words, seconds):
+    """And every rank, on other hosts too, goes by the same."""
+    options = parser().parse_args(words)
+    check(options)
+    assert lost_seconds(options) == seconds
+    told = dict(pair.split("=", 1) for pair in restart.own_variables(options))
+    assert float(told[line.SECONDS]) == seconds
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,11 @@ def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
 VALUES = {
     "exclude": "n03", "mpi": "mpirun", "env": "A=it's", "forward": "WANDB_*", "stall": "90", "restarts": "3",
     "backoff": "7.5", "min_ranks": "4", "allowed_ranks": "8,4", "log_dir": "logs of it",
-    "preflight_file": "a b.json", "preflight_over": "gloo", "preflight_limit": "33.5",
+    "preflight_file": "a b.json", "preflight_over": "gloo", "preflight_limit": "33.5", "lost": "900",
 }  # fmt: skip
 SETTLED = {"ranks": "4", "hostfile": "hosts", "grace": "60", "save_after": "60", "dry_run": ""}
-NEEDED = {"backoff": ["--restarts", "1"], "min_ranks": ["--restarts", "1"], "allowed_ranks": ["--restarts", "1"]}
+NEEDED = {name: ["--restarts", "1"] for name in ("backoff", "min_ranks", "allowed_ranks")}
+NEEDED |= {name: ["--preflight"] for name in ("preflight_over", "preflight_limit")}
 TABLE = {action.dest: action for action in add_options(Parser())}
 
 
@@ -153,7 +154,7 @@ def test_every_option_is_in_the_script_or_refused(name, option, tmp_path, capsys
     assert code == 0, said
     assert not list(tmp_path.iterdir())  # no folder of --log-dir, which belongs to the job
     found = given(list(TABLE.values()), parser().parse_args(words_of_launcher(text)))
-    for wanted in (option, *(["restarts"] if option in NEEDED else [])):
+    for wanted in (option, *(word[2:] for word in NEEDED.get(option, []) if word.startswith("--"))):
         assert found[wanted] == given(list(TABLE.values()), parser().parse_args(words))[wanted]
 
 

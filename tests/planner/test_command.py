@@ -69,3 +69,14 @@ def test_it_is_a_command_of_the_package():
 def test_training_does_not_load_the_planner():
     code = "import sys, swin_moe.train; sys.exit(any('planner' in name for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_giant_on_512_devices_is_planned_in_little_memory():
+    arguments = "swinv2_giant_3b_patch4_window12_192_22k --gpus 512 --hardware a100_80 engine.precision=bf16".split()
+    code = (
+        "import resource, sys\nfrom swin_moe.planner.command import main\n"
+        f"code = main({arguments!r})\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\nsys.exit(code)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(finished.stdout.splitlines()[-1]) < 1, finished.stdout  # GiB

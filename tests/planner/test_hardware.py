@@ -5,7 +5,14 @@ import yaml
 
 from swin_moe.config.io import find_config
 from swin_moe.config.listing import shipped
-from swin_moe.planner.hardware import dump_hardware, hardware_folder, load_hardware, read_hardware, shipped_hardware
+from swin_moe.planner.hardware import (
+    dump_hardware,
+    hardware_folder,
+    load_hardware,
+    read_hardware,
+    shipped_hardware,
+    shipped_links,
+)
 
 
 def changed(tmp_path, **figures):
@@ -76,3 +83,31 @@ def test_a_written_machine_reads_back(tmp_path):
     path = tmp_path / "h100.yaml"
     dump_hardware(machine, path, "measured\non this machine")
     assert read_hardware(path) == machine and path.read_text().startswith("# measured\n# on this machine\n")
+
+
+def test_every_link_has_its_sources():
+    links = shipped_links()
+    assert {"nvlink_4", "pcie_5", "infiniband_hdr", "infiniband_ndr", "slingshot_11", "ethernet_100"} <= set(links)
+    for line in (hardware_folder() / "links.yaml").read_text().splitlines():
+        assert not line.startswith("  ") or "#" in line, line
+
+
+def test_a_machine_is_given_other_links_and_nodes():
+    machine = load_hardware("h100,between=slingshot_11,ranks_per_node=4")
+    assert machine.between == shipped_links()["slingshot_11"] and machine.ranks_per_node == 4
+    assert machine.inside == load_hardware("h100").inside
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("h100,between=slingshot_1", "no link 'slingshot_1'; did you mean slingshot_11?"),
+        ("h100,watts=4", "'watts=4' is not inside=LINK, between=LINK or ranks_per_node=N"),
+        ("h100,ranks_per_node=0", "ranks_per_node must be a whole number > 0, got '0'"),
+        ("links", "no hardware 'links'"),
+    ],
+)
+def test_what_a_machine_cannot_be_given_is_a_sentence(text, sentence):
+    with pytest.raises(ValueError) as error:
+        load_hardware(text)
+    assert sentence in str(error.value) and "\n" not in str(error.value)

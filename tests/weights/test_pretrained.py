@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -126,6 +127,9 @@ def test_tables_in_a_file_tell_the_windows_of_training(tmp_path):
     for given in (tmp_path / "v2.pth", {"model": state}):
         report = swin_moe.load_official(larger, given)
         assert "build it with pretrained_window_sizes=[4, 4]" in str(report)
-    broken = state | {"layers.0.blocks.0.attn.relative_coords_table": table * float("nan")}
-    with pytest.raises(ValueError, match="layers.0.blocks.0.attn.relative_coords_table: .*not finite"):
-        swin_moe.load_official(larger, {"model": broken})
+    key = "layers.0.blocks.0.attn.relative_coords_table"
+    for factor, said in ((float("nan"), "nan"), (1e30, "1.05664e+30")):
+        broken = state | {key: table * factor}
+        sentence = f"{key}: its largest number is {said}, where a table's is above 0 and below 16"
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            swin_moe.load_official(larger, {"model": broken})

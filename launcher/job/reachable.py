@@ -1,0 +1,57 @@
+"""Which other hosts a job has, and on which of them nothing can be started any more."""
+
+import os
+import signal
+import subprocess
+import tempfile
+
+from launcher.failure import orphans
+from launcher.flavors.base import Start
+from launcher.hosts.hostfile import Host
+from launcher.job.plan import is_here
+from launcher.job.prepare import Prepared
+
+_PROBE_SECONDS = 60.0
+
+
+def other_hosts(job: Prepared) -> list[str]:
+    """Returns the job's hosts but for this one."""
+    return [host.name for host in job.plan.hosts if not is_here(host.name)]
+
+
+def dead_hosts(job: Prepared) -> dict[str, str]:
+    """Returns {host: why} of the job's hosts on which nothing can be started any more."""
+    from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
+
+    names = other_hosts(job)
+    with ThreadPoolExecutor(16, initializer=_let_children_be_heard) as pool:
+        found = list(pool.map(lambda name: _why_not(job, name), names))
+    if token := job.environment(os.environ).get(orphans.JOB):
+        orphans.sweep(token)  # an ssh that still waits for an answer
+    return {name: why for name, why in zip(names, found) if why}
+
+
+def _let_children_be_heard() -> None:
+    """Lets what this thread starts get SIGCHLD, which the launcher blocks for itself: Hydra waits for it for ever."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def _why_not(job: Prepared, host: str) -> str:
+    """Returns why mpirun cannot start `true` on a host, "" = it can."""
+    flavor, hosts = job.mpi.flavor, (Host(host, 1),)
+    with tempfile.NamedTemporaryFile("w", prefix="launcher-host-") as file:
+        if flavor.hostfile:
+            file.write(flavor.hostfile(hosts))
+            file.flush()
+        start = Start(job.mpi.mpirun, 1, "/", hosts, file.name if flavor.hostfile else "", pmi=job.mpi.pmi)
+        try:
+            finished = subprocess.run(
+                flavor.command(start, ["true"]), env=job.environment(os.environ), timeout=_PROBE_SECONDS,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+            )  # fmt: skip
+        except OSError as error:
+            return str(error)
+        except subprocess.TimeoutExpired:
+            return f"it took over {_PROBE_SECONDS:g} s to start nothing there"
+    said = [words.strip() for words in finished.stderr.splitlines() if words.strip()]
+    return "" if finished.returncode == 0 else said[0] if said else f"exit code {finished.returncode}"

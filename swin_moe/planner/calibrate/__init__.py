@@ -1,0 +1,7 @@
+"""Measures the machine at hand and writes a hardware file that `swin-moe plan --hardware FILE.yaml` takes.
+
+command.py is the command and puts the file together; machine.py measures products by shape, memory and disk;
+networks.py times every operator, the host and the update in steps of small networks; links.py measures collectives
+between ranks, or reads them from the launcher's preflight file.
+Its tables: SHAPES (machine.py), NETWORKS (networks.py), SIZES (links.py); another measured case is a row.
+"""

@@ -1,0 +1,178 @@
+"""`swin-moe calibrate`: measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`."""
+
+import datetime
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from swin_moe.config.arguments import Parser
+from swin_moe.engine.precision import DTYPES
+from swin_moe.parallel.groups import init_distributed
+from swin_moe.planner.calibrate.links import fit_link, measure_collectives, read_preflight
+from swin_moe.planner.calibrate.machine import (
+    measure_disk,
+    measure_launch,
+    measure_memory,
+    measure_products,
+    memory_of,
+)
+from swin_moe.planner.calibrate.networks import NETWORKS, Seen, measure_networks, rates_of
+from swin_moe.planner.hardware import Hardware, Link, dump_hardware, load_hardware, shipped_hardware
+from swin_moe.planner.rates import Curve, Point
+from swin_moe.run.session import pick_device, run_main
+
+_PRECISIONS = ("fp32", "bf16")
+
+
+class Steps:
+    """Says on the screen what is measured, and how long it takes."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled, self._start = enabled, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Says what comes now."""
+        if self._enabled:
+            print(f"calibrate: {time.monotonic() - self._start:5.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Runs the command line on this rank."""
+    run_main(main, argv)
+
+
+def main(argv: list[str]) -> None:
+    """Measures, and writes the file on rank 0. Raises ValueError or OSError for wrong use, before it measures."""
+    options = parse(argv)
+    links = read_preflight(Path(options.preflight)) if options.preflight else {}
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise ValueError(f"--out {out} exists; give another name, or --overwrite")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    rank, world = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device("auto", int(os.environ.get("LOCAL_RANK") or 0))
+    like = load_hardware(options.like or _alike(device))
+    torch.set_num_threads(1)
+    say = Steps(enabled=rank == 0)
+    hardware = measure_rank(device, like, out.parent, say, ranks=world)
+    if world > 1:
+        say(f"collectives of {world} ranks")
+        init_distributed(device)
+        link = fit_link(list(measure_collectives(device)))
+        links = {"inside": link} | links
+    found, on_node = _both(links, like), max(world, like.ranks_per_node)
+    hardware = replace(
+        hardware, name=out.stem, ranks_per_node=on_node, inside=found["inside"], between=found["between"]
+    )
+    if rank == 0:
+        dump_hardware(hardware, out, _header(device, like, measured=bool(links)))
+        say(f"wrote {out}")
+        print("\n".join(summary(hardware)))
+
+
+def parse(argv: list[str] | None) -> Any:
+    """Returns the options; raises ValueError for wrong ones."""
+    parser = Parser(prog="swin-moe calibrate", description=__doc__)
+    parser.add_argument("--out", default="machine.yaml", metavar="FILE", help="what is written (machine.yaml)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    known = ", ".join(shipped_hardware())
+    parser.add_argument("--like", metavar="NAME", help=f"whose price, power and links are taken: {known}, or a file")
+    parser.add_argument("--preflight", metavar="FILE", help="links from what `swin-moe launch --preflight-file` wrote")
+    options = parser.parse_args(argv)
+    if not options.out.endswith((".yaml", ".yml")):
+        raise ValueError(f"--out must be a YAML file, got {options.out!r}")
+    return options
+
+
+def _alike(device: torch.device) -> str:
+    """Returns the shipped machine with such devices."""
+    if device.type == "cpu":
+        return "cpu"
+    model = torch.cuda.get_device_name(device).lower()
+    size = torch.cuda.get_device_properties(device).total_memory
+    found = [load_hardware(name) for name in shipped_hardware() if name.partition("_")[0] in model]
+    if not found:
+        raise ValueError(f"no shipped machine has a {model}; say with --like which is nearest: {shipped_hardware()}")
+    return min(found, key=lambda machine: abs(machine.memory_bytes - size)).name
+
+
+def measure_rank(device: torch.device, like: Hardware, folder: Path, say: Steps, *, ranks: int) -> Hardware:
+    """Returns what one rank measures alone; the rest is of the machine that is like it."""
+    names = [name for name in _PRECISIONS if name in like.flops]
+    products: dict[str, list[Point]] = {}
+    for name in names:
+        say(f"products in {name}")
+        products[name] = list(measure_products(device, DTYPES[name] or torch.float32))
+    say("memory, disk")
+    memory, (written, _) = measure_memory(device), measure_disk(folder)
+    launch, rates = measure_launch(device), {}
+    if device.type == "cpu":
+        seen: dict[str, list[Seen]] = {}
+        for name in names:
+            seen[name] = []
+            for number, step in enumerate(measure_networks(device, name), 1):
+                seen[name].append(step)
+                say(f"step of network {number} of {len(NETWORKS)} in {name}: {1e3 * step.micro_step:.0f} ms")
+        launch = float(np.median([step.host for steps in seen.values() for step in steps]))
+        rates = rates_of({name: Curve(points) for name, points in products.items()}, seen)
+    peaks = {name: max(point[3] for point in points) for name, points in products.items()}
+    return replace(
+        like,
+        memory_bytes=memory_of(device, max(ranks, like.ranks_per_node)),
+        flops={**like.flops, **peaks},
+        memory_bytes_per_second=memory,
+        launch_seconds=launch,
+        disk_bytes_per_second=written,
+        matrix_share=1.0,
+        memory_share=1.0,
+        link_share=1.0,
+        device=device.type,
+        products=products,
+        operators=rates,
+    )
+
+
+def _both(links: Mapping[str, Link], like: Hardware) -> dict[str, Link]:
+    """Returns both links: of one host's ranks what was measured, between hosts too where nothing else is known."""
+    scaled = {
+        name: Link(link.latency, link.bytes_per_second * like.link_share)
+        for name, link in (("inside", like.inside), ("between", like.between))
+    }
+    return scaled | dict(links)
+
+
+def _header(device: torch.device, like: Hardware, *, measured: bool) -> str:
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    links = "links fitted to collectives" if measured else f"links of {like.name}.yaml"
+    return (
+        f"Written by swin-moe calibrate, {datetime.date.today()}, torch {torch.__version__}, {what}, a thread a rank.\n"
+        f"Measured: products, memory and disk bandwidth, operators and the host's time between them; {links}.\n"
+        f"Not measured, from {like.name}.yaml: watts, price, FLOP/s of other precisions, ranks of a node."
+    )
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def summary(hardware: Hardware) -> list[str]:
+    """Returns lines for the screen."""
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in hardware.flops.items() if name in hardware.products)
+    return [
+        f"products, GFLOP/s at most: {rates}; memory {hardware.memory_bytes_per_second / 1e9:.1f} GB/s; "
+        f"host {1e6 * hardware.launch_seconds:.1f} us an operator",
+        f"ranks of a node: {1e6 * hardware.inside.latency:.0f} us, {hardware.inside.bytes_per_second / 1e9:.2f} GB/s; "
+        f"disk {hardware.disk_bytes_per_second / 1e6:.0f} MB/s written",
+    ]

@@ -1,0 +1,89 @@
+"""What lies between ranks: collectives of several sizes with latency and bandwidth fitted, measured or read."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from swin_moe.config.checks import shown
+from swin_moe.planner.hardware import Link
+from swin_moe.planner.rates import fit
+
+SIZES = tuple((kind, size) for kind in ("all_to_all", "all_reduce") for size in (2**12, 2**16, 2**19, 2**22, 2**24))
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A collective of all ranks. bytes: That each rank sends in an all-to-all, of the buffer in an all-reduce."""
+
+    kind: str
+    ranks: int
+    bytes: float
+    seconds: float
+
+
+def measure_collectives(device: torch.device) -> Iterator[Timed]:
+    """Yields the median seconds of each collective: each repeat is as long as its slowest rank."""
+    ranks = dist.get_world_size()
+    for kind, size in SIZES:
+        count = size // 4 // ranks * ranks
+        source, target = torch.ones(count, device=device), torch.empty(count, device=device)
+        found = []
+        for _ in range(_REPEATS + 1):
+            dist.barrier()
+            start = time.perf_counter()
+            if kind == "all_to_all":
+                dist.all_to_all_single(target, source)
+            else:
+                dist.all_reduce(source)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            found.append(float(slowest))
+        yield Timed(kind, ranks, 4.0 * count, statistics.median(found[1:]))
+
+
+def fit_link(timed: list[Timed]) -> Link:
+    """Returns the link of which step_time.py says these seconds, ranks of one node."""
+    rows = []
+    for row in timed:
+        hops, passes = (1, 1) if row.kind == "all_to_all" else (math.ceil(math.log2(row.ranks)), 2)
+        rows.append((hops, passes * row.bytes * (row.ranks - 1) / row.ranks))
+    latency, byte = fit(np.array(rows, dtype=np.float64), np.array([row.seconds for row in timed]))
+    return Link(max(float(latency), 1e-9), 1 / max(float(byte), 1e-15))
+
+
+def read_preflight(path: Path) -> dict[str, Link]:
+    """Returns links (inside, between, or one of them) of a file that `--preflight-file` wrote (launcher/preflight).
+
+    Raises:
+        ValueError: It is no such file, or has no collectives or fits.
+        OSError: It cannot be read.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        hosts = len(tree["hosts"])
+        timed = [Timed(c["kind"], int(c["world"]), float(c["bytes"]), float(c["seconds"])) for c in tree["collectives"]]
+        sends = {kind: Link(max(f["latency_s"], 1e-9), f["bytes_per_s"]) for kind, f in tree["fit"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not what the launcher's --preflight-file writes ({shown(str(error))})") from None
+    timed = [row for row in timed if row.kind in ("all_to_all", "all_reduce") and row.ranks > 1]
+    found: dict[str, Any] = {"inside": None, "between": None}
+    if hosts > 1:
+        found = {"inside": sends.get("send_on_host"), "between": sends.get("send")}
+    elif timed:
+        found["inside"] = fit_link(timed)
+    links = {name: link for name, link in found.items() if link is not None}
+    if not links:
+        raise ValueError(f"{path}: no collective of 2 or more ranks was timed in it")
+    return links

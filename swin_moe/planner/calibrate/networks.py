@@ -1,0 +1,172 @@
+"""Every operator of a step timed where it stands, in networks of all kinds but small ones, and what is left is the
+host's: Python, autograd, views and dispatch between operators. Also the update of their weights.
+
+Plans are of other sizes; what is found is fitted by bytes and products (rates.py).
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swin_moe.config import Config
+from swin_moe.config.io import load_config
+from swin_moe.engine.base import ENGINES
+from swin_moe.optim import build_schedule
+from swin_moe.parallel.groups import build_groups
+from swin_moe.planner.calibrate.machine import clock
+from swin_moe.planner.micro_step import example_batch
+from swin_moe.planner.operators import starts_kernel, tensors_of, work_of
+from swin_moe.planner.rates import UPDATE, UPDATE_EXPERTS, Curve, Rate, fit, fit_rates
+from swin_moe.registry import lookup
+from swin_moe.run.session import Session, build_meta_model, layout_of
+from swin_moe.tasks.base import StepContext, build_task
+
+_SMALL = "model.num_classes=100 model.num_heads=[3,6,12,24] model.embed_dim="
+_EXPERTS = (
+    "model.moe.num_experts=4 model.moe.capacity_factor=0 model.moe.capacity_scope=rank model.moe.blocks="
+    "[[-1],[-1],[1],[0]]"
+)
+NETWORKS = (
+    _SMALL + "48 model.name=swin model.img_size=96 model.depths=[2,2,2,2] model.window_size=6 data.global_batch=8",
+    _SMALL + "48 model.name=swinv2 model.img_size=128 model.depths=[2,2,2,2] model.window_size=8 data.global_batch=4",
+    _SMALL + "96 model.name=swin model.img_size=224 model.depths=[1,1,1,1] model.window_size=7 data.global_batch=1",
+    _SMALL + "96 model.name=swinv2 model.img_size=256 model.depths=[2,1,1,1] model.window_size=8 data.global_batch=1",
+    _SMALL + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=8 "
+    + _EXPERTS,
+)  # fmt: skip
+_ROUNDS = 3  # of a step as it is and one whose operators are timed
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A network's step: operators with their seconds, and what the step took without their timing."""
+
+    operators: list[tuple[str, str]]  # (name, precision)
+    work: np.ndarray  # (operators, 5), see operators.py
+    seconds: np.ndarray  # (operators,)
+    micro_step: float
+    update: float
+    dense: float  # bytes of weights
+    experts: float
+
+    @property
+    def host(self) -> float:
+        """Seconds that the host takes around one operator."""
+        return max(0.0, self.micro_step - float(self.seconds.sum())) / len(self.operators)
+
+
+class _Timed(TorchDispatchMode):
+    """Times every operator that starts a kernel."""
+
+    def __init__(self, now: Any) -> None:
+        super().__init__()
+        self.now, self.operators, self.work, self.seconds = now, [], [], []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and notes what it was and took."""
+        name = function.overloadpacket.__name__
+        start = self.now()
+        result = function(*args, **(kwargs or {}))
+        taken = self.now() - start
+        if starts_kernel(function, name):
+            precision, work = work_of(name, args, list(tensors_of(result)))
+            self.operators.append((name, precision))
+            self.work.append(work)
+            self.seconds.append(taken)
+        return result
+
+
+class SmallStep:
+    """A network that is trained on one batch of noise, on one rank."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        groups = build_groups(*layout_of(config), device, routing_ranks=config.routing_ranks(1), two_hops=False)
+        session = Session(config, groups, device)
+        self.config, self.device, self.task, self.steps = config, device, build_task(config), 0
+        engine = lookup(ENGINES, config.engine.name, key="engine.name")
+        schedule = build_schedule(config.optim, steps_per_epoch=100, global_batch=config.data.global_batch)
+        self.engine = engine(
+            build_meta_model(session, self.task), config=config, groups=groups, schedule=schedule, device=device
+        )
+        images, self.accumulation = config.accumulation(1)
+        batch: Any = example_batch(config, images, self.task)
+        batch["image"].normal_()
+        batch["target"].random_(config.model.num_classes)
+        batch["sample"].copy_(torch.arange(images))
+        if "partner" in batch:
+            batch["partner"].copy_(torch.arange(images).roll(1))
+        self.batch: Any = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def micro_steps(self) -> None:
+        """Forward and backward of a step."""
+        context = StepContext(self.config, self.steps, 1, self.config.data.global_batch, self.engine.autocast)
+        for index in range(self.accumulation):
+            with self.engine.micro_step(last=index == self.accumulation - 1):
+                self.engine.backward(self.task.loss(self.engine.model, self.batch, context).total)
+
+    def update(self) -> None:
+        """Norm, clipping and optimizer."""
+        self.engine.measure()
+        self.engine.step(self.steps)
+        self.steps += 1
+
+
+def measure_networks(device: torch.device, precision: str) -> Iterator[Seen]:
+    """Yields what the steps of small networks were."""
+    now = clock(device)
+    with tempfile.TemporaryDirectory() as directory:
+        for options in NETWORKS:
+            words = f"model.moe.blocks=[] {options} engine.precision={precision} run.output={directory}".split()
+            yield _measure(SmallStep(load_config("digits_swin_moe", words), device), now)
+
+
+def _measure(step: SmallStep, now: Any) -> Seen:
+    step.micro_steps()
+    step.update()
+    plain, timed = [], []
+    for _ in range(_ROUNDS):
+        start = now()
+        step.micro_steps()
+        middle = now()
+        step.update()
+        plain.append((middle - start, now() - middle))
+        with _Timed(now) as seen:
+            step.micro_steps()
+        step.update()
+        timed.append(seen)
+    assert all(t.operators == timed[0].operators for t in timed), "a step does the same each time"
+    micro_step, update = np.median(plain, axis=0)
+    sizes = [0.0, 0.0]
+    for name, parameter in step.engine.local_model.named_parameters():
+        sizes[".experts." in name] += 4.0 * parameter.numel()
+    first = timed[0]
+    seconds = np.median([t.seconds for t in timed], axis=0)
+    return Seen(first.operators, np.array(first.work), seconds, float(micro_step), float(update), *sizes)
+
+
+def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str, dict[str, Rate]]:
+    """Returns precision -> rate by operator, and of the update. seen: By engine.precision.
+
+    In bf16 parts of a step run in fp32: operators count by what they read, in whatever network.
+    """
+    calls: dict[str, dict[str, list[tuple[np.ndarray, float]]]] = {precision: {} for precision in curves}
+    for steps in seen.values():
+        for step in steps:
+            for (name, precision), work, taken in zip(step.operators, step.work, step.seconds):
+                calls[precision if precision in calls else "fp32"].setdefault(name, []).append((work, float(taken)))
+    found = {}
+    for precision, by_name in calls.items():
+        tables = {n: (np.array([w for w, _ in c]), np.array([s for _, s in c])) for n, c in by_name.items()}
+        found[precision] = fit_rates(curves[precision], tables) | _update_rates(seen[precision])
+    return found
+
+
+def _update_rates(steps: list[Seen]) -> dict[str, Rate]:
+    features = np.array([[1.0, step.dense, step.experts] for step in steps])
+    call, dense, experts = (float(v) for v in fit(features, np.array([step.update for step in steps])))
+    return {UPDATE: Rate(call, dense, 0.0), UPDATE_EXPERTS: Rate(0.0, experts, 0.0)}

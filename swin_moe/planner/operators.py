@@ -1,0 +1,126 @@
+"""What one operator asks of a machine, as numbers: bytes, multiply-accumulates and the shape of its product.
+
+The same function looks at operators of a traced micro-step (trace.py) and of a real one (calibrate/networks.py), so
+what was timed there is found again here.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Columns of a row of work: bytes read and written, multiply-accumulates, and the product (rows x inner x columns).
+BYTES, MACS, ROWS, INNER, COLUMNS = range(5)
+PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+# Operators that start nothing on a device: they allocate, or give another view or a size of what is there.
+_NO_KERNEL = frozenset(
+    "empty empty_like new_empty empty_strided new_empty_strided empty_permuted detach alias _unsafe_view lift_fresh "
+    "is_same_size _has_compatible_shallow_copy_type device".split()
+)
+
+Shape = tuple[float, float, float]
+Arguments = Sequence[Any]
+
+
+def _mm(args: Arguments, first: int = 0) -> Shape:
+    a, b = args[first].shape, args[first + 1].shape
+    return math.prod(a[:-1]), a[-1], b[-1]
+
+
+def _linear(args: Arguments) -> Shape:
+    x, weight = args[0].shape, args[1].shape
+    return math.prod(x[:-1]), x[-1], weight[0]
+
+
+def _weight_gradient(args: Arguments) -> Shape:
+    grad, x = args[0].shape, args[1].shape
+    return grad[-1], math.prod(x[:-1]), x[-1]
+
+
+def _grouped(args: Arguments, x: int = 0) -> Shape:
+    return args[x].shape[0], args[x + 1].shape[1], args[x + 1].shape[2]
+
+
+def _grouped_backward(args: Arguments) -> Shape:
+    return _grouped(args, 1)
+
+
+def _convolution(args: Arguments) -> Shape:
+    x, weight, stride = args[0].shape, args[1].shape, args[3]
+    positions = math.prod(size // step for size, step in zip(x[2:], stride))
+    return x[0] * positions, math.prod(weight[1:]), weight[0]
+
+
+def _convolution_backward(args: Arguments) -> Shape:
+    grad, weight = args[0].shape, args[2].shape
+    return grad.numel() / grad[1], math.prod(weight[1:]), weight[0]
+
+
+def _window(args: Arguments, qkv: int = 0) -> Shape:
+    """Returns (positions, positions of a window, channels of q and v)."""
+    sizes = [value for value in args if isinstance(value, int) and not isinstance(value, bool)]
+    height, width = sizes[1], sizes[2]  # after num_heads
+    return math.prod(args[qkv].shape[:-1]), height * width, 2 * args[qkv].shape[-1] / 3
+
+
+def _window_backward(args: Arguments) -> Shape:
+    return _window(args, 1)
+
+
+def _scaled_dot(args: Arguments, query: int = 0) -> Shape:
+    q, k = args[query].shape, args[query + 1].shape
+    return math.prod(q[:-1]), k[-2], 2 * q[-1]
+
+
+# Operators that multiply matrices -> the shape of their product. Backward of two factors counts once: its rate knows.
+PRODUCTS: dict[str, Callable[[Arguments], Shape]] = {
+    "mm": _mm,
+    "bmm": _mm,
+    "addmm": lambda args: _mm(args, 1),
+    "baddbmm": lambda args: _mm(args, 1),
+    "linear": _linear,
+    "_linear_pointwise": _linear,
+    "mkldnn_linear_backward_weights": _weight_gradient,
+    "grouped_linear": _grouped,
+    "grouped_linear_backward": _grouped_backward,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "window_attention": _window,
+    "window_attention_backward": _window_backward,
+    "_scaled_dot_product_flash_attention_for_cpu": _scaled_dot,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda args: _scaled_dot(args, 1),
+}
+# Products of many small matrices, whose rate is no plain product's.
+ATTENTION = frozenset(name for name in PRODUCTS if "attention" in name)
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """Yields tensors with a storage: not those that oneDNN packs for one product."""
+    if isinstance(values, Tensor):
+        if values.layout is torch.strided:
+            yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_of(value)
+
+
+def starts_kernel(function: Any, name: str) -> bool:
+    """Returns whether an operator computes anything: no view, no allocation."""
+    if name in _NO_KERNEL:
+        return False
+    aliases = [r.alias_info for r in function._schema.returns]
+    return not aliases or not all(a is not None and not a.is_write for a in aliases)
+
+
+def work_of(name: str, args: Arguments, outputs: Sequence[Tensor]) -> tuple[str, list[float]]:
+    """Returns (precision of what it reads, row of work) of an operator. outputs: Those with a storage."""
+    inputs = list(tensors_of(args))
+    moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+    precision = next((PRECISION_OF[t.dtype] for t in (*inputs, *outputs) if t.dtype in PRECISION_OF), "fp32")
+    if name not in PRODUCTS:
+        return precision, [float(moved), 0.0, 0.0, 0.0, 0.0]
+    shape = PRODUCTS[name](args)
+    return precision, [float(moved), float(math.prod(shape)), *map(float, shape)]

@@ -1,0 +1,104 @@
+"""Seconds of operators from what calibration measured: a curve of products by shape, and a rate of every operator.
+
+An operator takes call + byte * bytes + work * w, where w is what the curve says of its product in seconds, or its
+multiply-accumulates where it multiplies many small matrices (attention), or 0 where it multiplies none.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swin_moe.planner.operators import ATTENTION, BYTES, MACS, PRODUCTS, ROWS
+
+Point = tuple[float, float, float, float]  # rows, inner, columns, FLOP/s
+OTHER, UPDATE, UPDATE_EXPERTS = "other", "update", "update_experts"  # rates of no single operator
+_NEAREST = 8  # points that the curve looks at
+_STEEPNESS = 3  # of their weights, by distance in doublings
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of an operator: a share of each call, of each byte, and of the work of its product."""
+
+    call: float
+    byte: float
+    work: float
+
+    def seconds(self, calls: float, size: float, work: float) -> float:
+        """Returns the seconds of calls that move so many bytes together."""
+        return self.call * calls + self.byte * size + self.work * work
+
+
+class Curve:
+    """FLOP/s of products by shape, between the measured ones by distance in doublings of rows, inner and columns."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        table = np.array(points, dtype=np.float64).reshape(-1, 4)
+        self._places, self._rates = np.log2(table[:, :3]), np.log(table[:, 3])
+
+    def seconds(self, work: np.ndarray) -> np.ndarray:
+        """Returns (operators,) seconds. work: (operators, 5), see operators.py; each row a product."""
+        places = np.log2(np.maximum(work[:, ROWS : ROWS + 3], 1.0))
+        distances = np.sqrt(((places[:, None] - self._places[None]) ** 2).sum(-1))
+        nearest = np.argsort(distances, axis=1)[:, :_NEAREST]
+        weights = 1 / (np.take_along_axis(distances, nearest, 1) + 1e-3) ** _STEEPNESS
+        rates = np.exp((weights * self._rates[nearest]).sum(1) / weights.sum(1))
+        return 2 * work[:, MACS] / rates
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What calibration found of one precision."""
+
+    curve: Curve
+    operators: Mapping[str, Rate]
+
+    def products(self, name: str, work: np.ndarray) -> np.ndarray:
+        """Returns (operators,) what their products are, for Rate.work."""
+        if name not in PRODUCTS:
+            return np.zeros(len(work))
+        return work[:, MACS] if name in ATTENTION else self.curve.seconds(work)
+
+    def seconds(self, name: str, work: np.ndarray) -> np.ndarray:
+        """Returns (operators,) seconds of operators of one name; one that was never seen moves bytes as others do, and
+        multiplies by the curve."""
+        rate = self.operators.get(name)
+        if rate is None:
+            unseen = self.operators[OTHER]
+            products = self.curve.seconds(work) if name in PRODUCTS else 0.0
+            return unseen.call + unseen.byte * work[:, BYTES] + products
+        return rate.call + rate.byte * work[:, BYTES] + rate.work * self.products(name, work)
+
+
+def fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Returns non-negative coefficients of features (n, k <= 4) with the least squares of errors, each weighted by
+    the root of its seconds: neither the many short calls decide alone, nor the few long ones.
+
+    Tries every choice of features, which finds the optimum: with few features that is quickest.
+    """
+    weights = 1 / np.sqrt(np.maximum(seconds, 1e-9))
+    scale = np.maximum(features.max(axis=0), 1e-30)
+    a, b = features / scale * weights[:, None], seconds * weights
+    best, least = np.zeros(features.shape[1]), np.inf
+    for count in range(1, features.shape[1] + 1):
+        for chosen in itertools.combinations(range(features.shape[1]), count):
+            found = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
+            error = float(((a[:, chosen] @ found - b) ** 2).sum())
+            if (found >= 0).all() and error < least * (1 - 1e-9):
+                least, best = error, np.zeros(features.shape[1])
+                best[list(chosen)] = found
+    return best / scale
+
+
+def fit_rates(curve: Curve, seen: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Rate]:
+    """Returns the rate of every operator. seen: name -> (work (n, 5), seconds (n,)) of calls that were timed."""
+    found: dict[str, Rate] = {}
+    plain = [calls for name, calls in seen.items() if name not in PRODUCTS]
+    bare = Rates(curve, {})
+    others = [(OTHER, (np.concatenate([w for w, _ in plain]), np.concatenate([s for _, s in plain])))] if plain else []
+    for name, (work, seconds) in (*seen.items(), *others):
+        features = np.stack([np.ones(len(work)), work[:, BYTES], bare.products(name, work)], axis=1)
+        found[name] = Rate(*(float(value) for value in fit(features, seconds)))
+    return found

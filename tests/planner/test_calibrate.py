@@ -1,0 +1,134 @@
+"""`swin-moe calibrate` on a few small figures, its links, and what it refuses before it measures."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from swin_moe.planner.calibrate import command, machine, networks
+from swin_moe.planner.calibrate.links import Timed, fit_link, measure_collectives, read_preflight
+from swin_moe.planner.calibrate.networks import SmallStep
+from swin_moe.planner.collectives import Collective
+from swin_moe.planner.hardware import Link, load_hardware, read_hardware
+from swin_moe.planner.operators import MACS, PRODUCTS
+from swin_moe.planner.rates import OTHER, UPDATE, UPDATE_EXPERTS
+from tests.ranks import run_ranks
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few figures: one network and small products."""
+    monkeypatch.setattr(machine, "SHAPES", ((64, 32, 32), (64, 128, 32), (512, 32, 128)))
+    few = networks.NETWORKS[-1].replace("img_size=96", "img_size=48").replace("window_size=6", "window_size=3")
+    monkeypatch.setattr(networks, "NETWORKS", (few,))
+    monkeypatch.setattr(command, "NETWORKS", (few,))
+    monkeypatch.setattr(networks, "_ROUNDS", 1)
+
+
+def test_it_writes_a_machine_that_plans_take(quick, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    command.main(["--out", str(path)])
+    shown = capsys.readouterr()
+    assert "step of network 1 of 1 in bf16" in shown.err and "GFLOP/s at most: fp32" in shown.out
+    found = read_hardware(path)
+    assert found.name == "mine" and found.device == "cpu" and found.matrix_share == 1.0
+    assert [len(found.products[name]) for name in ("fp32", "bf16")] == [3, 3]
+    for name in ("fp32", "bf16"):
+        rates = found.rates[name].operators
+        assert {OTHER, UPDATE, UPDATE_EXPERTS, "window_attention", "native_layer_norm", "gelu"} <= set(rates)
+    assert 1e-7 < found.launch_seconds < 1e-2
+    assert found.watts == load_hardware("cpu").watts  # not measured
+    text = path.read_text()
+    assert text.startswith("# Written by swin-moe calibrate") and "Not measured, from cpu.yaml" in text
+    with pytest.raises(ValueError, match="exists; give another name, or --overwrite"):
+        command.main(["--out", str(path)])
+
+
+def test_a_timed_step_has_the_operators_of_the_traced_one(quick, tmp_path):
+    from swin_moe.config.io import load_config
+    from swin_moe.parallel.sharding import Degrees
+    from swin_moe.planner.micro_step import trace_exactly
+
+    words = f"model.moe.blocks=[] {networks.NETWORKS[0]} run.output={tmp_path}".split()
+    config = load_config("digits_swin_moe", words)
+    seen = networks._measure(SmallStep(config, torch.device("cpu")), machine.clock(torch.device("cpu")))
+    traced = trace_exactly(config, Degrees(1, 1, 1), config.data.global_batch)
+    said = [operator for segment in traced for operator in segment.operators]
+    # A first step also makes what later ones find made, such as indices: small operators, and no product.
+    assert not Counter(seen.operators) - Counter(said) and len(said) < 1.2 * len(seen.operators)
+    assert [o for o in seen.operators if o[0] in PRODUCTS] == [o for o in said if o[0] in PRODUCTS]
+    work = np.concatenate([segment.work for segment in traced])
+    assert work[:, MACS].sum() == pytest.approx(seen.work[:, MACS].sum(), rel=0.02)  # loads of experts are not even
+
+
+def test_a_link_is_found_from_what_the_planner_says_of_it():
+    from dataclasses import replace
+
+    from swin_moe.planner.step_time import _seconds
+
+    truth = Link(2e-5, 3e9)
+    hardware = replace(load_hardware("cpu"), inside=truth, ranks_per_node=4, link_share=1.0)
+    timed = []
+    for kind in ("all_to_all", "all_reduce"):
+        for size in (1e3, 1e5, 1e7):
+            seconds, _ = _seconds(Collective(kind, "exchange", 4, 1, size, 1), hardware, None)
+            timed.append(Timed(kind, 4, size, seconds))
+    found = fit_link(timed)
+    assert (found.latency, found.bytes_per_second) == pytest.approx((2e-5, 3e9))
+
+
+def _collectives():
+    timed = list(measure_collectives(torch.device("cpu")))
+    assert {row.kind for row in timed} == {"all_to_all", "all_reduce"} and all(row.seconds > 0 for row in timed)
+    assert fit_link(timed).bytes_per_second > 1e6
+
+
+def test_ranks_time_their_collectives(tmp_path):
+    run_ranks(_collectives, 2, tmp_path)
+
+
+def preflight(tmp_path, **changes):
+    tree = {
+        "hosts": [{"name": "a"}],
+        "collectives": [
+            {"kind": "all_to_all", "backend": "gloo", "world": 2, "bytes": 1024, "seconds": 1e-3},
+            {"kind": "all_to_all", "backend": "gloo", "world": 2, "bytes": 2**23, "seconds": 1e-2},
+        ],
+        "fit": {"send": {"latency_s": 1e-4, "bytes_per_s": 1e9, "ranks": 2, "error": 0.1}},
+    }
+    path = tmp_path / "preflight.json"
+    path.write_text(json.dumps({**tree, **changes}))
+    return path
+
+
+def test_links_of_a_preflight_file(tmp_path):
+    one = read_preflight(preflight(tmp_path))
+    assert list(one) == ["inside"] and one["inside"].latency == pytest.approx(1e-3, rel=1e-2)
+    two = read_preflight(preflight(tmp_path, hosts=[{"name": "a"}, {"name": "b"}]))
+    assert two == {"between": Link(1e-4, 1e9)}
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--out", "mine.txt"], "--out must be a YAML file, got 'mine.txt'"),
+        (["--out", "nowhere/mine.yaml"], "there is no folder nowhere"),
+        (["--like", "h10"], "did you mean h100?"),
+        (["--otu", "mine.yaml"], "did you mean --out?"),
+        (["--preflight", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_measured(monkeypatch, tmp_path, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "measure_rank", lambda *_, **__: pytest.fail("it measured"))
+    with pytest.raises((ValueError, OSError)) as error:
+        command.main(words)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_another_kind_is_no_preflight(tmp_path):
+    for changes in ({"hosts": None}, {"collectives": [{}]}, {"collectives": []}):
+        with pytest.raises(ValueError, match="preflight.json: "):
+            read_preflight(preflight(tmp_path, **changes))

@@ -1,0 +1,137 @@
+"""Rates of operators: curves of products, their fit, and seconds of a step as the plain sum of its operators."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from swin_moe.config.io import load_config
+from swin_moe.parallel.sharding import Degrees
+from swin_moe.planner.hardware import dump_hardware, load_hardware, read_hardware
+from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
+from swin_moe.planner.operators import BYTES, MACS, PRODUCTS, work_of
+from swin_moe.planner.rates import OTHER, UPDATE, UPDATE_EXPERTS, Curve, Rate, Rates, fit, fit_rates
+from swin_moe.planner.step_time import _measured
+
+
+def row(moved=0.0, rows=0.0, inner=0.0, columns=0.0):
+    return [moved, rows * inner * columns, rows, inner, columns]
+
+
+def test_a_curve_gives_measured_points_and_lies_between_others():
+    curve = Curve([(64, 64, 64, 1e9), (64, 64, 256, 4e9)])
+    at = curve.seconds(np.array([row(0, 64, 64, 64), row(0, 64, 64, 256), row(0, 64, 64, 128)]))
+    flops = 2 * 64.0**3 * np.array([1, 4, 2])
+    assert flops / at == pytest.approx([1e9, 4e9, 2e9], rel=1e-6)  # between by logarithms
+
+
+def test_the_fit_finds_what_made_the_data_and_nothing_negative():
+    random = np.random.default_rng(1)
+    features = np.stack([np.ones(50), random.uniform(1, 1e6, 50), random.uniform(1e-6, 1e-3, 50)], axis=1)
+    truth = np.array([2e-6, 3e-10, 0.0])
+    assert fit(features, features @ truth) == pytest.approx(truth, rel=1e-6, abs=1e-12)
+    falling = features @ np.array([2e-3, -1e-9, 0.0])
+    assert (fit(features, falling) >= 0).all()
+
+
+def test_operators_get_their_own_rate_and_unseen_ones_that_of_others():
+    curve = Curve([(64, 64, 64, 1e9)])
+    products, plain = np.array([row(1e3, 64, 64, 64), row(4e3, 256, 64, 64)]), np.array([row(1e4), row(1e6)])
+    seen = {"mm": (products, 3 * curve.seconds(products)), "gelu": (plain, 1e-6 + 2e-9 * plain[:, BYTES])}
+    rates = Rates(curve, fit_rates(curve, seen))
+    assert rates.seconds("mm", products) == pytest.approx(3 * curve.seconds(products))
+    assert rates.seconds("gelu", plain) == pytest.approx([2.1e-5, 2.001e-3])
+    assert rates.seconds("erf", plain) == pytest.approx([2.1e-5, 2.001e-3])
+    assert rates.seconds("bmm", products)[1] > curve.seconds(products)[1]
+    assert rates.operators[OTHER].byte == pytest.approx(2e-9)
+
+
+@pytest.mark.parametrize(
+    "name, shapes, product",
+    [
+        ("mm", [(5, 3), (3, 7)], (5, 3, 7)),
+        ("addmm", [(7,), (5, 3), (3, 7)], (5, 3, 7)),
+        ("bmm", [(2, 5, 3), (2, 3, 7)], (10, 3, 7)),
+        ("_linear_pointwise", [(2, 5, 3), (7, 3)], (10, 3, 7)),
+        ("mkldnn_linear_backward_weights", [(10, 7), (10, 3)], (7, 10, 3)),
+        ("grouped_linear", [(10, 3), (4, 3, 7)], (10, 3, 7)),
+        ("grouped_linear_backward", [(10, 7), (10, 3), (4, 3, 7)], (10, 3, 7)),
+        ("convolution_backward", [(2, 7, 2, 2), (2, 3, 8, 8), (7, 3, 4, 4)], (8, 48, 7)),
+    ],
+)
+def test_the_product_of_an_operator(name, shapes, product):
+    tensors = [torch.zeros(shape) for shape in shapes]
+    precision, work = work_of(name, tensors, [torch.zeros(11)])
+    assert precision == "fp32" and work[2:] == list(product) and work[MACS] == np.prod(product)
+    assert work[BYTES] == 4 * (sum(t.numel() for t in tensors) + 11)
+
+
+def test_attention_counts_pairs_of_positions_in_windows():
+    # 2 images of 4 x 4, windows of 2 x 2: 32 positions see 4 each, 8 channels of q and of v.
+    args = [torch.zeros(2, 4, 4, 24), torch.zeros(9, 2), None, None, 2, 2, 2, 0, 0, 0.5, -100.0]
+    assert work_of("window_attention", args, [])[1][2:] == [32.0, 4.0, 16.0]
+    assert work_of("window_attention_backward", [torch.zeros(2, 4, 4, 8), *args], [])[1][2:] == [32.0, 4.0, 16.0]
+
+
+def small(**options):
+    words = [f"{key.replace('__', '.')}={value}" for key, value in options.items()]
+    return load_config("digits_swin_moe", words)
+
+
+def test_work_of_any_micro_batch_is_that_of_its_own_trace():
+    config = small()
+    found = trace_micro_step(config, Degrees(1, 1, 1)).at(5)
+    exact = trace_exactly(config, Degrees(1, 1, 1), 5)
+    for a, b in zip(found, exact, strict=True):
+        assert a.operators == b.operators
+        # One picks images of a batch, whose number is no line.
+        np.testing.assert_allclose(a.work, b.work, rtol=1e-6, atol=128)
+
+
+def test_the_step_is_the_sum_of_its_operators():
+    segments = trace_exactly(small(), Degrees(1, 1, 1), 2)
+    rate = {name: Rate(1e-6, 1e-9, 2.0 if name in PRODUCTS else 0.0) for s in segments for name, _ in s.operators}
+    points = [(64.0, 64.0, 64.0, 1e9), (512.0, 64.0, 64.0, 2e9)]
+    machine = dataclasses.replace(
+        load_hardware("cpu"), products={"fp32": points}, operators={"fp32": rate | {OTHER: Rate(1e-6, 1e-9, 0.0)}}
+    )
+    bounds = dict.fromkeys(("compute", "memory", "launches"), 0.0)
+    found = _measured(machine, "fp32", segments, bounds)
+    expected, rates = [0.0, 0.0], machine.rates["fp32"]
+    for segment in segments:
+        for (name, _), work in zip(segment.operators, segment.work):
+            expected[segment.backward] += float(rates.seconds(name, work[None])[0]) + machine.launch_seconds
+    assert found == pytest.approx(tuple(expected)) and sum(bounds.values()) == pytest.approx(sum(expected))
+
+
+def test_a_calibrated_machine_reads_back(tmp_path):
+    rates = {OTHER: Rate(1e-6, 1e-9, 0.0), UPDATE: Rate(0.0, 1e-9, 0.0), UPDATE_EXPERTS: Rate(0.0, 1e-9, 0.0)}
+    machine = dataclasses.replace(
+        load_hardware("cpu"), name="mine", products={"fp32": [(64.0, 64.0, 64.0, 1e9)]}, operators={"fp32": rates}
+    )
+    dump_hardware(machine, tmp_path / "mine.yaml", "measured")
+    assert read_hardware(tmp_path / "mine.yaml") == machine
+
+
+@pytest.mark.parametrize(
+    "figures, sentence",
+    [
+        ({"products": {"int8": []}}, "products must be figures by fp32"),
+        ({"products": {"fp32": [[1, 2, 3]]}}, "products.fp32 must be rows of [rows, inner, columns, FLOP/s]"),
+        ({"products": {"fp32": [[1, 2, 3, 0]]}}, "products.fp32[0] must be a number > 0, got 0"),
+        ({"operators": {"fp32": {}}}, "one of them other"),
+        ({"operators": {"fp32": {"other": {"call": 1}}}}, "operators.fp32.other must give call, byte, work"),
+        ({"operators": {"fp32": {"other": {"call": -1, "byte": 0, "work": 0}}}}, "other.call must be a number >= 0"),
+    ],
+)
+def test_wrong_figures_of_calibration_are_refused_in_a_sentence(tmp_path, figures, sentence):
+    import yaml
+
+    from swin_moe.planner.hardware import hardware_folder
+
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load((hardware_folder() / "cpu.yaml").read_text()) | figures))
+    with pytest.raises(ValueError) as error:
+        read_hardware(path)
+    assert sentence in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
