@@ -10,7 +10,7 @@ from swin_moe.config.io import load_config
 from swin_moe.parallel.sharding import Degrees
 from swin_moe.planner.hardware import dump_hardware, load_hardware, read_hardware
 from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
-from swin_moe.planner.operators import BYTES, MACS, PRODUCTS, work_of
+from swin_moe.planner.operators import ATTENTION, BYTES, MACS, work_of
 from swin_moe.planner.rates import OTHER, UPDATE, UPDATE_EXPERTS, Curve, Rate, Rates, fit, fit_rates
 from swin_moe.planner.step_time import _measured
 
@@ -101,7 +101,7 @@ def test_work_of_any_micro_batch_is_that_of_its_own_trace():
 
 def test_the_step_is_the_sum_of_its_operators():
     segments = trace_exactly(small(), Degrees(1, 1, 1), 2)
-    rate = {name: Rate(1e-6, 1e-9, 2.0 if name in PRODUCTS else 0.0) for s in segments for name, _ in s.operators}
+    rate = {name: Rate(1e-6, 1e-9, 1e-10 if name in ATTENTION else 2.0) for s in segments for name, _ in s.operators}
     points = [(64.0, 64.0, 64.0, 1e9), (512.0, 64.0, 64.0, 2e9)]
     machine = dataclasses.replace(
         load_hardware("cpu"), products={"fp32": points}, operators={"fp32": rate | {OTHER: Rate(1e-6, 1e-9, 0.0)}}
