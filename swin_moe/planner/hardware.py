@@ -230,7 +230,7 @@ def dump_hardware(hardware: Hardware, path: Path, header: str) -> None:
     """Writes a machine as a file that read_hardware reads back equal. header: Comment lines, with where it is from."""
     tree = dataclasses.asdict(hardware)
     del tree["name"]
-    for entry in dataclasses.fields(Hardware):  # a default may be no figure that a file can say, such as no NICs at all
+    for entry in dataclasses.fields(Hardware):  # a default may be none that a file can say: 0 NICs
         if entry.default is not dataclasses.MISSING and tree.get(entry.name) == entry.default:
             del tree[entry.name]
     tree["products"] = {name: [list(point) for point in points] for name, points in hardware.products.items()}
