@@ -237,6 +237,9 @@ def dump_hardware(hardware: Hardware, path: Path, header: str) -> None:
     """Writes a machine as a file that read_hardware reads back equal. header: Comment lines, with where it is from."""
     tree = dataclasses.asdict(hardware)
     del tree["name"]
+    for entry in dataclasses.fields(Hardware):
+        if entry.name in tree and tree[entry.name] == entry.default:  # one that means "as others say" is no figure
+            del tree[entry.name]
     tree["products"] = {name: [list(point) for point in points] for name, points in hardware.products.items()}
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     text = yaml.dump(tree, Dumper=_Rows, sort_keys=False, width=120)
