@@ -178,3 +178,14 @@ def test_loads_have_the_stated_spread_and_those_of_a_run_its_own(tmp_path):
 def test_uneven_groups_are_refused(config, workload, chosen, sentence):
     with pytest.raises(ValueError, match=sentence):
         Program(config, A100, workload, chosen, draw_shares(len(workload.moe), 16, spread=0, seed=0))
+
+
+def test_parameters_of_a_block_are_gathered_beside_the_block_before(config, workload):
+    shares = draw_shares(len(workload.moe), 16, spread=0, seed=0)
+    built = Program(config, A100, workload, layout(16, 4, zero=3), shares)
+    tasks = built.build(parts(workload, 1.0), 1.0)
+    spans, ahead = run_tasks(tasks, built.network.rates).spans, 0
+    for i, task in enumerate(tasks):
+        before = [spans[j].end for j in range(i) if tasks[j].stream == "compute"]
+        ahead += task.stream == "reduction" and bool(before) and spans[i].end < before[-1]
+    assert ahead >= 5
