@@ -2,10 +2,10 @@
 
     python benchmarks/planner_time.py [--rounds N] [--out FILE.md] [--hardware FILE.yaml] [WORD ...]
 
-Calibrates (or takes a file that calibration wrote), then takes a step of every case in turn, in rounds: of those with a
-WORD in the name if any are given. The median step is compared with what the planner says. Seconds are CPU time of the
-process with one thread, which other work on the machine disturbs least; those on the wall are beside it. No case is a
-network that calibration timed.
+Takes a step of every case in turn, in rounds: of those with a WORD in the name if any are given; and calibrates, the
+rounds lying between calibration's networks, so that both meet the same machine (or takes a file that it wrote).
+The median step is compared with what the planner says. Seconds are CPU time of the process with one thread; those on
+the wall are beside it. No case is a network that calibration timed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from swin_moe.config import Config
 from swin_moe.config.io import load_config
 from swin_moe.parallel.sharding import Degrees
 from swin_moe.planner.calibrate.command import Steps, measure_rank
-from swin_moe.planner.calibrate.networks import SmallStep
+from swin_moe.planner.calibrate.networks import NETWORKS, SmallStep
 from swin_moe.planner.hardware import Hardware, load_hardware
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.micro_step import trace_micro_step
@@ -107,10 +107,35 @@ def take(found: Found) -> tuple[float, float, float]:
     return middle - start, time.process_time() - middle, time.perf_counter() - wall
 
 
+def take_round(cases: dict[str, Found]) -> None:
+    """Takes a step of every case and notes it."""
+    for found in cases.values():
+        micro, update, wall = take(found)
+        found.phases.append((micro, update))
+        found.wall.append(wall)
+
+
+class Between(Steps):
+    """Takes rounds of the cases where calibration says that a network is done."""
+
+    def __init__(self, cases: dict[str, Found], rounds: int) -> None:
+        super().__init__(enabled=True)
+        self.cases, self.every, self.done = cases, max(1, 2 * len(NETWORKS) // rounds), 0
+
+    def __call__(self, text: str) -> None:
+        """Says what comes now."""
+        super().__call__(text)
+        if text.startswith("step of network"):
+            self.done += 1
+            if self.done % self.every == 0:
+                take_round(self.cases)
+                super().__call__(f"round {self.done // self.every}")
+
+
 def order(a: list[float], b: list[float]) -> float:
     """Returns Spearman's correlation of ranks."""
     places = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*places)[0, 1])
+    return float(np.corrcoef(places[0], places[1])[0, 1])
 
 
 def table(cases: dict[str, Found]) -> list[str]:
@@ -152,10 +177,6 @@ def main() -> None:
     device, say = torch.device("cpu"), Steps(enabled=True)
     chosen = {n: o for n, o in CASES.items() if not options.words or any(word in n for word in options.words)}
     with tempfile.TemporaryDirectory() as folder:
-        if options.hardware:
-            hardware = load_hardware(options.hardware)
-        else:
-            hardware = measure_rank(device, load_hardware("cpu"), Path(folder), say, ranks=1)
         cases = {}
         for name, text in chosen.items():
             words = f"model.moe.blocks=[] {text} run.output={folder}".split()
@@ -163,12 +184,14 @@ def main() -> None:
             cases[name] = Found(config, SmallStep(config, device))
             take(cases[name])  # makes what is made once
             say(f"first step of {name}")
-        for number in range(options.rounds):
-            for found in cases.values():
-                micro, update, wall = take(found)
-                found.phases.append((micro, update))
-                found.wall.append(wall)
-            say(f"round {number + 1} of {options.rounds}")
+        if options.hardware:
+            hardware = load_hardware(options.hardware)
+            for number in range(options.rounds):
+                take_round(cases)
+                say(f"round {number + 1} of {options.rounds}")
+        else:
+            between = Between(cases, options.rounds)
+            hardware = measure_rank(device, load_hardware("cpu"), Path(folder), between, ranks=1)
     for name, found in cases.items():
         found.said = predict(found.config, hardware)
         say(f"predicted {name}")

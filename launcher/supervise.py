@@ -62,13 +62,6 @@ class Outcome:
         return f"launcher: {kind_of(self.code)} (exit code {self.code}): {who}"
 
 
-def run(
-    command: Sequence[str], environment: dict[str, str], *, flavor: Flavor, grace: float, save_after: float = math.inf
-) -> int:
-    """Returns the exit code of the job, as `supervise` has it."""
-    return supervise(command, environment, flavor=flavor, grace=grace, save_after=save_after).code
-
-
 def supervise(
     command: Sequence[str],
     environment: dict[str, str],
@@ -260,6 +253,8 @@ def _wait(
             return Outcome(code, asked_to_stop=True, killed=True, words=words)
         if number == signal.SIGINT:
             say(f"launcher: stopping; the ranks have {grace:g} s to save, Ctrl-C again ends them at once", 1)
+        elif received and number in STOP:
+            say(f"launcher: {signal.Signals(received.si_signo).name}: the ranks have {grace:g} s to save", 1)
         if number in STOP:
             deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):

@@ -52,9 +52,14 @@ _HEAD = ("host", "ranks", *_FREE, "clock", *_PACE, "latency", "send", "gpu")
 
 
 def _row(host: dict[str, Any], document: dict[str, Any]) -> list[str]:
-    """Returns the cells of a host: free bytes, its slowest rank's paces, its best link; ! = see the findings."""
+    """Returns the cells of a host: free bytes, its slowest rank's paces, its best link; ! = see the findings.
+
+    Of several hosts the links to others count: a slow adapter does not show between two ranks of its host.
+    """
     ranks = [rank for rank in document["ranks"] if rank["host"] == host["name"]]
     links = [link for link in document["links"] if host["name"] in link["hosts"] and link["bytes_per_s"]]
+    if len(document["hosts"]) > 1:
+        links = [link for link in links if len({*link["hosts"]}) > 1]
     cells = {"host": host["name"], "ranks": short_list(host["ranks"]), "gpu": _gpus(host), "latency": "-", "send": "-"}
     for check in CHECKS:
         cells[check.title] = "-" if host.get(check.name) is None else mib(host[check.name])

@@ -162,7 +162,12 @@ def read_hardware(path: Path) -> Hardware:
             figures[key] = _figure(path, key, tree[key])
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path}: {key} is missing; every hardware file says it")
-    return Hardware(**figures)
+    found = Hardware(**figures)
+    if found.ranks_per_node % found.nics:
+        raise ValueError(
+            f"{path}: nics_per_node={found.nics_per_node} must divide ranks_per_node={found.ranks_per_node}"
+        )
+    return found
 
 
 def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
@@ -183,7 +188,9 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
         return Link(**{name: _number(path, f"{key}.{name}", value[name]) for name in wanted})
     if form in ("products", "operators"):
         return _by_precision(path, key, value, _points if form == "products" else _rates)
-    number = _number(path, key, value)
+    number = _number(path, key, value, zero=key in ("nics_per_node", "nodes_per_leaf"))
+    if key == "oversubscription" and number < 1:
+        raise ValueError(f"{path}: oversubscription must be >= 1, got {shown(value)}")
     if key in ("ranks_per_node", "nics_per_node", "nodes_per_leaf"):
         if number != int(number):
             raise ValueError(f"{path}: {key} must be a whole number, got {shown(value)}")
@@ -230,6 +237,9 @@ def dump_hardware(hardware: Hardware, path: Path, header: str) -> None:
     """Writes a machine as a file that read_hardware reads back equal. header: Comment lines, with where it is from."""
     tree = dataclasses.asdict(hardware)
     del tree["name"]
+    for entry in dataclasses.fields(Hardware):
+        if entry.name in tree and tree[entry.name] == entry.default:  # one that means "as others say" is no figure
+            del tree[entry.name]
     tree["products"] = {name: [list(point) for point in points] for name, points in hardware.products.items()}
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     text = yaml.dump(tree, Dumper=_Rows, sort_keys=False, width=120)

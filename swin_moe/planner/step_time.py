@@ -53,7 +53,7 @@ def predict_time(
 ) -> StepTime:
     """Returns the time of a step with this layout. segments: Of its micro-step (micro_step.py)."""
     bounds = dict.fromkeys(BOUNDS, 0.0)
-    if hardware.rates:
+    if config.engine.precision in hardware.rates:
         forward, backward = _measured(hardware, config.engine.precision, segments, bounds)
     else:
         forward, backward = _computation(config, hardware, workload, layout, list(segments), bounds)
@@ -116,7 +116,7 @@ def _measured(
             by_operator.setdefault((name, kind, segment.backward), []).append(work)
     seconds, launches = [0.0, 0.0], [0.0, 0.0]
     for (name, kind, backward), rows in by_operator.items():
-        rates = hardware.rates.get(kind) or hardware.rates.get(precision) or next(iter(hardware.rates.values()))
+        rates = hardware.rates.get(kind, hardware.rates[precision])
         taken = float(rates.seconds(name, np.array(rows)).sum())
         bounds["compute" if name in PRODUCTS else "memory"] += taken
         seconds[backward] += taken

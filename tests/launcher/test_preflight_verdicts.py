@@ -223,6 +223,14 @@ def test_the_table_marks_what_the_findings_are_about():
     assert rows[8:] == ["3 ranks on 3 hosts can be used; 3 things out of line"]
 
 
+def test_a_slow_host_s_line_shows_its_links_to_others():
+    """Between its own two ranks data are as fast as anywhere."""
+    pairs = list(combinations(range(6), 2))
+    slow = {number: SLOW for number, (a, b) in enumerate(pairs) if (a // 2 == 2) != (b // 2 == 2)}
+    lines = report.lines(judge.complete(document(per_host=2, links=slow)))
+    assert [line.split()[-4:-2] for line in lines[1:4]] == [["1,000", "MB/s"], ["1,000", "MB/s"], ["10", "MB/s!"]]
+
+
 def test_of_very_many_hosts_only_those_in_findings_are_shown():
     made = document(count=100)
     made["hosts"][70]["disk_bytes"] = 0

@@ -128,6 +128,13 @@ def test_wrong_use_is_refused_before_anything_is_measured(monkeypatch, tmp_path,
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+def test_ranks_of_several_hosts_are_sent_to_the_preflight(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="ranks of one host.*--preflight"):
+        command.main(["--out", str(tmp_path / "mine.yaml")])
+
+
 def test_a_file_of_another_kind_is_no_preflight(tmp_path):
     for changes in ({"hosts": None}, {"collectives": [{}]}, {"collectives": []}):
         with pytest.raises(ValueError, match="preflight.json: "):

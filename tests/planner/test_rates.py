@@ -79,14 +79,24 @@ def small(**options):
     return load_config("digits_swin_moe", words)
 
 
+def sums(segments):
+    """Returns (name, precision, backward) -> (calls, and the work of all)."""
+    found = {}
+    for segment in segments:
+        for operator, work in zip(segment.operators, segment.work):
+            key = (*operator, segment.backward)
+            found[key] = found.get(key, 0.0) + np.array([1.0, *work])
+    return found
+
+
 def test_work_of_any_micro_batch_is_that_of_its_own_trace():
     config = small()
     found = trace_micro_step(config, Degrees(1, 1, 1)).at(5)
     exact = trace_exactly(config, Degrees(1, 1, 1), 5)
-    for a, b in zip(found, exact, strict=True):
-        assert a.operators == b.operators
-        # One picks images of a batch, whose number is no line.
-        np.testing.assert_allclose(a.work, b.work, rtol=1e-6, atol=128)
+    assert sums(found).keys() == sums(exact).keys()
+    for operator, work in sums(exact).items():
+        # Some pick images of a batch, whose number is no line.
+        np.testing.assert_allclose(sums(found)[operator], work, rtol=1e-6, atol=1024, err_msg=str(operator))
 
 
 def test_the_step_is_the_sum_of_its_operators():

@@ -59,6 +59,11 @@ def main(argv: list[str]) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     rank, world = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if int(os.environ.get("LOCAL_WORLD_SIZE") or world) != world:
+        raise ValueError(
+            f"swin-moe calibrate measures ranks of one host, and of {world} ranks some are elsewhere; what lies "
+            "between hosts is measured by swin-moe launch --preflight-file, and read with --preflight"
+        )
     device = pick_device("auto", int(os.environ.get("LOCAL_RANK") or 0))
     like = load_hardware(options.like or _alike(device))
     torch.set_num_threads(1)

@@ -1,3 +1,5 @@
-"""What runs and the planner tell each other: layouts that training asks for, records that predictions are held against
-and that hardware files are fitted to. No table; a new measured quantity is a row of check.py:compare.
+"""What runs and the planner tell each other.
+
+Here are the records of a run (records.py), predictions held against them and hardware files fitted to them (check.py),
+and the layout that training asks for (auto.py). No table: a new measured quantity is a Row of compare in check.py.
 """

@@ -31,7 +31,7 @@ def hardware_of(name: str) -> tuple[Hardware, str]:
         if not own_hardware().is_file():
             raise ValueError(
                 f"no hardware is named, and this machine has no file of its own, {own_hardware()}; say "
-                "parallel.hardware=NAME (swin-moe plan --hardware NAME), or write that file with swin-moe calibrate"
+                "parallel.hardware=NAME (swin-moe plan --hardware NAME), or write it: swin-moe calibrate --out FILE"
             )
         name = str(own_hardware())
     return load_hardware(name), name
