@@ -59,7 +59,7 @@ def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[i
         try:
             hub = Hub([env.master_addr], env.world_size, token, env.master_port)
         except OSError as error:
-            where = f"{env.master_addr} port {env.master_port}"
+            where = f"{env.master_addr} port {env.master_port} (MASTER_ADDR, MASTER_PORT)"
             raise ValueError(
                 f"rank 0 cannot listen at {where}: {error.strerror}; torchrun keeps that port for itself, so start the "
                 "checks with mpirun, srun or python -m launcher --preflight"

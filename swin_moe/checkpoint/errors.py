@@ -28,7 +28,8 @@ def out_of_memory(error: BaseException) -> str | None:
     """Returns "out of memory" and how much more was needed, where Python, numpy or torch got none; else None."""
     text = " ".join(str(error).split())
     names = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported for its name
-    if not names & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in text:
+    torchs = ("can't allocate memory", "Storage size calculation overflowed")  # the second: more than 2^63 bytes
+    if not names & {"MemoryError", "OutOfMemoryError"} and not any(words in text for words in torchs):
         return None
     asked = re.search(r"allocate ([\d.]+ ?(?:[KMGTPE]i?B|bytes))", text)
     return f"out of memory{f' ({asked[1]} more were needed)' if asked else ''}"

@@ -95,6 +95,7 @@ def test_ctrl_c_counts_where_nobody_reads_errors(monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "(20.00 MiB more were needed)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "(9 bytes more"),
         (MemoryError(), "out of memory: lower data.micro_batch"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[3000000000, 1]"), "out of memory: lower"),
     ],
 )
 def test_what_ends_for_lack_of_memory_ends_as_the_launcher_says_it(error, said, capfd):
