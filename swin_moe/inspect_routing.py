@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
     images = [word for word in rest if word not in overrides]
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
-        raise ValueError(f"no such image file: {', '.join(missing)}")
+        raise ValueError(f"no such image file: {', '.join(name or repr(name) for name in missing)}")
     if not images and count == "0":
         raise ValueError("nothing to draw: give image files, or --images above 0")
     session = open_session(path, overrides)

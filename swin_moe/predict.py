@@ -83,7 +83,7 @@ def _image_files(words: list[str]) -> list[str]:
     """
     found: list[str] = []
     for word in words:
-        if Path(word).is_dir():
+        if word and Path(word).is_dir():  # Path("") would be the folder we are in
             below = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(word)) for name in sorted(names))
             inside = [name for name in below if name.lower().endswith(IMAGE_SUFFIXES)]
             if not inside:
@@ -92,7 +92,7 @@ def _image_files(words: list[str]) -> list[str]:
         elif Path(word).is_file():
             found.append(word)
         else:
-            raise ValueError(f"no such image file: {word}")
+            raise ValueError(f"no such image file: {word or repr(word)}")
     if not found:
         raise ValueError("predict needs at least one image file, or a folder of them, after the config")
     return found

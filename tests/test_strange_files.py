@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from checkpoint_tools.formats import find_format
+from swin_moe import inspect_routing, predict
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.config import DataConfig
 from swin_moe.config.yaml_files import read_yaml
@@ -61,3 +62,9 @@ def test_a_config_without_an_end_or_that_cannot_be_read_is_named(tmp_path):
         read_yaml(Path("/dev/zero"))
     with pytest.raises(ValueError, match="/proc/self/mem cannot be read: Input/output error"):
         read_yaml(Path("/proc/self/mem"))
+
+
+@pytest.mark.parametrize("main", [predict.main, inspect_routing.main])
+def test_an_image_without_a_name_is_shown_as_one(main):
+    with pytest.raises(ValueError, match="no such image file: ''$"):
+        main(["digits_swin_moe", ""])

@@ -66,4 +66,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if values.min() < 0 or values.max() > 65_535:
             raise ValueError("its pixels are integers beyond 16 bits, of unknown range; store it with 8 or 16 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; PIL would warn on the screen
     return image.convert("RGB")

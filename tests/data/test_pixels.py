@@ -1,6 +1,7 @@
 """Images of more than 8 bits keep their grey levels, and what has no known range is refused; no class for __MACOSX."""
 
 import io
+import warnings
 import zipfile
 
 import numpy as np
@@ -48,6 +49,18 @@ def test_an_unknown_range_is_refused(pixels, reason):
 def test_8_bits_stay():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert (np.asarray(decode(encoded(pixels, "PNG"), "x")) == pixels).all()
+
+
+def test_a_palette_with_transparent_colours_keeps_its_colours_without_a_warning():
+    image = Image.frombytes("P", (16, 16), bytes(range(256)))
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+    file = io.BytesIO()
+    image.save(file, "png", transparency=bytes(range(255, -1, -1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = np.asarray(decode(file.getvalue(), "palette.png"))
+    palette = np.frombuffer(bytes(image.getpalette() or ()), np.uint8).reshape(256, 3)
+    assert (found.reshape(-1, 3) == palette).all()
 
 
 def test_what_macos_adds_to_a_zip_is_no_class(tmp_path):
