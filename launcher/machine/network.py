@@ -140,6 +140,15 @@ def address_towards(other: str) -> str:
     return ""
 
 
+def own_addresses() -> list[str]:
+    """Returns the addresses of this host by which others may reach it, fastest first.
+
+    For where the others' names are not known, as a scheduler may keep addresses to itself (Slurm's NodeAddr).
+    """
+    usable = [interface for interface in _interfaces() if not interface.closed]
+    return [interface.address for interface in sorted(usable, key=lambda one: -one.speed)]
+
+
 def _stack() -> str:
     """Returns what addresses are relative to: this boot of this machine and its network namespace."""
     try:

@@ -1,5 +1,6 @@
 """Real ranks under every MPI that is installed here, and under Slurm's srun: they start, get signals, and end."""
 
+import json
 import os
 import re
 import signal
@@ -138,6 +139,16 @@ def test_nodes_of_an_allocation_know_their_own_ranks(options, tasks, locals, slu
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) == 2:
         assert [rank[-1] for rank in facts[:2]] == [str(core) for core in cores]
+
+
+@pytest.mark.parametrize("options", [(), ("--mpi", "srun")], ids=["mpich", "srun"])
+def test_the_preflight_reaches_nodes_whose_names_only_slurm_knows(options, slurm, tmp_path):
+    command = ["salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "launcher", *options]
+    command += ["--preflight", "--preflight-over", "none", "--preflight-file", str(tmp_path / "figures.json")]
+    finished = slurm.run(*command, timeout=240, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [rank["rank"] for rank in figures["ranks"]] == [0, 1] and not figures["unusable_hosts"]
 
 
 PLAIN = [

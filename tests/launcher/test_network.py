@@ -145,3 +145,9 @@ def test_the_way_to_another_host():
     assert network.addresses_of("127.0.0.1") == ["127.0.0.1"] and network.addresses_of("no-such-host.invalid") == []
     if socket.has_ipv6:
         assert network.address_towards("::1") in ("::1", "")
+
+
+def test_own_addresses_lead_out_fastest_first(monkeypatch):
+    found = [Interface("eno1", "10.0.0.1", 24, 1_000), BRIDGE, Interface("ib0", "10.1.0.1", 24, 200_000)]
+    monkeypatch.setattr(network, "_interfaces", lambda: found)
+    assert network.own_addresses() == ["10.1.0.1", "10.0.0.1"]
