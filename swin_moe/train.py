@@ -128,9 +128,10 @@ class Trainer:
                 f"checkpoint.resume=never, but {self.session.directory} holds {newest.name}; choose another run.name, "
                 "or continue it with checkpoint.resume=auto"
             )
-        state = self.checkpoints.resume(self.engine.pieces(), source=self.config.checkpoint.load)
+        images, source = len(self.loader), self.config.checkpoint.load
+        state = self.checkpoints.resume(self.engine.pieces(), source=source, check=self.identity.check_resume)
         if state is None:
-            self.progress = begin(self.config, images=len(self.loader))
+            self.progress = begin(self.config, images=images)
             if self.config.checkpoint.init:
                 LOGGER.info("initial weights: %s", start_from(self.config.checkpoint.init, self.engine, self.session))
             return
@@ -138,8 +139,7 @@ class Trainer:
         assert index is not None, "it gave the state"
         changed = self.identity.check_resume(index)
         self.engine.load_state(state["engine"])
-        own = index.path.parent == self.checkpoints.root
-        self.progress = place_in_data(index, self.config, images=len(self.loader), own=own)
+        self.progress = place_in_data(index, self.config, images=images, own=index.path.parent == self.checkpoints.root)
         LOGGER.info("resumed from step %d (%d images seen)", self.progress.step, self.progress.samples)
         if changed:
             LOGGER.info("resumed with changed options: %s", ", ".join(changed))

@@ -184,7 +184,9 @@ class CheckpointManager:
             background=self._background,
         )
 
-    def resume(self, pieces: Iterable[Piece], *, source: str = "") -> dict[str, Any] | None:
+    def resume(
+        self, pieces: Iterable[Piece], *, source: str = "", check: Callable[[Index], object] | None = None
+    ) -> dict[str, Any] | None:
         """Returns the state of the checkpoint that `pieces` were filled from; None if the run has no checkpoint yet.
 
         Args:
@@ -192,14 +194,29 @@ class CheckpointManager:
                 newest one; "" = from the start. A run's own come first, or starting the same command again would lose
                 progress. A corrupt newest one is reported and the one before it used; one that is named itself has no
                 substitute.
+            check: Raises ValueError, alike on every rank, where a checkpoint is not to be continued; before any tensor
+                is read, as those of another network do not fit and would be blamed.
 
         Raises:
             CheckpointError: On every rank: `source` is no checkpoint, does not fit `pieces`, or nothing valid is left.
         """
-        pieces = list(pieces)
-        found = self._load("", lambda path: load(path, pieces, exact=True))
+        pieces, refused = list(pieces), list[ValueError]()
+
+        def fill(path: Path) -> Index:
+            index = Index.read(path)
+            try:
+                if check is not None:
+                    check(index)
+            except ValueError as error:
+                refused.append(error)
+                return index
+            return load(path, pieces, exact=True)
+
+        found = self._load("", fill)
         if found is None and source:
-            found = self._load(source, lambda path: load(path, pieces, exact=True))
+            found = self._load(source, fill)
+        if refused:
+            raise refused[0]
         self.resumed_from = None if found is None else found[1]
         return None if found is None else found[1].state
 

@@ -204,6 +204,20 @@ def test_what_changes_the_meaning_is_refused(run, capfd, change, more, sentence)
     assert sentence in out.split("resumed with changed options: ")[1].splitlines()[0]
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["model.moe.num_experts=8"], "model.moe.num_experts: 4 -> 8"),
+        (["model.num_classes=5"], "model.num_classes: 4 -> 5"),
+        (["model.embed_dim=16"], "model.embed_dim: 8 -> 16"),
+        (["model.moe.router=cosine"], "model.moe.router: linear -> cosine"),
+    ],
+)
+def test_another_network_is_refused_by_its_option_and_not_by_a_tensor(run, capfd, change, said):
+    error = refused("train", run, capfd, *options(run, *change, "optim.epochs=2"))
+    assert said in error and "shape" not in error
+
+
 def test_a_refused_resume_leaves_the_runs_config(run, capfd):
     before = (run / "run" / "config.yaml").read_bytes()
     refused("train", run, capfd, *options(run, "model.embed_dim=16", "optim.epochs=2"))
