@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swin_moe.engine.parts import local_tensor
+from swin_moe.engine.parts import Parts, local_tensor
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -33,7 +33,7 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
 
 
 def held_bytes(engine: Any) -> dict[str, int]:
-    """Returns class -> bytes, of what there is; {} of an engine that keeps its tensors to itself (DeepSpeed)."""
-    if not hasattr(engine, "parts"):
+    """Returns class -> bytes, of what there is; {} of an engine that keeps its tensors otherwise (DeepSpeed's)."""
+    if not isinstance(getattr(engine, "parts", None), Parts):
         return {}
     return {name: size for name, tensors in held_tensors(engine).items() if (size := bytes_of(tensors))}
