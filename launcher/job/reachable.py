@@ -53,5 +53,14 @@ def _why_not(job: Prepared, host: str) -> str:
             return str(error)
         except subprocess.TimeoutExpired:
             return f"it took over {_PROBE_SECONDS:g} s to start nothing there"
-    said = [words.strip() for words in finished.stderr.splitlines() if words.strip()]
-    return "" if finished.returncode == 0 else said[0] if said else f"exit code {finished.returncode}"
+    return "" if finished.returncode == 0 else cause(finished.stderr) or f"exit code {finished.returncode}"
+
+
+def cause(output: str) -> str:
+    """Returns the first line that says why nothing was started, "" = nobody said anything.
+
+    That is no line of Hydra's own mpiexec where there are others: it tells that its proxy failed, and may stand before,
+    or in the middle of, the proxy's line that tells why.
+    """
+    said = [words.strip() for words in output.splitlines() if words.strip()]
+    return next((words for words in said if "[mpiexec@" not in words), said[0] if said else "")

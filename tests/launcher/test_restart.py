@@ -7,6 +7,7 @@ from launcher.__main__ import main
 from launcher.failure import kinds, line
 from launcher.failure.reports import Failure
 from launcher.hosts.hostfile import Host
+from launcher.job import reachable
 from launcher.job.options import check, lost_seconds, parser
 from launcher.job.prepare import prepare
 from launcher.restart import Lost, Policy, choose_ranks, step_of
@@ -205,3 +206,22 @@ def test_a_preempted_program_is_started_again_until_it_is_done(tmp_path):
     output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, output
     assert output.count("launcher: preempted; starting again") == 2
+
+
+TORN = """[proxy:0@n3] [mpiexec@n1] ui_cmd_cb (pmiserv_pmci.c:51): Launch proxy failed.
+HYDU_sock_connect (sock.c:140): unable to connect from "n3" to "n1" (Network is unreachable)
+[mpiexec@n1] main (mpiexec.c:270): process manager error waiting for completion
+"""
+
+
+@pytest.mark.parametrize(
+    "output, why",
+    [
+        (TORN, 'HYDU_sock_connect (sock.c:140): unable to connect from "n3" to "n1" (Network is unreachable)'),
+        ("\nssh: no route\nORTE was unable to start\n", "ssh: no route"),
+        ("[mpiexec@n1] main: it failed\n", "[mpiexec@n1] main: it failed"),
+        (" \n", ""),
+    ],
+)
+def test_the_line_with_the_cause_is_shown(output, why):
+    assert reachable.cause(output) == why

@@ -14,7 +14,6 @@ HEAVY = {"logging", "concurrent.futures", "asyncio", "email", "difflib", "zipfil
 HEAVY |= {"torch", "numpy", "mpi4py", "yaml", "launcher.preflight", "launcher.meeting.tcp", "launcher.script"}
 OF_THE_LAUNCHER = {
     "argparse",
-    "subprocess",
     "tempfile",
     "launcher.restart",
     "launcher.supervise",
