@@ -40,11 +40,10 @@ def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterat
     local = float(item * workload.numel(experts=True, trained=True) / (layout.expert * layout.expert_shard))
     stride = layout.expert * layout.expert_shard
     world, replicas = (layout.world_size, 1), (layout.expert_data, stride)
-    sharded = layout.zero == 3 or (layout.zero == 2 and layout.engine == "torch")
     for size, (ranks, apart) in ((dense, world), (local, replicas)):
         if ranks == 1 or not size:
             continue
-        if sharded:
+        if layout.cuts_weights:
             gathers = forwards + layout.accumulation if layout.zero == 3 else 1
             calls = workload.blocks * gathers
             yield Collective("all_gather", "reduction", ranks, apart, size / workload.blocks, calls, "forward", 0.8)

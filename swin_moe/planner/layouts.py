@@ -45,6 +45,11 @@ class Layout:
         """Sizes of the axes that the world is the product of."""
         return Degrees(self.expert, self.expert_shard, self.expert_data)
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether a rank keeps but a cut of what it could hold whole: ZeRO-3, and stage 2 of the torch engine."""
+        return self.zero == 3 or (self.zero == 2 and self.engine == "torch")
+
     def options(self) -> dict[str, Any]:
         """Returns the options of a config that make it run so."""
         return {

@@ -92,7 +92,7 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
 
 def _held(workload: Workload, layout: Layout) -> list[tuple[Parameter, int]]:
     """Returns (parameter, elements of it that rank 0 keeps between steps)."""
-    cuts = layout.world_size > 1 and (layout.zero == 3 or (layout.zero == 2 and layout.engine == "torch"))
+    cuts = layout.world_size > 1 and layout.cuts_weights
     return _held_with(workload, layout.degrees, cuts)
 
 
@@ -114,8 +114,7 @@ def _updated(workload: Workload, layout: Layout) -> list[tuple[int, int]]:
     """Returns (elements, parameters) of rank after rank whose optimizer state it keeps; of one rank where all keep as
     many."""
     held = [(p, n) for p, n in _held(workload, layout) if p.trained]
-    cut_with_weights = layout.zero == 3 or (layout.zero == 2 and layout.engine == "torch")
-    if layout.zero == 0 or layout.world_size == 1 or cut_with_weights:
+    if layout.zero == 0 or layout.world_size == 1 or layout.cuts_weights:
         return [(sum(n for _, n in held), len(held))]
     if layout.engine == "deepspeed":  # flat buffers, cut anywhere
         dense = sum(n for p, n in held if not p.is_expert)
@@ -192,7 +191,7 @@ def _block_of(name: str) -> str:
 def _gathered(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
     """Returns, after every operator, bytes of what is whole on a rank that keeps a shard of it: parameters, the buffer
     that they came in, their gradients, and the buffer that these leave in. As torch's FSDP2 does it."""
-    if layout.zero < 2 or layout.world_size == 1 or (layout.zero == 2 and layout.engine != "torch"):
+    if not layout.cuts_weights or layout.world_size == 1:
         return np.zeros(sum(len(s.live) for s in segments))
     whole = _whole_blocks(config, workload, layout)
     root, keeps = whole.pop("", 0.0), layout.zero == 2

@@ -61,7 +61,7 @@ def predict_time(
     forward, backward = forward * micro_steps, backward * micro_steps
     for name in bounds:
         bounds[name] *= micro_steps
-    experts = _expert_seconds(config, hardware, workload, layout) * micro_steps
+    experts = expert_seconds(config, hardware, workload, layout) * micro_steps
     exposed = {"exchange": 0.0, "reduction": 0.0}
     hidden = 0.0
     cover = {"backward": backward / micro_steps, "forward": forward, "experts": experts, "": 0.0}
@@ -156,7 +156,7 @@ def _padding(config: Config) -> float:
     return max(moe.capacity_factor, 1.0) if padded else 1.0
 
 
-def _expert_seconds(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
+def expert_seconds(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
     """Returns seconds of the experts' products in a micro-step, beside which slices travel."""
     macs = sum(2.0 * layer.rows * layer.dim * layer.hidden for layer in workload.moe) * layout.micro_batch
     passes = 3 + (layout.recompute == "block")

@@ -11,6 +11,7 @@ import numpy as np
 from swin_moe.config import Config
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.plan import Planned
+from swin_moe.planner.step_time import expert_seconds
 from swin_moe.planner.workload import Workload
 
 _QUANTILES = (0.1, 0.9)
@@ -82,18 +83,9 @@ def step_interval(
         return time.seconds, time.seconds
     capacity = abs(moe.capacity_factor)
     loads = np.minimum(skew.loads, capacity) if capacity else skew.loads
-    grows = time.exchange + expert_seconds(config, hardware, workload, planned)
+    grows = time.exchange + expert_seconds(config, hardware, workload, layout) * layout.accumulation
     low, high = np.quantile(fullest_rank(loads, layout.expert), _QUANTILES)
     return time.seconds + (low - 1) * grows, time.seconds + (high - 1) * grows
-
-
-def expert_seconds(config: Config, hardware: Hardware, workload: Workload, planned: Planned) -> float:
-    """Returns seconds of a step in the experts' products with an even load."""
-    layout = planned.layout
-    macs = sum(2.0 * layer.rows * layer.dim * layer.hidden for layer in workload.moe)
-    passes = 3 + (layout.recompute == "block")
-    images = layout.micro_batch * layout.accumulation
-    return 2 * macs * images * passes / hardware.matrix_rate(config.engine.precision)
 
 
 def _scaled(loads: np.ndarray) -> np.ndarray:
