@@ -80,13 +80,19 @@ def save(
 
 
 def load(
-    path: str | Path, wanted: Iterable[Piece], *, verify: bool = True, convert: bool = False, exact: bool = False
+    path: str | Path | Index,
+    wanted: Iterable[Piece],
+    *,
+    verify: bool = True,
+    convert: bool = False,
+    exact: bool = False,
 ) -> Index:
     """Returns the index (step, state, config) after filling the tensors of the wanted pieces in place.
 
     Any layout loads any checkpoint: each piece is filled from the stored chunks it overlaps. No rank talks to another.
 
     Args:
+        path: A checkpoint, or its index where that was read already.
         wanted: Pieces whose tensors, on any device and of any strides, receive the data.
         verify: Compare every block that is read with its digest.
         convert: Allow a float dtype other than the stored one; else it is an error.
@@ -96,7 +102,7 @@ def load(
         CheckpointError: A tensor is missing, has another shape or dtype, or is left over; no tensor was changed then.
         CorruptionError: What is read is not what was written; names file, tensor and expert. Some may be filled.
     """
-    index = Index.read(path)
+    index = path if isinstance(path, Index) else Index.read(path)
     wanted = list(wanted)
     copies = plan_copies(index, wanted, convert=convert)
     left = sorted(index.tensors.keys() - {piece.name for piece in wanted}) if exact else []
@@ -210,7 +216,7 @@ class CheckpointManager:
             except ValueError as error:
                 refused.append(error)
                 return index
-            return load(path, pieces, exact=True)
+            return load(index, pieces, exact=True)
 
         found = self._load("", fill)
         if found is None and source:
@@ -229,10 +235,10 @@ class CheckpointManager:
         pieces = list(pieces)
 
         def fill_parameters(path: Path) -> str:
-            stored = Index.read(path).tensors
-            averaged = {piece.name for piece in pieces if f"ema/{piece.name}" in stored}
+            index = Index.read(path)
+            averaged = {piece.name for piece in pieces if f"ema/{piece.name}" in index.tensors}
             wanted = [dataclasses.replace(p, name=f"ema/{p.name}") if p.name in averaged else p for p in pieces]
-            index = load(path, wanted, convert=True)
+            load(index, wanted, convert=True)
             return f"{path} (step {index.step}, {len(averaged)} of {len(pieces)} parameters averaged)"
 
         found = self._load(source, fill_parameters)

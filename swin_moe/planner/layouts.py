@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def cuts_weights(self) -> bool:
-        """Whether a rank keeps but a cut of what it could hold whole: ZeRO-3, and stage 2 of the torch engine."""
+        """True where a rank keeps a cut of what it could hold whole: ZeRO-3, and stage 2 of the torch engine."""
         return self.zero == 3 or (self.zero == 2 and self.engine == "torch")
 
     def options(self) -> dict[str, Any]:
