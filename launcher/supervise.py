@@ -20,7 +20,7 @@ from launcher.failure.lookout import LOOK_SECONDS, Lookout, Verdict
 from launcher.failure.switchboard import Switchboard
 from launcher.flavors.base import Flavor
 from launcher.machine import shared_memory
-from launcher.machine.network import address_towards, own_addresses
+from launcher.machine.network import addresses_towards
 from launcher.output import pump
 from launcher.output.console import Console, Show
 
@@ -178,7 +178,7 @@ def _reports(shared: Path | None) -> Iterator[Path]:
 @contextmanager
 def _lines(place: Path, token: str, others: Sequence[str], seconds: float) -> Iterator[Switchboard | None]:
     """Yields what takes the word of ranks on other hosts; None where there are none, or no way leads there."""
-    address = next(filter(None, map(address_towards, others)), "") or next(iter(own_addresses() if others else ()), "")
+    address = next(addresses_towards(others), "")
     try:
         lines = Switchboard(place, token, address, seconds) if address else None
     except OSError:

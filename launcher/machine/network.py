@@ -3,7 +3,7 @@
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,6 +138,18 @@ def address_towards(other: str) -> str:
     except OSError:
         pass
     return ""
+
+
+def addresses_towards(others: Sequence[str]) -> Iterator[str]:
+    """Yields the addresses of this host from which packets to others leave, each once; where none of them is known, its
+    own ones, which may lead there."""
+    found: set[str] = set()
+    for address in filter(None, map(address_towards, others)):
+        if address not in found:
+            found.add(address)
+            yield address
+    if others and not found:
+        yield from own_addresses()
 
 
 def own_addresses() -> list[str]:

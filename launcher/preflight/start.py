@@ -18,7 +18,7 @@ from launcher.failure.kinds import HOST
 from launcher.job.options import lost_seconds
 from launcher.job.prepare import Prepared, arrange
 from launcher.job.reachable import dead_hosts, other_hosts
-from launcher.machine.network import address_towards, own_addresses
+from launcher.machine.network import addresses_towards
 from launcher.preflight import judge, report
 from launcher.preflight.conduct import LOOPBACK, Conductor, Settings
 from launcher.preflight.hub import Hub
@@ -113,7 +113,7 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
 def _listen(job: Prepared, token: str) -> Hub:
     """Returns a hub at the addresses of this host from which packets to the ranks' hosts leave."""
     names = other_hosts(job)
-    addresses = list(dict.fromkeys(filter(None, map(address_towards, names)))) or (own_addresses() if names else [])
+    addresses = list(addresses_towards(names))
     if len(names) < max(1, len(job.plan.hosts)):
         addresses.append(LOOPBACK)
     if not addresses:

@@ -151,3 +151,12 @@ def test_own_addresses_lead_out_fastest_first(monkeypatch):
     found = [Interface("eno1", "10.0.0.1", 24, 1_000), BRIDGE, Interface("ib0", "10.1.0.1", 24, 200_000)]
     monkeypatch.setattr(network, "_interfaces", lambda: found)
     assert network.own_addresses() == ["10.1.0.1", "10.0.0.1"]
+
+
+def test_ways_to_others_are_told_once_and_else_all_addresses_are(monkeypatch):
+    ways = {"n1": "10.0.0.1", "n2": "10.0.0.1", "n3": "10.1.0.1"}
+    monkeypatch.setattr(network, "address_towards", lambda name: ways.get(name, ""))
+    monkeypatch.setattr(network, "own_addresses", lambda: ["10.9.0.1"])
+    assert list(network.addresses_towards(["n1", "n9", "n2", "n3"])) == ["10.0.0.1", "10.1.0.1"]
+    assert list(network.addresses_towards(["n9"])) == ["10.9.0.1"]
+    assert list(network.addresses_towards([])) == []
