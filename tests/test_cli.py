@@ -57,6 +57,16 @@ def test_everything_else_is_the_launchers(monkeypatch, started, program):
     assert started == [["-n", "2", "--", *program]]
 
 
+def test_help_of_launch_lists_the_launchers_options_and_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["swin-moe", "launch", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(
+        name in shown for name in ("--plan", "--hardware NAME", "--hostfile", "--dry-run")
+    )
+
+
 def test_the_version_and_the_module_are_the_command():
     finished = subprocess.run([sys.executable, "-m", "swin_moe", "--version"], capture_output=True, text=True)
     assert finished.stdout == f"swin-moe {importlib.metadata.version('swin-moe')}\n" and finished.returncode == 0
