@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
     "simulate": ("swin_moe.planner.simulation.command", "one step on a world that is not there, with uneven experts"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
+    "weights": ("swin_moe.weights.command", "the released official files: list them, fetch them"),
     "configs": ("swin_moe.config.listing", "names of the shipped configs"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
@@ -51,7 +52,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "configs", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main
