@@ -19,7 +19,8 @@ COMMANDS = {
     "simulate": ("swin_moe.planner.simulation.command", "one step on a world that is not there, with uneven experts"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
     "weights": ("swin_moe.weights.command", "the released official files: list them, fetch them"),
-    "configs": ("swin_moe.config.listing", "names of the shipped configs"),
+    "configs": ("swin_moe.config.shipped.listing", "the shipped configs: size, published accuracy, released weights"),
+    "show": ("swin_moe.config.shipped.show", "every option of a config, and where its value comes from"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
@@ -52,7 +53,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main

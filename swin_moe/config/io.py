@@ -42,18 +42,27 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, worl
     Raises:
         ValueError: With file, key and what is allowed.
     """
+    return load_with_origins(path_or_name, overrides, world_size=world_size)[0]
+
+
+def load_with_origins(
+    path_or_name: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None
+) -> tuple[Config, dict[str, str]]:
+    """Returns (what load_config does, which file set an option, or that the command line did, by dotted key); options
+    that nobody set, and have their defaults, are not there."""
     path = _resolve(path_or_name)
     given = _parse_overrides(overrides)
-    notes: list[str] = []
-    own = _read_tree(path, (), _Context(world_size, frozenset(_flatten(given)), notes))
-    own.setdefault("run", {}).setdefault("name", path.stem)
+    context = _Context(world_size, frozenset(_flatten(given)), [], {})
+    own = _read_tree(path, (), context)
+    if "name" not in own.setdefault("run", {}):
+        own["run"]["name"], context.origins["run.name"] = path.stem, "name of the file"
     try:
         config = _build(Config, merge(own, given))
     except ValueError as error:
         raise ValueError(f"{_culprit(path, own, given, str(error))}: {error}") from None
-    for note in notes:
+    for note in context.notes:
         logger.info("%s: %s", path.name, note)
-    return config
+    return config, context.origins | dict.fromkeys(context.overridden, _COMMAND_LINE)
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
@@ -169,6 +178,7 @@ class _Context:
     world_size: int | None
     overridden: frozenset[str]  # keys set above the file, which an official file need not tell
     notes: list[str]
+    origins: dict[str, str]  # key -> the file that set it last; grows
 
 
 def _check_name(name: object) -> None:
@@ -222,7 +232,9 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
             raise ValueError(f"{path}: base must be a file or config name, or a list of them, got {shown(base)}")
         above = dataclasses.replace(context, overridden=context.overridden | frozenset(_flatten(raw)))
         tree = merge(tree, _read_tree(_resolve(base, beside=path.parent), chain, above))
-    return merge(tree, _typed(raw, source=str(path)))
+    typed = _typed(raw, source=str(path))
+    context.origins.update(dict.fromkeys(_flatten(typed), str(path)))
+    return merge(tree, typed)
 
 
 def _read_official(path: Path, raw: dict, chain: tuple[Path, ...]) -> dict:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from swin_moe.config.arguments import Parser
+from swin_moe.config.shipped.released import Released, find, of_config, released
 from swin_moe.weights.fetch import Progress, check, default_folder, fetch, place
-from swin_moe.weights.released import Released, find, of_config, released
 
 _EXAMPLES = """examples:
   which files there are of Swin-B

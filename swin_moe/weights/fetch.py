@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from swin_moe.choice_cache import default_directory
-from swin_moe.weights.released import Released
+from swin_moe.config.shipped.released import Released
 
 FOLDER = "SWIN_MOE_WEIGHTS"  # environment: the folder of weights
 MIRROR = "SWIN_MOE_MIRROR"  # environment: an address that has the files by their names, asked instead of theirs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swin_moe.checkpoint import Piece
 from swin_moe.config import DataConfig
+from swin_moe.config.shipped.released import of_config, released
 from swin_moe.data.pixels import decode, read_image, to_rgb
 from swin_moe.data.transforms import build_transform
 from swin_moe.models import build
@@ -19,7 +20,6 @@ from swin_moe.models.official import load_official as load_state_dict
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.weights.fetch import Progress, fetch
 from swin_moe.weights.load import fill_pieces
-from swin_moe.weights.released import of_config, released
 from swin_moe.weights.sources import Source, open_weights
 
 _log = logging.getLogger(__name__)

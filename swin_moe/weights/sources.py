@@ -17,10 +17,10 @@ from swin_moe.checkpoint.index import FILE_NAME
 from swin_moe.checkpoint.manager import to_raw, torch_dtype
 from swin_moe.config import DataConfig, ModelConfig
 from swin_moe.config.io import config_from_tree
+from swin_moe.config.shipped.released import released
 from swin_moe.layout import Chunk
 from swin_moe.names.official import file_key, is_wrapped
 from swin_moe.weights.fetch import fetch, place
-from swin_moe.weights.released import released
 
 _AVERAGE = "ema/"
 # Momentum networks of MoBY follow the online ones, so a new run's begin where those do (fill_pieces).

@@ -12,9 +12,9 @@ import torch
 import swin_moe
 from swin_moe.checkpoint import CheckpointError
 from swin_moe.config.io import find_config
+from swin_moe.config.shipped.released import find, of_config, released
 from swin_moe.weights import command
 from swin_moe.weights.fetch import FOLDER, MIRROR, Progress, check, fetch, place
-from swin_moe.weights.released import find, of_config, released
 from swin_moe.weights.sources import open_weights
 
 SMALL = {"img_size": 32, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "num_classes": 10}

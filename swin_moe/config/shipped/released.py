@@ -64,26 +64,31 @@ def find(name: str) -> Released:
     return found
 
 
+def all_of_config(config: str) -> list[Released]:
+    """Returns the files that were released for a config: one of its own name, else all."""
+    rows = [row for row in released().values() if row.config == config]
+    return [row for row in rows if row.name == config] or rows
+
+
 def of_config(config: str) -> Released:
-    """Returns the file that was released for a config: of its own name, else the only one.
+    """Returns the file that was released for a config.
 
     Raises:
         ValueError: There is none, or several and none of the config's own name; names them.
     """
-    rows = [row for row in released().values() if row.config == config]
-    own = [row for row in rows if row.name == config] or rows
-    if not own:
+    rows = all_of_config(config)
+    if not rows:
         raise ValueError(
             f"no weights were released for the config {config!r}; `swin-moe weights list` has those that were"
         )
-    if len(own) > 1:
-        names = [row.name for row in own]
+    if len(rows) > 1:
+        names = [row.name for row in rows]
         some = ", ".join(names[:3])
         raise ValueError(
-            f"{len(own)} files of weights were released for the config {config!r} ({some}, ...); name one of them: "
+            f"{len(rows)} files of weights were released for the config {config!r} ({some}, ...); name one of them: "
             f"pretrained={names[-1]!r}"
         )
-    return own[0]
+    return rows[0]
 
 
 def _number(text: str) -> float | None:
