@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
+    "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
     "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
