@@ -4,7 +4,6 @@ A file whose top-level keys are the sections of the official repository (DATA, M
 official.py, unchanged. The schema, with units and ranges, is schema.py.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import logging
@@ -21,7 +20,7 @@ from swin_moe.config.official import convert_official, is_official, nest
 from swin_moe.config.official_options import refusal
 from swin_moe.config.schema import Config
 from swin_moe.config.tasks import TaskConfig, TaskOptions, moved_key, nested, own_options, said_twice
-from swin_moe.config.yaml_files import read_yaml
+from swin_moe.config.yaml_files import read_yaml, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +107,7 @@ def dump_config(config: Config, path: str | Path) -> None:
     if not Path(path).name:
         raise ValueError(f"dump_config: the path must be a file's, got {str(path)!r}")
     text = yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    write_whole(Path(path), text)
 
 
 def find_config(name: str) -> Path:

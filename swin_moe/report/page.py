@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from swin_moe.checkpoint.errors import naming
+from swin_moe.config.yaml_files import write_whole
 from swin_moe.data.transforms import to_rgb
 from swin_moe.report.charts import Figure, curve_figures, layer_figures
 from swin_moe.report.draw import draw_counts, draw_images
@@ -65,9 +66,7 @@ def write(page: str, figures: Iterable[Figure], target: Path, pictures: bool) ->
     """
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.tmp")
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(target)
+        write_whole(target, page)
     if pictures:
         folder = target.with_suffix("")
         with naming(folder):
