@@ -17,12 +17,15 @@ COMMANDS = {
     "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
+    "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
     "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
     "simulate": ("swin_moe.planner.simulation.command", "one step on a world that is not there, with uneven experts"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
-    "configs": ("swin_moe.config.listing", "names of the shipped configs"),
+    "weights": ("swin_moe.weights.command", "the released official files: list them, fetch them"),
+    "configs": ("swin_moe.config.shipped.listing", "the shipped configs: size, published accuracy, released weights"),
+    "show": ("swin_moe.config.shipped.show", "every option of a config, and where its value comes from"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
@@ -58,7 +61,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "configs", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main
