@@ -75,8 +75,9 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
     trained = sum(n for p, n in _held(workload, layout) if p.trained)
     updated, tensors = max(_updated(workload, layout))
     moments = _STATES[config.optim.name] * (config.optim.name != "sgd" or config.optim.momentum > 0)
-    copies = 0.0
-    if half and layout.world_size == 1 and layout.engine != "deepspeed" and layout.offload == "none":
+    copies, whole = 0.0, layout.world_size == 1 or not layout.cuts_weights
+    copied = half and layout.offload == "none" and config.parallel.compile == "none"
+    if copied and whole and layout.engine != "deepspeed":
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
     count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(

@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,8 +70,11 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
             model = task.build_network()
         _hold(model, config, degrees, rows)
         copies = copies_of(model, config, world_size=degrees.world_size)
-        known = [*model.parameters(), *model.buffers(), *([] if copies is None else copies.masters.values())]
-        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive):
+        known = [*model.parameters(), *model.buffers()]
+        if copies is not None:
+            known += [*copies.masters.values(), *copies.copies.values()]
+        used = nullcontext() if copies is None else copies.used()
+        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,

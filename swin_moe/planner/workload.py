@@ -32,7 +32,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     trained: bool
-    copied: bool  # one rank keeps it in half precision, too (engine/weight_copies.py)
+    copied: bool  # ranks that have it whole keep it in half precision, too (engine/weight_copies.py)
     is_expert: bool  # ranks hold different parts of it
     group: int  # of the optimizer's parameters, in its order
 
