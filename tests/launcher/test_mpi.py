@@ -40,6 +40,15 @@ def test_a_wrong_pair_of_mpis_is_named_before_it_is_initialized(monkeypatch):
         mpi.bootstrap()
 
 
+def test_an_impossible_world_is_refused_before_an_mpi_library_is_loaded(monkeypatch):
+    environ = without_world(os.environ) | {"PMI_RANK": "0", "PMI_SIZE": "0"}
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(mpi.watch, "die_with_parent", lambda parent: None)
+    monkeypatch.setattr(mpi, "_import_mpi", lambda: pytest.fail("loads MPI"))
+    with pytest.raises(ValueError, match="PMI_SIZE=0"):
+        mpi.bootstrap()
+
+
 def _library_version():
     import mpi4py
 
