@@ -14,7 +14,7 @@ from swin_moe.checkpoint import CheckpointError
 from swin_moe.engine.common import materialize
 from swin_moe.models import build_model
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.models.official import resize_bias_table_geometric
+from swin_moe.models.geometric import resize_bias_table_geometric
 from swin_moe.train import Trainer
 from swin_moe.weights.load import load_weights, start_from
 from tests.ranks import run_ranks
