@@ -261,7 +261,8 @@ class _Loading:
         if self.grid is None and height != width and square * square == value.shape[1]:
             raise ValueError(
                 f"{value.shape[1]} positions are of {square} x {square} or of {height} x {width} tokens, and the file "
-                f"does not say which; give load_official grid=({height}, {width}) or ({square}, {square})"
+                f"does not say which; give load_official grid=({height}, {width}) or ({square}, {square}), or convert "
+                "the file with --set img_size=H,W"
             )
         return self.grid is not None and self.grid != self.model.grid
 

@@ -14,11 +14,10 @@ from swin_moe.config import DataConfig
 from swin_moe.data.pixels import decode, read_image, to_rgb
 from swin_moe.data.transforms import build_transform
 from swin_moe.models import build
-from swin_moe.models.attention import stage_geometry
 from swin_moe.models.official import LoadReport
 from swin_moe.models.official import load_official as load_state_dict
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.weights.load import fill_pieces
+from swin_moe.weights.load import fill_pieces, trained_grid
 from swin_moe.weights.sources import Source, open_weights
 
 _log = logging.getLogger(__name__)
@@ -104,9 +103,7 @@ def load_official(
     if not isinstance(state_dict, str | Path):
         raise TypeError(f"load_official(model, state_dict) takes tensors or a path, got a {type(state_dict).__name__}")
     source = open_weights(state_dict, key="state_dict")
-    trained = source.model_config()
-    if grid is None and trained is not None:
-        grid = stage_geometry(trained, 0).resolution
+    grid = trained_grid(source, model) if grid is None else grid
     report = load_state_dict(model, source.tensors({}), strict, interpolation=interpolation, grid=grid)
     report.notes += source.notes
     return report

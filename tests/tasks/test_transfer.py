@@ -155,6 +155,13 @@ def test_absolute_positions_know_the_shape_of_their_image(tmp_path, kind):
             load_weights(model, session)
 
 
+def test_an_export_that_states_a_square_image_is_interpolated(tmp_path):
+    source = trained(tmp_path, "digits_dense", "model.ape=true", "model.img_size=32")
+    tools(["export", str(source.session.directory), str(tmp_path / "x.safetensors"), "--to", "safetensors"])
+    _, report = begun(tmp_path, "digits_dense", tmp_path / "x.safetensors", "model.ape=true", "model.img_size=[16,64]")
+    assert "bicubic, 16 x 16 to 8 x 32 tokens" in report
+
+
 # Heads of tasks that are still to come.
 
 
