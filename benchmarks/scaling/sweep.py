@@ -96,7 +96,8 @@ def cells_of(options: Any) -> list[Wanted]:
     found, most = [], max(options.ranks)
     models = {}
     for name in options.models if "models" in options.kinds else ():
-        words = words_of(options, name, options.model_batch * most)
+        # A rank's images, few as they are, are a routing group.
+        words = words_of(options, name, options.model_batch * most, "model.moe.capacity_scope=rank")
         models[words] = build_workload(load_config(words[0], list(words[1:]))).numel() / 1e6
     for repeat in range(options.repeats):
 
