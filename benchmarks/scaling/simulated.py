@@ -103,13 +103,14 @@ def draw(found: dict[Place, dict[str, Any]]) -> Any:
         if chosen:
             experts.append(Series(model, [(p.experts, found[p]["simulated"] / p.ranks) for p in chosen], colour=colour))
     published = Series("published, B", [(n, float(rate)) for n, rate in PUBLISHED.items()], colour=PALETTE[-1])
+    names = {float(n): f"{n:,}" for n in (*WORLDS, *EXPERTS, *PUBLISHED)}
     panels = [
         Panel("images/s a device, simulated (dashed: planned)", "devices, one expert each up to 2,048",
-              [*worlds, published], log_y=True),
-        Panel("communication that nothing hides, % of the step", "devices", shares, from_zero=True),
+              [*worlds, published], names=names, log_y=True),
+        Panel("communication that nothing hides, % of the step", "devices", shares, names=names, from_zero=True),
     ]  # fmt: skip
     if experts:
-        panels.append(Panel(f"images/s a device on {AT:,} devices", "experts", experts, log_y=True))
+        panels.append(Panel(f"images/s a device on {AT:,} devices", "experts", experts, names=names, log_y=True))
     return draw_panels("SwinV2-MoE-B, -H, -G on A100 80 GB, leaves of 16 nodes 4 : 1, loads spread by 0.5", panels)
 
 
@@ -119,7 +120,8 @@ def table(found: dict[Place, dict[str, Any]]) -> list[str]:
         "| model | devices | experts | parameters, G | layout | GiB | planned s | simulated s | images/s | exposed |",
         "|--|--|--|--|--|--|--|--|--|--|",
     ]
-    for p, row in sorted(found.items(), key=lambda pair: (pair[0].model, pair[0].ranks, pair[0].experts)):
+    order = list(MODELS)
+    for p, row in sorted(found.items(), key=lambda pair: (order.index(pair[0].model), pair[0].ranks, pair[0].experts)):
         options = row["options"]
         layout = f"ZeRO-{options['parallel.zero']}, recompute {options['parallel.recompute']}"
         lines.append(

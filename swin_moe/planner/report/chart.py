@@ -23,7 +23,8 @@ _MARGINS = (90, 96, 30, 66)  # of a panel: left, top, right, bottom
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. ranges: (low, high) of every point, drawn as bars; empty = none. texts: Whether points are labelled."""
+    """A curve. name: "" = not in the legend. ranges: (low, high) of every point, drawn as bars; empty = none.
+    texts: Whether points are labelled."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -88,6 +89,8 @@ def draw_panel(draw: ImageDraw.ImageDraw, box: Box, panel: Panel) -> None:
             _bar(draw, place(x, low), place(x, high), colour)
         texts = [short(y) for _, y in series.points] if series.texts else []
         curve(draw, [place(x, y) for x, y in series.points], colour, texts, dashed=series.dashed)
+        if not series.name:
+            continue
         draw.line((beside, top - 20, beside + 18, top - 20), fill=colour, width=3)
         draw.text((beside + 24, top - 20), series.name, INK, font=font(TEXT), anchor="lm")
         beside += 44 + round(font(TEXT).getlength(series.name))
