@@ -1,0 +1,10 @@
+"""Networks over maps: pyramid.py, the backbone of dense tasks; fpn.py over its maps.
+
+There is no table here: a family is a row of VARIANTS (swin_moe/config/variants.py), and pyramid.py takes each of them.
+A new network needs the official names of its parameters and a task that trains it (swin_moe/tasks/).
+"""
+
+from swin_moe.models.dense.fpn import FPN
+from swin_moe.models.dense.pyramid import Pyramid, PyramidBackbone
+
+__all__ = ["FPN", "Pyramid", "PyramidBackbone"]
