@@ -80,7 +80,7 @@ class CocoEvaluation:
         self._rows[image_id] = _ImageRows(size, truth, found)
 
     def result(self, world_size: int = 1) -> dict[str, float]:
-        """Returns name -> per cent, box_AP, box_AP50, ... and mask_AP, ..., alike on all ranks; "samples" counts images.
+        """Returns name -> per cent, box_AP, box_AP50, ..., mask_AP, ..., alike on all ranks; "samples" counts images.
 
         -1 where no object is of that kind, as COCO has it. Collective over all ranks.
 

@@ -55,7 +55,7 @@ def stats(result: dict[str, float], kind: str) -> list[float]:
 
 @pytest.mark.parametrize("official, segm", [(True, "segm"), (False, "segm_mask_area")])
 def test_numbers_are_those_of_the_official_evaluation(official, segm):
-    """`segm` sorts masks into small, medium and large by their boxes' areas, as mmdetection 2.11 does; ours by masks'."""
+    """`segm` sorts masks into small, medium and large by their boxes' areas, as mmdetection 2.11 does."""
     expected = golden()["stats"]
     result = evaluate(list(range(1, 41)), official=official)
     torch.testing.assert_close(stats(result, "box"), expected["bbox"], rtol=0, atol=1e-12)
@@ -88,7 +88,7 @@ def test_equal_scores_keep_the_order_of_images_and_places():
 
 
 def test_small_cases_by_hand():
-    truth = [{"id": 1, "category_id": 0, "bbox": [0.0, 0, 10, 10], "area": 100.0, "iscrowd": 0, "segmentation": None}]
+    truth = [{"id": 0, "category_id": 0, "bbox": [0.0, 0, 10, 10], "area": 100.0, "iscrowd": 0, "segmentation": None}]
     box = torch.tensor([[0.0, 0, 10, 10]])
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     measure = CocoEvaluation(2, masks=False)
