@@ -115,9 +115,9 @@ class CocoEvaluation:
     def _numbers(self, kind: str, images: Mapping[int, _ImageRows]) -> dict[str, float]:
         api, evaluation = load_coco_api("coco"), load_coco_api("cocoeval")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            truth = self._index(
-                api, images, [row for key in images for row in self._truth_rows(kind, key, images[key])]
-            )
+            truth_rows = [row for key in images for row in self._truth_rows(kind, key, images[key])]
+            # Numbered anew: COCOeval takes an object whose id is 0 for none.
+            truth = self._index(api, images, [{**row, "id": n} for n, row in enumerate(truth_rows, 1)])
             rows = [row for key in images for row in images[key].found]
             found = self._index(api, images, [self._found_row(kind, row, n) for n, row in enumerate(rows, 1)])
             measured = evaluation.COCOeval(truth, found, kind)
