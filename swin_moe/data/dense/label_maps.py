@@ -73,7 +73,7 @@ class LabelMaps:
         found = self._pairs(config)
         self._image_paths = PathTable([image for image, _ in found])
         self._map_paths = PathTable([label_map for _, label_map in found])
-        self._sizes = self._read_sizes()
+        self._sizes = self._read_sizes(unknown=max(1, config.dense.min_side))
         self._rows = np.arange(len(found))
         if self._train:
             self._rows = np.flatnonzero(self._sizes.min(1) >= config.dense.min_side)
@@ -117,9 +117,9 @@ class LabelMaps:
             )
         return [(os.path.join(self._images, name), label_map) for name, label_map in pairs]
 
-    def _read_sizes(self) -> np.ndarray:
-        """Returns (images, 2) int64 from the headers of the label maps, which are small; (1, 1) where one has none."""
-        sizes = np.ones((len(self._map_paths), 2), dtype=np.int64)
+    def _read_sizes(self, unknown: int) -> np.ndarray:
+        """Returns (images, 2) int64 from the headers of the label maps; `unknown` where one has none."""
+        sizes = np.full((len(self._map_paths), 2), unknown, dtype=np.int64)
         for row in range(len(sizes)):
             try:
                 with Image.open(self._map_paths[row]) as image:
