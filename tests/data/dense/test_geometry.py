@@ -89,6 +89,13 @@ def test_moves_one_after_the_other_multiply_their_matrices():
     assert_consistent(sample, before, slack=1.0)
 
 
+def test_a_move_after_others_multiplies_from_the_left():
+    before = blocks(seed=2)
+    for last in (Affine(((1.0, 0.0, 4.0), (0.0, 1.0, -3.0))), Affine(((0.5, 0.0, 9.0), (0.0, 0.8, 2.0)))):
+        sample = last(Resize((96, 90))(Flip()(before)))
+        assert_consistent(sample, before, slack=1.0)
+
+
 def test_a_skewed_box_is_round_its_corners():
     before = blocks(count=1)
     turned = Affine(tuple(map(tuple, rotation(30, 48, 60)[:2])))(before)  # type: ignore[arg-type]
