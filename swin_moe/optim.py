@@ -86,14 +86,19 @@ def build_schedule(config: OptimConfig, *, steps_per_epoch: int, global_batch: i
     )
 
 
-def has_decay(name: str, parameter: torch.Tensor, names: set[str], keywords: set[str]) -> bool:
+def has_decay(
+    name: str, parameter: torch.Tensor, names: set[str], keywords: set[str], *, vectors: bool = False
+) -> bool:
     """Returns whether weight decay applies: not to vectors, biases, and what the model excludes by name or keyword.
 
     The rule of the official optimizer.py:set_weight_decay. Keywords are searched in the whole name, so that a wrapper
     prefix such as "encoder." cannot switch the exclusion off (it does in the official SimMIM code).
+
+    vectors: To vectors and biases too, as the official detectors and segmentors have it.
     """
     excluded = name in names or any(name.endswith("." + n) for n in names) or any(k in name for k in keywords)
-    return not (parameter.ndim <= 1 or name.endswith(".bias") or excluded)
+    plain = vectors or not (parameter.ndim <= 1 or name.endswith(".bias"))
+    return plain and not excluded
 
 
 def frozen_parameters(model: Network, freeze: str) -> set[str]:
@@ -143,11 +148,12 @@ def parameter_groups(model: Network, config: OptimConfig, depths: tuple[int, ...
     groups: dict[tuple[int, bool], dict] = {}
     last = sum(depths) + 1
     wrapped = is_wrapped(name for name, _ in model.named_parameters())
+    vectors = getattr(model, "vectors_decay", False)  # a network from elsewhere may not derive from Network
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = layer_id(file_key(name, wrapped=wrapped), depths) if config.layer_decay != 1.0 else last
-        decay = has_decay(name, parameter, names, keywords)
+        decay = has_decay(name, parameter, names, keywords, vectors=vectors)
         group = groups.setdefault(
             (depth, decay),
             {
