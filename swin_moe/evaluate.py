@@ -7,7 +7,7 @@ from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.run.metrics import LOGGER, save_picture, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
-from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.tasks.base import StepContext, Task, build_task
 from swin_moe.weights.load import load_weights, open_stored
 from swin_moe.weights.sources import Source
 from swin_moe.weights.teacher import load_teacher
@@ -19,10 +19,14 @@ PATH is a checkpoint directory of this system, a run directory (newest checkpoin
 Every sample counts once, whatever the batch size or number of ranks."""
 
 
-def build_eval_loader(config: Config, session: Session, stored: Source | None = None) -> EvalLoader:
+def build_eval_loader(
+    config: Config, session: Session, stored: Source | None = None, *, task: Task | None = None
+) -> EvalLoader:
     """Returns the loader of the validation images for this rank, labelled as the checkpoint's classes are numbered.
 
-    stored: The checkpoint of which the weights are; None = labelled as the data set's are.
+    Args:
+        stored: The checkpoint of which the weights are; None = labelled as the data set's are.
+        task: What needs them; None = whole images' labels are needed.
     """
     names = stored.classes if stored is not None and config.task.options.classifies else ()
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
@@ -32,8 +36,11 @@ def build_eval_loader(config: Config, session: Session, stored: Source | None = 
         rank=session.rank,
         world_size=session.world_size,
         batch=batch,
+        pin_memory=session.device.type == "cuda",
         num_classes=config.model.num_classes,
         classes=names,
+        boxes=task is not None and task.needs_boxes,
+        label_maps=task is not None and task.needs_label_maps,
     )
 
 
@@ -44,8 +51,8 @@ def main(argv: list[str]) -> None:
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size)
     stored = open_stored(session)
-    loader = build_eval_loader(session.config, session, stored)
     task = build_task(session.config)
+    loader = build_eval_loader(session.config, session, stored, task=task)
     if task.needs_teacher:
         task.teacher = load_teacher(session)
     model = build_local_model(session, task)

@@ -12,10 +12,11 @@ from swin_moe.config.checks import NOT_STATE, check_routing, check_run, check_ta
 from swin_moe.config.checks import check as _check
 from swin_moe.config.checks import check_choices as _check_choices
 from swin_moe.config.choices import facts_of
+from swin_moe.config.dense_data import DenseDataConfig
 from swin_moe.config.tasks import TaskConfig
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
-DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
+DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic", "canvases", "coco", "label_maps"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class DataConfig:
     exif: bool = False  # turn images as their EXIF orientation says; torchvision, so the official code, does not
     synthetic_samples: int = 10_000  # training images of the synthetic data set
     cache: bool = field(default=True, metadata=NOT_STATE)  # keep decoded images of the digits in memory
+    dense: DenseDataConfig = field(default_factory=DenseDataConfig)  # boxes, masks, label maps
 
     def __post_init__(self) -> None:
         _check_choices(self, "data")
@@ -65,7 +67,7 @@ class DataConfig:
         _check(self.images_per_class >= 0, "data.images_per_class", self.images_per_class, ">= 0 (0 = all)")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        needs_path = self.name in ("folder", "zip", "imagenet22k")
+        needs_path = self.name in ("folder", "zip", "imagenet22k", "coco", "label_maps")
         _check(bool(self.path) or not needs_path, "data.path", self.path, f"set for data.name={self.name}")
 
 

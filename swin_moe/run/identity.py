@@ -9,7 +9,7 @@ from swin_moe.checkpoint import Index, resolve
 from swin_moe.config import Config
 from swin_moe.config.tasks import nested
 from swin_moe.config.variants import VARIANTS
-from swin_moe.data.base import Dataset
+from swin_moe.data.base import Listed
 from swin_moe.data.listing import listing_digest
 from swin_moe.data.loader import steps_in_epoch
 from swin_moe.run.state import Progressed
@@ -39,7 +39,7 @@ class RunIdentity:
     digests: dict[str, str]  # train, val
 
     @classmethod
-    def of(cls, config: Config, train: Dataset, val: Dataset) -> "RunIdentity":
+    def of(cls, config: Config, train: Listed, val: Listed) -> "RunIdentity":
         """Returns the identity of a run on these data sets; warns where most outputs of the network have no class."""
         digests = {"train": listing_digest(train), "val": listing_digest(val)}
         outputs = config.model.num_classes

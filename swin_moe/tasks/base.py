@@ -93,6 +93,8 @@ class Task(Protocol):
     higher_is_better: bool = False
     needs_partners: bool = False  # batches must hold every image's neighbour in global order, for mixing
     needs_views: bool = False  # batches must hold a second augmentation of every image, as "view"
+    needs_boxes: bool = False  # batches must hold boxes, labels and, where the data has them, masks
+    needs_label_maps: bool = False  # batches must hold a class per pixel
     changes_weights: bool = False  # after_step does something
     needs_teacher: bool = False  # swin_moe/weights/teacher.py loads it
 

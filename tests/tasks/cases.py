@@ -147,7 +147,7 @@ def evaluate(root: str, config: str, *options: str) -> dict[str, float]:
     model = build_local_model(session, task)
     stored = open_stored(session)
     load_weights(model, session, stored)
-    loader = build_eval_loader(session.config, session, stored)
+    loader = build_eval_loader(session.config, session, stored, task=task)
     batches = (to_device(batch, session.device, session.config.engine.precision) for batch in loader)
     context = StepContext(session.config, 0, session.world_size, 0, torch.no_grad)
     return task.evaluate(model.eval(), batches, context)
