@@ -201,7 +201,7 @@ RANGES: dict[str, tuple] = {
     "task.segment.auxiliary_channels": _COUNT, "task.segment.auxiliary_index": _COUNT,
     "task.segment.auxiliary_weight": _range(0), "task.segment.frozen_stages": _range(-1),
     "task.segment.class_weights": _range(0), "task.segment.slide_crop": _SOME, "task.segment.slide_stride": _SOME,
-    "task.segment.scales": _POSITIVE,
+    "task.segment.scales": _POSITIVE, "task.segment.pictures": _COUNT,
     "task.moby.temperature": _POSITIVE, "task.moby.queue": _SOME, "task.moby.hidden_dim": _SOME,
     "task.moby.num_features": _SOME,
     "optim.lr": _COUNT, "optim.lr_reference_batch": _COUNT, "optim.warmup_lr": _COUNT, "optim.min_lr": _COUNT,

@@ -129,6 +129,7 @@ class SegmentOptions(TaskOptions):
     slide_stride: tuple[int, int] = (341, 341)
     scales: tuple[float, ...] = (1.0,)  # sizes of an image that probabilities are averaged over, times its own
     flip: bool = False  # the mirrored image counts too
+    pictures: int = field(default=4, metadata=NOT_STATE)  # validation images drawn at every evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ Shape legend: B images of this micro-batch, K classes, H x W the padded batch, h
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
+from swin_moe.tasks.dense import Found
+from swin_moe.tasks.drawing import PictureBook
 from swin_moe.tasks.measures.confusion import IGNORED, Confusion
 
 Size = tuple[int, int]
@@ -41,6 +44,7 @@ class Segment(Task):
         super().__init__(config)
         self.options = config.task.segment
         self.changes_weights = self.options.norm == "batch"
+        self._pictures: dict[str, np.ndarray] = {}
         weights = self.options.class_weights
         self.class_weights = torch.tensor(weights, dtype=torch.float64) if weights else None
 
@@ -100,23 +104,41 @@ class Segment(Task):
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task: at the images' stored size, every image by itself, without padding."""
         confusion, count = None, 0
+        book = PictureBook((), count=self.options.pictures)
         for batch in batches:
-            image = batch["image"]
-            confusion = confusion or Confusion(self.config.model.num_classes, image.device)
-            groups = list(groups_of(batch))
-            forwards = sum(self._forwards(size) for _, size, _ in groups)
-            more = _most(forwards, image.device, context) - forwards  # asked before any: forwards may be collectives
-            for rows, (height, width), original in groups:
-                found = self.probabilities(model, image[rows, :, :height, :width], original, context)
-                label = batch["label_map"][rows, : original[0], : original[1]]
-                confusion.add(found.argmax(dim=1), label)
-            count += len(image)
-            self._follow(model, image, more, context)
+            confusion = confusion or Confusion(self.config.model.num_classes, batch["image"].device)
+            found = self.look(model, batch, context)
+            for label_map, (height, width), one in zip(batch["label_map"], batch["original_size"].tolist(), found):
+                assert one.label_map is not None, "as look gives it"
+                confusion.add(one.label_map, label_map[:height, :width])
+            book.add(batch, found)
+            count += len(found)
         assert confusion is not None, "an evaluation has a batch, which may have no image"
         total = torch.tensor([count], device=confusion.count_3K.device)
         if context.world_size > 1:
             dist.all_reduce(total)
+        self._pictures = book.result(context.world_size)
         return {**confusion.result(context.world_size), "samples": float(total)}
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, batch: Batch, context: StepContext) -> list[Found]:
+        """See LooksAtImages. Every rank calls it; it may have no image."""
+        image, groups = batch["image"], list(groups_of(batch))
+        forwards = sum(self._forwards(size) for _, size, _ in groups)
+        # Asked before any: a forward is a collective where ranks hold each other's experts or weights.
+        more = _most(forwards, image.device, context) - forwards
+        found: dict[int, Found] = {}
+        for rows, (height, width), original in groups:
+            maps = self.probabilities(model, image[rows, :, :height, :width], original, context).argmax(dim=1)
+            found |= {row: Found(label_map=label_map) for row, label_map in zip(rows, maps)}
+        for _ in range(more):
+            with context.autocast():
+                model(image[:0])
+        return [found[row] for row in range(len(image))]
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """See Task: the first validation images, what is known on the left and what was found on the right."""
+        return self._pictures
 
     def probabilities(self, model: nn.Module, image: Tensor, original: Size, context: StepContext) -> Tensor:
         """Returns (B, K, h, w) of images of one size, as task.segment.inference, scales and flip say."""
@@ -148,12 +170,6 @@ class Segment(Task):
             slides = options.inference == "slide"
             count += len(list(inference.windows(scaled, options.slide_crop, options.slide_stride))) if slides else 1
         return count * (2 if options.flip else 1)
-
-    def _follow(self, model: nn.Module, image: Tensor, forwards: int, context: StepContext) -> None:
-        """Takes part in the forwards that other ranks make for their images: experts and weights may be theirs."""
-        for _ in range(forwards):
-            with context.autocast():
-                model(image[:0])
 
 
 def groups_of(batch: Batch) -> Iterator[tuple[list[int], Size, Size]]:

@@ -155,6 +155,7 @@ def test_evaluation_is_of_every_image_without_its_padding():
     assert result["mAcc"] == pytest.approx(100 * float((agreed / table.sum(1)).nanmean()))
     assert result["aAcc"] == pytest.approx(100 * float(agreed.sum() / table.sum()))
     assert result["samples"] == 3
+    assert sorted(task.pictures()) == ["validation_0", "validation_1", "validation_2"]
 
 
 def test_confusion_is_the_official_one():

@@ -1,5 +1,5 @@
-"""What dense tasks are measured by, exact on any number of ranks: confusion.py, of label maps.
+"""What is measured over many images and ranks, exactly: the same digits however the images are spread.
 
-There is no table: a task builds its measure, adds every image of its rank to it, and asks for the result at the end.
-A new one needs that every rank may hold no image, and that sums are of integers or independent of their order.
+coco.py: average precision of boxes and masks; confusion.py: label maps. There is no table; a task imports its own.
+A new one gathers or sums what ranks hold, once at the end of an evaluation, as integers or in a fixed order.
 """
