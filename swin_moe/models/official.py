@@ -8,7 +8,7 @@ Shape legend: L offsets of a bias table or tokens of an embedding, H heads, S so
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from swin_moe.models.load_report import LoadReport, Named
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
+    ENCODER,
     OUTSIDE,
     RENAMED,
     SIMMIM_DROPPED,
@@ -61,8 +62,7 @@ def load_official(
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
     official, note = unwrap(state_dict)
-    simmim = is_wrapped(official)
-    loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
+    loading = _Loading(model, target, official, interpolation)
     loading.fit_all(official, strict=strict)
     if note:
         loading.report.notes.append(f"read {note}")
@@ -98,8 +98,7 @@ def fit_weights(
         ValueError: Every unexplained missing, unexpected and mis-shaped name.
     """
     target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    simmim = is_wrapped(source)
-    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic")
+    loading = _Loading(backbone, target, source, None)
     loading.own_parts, loading.same_classes, loading.grid = own_parts, same_classes, grid
     loading.fit_all(dict(source), strict=True)
     return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
@@ -111,8 +110,12 @@ class _Loading:
     own_parts, same_classes = False, False  # see fit_weights
     grid: tuple[int, int] | None = None
 
-    def __init__(self, model: SwinTransformer, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
-        self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
+    def __init__(
+        self, model: SwinTransformer, target: dict[str, Tensor], names: Collection[str], interpolation: str | None
+    ) -> None:
+        self.model, self.target = model, target
+        self.wrapped, self.simmim = is_wrapped(names), any(name.startswith(ENCODER) for name in names)
+        self.interpolation = interpolation or ("geometric" if self.simmim else "bicubic")
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
         self.experts_told: dict[str, int] = {}  # by block, as the file says it beside its tensors
@@ -133,7 +136,7 @@ class _Loading:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = file_key(key, wrapped=self.simmim)
+            name = file_key(key, wrapped=self.wrapped)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:

@@ -20,12 +20,14 @@ DROPPED = (
     (r"\b_num_global_experts$", "checked against the model"),
 )
 SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)  # of the official files of SimMIM
-BACKBONE = "encoder."  # before the backbone's names in a network that has more than a backbone; all others are a task's
+# Before the backbone's names in a network that has more than a backbone, of pre-training and of dense tasks; all other
+# names there are a task's.
+ENCODER, DENSE = BACKBONE = "encoder.", "backbone."
 OUTSIDE = "/"  # before the key of what stands beside the backbone there, whose names may be the backbone's own
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Returns whether parameters of these names are of a network that has its backbone as `encoder`."""
+    """Returns whether parameters of these names are of a network that has its backbone in a child (BACKBONE)."""
     return any(name.startswith(BACKBONE) for name in names)
 
 
@@ -37,4 +39,4 @@ def file_key(name: str, *, wrapped: bool) -> str:
     """
     if not wrapped:
         return name
-    return name.removeprefix(BACKBONE) if name.startswith(BACKBONE) else OUTSIDE + name
+    return next((name.removeprefix(p) for p in BACKBONE if name.startswith(p)), OUTSIDE + name)

@@ -10,17 +10,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_moe.models.dense.layers import ConvModule
+from swin_moe.models.layers import ModuleList
 
-class ConvModule(nn.Module):
-    """A convolution with bias under the official name `conv`."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns (B, out_channels, H, W)."""
-        return self.conv(x)
+def _conv(in_channels: int, out_channels: int, kernel: int) -> ConvModule:
+    return ConvModule(in_channels, out_channels, kernel, activation=False, initial="xavier")
 
 
 class FPN(nn.Module):
@@ -32,8 +27,8 @@ class FPN(nn.Module):
         if levels < len(in_channels):
             raise ValueError(f"levels must be at least {len(in_channels)}, one per map of the backbone, got {levels}")
         self.levels = levels
-        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1) for n in in_channels)
-        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in in_channels)
+        self.lateral_convs = ModuleList(_conv(n, channels, 1) for n in in_channels)
+        self.fpn_convs = ModuleList(_conv(channels, channels, 3) for _ in in_channels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Returns `levels` maps (B, channels, H, W), finest first.
