@@ -50,7 +50,7 @@ def write_coco(root: Path, images: int) -> None:
             x, y, radius = rng.uniform(60, 580), rng.uniform(60, 420), rng.uniform(10, 60)
             angle = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
             points = np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], 1).round(2)
-            row = {
+            row: dict[str, Any] = {
                 "id": len(tree["annotations"]) + 1,
                 "image_id": index,
                 "category_id": int(rng.integers(1, CLASSES + 1)),
