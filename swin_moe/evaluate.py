@@ -1,5 +1,7 @@
 """Evaluation: `swin-moe evaluate CONFIG checkpoint.load=PATH`; the newest checkpoint of the run by default."""
 
+from collections.abc import Sequence
+
 from swin_moe.config import Config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
@@ -20,15 +22,23 @@ Every sample counts once, whatever the batch size or number of ranks."""
 
 
 def build_eval_loader(
-    config: Config, session: Session, stored: Source | None = None, *, task: Task | None = None
+    config: Config,
+    session: Session,
+    stored: Source | None = None,
+    *,
+    task: Task | None = None,
+    classes: Sequence[str] = (),
 ) -> EvalLoader:
     """Returns the loader of the validation images for this rank, labelled as the checkpoint's classes are numbered.
 
     Args:
         stored: The checkpoint of which the weights are; None = labelled as the data set's are.
         task: What needs them; None = whole images' labels are needed.
+        classes: Where nothing is stored, what labels stand for; () = as the data set numbers them.
     """
-    names = stored.classes if stored is not None and config.task.options.classifies else ()
+    boxes, label_maps = (task.needs_boxes, task.needs_label_maps) if task is not None else (False, False)
+    if stored is not None:
+        classes = stored.classes if config.task.options.classifies or boxes or label_maps else ()
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
         config.data,
@@ -38,9 +48,9 @@ def build_eval_loader(
         batch=batch,
         pin_memory=session.device.type == "cuda",
         num_classes=config.model.num_classes,
-        classes=names,
-        boxes=task is not None and task.needs_boxes,
-        label_maps=task is not None and task.needs_label_maps,
+        classes=classes,
+        boxes=boxes,
+        label_maps=label_maps,
     )
 
 

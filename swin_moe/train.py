@@ -107,7 +107,9 @@ class Trainer:
             boxes=self.task.needs_boxes,
             label_maps=self.task.needs_label_maps,
         )
-        self.eval_loader = build_eval_loader(config, session, task=self.task)
+        dense = self.task.needs_boxes or self.task.needs_label_maps  # validation may number its classes otherwise
+        classes = self.loader.dataset.classes if dense else ()
+        self.eval_loader = build_eval_loader(config, session, task=self.task, classes=classes)
 
     @property
     def device(self) -> torch.device:

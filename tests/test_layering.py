@@ -22,7 +22,7 @@ LAYERS = (
     ("engine", "tasks"),
     ("run",),
     ("weights", "planner"),
-    ("evaluate",),
+    ("evaluate", "predict_pixels"),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor",),
     ("cli",),

@@ -1,15 +1,20 @@
 """What a step does to an image, planned from its stored size and a key, and done later to all of it alike.
 
 A plan knows the size it ends with before a pixel is read: the padded size of a step needs no image of another rank.
+The official augmentations of detection (1x and 3x) and of UPerNet are options of data.dense: docs/detection.md.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swin_moe.config import DataConfig
-from swin_moe.data.dense.geometry import Flip, Move, Resize, scaled_size
+from swin_moe.data.dense.colours import Distort
+from swin_moe.data.dense.geometry import Crop, Flip, Move, Resize, scaled_size
 from swin_moe.data.dense.sample import DenseSample
+from swin_moe.randomness import derive_key
+
+_CROP_TRIES = 10  # of segmentation
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,63 @@ class EvaluationPlanner:
         return Plan(size, (Resize(size, self._antialias),))
 
 
+def _choose(draw: random.Random, values: Sequence[int]) -> int:
+    return values[int(draw.random() * len(values))]
+
+
+def _between(draw: random.Random, low: int, high: int) -> int:
+    """Returns a whole number in [low, high]."""
+    return low + int(draw.random() * (high - low + 1))
+
+
 class TrainingPlanner:
-    """Flip and resize."""
+    """Flip; half of the time a resize and crop first (detection); resize; crop to one size (segmentation); colours.
+
+    Each part draws from a stream of its own, so that one option does not move the draws of another.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         self._hflip, self._options = config.hflip, config.dense
 
     def __call__(self, height: int, width: int, key: int) -> Plan:
         """Returns the plan of an image of this size; a pure function of size and key."""
-        draw, options = random.Random(key), self._options
-        moves: list[Move] = []
-        size = height, width
-        if draw.random() < self._hflip:
+        options, moves, size = self._options, list[Move](), (height, width)
+        flip, first, resize, crop, colours = (random.Random(derive_key(key, part)) for part in range(5))
+        if flip.random() < self._hflip:
             moves.append(Flip())
+        if options.crop_short and first.random() < 0.5:
+            size = self._resized(moves, size, _choose(first, options.crop_short), options.long)
+            low, high = options.crop_sides
+            cut = (_between(first, min(side, low), min(side, high)) for side in size)
+            size = self._cropped(moves, first, size, (next(cut), next(cut)), tries=1)
         if options.short:
-            short = options.short[int(draw.random() * len(options.short))]
-            size = scaled_size(height, width, short, options.long)
-            moves.append(Resize(size, options.antialias))
+            ratio = resize.uniform(*options.ratio)
+            short, long = int(_choose(resize, options.short) * ratio), int(options.long * ratio)
+            size = self._resized(moves, size, max(1, short), max(1, long))
+        if options.crop[0]:
+            cut_size = min(size[0], options.crop[0]), min(size[1], options.crop[1])
+            self._cropped(moves, crop, size, cut_size, tries=_CROP_TRIES, max_share=options.crop_max_share)
+            size = options.crop  # what is missing is padded by the batch
+        if options.distort:
+            moves.append(Distort.drawn(colours))
         return Plan(size, tuple(moves))
+
+    def _resized(self, moves: list[Move], size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
+        new = scaled_size(*size, short, long)
+        moves.append(Resize(new, self._options.antialias))
+        return new
+
+    @staticmethod
+    def _cropped(
+        moves: list[Move],
+        draw: random.Random,
+        size: tuple[int, int],
+        cut: tuple[int, int],
+        *,
+        tries: int,
+        max_share: float = 1.0,
+    ) -> tuple[int, int]:
+        margin = size[0] - cut[0], size[1] - cut[1]
+        places = tuple((_between(draw, 0, margin[0]), _between(draw, 0, margin[1])) for _ in range(tries))
+        moves.append(Crop(cut, places, max_share))
+        return cut

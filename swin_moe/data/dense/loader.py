@@ -18,7 +18,7 @@ from swin_moe.data.batch import Batch
 from swin_moe.data.dense.augment import Plan, build_planner
 from swin_moe.data.dense.collate import collate, evaluation_fields, padded_size
 from swin_moe.data.dense.sample import Annotation, DenseDataset, DenseSample
-from swin_moe.data.dense.share import LabelledShare
+from swin_moe.data.dense.selected import LabelledShare, RelabeledObjects
 from swin_moe.data.pixels import BrokenImage
 from swin_moe.data.source import Request
 from swin_moe.data.transforms import augment_key
@@ -53,13 +53,10 @@ def build_dense_dataset(
             f"data.images_per_class={config.images_per_class} is not for {needs}; data.dense.labelled takes a part"
         )
     row = lookup(DENSE_DATASETS, config.name, key="data.name")
-    dataset = row(config, split, maps=label_maps and not boxes, num_classes=num_classes)
+    dataset: DenseDataset = row(config, split, maps=label_maps and not boxes, num_classes=num_classes)
     check_members(dataset, DenseDataset, chosen=f"data.name={config.name}", where="data/dense/sample.py: DenseDataset")
     if classes and tuple(classes) != dataset.classes:
-        raise ValueError(
-            f"data.path: the classes of {config.path or config.name} ({', '.join(dataset.classes[:4])}, ...) are not "
-            f"those that the checkpoint was trained with ({', '.join(classes[:4])}, ...), in their order"
-        )
+        dataset = RelabeledObjects(dataset, classes, where=config.path or config.name)
     return LabelledShare(dataset, config) if split == "train" and config.dense.labelled < 1 else dataset
 
 

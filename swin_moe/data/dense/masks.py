@@ -5,6 +5,7 @@ Shape legend: N masks, H height, W width.
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,36 +57,35 @@ def rle_box(rle: dict) -> list[float]:
     return [float(number) for number in _api().toBbox(rle)]
 
 
-def rle_of_annotation(segmentation: Any, height: int, width: int) -> dict:
-    """Returns the RLE of what stands in a COCO json: polygons (drawn as the COCO API draws them), or runs.
-
-    Raises:
-        ValueError: It is neither, or runs of another size; the reason without the place.
-    """
+def check_segmentation(segmentation: Any, height: int, width: int) -> None:
+    """Raises ValueError, with the end of a sentence about the object, for what is neither polygons nor runs as a COCO
+    json has them, or runs of another size. Polygons may leave the image."""
     if isinstance(segmentation, list):
-        if not segmentation:
-            raise ValueError("its segmentation has no polygon")
         for polygon in segmentation:
             numbers = isinstance(polygon, list) and all(isinstance(value, (int, float)) for value in polygon)
             if not numbers or len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError("its polygon is not a list of at least three pairs of numbers")
-            if not np.isfinite(polygon).all():
-                raise ValueError("its polygon has a number that is not finite")
-        return _api().merge(_api().frPyObjects(segmentation, height, width))
+                raise ValueError("has a polygon that is not at least three pairs of numbers")
+            if not math.isfinite(sum(polygon)):
+                raise ValueError("has a polygon with a number that is not finite")
+        return
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise ValueError("its segmentation is neither polygons nor an RLE (size and counts)")
+        raise ValueError("has a segmentation that is neither polygons nor an RLE (size and counts)")
     size, counts = segmentation["size"], segmentation["counts"]
-    if list(size) != [height, width]:
-        raise ValueError(f"its RLE is of {_by(size)} pixels (height x width), the image {height} x {width}")
-    if isinstance(counts, list):
-        whole = all(isinstance(run, int) and run >= 0 for run in counts)
-        if not whole or sum(counts) != height * width:
-            raise ValueError(f"its RLE does not cover the image's {height * width} pixels")
+    if not isinstance(size, list) or size != [height, width]:
+        raise ValueError(f"has an RLE of {_by(size)} pixels (height x width), the image has {height} x {width}")
+    whole = isinstance(counts, str) or (isinstance(counts, list) and all(isinstance(r, int) and r >= 0 for r in counts))
+    runs = (_runs(counts.encode()) if isinstance(counts, str) else counts) if whole else []
+    if sum(runs) != height * width:
+        raise ValueError(f"has an RLE whose runs are not the image's {height * width} pixels")
+
+
+def rle_of_segmentation(segmentation: Any, height: int, width: int) -> dict:
+    """Returns the RLE of checked polygons, drawn as the COCO API draws them, or runs."""
+    if isinstance(segmentation, list):
+        return _api().merge(_api().frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
         return _api().frPyObjects(segmentation, height, width)
-    packed: bytes = counts.encode() if isinstance(counts, str) else counts
-    if sum(_runs(packed)) != height * width:
-        raise ValueError(f"its RLE does not cover the image's {height * width} pixels")
-    return {"size": [height, width], "counts": packed}
+    return {"size": [height, width], "counts": segmentation["counts"].encode()}
 
 
 def _by(size: Any) -> str:
