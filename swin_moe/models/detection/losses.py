@@ -3,15 +3,12 @@
 Shape legend: N rows.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.config.detect_options import BoxLoss
 from swin_moe.models.detection.boxes import generalized_iou
-
-BoxLoss = Literal["l1", "smooth_l1", "giou"]
 
 
 def smooth_l1(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
