@@ -119,6 +119,8 @@ class Detect(Task):
         image, size, original = batch["image"], batch["size"], batch["original_size"]
         groups = list(groups_of(size, self.config.data.dense.divisor))
         results: list[Found | None] = [None] * len(image)
+        # Asked before any: forwards may be collectives.
+        more = most_forwards(len(groups), image.device, context.world_size) - len(groups)
         for rows, (height, width) in groups:
             with context.autocast():
                 found = model(fitted(image[rows], height, width), size[rows], original=original[rows])
@@ -128,7 +130,7 @@ class Detect(Task):
                     stored = (int(original[row, 0]), int(original[row, 1]))
                     masks = paste_masks(one.masks, one.boxes, stored, self.options.mask_threshold)
                 results[row] = Found(one.boxes, one.scores, one.labels, masks)
-        for _ in range(most_forwards(len(groups), image.device, context.world_size) - len(groups)):
+        for _ in range(more):
             with context.autocast():
                 model(image[:0], size[:0], original=original[:0])
         return [one for one in results if one is not None]
