@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,7 @@ class Trainer:
     def _train_step(self, batches: StepBatches) -> bool:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
-        context = self._context(step, self._count(batches))
+        context = replace(self._context(step, self._count(batches)), weight=self.micro_steps.weigh(batches))
         if self.records.due(step + 1) and self.micro_steps.has_phases:
             start_clocks(self.engine.local_model, self.device)
         # Whole steps are micro-batches of one size on every rank, unless images were skipped.

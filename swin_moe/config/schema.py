@@ -106,6 +106,9 @@ class MoEConfig:
     cosine_init_t: float = 0.5
     shared_experts: int = 0  # experts that every token visits, as one dense network (arXiv:2401.06066)
     dropout: float = 0.0  # after GELU, inside the experts, not inside the shared ones
+    # Of images that a batch pads to one size (dense tasks) the padding is not routed, but with choice=soft, which mixes
+    # whole maps.
+    skip_padding: bool = True
     backend: str = "native"  # who moves rows to experts: native, padded, tutel, local; docs/communication.md
     transport: Literal["linear", "hierarchical"] = "linear"  # one all-to-all, or inside nodes and then between them
     payload: Literal["none", "bf16", "fp8"] = "none"  # what rows between ranks are rounded to; docs/communication.md

@@ -26,7 +26,10 @@ _OF_MOE = (
 ).split()
 _COURSE = frozenset([*(f"model.{name}" for name in _OF_MODEL), *(f"model.moe.{name}" for name in _OF_MOE)])
 _MEANING = ("model.", "task.name", "data.name", "data.images_per_class", "data.subset", "run.seed")
-_FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.simmim.pictures", "task.distill.teacher")
+_FREE = (
+    *("data.path", "data.workers", "data.cache", "data.on_broken"),
+    *("task.simmim.pictures", "task.segment.pictures", "task.distill.teacher"),
+)
 _ENGINE = ("engine.precision",)  # stands beside the checkpoint only, as its bytes do not depend on the section
 
 

@@ -53,6 +53,32 @@ DISTILL = ("task.teacher=TEACHER.pth", "task.teacher_model=TEACHER.yaml", "task.
 # A ring that the batch of 20 does not divide, and that is filled more than once.
 MOBY = ("task.queue=17", "task.hidden_dim=12", "task.num_features=6")
 
+# 50 canvases of three sizes, so that most are padded; the statistics of batch norm are those of all ranks' pixels.
+SEGMENT = (
+    "data.images_per_class=0",
+    "data.hflip=0.5",
+    "data.dense.canvases=50",
+    "data.dense.val_canvases=7",
+    "data.eval_batch=3",
+    "data.dense.canvas_size=[20,24]",
+    "data.dense.digit_size=[8,12]",
+    "data.dense.short=[14,18,20]",
+    "data.dense.eval_short=18",
+    "data.dense.divisor=4",
+    "task.segment.channels=6",
+    "task.segment.dropout=0.2",
+    "task.segment.auxiliary_channels=4",
+    "task.segment.auxiliary_index=1",
+    "task.segment.pool_scales=[1,2]",
+)
+SLIDE = (
+    "task.segment.inference=slide",
+    "task.segment.slide_crop=[12,12]",
+    "task.segment.slide_stride=[8,8]",
+    "task.segment.scales=[0.75,1.25]",
+    "task.segment.flip=true",
+)
+
 # name -> (config, options); and which run of one process it equals, if not itself.
 RUNS = {
     "simmim": ("digits_simmim", ()),
@@ -70,6 +96,12 @@ RUNS = {
     "moby zero": ("digits_moby", (*MOBY, "parallel.zero=3")),
     "moby recomputed": ("digits_moby", (*MOBY, "parallel.recompute=block", "parallel.zero=1")),
     "moby moe": ("digits_moby", (*MOBY, *MOE)),
+    "segment": ("canvas_upernet", SEGMENT),
+    "segment zero": ("canvas_upernet", (*SEGMENT, "parallel.zero=3")),
+    "segment frozen": ("canvas_upernet", (*SEGMENT, "task.segment.norm=frozen")),
+    "segment accumulated": ("canvas_upernet", (*SEGMENT, "task.segment.norm=frozen", "data.micro_batch=5")),
+    "segment moe": ("canvas_upernet", (*SEGMENT, *SLIDE, *MOE)),
+    "segment moe recomputed": ("canvas_upernet", (*SEGMENT, *SLIDE, *MOE, "parallel.recompute=block")),
 }
 REFERENCE = {
     "simmim accumulated": "simmim",
@@ -79,6 +111,9 @@ REFERENCE = {
     "distill sharded": "distill",
     "moby zero": "moby",
     "moby recomputed": "moby",
+    "segment zero": "segment",
+    "segment accumulated": "segment frozen",
+    "segment moe recomputed": "segment moe",
     "distill moe accumulated": "distill moe",
 }
 

@@ -47,6 +47,12 @@ def whole_windows(config: ModelConfig) -> ModelConfig:
     return replace(config, img_size=(height, width), num_classes=0, pretrained_window_sizes=trained)
 
 
+def inside(shape: torch.Size, tokens_B2: Tensor) -> Tensor:
+    """Returns (B, H * W) bool: which tokens of maps of this (H, W) are of the image, not of what pads it."""
+    rows, columns = (torch.arange(side, device=tokens_B2.device) for side in shape)
+    return ((rows[:, None] < tokens_B2[:, 0, None, None]) & (columns < tokens_B2[:, 1, None, None])).flatten(1)
+
+
 class PyramidBackbone(SwinTransformer):
     """A Swin network of any family with one LayerNorm per map that it gives, `norm<stage>`."""
 
@@ -54,7 +60,7 @@ class PyramidBackbone(SwinTransformer):
         self,
         config: ModelConfig,
         *,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
         recompute: str = "none",
     ) -> None:
@@ -62,7 +68,7 @@ class PyramidBackbone(SwinTransformer):
 
         Args:
             config: img_size is the size that absolute positions belong to; images may have any other.
-            out_indices: Stages whose maps are given, rising.
+            out_indices: Stages whose maps are given, rising; None = all.
             frozen_stages: -1 = none; 0 = patch embedding and positions; n = also the first n stages with their norms,
                 which then neither learn nor drop anything.
 
@@ -70,6 +76,7 @@ class PyramidBackbone(SwinTransformer):
             ValueError: Stages that the network does not have.
         """
         depth = len(config.depths)
+        out_indices = range(depth) if out_indices is None else out_indices
         in_order = list(out_indices) == sorted(set(out_indices)) and len(out_indices) > 0
         if not in_order or not all(0 <= i < depth for i in out_indices):
             raise ValueError(f"out_indices must rise within [0, {depth - 1}], got {tuple(out_indices)}")
@@ -86,23 +93,29 @@ class PyramidBackbone(SwinTransformer):
             self.add_module(f"norm{stage}", nn.LayerNorm(channels))
         self._freeze()
 
-    def forward(self, x: Tensor, random: RandomContext | None = None) -> Pyramid:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, random: RandomContext | None = None, size: Tensor | None = None
+    ) -> Pyramid:
         """Returns the maps of out_indices and the auxiliary loss.
 
         Args:
             x: (B, channels, height, width) of any size; B may be 0.
             random: What training draws from; None = a fresh context from torch's generator. Unused in evaluation.
+            size: (B, 2) int64, (height, width) of each image in the upper left corner of what a batch was padded to;
+                MoE blocks do not route the rest, unless model.moe.skip_padding says no. None = images are not padded.
         """
         check_image(x, self.patch_embed.proj)
         random = self._context(x, random)
+        x_size = x.shape[2:]
         x = self._embed(x, False, None, random)
-        factors = self._drop_path(random, x.dtype)
+        factors, tokens = self._drop_path(random, x.dtype), self._tokens(x_size, size)
         maps, losses = [], []
         for index, stage in enumerate(self.layers):
+            valid = None if tokens is None else inside(x.shape[1:3], tokens)
             for block in stage.blocks:
                 learns = index >= self.frozen_stages
                 own = factors[block.layer] if factors is not None and learns else None
-                x, aux = self._run(block, x, random if learns else None, False, own)
+                x, aux = self._run(block, x, random if learns else None, False, own, valid)
                 losses += [] if aux is None else [aux]
             if index in self.out_indices:
                 normed = self.get_submodule(f"norm{index}")(x)
@@ -111,6 +124,7 @@ class PyramidBackbone(SwinTransformer):
                 break  # nothing that is given depends on what follows
             if stage.downsample is not None:
                 x = stage.downsample(x)
+                tokens = None if tokens is None else (tokens + 1) // 2
         return Pyramid(maps, torch.stack(losses).sum() if losses else None)
 
     def train(self, mode: bool = True) -> "PyramidBackbone":
@@ -126,6 +140,16 @@ class PyramidBackbone(SwinTransformer):
         if tuple(size) != self.grid:
             positions = F.interpolate(positions, size=tuple(size), mode="bicubic")
         return positions.permute(0, 2, 3, 1)
+
+    def _tokens(self, padded: torch.Size, size: Tensor | None) -> Tensor | None:
+        """Returns (B, 2) int64, the (H, W) of each image in the first stage; None where all tokens are routed."""
+        moe = self.config.moe
+        if size is None or not moe.has_blocks or not moe.skip_padding or moe.choice == "soft":
+            return None
+        if bool((size == size.new_tensor(padded)).all()):
+            return None  # as with a mask of all tokens, and faster
+        patch = size.new_tensor(self.config.patch_size)
+        return (size + patch - 1) // patch
 
     def _frozen(self) -> list[nn.Module]:
         """Returns what does not learn: frozen stages, and what no map that is given depends on."""

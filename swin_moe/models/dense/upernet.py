@@ -175,7 +175,7 @@ class UPerNet(DenseNetwork):
         elif random is None:
             random = RandomContext.fresh(len(image), image.device)
         random = None if random is None else with_words(random)
-        maps, aux = self.backbone(image, random=random)
+        maps, aux = self.backbone(image, random=random, size=size)
         auxiliary = None
         if self.auxiliary_head is not None and self.training:
             auxiliary = self.auxiliary_head(maps[self.auxiliary_index], random)
