@@ -9,24 +9,9 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from swin_moe.config.checks import NOT_STATE, check, check_choices, shown
+from swin_moe.config.detect_options import DetectOptions
+from swin_moe.config.task_options import TaskOptions
 from swin_moe.registry import is_outside, lookup
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """What the options of a task derive from; as it is, those of a task that has none."""
-
-    section = "own"  # of TaskConfig
-    classifies = False  # the network's outputs are the data's classes, by a head
-
-    def __post_init__(self) -> None:
-        check_choices(self, f"task.{self.section}")
-
-    def check(self, config: Any, *, forwards: int) -> None:
-        """Raises ValueError where the Config's other sections do not fit this task, before anything is built.
-
-        forwards: Of one optimizer step.
-        """
 
 
 @dataclass(frozen=True)
@@ -153,7 +138,7 @@ class SegmentOptions(TaskOptions):
         check(seen, "data.micro_batch", config.data.micro_batch, allowed)
 
 
-SECTIONS = (ClassifyOptions, SimMIMOptions, DistillOptions, MoBYOptions, SegmentOptions)
+SECTIONS = (ClassifyOptions, SimMIMOptions, DistillOptions, MoBYOptions, DetectOptions, SegmentOptions)
 # Options that stood beside task.name once -> their section. What comes new has one place only.
 MOVED = {
     **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob"), "classify"),
@@ -170,6 +155,7 @@ class TaskConfig:
     simmim: SimMIMOptions = field(default_factory=SimMIMOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
     moby: MoBYOptions = field(default_factory=MoBYOptions)
+    detect: DetectOptions = field(default_factory=DetectOptions)
     segment: SegmentOptions = field(default_factory=SegmentOptions)
     own: TaskOptions = field(default_factory=TaskOptions)  # of a task.name=package.module:Name, its class's `Options`
 

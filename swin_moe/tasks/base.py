@@ -19,6 +19,7 @@ from swin_moe.registry import lookup
 
 TASKS = {
     "classify": "swin_moe.tasks.classify:Classify",
+    "detect": "swin_moe.tasks.detect:Detect",
     "distill": "swin_moe.tasks.distill:Distill",
     "moby": "swin_moe.tasks.moby:MoBY",
     "segment": "swin_moe.tasks.segment:Segment",

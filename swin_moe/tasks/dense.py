@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from swin_moe.data.batch import Batch
@@ -26,3 +28,12 @@ class LooksAtImages(Protocol):
 
     def look(self, model: nn.Module, batch: Batch, context: StepContext) -> list[Found]:
         """Returns what is found in every image of a batch of evaluation, which need not hold the truth."""
+
+
+def most_forwards(own: int, device: torch.device, world_size: int) -> int:
+    """Returns the most forwards that a rank needs for its batch: as many as every rank has to take part in."""
+    if world_size == 1:
+        return own
+    most = torch.tensor([own], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
