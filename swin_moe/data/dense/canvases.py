@@ -67,7 +67,7 @@ def _apart(box: tuple[int, int, int, int], others: list[tuple[int, int, int, int
 
 
 class Canvases:
-    """The data set data.name=canvases. Its classes are the digits, without `boxes` the label map's: background first."""
+    """The data set data.name=canvases. Its classes are the digits; without `boxes` background stands before them."""
 
     def __init__(
         self, config: DataConfig, split: str, *, boxes: bool = True, maps: bool = False, num_classes: int = 0
