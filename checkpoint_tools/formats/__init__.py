@@ -60,6 +60,12 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official.fairscale:open_fairscale",
         "checkpoint_tools.formats.official.fairscale:write_fairscale",
     ),
+    "dense": Format(
+        "checkpoint_tools.formats.official.dense:detect",
+        "checkpoint_tools.formats.official.dense:open_dense",
+        "checkpoint_tools.formats.official.dense:write_dense",
+        "checkpoint_tools.formats.official.dense:plan_dense",
+    ),
     "simmim": Format(
         "checkpoint_tools.formats.official.simmim:detect",
         "checkpoint_tools.formats.official.simmim:open_simmim",
