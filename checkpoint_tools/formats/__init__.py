@@ -60,16 +60,15 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official.fairscale:open_fairscale",
         "checkpoint_tools.formats.official.fairscale:write_fairscale",
     ),
-    "dense": Format(
-        "checkpoint_tools.formats.official.dense:detect",
-        "checkpoint_tools.formats.official.dense:open_dense",
-        "checkpoint_tools.formats.official.dense:write_dense",
-        "checkpoint_tools.formats.official.dense:plan_dense",
-    ),
     "simmim": Format(
         "checkpoint_tools.formats.official.simmim:detect",
         "checkpoint_tools.formats.official.simmim:open_simmim",
         "checkpoint_tools.formats.official.simmim:write_simmim",
+    ),
+    "dense": Format(
+        "checkpoint_tools.formats.official.dense:detect",
+        "checkpoint_tools.formats.official.dense:open_dense",
+        "checkpoint_tools.formats.official.dense:write_dense",
     ),
     "tutel": Format(
         "checkpoint_tools.formats.official.tutel:detect",
