@@ -54,6 +54,10 @@ class EvaluationPlanner:
         return Plan(size, (Resize(size, self._antialias),))
 
 
+def _stream(key: int, part: int) -> random.Random:
+    return random.Random(derive_key(key, part))
+
+
 def _choose(draw: random.Random, values: Sequence[int]) -> int:
     return values[int(draw.random() * len(values))]
 
@@ -75,24 +79,24 @@ class TrainingPlanner:
     def __call__(self, height: int, width: int, key: int) -> Plan:
         """Returns the plan of an image of this size; a pure function of size and key."""
         options, moves, size = self._options, list[Move](), (height, width)
-        flip, first, resize, crop, colours = (random.Random(derive_key(key, part)) for part in range(5))
-        if flip.random() < self._hflip:
+        if _stream(key, 0).random() < self._hflip:
             moves.append(Flip())
-        if options.crop_short and first.random() < 0.5:
-            size = self._resized(moves, size, _choose(first, options.crop_short), options.long)
+        if options.crop_short and (draw := _stream(key, 1)).random() < 0.5:
+            size = self._resized(moves, size, _choose(draw, options.crop_short), options.long)
             low, high = options.crop_sides
-            cut = (_between(first, min(side, low), min(side, high)) for side in size)
-            size = self._cropped(moves, first, size, (next(cut), next(cut)), tries=1)
+            cut = (_between(draw, min(side, low), min(side, high)) for side in size)
+            size = self._cropped(moves, draw, size, (next(cut), next(cut)), tries=1)
         if options.short:
-            ratio = resize.uniform(*options.ratio)
-            short, long = int(_choose(resize, options.short) * ratio), int(options.long * ratio)
+            draw = _stream(key, 2)
+            ratio = draw.uniform(*options.ratio)
+            short, long = int(_choose(draw, options.short) * ratio), int(options.long * ratio)
             size = self._resized(moves, size, max(1, short), max(1, long))
         if options.crop[0]:
-            cut_size = min(size[0], options.crop[0]), min(size[1], options.crop[1])
-            self._cropped(moves, crop, size, cut_size, tries=_CROP_TRIES, max_share=options.crop_max_share)
+            cut_size, share = (min(size[0], options.crop[0]), min(size[1], options.crop[1])), options.crop_max_share
+            self._cropped(moves, _stream(key, 3), size, cut_size, tries=_CROP_TRIES, max_share=share)
             size = options.crop  # what is missing is padded by the batch
         if options.distort:
-            moves.append(Distort.drawn(colours))
+            moves.append(Distort.drawn(_stream(key, 4)))
         return Plan(size, tuple(moves))
 
     def _resized(self, moves: list[Move], size: tuple[int, int], short: int, long: int) -> tuple[int, int]:

@@ -78,6 +78,7 @@ class Canvases:
         self.classes = (("background",) if maps else ()) + digits.classes
         self.num_classes = len(self.classes)
         self.category_ids = tuple(range(self.num_classes))
+        self._kept: dict[int, DenseSample] | None = {} if config.cache else None
 
     def __len__(self) -> int:
         return self._length
@@ -95,7 +96,14 @@ class Canvases:
         return np.zeros(self._length, dtype=np.int64)
 
     def dense_sample(self, index: int) -> DenseSample:
-        """Returns the canvas with boxes, masks and label map (0 background, 1 + digit)."""
+        """Returns the canvas with boxes, masks and label map (0 background, 1 + digit); kept with data.cache."""
+        if self._kept is None:
+            return self._made(index)
+        if index not in self._kept:
+            self._kept[index] = self._made(index)
+        return self._kept[index]
+
+    def _made(self, index: int) -> DenseSample:
         options = self._options
         draw = _Draw(derive_key(options.canvas_seed, 0 if self._split == "train" else 1, index))
         height, width = options.canvas_size

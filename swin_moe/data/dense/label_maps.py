@@ -166,7 +166,7 @@ class LabelMaps:
             size = f"{label_map.shape[1]} x {label_map.shape[0]}"
             raise BrokenImage(path, f"is {image.width} x {image.height} pixels, its label map {map_path} {size}")
         if self._reduce:
-            label_map = np.where(label_map == 0, IGNORED, np.where(label_map == IGNORED, IGNORED, label_map - 1))
+            label_map = np.where((label_map == 0) | (label_map == IGNORED), IGNORED, label_map - 1)
         wrong = label_map[(label_map != IGNORED) & (label_map >= self.num_classes)]
         if len(wrong):
             number = int(wrong.min()) + self._reduce

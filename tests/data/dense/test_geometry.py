@@ -89,6 +89,13 @@ def test_moves_one_after_the_other_multiply_their_matrices():
     assert_consistent(sample, before, slack=1.0)
 
 
+def test_a_move_after_others_multiplies_from_the_left():
+    before = blocks(seed=2)
+    for last in (Affine(((1.0, 0.0, 4.0), (0.0, 1.0, -3.0))), Affine(((0.5, 0.0, 9.0), (0.0, 0.8, 2.0)))):
+        sample = last(Resize((96, 90))(Flip()(before)))
+        assert_consistent(sample, before, slack=1.0)
+
+
 def test_a_skewed_box_is_round_its_corners():
     before = blocks(count=1)
     turned = Affine(tuple(map(tuple, rotation(30, 48, 60)[:2])))(before)  # type: ignore[arg-type]
@@ -131,19 +138,20 @@ def test_sizes_follow_the_official_rounding(size, short, long, expected):
     assert scaled_size(*size, short, long) == expected
 
 
-def test_plain_resizing_is_bilinear_at_pixel_centres():
+@pytest.mark.parametrize("height, width, levels", [(5, 11, 0.51), (20, 15, 1.01)])  # Pillow rounds after each axis
+def test_plain_resizing_is_bilinear_at_pixel_centres(height, width, levels):
     """Against a slow one: each new pixel from four old ones round its centre, the border repeated."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     sample = DenseSample(Image.fromarray(pixels), 0, (9, 7))
-    got = np.asarray(Resize((5, 11), antialias=False)(sample).image).astype(int)
-    for y in range(5):
-        for x in range(11):
-            cy, cx = max(0.0, (y + 0.5) * 9 / 5 - 0.5), max(0.0, (x + 0.5) * 7 / 11 - 0.5)
+    got = np.asarray(Resize((height, width), antialias=False)(sample).image).astype(int)
+    for y in range(height):
+        for x in range(width):
+            cy, cx = max(0.0, (y + 0.5) * 9 / height - 0.5), max(0.0, (x + 0.5) * 7 / width - 0.5)
             y0, x0 = min(int(cy), 8), min(int(cx), 6)
             y1, x1, fy, fx = min(y0 + 1, 8), min(x0 + 1, 6), cy - y0, cx - x0
             top = pixels[y0, x0] * (1 - fx) + pixels[y0, x1] * fx
             bottom = pixels[y1, x0] * (1 - fx) + pixels[y1, x1] * fx
-            assert abs(got[y, x] - (top * (1 - fy) + bottom * fy)).max() <= 0.51
+            assert abs(got[y, x] - (top * (1 - fy) + bottom * fy)).max() <= levels
 
 
 def test_the_first_crop_without_a_class_that_covers_too_much_is_taken():
