@@ -13,6 +13,10 @@ class DenseDataConfig:
     val_annotations: str = field(default="", metadata=NOT_STATE)
     train_images: str = field(default="", metadata=NOT_STATE)  # folder that file_name begins in
     val_images: str = field(default="", metadata=NOT_STATE)
+    train_maps: str = field(
+        default="", metadata=NOT_STATE
+    )  # label maps beside a COCO json, for detectors that want both
+    val_maps: str = field(default="", metadata=NOT_STATE)
     class_file: str = ""  # names of the classes of label maps, one a line
     reduce_zero_label: bool = False  # label maps: 0 is ignored, the others count from 0 (ADE20K)
     on_bad: Literal["skip", "fail"] = "skip"  # an object that is wrong is named either way; images: data.on_broken

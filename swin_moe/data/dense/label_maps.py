@@ -55,8 +55,10 @@ def read_label_map(path: str) -> np.ndarray:
 class LabelMaps:
     """The data set data.name=label_maps; `truth` is empty, as it has no objects."""
 
-    def __init__(self, config: DataConfig, split: str, *, maps: bool = True, num_classes: int = 0) -> None:
-        if not maps:
+    def __init__(
+        self, config: DataConfig, split: str, *, boxes: bool = False, maps: bool = True, num_classes: int = 0
+    ) -> None:
+        if boxes:
             raise ValueError("data.name=label_maps has no boxes, which task.name needs; allowed: canvases, coco")
         names = _FOLDERS[split]
         images = [place.format(name) for name in names for place in ("images/{}", "{}/images", "leftImg8bit/{}")]
