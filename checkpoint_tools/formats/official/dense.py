@@ -6,6 +6,7 @@ dropped when read and built when written, so that the official code loads the fi
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
     for name in sorted(names):
         (official,) = from_ours(name, TO_OFFICIAL)
         shape, dtype = source.tensors[name]
-        tensors[official] = NewTensor(shape, dtype, lambda box, out, name=name: source.read(name, box, out))
+        tensors[official] = NewTensor(shape, dtype, partial(source.read, name))
         if name.endswith(_TABLE):
             window = (math.isqrt(shape[0]) + 1) // 2
             index = constant(position_index(window), "I64")
