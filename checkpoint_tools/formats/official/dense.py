@@ -6,6 +6,7 @@ dropped when read and built when written, so that the official code loads the fi
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from checkpoint_tools.formats.images import CLASSES
 from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.formats.official.layout import position_index
 from checkpoint_tools.formats.plain_read import parameter_sizes, place_records
-from checkpoint_tools.formats.plain_write import rows
 from checkpoint_tools.formats.rules import FROM_OFFICIAL, TO_OFFICIAL, from_ours
 from checkpoint_tools.formats.state_dict import find_weights, open_file, peek
 from checkpoint_tools.sources.assembled import AssembledSource
@@ -78,8 +78,8 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
     tensors: dict[str, NewTensor] = {}
     for name in sorted(names):
         (official,) = from_ours(name, TO_OFFICIAL)
-        shape = source.tensors[name].shape
-        tensors[official] = rows(source, name, 0, 1)
+        shape, dtype = source.tensors[name]
+        tensors[official] = NewTensor(shape, dtype, partial(source.read, name))
         if name.endswith(_TABLE):
             window = (math.isqrt(shape[0]) + 1) // 2
             index = constant(position_index(window), "I64")
