@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.models.positions import fitted_positions
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
     ENCODER,
+    OTHER_MAPS,
     OUTSIDE,
     RENAMED,
     SIMMIM_DROPPED,
@@ -108,6 +109,7 @@ class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
     own_parts, same_classes = False, False  # see fit_weights
+    gives_maps = False  # the file's backbone has a norm for each map instead of one for its classes
     grid: tuple[int, int] | None = None
 
     def __init__(
@@ -143,7 +145,8 @@ class _Loading:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ())
+            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ()) + (OTHER_MAPS if self.own_parts else ())
+            self.gives_maps = self.gives_maps or name.startswith("norm0.")
             known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
             reason = next(known, "only for the task it was trained for" if name.startswith(OUTSIDE) else "")
             if name in self.target or not reason:
@@ -213,10 +216,13 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self.model.task_parts):
+        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self._task_parts()):
             self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
+
+    def _task_parts(self) -> tuple[str, ...]:
+        return self.model.task_parts + (("norm",) if self.gives_maps else ())
 
     def _problem(self, name: str, reason: str, told: Named) -> None:
         name = name.removeprefix(OUTSIDE)
@@ -239,8 +245,8 @@ class _Loading:
             resize = resize_bias_table_geometric if self.interpolation == "geometric" else resize_bias_table
             rule = f"{self.interpolation}, {old} x {old} to {new} x {new} offsets"
             return resize(value.float(), (new + 1) // 2), rule
-        if name == "absolute_pos_embed" and value.ndim == 3 and value.shape[2] == want.shape[2]:
-            return self._fitted_embedding(value, want)
+        if name == "absolute_pos_embed" and value.ndim in (3, 4):
+            return fitted_positions(value, want, old=self.grid, new=self.model.grid)
         hint = ""
         if ".mlp.experts." in name and self.experts_told.get(name.partition(".mlp.")[0]) == want.shape[0]:
             hint = "; a file of one rank? give all of them by their path without .rank0"
@@ -250,19 +256,8 @@ class _Loading:
 
     def _is_of_another_grid(self, value: Tensor) -> bool:
         """Returns whether as many positions as the model's are known to be those of another image: 8 x 32, 16 x 16."""
-        return self.grid is not None and self.grid != self.model.grid and math.prod(self.grid) == value.shape[1]
-
-    def _fitted_embedding(self, value: Tensor, want: Tensor) -> tuple[Tensor, str]:
-        """Returns an absolute position embedding (1, L, C) for the model's nominal image."""
-        height, width = self.model.grid
-        old = self.grid
-        if old is None or math.prod(old) != value.shape[1]:
-            old = (_side(value.shape[1]),) * 2
-        image = value.float().transpose(1, 2).unflatten(2, old)
-        resized = F.interpolate(image, size=(height, width), mode="bicubic").flatten(2).transpose(1, 2)
-        if resized.shape != want.shape:
-            raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model")
-        return resized, f"bicubic, {old[0]} x {old[1]} to {height} x {width} tokens"
+        told = self.grid is not None and value.ndim == 3
+        return told and self.grid != self.model.grid and math.prod(self.grid or ()) == value.shape[1]
 
     def trained_windows(self, official: dict[str, Tensor]) -> dict[tuple[int, str], int]:
         """Returns (stage, name of the attention) -> the window that offsets were divided by in training.
