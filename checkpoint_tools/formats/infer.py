@@ -115,6 +115,8 @@ def _window(shapes: Shapes, buffers: Shapes) -> int:
 
 def _image_side(shapes: Shapes, buffers: Shapes) -> int:
     """Returns the side of a square image in patches; 0 where nothing tells it, or what does is of no square."""
+    if len(shapes.get("absolute_pos_embed", ())) == 4:  # of a backbone of dense tasks: (1, C, H, W)
+        return shapes["absolute_pos_embed"][2] if len(set(shapes["absolute_pos_embed"][2:])) == 1 else 0
     if "absolute_pos_embed" in shapes:
         return _exact_root(shapes["absolute_pos_embed"][1])
     for name, shape in sorted(buffers.items()):

@@ -8,20 +8,22 @@ Shape legend: L tokens of an embedding, C channels.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
 from swin_moe.models.geometric import resize_bias_table_geometric, side_of
 from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.models.positions import fitted_positions
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
+    ENCODER,
+    OTHER_MAPS,
     OUTSIDE,
     RENAMED,
     SIMMIM_DROPPED,
@@ -66,8 +68,7 @@ def load_official(
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
     official, note = unwrap(state_dict)
-    simmim = is_wrapped(official)
-    loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
+    loading = _Loading(model, target, official, interpolation)
     loading.grid = tokens
     loading.fit_all(official, strict=strict)
     if note:
@@ -104,8 +105,7 @@ def fit_weights(
         ValueError: Every unexplained missing, unexpected and mis-shaped name.
     """
     target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    simmim = is_wrapped(source)
-    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic")
+    loading = _Loading(backbone, target, source, None)
     loading.own_parts, loading.same_classes, loading.grid = own_parts, same_classes, grid
     loading.fit_all(dict(source), strict=True)
     return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
@@ -115,10 +115,15 @@ class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
     own_parts, same_classes = False, False  # see fit_weights
+    gives_maps = False  # the file's backbone has a norm for each map instead of one for its classes
     grid: tuple[int, int] | None = None
 
-    def __init__(self, model: SwinTransformer, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
-        self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
+    def __init__(
+        self, model: SwinTransformer, target: dict[str, Tensor], names: Collection[str], interpolation: str | None
+    ) -> None:
+        self.model, self.target = model, target
+        self.wrapped, self.simmim = is_wrapped(names), any(name.startswith(ENCODER) for name in names)
+        self.interpolation = interpolation or ("geometric" if self.simmim else "bicubic")
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
         self.experts_told: dict[str, int] = {}  # by block, as the file says it beside its tensors
@@ -139,14 +144,15 @@ class _Loading:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = file_key(key, wrapped=self.simmim)
+            name = file_key(key, wrapped=self.wrapped)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ())
+            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ()) + (OTHER_MAPS if self.own_parts else ())
+            self.gives_maps = self.gives_maps or name.startswith("norm0.")
             known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
             reason = next(known, "only for the task it was trained for" if name.startswith(OUTSIDE) else "")
             if name in self.target or not reason:
@@ -216,10 +222,13 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self.model.task_parts):
+        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self._task_parts()):
             self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
+
+    def _task_parts(self) -> tuple[str, ...]:
+        return self.model.task_parts + (("norm",) if self.gives_maps else ())
 
     def _problem(self, name: str, reason: str, told: Named) -> None:
         name = name.removeprefix(OUTSIDE)
@@ -242,8 +251,8 @@ class _Loading:
             resize = resize_bias_table_geometric if self.interpolation == "geometric" else resize_bias_table
             rule = f"{self.interpolation}, {old} x {old} to {new} x {new} offsets"
             return resize(value.float(), (new + 1) // 2), rule
-        if name == "absolute_pos_embed" and value.ndim == 3 and value.shape[2] == want.shape[2]:
-            return self._fitted_embedding(value, want)
+        if name == "absolute_pos_embed" and value.ndim in (3, 4):
+            return fitted_positions(value, want, old=self.grid, new=self.model.grid)
         hint = ""
         if ".mlp.experts." in name and self.experts_told.get(name.partition(".mlp.")[0]) == want.shape[0]:
             hint = "; a file of one rank? give all of them by their path without .rank0"
@@ -256,6 +265,8 @@ class _Loading:
 
         Raises ValueError where they may be, and nothing tells.
         """
+        if value.ndim != 3:  # (1, C, H, W) tells its own
+            return False
         height, width = self.model.grid
         square = math.isqrt(value.shape[1])
         if self.grid is None and height != width and square * square == value.shape[1]:
@@ -265,18 +276,6 @@ class _Loading:
                 "the file with --set img_size=H,W"
             )
         return self.grid is not None and self.grid != self.model.grid
-
-    def _fitted_embedding(self, value: Tensor, want: Tensor) -> tuple[Tensor, str]:
-        """Returns an absolute position embedding (1, L, C) for the model's nominal image."""
-        height, width = self.model.grid
-        old = self.grid or (side_of(value.shape[1]),) * 2
-        if math.prod(old) != value.shape[1]:
-            raise ValueError(f"{value.shape[1]} positions in the file, its image has {old[0]} x {old[1]} tokens")
-        image = value.float().transpose(1, 2).unflatten(2, old)
-        resized = F.interpolate(image, size=(height, width), mode="bicubic").flatten(2).transpose(1, 2)
-        if resized.shape != want.shape:
-            raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model")
-        return resized, f"bicubic, {old[0]} x {old[1]} to {height} x {width} tokens"
 
     def trained_windows(self, official: dict[str, Tensor]) -> dict[tuple[int, str], int]:
         """Returns (stage, name of the attention) -> the window that offsets were divided by in training.

@@ -78,7 +78,7 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
-                                  lambda: autocast(precision, _CPU))  # fmt: skip
+                                  lambda: autocast(precision, _CPU), weight=1.0)  # fmt: skip
             loss = task.loss(model, batch, context)
             bytes_alive.mark("+", backward=True)
             loss.total.backward()
@@ -106,6 +106,12 @@ def example_batch(config: Config, images: int, task: Task) -> Batch:
         batch["extra_image"] = torch.empty((0, *size[1:]), dtype=dtype)
     if task.needs_views:
         batch["view"] = torch.empty(size, dtype=dtype)
+    if task.needs_boxes:
+        name = config.task.name
+        raise ValueError(f"plans are not for task.name={name}: what its heads hold depends on what is in the images")
+    if task.needs_label_maps:
+        batch["label_map"] = torch.zeros((images, *config.model.img_size), dtype=torch.int64)
+        batch["size"] = torch.tensor([config.model.img_size] * images).view(-1, 2)
     return batch
 
 

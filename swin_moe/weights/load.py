@@ -201,6 +201,7 @@ def window_notes(trained: ModelConfig | None, backbone: SwinTransformer) -> list
 
 
 def backbone_of(model: nn.Module) -> SwinTransformer:
-    """Returns the encoder in a task's network, or the network itself."""
-    backbone: Any = getattr(model, "encoder", model)  # a task's network may be anyone's
+    """Returns the encoder or backbone in a task's network, or the network itself."""
+    # A task's network may be anyone's.
+    backbone: Any = getattr(model, "encoder", None) or getattr(model, "backbone", model)
     return backbone

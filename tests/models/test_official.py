@@ -172,7 +172,7 @@ def test_official_key_lists_fit_our_models(name):
         state[key] = torch.zeros(()).expand(tuple(shape))
         if key.endswith("_num_global_experts"):
             state[key] = torch.tensor(config.moe.num_experts)
-    loading = _Loading(model, model.state_dict(), any(k.startswith("encoder.") for k in state), "bicubic")
+    loading = _Loading(model, model.state_dict(), state, "bicubic")
     source = loading.rename(state)
     loading.fit_head(source)
     loading.fit(source)
