@@ -150,9 +150,8 @@ RUNS = {
     "segment moe": ("canvas_upernet", (*SEGMENT, *SLIDE, *MOE)),
     "segment moe recomputed": ("canvas_upernet", (*SEGMENT, *SLIDE, *MOE, "parallel.recompute=block")),
     "detect": ("canvas_mask_rcnn", DETECT),
-    "detect zero": ("canvas_mask_rcnn", (*DETECT, "parallel.zero=3", "parallel.recompute=block")),
     "detect cascade": ("canvas_mask_rcnn", (*DETECT, *CASCADE)),
-    "detect cascade zero": ("canvas_mask_rcnn", (*DETECT, *CASCADE, "parallel.zero=3")),
+    "detect cascade zero": ("canvas_mask_rcnn", (*DETECT, *CASCADE, "parallel.zero=3", "parallel.recompute=block")),
     "detect hybrid moe": ("canvas_mask_rcnn", (*DETECT, *HYBRID, *MOE)),
     "detect moe frozen": ("canvas_mask_rcnn", (*DETECT, *MOE, "optim.freeze=moe")),
 }
@@ -165,7 +164,6 @@ REFERENCE = {
     "moby zero": "moby",
     "moby recomputed": "moby",
     "segment zero": "segment",
-    "detect zero": "detect",
     "detect cascade zero": "detect cascade",
     "segment accumulated": "segment frozen",
     "segment moe recomputed": "segment moe",
