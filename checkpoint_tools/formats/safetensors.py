@@ -41,7 +41,7 @@ def open_safetensors(path: Path, options: Options) -> Source:
     parts = {name: [Part(Chunk.whole(record.shape), (Leaf(file, record),))] for name, record in file.content.items()}
     sizes = {inner_name(name): record.shape for name, record in file.content.items()}
     inferred = infer_model(path, sizes)
-    config = merge_model(config, inferred | given_sizes(options.extra)) if inferred else config
+    config = merge_model(config, inferred, given_sizes(options.extra)) if inferred else config
     step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
     state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
     provenance = {"source": {"format": "safetensors", "files": 1}}

@@ -15,17 +15,18 @@ def fitted_positions(value: Tensor, want: Tensor, *, old: Grid | None, new: Grid
     """Returns (the embedding in the shape wanted, the rule that changed it; "" where numbers stay as they are).
 
     Args:
-        old: (H, W) of a value (1, L, C); None, or of other than L tokens = a square.
+        old: (H, W) of a value (1, L, C); None = a square.
         new: (H, W) of what is wanted.
 
     Raises:
-        ValueError: Other channels, or a length that is no square's; one clause.
+        ValueError: Other channels, or a length that is not the grid's; one clause.
     """
     image = value
     if value.ndim == 3:
-        grid = old if old is not None and math.prod(old) == value.shape[1] else (math.isqrt(value.shape[1]),) * 2
+        grid = old or (math.isqrt(value.shape[1]),) * 2
         if math.prod(grid) != value.shape[1]:
-            raise ValueError(f"{value.shape[1]} rows are no square, so there is nothing to interpolate over")
+            told = f"its image has {grid[0]} x {grid[1]} tokens" if old else "no square, and nothing tells their image"
+            raise ValueError(f"{value.shape[1]} positions in the file, {told}")
         image = value.transpose(1, 2).unflatten(2, grid)
     height, width = image.shape[2:]
     rule = "" if (height, width) == new else f"bicubic, {height} x {width} to {new[0]} x {new[1]} tokens"

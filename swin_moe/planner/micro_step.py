@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from swin_moe.optim import frozen_parameters
 from swin_moe.parallel.sharding import Degrees, local_chunk
 from swin_moe.planner.exchange import EvenDispatcher
 from swin_moe.planner.trace import LiveBytes, Segment
-from swin_moe.planner.workload import task_to_count
+from swin_moe.planner.workload import task_to_count, weight_dtype
 from swin_moe.tasks.base import StepContext, Task
 
 _TRACED = (2, 3)  # images; with one image some reshapes give views that copy with more
@@ -70,8 +70,11 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
             model = task.build_network()
         _hold(model, config, degrees, rows)
         copies = copies_of(model, config, world_size=degrees.world_size)
-        known = [*model.parameters(), *model.buffers(), *([] if copies is None else copies.masters.values())]
-        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive):
+        known = [*model.parameters(), *model.buffers()]
+        if copies is not None:
+            known += [*copies.masters.values(), *copies.copies.values()]
+        used = nullcontext() if copies is None else copies.used()
+        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
@@ -89,7 +92,7 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
 
 
 def example_batch(config: Config, images: int, task: Task) -> Batch:
-    dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    dtype = weight_dtype(config)
     size = (images, config.model.in_chans, *config.model.img_size)
     batch: Any = {
         "image": torch.empty(size, dtype=dtype),
@@ -115,7 +118,7 @@ def example_batch(config: Config, images: int, task: Task) -> Batch:
 def _hold(model: Network, config: Config, degrees: Degrees, rows: float) -> None:
     """Gives a network on meta this rank's parameters as fake tensors, and its MoE layers a dispatcher of even loads."""
     frozen = frozen_parameters(model, config.optim.freeze)
-    dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    dtype = weight_dtype(config)
     coordinates = degrees.coordinates(0)
     model.train()
     for name, module in model.named_modules():

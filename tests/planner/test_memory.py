@@ -24,7 +24,13 @@ TINY = (
 )
 CASES = {
     1: ("swin bf16, copies of weights", "swin_moe"),
-    2: ("swinv2 bf16", "swin FairScale OSS", "swinv2 ZeRO-3, recomputed", "swin_moe ZeRO-1, expert 2, payload bf16"),
+    2: (
+        "swinv2 bf16",
+        "swin FairScale OSS",
+        "swinv2 ZeRO-3, recomputed",
+        "swin_moe ZeRO-1, expert 2, payload bf16",
+        "swin_moe bf16, expert 2, 2 micro-batches",
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from swin_moe.models.dense.upernet import resized
 from swin_moe.models.flops import count_parameters
 from swin_moe.optim import build_schedule, frozen_parameters
 from swin_moe.parallel.groups import single_process_groups
+from swin_moe.planner.workload import task_to_count
 from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.tasks.measures.confusion import Confusion
 from swin_moe.tasks.segment import groups_of
@@ -229,6 +230,11 @@ def test_swinv2_reads_its_bias_in_the_windows_it_was_trained_in():
         network = build_task(config).build_network()
     attention = [stage.blocks[0].attn for stage in network.backbone.layers]
     assert [a.window for a in attention] == [16] * 4 and [a.pretrained_window for a in attention] == [16, 16, 16, 8]
+
+
+def test_the_planner_says_that_it_does_not_count_it():
+    with pytest.raises(ValueError, match="task.name=segment: the planner counts"):
+        task_to_count(load_config("canvas_upernet"))
 
 
 def test_options_that_do_not_fit_are_refused():

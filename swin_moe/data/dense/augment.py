@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from swin_moe.config import DataConfig
 from swin_moe.data.dense.colours import Distort
-from swin_moe.data.dense.geometry import Crop, Flip, Move, Resize, scaled_size
+from swin_moe.data.dense.geometry import Crop, Flip, Move, Resize, affine, scaled_size
 from swin_moe.data.dense.sample import DenseSample
 from swin_moe.randomness import derive_key
 
@@ -68,7 +68,7 @@ def _between(draw: random.Random, low: int, high: int) -> int:
 
 
 class TrainingPlanner:
-    """Flip; half of the time a resize and crop first (detection); resize; crop to one size (segmentation); colours.
+    """Flip; half of the time resize and crop (detection); resize; turn; crop to one size (segmentation); colours.
 
     Each part draws from a stream of its own, so that one option does not move the draws of another.
     """
@@ -91,6 +91,11 @@ class TrainingPlanner:
             ratio = draw.uniform(*options.ratio)
             short, long = int(_choose(draw, options.short) * ratio), int(options.long * ratio)
             size = self._resized(moves, size, max(1, short), max(1, long))
+        if options.rotate or options.shear or options.translate:
+            draw = _stream(key, 5)
+            degrees, shear, right, down = (draw.uniform(-1, 1) for _ in range(4))
+            shift = right * options.translate * size[1], down * options.translate * size[0]
+            moves.append(affine(size, degrees=degrees * options.rotate, shear=shear * options.shear, shift=shift))
         if options.crop[0]:
             cut_size, share = (min(size[0], options.crop[0]), min(size[1], options.crop[1])), options.crop_max_share
             self._cropped(moves, _stream(key, 3), size, cut_size, tries=_CROP_TRIES, max_share=share)

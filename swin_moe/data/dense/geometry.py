@@ -195,8 +195,17 @@ def moved_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.concatenate([points.min(0), points.max(0)]).T
 
 
-def rotation(degrees: float, height: int, width: int) -> np.ndarray:
-    """Returns the (3, 3) matrix that turns by an angle, clockwise as seen, round the image's middle."""
+def affine(size: tuple[int, int], *, degrees: float, shear: float, shift: tuple[float, float]) -> Affine:
+    """Returns the move that slants and turns an image round its middle, then shifts it.
+
+    Args:
+        size: Height, width. degrees: Clockwise as seen. shear: Degrees that the vertical is slanted by.
+        shift: In pixels, right and down.
+    """
+    height, width = size
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x, y = width / 2, height / 2
-    return np.asarray([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0.0, 0.0, 1.0]])
+    linear = np.asarray([[cos, -sin], [sin, cos]]) @ np.asarray([[1.0, math.tan(math.radians(shear))], [0.0, 1.0]])
+    middle = np.asarray([width / 2, height / 2])
+    offset = middle - linear @ middle + shift
+    (a, b), (c, d) = linear.tolist()
+    return Affine(((a, b, float(offset[0])), (c, d, float(offset[1]))))

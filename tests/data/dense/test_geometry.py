@@ -1,14 +1,12 @@
 """Every move acts alike on image, boxes, masks, label map and matrix."""
 
-import math
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from swin_moe.data.dense.canvases import tight_box
 from swin_moe.data.dense.colours import Distort
-from swin_moe.data.dense.geometry import Affine, Crop, Flip, Resize, moved_boxes, rotation, scaled_size
+from swin_moe.data.dense.geometry import Affine, Crop, Flip, Resize, affine, moved_boxes, scaled_size
 from swin_moe.data.dense.sample import DenseSample
 
 
@@ -69,7 +67,7 @@ MOVES = {
     "plain": (Resize((31, 37), antialias=False), 1.0),
     "stretched": (Resize((96, 40)), 1.0),
     "crop": (Crop((30, 30), ((10, 15),)), 0.0),
-    "turn": (Affine(tuple(map(tuple, rotation(90, 48, 60)[:2]))), 1.0),  # type: ignore[arg-type]
+    "turn": (affine((48, 60), degrees=90, shear=0, shift=(0, 0)), 1.0),
     "shift": (Affine(((1.0, 0.0, 7.0), (0.0, 1.0, -5.0))), 0.0),
 }
 
@@ -98,7 +96,7 @@ def test_a_move_after_others_multiplies_from_the_left():
 
 def test_a_skewed_box_is_round_its_corners():
     before = blocks(count=1)
-    turned = Affine(tuple(map(tuple, rotation(30, 48, 60)[:2])))(before)  # type: ignore[arg-type]
+    turned = affine((48, 60), degrees=30, shear=10, shift=(2, -1))(before)
     assert_consistent(turned, before, slack=0, exact=False)
     bounds = tight_box(turned.masks[0]) if turned.masks is not None else None
     assert bounds is not None
@@ -177,11 +175,15 @@ def test_unknown_pixels_after_a_turn_are_ignored():
     assert not (turned.label_map[:, 10:] == 255).any() and not np.asarray(turned.image)[:, :10].any()
 
 
-def test_rotation_turns_round_the_middle():
-    matrix = rotation(90, 48, 60)
-    np.testing.assert_allclose(matrix @ [30, 24, 1], [30, 24, 1], atol=1e-12)
-    np.testing.assert_allclose(matrix @ [40, 24, 1], [30, 34, 1], atol=1e-12)  # right goes down: clockwise as seen
-    assert math.isclose(np.linalg.det(matrix), 1)
+def test_affine_moves_by_hand():
+    def moved(point: list[float], **move) -> list[float]:
+        given = {"degrees": 0.0, "shear": 0.0, "shift": (0.0, 0.0)} | move
+        return (np.asarray(affine((48, 60), **given).matrix) @ [*point, 1.0]).round(9).tolist()  # type: ignore[arg-type]
+
+    assert moved([30, 24], degrees=90, shear=20) == [30, 24]  # the middle
+    assert moved([40, 24], degrees=90) == [30, 34]  # right goes down: clockwise as seen
+    assert moved([30, 34], shear=45) == [40, 34] and moved([40, 24], shear=45) == [40, 24]
+    assert moved([0, 0], shift=(3, -2)) == [3, -2]
 
 
 def colour(pixels: list[int], move: Distort) -> list[int]:
