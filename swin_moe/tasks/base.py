@@ -19,8 +19,10 @@ from swin_moe.registry import lookup
 
 TASKS = {
     "classify": "swin_moe.tasks.classify:Classify",
+    "detect": "swin_moe.tasks.detect:Detect",
     "distill": "swin_moe.tasks.distill:Distill",
     "moby": "swin_moe.tasks.moby:MoBY",
+    "segment": "swin_moe.tasks.segment:Segment",
     "simmim": "swin_moe.tasks.simmim:SimMIM",
 }
 
@@ -34,6 +36,7 @@ class StepContext:
     world_size: int
     num_samples: int  # images of the whole optimizer step: all ranks, all micro-batches
     autocast: Callable[[], AbstractContextManager]  # for the forward
+    weight: float | None = None  # sum of Task.weigh over the whole optimizer step; None = the task does not weigh
     words: Tensor | None = None  # seed and step as a recorded loss reads them, see RandomContext; None = made anew
 
 
@@ -98,6 +101,8 @@ class Task(Protocol):
     higher_is_better: bool = False
     needs_partners: bool = False  # batches must hold every image's neighbour in global order, for mixing
     needs_views: bool = False  # batches must hold a second augmentation of every image, as "view"
+    needs_boxes: bool = False  # batches must hold boxes, labels and, where the data has them, masks
+    needs_label_maps: bool = False  # batches must hold a class per pixel
     changes_weights: bool = False  # after_step does something
     needs_teacher: bool = False  # swin_moe/weights/teacher.py loads it
 
@@ -110,6 +115,13 @@ class Task(Protocol):
 
     def connect(self, model: nn.Module, groups: Groups) -> None:
         """Sets what parts of the parallelized network talk to other ranks with, where they do."""
+
+    def weigh(self, batch: Batch) -> float | None:
+        """Returns what this micro-batch counts for in the step's mean, if not its images; host data, before a step.
+
+        The sum over all ranks and micro-batches is StepContext.weight. None = images count, nothing is exchanged.
+        """
+        return None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
