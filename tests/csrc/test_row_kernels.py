@@ -94,7 +94,7 @@ def test_windows_equal_roll_and_reshape(library, bytes_per_token):
 
 
 def test_a_vacant_row_adds_nothing_whatever_it_points_to(library):
-    order = order_of(**CASES["some dropped"], padded=True)
+    order = order_of(**CASES["all kept"], padded=True)
     tokens, top_k = order.position.shape
     assert order.vacant is not None and order.vacant.any()
     gate = random_tensor(tokens, top_k, dtype=torch.float32, seed=3)
