@@ -1,7 +1,7 @@
 """Features of boxes by bilinear samples (arXiv:1703.06870, section 3).
 
-Compiled kernels are in csrc/roi_align.cpp and csrc/cuda/roi_align.cu; elsewhere the operators run the plain form of this
-file. Sampling is separable: a box has one matrix of its bins over rows and one over columns of the map.
+Compiled kernels are in csrc/roi_align.cpp and csrc/cuda/roi_align.cu; elsewhere the operators run the plain form of
+this file. Sampling is separable: a box has one matrix of its bins over rows and one over columns of the map.
 
 Shape legend: B images, C channels, H x W of the map, R boxes, S bins per side.
 """
@@ -31,8 +31,8 @@ def roi_align(
     """Returns (R, C, S, S), means of each bin's samples, with gradients to the features (not to the boxes).
 
     Places are computed in float64 for float64 features and in float32 for all others, sums likewise. Samples farther
-    than a cell outside the map count as 0. A box with a coordinate that is not finite gives not-a-number, and so does on
-    CUDA a box of an image that is not there, which the CPU refuses.
+    than a cell outside the map count as 0. A box with a coordinate that is not finite gives not-a-number, and so does
+    on CUDA a box of an image that is not there, which the CPU refuses.
 
     Args:
         features: (B, C, H, W).
