@@ -15,6 +15,7 @@ setup: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launcher -n $(RANKS) -- -m swin_moe.train configs/debug/digits_swin_moe.yaml
+	@printf 'the report of the run: '; $(BIN)/python -m swin_moe report output/digits_swin_moe
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)

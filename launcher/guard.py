@@ -4,17 +4,18 @@ MPICH kills all other ranks within milliseconds after one ended, and names the w
 from a process that MPI does not know of. The rank is a fork of its guard: what it notes lies in memory they share.
 """
 
+import itertools
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 from launcher import watch
-from launcher.env import rank_of
+from launcher.env import rank_of, world_size_of_mpi
 from launcher.failure import line, memory, orphans, reports, stacks
 from launcher.failure.kinds import HOST, MEMORY, STALL
 from launcher.failure.page import Page
@@ -25,6 +26,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # A rank that is killed together with its job is not worth a word: its guard is killed within this time as well.
 _TOGETHER_SECONDS = 0.3
 _PATROL_SECONDS = 0.25
+_MANY_RANKS = 1000  # so many look into a folder that hosts share every so often; more look less often
 _ABORT_SECONDS = 10.0  # by then the process that takes the order has killed this one
 _WORD_SECONDS = 10.0  # more than stacks take
 
@@ -141,6 +143,15 @@ def _wait(child: int) -> tuple[int, set[int]]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), passed_on
 
 
+def folder_rounds(environ: Mapping[str, str]) -> int:
+    """Returns at every which round a patrol looks into the folder of reports: a file system that hosts share gets no
+    more requests from many ranks than from _MANY_RANKS."""
+    try:
+        return max(1, world_size_of_mpi(environ) // _MANY_RANKS)
+    except ValueError:
+        return 1
+
+
 class _Patrol:
     """Looks after a rank from a thread of its guard: whether its stacks are wanted, and whether it was stopped."""
 
@@ -160,16 +171,18 @@ class _Patrol:
     def _work(self) -> None:
         limit = float(os.environ.get(line.SECONDS, line.LOST_SECONDS))
         self._line = line.hold({"rank": _rank(), "host": socket.gethostname(), "pid": self._child}, limit)
-        asked, stopped = False, 0.0
+        asked, stopped, rounds = False, 0.0, itertools.count(1)
+        rest = folder_rounds(os.environ)
         while True:
             time.sleep(_PATROL_SECONDS)
-            if not asked and stacks.are_wanted():
-                asked = True
-                stacks.ask(self._child)
-            if reports.is_over():
-                self.is_over = True
-                self._send(signal.SIGKILL)
-                return
+            if next(rounds) % rest == 0:
+                if not asked and stacks.are_wanted():
+                    asked = True
+                    stacks.ask(self._child)
+                if reports.is_over():
+                    self.is_over = True
+                    self._send(signal.SIGKILL)
+                    return
             if self._line is not None and not line.is_held(self._line):
                 self.is_alone = True
                 self._send(signal.SIGKILL)

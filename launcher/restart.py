@@ -5,8 +5,10 @@ number of ranks, and LAUNCHER_RESTART, how often the job was started again.
 """
 
 import argparse
+import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -15,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher import guard, supervise
-from launcher.failure import line, orphans, reports
+from launcher.failure import line, reports
 from launcher.failure.kinds import CONFIGURATION, HOST, INTERRUPTED, NOT_STOPPED, PREEMPTED, STALL
 from launcher.hosts.place import place
 from launcher.job.options import BACKOFF, allowed_ranks, lost_seconds
@@ -23,18 +25,19 @@ from launcher.job.prepare import Prepared, arrange, find_hosts
 from launcher.job.reachable import dead_hosts, other_hosts
 from launcher.output import pump
 from launcher.output.console import Show
-from launcher.supervise import Outcome
+from launcher.supervise import Limits, Outcome, World
 
 RESTART = "LAUNCHER_RESTART"
 _FINAL = (CONFIGURATION, NOT_STOPPED, INTERRUPTED)  # the same again, or wanted
 _LONGEST_PAUSE = 300.0  # seconds
+_SCREEN_SECONDS = 3.0  # a job that was asked to stop does not wait longer for a screen that stands
 _PREEMPTIONS = 3  # in a row, without a step between them
 _STEP = re.compile(r"\bstep (\d+)\b")
 
 
 def own_variables(options: argparse.Namespace) -> list[str]:
     """Returns what every rank on every host has to know of the launcher, as NAME=VALUE; each start fills folders in."""
-    told = {orphans.JOB: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall, line.SECONDS: lost_seconds(options)}
+    told = {line.TOKEN: os.urandom(16).hex(), guard.STALL_SECONDS: options.stall, line.SECONDS: lost_seconds(options)}
     filled = dict.fromkeys((reports.REPORTS, reports.PROGRESS, pump.CONSOLE, pump.LOGS, line.WHERE), "")
     return [f"{name}={value}" for name, value in (told | filled).items()]
 
@@ -55,7 +58,7 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
         if outcome.code and outcome.rank and logs is not None:
             _say(f"launcher: what rank {outcome.rank} wrote is in {pump.file_of(str(logs), outcome.rank)}")
         if outcome.code and (outcome.rank or outcome.failure is None or outcome.words):
-            _say(outcome.describe())
+            _say(outcome.describe(), _SCREEN_SECONDS if outcome.asked_to_stop else None)
         pause, why = policy.after(outcome)
         if pause is None:
             if why:
@@ -192,10 +195,13 @@ def _once(job: Prepared, options: argparse.Namespace, save_after: float, shared:
     try:
         job.write_hostfile()
         return supervise.supervise(
-            job.command, job.environment(os.environ), flavor=job.mpi.flavor, grace=options.grace,
-            save_after=max(0.0, save_after), stall=options.stall, lost=lost_seconds(options), ranks=len(job.plan.ranks),
-            shared=shared, others=other_hosts(job), local=_starts_here(job), show=_show(job, options),
-        )  # fmt: skip
+            job.command,
+            job.environment(os.environ),
+            flavor=job.mpi.flavor,
+            limits=Limits(options.grace, max(0.0, save_after), options.stall, lost_seconds(options)),
+            world=World(len(job.plan.ranks), other_hosts(job), shared, local=_starts_here(job)),
+            show=_show(job, options),
+        )
     finally:
         job.remove_hostfile()
 
@@ -227,5 +233,10 @@ def _again(job: Prepared, options: argparse.Namespace, lost: Lost, ranks: int, s
     return arrange(replace(asked, ranks=number), job.mpi, place(number, hosts), options)
 
 
-def _say(text: str) -> None:
+def _say(text: str, patience: float | None = None) -> None:
+    """Writes to standard error; with `patience` only if somebody reads that within so many seconds."""
+    if patience is not None:
+        with contextlib.suppress(OSError):  # it is closed, which print knows how to bear
+            if not select.select([], [2], [], patience)[1]:
+                return
     print(text, file=sys.stderr, flush=True)

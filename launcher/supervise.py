@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from launcher import guard, watch
+from launcher import watch
 from launcher.failure import line, memory, orphans, reports
 from launcher.failure.kinds import HOST, INTERRUPTED, MEMORY, NOT_STOPPED, STALL, kind_of
 from launcher.failure.lookout import LOOK_SECONDS, Lookout, Verdict
@@ -34,8 +34,21 @@ class Limits:
     """How long things may take, in seconds."""
 
     grace: float  # between a request to stop and the end
-    save_after: float = math.inf  # until the ranks are asked to save, for schedulers that give no warning
-    stall: float = math.inf  # a rank may be stopped, or behind all others while they start
+    save_after: float = math.inf  # until the ranks are asked as by a SIGTERM, for schedulers that give no warning
+    stall: float = math.inf  # a rank may be stopped by a signal, or behind all others while they start
+    lost: float = line.LOST_SECONDS  # a host may not answer until it counts as lost
+
+
+@dataclass(frozen=True)
+class World:
+    """What ranks there are, and where."""
+
+    ranks: int = 0  # 0 = unknown
+    others: Sequence[str] = ()  # the other hosts that ranks run on, which leave word over TCP
+    # A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of this host,
+    # without what they write.
+    shared: Path | None = None
+    local: bool = False  # some run on this host, and mpirun, unlike srun, starts them without waiting for anything
 
 
 @dataclass(frozen=True)
@@ -67,57 +80,40 @@ def supervise(
     environment: dict[str, str],
     *,
     flavor: Flavor,
-    grace: float,
-    save_after: float = math.inf,
-    stall: float = math.inf,
-    lost: float = line.LOST_SECONDS,
-    ranks: int = 0,
-    shared: Path | None = None,
-    others: Sequence[str] = (),
-    local: bool = False,
+    limits: Limits,
+    world: World,
     show: Show | None = None,
 ) -> Outcome:
     """Returns how the job ended, after the last process is gone.
 
     SIGTERM, SIGHUP, SIGINT (Ctrl-C) and SIGUSR1 are passed to every rank through mpirun, so that the program can save
-    and leave; after the first three, the job is killed when `grace` seconds are over, or at a second SIGINT. mpirun
-    runs in a session of its own, so that Ctrl-C in a terminal arrives here only.
+    and leave; after the first three, the job is killed when `limits.grace` seconds are over, or at a second SIGINT.
+    mpirun runs in a session of its own, so that Ctrl-C in a terminal arrives here only.
 
     Args:
-        save_after: Seconds after which the ranks are asked as by a SIGTERM, for schedulers that give no warning.
-        stall: Seconds a rank may be stopped by a signal, or be behind the others while they start.
-        lost: Seconds a host may not answer until it counts as lost.
-        ranks: How many there are, 0 = unknown.
-        shared: A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of
-            this host, without what they write.
-        others: The other hosts that ranks run on, which leave word over TCP.
-        local: Whether some ranks run on this host, and mpirun, unlike srun, starts them without waiting for anything.
+        environment: What `restart.own_variables` names is in it, as ranks on other hosts get it.
         show: How output is shown; None = mpirun does it, as it comes.
     """
-    limits, killed = Limits(grace, save_after, stall), memory.kills()
-    token = environment.get(orphans.JOB) or os.urandom(16).hex()
+    shared, killed = world.shared, memory.kills()
+    token = environment.get(line.TOKEN) or os.urandom(16).hex()
     with _reports(shared) as place:
         progress = place / "progress"
-        environment = environment | {
-            reports.REPORTS: str(place), reports.PROGRESS: str(progress), orphans.JOB: token,
-        }  # fmt: skip
-        if stall < math.inf:
-            environment[guard.STALL_SECONDS] = str(stall)
-        environment[line.SECONDS] = str(lost)
+        own = {reports.REPORTS: str(place), reports.PROGRESS: str(progress), line.TOKEN: token}
+        environment = environment | own
         console = None if show is None else Console(show)
         if console is not None:
             environment |= {pump.CONSOLE: console.path, pump.LOGS: "" if shared is None else str(shared)}
         remove = [*([place] if shared is None else []), *([console.folder] if console is not None else [])]
         with orphans.cleaned_up(token, place, remove=remove):
-            with _lines(place, token, others, lost) as lines:
+            with _lines(place, token, world.others, limits.lost) as lines:
                 environment[line.WHERE] = lines.where if lines is not None else ""
                 process = _start(command, environment, flavor, console)
-                look = partial(_look, lines, Lookout(place, ranks, stall, hears=local))
-                outcome = _wait(process, flavor, limits, look, console)
+                look = partial(_look, lines, Lookout(place, world.ranks, limits.stall, hears=world.local))
+                outcome = _wait(process, flavor, limits, look, console, partial(reports.ask, place))
             _end_all(token, place, console)
         if outcome.killed or not outcome.code:
             return outcome
-        unheard = bool(others) and len(reports.states(place)) < ranks
+        unheard = bool(world.others) and len(reports.states(place)) < world.ranks
         outcome, first = _add_word(replace(outcome, step=reports.read_progress(progress)), place, lines)
         lost = reports.ends(place)[1] > 0 or outcome.code == 128 + flavor.stop
         return _explain(outcome, first, memory.kills() > killed, unheard, lost)
@@ -222,11 +218,13 @@ def _wait(
     limits: Limits,
     look: Callable[[], Verdict | None],
     console: Console | None,
+    ask: Callable[[int], None],
 ) -> Outcome:
     """Returns how the process ended, passing signals on meanwhile.
 
     Args:
         look: Called once in a while; returns why the job has to end.
+        ask: Called with a signal before it is passed on.
     """
     deadline, interrupts, grace, asked = math.inf, 0, limits.grace, 0
     say = Console.print if console is None else console.say
@@ -258,6 +256,7 @@ def _wait(
         if number in STOP:
             deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):
+            ask(number)
             process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
     return Outcome(code if code >= 0 else 128 - code, asked_to_stop=bool(asked), request=asked)
 

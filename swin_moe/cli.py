@@ -5,6 +5,10 @@ import difflib
 import importlib
 import importlib.metadata
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.job.options import Parser
 
 # Each command is imported when chosen: `checkpoint` needs no torch, and must not load it.
 COMMANDS = {
@@ -13,12 +17,15 @@ COMMANDS = {
     "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
+    "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
     "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
     "simulate": ("swin_moe.planner.simulation.command", "one step on a world that is not there, with uneven experts"),
     "checkpoint": ("checkpoint_tools.__main__", "inspect, verify, compare, convert checkpoints"),
-    "configs": ("swin_moe.config.listing", "names of the shipped configs"),
+    "weights": ("swin_moe.weights.command", "the released official files: list them, fetch them"),
+    "configs": ("swin_moe.config.shipped.listing", "the shipped configs: size, published accuracy, released weights"),
+    "show": ("swin_moe.config.shipped.show", "every option of a config, and where its value comes from"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
@@ -43,6 +50,9 @@ def main() -> None:
         sys.exit(2)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(launch_help(), end="")
+            sys.exit(0)
         try:
             arguments = with_plan(arguments)
         except ValueError as error:
@@ -51,7 +61,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "configs", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main
@@ -66,28 +76,36 @@ def with_plan(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: The program is not our training, or one option is there without the other's sense.
     """
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    own, program, plan, hardware = [], arguments[at + 1 :], False, ""
-    words = iter(arguments[:at])
-    for word in words:
-        name, _, value = word.partition("=")
-        if word == "--plan":
-            plan = True
-        elif name == "--hardware":
-            hardware = value or next(words, "")
-            if not hardware:
-                raise ValueError("swin-moe launch: --hardware needs the name of a machine or a YAML file")
-        else:
-            own.append(word)
-    if not plan and not hardware:
+    from launcher.job.options import Parser, split_at_dashes
+
+    before, program = split_at_dashes(arguments)
+    options, own = _add_plan(Parser(prog="swin-moe launch", add_help=False, allow_abbrev=False)).parse_known_args(
+        before
+    )
+    if options.hardware is None and not options.plan:
         return arguments
-    if not plan:
+    if not options.plan:
         raise ValueError("swin-moe launch: --hardware is for --plan; give that as well")
     if program[:2] != ["-m", "swin_moe.train"] or len(program) < 3:
         raise ValueError(
             "swin-moe launch: --plan chooses the layout of training; it goes with -- -m swin_moe.train CONFIG"
         )
-    return [*own, "--", *program, "parallel.plan=auto", *([f"parallel.hardware={hardware}"] if hardware else [])]
+    hardware = [] if options.hardware is None else [f"parallel.hardware={options.hardware}"]
+    return [*own, "--", *program, "parallel.plan=auto", *hardware]
+
+
+def launch_help() -> str:
+    """Returns the launcher's help with what `swin-moe launch` takes beside it."""
+    from launcher.job.options import parser
+
+    return _add_plan(parser()).format_help()
+
+
+def _add_plan(made: "Parser") -> "Parser":
+    add = made.add_argument_group("of swin-moe launch, for -m swin_moe.train").add_argument
+    add("--plan", action="store_true", help="train with the best layout that `swin-moe plan` finds for the ranks")
+    add("--hardware", metavar="NAME", help="the machine to plan for: a name or a YAML file, as `swin-moe plan` takes")
+    return made
 
 
 def check_before_launch(ranks: int, program: list[str]) -> None:

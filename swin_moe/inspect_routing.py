@@ -16,7 +16,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.loader import EvalLoader
 from swin_moe.data.pixels import decode, read_image
-from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
+from swin_moe.data.transforms import build_transform, to_rgb
 from swin_moe.engine.precision import autocast
 from swin_moe.models.swin import Block
 from swin_moe.moe.layer import MoELayer
@@ -164,7 +164,7 @@ def _draw_images(
         _forward(session, model, pixels[None])
         maps = recorder.patch_maps(0)
         with naming(target):
-            draw_patches(_to_rgb(pixels), maps, recorder.num_experts).save(target)
+            draw_patches(to_rgb(pixels), maps, recorder.num_experts).save(target)
         LOGGER.info("%s", target)
         numbers[name] = {m.layer: {"expert": m.expert.tolist(), "kept": m.kept.tolist()} for m in maps}
     return numbers
@@ -179,12 +179,6 @@ def _picture_paths(names: Sequence[str], directory: Path) -> list[Path]:
             path, number = directory / f"{Path(name).stem}-{number}.png", number + 1
         paths.append(path)
     return paths
-
-
-def _to_rgb(pixels: Tensor) -> np.ndarray:
-    """Returns (H, W, 3) uint8 of a normalized image (3, H, W)."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def _draw_classes(

@@ -16,7 +16,8 @@ from swin_moe.names.official import file_key, is_wrapped
 class Schedule:
     """The learning rate as a pure function of the optimizer step t = 0, 1, ...
 
-    The formulas of timm 0.4.12's schedulers as the official lr_scheduler.py sets them up (microsoft/Swin-Transformer).
+    The formulas of timm 0.4.12's schedulers as the official lr_scheduler.py sets them up (microsoft/Swin-Transformer);
+    poly is that of the official segmentation configs.
     All quantities in steps; learning rates are already scaled to the global batch.
     """
 
@@ -39,6 +40,11 @@ class Schedule:
         """
         peak = self.lr * scale
         t = max(t - self.delay, 0)
+        if self.name == "poly":
+            # Straight down to min_lr, the warm-up a factor of that (mmcv's PolyLrUpdaterHook of power 1).
+            warm = 1 - t / self.warmup if t < self.warmup else 0.0
+            falling = (peak - self.min_lr) * max(1 - t / self.total, 0.0) + self.min_lr
+            return falling * (1 - warm * (1 - self.warmup_lr / self.lr if self.lr else 0.0))
         if t < self.warmup:
             return self.warmup_lr + t * (peak - self.warmup_lr) / self.warmup
         if self.name == "cosine":

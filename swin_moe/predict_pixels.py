@@ -65,7 +65,7 @@ def predict_pixels(
             (found,) = task.look(model, batch, context)
         objects += out.add(number, name, image, found)
     out.close()
-    print(f"{len(images)} images, {objects} objects: {options.out}", file=sys.stderr)
+    print(f"{len(images)} images{f', {objects} objects' if out.has_objects else ''}: {options.out}", file=sys.stderr)
 
 
 def batch_of(config: Config, image: Image.Image, image_id: int) -> Batch:
@@ -93,7 +93,7 @@ class _Output:
         self._options, self._names, self._ids = options, names, category_ids
         self._images: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
-        self._has_objects = False
+        self.has_objects = False
         self._taken: set[str] = set()
         options.out.mkdir(parents=True, exist_ok=True)
 
@@ -108,7 +108,7 @@ class _Output:
         shares = self._store_map(stem, found)
         if self._options.json:
             said = [{"name": row.pop("name"), "box": row["bbox"], "score": row["score"]} for row in rows]
-            print(json.dumps({"image": name} | ({"objects": said} if self._has_objects else {}) | shares))
+            print(json.dumps({"image": name} | ({"objects": said} if self.has_objects else {}) | shares))
         else:
             words = [f"{row.pop('name')} {row['score']:.2f}" for row in rows]
             parts = [f"{key} {share:.1%}" for key, share in shares.get("classes", {}).items()]
@@ -126,7 +126,7 @@ class _Output:
     def _objects(self, number: int, found: Found) -> list[dict[str, Any]]:
         if found.boxes is None or found.scores is None or found.labels is None:
             return []
-        self._has_objects = True
+        self.has_objects = True
         kept = found.scores >= self._options.threshold
         rles = [] if found.masks is None else rles_of(found.masks[kept].cpu().numpy())
         rows: list[dict[str, Any]] = []
@@ -163,7 +163,7 @@ class _Output:
 
     def close(self) -> None:
         """Writes the json, where objects were asked for."""
-        if not self._has_objects:
+        if not self.has_objects:
             return
         categories = [{"id": number, "name": name} for number, name in zip(self._ids, self._names)]
         tree = {"images": self._images, "annotations": self._rows, "categories": categories}

@@ -193,13 +193,15 @@ class Trainer:
         # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on.
         own = torch.zeros(5, dtype=torch.float64, device=self.device)
         own[:2] = losses
-        facts = (sum(len(batch["image"]) for batch in batches), bool(self.stop.name), self.checkpoints.failed)
+        facts = (sum(len(batch["image"]) for batch in batches), self.stop.number, self.checkpoints.failed)
         for place, fact in enumerate(facts, 2):
             own[place] = float(fact)  # not as one tensor from the host, whose copy would wait for the device
         rows = self.engine.measure(own)
         task_loss, aux_loss, images, stop, save_failed = map(sum, zip(*rows))
         if save_failed:
             self.checkpoints.wait()  # raises, on every rank
+        if stop:
+            self.stop.agree([row[3] for row in rows])
         if not math.isfinite(task_loss + aux_loss):
             self._refuse_loss(step, rows)
         stats = self.engine.step(step)
@@ -306,11 +308,8 @@ class Trainer:
             self.checkpoints.wait()
         if stopping:
             self.bar.clear()
-            LOGGER.info(
-                "stopped by %s at step %d; checkpoint saved, run the same command to continue",
-                self.stop.name or "another rank",
-                step,
-            )
+            words = "stopped by %s at step %d; checkpoint saved, run the same command to continue"
+            LOGGER.info(words, self.stop.name, step)
 
     def _evaluate(self) -> dict[str, float]:
         """Returns the metrics of the weights as they are."""
@@ -363,7 +362,7 @@ def main(argv: list[str]) -> None:
     lock = FolderLock(session.directory)
     with session.watched(), holding(lock):
         # All ranks are one job, so one takes it; before logging, which writes into the folder.
-        together(resolve(session.groups.world), lock.take if session.rank == 0 else lambda: None)
+        together(resolve(session.groups.world), lock.enter if session.rank == 0 else lambda: None)
         start_logging(session.directory, session.rank)
         train(session)
     if session.rank == 0 and session.config.parallel.hardware:

@@ -57,6 +57,16 @@ def test_everything_else_is_the_launchers(monkeypatch, started, program):
     assert started == [["-n", "2", "--", *program]]
 
 
+def test_help_of_launch_lists_the_launchers_options_and_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["swin-moe", "launch", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(
+        name in shown for name in ("--plan", "--hardware NAME", "--hostfile", "--dry-run")
+    )
+
+
 def test_the_version_and_the_module_are_the_command():
     finished = subprocess.run([sys.executable, "-m", "swin_moe", "--version"], capture_output=True, text=True)
     assert finished.stdout == f"swin-moe {importlib.metadata.version('swin-moe')}\n" and finished.returncode == 0
@@ -74,11 +84,12 @@ def test_a_misspelled_command_is_answered_with_the_right_one(typed, meant, monke
 
 def test_configs_are_listed(capsys):
     from swin_moe.config.io import find_config
-    from swin_moe.config.listing import run, shipped
+    from swin_moe.config.shipped.listing import run, shipped
 
     run(["swin_moe", "32expert"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "swin_moe/" and "  swin_moe_base_patch4_window12_192_32expert_32gpu_22k" in lines
+    assert lines[1] == "swin_moe/"
+    assert any(line.startswith("  swin_moe_base_patch4_window12_192_32expert_32gpu_22k ") for line in lines)
     assert all(find_config(name).is_file() for names in shipped([]).values() for name in names)
     with pytest.raises(SystemExit) as ended:
         run(["nowhere"])

@@ -24,7 +24,7 @@ LAYERS = (
     ("weights", "planner"),
     ("evaluate", "predict_pixels"),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
-    ("doctor",),
+    ("doctor", "report"),
     ("cli",),
     ("__main__",),
 )

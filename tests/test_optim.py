@@ -55,6 +55,26 @@ def test_other_schedules_by_hand():
     assert [linear(t) for t in (0, 5, 10, 50)] == pytest.approx([0, 0.5, 1, 0.01])
 
 
+def test_poly_is_the_official_segmentation_schedule():
+    """lr (1 - t / T), and during the first steps that times 1 - (1 - t / W)(1 - r), r the ratio at the start."""
+    config = OptimConfig(lr=6e-5, warmup_lr=6e-11, min_lr=0.0, schedule="poly", epochs=126.6826, warmup_epochs=1.18765)
+    poly = build_schedule(config, steps_per_epoch=1263, global_batch=16)
+    assert (poly.total, poly.warmup) == (160_000, 1_500)
+    assert poly(0) == pytest.approx(6e-5 * 1e-6)
+    assert poly(750) == pytest.approx(6e-5 * (1 - 750 / 160_000) * (1 - 0.5 * (1 - 1e-6)))
+    assert poly(1_500) == pytest.approx(6e-5 * (1 - 1_500 / 160_000))
+    assert poly(80_000, scale=0.5) == pytest.approx(1.5e-5)
+    assert poly(160_000) == 0
+
+
+def test_biases_and_vectors_decay_where_the_official_code_has_it():
+    """SwinTransformer/Swin-Transformer-Semantic-Segmentation decays all but three keywords."""
+    vector = torch.zeros(3)
+    for name, decays in (("head.bias", True), ("bottleneck.bn.weight", True), ("backbone.norm0.weight", False)):
+        assert has_decay(name, vector, set(), {"norm"}, vectors=True) == decays
+        assert not has_decay(name, vector, set(), {"norm"})
+
+
 def test_milestone_inside_warmup_is_refused():
     with pytest.raises(ValueError, match="optim.milestones"):
         build_schedule(

@@ -1,18 +1,22 @@
 """Files that are none: pipes, devices, loops of links; where a file is wanted they are refused, never waited for."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from checkpoint_tools.formats import find_format
+from launcher.preflight import report
 from swin_moe import inspect_routing, predict
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.config import DataConfig
+from swin_moe.config import Config, DataConfig
+from swin_moe.config.io import dump_config
 from swin_moe.config.yaml_files import read_yaml
 from swin_moe.data.datasets import build_dataset
 from swin_moe.data.pixels import BrokenImage, read_image
+from swin_moe.report import page
 
 
 @pytest.fixture
@@ -68,3 +72,20 @@ def test_a_config_without_an_end_or_that_cannot_be_read_is_named(tmp_path):
 def test_an_image_without_a_name_is_shown_as_one(main):
     with pytest.raises(ValueError, match="no such image file: ''$"):
         main(["digits_swin_moe", ""])
+
+
+@pytest.mark.parametrize("write", ["config", "preflight", "report"])
+def test_a_device_that_is_written_to_stays_one(write, tmp_path):
+    """/dev/null as an output was replaced by a file, where root ran the command."""
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    if write == "config":
+        dump_config(Config(), device)
+    elif write == "preflight":
+        report.write({"a": 1}, device)
+    else:
+        page.write("text", [], device, pictures=False)
+    assert stat.S_ISCHR(device.lstat().st_mode) and not [path for path in tmp_path.iterdir() if path != device]

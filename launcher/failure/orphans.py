@@ -23,7 +23,6 @@ from launcher.machine import shared_memory
 from launcher.output import pump
 from launcher.output.pump import Pipes, Pump
 
-JOB = line.TOKEN
 _POLITE_SECONDS = 0.5  # between the request to end and the end
 _SECONDS = 10.0
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -78,7 +77,7 @@ def start_reaper(page: Page) -> int | None:
 
     It leaves word of a guard that was killed, and removes the shared memory of a rank that could not do so itself.
     """
-    token = os.environ.get(JOB)
+    token = os.environ.get(line.TOKEN)
     if not token:
         return None
     guard, group, rank = os.getpid(), os.getpgrp(), rank_of(os.environ)
@@ -172,7 +171,7 @@ def _hold_only(*kept: int) -> None:
 def _owner(path: Path, token: str) -> str | None:
     """Returns the rank that a process belongs to, "?" = to what starts them; None without the token."""
     words = (path / "environ").read_bytes().split(b"\0")
-    if f"{JOB}={token}".encode() not in words:
+    if f"{line.TOKEN}={token}".encode() not in words:
         return None
     pairs = (word.decode(errors="replace").partition("=") for word in words)
     return rank_of({name: value for name, _, value in pairs})

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import tempfile
 
-from launcher.failure import orphans
+from launcher.failure import line, orphans
 from launcher.flavors.base import Start
 from launcher.hosts.hostfile import Host
 from launcher.job.plan import is_here
 from launcher.job.prepare import Prepared
 
 _PROBE_SECONDS = 60.0
+_PROBES = 64  # at a time; each is an mpirun that sleeps until its host answers, so a host that does not delays few
 
 
 def other_hosts(job: Prepared) -> list[str]:
@@ -24,9 +25,9 @@ def dead_hosts(job: Prepared) -> dict[str, str]:
     from concurrent.futures import ThreadPoolExecutor  # costs every start of the launcher 5 ms, and a failure needs it
 
     names = other_hosts(job)
-    with ThreadPoolExecutor(16, initializer=_let_children_be_heard) as pool:
+    with ThreadPoolExecutor(_PROBES, initializer=_let_children_be_heard) as pool:
         found = list(pool.map(lambda name: _why_not(job, name), names))
-    if token := job.environment(os.environ).get(orphans.JOB):
+    if token := job.environment(os.environ).get(line.TOKEN):
         orphans.sweep(token)  # an ssh that still waits for an answer
     return {name: why for name, why in zip(names, found) if why}
 

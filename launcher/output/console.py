@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from launcher.output.lines import Lines, unframe
+from launcher.output.lines import MARK, Lines, unframe
 from launcher.output.pump import HEAD
 
 _READ = 2**18
@@ -191,20 +191,27 @@ class _Mpirun:
 
     def __init__(self, console: Console, stream: int) -> None:
         self._console, self._stream = console, stream
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a line that has not ended: joined once, however many pieces it comes in
 
     def take(self, data: bytes) -> None:
         """Takes bytes of the pipe; none: it was closed."""
-        *whole, self._rest = (self._rest + data).split(b"\n") if data else (self._rest,)
+        *whole, rest = data.split(b"\n")
         for line in whole:
-            found = unframe(line + b"\n")
-            if found is None:
-                self._console.take("mpirun", -1, "", self._stream, line + b"\n")
-            else:
-                rank, host, stream, text = found
-                self._console.take(f"{rank} {host}", rank, host, stream, text)
-        if not data and self._rest:
-            self._console.take("mpirun", -1, "", self._stream, self._rest)
+            self._take_line(b"".join([*self._rest, line, b"\n"]))
+            self._rest = []
+        if rest:
+            self._rest.append(rest)
+        if self._rest and not (data and self._rest[0].startswith(MARK)):  # what begins no frame need not be kept
+            self._console.take("mpirun", -1, "", self._stream, b"".join(self._rest))
+            self._rest = []
+
+    def _take_line(self, line: bytes) -> None:
+        found = unframe(line)
+        if found is None:
+            self._console.take("mpirun", -1, "", self._stream, line)
+        else:
+            rank, host, stream, text = found
+            self._console.take(f"{rank} {host}", rank, host, stream, text)
 
 
 class _Screen:

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher import ending, guard, watch
 from launcher.env import RankEnv, rank_of
-from launcher.failure import orphans
+from launcher.failure import line
 from launcher.failure.kinds import CONFIGURATION, HOST
 from launcher.preflight import judge, report
 from launcher.preflight.conduct import Conductor, Settings
@@ -29,7 +29,7 @@ def main() -> None:
         ending.fail("launcher: whatever starts the ranks does not tell them their number", CONFIGURATION)
     try:
         places = [(address, port) for address, port in given["places"]]
-        member = Member(places, os.environ.get(orphans.JOB, ""), int(rank), facts(os.environ), seconds=given["seconds"])
+        member = Member(places, os.environ.get(line.TOKEN, ""), int(rank), facts(os.environ), seconds=given["seconds"])
         last = take_part(member, given["folder"])
     except OSError as error:
         print(f"[rank {rank}] preflight: no way to the launcher: {error}", file=sys.stderr, flush=True)
@@ -48,7 +48,7 @@ def on_ranks(env: RankEnv, settings: Settings, *, otherwise: int = 0) -> tuple[i
     Raises:
         ValueError: The port is taken, as under torchrun, or rank 0 cannot be reached there.
     """
-    token = os.environ.get(orphans.JOB) or f"{env.master_addr} {env.master_port}"
+    token = os.environ.get(line.TOKEN) or f"{env.master_addr} {env.master_port}"
     places = [(env.master_addr, env.master_port)]
     found: list[dict[str, Any]] = []
 

@@ -40,11 +40,13 @@ def verdict(document: dict[str, Any]) -> str:
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Writes the file whole, or not at all. Raises OSError."""
+    """Writes the file whole, or not at all; a device or pipe is written to, not replaced. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
+    special = path.exists() and not path.is_file()
+    draft = path if special else path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(document, indent=1) + "\n")
-    draft.replace(path)
+    if not special:
+        draft.replace(path)
 
 
 _FREE, _PACE = [check.title for check in CHECKS], [pace.title for pace in PACES]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import restart, supervise
-from launcher.failure import orphans
+from launcher.failure import line, orphans
 from launcher.failure.kinds import HOST
 from launcher.job.options import lost_seconds
 from launcher.job.prepare import Prepared, arrange
@@ -23,7 +23,7 @@ from launcher.preflight import judge, report
 from launcher.preflight.conduct import LOOPBACK, Conductor, Settings
 from launcher.preflight.hub import Hub
 from launcher.preflight.rank import ORDERS, conduct
-from launcher.supervise import Outcome
+from launcher.supervise import Limits, Outcome, World
 
 _RANK = "launcher.preflight.rank"  # the module that every rank runs
 _LEAVING_SECONDS = 1.0
@@ -67,7 +67,7 @@ def run(job: Prepared, options: argparse.Namespace) -> tuple[int, Prepared]:
 
 def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, dict[str, Any] | None]:
     """Returns (how the job of the checks ended, the document; None where it failed for no rank's reason)."""
-    token = job.job.environment[orphans.JOB]
+    token = job.job.environment[line.TOKEN]
     hosts = {rank.rank: rank.host for rank in job.plan.ranks}
     hub = _listen(job, token)
     conductor = Conductor(hub, Settings(options.preflight_over, options.preflight_limit), hosts.__getitem__)
@@ -90,11 +90,8 @@ def _run_checks(job: Prepared, options: argparse.Namespace) -> tuple[Outcome, di
             checks.command,
             checks.environment(os.environ),
             flavor=checks.mpi.flavor,
-            grace=options.grace,
-            stall=options.stall,
-            lost=lost_seconds(options),
-            ranks=len(hosts),
-            others=other_hosts(job),
+            limits=Limits(options.grace, stall=options.stall, lost=lost_seconds(options)),
+            world=World(len(hosts), other_hosts(job)),
         )
     finally:
         checks.remove_hostfile()

@@ -13,6 +13,10 @@ class DenseDataConfig:
     val_annotations: str = field(default="", metadata=NOT_STATE)
     train_images: str = field(default="", metadata=NOT_STATE)  # folder that file_name begins in
     val_images: str = field(default="", metadata=NOT_STATE)
+    train_maps: str = field(
+        default="", metadata=NOT_STATE
+    )  # label maps beside a COCO json, for detectors that want both
+    val_maps: str = field(default="", metadata=NOT_STATE)
     class_file: str = ""  # names of the classes of label maps, one a line
     reduce_zero_label: bool = False  # label maps: 0 is ignored, the others count from 0 (ADE20K)
     on_bad: Literal["skip", "fail"] = "skip"  # an object that is wrong is named either way; images: data.on_broken
@@ -37,6 +41,11 @@ class DenseDataConfig:
     ratio: tuple[float, float] = (1.0, 1.0)  # what both are multiplied by, drawn uniformly
     crop_short: tuple[int, ...] = ()  # short sides before the crop of detection; () = no crop
     crop_sides: tuple[int, int] = (384, 600)  # least and largest side of that crop
+    # An affine move after the resize, drawn uniformly up to these either way: turned and slanted by degrees round the
+    # middle, shifted by parts of the sides (Soft Teacher's strong view: 30, 30, 0.1).
+    rotate: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
     crop: tuple[int, int] = (0, 0)  # height, width of the crop of segmentation; smaller images are padded; 0 = none
     crop_max_share: float = 0.75  # up to ten crops are tried until no class covers more; 1 = the first is taken
     distort: bool = False  # brightness, contrast, saturation and hue as the official segmentation code draws them

@@ -4,7 +4,6 @@ A file whose top-level keys are the sections of the official repository (DATA, M
 official.py, unchanged. The schema, with units and ranges, is schema.py.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import logging
@@ -21,7 +20,7 @@ from swin_moe.config.official import convert_official, is_official, nest
 from swin_moe.config.official_options import refusal
 from swin_moe.config.schema import Config
 from swin_moe.config.tasks import TaskConfig, TaskOptions, moved_key, nested, own_options, said_twice
-from swin_moe.config.yaml_files import read_yaml
+from swin_moe.config.yaml_files import read_yaml, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +41,27 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, worl
     Raises:
         ValueError: With file, key and what is allowed.
     """
+    return load_with_origins(path_or_name, overrides, world_size=world_size)[0]
+
+
+def load_with_origins(
+    path_or_name: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None
+) -> tuple[Config, dict[str, str]]:
+    """Returns (what load_config does, which file set an option, or that the command line did, by dotted key); options
+    that nobody set, and have their defaults, are not there."""
     path = _resolve(path_or_name)
     given = _parse_overrides(overrides)
-    notes: list[str] = []
-    own = _read_tree(path, (), _Context(world_size, frozenset(_flatten(given)), notes))
-    own.setdefault("run", {}).setdefault("name", path.stem)
+    context = _Context(world_size, frozenset(_flatten(given)), [], {})
+    own = _read_tree(path, (), context)
+    if "name" not in own.setdefault("run", {}):
+        own["run"]["name"], context.origins["run.name"] = path.stem, "name of the file"
     try:
         config = _build(Config, merge(own, given))
     except ValueError as error:
         raise ValueError(f"{_culprit(path, own, given, str(error))}: {error}") from None
-    for note in notes:
+    for note in context.notes:
         logger.info("%s: %s", path.name, note)
-    return config
+    return config, context.origins | dict.fromkeys(context.overridden, _COMMAND_LINE)
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
@@ -99,14 +107,7 @@ def dump_config(config: Config, path: str | Path) -> None:
     if not Path(path).name:
         raise ValueError(f"dump_config: the path must be a file's, got {str(path)!r}")
     text = yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    write_whole(Path(path), text)
 
 
 def find_config(name: str) -> Path:
@@ -169,6 +170,7 @@ class _Context:
     world_size: int | None
     overridden: frozenset[str]  # keys set above the file, which an official file need not tell
     notes: list[str]
+    origins: dict[str, str]  # key -> the file that set it last; grows
 
 
 def _check_name(name: object) -> None:
@@ -222,7 +224,9 @@ def _read_tree(path: Path, chain: tuple[Path, ...], context: _Context) -> dict:
             raise ValueError(f"{path}: base must be a file or config name, or a list of them, got {shown(base)}")
         above = dataclasses.replace(context, overridden=context.overridden | frozenset(_flatten(raw)))
         tree = merge(tree, _read_tree(_resolve(base, beside=path.parent), chain, above))
-    return merge(tree, _typed(raw, source=str(path)))
+    typed = _typed(raw, source=str(path))
+    context.origins.update(dict.fromkeys(_flatten(typed), str(path)))
+    return merge(tree, typed)
 
 
 def _read_official(path: Path, raw: dict, chain: tuple[Path, ...]) -> dict:
@@ -242,10 +246,14 @@ def _read_official(path: Path, raw: dict, chain: tuple[Path, ...]) -> dict:
 def _parse_overrides(overrides: Iterable[str]) -> dict:
     """Returns the typed tree of "section.key=value" words; later words win."""
     tree: dict = {}
-    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+    try:
+        words = None if isinstance(overrides, str) else iter(overrides)
+    except TypeError:  # also of what has the method and refuses, such as a tensor of one number
+        words = None
+    if words is None:
         raise TypeError(f"overrides must be a list of texts such as 'optim.lr=0.1', got {shown(overrides)}")
     given: dict[str, tuple[str, Any]] = {}  # key -> (how it was written, value)
-    for word in overrides:
+    for word in words:
         if not isinstance(word, str):
             raise TypeError(f"an override must be a text such as 'optim.lr=0.1', got {shown(word)}")
         written, equals, text = word.partition("=")

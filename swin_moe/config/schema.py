@@ -212,7 +212,7 @@ class OptimConfig:
     epochs: float = 300.0
     start_epoch: int = 0  # where a run without a checkpoint begins: learning rate and data as after so many epochs
     warmup_epochs: float = 20.0
-    schedule: Literal["cosine", "linear", "step", "multistep"] = "cosine"
+    schedule: Literal["cosine", "linear", "step", "multistep", "poly"] = "cosine"
     warmup_prefix: bool = True  # the schedule starts after the warm-up instead of running under it
     decay_epochs: float = 30.0  # step
     decay_rate: float = 0.1  # step and multistep

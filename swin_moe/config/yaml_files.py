@@ -1,5 +1,6 @@
 """YAML as configs are written in it, and what is no such file in one sentence."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -68,6 +69,25 @@ for _tag, _pattern, _first in (
 
 
 _MOST = 1 << 20  # characters of a config; a device may have no end
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole, or leaves what was there; a device or pipe (/dev/null) is written to, not replaced.
+
+    Raises:
+        OSError: It cannot be written; names `path`.
+    """
+    special = path.exists() and not path.is_file()
+    draft = path if special else path.with_name(f".{path.name}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        if not special:
+            draft.replace(path)
+    except OSError as error:
+        if not special:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_yaml(path: Path) -> dict:

@@ -57,6 +57,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.div_(255).sub_(_MEAN).div_(_STD)
 
 
+def to_rgb(pixels: Tensor) -> np.ndarray:
+    """Returns (H, W, 3) uint8 of a normalized image (3, H, W)."""
+    return ((pixels.float() * _STD + _MEAN).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
 class EvalTransform:
     """Resize and centre crop of the official evaluation; the key is not used.
 

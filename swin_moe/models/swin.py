@@ -153,7 +153,7 @@ class SwinTransformer(Network):
     detection backbone treats it: maps padded to whole windows, every odd block shifted.
     """
 
-    task_parts = ("head", "mask_token")  # what is inside, but belongs to the task that trains it
+    task_parts: tuple[str, ...] = ("head", "mask_token")  # what is inside, but belongs to the task that trains it
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", mask_token: bool = False) -> None:
         """Builds the modules; weights come from init_weights. Works on meta and without a process group.

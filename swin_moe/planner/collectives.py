@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from swin_moe.config import Config
 from swin_moe.planner.layouts import Layout
-from swin_moe.planner.workload import Workload
+from swin_moe.planner.workload import Workload, rows_share, weight_dtype
 
 _ENCODED = {"none": None, "bf16": 2, "fp8": 1}  # bytes of an element that travels
 
@@ -35,7 +35,7 @@ def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterat
     yield from _rows(config, workload, layout, forwards)
     if layout.world_size == 1:
         return
-    item = 8 if config.engine.precision == "fp64" else 4
+    item = weight_dtype(config).itemsize
     dense = float(item * workload.numel(experts=False, trained=True))
     local = float(item * workload.numel(experts=True, trained=True) / (layout.expert * layout.expert_shard))
     stride = layout.expert * layout.expert_shard
@@ -63,11 +63,11 @@ def _rows(config: Config, workload: Workload, layout: Layout, forwards: int) -> 
     ranks = layout.expert * layout.expert_shard
     if ranks == 1:
         return
-    item, padding = bytes_of_channel(workload, layout), padding_of(config)
+    item, share = bytes_of_channel(workload, layout), rows_share(config.model.moe)
     ways = 2 * (forwards + layout.accumulation)
     hides = (layout.overlap - 1) / layout.overlap
     for layer in workload.moe:
-        size = float(layer.rows * layer.dim * item * layout.micro_batch) * padding
+        size = float(layer.rows * layer.dim * item * layout.micro_batch) * share
         calls = ways * layout.overlap
         yield Collective("all_to_all", "exchange", ranks, 1, size / layout.overlap, calls, "experts", hides)
         if layout.expert_shard > 1:
@@ -79,10 +79,3 @@ def _rows(config: Config, workload: Workload, layout: Layout, forwards: int) -> 
 def bytes_of_channel(workload: Workload, layout: Layout) -> int:
     """Returns bytes of one channel of a row on its way."""
     return _ENCODED[layout.payload] or workload.row_bytes
-
-
-def padding_of(config: Config) -> float:
-    """Returns rows that are sent over rows that there are; 1 where none are padded."""
-    moe = config.model.moe
-    padded = moe.has_blocks and moe.backend in ("padded", "tutel") and moe.capacity_factor > 0
-    return moe.capacity_factor if padded else 1.0

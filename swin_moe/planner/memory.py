@@ -14,9 +14,8 @@ from swin_moe.parallel.apply import BUCKET_BYTES
 from swin_moe.parallel.sharding import Degrees, cut_dim, local_chunk
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.trace import Segment, over_time
-from swin_moe.planner.workload import Parameter, Workload
+from swin_moe.planner.workload import Parameter, Workload, moments_of, weight_dtype
 
-_STATES = {"adamw": 2, "sgd": 1}  # tensors of an optimizer as large as a parameter
 _BUCKET = 4 * 2**24  # bytes that DeepSpeed reduces together (engine/deepspeed/start.py)
 
 
@@ -69,14 +68,15 @@ def activations_over_time(config: Config, workload: Workload, layout: Layout, se
 
 def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory:
     """Returns what a rank holds between steps, and all its gradients; nothing of a micro-step."""
-    item = 8 if config.engine.precision == "fp64" else 4
+    item = weight_dtype(config).itemsize
     half = config.engine.precision in ("bf16", "fp16")
     held = sum(n for _, n in _held(workload, layout))
     trained = sum(n for p, n in _held(workload, layout) if p.trained)
     updated, tensors = max(_updated(workload, layout))
-    moments = _STATES[config.optim.name] * (config.optim.name != "sgd" or config.optim.momentum > 0)
-    copies = 0.0
-    if half and layout.world_size == 1 and layout.engine != "deepspeed" and layout.offload == "none":
+    moments = moments_of(config.optim)
+    copies, whole = 0.0, layout.world_size == 1 or not layout.cuts_weights
+    copied = half and layout.offload == "none" and config.parallel.compile == "none"
+    if copied and whole and layout.engine != "deepspeed":
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
     count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(
@@ -164,7 +164,7 @@ def _in_buckets(config: Config, workload: Workload, layout: Layout, segments: li
     ours = layout.engine != "deepspeed" and not (layout.engine == "torch" and layout.zero >= 2)
     if not ours or layout.expert_data == 1:
         return np.concatenate(over)
-    item = 8 if config.engine.precision == "fp64" else 4
+    item = weight_dtype(config).itemsize
     sizes: dict[str, float] = {}
     first, filled = "", 0.0
     for p, numel in _held(workload, layout):
@@ -238,6 +238,6 @@ def _blocks_of(workload: Workload, key: tuple) -> tuple[tuple[str, int], ...]:
 
 def _whole_blocks(config: Config, workload: Workload, layout: Layout) -> dict[str, float]:
     """Returns block -> bytes of its parameters once they are gathered; "" = those outside of blocks."""
-    item = 8 if config.engine.precision == "fp64" else 4
+    item = weight_dtype(config).itemsize
     key = layout.expert, layout.expert_shard, layout.expert_data
     return {name: float(item * numel) for name, numel in _blocks_of(workload, key)}

@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from swin_moe.optim import frozen_parameters
 from swin_moe.parallel.sharding import Degrees, local_chunk
 from swin_moe.planner.exchange import EvenDispatcher
 from swin_moe.planner.trace import LiveBytes, Segment
-from swin_moe.planner.workload import task_to_count
+from swin_moe.planner.workload import task_to_count, weight_dtype
 from swin_moe.tasks.base import StepContext, Task
 
 _TRACED = (2, 3)  # images; with one image some reshapes give views that copy with more
@@ -70,12 +70,15 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
             model = task.build_network()
         _hold(model, config, degrees, rows)
         copies = copies_of(model, config, world_size=degrees.world_size)
-        known = [*model.parameters(), *model.buffers(), *([] if copies is None else copies.masters.values())]
-        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive):
+        known = [*model.parameters(), *model.buffers()]
+        if copies is not None:
+            known += [*copies.masters.values(), *copies.copies.values()]
+        used = nullcontext() if copies is None else copies.used()
+        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
-                                  lambda: autocast(precision, _CPU))  # fmt: skip
+                                  lambda: autocast(precision, _CPU), weight=1.0)  # fmt: skip
             loss = task.loss(model, batch, context)
             bytes_alive.mark("+", backward=True)
             loss.total.backward()
@@ -89,7 +92,7 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
 
 
 def example_batch(config: Config, images: int, task: Task) -> Batch:
-    dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    dtype = weight_dtype(config)
     size = (images, config.model.in_chans, *config.model.img_size)
     batch: Any = {
         "image": torch.empty(size, dtype=dtype),
@@ -103,13 +106,19 @@ def example_batch(config: Config, images: int, task: Task) -> Batch:
         batch["extra_image"] = torch.empty((0, *size[1:]), dtype=dtype)
     if task.needs_views:
         batch["view"] = torch.empty(size, dtype=dtype)
+    if task.needs_boxes:
+        name = config.task.name
+        raise ValueError(f"plans are not for task.name={name}: what its heads hold depends on what is in the images")
+    if task.needs_label_maps:
+        batch["label_map"] = torch.zeros((images, *config.model.img_size), dtype=torch.int64)
+        batch["size"] = torch.tensor([config.model.img_size] * images).view(-1, 2)
     return batch
 
 
 def _hold(model: Network, config: Config, degrees: Degrees, rows: float) -> None:
     """Gives a network on meta this rank's parameters as fake tensors, and its MoE layers a dispatcher of even loads."""
     frozen = frozen_parameters(model, config.optim.freeze)
-    dtype = torch.float64 if config.engine.precision == "fp64" else torch.float32
+    dtype = weight_dtype(config)
     coordinates = degrees.coordinates(0)
     model.train()
     for name, module in model.named_modules():

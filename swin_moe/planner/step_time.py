@@ -6,12 +6,13 @@ its operators by their measured rates instead. Figures are the hardware file's; 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from swin_moe.config import Config
+from swin_moe.planner.arithmetic import macs_of_segments
 from swin_moe.planner.collectives import Collective, collectives_of
 from swin_moe.planner.hardware import Hardware, Link
 from swin_moe.planner.layouts import Layout
@@ -19,7 +20,7 @@ from swin_moe.planner.memory import predict_states
 from swin_moe.planner.operators import PRODUCTS
 from swin_moe.planner.rates import UPDATE, UPDATE_EXPERTS, Rates
 from swin_moe.planner.trace import Segment
-from swin_moe.planner.workload import Workload
+from swin_moe.planner.workload import Workload, moments_of, rows_share, weight_dtype
 
 BOUNDS = ("compute", "memory", "launches", "link", "network")
 _UPDATE_PASSES = {"adamw": 7, "sgd": 5}  # reads and writes of an element: weight, gradient, moments
@@ -49,14 +50,26 @@ class StepTime:
 
 
 def predict_time(
-    config: Config, hardware: Hardware, workload: Workload, layout: Layout, segments: Iterable[Segment]
+    config: Config,
+    hardware: Hardware,
+    workload: Workload,
+    layout: Layout,
+    segments: Iterable[Segment],
+    macs: Sequence[float] | None = None,
 ) -> StepTime:
-    """Returns the time of a step with this layout. segments: Of its micro-step (micro_step.py)."""
+    """Returns the time of a step with this layout.
+
+    Args:
+        segments: Of its micro-step (micro_step.py).
+        macs: Multiply-accumulates of each, where not all segments are given; else arithmetic.py counts them.
+    """
     bounds = dict.fromkeys(BOUNDS, 0.0)
     if config.engine.precision in hardware.rates:
         forward, backward = _measured(hardware, config.engine.precision, segments, bounds)
     else:
-        forward, backward = _computation(config, hardware, workload, layout, list(segments), bounds)
+        segments = list(segments)
+        macs = macs_of_segments(config, workload, layout, segments) if macs is None else macs
+        forward, backward = _computation(config, hardware, segments, macs, bounds)
     micro_steps = layout.accumulation
     forward, backward = forward * micro_steps, backward * micro_steps
     for name in bounds:
@@ -78,22 +91,12 @@ def predict_time(
 
 
 def _computation(
-    config: Config,
-    hardware: Hardware,
-    workload: Workload,
-    layout: Layout,
-    segments: list[Segment],
-    bounds: dict[str, float],
+    config: Config, hardware: Hardware, segments: list[Segment], macs: Sequence[float], bounds: dict[str, float]
 ) -> tuple[float, float]:
     """Returns (forward, backward) seconds of a micro-step, and adds what they are bound by."""
-    macs = _macs_by_block(config, workload, layout)
     seconds = [0.0, 0.0]
-    for segment in segments:
-        own = macs.get(segment.name, 0.0)
-        passes = 1.0 if not segment.backward else 2.0 + (layout.recompute == "block" and "blocks" in segment.name)
-        if segment.backward:
-            own = macs.get(segment.name.rstrip("-"), own) if segment.name.endswith("-") else own
-        arithmetic = 2 * own * passes / hardware.matrix_rate(config.engine.precision)
+    for segment, own in zip(segments, macs):
+        arithmetic = 2 * own / hardware.matrix_rate(config.engine.precision)
         products = max(arithmetic, segment.moved_by_products / hardware.memory_rate)
         others = segment.moved / hardware.memory_rate
         launches = segment.launches * hardware.launch_seconds
@@ -128,49 +131,22 @@ def _measured(
     return max(seconds[0], launches[0]), max(seconds[1], launches[1])
 
 
-def _macs_by_block(config: Config, workload: Workload, layout: Layout) -> dict[str, float]:
-    """Returns segment -> multiply-accumulates of a micro-batch; what lies between blocks goes to the one before."""
-    factor = _padding(config)
-    layers = {layer.name for layer in workload.moe}
-    found: dict[str, float] = {}
-    last = ""
-    for module, macs in workload.macs:
-        words = module.split(".")
-        if "blocks" in words:
-            last = ".".join(words[: words.index("blocks") + 2])
-            name = last
-            if words[-1] == "mlp" and last in layers:
-                macs *= factor
-        else:
-            name = f"{last}+" if last else ""
-        found[name] = found.get(name, 0.0) + macs * layout.micro_batch
-    # In backward what comes after the last block has the name of no block.
-    found["+"] = found.get(f"{last}+", 0.0)
-    return found
-
-
-def _padding(config: Config) -> float:
-    """Returns by what padded rows multiply the experts' arithmetic; 1 where none are padded."""
-    moe = config.model.moe
-    padded = moe.has_blocks and moe.backend in ("padded", "tutel")
-    return max(moe.capacity_factor, 1.0) if padded else 1.0
-
-
 def expert_seconds(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
     """Returns seconds of the experts' products in a micro-step, beside which slices travel."""
     macs = sum(2.0 * layer.rows * layer.dim * layer.hidden for layer in workload.moe) * layout.micro_batch
     passes = 3 + (layout.recompute == "block")
-    return 2 * macs * passes * _padding(config) / hardware.matrix_rate(config.engine.precision)
+    return 2 * macs * passes * rows_share(config.model.moe) / hardware.matrix_rate(config.engine.precision)
 
 
 def _update(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
     """Returns seconds of norm, clipping and optimizer."""
     states = predict_states(config, workload, layout)
-    moments = {"adamw": 2, "sgd": 1}[config.optim.name]
     rates = hardware.rates.get(config.engine.precision)
     if rates is not None and UPDATE in rates.operators:
         return _measured_update(config, rates, workload, layout) + 3 * states.averages / hardware.memory_rate
-    elements = (states.optimizer or states.gradients * moments) / moments
+    moments = moments_of(config.optim)
+    kept = layout.offload == "none" and moments  # else the state does not tell what this rank updates
+    elements = states.optimizer / moments if kept else sum(update_bytes(config, workload, layout))
     traffic = elements * _UPDATE_PASSES[config.optim.name] + 3 * states.gradients + 3 * states.averages
     return traffic / hardware.memory_rate + 20 * hardware.launch_seconds
 
@@ -178,7 +154,7 @@ def _update(config: Config, hardware: Hardware, workload: Workload, layout: Layo
 def update_bytes(config: Config, workload: Workload, layout: Layout) -> tuple[float, float]:
     """Returns bytes of weights that this rank updates: (of what all ranks hold, of experts)."""
     dense, experts = workload.numel(experts=False, trained=True), workload.numel(experts=True, trained=True)
-    item = 8.0 if config.engine.precision == "fp64" else 4.0
+    item = weight_dtype(config).itemsize
     shards, replicas = (layout.world_size, layout.expert_data) if layout.zero else (1, 1)
     return item * dense / shards, item * experts / (layout.expert * layout.expert_shard * replicas)
 

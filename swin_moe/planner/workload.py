@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swin_moe.config import Config
+from swin_moe.config import Config, MoEConfig, OptimConfig
 from swin_moe.config.choices import facts_of
 from swin_moe.config.variants import VARIANTS
 from swin_moe.engine.weight_copies import WeightCopies
@@ -22,7 +22,8 @@ from swin_moe.optim import frozen_parameters, parameter_groups
 from swin_moe.parallel.sharding import placement
 from swin_moe.tasks.base import Task, build_task
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+PADDED = ("padded", "tutel")  # backends that move and compute full slots
+_ROW_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     trained: bool
-    copied: bool  # one rank keeps it in half precision, too (engine/weight_copies.py)
+    copied: bool  # ranks that have it whole keep it in half precision, too (engine/weight_copies.py)
     is_expert: bool  # ranks hold different parts of it
     group: int  # of the optimizer's parameters, in its order
 
@@ -76,6 +77,26 @@ class Workload:
         return sum(chosen)
 
 
+def weight_dtype(config: Config) -> torch.dtype:
+    """Returns what weights, gradients and optimizer state are kept in: bf16 and fp16 are computed from fp32."""
+    return torch.float64 if config.engine.precision == "fp64" else torch.float32
+
+
+def moments_of(optim: OptimConfig) -> int:
+    """Returns the optimizer's tensors as large as a parameter."""
+    return {"adamw": 2, "sgd": int(optim.momentum > 0)}[optim.name]
+
+
+def rows_share(moe: MoEConfig) -> float:
+    """Returns rows that are sent and computed under even loads, over MoEWork.rows: a capacity below 1 drops some, and
+    padded backends fill every slot of a given capacity, above or below 1."""
+    if not moe.has_blocks or not facts_of(moe).has_groups:
+        return 1.0
+    if moe.backend in PADDED and moe.capacity_factor > 0:
+        return moe.capacity_factor
+    return min(1.0, abs(moe.capacity_factor)) if moe.capacity_factor else 1.0
+
+
 def build_workload(config: Config) -> Workload:
     """Returns the workload of a config. Its network is built on meta, and dropped."""
     with torch.device("meta"):
@@ -96,7 +117,7 @@ def build_workload(config: Config) -> Workload:
         active_flops=counts[1],
         moe=tuple(_moe_layers(config)),
         blocks=blocks,
-        row_bytes=_BYTES[config.engine.precision],
+        row_bytes=_ROW_BYTES[config.engine.precision],
     )
 
 
@@ -112,8 +133,17 @@ class StandIn:
 
 
 def task_to_count(config: Config) -> Task:
-    """Returns the task, with a stand-in for the teacher where it needs one."""
+    """Returns the task, with a stand-in for the teacher where it needs one.
+
+    Raises:
+        ValueError: It is of images that have other sizes than model.img_size, and heads of other layers.
+    """
     task = build_task(config)
+    if task.needs_boxes or task.needs_label_maps:
+        raise ValueError(
+            f"task.name={config.task.name}: the planner counts networks of images of model.img_size alone, none with "
+            f"boxes or label maps; plan the backbone with task.name=classify"
+        )
     if task.needs_teacher:
         task.teacher = StandIn(config.model.embed_dim * 2 ** (len(config.model.depths) - 1))
     return task

@@ -117,7 +117,8 @@ class Progress:
 
     def __init__(self, total: int, *, enabled: bool):
         self.total, self.enabled = total, enabled
-        self.interactive = enabled and sys.stdout.isatty()
+        # Open MPI gives rank 0 a terminal of its own, also where what it writes goes to a file.
+        self.interactive = enabled and sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
         self.started = time.monotonic()
         self.first: int | None = None
 

@@ -46,23 +46,28 @@ class MicroLoss:
 
     total: what backward takes; its mean over ranks, summed over micro-batches, is the loss of the optimizer step.
     task, aux: this rank's contribution to the global means of the task's loss and the auxiliary loss (sum over ranks).
+    kept: What `keep` of a task that has it (Keeps) is to get once the micro-batch has run.
     """
 
     total: Tensor
     task: Tensor
     aux: Tensor
+    kept: tuple[Tensor, ...] = ()
 
 
-def micro_loss(task: Tensor, aux: Tensor | None, num_images: int, context: StepContext) -> MicroLoss:
+def micro_loss(
+    task: Tensor, aux: Tensor | None, num_images: int, context: StepContext, kept: tuple[Tensor, ...] = ()
+) -> MicroLoss:
     """Returns the loss of a micro-batch.
 
     Args:
         task: Sum over this rank's images, divided by the images (and what else is averaged over) of the whole step.
         aux: Mean over this rank's images, times its weight; an image counts the same wherever it sits, so it is
             weighted by the rank's share of them.
+        kept: See MicroLoss.
     """
     aux = torch.zeros_like(task) if aux is None else aux * (num_images / context.num_samples)
-    return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+    return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach(), kept)
 
 
 Parts = Mapping[str, tuple[Tensor, Chunk]]  # parameter -> (this rank's part of it, which box that is)
@@ -144,7 +149,14 @@ class RecordableLoss(Protocol):
 
     def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
         """Returns the loss of a micro-batch from its `inputs`: of the context the number of images and the words
-        alone, without a look at a value."""
+        alone, without a look at a value, and without a trace in the task: a replay runs no Python."""
+
+
+class Keeps(Protocol):
+    """What a task with a RecordableLoss offers beside it whose losses give something to keep."""
+
+    def keep(self, kept: tuple[Tensor, ...]) -> None:
+        """Takes MicroLoss.kept, whose memory the next micro-batch may overwrite."""
 
 
 def build_encoder(config: Config, *, mask_token: bool = False) -> SwinTransformer:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from swin_moe.checkpoint import Piece
 from swin_moe.config import DataConfig
+from swin_moe.config.shipped.released import of_config, released
 from swin_moe.data.pixels import decode, read_image, to_rgb
 from swin_moe.data.transforms import build_transform
 from swin_moe.models import build
 from swin_moe.models.official import LoadReport
 from swin_moe.models.official import load_official as load_state_dict
 from swin_moe.models.swin import SwinTransformer
-from swin_moe.weights.load import fill_pieces
+from swin_moe.weights.fetch import Progress, fetch
+from swin_moe.weights.load import fill_pieces, trained_grid
 from swin_moe.weights.sources import Source, open_weights
 
 _log = logging.getLogger(__name__)
@@ -64,24 +66,38 @@ def load(path: str | Path, **overrides: Any) -> Loaded:
     return Loaded(model.eval(), source.classes, _preprocess(source.data_config(), config.img_size))
 
 
-def create_model(name: str | Path, *, pretrained: str | Path = "", **overrides: Any) -> SwinTransformer:
+def create_model(name: str | Path, *, pretrained: str | Path | bool = "", **overrides: Any) -> SwinTransformer:
     """Returns a network by name; see models.build.create_model.
 
     Args:
-        pretrained: Weights to begin with, by the rules of checkpoint.init: a checkpoint or run of this system, or any
-            file that `checkpoint convert` reads. What does not fit and why is logged.
+        pretrained: Weights to begin with, by the rules of checkpoint.init: a checkpoint or run of this system, any file
+            that `checkpoint convert` reads, the name of released weights (`swin-moe weights list`), or True for those
+            that were released for the config `name`. Released ones are fetched once (weights/fetch.py). What does not
+            fit and why is logged.
 
     Raises:
-        ValueError: Unknown name or override, a value out of range, or weights that do not fit.
+        ValueError: Unknown name or override, a value out of range, weights that do not fit or cannot be fetched.
     """
     model = build.create_model(name, **overrides)
     if not pretrained:
         return model
     if next(model.parameters()).is_meta:
         raise ValueError("create_model: pretrained needs real parameters, and the default device is meta")
-    source = open_weights(pretrained, key="pretrained")
-    _tell(pretrained, _fill(model, source, own_parts=True))
+    path = _fetched(name, pretrained)
+    source = open_weights(path, key="pretrained")
+    _tell(path, _fill(model, source, own_parts=True))
     return model
+
+
+def _fetched(name: str | Path, pretrained: str | Path | bool) -> str | Path:
+    """Returns the path of weights: as it is given, or of released ones that are fetched where they are not there."""
+    if isinstance(pretrained, bool):
+        row = of_config(Path(name).stem)
+    elif str(pretrained) in released() and not Path(pretrained).exists():
+        row = released()[str(pretrained)]
+    else:
+        return pretrained
+    return fetch(row, show=Progress(row.name))
 
 
 def load_official(
@@ -90,18 +106,21 @@ def load_official(
     strict: bool = True,
     *,
     interpolation: Literal["bicubic", "geometric"] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Returns the report of loading official weights; see models.official.load_official.
 
     Args:
-        state_dict: What torch.load gave, or the path of a file, which is read without executing anything.
+        state_dict: What torch.load gave, or the path of a file, which is read without executing anything, and whose
+            config, where it has one, tells `grid`.
     """
     if isinstance(state_dict, Mapping):
-        return load_state_dict(model, state_dict, strict, interpolation=interpolation)
+        return load_state_dict(model, state_dict, strict, interpolation=interpolation, grid=grid)
     if not isinstance(state_dict, str | Path):
         raise TypeError(f"load_official(model, state_dict) takes tensors or a path, got a {type(state_dict).__name__}")
     source = open_weights(state_dict, key="state_dict")
-    report = load_state_dict(model, source.tensors({}), strict, interpolation=interpolation)
+    grid = trained_grid(source, model) if grid is None else grid
+    report = load_state_dict(model, source.tensors({}), strict, interpolation=interpolation, grid=grid)
     report.notes += source.notes
     return report
 

@@ -17,8 +17,10 @@ from swin_moe.checkpoint.index import FILE_NAME
 from swin_moe.checkpoint.manager import to_raw, torch_dtype
 from swin_moe.config import DataConfig, ModelConfig
 from swin_moe.config.io import config_from_tree
+from swin_moe.config.shipped.released import released
 from swin_moe.layout import Chunk
 from swin_moe.names.official import file_key, is_wrapped
+from swin_moe.weights.fetch import fetch, place
 
 _AVERAGE = "ema/"
 # Momentum networks of MoBY follow the online ones, so a new run's begin where those do (fill_pieces).
@@ -73,13 +75,13 @@ def open_weights(source: str | Path, *, key: str) -> Source:
 
     Args:
         source: A checkpoint or run directory of any task; an official, timm or transformers file; rank files by their
-            path without ".rank0"; or whatever else docs/formats.md lists.
+            path without ".rank0"; whatever else docs/formats.md lists; or the name of released weights on this disk.
         key: The option that `source` comes from, for errors.
 
     Raises:
         CheckpointError: It is none of them, or is refused; begins with `key`.
     """
-    path = Path(source)
+    path = _path_of(source, key)
     if is_own(path):
         return OwnCheckpoint(find_checkpoint(path, key=key))
     try:
@@ -87,6 +89,23 @@ def open_weights(source: str | Path, *, key: str) -> Source:
     except CheckpointError as error:
         text = str(error)
         raise type(error)(f"{key}={text if text.startswith(str(path)) else f'{path}: {text}'}") from None
+
+
+def _path_of(source: str | Path, key: str) -> Path:
+    """Returns the path of a source: itself, or where released weights of that name lie.
+
+    Raises:
+        CheckpointError: They are not on this disk; says how to get them.
+    """
+    path = Path(source)
+    row = released().get(str(source))
+    if row is None or path.exists():
+        return path
+    if not place(row).is_file():
+        raise CheckpointError(
+            f"{key}={source}: released weights that are not on this disk: swin-moe weights fetch {source}"
+        )
+    return fetch(row)
 
 
 class _Stored:

@@ -58,11 +58,11 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     name = "digits_swin_moe"
     settings = {"batch": 1, "precision": "bf16", "micro_batches": micro_batches}
     steps = []
-    for copied in (False, True):
+    for copies in ("none", "own", "linked"):
         model = create_model(name)
-        counts = launches.count_steps(model, model.img_size[0], **settings, copied=copied)
+        counts = launches.count_steps(model, model.img_size[0], **settings, copies=copies)
         steps.append(counts["forward"] + counts["backward"])
-    cast, made = steps
+    cast, made, linked = steps
     num_copies = len(launches.WeightCopies(create_model(name), torch.bfloat16).copies)
     lists = {op: count for op, count in (made - cast).items() if "_foreach" in op}
     assert lists == {"aten._foreach_copy_": micro_batches + 1} | (
@@ -71,6 +71,11 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     # Two casts a weight, and from the second micro-batch on autograd's sum of its gradients.
     spared = 2 * micro_batches * num_copies + (micro_batches - 1) * num_copies
     assert sum(cast.values()) - sum(made.values()) == spared - sum(lists.values())
+    # For them one operator a forward for every block, merging and the embedding of patches, and one of the step.
+    depths = create_model(name).config.depths
+    units = sum(depths) + len(depths)
+    assert linked["aten._foreach_copy_"] == micro_batches * units + 1
+    assert sum(cast.values()) - sum(linked.values()) == 2 * micro_batches * num_copies - linked["aten._foreach_copy_"]
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import watch
-from launcher.failure import kinds, memory, orphans, reports, stacks
+from launcher import guard, watch
+from launcher.failure import kinds, line, memory, orphans, reports, stacks
 from launcher.failure.reports import Failure, State
 from launcher.failure.starting import find_late
 from launcher.supervise import Outcome, _explain
@@ -122,9 +122,9 @@ def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
         return subprocess.Popen(["sleep", "600"], env=variables, start_new_session=True)
 
     token = os.urandom(8).hex()
-    mine = sleeper(**{orphans.JOB: token, "PMI_RANK": "1"})
+    mine = sleeper(**{line.TOKEN: token, "PMI_RANK": "1"})
     others = [
-        sleeper(**{orphans.JOB: token, "PMI_RANK": "0"}), sleeper(**{orphans.JOB: token[:-1] + "x", "PMI_RANK": "1"}),
+        sleeper(**{line.TOKEN: token, "PMI_RANK": "0"}), sleeper(**{line.TOKEN: token[:-1] + "x", "PMI_RANK": "1"}),
     ]  # fmt: skip
     try:
         wait_for(lambda: len(orphans.processes(token)) == 2, "both processes")
@@ -143,11 +143,11 @@ def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
 def test_a_group_is_swept_unless_another_rank_is_in_it(others_rank):
     """Slurm puts all tasks into one group; a child without the token belongs to the rank only if that is alone."""
     token = os.urandom(8).hex()
-    leader = subprocess.Popen(["sleep", "600"], env={orphans.JOB: token, "PMI_RANK": "1"}, process_group=0)
+    leader = subprocess.Popen(["sleep", "600"], env={line.TOKEN: token, "PMI_RANK": "1"}, process_group=0)
     started = [leader, subprocess.Popen(["sleep", "600"], env={}, process_group=leader.pid)]
     try:
         if others_rank:
-            other = {orphans.JOB: token, "PMI_RANK": others_rank}
+            other = {line.TOKEN: token, "PMI_RANK": others_rank}
             started.append(subprocess.Popen(["sleep", "600"], env=other, process_group=leader.pid))
         wait_for(lambda: len(orphans.processes(token)) == 1 + bool(others_rank), "the processes")
         found = orphans.processes(token, rank="1", group=leader.pid)
@@ -249,3 +249,17 @@ def test_stacks_name_the_collective_that_a_rank_sits_in(tmp_path):
     assert re.search(
         r"rank 0 is process \d+ of \S+, at \S+programs\.py:\d+ in _wait_for_rank_1, in all_reduce$", last
     ), last
+
+
+@pytest.mark.parametrize(
+    "environ, rounds",
+    [
+        ({}, 1),
+        ({"PMI_RANK": "3", "PMI_SIZE": "999"}, 1),
+        ({"PMI_RANK": "3", "PMI_SIZE": "10000"}, 10),
+        ({"SLURM_NTASKS": "4096"}, 4),
+    ],
+)
+def test_a_shared_folder_is_asked_no_more_often_by_many_ranks(environ, rounds):
+    """Every rank looks each quarter of a second: 40,000 requests a second of 10,000 ranks, else."""
+    assert guard.folder_rounds(environ) == rounds

@@ -129,7 +129,8 @@ def test_who_supervises_learns_how_a_job_ended(tmp_path):
             f"options = parser().parse_args(['-n', '2', '--grace', '1'])\n"
             f"job = prepare(options, ['-m', 'tests.launcher.programs', {program!r}, {str(tmp_path)!r}])\n"
             f"print(supervise.supervise(job.command, job.environment({{**__import__('os').environ}}), "
-            f"flavor=job.mpi.flavor, grace=options.grace, save_after=float({save_after!r})))"
+            f"flavor=job.mpi.flavor, limits=supervise.Limits(options.grace, float({save_after!r})), "
+            "world=supervise.World()))"
         )
         command, pipes = [sys.executable, "-c", code], {"capture_output": True, "text": True}
         finished = subprocess.run(command, cwd=ROOT, env=without_world(os.environ), timeout=60, **pipes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.failure import kinds, lookout, orphans, reports
+from launcher.failure import kinds, line, lookout, orphans, reports
 from launcher.failure.lookout import Lookout
 from launcher.failure.page import Page
 from launcher.failure.reports import Failure
@@ -113,7 +113,7 @@ def test_what_a_killed_launcher_leaves_is_cleaned_up(how, keep, tmp_path, monkey
     token, place = os.urandom(8).hex(), tmp_path / "place"
     place.mkdir()
     monkeypatch.setenv(reports.REPORTS, str(place))
-    job = subprocess.Popen(["sleep", "600"], env={orphans.JOB: token}, start_new_session=True)
+    job = subprocess.Popen(["sleep", "600"], env={line.TOKEN: token}, start_new_session=True)
     mine = Path(f"/dev/shm/test_lookout_{token}")
     mine.touch()
     reports.hold([mine.name])

@@ -1,5 +1,6 @@
 """What ranks write: whole on the screen and in one file a rank, whatever ends them and whoever does not read."""
 
+import contextlib
 import os
 import random
 import re
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from launcher.env import without_world
-from launcher.failure import orphans
-from launcher.output import lines, pump
+from launcher.failure.line import TOKEN
+from launcher.output import console, lines, pump
 from launcher.output.lines import Lines, frame, unframe
 from tests.launcher.test_faults import MPIS, wait_for
 from tests.ranks import ROOT
@@ -73,6 +74,22 @@ def test_frames_carry_every_byte_in_lines_that_no_mpi_cuts(size):
     assert unframe(b"what mpirun says\n") is None
 
 
+def test_a_line_of_mpirun_that_never_ends_is_shown_piece_by_piece_and_not_kept():
+    """Also where its pieces come beside frames; what begins a frame waits for its end, however it is cut."""
+    taken = []
+
+    class Screen:
+        def take(self, who, rank, host, stream, data):
+            taken.append((who, data))
+
+    (framed,) = frame(b"12 n03", 1, b"whole\n")
+    reader = console._Mpirun(Screen(), 2)
+    for piece in (b"a" * 65536, b"b" * 65536, b"\n" + framed[:5], framed[5:9], framed[9:], b"rest", b""):
+        reader.take(piece)
+    said = [("mpirun", data) for data in (b"a" * 65536, b"b" * 65536, b"\n")]
+    assert taken == [*said, ("12 n03", b"whole\n"), ("mpirun", b"rest")]
+
+
 def launch(program, folder, *options, world=2, **pipes):
     command = [sys.executable, "-m", "launcher", "-n", str(world), "--quiet", *options]
     command += ["--", "-m", "tests.launcher.programs", program, str(folder)]
@@ -115,14 +132,14 @@ def test_every_line_is_whole_on_the_screen_and_every_byte_in_the_file(mpi, tmp_p
 
 FORWARDED = """
 import os, subprocess, sys
-from launcher.failure import orphans
+from launcher.failure import line, orphans
 from launcher.output import pump
 from launcher.output.console import Console, Show
 from launcher.supervise import _HANDLED
 import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 console = Console(Show("all", hosts=False))
-environ = os.environ | {pump.CONSOLE: "/no/such/socket", orphans.JOB: os.urandom(8).hex()}
+environ = os.environ | {pump.CONSOLE: "/no/such/socket", line.TOKEN: os.urandom(8).hex()}
 process = subprocess.Popen(sys.argv[1:], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 console.start(process)
 code = process.wait()
@@ -139,7 +156,7 @@ def test_lines_of_other_hosts_come_whole_through_mpirun(mpi, tmp_path):
     dry = [sys.executable, "-m", "launcher", "-n", "3", *options]
     line = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, env=without_world(os.environ)).stdout.strip()
     if mpi:  # which passes on only what it is told
-        names = f"-x {pump.CONSOLE} -x {orphans.JOB} "
+        names = f"-x {pump.CONSOLE} -x {TOKEN} "
         line = line.replace(" --map-by", f" {names}--map-by")
     process = subprocess.run(
         ["bash", "-c", f"exec {sys.executable} -c \"$0\" {line}", FORWARDED],
@@ -195,8 +212,16 @@ def test_a_screen_that_stands_keeps_nobody_waiting(tmp_path):
 
 
 @pytest.mark.mpi
-def test_ctrl_c_ends_a_job_whose_screen_stands(tmp_path):
-    process = launch("write_much", tmp_path)
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_ctrl_c_ends_a_job_whose_screen_stands(full, tmp_path):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    os.set_blocking(writing, True)
+    process = launch("write_much", tmp_path, **{full: writing})
+    os.close(writing)
     try:
         wait_for(lambda: len(list(tmp_path.glob("wrote-*"))) == 2, "the end of both ranks", PATIENCE)
         deadline = time.monotonic() + 20
@@ -206,6 +231,7 @@ def test_ctrl_c_ends_a_job_whose_screen_stands(tmp_path):
         assert process.poll() is not None
     finally:
         process.kill()
+        os.close(reading)
         process.communicate()
 
 
@@ -217,8 +243,8 @@ def test_a_file_that_cannot_be_written_costs_a_sentence_and_nothing_else(tmp_pat
     process.communicate()
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {"start-0", "start-1"}
     code = (
-        "import os, sys\nfrom launcher.failure import orphans\nfrom launcher.output import pump\n"
-        "os.environ.update({pump.CONSOLE: '/no', pump.LOGS: '/dev/full/x', orphans.JOB: 'a', 'PMI_RANK': '7'})\n"
+        "import os, sys\nfrom launcher.failure import line, orphans\nfrom launcher.output import pump\n"
+        "os.environ.update({pump.CONSOLE: '/no', pump.LOGS: '/dev/full/x', line.TOKEN: 'a', 'PMI_RANK': '7'})\n"
         "from launcher.failure.page import Page\norphans.start_reaper(Page())\nprint('still here')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=PATIENCE)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from swin_moe.config.io import find_config
-from swin_moe.config.listing import shipped
+from swin_moe.config.shipped.listing import shipped
 from swin_moe.planner.hardware import (
     dump_hardware,
     hardware_folder,

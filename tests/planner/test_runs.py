@@ -196,7 +196,7 @@ def test_launch_gives_the_plan_to_training(arguments, expected):
         (["--plan", "--", "-m", "swin_moe.evaluate", "C"], "--plan chooses the layout of training"),
         (["--plan", "-n", "2"], "--plan chooses the layout of training"),
         (["--hardware", "h100", "--", "-m", "swin_moe.train", "C"], "--hardware is for --plan"),
-        (["--plan", "--hardware", "--", "-m", "swin_moe.train", "C"], "--hardware needs the name"),
+        (["--plan", "--hardware", "--", "-m", "swin_moe.train", "C"], "argument --hardware: expected one argument"),
     ],
 )
 def test_a_plan_of_nothing_is_refused(monkeypatch, capsys, arguments, sentence):

@@ -9,7 +9,7 @@ import torch
 
 from swin_moe.config import Config, ModelConfig, MoEConfig
 from swin_moe.config.io import load_config
-from swin_moe.config.listing import shipped
+from swin_moe.config.shipped.listing import shipped
 from swin_moe.planner.workload import build_workload, task_to_count
 
 # Official files that leave the size of the world open are read with the batch of the published recipe.

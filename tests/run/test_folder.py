@@ -1,15 +1,21 @@
 """Two jobs in one run folder: the second is refused by name, and what a killed one left hinders nobody."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from swin_moe.run.folder import NAME, FolderLock
+from swin_moe.checkpoint import find_latest, list_checkpoints
+from swin_moe.checkpoint.directory import lock_directory
+from swin_moe.checkpoint.save import write_checkpoint
+from swin_moe.run.folder import NAME, FolderLock, holding
+from tests.checkpoint.samples import whole_pieces
 from tests.training.test_commands import QUICK, ROOT, environment
 
 HOLD = """
@@ -50,6 +56,39 @@ def test_a_second_job_is_refused_and_a_killed_one_is_continued(tmp_path):
     third = run(tmp_path)
     assert third.returncode == 0, third.stderr
     assert not (tmp_path / "run" / NAME).exists()
+
+
+def test_what_a_killed_save_left_goes_at_the_next_start_and_never_counts(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    whole = write_checkpoint(checkpoints, 2, whole_pieces({"w": np.ones(3, "f4")}), state={}, config={})
+    half, held, trash = (
+        checkpoints / f".{name}" for name in ("0000000004.3f9c01aa.tmp", "0000000006.77.tmp", "0000000001.trash")
+    )
+    for path in (half, held, trash):
+        shutil.copytree(whole, path)
+    (checkpoints / "notes.txt").write_text("mine")
+    assert list_checkpoints(checkpoints) == [whole] and find_latest(checkpoints) == whole
+    writer, lock = lock_directory(held), FolderLock(tmp_path)
+    with holding(lock):
+        lock.enter()
+        assert sorted(path.name for path in checkpoints.iterdir()) == [held.name, whole.name, "notes.txt"]
+    os.close(writer)
+    with holding(lock):
+        lock.enter()
+        assert sorted(path.name for path in checkpoints.iterdir()) == [whole.name, "notes.txt"]
+
+
+def test_a_start_goes_on_where_nothing_can_be_removed(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / ".0000000004.3f9c01aa.tmp").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", _refuse)
+    lock = FolderLock(tmp_path)
+    with holding(lock):
+        lock.enter()
+        assert lock.path.exists()
+
+
+def _refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 @pytest.mark.mpi

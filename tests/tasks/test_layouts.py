@@ -16,7 +16,7 @@ def runs(tmp_path_factory):
     """All runs of all worlds: {world: [result of each rank]}."""
     root = tmp_path_factory.mktemp("tasks")
     cases.write_teacher(root)
-    return {world: run_ranks(cases.run_world, world, root, str(root), world, timeout=300) for world in WORLDS}
+    return {world: run_ranks(cases.run_world, world, root, str(root), world, timeout=900) for world in WORLDS}
 
 
 def weights_of(results: list[dict], run: str) -> dict[str, torch.Tensor]:

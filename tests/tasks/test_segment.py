@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from swin_moe.config.io import load_config
 from swin_moe.layout import Chunk
 from swin_moe.models.dense.upernet import resized
+from swin_moe.models.flops import count_parameters
+from swin_moe.optim import build_schedule, frozen_parameters
 from swin_moe.parallel.groups import single_process_groups
+from swin_moe.planner.workload import task_to_count
 from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.tasks.measures.confusion import Confusion
 from swin_moe.tasks.segment import groups_of
@@ -182,6 +185,56 @@ def test_frozen_stages_learn_nothing_and_the_rest_does():
     task.loss(model, batch_of(), context_of(task)).total.backward()
     learning = {name for name, p in model.backbone.named_parameters() if p.grad is not None}
     assert learning == {n for n, _ in model.backbone.named_parameters() if n.startswith(("layers.1.", "norm1."))}
+
+
+# Parameters that learn; the sizes of the published table.
+PUBLISHED = {
+    "upernet_swin_tiny_patch4_window7_512x512_160k_ade20k": 59_941_862,
+    "upernet_swin_small_patch4_window7_512x512_160k_ade20k": 81_259_766,
+    "upernet_swin_base_patch4_window7_512x512_160k_ade20k": 121_279_716,
+    "upernet_swin_base_patch4_window7_640x640_160k_ade20k": 121_279_716,
+    "upernet_swin_large_patch4_window7_640x640_160k_ade20k": 233_759_936,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_are_the_published_networks_and_recipe(name):
+    config = load_config(name)
+    config.check(8)
+    with torch.device("meta"):
+        network = build_task(config).build_network()
+    assert count_parameters(network) == PUBLISHED[name]
+    assert network.image_size == config.data.dense.crop and config.accumulation(8) == (2, 1)
+    schedule = build_schedule(config.optim, steps_per_epoch=20_210 // 16, global_batch=16)
+    assert (schedule.total, schedule.warmup) == (160_000, 1_500)
+
+
+@pytest.mark.parametrize("freeze", ["none", "experts", "moe"])
+def test_moe_backbones_and_what_of_them_learns(freeze):
+    config = load_config(
+        "upernet_swin_moe_small_patch4_window12_32expert_512x512_160k_ade20k", [f"optim.freeze={freeze}"]
+    )
+    config.check(8)
+    with torch.device("meta"):
+        network = build_task(config).build_network()
+    frozen = frozen_parameters(network, freeze)
+    experts = {name for name, _ in network.named_parameters() if ".experts." in name}
+    routers = {name for name, _ in network.named_parameters() if ".router." in name}
+    assert experts and routers
+    assert frozen == {"none": set(), "experts": experts, "moe": experts | routers}[freeze]
+
+
+def test_swinv2_reads_its_bias_in_the_windows_it_was_trained_in():
+    with torch.device("meta"):
+        config = load_config("upernet_swinv2_tiny_patch4_window16_512x512_160k_ade20k")
+        network = build_task(config).build_network()
+    attention = [stage.blocks[0].attn for stage in network.backbone.layers]
+    assert [a.window for a in attention] == [16] * 4 and [a.pretrained_window for a in attention] == [16, 16, 16, 8]
+
+
+def test_the_planner_says_that_it_does_not_count_it():
+    with pytest.raises(ValueError, match="task.name=segment: the planner counts"):
+        task_to_count(load_config("canvas_upernet"))
 
 
 def test_options_that_do_not_fit_are_refused():

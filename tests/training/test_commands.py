@@ -264,9 +264,8 @@ def test_signal_saves_and_exits_cleanly(tmp_path, start, number, ranks):
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output  # not 0, which a finished run has
-    # Through the launcher every rank gets the signal that its MPI passes on.
-    name = "SIGTERM" if ranks and number != signal.SIGUSR1 else number.name
-    assert f"stopped by {name}" in output and "Traceback" not in output and "Abort" not in output
+    # Whatever MPI passes on in its place.
+    assert f"stopped by {number.name} at" in output and "Traceback" not in output and "Abort" not in output
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert checkpoints(tmp_path)[-1] == f"{last:010d}"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from swin_moe.config import DataConfig
 from swin_moe.data.dense.colours import Distort
-from swin_moe.data.dense.geometry import Crop, Flip, Move, Resize, scaled_size
+from swin_moe.data.dense.geometry import Crop, Flip, Move, Resize, affine, scaled_size
 from swin_moe.data.dense.sample import DenseSample
 from swin_moe.randomness import derive_key
 
@@ -54,6 +54,10 @@ class EvaluationPlanner:
         return Plan(size, (Resize(size, self._antialias),))
 
 
+def _stream(key: int, part: int) -> random.Random:
+    return random.Random(derive_key(key, part))
+
+
 def _choose(draw: random.Random, values: Sequence[int]) -> int:
     return values[int(draw.random() * len(values))]
 
@@ -64,7 +68,7 @@ def _between(draw: random.Random, low: int, high: int) -> int:
 
 
 class TrainingPlanner:
-    """Flip; half of the time a resize and crop first (detection); resize; crop to one size (segmentation); colours.
+    """Flip; half of the time resize and crop (detection); resize; turn; crop to one size (segmentation); colours.
 
     Each part draws from a stream of its own, so that one option does not move the draws of another.
     """
@@ -75,24 +79,29 @@ class TrainingPlanner:
     def __call__(self, height: int, width: int, key: int) -> Plan:
         """Returns the plan of an image of this size; a pure function of size and key."""
         options, moves, size = self._options, list[Move](), (height, width)
-        flip, first, resize, crop, colours = (random.Random(derive_key(key, part)) for part in range(5))
-        if flip.random() < self._hflip:
+        if _stream(key, 0).random() < self._hflip:
             moves.append(Flip())
-        if options.crop_short and first.random() < 0.5:
-            size = self._resized(moves, size, _choose(first, options.crop_short), options.long)
+        if options.crop_short and (draw := _stream(key, 1)).random() < 0.5:
+            size = self._resized(moves, size, _choose(draw, options.crop_short), options.long)
             low, high = options.crop_sides
-            cut = (_between(first, min(side, low), min(side, high)) for side in size)
-            size = self._cropped(moves, first, size, (next(cut), next(cut)), tries=1)
+            cut = (_between(draw, min(side, low), min(side, high)) for side in size)
+            size = self._cropped(moves, draw, size, (next(cut), next(cut)), tries=1)
         if options.short:
-            ratio = resize.uniform(*options.ratio)
-            short, long = int(_choose(resize, options.short) * ratio), int(options.long * ratio)
+            draw = _stream(key, 2)
+            ratio = draw.uniform(*options.ratio)
+            short, long = int(_choose(draw, options.short) * ratio), int(options.long * ratio)
             size = self._resized(moves, size, max(1, short), max(1, long))
+        if options.rotate or options.shear or options.translate:
+            draw = _stream(key, 5)
+            degrees, shear, right, down = (draw.uniform(-1, 1) for _ in range(4))
+            shift = right * options.translate * size[1], down * options.translate * size[0]
+            moves.append(affine(size, degrees=degrees * options.rotate, shear=shear * options.shear, shift=shift))
         if options.crop[0]:
-            cut_size = min(size[0], options.crop[0]), min(size[1], options.crop[1])
-            self._cropped(moves, crop, size, cut_size, tries=_CROP_TRIES, max_share=options.crop_max_share)
+            cut_size, share = (min(size[0], options.crop[0]), min(size[1], options.crop[1])), options.crop_max_share
+            self._cropped(moves, _stream(key, 3), size, cut_size, tries=_CROP_TRIES, max_share=share)
             size = options.crop  # what is missing is padded by the batch
         if options.distort:
-            moves.append(Distort.drawn(colours))
+            moves.append(Distort.drawn(_stream(key, 4)))
         return Plan(size, tuple(moves))
 
     def _resized(self, moves: list[Move], size: tuple[int, int], short: int, long: int) -> tuple[int, int]:

@@ -67,17 +67,20 @@ def _apart(box: tuple[int, int, int, int], others: list[tuple[int, int, int, int
 
 
 class Canvases:
-    """The data set data.name=canvases. With `maps` its classes are the label map's: background and ten digits."""
+    """The data set data.name=canvases. Its classes are the digits; without `boxes` background stands before them."""
 
-    def __init__(self, config: DataConfig, split: str, *, maps: bool = False, num_classes: int = 0) -> None:
+    def __init__(
+        self, config: DataConfig, split: str, *, boxes: bool = True, maps: bool = False, num_classes: int = 0
+    ) -> None:
         self._options, self._split = config.dense, split
         digits = Digits(config, split)
         self._digits = [np.asarray(digits.sample(index)[0])[..., 0] / 255 for index in range(len(digits))]
         self._digit_labels = digits.labels()
         self._length = config.dense.canvases if split == "train" else config.dense.val_canvases
-        self.classes = (("background",) if maps else ()) + digits.classes
+        self.classes = (() if boxes else ("background",)) + digits.classes
         self.num_classes = len(self.classes)
         self.category_ids = tuple(range(self.num_classes))
+        self._kept: dict[int, DenseSample] | None = {} if config.cache else None
 
     def __len__(self) -> int:
         return self._length
@@ -95,7 +98,14 @@ class Canvases:
         return np.zeros(self._length, dtype=np.int64)
 
     def dense_sample(self, index: int) -> DenseSample:
-        """Returns the canvas with boxes, masks and label map (0 background, 1 + digit)."""
+        """Returns the canvas with boxes, masks and label map (0 background, 1 + digit); kept with data.cache."""
+        if self._kept is None:
+            return self._made(index)
+        if index not in self._kept:
+            self._kept[index] = self._made(index)
+        return self._kept[index]
+
+    def _made(self, index: int) -> DenseSample:
         options = self._options
         draw = _Draw(derive_key(options.canvas_seed, 0 if self._split == "train" else 1, index))
         height, width = options.canvas_size

@@ -18,6 +18,7 @@ import numpy as np
 
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import PathTable
+from swin_moe.data.dense.label_maps import read_label_map
 from swin_moe.data.dense.layout import locate
 from swin_moe.data.dense.masks import bitmaps_of, check_segmentation, rle_of_segmentation
 from swin_moe.data.dense.sample import IGNORED, Annotation, DenseSample
@@ -158,24 +159,29 @@ class Coco:
     """The data set data.name=coco: a json below data.path, and the folder that its file names begin in.
 
     Training has the images of at least data.dense.min_side pixels that have an object, crowds included, unless
-    data.dense.keep_empty; objects with a side below one pixel are evaluated, not trained on. With `maps` the classes
-    are background and the categories: label maps are painted from the masks, the largest first, crowds ignored.
+    data.dense.keep_empty; objects with a side below one pixel are evaluated, not trained on. Label maps (`maps`) come
+    from a folder (data.dense.train_maps), or are painted from the masks: background, then the categories, the largest
+    object first, crowds ignored. Without `boxes` those are the classes.
     """
 
-    def __init__(self, config: DataConfig, split: str, *, maps: bool = False, num_classes: int = 0) -> None:
+    def __init__(
+        self, config: DataConfig, split: str, *, boxes: bool = True, maps: bool = False, num_classes: int = 0
+    ) -> None:
         places = [place.format(split=split) for place in _JSON]
         self.file = locate(config, f"{split}_annotations", places, what="COCO json", folder=False)
         beside = self.file.parent if self.file.parent.name == split else None
         places = [place.format(split=split) for place in _IMAGES]
         self._folder = locate(config, f"{split}_images", places, what="folder of images", folder=True, beside=beside)
-        self._exif, self._train, self._paints = config.exif, split == "train", maps
+        self._exif, self._train, self._has_maps = config.exif, split == "train", maps
+        self._maps = self._found_maps(config, split) if maps and boxes else None
+        first = 0 if boxes else 1  # category 0 is label 1 beside background
         tree = read_coco(self.file)
         categories = sorted(tree["categories"], key=lambda row: row["id"])
-        self.classes = (("background",) if maps else ()) + tuple(str(row["name"]) for row in categories)
+        self.classes = ("background",) * first + tuple(str(row["name"]) for row in categories)
         self.num_classes = len(self.classes)
-        self.category_ids = ((0,) if maps else ()) + tuple(row["id"] for row in categories)
+        self.category_ids = (0,) * first + tuple(row["id"] for row in categories)
         self._objects = _Objects(tree)
-        self._report(config.dense.on_bad)
+        self._report(config.dense.on_bad, self.classes[first:])
         images = tree["images"]
         self._paths = PathTable([str(image["file_name"]) for image in images])
         self._all_sizes = np.asarray([(image["height"], image["width"]) for image in images], dtype=np.int64)
@@ -184,8 +190,17 @@ class Coco:
         if not len(self._rows):
             raise ValueError(f"{self.file}: none of its {len(images)} images is there, and for training has an object")
 
-    def _report(self, on_bad: str) -> None:
-        """Names the objects that are left out; raises ValueError where they are fatal, or all are."""
+    @staticmethod
+    def _found_maps(config: DataConfig, split: str) -> Path | None:
+        """Returns the folder of label maps: COCO-Stuff's, where it is there, or what data.dense.<split>_maps says."""
+        given = getattr(config.dense, f"{split}_maps")
+        places = [f"stuffthingmaps/{split}2017", f"stuffthingmaps/{split}"]
+        if not given and not any((Path(config.path) / place).is_dir() for place in places):
+            return None
+        return locate(config, f"{split}_maps", places, what="folder of label maps", folder=True)
+
+    def _report(self, on_bad: str, categories: Sequence[str]) -> None:
+        """Names the objects that are left out, and empty categories; raises ValueError where objects are fatal."""
         bad = self._objects.bad
         if bad:
             count = "1 object is" if len(bad) == 1 else f"{len(bad)} objects are"
@@ -193,8 +208,8 @@ class Coco:
             if on_bad == "fail":
                 raise ValueError(f"{self.file}: {count} wrong: {named} (data.dense.on_bad=skip leaves them out)")
             _log.warning("%s: %s left out: %s", self.file, count, named)
-        used = np.bincount(self._objects.labels, minlength=len(self.category_ids) - self._paints)
-        empty = [name for name, count in zip(self.classes[self._paints :], used) if not count]
+        used = np.bincount(self._objects.labels, minlength=len(categories))
+        empty = [name for name, count in zip(categories, used) if not count]
         if empty and self._train:
             _log.warning(
                 "%s: no object of %d of %d categories: %s", self.file, len(empty), len(used), ", ".join(empty[:8])
@@ -287,17 +302,25 @@ class Coco:
             crowd=objects.crowd[numbers],
             ids=objects.ids[numbers],
             masks=masks,
-            label_map=self._painted(numbers, masks, height, width) if self._paints else None,
+            label_map=self._label_map(path, row, numbers, masks) if self._has_maps else None,
         )
 
     def _masks(self, numbers: np.ndarray, height: int, width: int) -> np.ndarray:
         rles = [self._objects.rle(int(number), height, width) for number in numbers]
         return bitmaps_of([rle for rle in rles if rle is not None], height, width)
 
-    def _painted(self, numbers: np.ndarray, masks: np.ndarray | None, height: int, width: int) -> np.ndarray:
+    def _label_map(self, path: str, row: int, numbers: np.ndarray, masks: np.ndarray | None) -> np.ndarray:
+        """Returns (H, W) int64 of an image, whose objects and masks these are."""
+        size = tuple(self._all_sizes[row].tolist())
+        if self._maps is not None:
+            file = os.path.join(self._maps, f"{os.path.splitext(os.path.basename(path))[0]}.png")
+            label_map = read_label_map(file)
+            if label_map.shape != size:
+                raise BrokenImage(path, f"is {size[1]} x {size[0]} pixels, its label map {file} has another size")
+            return label_map
         if masks is None:
             raise ValueError(f"{self.file}: its objects have no masks (segmentation) to paint label maps from")
-        label_map = np.zeros((height, width), dtype=np.int64)
+        label_map = np.zeros(size, dtype=np.int64)
         for place in np.argsort(-masks.sum((1, 2)), kind="stable"):
             number = numbers[place]
             label_map[masks[place]] = IGNORED if self._objects.crowd[number] else 1 + self._objects.labels[number]

@@ -55,8 +55,10 @@ def read_label_map(path: str) -> np.ndarray:
 class LabelMaps:
     """The data set data.name=label_maps; `truth` is empty, as it has no objects."""
 
-    def __init__(self, config: DataConfig, split: str, *, maps: bool = True, num_classes: int = 0) -> None:
-        if not maps:
+    def __init__(
+        self, config: DataConfig, split: str, *, boxes: bool = False, maps: bool = True, num_classes: int = 0
+    ) -> None:
+        if boxes:
             raise ValueError("data.name=label_maps has no boxes, which task.name needs; allowed: canvases, coco")
         names = _FOLDERS[split]
         images = [place.format(name) for name in names for place in ("images/{}", "{}/images", "leftImg8bit/{}")]
@@ -166,7 +168,7 @@ class LabelMaps:
             size = f"{label_map.shape[1]} x {label_map.shape[0]}"
             raise BrokenImage(path, f"is {image.width} x {image.height} pixels, its label map {map_path} {size}")
         if self._reduce:
-            label_map = np.where(label_map == 0, IGNORED, np.where(label_map == IGNORED, IGNORED, label_map - 1))
+            label_map = np.where((label_map == 0) | (label_map == IGNORED), IGNORED, label_map - 1)
         wrong = label_map[(label_map != IGNORED) & (label_map >= self.num_classes)]
         if len(wrong):
             number = int(wrong.min()) + self._reduce

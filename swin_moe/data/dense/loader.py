@@ -37,7 +37,8 @@ def build_dense_dataset(
     """Returns the data set data.name; `split` is "train" or "val".
 
     Args:
-        boxes, label_maps: What is needed of it. Its classes are the label map's where no boxes are.
+        boxes, label_maps: What is needed of it. Its classes are the label map's where no boxes are; with both, label
+            maps are for training only, and may have classes of their own (HTC's semantic branch).
         num_classes: What label maps without names of their classes have.
         classes: What the network's outputs stand for; () = as the data numbers them.
 
@@ -53,10 +54,10 @@ def build_dense_dataset(
             f"data.images_per_class={config.images_per_class} is not for {needs}; data.dense.labelled takes a part"
         )
     row = lookup(DENSE_DATASETS, config.name, key="data.name")
-    dataset: DenseDataset = row(config, split, maps=label_maps and not boxes, num_classes=num_classes)
+    dataset: DenseDataset = row(config, split, boxes=boxes, maps=label_maps, num_classes=num_classes)
     check_members(dataset, DenseDataset, chosen=f"data.name={config.name}", where="data/dense/sample.py: DenseDataset")
     if classes and tuple(classes) != dataset.classes:
-        dataset = RelabeledObjects(dataset, classes, where=config.path or config.name)
+        dataset = RelabeledObjects(dataset, classes, where=config.path or config.name, maps=not boxes)
     return LabelledShare(dataset, config) if split == "train" and config.dense.labelled < 1 else dataset
 
 
@@ -74,7 +75,7 @@ class DenseSource:
         self._divisor = config.dense.divisor
         self._over_step = config.dense.pad_over == "step"
         self._seed, self._train = seed, train
-        self._boxes, self._label_maps = boxes, label_maps
+        self._boxes, self._label_maps = boxes, label_maps and (train or not boxes)  # objects are evaluated by boxes
         self._sizes = dataset.sizes()
         self.is_wide = self._sizes[:, 1] > self._sizes[:, 0]  # (N,)
 

@@ -80,9 +80,14 @@ class LabelledShare(_View):
 class RelabeledObjects(_View):
     """A data set whose labels are those of `classes`, by class name, as a network numbers them."""
 
-    def __init__(self, dataset: DenseDataset, classes: Sequence[str], *, where: str) -> None:
-        """Raises ValueError for a class that is none of `classes`; `where` names the data set in it."""
+    def __init__(self, dataset: DenseDataset, classes: Sequence[str], *, where: str, maps: bool) -> None:
+        """Raises ValueError for a class that is none of `classes`.
+
+        Args:
+            where: Names the data set in it. maps: The classes are those of the label maps.
+        """
         super().__init__(dataset, np.arange(len(dataset)))
+        self._maps = maps
         number = {name: label for label, name in enumerate(classes)}
         unknown = [name for name in dataset.classes if name not in number]
         if unknown:
@@ -100,7 +105,9 @@ class RelabeledObjects(_View):
     def dense_sample(self, index: int) -> DenseSample:
         """Returns the image with labels in the new numbering."""
         sample = super().dense_sample(index)
-        label_map = None if sample.label_map is None else self._new[sample.label_map]
+        label_map = sample.label_map
+        if self._maps and label_map is not None:
+            label_map = self._new[label_map]
         return replace(sample, labels=self._new[sample.labels], label_map=label_map)
 
     def truth(self, index: int) -> list[Annotation]:

@@ -83,6 +83,7 @@ class PyramidBackbone(SwinTransformer):
         if not -1 <= frozen_stages <= depth:
             raise ValueError(f"frozen_stages must be in [-1, {depth}], got {frozen_stages}")
         super().__init__(whole_windows(config), recompute=recompute)
+        self.task_parts = (*SwinTransformer.task_parts, *(f"norm{stage}" for stage in out_indices))
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
         self.channels = tuple(config.embed_dim * 2**i for i in self.out_indices)
         self.grid = stage_geometry(config, 0).resolution

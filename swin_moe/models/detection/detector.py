@@ -64,12 +64,12 @@ class Detector(DenseNetwork):
             random: What training draws from; None = a fresh context from torch's generator.
         """
         if targets is None:
-            maps, _ = self.maps(image, None)
+            maps, _ = self.maps(image, None, size)
             found = self.rpn_head.proposals(self.rpn_head.scored(maps), size, self.spec.proposals.testing)
             boxes = [boxes for boxes, _ in found]
             return self.roi_head.detect(maps, boxes, size, size if original is None else original)
         random = RandomContext.fresh(len(image), image.device) if random is None else random
-        maps, aux = self.maps(image, random)
+        maps, aux = self.maps(image, random, size)
         scored = self.rpn_head.scored(maps)
         losses = self.rpn_head.losses(scored, targets, size, self.spec.size_divisor, random)
         found = self.rpn_head.proposals(scored, size, self.spec.proposals.training)
@@ -88,9 +88,11 @@ class Detector(DenseNetwork):
         own = self.global_block.counted(map_sizes(self.backbone.config, size)[-1])
         return seen + own[0], attention + own[1]
 
-    def maps(self, image: Tensor, random: RandomContext | None) -> tuple[list[Tensor], Tensor | None]:
+    def maps(
+        self, image: Tensor, random: RandomContext | None, size: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Returns the maps of all levels (B, C, H_i, W_i) and the backbone's auxiliary loss."""
-        pyramid = self.backbone(image, random)
+        pyramid = self.backbone(image, random, size)
         maps = list(pyramid.maps)
         if self.spec.global_attention:
             maps[-1] = self.global_block(maps[-1])

@@ -8,10 +8,11 @@ from swin_moe.data.datasets import build_dataset
 from swin_moe.data.loader import steps_in_epoch
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.plan import Planned
-from swin_moe.planner.workload import Workload
+from swin_moe.planner.workload import Workload, moments_of, weight_dtype
 
-_MOMENTS = {"adamw": 2, "sgd": 1}
 # Training images of what the configs of a data set without a path here are written for, by number of classes.
+# Training images by classes: those of COCO 2017 that have an object, and ADE20K.
+_DENSE = {("coco", 80): 117_266, ("label_maps", 150): 20_210}
 _IMAGENET = {
     1000: 1_281_167,
     21841: 14_197_122,
@@ -54,8 +55,8 @@ def predict_costs(config: Config, hardware: Hardware, workload: Workload, planne
 
 def checkpoint_bytes(config: Config, workload: Workload) -> float:
     """Returns the bytes of a checkpoint's tensors: weights, moments of what is trained, averages; each once."""
-    item = 8 if config.engine.precision == "fp64" else 4
-    moments = _MOMENTS[config.optim.name] * (config.optim.name != "sgd" or config.optim.momentum > 0)
+    item = weight_dtype(config).itemsize
+    moments = moments_of(config.optim)
     copies = 1 + (config.optim.ema > 0)
     return float(item * (copies * workload.numel() + moments * workload.numel(trained=True)))
 
@@ -70,6 +71,10 @@ def images_of(config: Config) -> int | None:
         return data.images_per_class * config.model.num_classes
     if data.name == "synthetic":
         return data.synthetic_samples
+    if data.name == "canvases":
+        return data.dense.canvases
+    if data.name in ("coco", "label_maps"):
+        return _DENSE.get((data.name, config.model.num_classes))
     if data.name == "digits":
         try:
             return len(build_dataset(data, "train", img_size=config.model.img_size))

@@ -12,7 +12,7 @@ from swin_moe.config import Config
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.plan import Planned
 from swin_moe.planner.step_time import expert_seconds
-from swin_moe.planner.workload import Workload
+from swin_moe.planner.workload import PADDED, Workload
 
 _QUANTILES = (0.1, 0.9)
 _DRAWS = 256
@@ -79,7 +79,7 @@ def step_interval(
     experts that choose take what they choose, and a capacity cuts what an expert takes.
     """
     moe, layout, time = config.model.moe, planned.layout, planned.time
-    if not moe.has_blocks or moe.backend in ("padded", "tutel") or moe.choice != "token":
+    if not moe.has_blocks or moe.backend in PADDED or moe.choice != "token":
         return time.seconds, time.seconds
     capacity = abs(moe.capacity_factor)
     loads = np.minimum(skew.loads, capacity) if capacity else skew.loads

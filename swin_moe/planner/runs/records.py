@@ -69,6 +69,16 @@ def read_run(name: str, ranks: int = 0) -> Run:
     return Run(directory, config, ranks, [r for r in records if r.get("speed/ranks", ranks) == ranks])
 
 
+def read_evaluations(name: str) -> list[dict[str, Any]]:
+    """Returns the records of a run's evaluations, in order; raises ValueError where there is none."""
+    path = Path(name) / "metrics.jsonl"
+    records = _lines(path) if path.is_file() else []
+    found = [record for record in records if any(key.startswith("eval/") for key in record)]
+    if not found:
+        raise ValueError(f"run {shown(name)} has no records of evaluations in metrics.jsonl")
+    return found
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file; a line that a kill has cut is left out."""
     found = []

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from swin_moe.config import Config
-from swin_moe.planner.collectives import Collective, bytes_of_channel, collectives_of, padding_of
+from swin_moe.planner.arithmetic import macs_of_segments, own_name
+from swin_moe.planner.collectives import Collective, bytes_of_channel, collectives_of
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.simulation.events import Task
 from swin_moe.planner.simulation.network import Network, Transfer, all_to_all, back, rings
 from swin_moe.planner.step_time import predict_time
 from swin_moe.planner.trace import Segment
-from swin_moe.planner.workload import MoEWork, Workload
+from swin_moe.planner.workload import PADDED, MoEWork, Workload, rows_share
 
 _MOST = 0.9  # of a block's time that is its experts', where the products take longer by themselves
 
@@ -49,9 +50,11 @@ def stretches(
 ) -> tuple[list[Stretch], float]:
     """Returns (seconds of every segment of a micro-step, of the update), as predict_time has them."""
     found = []
-    for segment in segments:
-        time = predict_time(config, hardware, workload, layout, [segment])
-        found.append(Stretch(segment.name, segment.backward, (time.forward + time.backward) / layout.accumulation))
+    for segment, macs in zip(segments, macs_of_segments(config, workload, layout, segments)):
+        time = predict_time(config, hardware, workload, layout, [segment], [macs])
+        found.append(
+            Stretch(own_name(segment.name), segment.backward, (time.forward + time.backward) / layout.accumulation)
+        )
     return found, predict_time(config, hardware, workload, layout, []).update
 
 
@@ -62,7 +65,7 @@ def rows_by_rank(config: Config, layout: Layout, shares_E: np.ndarray) -> np.nda
     if moe.capacity_factor > 0:
         # Of every source rank an expert takes so much (moe/routing.py); a padded dispatcher always sends it all.
         room = moe.capacity_factor / len(shares_E)
-        shares_E = np.full_like(shares_E, room) if moe.backend != "native" else np.minimum(shares_E, room)
+        shares_E = np.full_like(shares_E, room) if moe.backend in PADDED else np.minimum(shares_E, room)
     by_place = shares_E.reshape(layout.expert, -1).sum(1)
     return np.repeat(by_place / layout.expert_shard, layout.expert_shard)
 
@@ -179,9 +182,9 @@ class Program:
     def _layer(self, work: MoEWork, shares_E: np.ndarray, rate: float) -> _Layer:
         layout, micro = self.layout, self.layout.micro_batch
         rows_P = rows_by_rank(self.config, layout, shares_E)
-        padding = padding_of(self.config)
-        seconds = 2 * 2.0 * work.rows * work.dim * work.hidden * micro * max(padding, 1.0) / rate
-        layer = _Layer(seconds, float(rows_P.max()) * len(rows_P) / max(padding, 1.0), [], [])
+        share = rows_share(self.config.model.moe)
+        seconds = 2 * 2.0 * work.rows * work.dim * work.hidden * micro * share / rate
+        layer = _Layer(seconds, float(rows_P.max()) * len(rows_P) / share, [], [])
         if len(rows_P) == 1:
             return layer
         sent_P = rows_P * float(work.rows * work.dim * micro * bytes_of_channel(self.workload, layout))

@@ -79,6 +79,18 @@ def test_segmentation_draws_what_the_official_recipe_says():
     assert 200 < flips < 300
 
 
+def test_affine_moves_stay_in_their_ranges():
+    drawn = plans({"rotate": 30.0, "shear": 20.0, "translate": 0.1}, (400, 600), 500)
+    matrices = np.asarray([plan.moves[-1].matrix for plan in drawn])
+    assert all(plan.size == (400, 600) for plan in drawn)
+    turned = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+    assert 28 < abs(turned).max() <= 30 and abs(turned.mean()) < 3
+    middle = matrices @ [300, 200, 1] - [300, 200]
+    assert 55 < abs(middle[:, 0]).max() <= 60 and 36 < abs(middle[:, 1]).max() <= 40
+    shifted = plans({"translate": 0.1}, (400, 600), 50)
+    assert all(np.allclose(np.asarray(plan.moves[-1].matrix)[:, :2], np.eye(2)) for plan in shifted)
+
+
 def test_one_option_does_not_move_the_draws_of_another():
     plain, flipped = plans(DETECTION, (480, 640)), plans(DETECTION, (480, 640), hflip=1.0)
     assert [plan.size for plan in plain] == [plan.size for plan in flipped]

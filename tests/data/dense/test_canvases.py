@@ -75,7 +75,7 @@ def test_validation_has_digits_that_training_has_not():
 
 
 def test_classes_are_those_of_boxes_or_of_label_maps():
-    boxes, maps = (Canvases(dense(), "train", maps=maps) for maps in (False, True))
+    boxes, maps = (Canvases(dense(), "train", boxes=boxes) for boxes in (True, False))
     assert boxes.classes == tuple("0123456789") and maps.classes == ("background", *"0123456789")
 
 

@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from swin_moe.data.dense.canvases import Canvases
 from swin_moe.data.dense.coco import Coco
@@ -197,22 +198,44 @@ def test_boxes_without_masks_are_enough(tmp_path):
     data = Coco(dense("coco", tmp_path), "train")
     assert data.dense_sample(0).masks is None and data.truth(0)[0]["segmentation"] is None
     with pytest.raises(ValueError, match="have no masks"):
-        Coco(dense("coco", tmp_path), "train", maps=True).dense_sample(0)
+        Coco(dense("coco", tmp_path), "train", boxes=False, maps=True).dense_sample(0)
 
 
 def test_label_maps_are_painted_from_masks(tmp_path):
     tree = write_coco(tmp_path, digit_overlap=True, canvas_digits=(3, 3), digit_size=(8, 12))
-    data = Coco(dense("coco", tmp_path), "train", maps=True)
+    data = Coco(dense("coco", tmp_path), "train", boxes=False, maps=True)
     canvases = Canvases(dense(digit_overlap=True, canvas_digits=(3, 3), digit_size=(8, 12)), "train")
-    assert data.classes == canvases.__class__(dense(), "train", maps=True).classes
+    assert data.classes == canvases.__class__(dense(), "train", boxes=False, maps=True).classes
     for index in range(6):
         np.testing.assert_array_equal(data.dense_sample(index).label_map, canvases.dense_sample(index).label_map)
     tree["annotations"][0]["iscrowd"] = 1
     save(tmp_path, tree)
-    sample = Coco(dense("coco", tmp_path), "train", maps=True).dense_sample(0)
+    sample = Coco(dense("coco", tmp_path), "train", boxes=False, maps=True).dense_sample(0)
     assert (
         sample.masks is not None and sample.label_map is not None and (sample.label_map[sample.masks[0]] == 255).all()
     )
+
+
+def test_label_maps_of_a_folder_are_taken_where_boxes_are_wanted_too(tmp_path):
+    write_coco(tmp_path, images=2)
+    painted = Coco(dense("coco", tmp_path), "train", maps=True)
+    assert painted.classes == tuple("0123456789")
+    np.testing.assert_array_equal(
+        painted.dense_sample(0).label_map, Canvases(dense(), "train").dense_sample(0).label_map
+    )
+    for folder, options in (("stuffthingmaps/train2017", {}), ("own", {"train_maps": "own"})):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (64, 64), 130).save(tmp_path / folder / "0.png")
+        Image.new("L", (64, 32), 130).save(tmp_path / folder / "1.png")
+        data = Coco(dense("coco", tmp_path, **options), "train", maps=True)
+        assert (data.dense_sample(0).label_map == 130).all() and len(data.dense_sample(0).boxes)
+        with pytest.raises(BrokenImage, match=r"1\.png: is 64 x 64 pixels, its label map .*1\.png has another size"):
+            data.dense_sample(1)
+        (tmp_path / folder / "1.png").unlink()
+        with pytest.raises(BrokenImage, match=r"1\.png: label map: No such file"):
+            data.dense_sample(1)
+    with pytest.raises(ValueError, match=r"data\.dense\.train_maps: no folder of label maps at .*none"):
+        Coco(dense("coco", tmp_path, train_maps="none"), "train", maps=True)
 
 
 def test_the_digest_tells_other_objects_and_names_but_no_other_place(tmp_path):

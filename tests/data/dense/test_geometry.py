@@ -1,14 +1,12 @@
 """Every move acts alike on image, boxes, masks, label map and matrix."""
 
-import math
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from swin_moe.data.dense.canvases import tight_box
 from swin_moe.data.dense.colours import Distort
-from swin_moe.data.dense.geometry import Affine, Crop, Flip, Resize, moved_boxes, rotation, scaled_size
+from swin_moe.data.dense.geometry import Affine, Crop, Flip, Resize, affine, moved_boxes, scaled_size
 from swin_moe.data.dense.sample import DenseSample
 
 
@@ -69,7 +67,7 @@ MOVES = {
     "plain": (Resize((31, 37), antialias=False), 1.0),
     "stretched": (Resize((96, 40)), 1.0),
     "crop": (Crop((30, 30), ((10, 15),)), 0.0),
-    "turn": (Affine(tuple(map(tuple, rotation(90, 48, 60)[:2]))), 1.0),  # type: ignore[arg-type]
+    "turn": (affine((48, 60), degrees=90, shear=0, shift=(0, 0)), 1.0),
     "shift": (Affine(((1.0, 0.0, 7.0), (0.0, 1.0, -5.0))), 0.0),
 }
 
@@ -89,9 +87,16 @@ def test_moves_one_after_the_other_multiply_their_matrices():
     assert_consistent(sample, before, slack=1.0)
 
 
+def test_a_move_after_others_multiplies_from_the_left():
+    before = blocks(seed=2)
+    for last in (Affine(((1.0, 0.0, 4.0), (0.0, 1.0, -3.0))), Affine(((0.5, 0.0, 9.0), (0.0, 0.8, 2.0)))):
+        sample = last(Resize((96, 90))(Flip()(before)))
+        assert_consistent(sample, before, slack=1.0)
+
+
 def test_a_skewed_box_is_round_its_corners():
     before = blocks(count=1)
-    turned = Affine(tuple(map(tuple, rotation(30, 48, 60)[:2])))(before)  # type: ignore[arg-type]
+    turned = affine((48, 60), degrees=30, shear=10, shift=(2, -1))(before)
     assert_consistent(turned, before, slack=0, exact=False)
     bounds = tight_box(turned.masks[0]) if turned.masks is not None else None
     assert bounds is not None
@@ -131,19 +136,20 @@ def test_sizes_follow_the_official_rounding(size, short, long, expected):
     assert scaled_size(*size, short, long) == expected
 
 
-def test_plain_resizing_is_bilinear_at_pixel_centres():
+@pytest.mark.parametrize("height, width, levels", [(5, 11, 0.51), (20, 15, 1.01)])  # Pillow rounds after each axis
+def test_plain_resizing_is_bilinear_at_pixel_centres(height, width, levels):
     """Against a slow one: each new pixel from four old ones round its centre, the border repeated."""
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     sample = DenseSample(Image.fromarray(pixels), 0, (9, 7))
-    got = np.asarray(Resize((5, 11), antialias=False)(sample).image).astype(int)
-    for y in range(5):
-        for x in range(11):
-            cy, cx = max(0.0, (y + 0.5) * 9 / 5 - 0.5), max(0.0, (x + 0.5) * 7 / 11 - 0.5)
+    got = np.asarray(Resize((height, width), antialias=False)(sample).image).astype(int)
+    for y in range(height):
+        for x in range(width):
+            cy, cx = max(0.0, (y + 0.5) * 9 / height - 0.5), max(0.0, (x + 0.5) * 7 / width - 0.5)
             y0, x0 = min(int(cy), 8), min(int(cx), 6)
             y1, x1, fy, fx = min(y0 + 1, 8), min(x0 + 1, 6), cy - y0, cx - x0
             top = pixels[y0, x0] * (1 - fx) + pixels[y0, x1] * fx
             bottom = pixels[y1, x0] * (1 - fx) + pixels[y1, x1] * fx
-            assert abs(got[y, x] - (top * (1 - fy) + bottom * fy)).max() <= 0.51
+            assert abs(got[y, x] - (top * (1 - fy) + bottom * fy)).max() <= levels
 
 
 def test_the_first_crop_without_a_class_that_covers_too_much_is_taken():
@@ -169,11 +175,15 @@ def test_unknown_pixels_after_a_turn_are_ignored():
     assert not (turned.label_map[:, 10:] == 255).any() and not np.asarray(turned.image)[:, :10].any()
 
 
-def test_rotation_turns_round_the_middle():
-    matrix = rotation(90, 48, 60)
-    np.testing.assert_allclose(matrix @ [30, 24, 1], [30, 24, 1], atol=1e-12)
-    np.testing.assert_allclose(matrix @ [40, 24, 1], [30, 34, 1], atol=1e-12)  # right goes down: clockwise as seen
-    assert math.isclose(np.linalg.det(matrix), 1)
+def test_affine_moves_by_hand():
+    def moved(point: list[float], **move) -> list[float]:
+        given = {"degrees": 0.0, "shear": 0.0, "shift": (0.0, 0.0)} | move
+        return (np.asarray(affine((48, 60), **given).matrix) @ [*point, 1.0]).round(9).tolist()  # type: ignore[arg-type]
+
+    assert moved([30, 24], degrees=90, shear=20) == [30, 24]  # the middle
+    assert moved([40, 24], degrees=90) == [30, 34]  # right goes down: clockwise as seen
+    assert moved([30, 34], shear=45) == [40, 34] and moved([40, 24], shear=45) == [40, 24]
+    assert moved([0, 0], shift=(3, -2)) == [3, -2]
 
 
 def colour(pixels: list[int], move: Distort) -> list[int]:

@@ -104,4 +104,4 @@ def test_what_is_missing_is_said_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"no classes.txt or objectInfo150.txt in .*, and model.num_classes=0"):
         LabelMaps(dense("label_maps", tmp_path), "train")
     with pytest.raises(ValueError, match="data.name=label_maps has no boxes"):
-        LabelMaps(dense("label_maps", tmp_path), "train", maps=False, num_classes=2)
+        LabelMaps(dense("label_maps", tmp_path), "train", boxes=True, num_classes=2)

@@ -190,3 +190,21 @@ def test_a_detector_loads_without_compiled_extensions_or_their_successors():
     )
     environment = {**os.environ, "SWIN_MOE_NO_EXT": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
+
+
+def test_an_image_without_positive_anchors_counts_one_as_officially():
+    losses = learn(build(SPECS["mask"]), 0).losses
+    assert losses.counts["loss_rpn_cls"] == 1 + PROPOSALS.samples and losses.counts["loss_cls"] == MASK.samples
+    assert losses.sums["loss_rpn_cls"].sum() > 0 and not losses.sums["loss_rpn_bbox"].any()
+
+
+@pytest.mark.parametrize("name", ["mask", "cascade", "htc"])
+def test_losses_and_boxes_are_in_single_precision_under_autocast(name):
+    network = build(SPECS[name])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = learn(network, 2, 3).losses
+        found = network.eval()(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in losses.sums.values())
+    assert found[0].boxes.dtype == found[0].scores.dtype == torch.float32
+    torch.stack([value.sum() for value in losses.sums.values()]).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)

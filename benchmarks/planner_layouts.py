@@ -1,0 +1,160 @@
+"""Do candidate layouts of one config come in the right order? Real steps of each, interleaved, beside the planner's.
+
+    swin-moe launch -n 2 -- -m swin_moe.planner.calibrate --out machine.yaml
+    python -m launcher -n 2 -- benchmarks/planner_layouts.py --hardware machine.yaml [--rounds 7] [key=value ...]
+
+Builds the same network once per layout in one start of MPI and takes a step of each in turn, in rounds, so that what
+else the machine does meets all alike. Batches are loaded before. A step's time is that of the slowest rank: seconds on
+the wall, and of its CPU, which other programs disturb less, but where waiting for the others is not counted. Prints the
+medians, the planner's seconds, and Spearman's correlation of the order.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from swin_moe.config import Config
+from swin_moe.config.io import load_config
+from swin_moe.parallel.groups import build_groups, init_distributed
+from swin_moe.planner.hardware import load_hardware
+from swin_moe.planner.plan import Traces
+from swin_moe.planner.runs.check import layout_in
+from swin_moe.planner.step_time import StepTime, predict_time
+from swin_moe.planner.workload import build_workload
+from swin_moe.run.session import Session, check_layout, layout_of
+from swin_moe.train import Trainer
+
+NETWORK = (
+    "data.name=synthetic data.synthetic_samples=64 data.workers=0 log.tensorboard=false model.img_size=96 "
+    "model.embed_dim=48 model.depths=[2,2,4,2] model.num_heads=[3,6,12,24] model.window_size=6 model.num_classes=100 "
+    "model.pretrained_window_sizes=[0,0,0,0] model.moe.blocks=[[-1],[-1],[1,3],[1]] model.moe.num_experts=8 "
+    "model.moe.capacity_factor=0 model.moe.capacity_scope=rank data.global_batch=16"
+).split()
+LAYOUTS = {
+    "experts over all ranks": "",
+    "recomputed": "parallel.recompute=block",
+    "2 micro-batches": "data.micro_batch={half}",
+    "4 micro-batches": "data.micro_batch={quarter}",
+    "4 micro-batches, recomputed": "data.micro_batch={quarter} parallel.recompute=block",
+    "experts on every rank": "parallel.expert=1",
+    "ZeRO-1": "parallel.zero=1",
+    "ZeRO-2": "parallel.zero=2",
+    "ZeRO-3": "parallel.zero=3",
+    "ZeRO-3, 4 micro-batches": "parallel.zero=3 data.micro_batch={quarter}",
+    "ZeRO-3, recomputed": "parallel.zero=3 parallel.recompute=block",
+}
+
+
+@dataclass
+class Candidate:
+    """A layout with its trainer, a loaded step, and what steps took on this rank."""
+
+    config: Config
+    trainer: Trainer
+    batches: list[Any]
+    steps: int = 0
+    taken: list[tuple[float, float]] = field(default_factory=list)  # (wall, CPU) seconds
+
+    def take(self) -> tuple[float, float]:
+        """Takes a step; returns its seconds on the wall and of the CPU."""
+        trainer = self.trainer
+        context = trainer._context(self.steps, self.config.data.global_batch)
+        self.steps += 1
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for index, batch in enumerate(self.batches):
+            with trainer.engine.micro_step(last=index == len(self.batches) - 1):
+                trainer.engine.backward(trainer.task.loss(trainer.engine.model, batch, context).total)
+        trainer.engine.measure()
+        trainer.engine.step(context.step)
+        cpu = time.process_time() - cpu
+        dist.barrier()
+        return time.perf_counter() - wall, cpu
+
+
+def build(words: list[str], folder: str, world_size: int) -> Candidate:
+    """Returns a layout that is ready for steps."""
+    config = load_config("digits_swin_moe", [*words, f"run.output={folder}"])
+    check_layout(config, world_size)
+    device = torch.device("cpu")
+    groups = build_groups(*layout_of(config), device, routing_ranks=config.routing_ranks(world_size))
+    trainer = Trainer(Session(config, groups, device))
+    batches = [list(loaded) for loaded in trainer.loader.batches(0, 1)]
+    trainer.loader.close()
+    return Candidate(config, trainer, batches[0])
+
+
+def predict(config: Config, hardware: Any, world_size: int) -> StepTime:
+    """Returns what the planner says of a step."""
+    layout = layout_in(config, world_size)
+    return predict_time(config, hardware, build_workload(config), layout, Traces(config).of(layout))
+
+
+def slowest(taken: list[tuple[float, float]], world_size: int) -> tuple[float, float]:
+    """Returns the median over rounds of the slowest rank's (wall, CPU) seconds."""
+    mine = torch.tensor(taken, dtype=torch.float64)
+    everyone = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyone, mine)
+    wall, cpu = torch.stack(everyone).amax(0).median(0).values.tolist()
+    return wall, cpu
+
+
+def order(a: list[float], b: list[float]) -> float:
+    """Returns Spearman's correlation of ranks."""
+    places = [np.argsort(np.argsort(values)) for values in (a, b)]
+    return float(np.corrcoef(places[0], places[1])[0, 1])
+
+
+def table(rows: list[tuple[str, float, float, StepTime]]) -> list[str]:
+    """Returns lines of Markdown, the planner's best first. rows: (layout, wall, CPU, what was said)."""
+    lines = ["| layout | predicted, ms | CPU of the slowest rank, ms | on the wall, ms |", "|--|--|--|--|"]
+    rows = sorted(rows, key=lambda row: row[3].seconds)
+    lines += [f"| {n} | {1e3 * s.seconds:.0f} | {1e3 * c:.0f} | {1e3 * w:.0f} |" for n, w, c, s in rows]
+    said = [row[3].seconds for row in rows]
+    by_wall, by_cpu = order(said, [row[1] for row in rows]), order(said, [row[2] for row in rows])
+    return [*lines, "", f"Order of {len(rows)} layouts, Spearman: {by_wall:.2f} on the wall, {by_cpu:.2f} of the CPU."]
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hardware", default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args(argv)
+    hardware = load_hardware(options.hardware)
+    torch.set_num_threads(1)
+    rank, world_size = init_distributed(torch.device("cpu"))
+    share = int(next(word for word in NETWORK if word.startswith("data.global_batch")).split("=")[1]) // world_size
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = {}
+        for number, (name, text) in enumerate(LAYOUTS.items()):
+            words = text.format(half=max(1, share // 2), quarter=max(1, share // 4)).split()
+            candidates[name] = build([*NETWORK, *words, *options.overrides], f"{folder}/{number}", world_size)
+        for turn in range(options.rounds + 1):  # the first makes what is made once
+            for candidate in candidates.values():
+                taken = candidate.take()
+                candidate.taken += [taken] if turn else []
+        rows = []
+        for name, candidate in candidates.items():
+            seconds = slowest(candidate.taken, world_size)
+            if rank == 0:
+                rows.append((name, *seconds, predict(candidate.config, hardware, world_size)))
+        if rank == 0:
+            print("\n".join(table(rows)), flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from launcher import mpi
+
+    mpi.bootstrap()
+    main(sys.argv[1:])

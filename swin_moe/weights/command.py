@@ -1,0 +1,101 @@
+"""`swin-moe weights list | fetch | path`: the released official files, on this disk or not."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from swin_moe.config.arguments import Parser
+from swin_moe.config.shipped.released import Released, find, of_config, released
+from swin_moe.weights.fetch import Progress, check, default_folder, fetch, place
+
+_EXAMPLES = """examples:
+  which files there are of Swin-B
+    swin-moe weights list swin_base
+  one of them, to begin a run with
+    swin-moe weights fetch swin_base_patch4_window7_224_22k
+    swin-moe train CONFIG checkpoint.init=$(swin-moe weights path swin_base_patch4_window7_224_22k)
+  on a cluster without a way out: fetched elsewhere, put where all nodes see it
+    SWIN_MOE_WEIGHTS=/shared/weights swin-moe weights path swin_base_patch4_window7_224_22k"""
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    sys.exit(main(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 after one sentence about what is wrong."""
+    try:
+        print(_answer(parse(argv)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str] | None) -> Any:
+    """Returns the options; raises ValueError for wrong ones."""
+    import argparse
+
+    parser = Parser(
+        prog="swin-moe weights",
+        description="The released official files of weights.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("verb", choices=("list", "fetch", "path"), help="show them; fetch some; where one lies, for other commands")
+    add("names", nargs="*", metavar="NAME", help="of weights, or of a config they were released for; list: any words")
+    add("--folder", type=Path, default=None, metavar="DIR", help=f"where they lie (default: {default_folder()})")
+    add("--json", action="store_true", help="list: as JSON")
+    options = parser.parse_args(argv)
+    if options.verb != "list" and not options.names:
+        raise ValueError(f"swin-moe weights {options.verb} needs the name of weights; `swin-moe weights list` has them")
+    if options.verb == "path" and len(options.names) > 1:
+        raise ValueError("swin-moe weights path takes one name")
+    if options.json and options.verb != "list":
+        raise ValueError("--json is for list")
+    return options
+
+
+def by_name(name: str) -> Released:
+    """Returns the file of a name, or the one that was released for the config of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in released() and any(row.config == name for row in released().values()):
+        return of_config(name)
+    return find(name)
+
+
+def _answer(options: Any) -> str:
+    if options.verb == "list":
+        return _list(options.names, options.folder, options.json)
+    if options.verb == "fetch":
+        lines = []
+        for row in [by_name(name) for name in options.names]:
+            path = fetch(row, options.folder, show=Progress(row.name))
+            lines.append(f"{path}  sha256 {check(row, options.folder)}")
+        return "\n".join(lines)
+    row = by_name(options.names[0])
+    path = place(row, options.folder)
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; fetch it with: swin-moe weights fetch {row.name}")
+    return str(fetch(row, options.folder))
+
+
+def _list(words: list[str], folder: Path | None, as_json: bool) -> str:
+    rows = [row for row in released().values() if all(word in f"{row.name} {row.config}" for word in words)]
+    if not rows:
+        raise ValueError(f"no released weights have {' and '.join(map(repr, words))} in their name")
+    if as_json:
+        return json.dumps([vars(row) | {"here": place(row, folder).is_file()} for row in rows], indent=1)
+    width = max(len(row.name) for row in rows)
+    lines = [f"  {'name':<{width}}  acc@1  acc@5  trained on"]
+    for row in rows:
+        here = "*" if place(row, folder).is_file() else " "
+        top1, top5 = ("-" if value is None else f"{value:g}" for value in (row.top1, row.top5))
+        lines.append(f"{here} {row.name:<{width}}  {top1:>5}  {top5:>5}  {row.data}")
+    return "\n".join([*lines, f"* = in {folder or default_folder()}"])
