@@ -204,9 +204,14 @@ def _start(
 
     pipe = None if console is None else subprocess.PIPE
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True,
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
         preexec_fn=prepare,
-    )  # fmt: skip
+    )
     if console is not None:  # its threads begin after the fork, and with the signals blocked
         console.start(process)
     return process

@@ -1,6 +1,7 @@
 """Parameter groups, learning-rate schedules by optimizer step, and the optimizers themselves."""
 
 import bisect
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from swin_moe.config import OptimConfig
 from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
 from swin_moe.names.official import file_key, is_wrapped
+
+_MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # with torch._disable_dynamo
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,17 @@ def parameter_groups(model: Network, config: OptimConfig, depths: tuple[int, ...
 def build_optimizer(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """Returns the optimizer over `parameter_groups`; its learning rates are set every step by the engine."""
     kind, options = optimizer_class(config)
-    return kind(groups, **options)
+    return without_compiler(kind)(groups, **options)
+
+
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Returns a class of the same name and arithmetic whose steps do not import torch._dynamo.
+
+    torch marks these methods as not to be traced, for who compiles a step, and imports the compiler at the first call:
+    1.1 of the 4.3 CPU seconds, and 60 MB, of every rank of a short run.
+    """
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in _MARKED}
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def optimizer_class(config: OptimConfig) -> tuple[type[torch.optim.Optimizer], dict]:

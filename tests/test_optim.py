@@ -9,7 +9,16 @@ from torch import nn
 
 from swin_moe.config import OptimConfig
 from swin_moe.models.network import Network
-from swin_moe.optim import build_optimizer, build_schedule, frozen_parameters, has_decay, layer_id, parameter_groups
+from swin_moe.optim import (
+    build_optimizer,
+    build_schedule,
+    frozen_parameters,
+    has_decay,
+    layer_id,
+    optimizer_class,
+    parameter_groups,
+    without_compiler,
+)
 
 NUMBERS = Path(__file__).parent / "golden" / "numbers.json"
 
@@ -172,3 +181,27 @@ def test_fused_adamw_equals_plain_and_takes_empty_shards():
         fused.step()
         plain.step()
     torch.testing.assert_close(tensors[0], tensors[1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_without_the_compiler_it_is_torchs_own_to_the_bit(name):
+    torch.manual_seed(0)
+    start, config, runs = torch.randn(5, 3), OptimConfig(name=name, lr=0.1, weight_decay=0.1), []
+    kind, options = optimizer_class(config)
+    for make in (kind, without_compiler(kind)):
+        weight = nn.Parameter(start.clone())
+        optimizer, hooked = make([{"params": [weight], "weight_decay": 0.1}], **options), []
+        for step in range(4):
+            (weight * torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert weight.grad is None and weight.requires_grad
+            if step == 1:  # goes on from what it gives away
+                state = optimizer.state_dict()
+                optimizer = make([{"params": [weight], "weight_decay": 0.5}], **options)
+                optimizer.load_state_dict(state)
+                optimizer.register_step_post_hook(lambda *_, seen=hooked: seen.append(1))
+        runs.append((weight.detach(), optimizer.state_dict()["param_groups"], repr(optimizer)))
+        assert len(hooked) == 2
+    (ours, *of_ours), (theirs, *of_theirs) = runs
+    assert torch.equal(ours, theirs) and of_ours == of_theirs

@@ -1,8 +1,9 @@
 """How options are refused, and which options contradict each other. Plain data; schema.py is the schema."""
 
+import functools
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import PurePath
@@ -50,8 +51,13 @@ def check_choices(section: Any, prefix: str) -> None:
     check_ranges(section, prefix)
 
 
-def field_types(section: Any) -> dict[str, Any]:
+def field_types(section: Any) -> Mapping[str, Any]:
     """Returns name -> type of a dataclass's fields, also where its module writes annotations as texts."""
+    return _field_types(section)
+
+
+@functools.cache  # asked some 200 times as a config is read, which takes twice as long without
+def _field_types(section: Any) -> Mapping[str, Any]:
     hints = get_type_hints(section)
     return {f.name: hints[f.name] for f in fields(section)}
 

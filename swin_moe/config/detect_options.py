@@ -16,6 +16,7 @@ BoxLoss = Literal["l1", "smooth_l1", "giou"]
 @dataclass(frozen=True)
 class DetectOptions(TaskOptions):
     section = "detect"
+    any_size = True
     channels: int = 256  # of every level's map
     masks: bool = True  # False: boxes only
     frozen_stages: int = -1  # -1 = none; 0 = patch embedding and positions; n = also the first n stages

@@ -12,6 +12,7 @@ class TaskOptions:
 
     section = "own"  # of TaskConfig
     classifies = False  # the network's outputs are the data's classes, by a head
+    any_size = False  # images keep their sizes; model.img_size is only what positions belong to
 
     def __post_init__(self) -> None:
         check_choices(self, f"task.{self.section}")

@@ -100,6 +100,7 @@ class MoBYOptions(TaskOptions):
 @dataclass(frozen=True)
 class SegmentOptions(TaskOptions):
     section = "segment"
+    any_size = True
     channels: int = 512  # of everything in the decode head
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)  # sides of the grids that the last map is pooled to
     dropout: float = 0.1  # probability that a channel of an image is dropped before the class layers

@@ -123,7 +123,7 @@ class _Loader:
         try:
             for batch, broken in pool:
                 self._report(broken, loaded=len(batch["image"]))
-                yield batch
+                yield self._source.unpack(batch)
         finally:
             pool.close()
             if pool in self._pools:

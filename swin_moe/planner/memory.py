@@ -44,9 +44,9 @@ def predict_memory(config: Config, workload: Workload, layout: Layout, segments:
     live, produced = over_time(segments)
     whole_gradients = float(produced[-1])
     gathered = _whole(config, workload, layout, segments)
-    gradients = np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(
-        produced, whole_gradients
-    )  # fmt: skip
+    gradients = (
+        np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole_gradients)
+    )
     if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
         gradients = np.full_like(live, states.gradients)
     peak = int(np.argmax(live + gradients + gathered))

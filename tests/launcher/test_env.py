@@ -146,12 +146,16 @@ def test_parse_slurm():
 @pytest.mark.parametrize(
     "environ, tasks",
     [
-        (SRUN, 2), (SRUN | {"SLURM_NODEID": "0"}, 4), (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_FD": "9"}, 2),
-        (SRUN | MPICH, None), (SRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None), (BATCH_SCRIPT, None),
+        (SRUN, 2),
+        (SRUN | {"SLURM_NODEID": "0"}, 4),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_FD": "9"}, 2),
+        (SRUN | MPICH, None),
+        (SRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None),
+        (BATCH_SCRIPT, None),
         (TORCHRUN, None),
         (SRUN | {"SLURM_STEP_ID": "4294967290"}, None),
     ],
-)  # fmt: skip
+)
 def test_tasks_of_this_node(environ, tasks):
     assert tasks_of_node(environ) == tasks
 

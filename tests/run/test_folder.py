@@ -16,7 +16,7 @@ from swin_moe.checkpoint.directory import lock_directory
 from swin_moe.checkpoint.save import write_checkpoint
 from swin_moe.run.folder import NAME, FolderLock, holding
 from tests.checkpoint.samples import whole_pieces
-from tests.training.test_commands import QUICK, ROOT, environment
+from tests.training.test_commands import QUICK, ROOT, environment, perform, refused
 
 HOLD = """
 import sys, time
@@ -32,29 +32,21 @@ def command(folder, *options):
     return [sys.executable, "-m", "swin_moe.train", "digits_swin_moe", *QUICK, f"run.output={folder}", *options]
 
 
-def run(folder, *options):
-    return subprocess.run(
-        command(folder, *options), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_a_second_job_is_refused_and_a_killed_one_is_continued(tmp_path):
+def test_a_second_job_is_refused_and_a_killed_one_is_continued(tmp_path, capfd):
     first = subprocess.Popen(command(tmp_path, "optim.epochs=500"), env=environment(), cwd=ROOT)
     try:
         deadline, records = time.monotonic() + 100, tmp_path / "run" / "metrics.jsonl"
         while not (records.is_file() and records.stat().st_size):
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.1)
-        second = run(tmp_path, "optim.epochs=500")
-        assert second.returncode == 2 and "Traceback" not in second.stderr
-        assert f"in use by process {first.pid} on {socket.gethostname()}" in second.stderr
+        second = refused("train", tmp_path, capfd, "optim.epochs=500")
+        assert f"in use by process {first.pid} on {socket.gethostname()}" in second
         assert first.poll() is None
     finally:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
     assert (tmp_path / "run" / NAME).exists()  # nobody could remove it
-    third = run(tmp_path)
-    assert third.returncode == 0, third.stderr
+    assert "finished: step 5 of 5" in perform("train", tmp_path, capfd)
     assert not (tmp_path / "run" / NAME).exists()
 
 

@@ -114,6 +114,18 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
     writer.close()
 
 
+@pytest.mark.parametrize("by", ["nothing", "another"])
+def test_records_that_are_gone_are_told(tmp_path, by):
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=False, resume_step=0)
+    writer.write(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    if by == "another":
+        (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl was removed or moved while the run was writing to it"):
+        writer.write(2, {"loss": 1.0})
+    writer.close()
+
+
 def test_there_is_no_bar_on_the_terminal_that_open_mpi_gives_a_rank():
     code = (
         "import os; os.isatty(1) or os._exit(3)\n"

@@ -167,3 +167,17 @@ def test_a_size_that_is_none_is_refused(tmp_path, size):
     torch.save({"model": swin_moe.create_model("swin", **SMALL).state_dict()}, file)
     with pytest.raises(CheckpointError, match="--set img_size must be a number of pixels, or two: H,W, got"):
         open_source(file, Options(extra={"img_size": size}), "official")
+
+
+@pytest.mark.parametrize("form", ["dcp", "official", "fairscale", "timm"])
+def test_sizes_given_with_set_are_heeded_by_every_format(tmp_path, form):
+    sizes = ["--set", "img_size=32", "--set", "window_size=4"]
+    model = swin_moe.create_model("swinv2", **SMALL).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    foreign = tmp_path / ("x" if form == "dcp" else "y.pth")
+    tools(["convert", str(tmp_path / "x.pth"), str(tmp_path / "n"), "--to", "native", *sizes])
+    tools(["convert", str(tmp_path / "n"), str(foreign), "--to", form])
+    assert tools(["convert", str(foreign), str(tmp_path / "back"), "--to", "native", *sizes]) == 0
+    again = swin_moe.load(tmp_path / "back").model
+    image = torch.randn(1, 3, 32, 32)
+    assert again.img_size == (32, 32) and torch.equal(again(image), model(image))

@@ -58,6 +58,13 @@ def read_coco(path: Path) -> dict[str, list[dict]]:
         if len(set(numbers)) < len(numbers):
             twice = next(number for number in numbers if numbers.count(number) > 1)
             raise ValueError(f"{path}: two of '{key}' have the id {twice}")
+    for image in tree["images"]:
+        sides = image["height"], image["width"]
+        if not all(isinstance(side, int) and side > 0 for side in sides) or not isinstance(image["file_name"], str):
+            raise ValueError(
+                f"{path}: image {image['id']} must have a file_name in quotes and sides of whole pixels, got "
+                f"{image['file_name']!r}, height {sides[0]!r}, width {sides[1]!r}"
+            )
     if not tree["categories"]:
         raise ValueError(f"{path}: its list 'categories' is empty, so nothing can be detected")
     if not tree["images"]:
@@ -85,8 +92,9 @@ class _Objects:
             try:
                 self._check(row, place, seen)
                 rle = self._packed(row, self._sizes[place[row["image_id"]]])
-            except ValueError as error:
-                self.bad.append(f"object {row.get('id')} of image {row.get('image_id')} {error}")
+            except (ValueError, TypeError) as error:
+                reason = str(error) if isinstance(error, ValueError) else f"has a value of a wrong type ({error})"
+                self.bad.append(f"object {row.get('id')} of image {row.get('image_id')} {reason}")
                 continue
             seen.add(row["id"])
             kept.append((place[row["image_id"]], row, rle))

@@ -83,3 +83,27 @@ def evaluation_fields(
         sizes = np.asarray([sample.original_size for sample in samples]).reshape(-1, 2)
         fields["label_map"] = label_maps_of([sample.label_map for sample in samples], padded_size(sizes, 1))
     return fields
+
+
+_LISTS = ("boxes", "labels", "crowd", "masks")
+
+
+def pack(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields with one tensor for all images of each list, and how many rows are whose: "counts".
+
+    A loader process hands over a file descriptor for every tensor, and there are only so many.
+    """
+    if "boxes" not in fields:
+        return fields
+    packed = {key: torch.cat(fields[key]) for key in _LISTS if fields.get(key)}
+    return fields | packed | {"counts": [len(boxes) for boxes in fields["boxes"]]}
+
+
+def unpack(packed: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was packed, the lists' tensors as views."""
+    fields = dict(packed)
+    counts = fields.pop("counts", [])
+    for key in _LISTS:
+        if isinstance(fields.get(key), Tensor):
+            fields[key] = list(fields[key].split(counts))
+    return fields

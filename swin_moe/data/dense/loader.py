@@ -16,7 +16,7 @@ import torch
 from swin_moe.config import DataConfig
 from swin_moe.data.batch import Batch
 from swin_moe.data.dense.augment import Plan, build_planner
-from swin_moe.data.dense.collate import collate, evaluation_fields, padded_size
+from swin_moe.data.dense.collate import collate, evaluation_fields, pack, padded_size, unpack
 from swin_moe.data.dense.sample import Annotation, DenseDataset, DenseSample
 from swin_moe.data.dense.selected import LabelledShare, RelabeledObjects
 from swin_moe.data.pixels import BrokenImage
@@ -90,7 +90,7 @@ class DenseSource:
         return padded_size(sizes, self._divisor)
 
     def __getitem__(self, request: Request) -> tuple[Batch, list[tuple[str, str]]]:
-        """Returns (batch, (path, reason) of each broken image, which the batch lacks)."""
+        """Returns (packed batch, (path, reason) of each broken image, which the batch lacks)."""
         samples: list[DenseSample] = []
         stored: list[DenseSample] = []
         truths: list[list[Annotation]] = []
@@ -113,7 +113,11 @@ class DenseSource:
         if not self._train:
             fields |= evaluation_fields(stored, truths, boxes=self._boxes, label_maps=self._label_maps)
         fields |= {"sample": torch.tensor(numbers, dtype=torch.int64), "epoch": request.epoch, "step": request.step}
-        return cast(Batch, fields), broken
+        return cast(Batch, pack(fields)), broken
+
+    def unpack(self, batch: Batch) -> Batch:
+        """Returns a batch as tasks get it, of one that __getitem__ gave, maybe in another process."""
+        return cast(Batch, unpack(cast(dict, batch)))
 
     def _move(self, sample: DenseSample, epoch: int, index: int) -> DenseSample:
         try:

@@ -84,6 +84,8 @@ BAD = {
     "words": ({"segmentation": "none"}, r"object 2 of image 10 has a segmentation that is neither polygons nor"),
     "no_mask": ({"segmentation": []}, r"object 2 of image 10 has no segmentation, which other objects"),
     "twice": ({"id": 1}, r"object 1 of image 10 has the id of another object"),
+    "kind": ({"category_id": [1]}, r"object 2 of image 10 has a value of a wrong type"),
+    "word": ({"area": "large"}, r"object 2 of image 10 has a value of a wrong type"),
     "no_id": ({"id": None}, r"object None of image 10 has no id"),
 }
 
@@ -124,6 +126,10 @@ NO_COCO = {
     "empty": (
         '{"images": [{"id": 4, "file_name": "", "height": 1, "width": 1}], "categories": [], "annotations": []}',
         r"train.json: its list 'categories' is empty",
+    ),
+    "side": (
+        '{"images": [{"id": 4, "file_name": "", "height": "9", "width": 1}], "categories": [], "annotations": []}',
+        r"train.json: image 4 must have a file_name in quotes and sides of whole pixels, got '', height '9', width 1",
     ),
     "no_images": ('{"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": []}', "'images' is empty"),
     "ids": (

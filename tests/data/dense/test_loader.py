@@ -116,6 +116,21 @@ def test_a_batch_is_what_the_data_set_has():
         assert torch.equal(batch["matrix"][place], torch.eye(3, dtype=torch.float64))
 
 
+def test_a_loader_process_hands_over_few_tensors():
+    config = dense(canvas_digits=(0, 2), data={"global_batch": 8})
+    with train_loader(config) as loader:
+        packed, _ = loader._source[loader._request(0, 0)]
+        tensors = [value for value in packed.values() if isinstance(value, Tensor)]
+        nested = [value for value in packed.values() if isinstance(value, list)]
+        assert len(tensors) == 13 and all(not isinstance(item, Tensor) for value in nested for item in value)
+        batch = next(loader.batches(0)).batches[0]
+    assert [len(boxes) for boxes in batch["boxes"]] == packed["counts"] and 0 in packed["counts"]
+    for number, boxes, masks in zip(batch["image_id"].tolist(), batch["boxes"], batch["masks"]):
+        sample = Canvases(config, "train").dense_sample(number)
+        assert masks.shape == (len(boxes), 64, 64) and len(boxes) == len(sample.boxes)
+        assert "counts" not in batch
+
+
 def test_tasks_get_what_they_need():
     config = dense(data={"global_batch": 4})
     for needs in ({"boxes": True, "label_maps": False}, {"boxes": False, "label_maps": True}):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.tasks.measures.coco import NUMBERS, CocoEvaluation
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 
 pytest.importorskip("pycocotools")
 GOLDEN = Path(__file__).parents[2] / "golden/downstream/coco_eval.json"
@@ -70,11 +70,15 @@ def evaluate_share(shared: bool) -> dict[str, float]:
     return evaluate(keys + [1] * shared, world=world)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+def evaluate_shares() -> list[dict[str, float]]:
+    """Returns what evaluate_share gives without a shared image, and with one."""
+    return [evaluate_share(shared) for shared in (False, True)]
+
+
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
 def test_ranks_change_no_digit_and_an_image_counts_once(world, tmp_path):
     alone = evaluate(list(range(1, 41)))
-    for shared in (False, True):
-        assert run_ranks(evaluate_share, world, tmp_path, shared) == [alone] * world
+    assert run_ranks(evaluate_shares, world, tmp_path) == [[alone] * 2] * world
 
 
 def test_equal_scores_keep_the_order_of_images_and_places():
