@@ -18,6 +18,18 @@ struct NmsLaunch {
   int is_double;
 };
 
+// See csrc/soft_nms.cpp. Rows are sorted by group and, within one, in input order.
+struct SoftLaunch {
+  const void* boxes;      // (N, 4), by input row
+  const int64_t* order;   // (N): input row of a sorted row
+  const int64_t* group;   // (N), of the sorted rows; null = one
+  void* scores;           // (N), by input row: old ones, then new ones
+  bool* left;             // (N), by sorted row: not final yet
+  int64_t count;
+  double threshold, sigma, min_score;
+  int gaussian, is_double;
+};
+
 // See csrc/roi_align.cpp. Weights and places are float64 with float64 elements and float32 otherwise.
 struct RoiLaunch {
   const void* from;    // features (B, C, H, W), or the gradient (R, C, S, S)
@@ -36,6 +48,7 @@ struct RoiLaunch {
 
 extern "C" {
 cudaError_t swin_moe_nms(const swin_moe::NmsLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_soft_nms(const swin_moe::SoftLaunch* launch, cudaStream_t stream);
 // Fills weights, spans and images of all boxes; then one of the other two.
 cudaError_t swin_moe_roi_bins(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
 cudaError_t swin_moe_roi_align(const swin_moe::RoiLaunch* launch, cudaStream_t stream);

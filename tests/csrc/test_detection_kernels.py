@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swin_moe.ops.detection.roi_align import _backward, _forward, box_dtype
+from swin_moe.ops.detection.soft_nms import _soft_nms
 from tests.csrc.emulation import Guarded, build
 from tests.ops.detection import slow
 from tests.ops.detection.test_roi_align import random_case
@@ -22,6 +23,17 @@ class NmsLaunch(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("threshold", ctypes.c_double),
         ("is_double", ctypes.c_int),
+    ]
+
+
+class SoftLaunch(ctypes.Structure):
+    """swin_moe::SoftLaunch."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("boxes", "order", "group", "scores", "left")),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("threshold", "sigma", "min_score")),
+        *((name, ctypes.c_int) for name in ("gaussian", "is_double")),
     ]
 
 
@@ -72,6 +84,20 @@ def test_suppression_over_several_chunks(library, grouped):
     groups = torch.randint(0, 2, (400,), generator=g) if grouped else None
     found = suppress(library, boxes, scores, groups, 0.3)
     assert found == slow.nms(boxes, scores, 0.3, groups) and 32 < len(found) < 390
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_suppression_equals_the_plain_form(library, dtype, gaussian):
+    for seed in range(40):
+        boxes, scores, groups = slow.random_boxes(seed, dtype)
+        order = torch.arange(len(boxes)) if groups is None else groups.argsort(stable=True)
+        group = None if groups is None else groups[order]
+        found, left = scores.clone(), torch.ones(len(boxes), dtype=torch.bool)
+        given = [None if t is None else t.data_ptr() for t in (boxes, order, group, found, left)]
+        launch = SoftLaunch(*given, len(boxes), 0.3, 0.5, 0.05, gaussian, dtype == torch.float64)
+        assert library.swin_moe_soft_nms(ctypes.byref(launch), None) == 0
+        torch.testing.assert_close(found, _soft_nms(boxes, scores, groups, 0.3, 0.5, gaussian, 0.05))
 
 
 def run_roi(library, source, rois, shape, map_size, numbers, *, backward):
