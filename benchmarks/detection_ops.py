@@ -49,7 +49,7 @@ def cases() -> dict[str, Pair]:
         ),
         "roi_align, backward": (
             lambda: verb.roi_align_backward(grad, rois, 1, *MAP, *numbers),
-            lambda: spread_cropped(grad, rois, 1, *MAP, *numbers),
+            lambda: spread_cropped(grad, rois, 1, MAP[0], MAP[1], *numbers),
         ),
         "nms, 2,000 boxes": (
             lambda: verb.nms(many, scores, None, 0.7),
@@ -68,7 +68,7 @@ def cases() -> dict[str, Pair]:
 
 def align_cropped(features: Tensor, rois: Tensor, size: int, scale: float, sampling: int, aligned: bool) -> Tensor:
     """Returns roi_align by two matrices for every box over the part of the map that it covers."""
-    y, x = roi_align._matrices(rois, *features.shape[2:], size, scale, sampling, aligned)
+    y, x = roi_align._matrices(rois, features.shape[2:], size, scale, sampling, aligned)
     out = []
     for r, image in enumerate(rois[:, 0].long().tolist()):
         rows, columns = _covered(y[r]), _covered(x[r])
@@ -81,7 +81,7 @@ def spread_cropped(
     grad: Tensor, rois: Tensor, batch: int, height: int, width: int, scale: float, sampling: int, aligned: bool
 ) -> Tensor:
     """Returns roi_align_backward, likewise."""
-    y, x = roi_align._matrices(rois, height, width, grad.shape[2], scale, sampling, aligned)
+    y, x = roi_align._matrices(rois, (height, width), grad.shape[2], scale, sampling, aligned)
     out = grad.new_zeros(batch, grad.shape[1], height, width)
     for r, image in enumerate(rois[:, 0].long().tolist()):
         rows, columns = _covered(y[r]), _covered(x[r])

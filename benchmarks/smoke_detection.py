@@ -33,7 +33,7 @@ def features_of_boxes(dtype: torch.dtype, sampling: int, aligned: bool, device: 
         # Places are those of float32 also in float64, whose rounding decides how many samples there are.
         x = features.float() if features.dtype != torch.float64 else features
         image = rois[:, 0].long()
-        y, across = (m.to(x.dtype) for m in align._matrices(rois, *x.shape[2:], *numbers))
+        y, across = (m.to(x.dtype) for m in align._matrices(rois, x.shape[2:], *numbers))
         parts = [torch.einsum("th,chw,sw->cts", y[r], x[image[r]], across[r]) for r in range(count)]
         return torch.stack(parts).to(features.dtype)
 

@@ -19,7 +19,8 @@ ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16
 class NmsLaunch(ctypes.Structure):
     """swin_moe::NmsLaunch."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("boxes", "order", "group", "gone")] + [
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("boxes", "order", "group", "gone")),
         ("count", ctypes.c_int64),
         ("threshold", ctypes.c_double),
         ("is_double", ctypes.c_int),
