@@ -1,7 +1,7 @@
 """Kernels that one training step and one inference step start, counted without a GPU.
 
     python benchmarks/launches.py [--batch 2] [--precision bf16] [--only swin_tiny] [--no-timm] [--top 12]
-    python benchmarks/launches.py --accumulate 4 [--cast] [...]
+    python benchmarks/launches.py --accumulate 4 [--copies own|linked|none] [...]
     python benchmarks/launches.py --compile block|model [...]
     python benchmarks/launches.py --kernels cuda [...]
 
@@ -14,8 +14,8 @@ not (residual and norm, bias and GELU and dropout, rows of experts, grouped prod
 
 Our networks hold copies of weights in bfloat16, as the trainer has them on one rank (engine/weight_copies.py); to make
 them anew, once per step, counts with the forward, and to bring gradients to the masters with the backward. Operators on
-a list of tensors count once; CUDA starts one kernel per 64 tensors or so. With --cast autocast casts. A step of several
-micro-batches (--accumulate) is counted whole.
+a list of tensors count once; CUDA starts one kernel per 64 tensors or so. With --copies linked they are as on several
+ranks, with none autocast casts. A step of several micro-batches (--accumulate) is counted whole.
 
 timm's networks run with and without its fused attention; the smaller count is printed.
 
@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import PAIRS, Pair, timm_settings
 
 from swin_moe.engine.precision import autocast
-from swin_moe.engine.weight_copies import WeightCopies
+from swin_moe.engine.weight_copies import Copies, LinkedCopies, WeightCopies
 from swin_moe.moe import experts
 from swin_moe.ops import extension, grouped_linear
 from swin_moe.ops.attention.choice import Measuring
@@ -115,7 +115,7 @@ def count_steps(
     ours: bool = True,
     compiled: str = "none",
     micro_batches: int = 1,
-    copied: bool = True,
+    copies: str = "own",
 ) -> dict[str, Counter[str]]:
     """Returns the launches of forward and backward of a training step and of an inference, by operator.
 
@@ -123,34 +123,33 @@ def count_steps(
         ours: The model takes what it draws from, as the trainer gives it.
         compiled: "block" or "model", as parallel.compile; the model is changed.
         micro_batches: Of `batch` images each.
-        copied: Weights have copies where the trainer makes some; the model is changed.
+        copies: Of weights, where the trainer makes some: "own" as on one rank (the model is changed), "linked" as on
+            several, or "none".
     """
     device, graphs = torch.device("cpu"), CompiledCounter(starts_kernel)
     images, target = torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64)
     inputs = (images, RandomContext(0, 1, torch.arange(batch))) if ours else (images,)
     model.train()
-    copies = None
-    if ours and copied and compiled == "none" and precision == "bf16":
-        copies = WeightCopies(model, torch.bfloat16)
+    kind = copies if ours and compiled == "none" and precision == "bf16" else "none"
+    held = {"own": WeightCopies, "linked": LinkedCopies}[kind](model, torch.bfloat16) if kind != "none" else Copies()
     if compiled != "none":
         with mock.patch("torch.compile", functools.partial(torch.compile, backend=graphs)):
             compile_network(model, compiled)
     # Before: choices are measured, tables are cached and graphs are made in the first steps.
     for _ in range(1 if compiled == "none" else 2):
-        backward = _forward(model, inputs, target, precision, device)
-        backward()
+        with held.used():
+            _forward(model, inputs, target, precision, device)()
     counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
     model.zero_grad(set_to_none=True)
     for _ in range(micro_batches):
-        found, backward = _counted(graphs, lambda: _forward(model, inputs, target, precision, device))
-        counts["forward"] += found
-        counts["backward"] += _counted(graphs, backward)[0]
-        if copies:
-            counts["backward"] += _counted(graphs, copies.collect)[0]
-    if copies:
-        counts["forward"] += _counted(graphs, copies.refresh)[0]
+        with held.used():
+            found, backward = _counted(graphs, lambda: _forward(model, inputs, target, precision, device))
+            counts["forward"] += found
+            counts["backward"] += _counted(graphs, backward)[0]
+        counts["backward"] += _counted(graphs, held.collect)[0]
+    counts["forward"] += _counted(graphs, held.refresh)[0]
     model.eval()
-    with torch.no_grad(), autocast(precision, device):
+    with torch.no_grad(), autocast(precision, device), held.used():
         model(images)
         counts["inference"], _ = _counted(graphs, lambda: model(images))
     return counts
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--no-timm", action="store_true", help="without timm's networks")
     parser.add_argument("--top", type=int, default=0, help="also print the most frequent operators")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--cast", action="store_true", help="let autocast cast weights, as on several ranks")
+    parser.add_argument("--copies", default="own", choices=["own", "linked", "none"], help="of weights, see above")
     parser.add_argument("--compile", default="none", choices=["none", "block", "model"], help="as parallel.compile")
     parser.add_argument("--kernels", default="cpu", choices=["cpu", "cuda"], help="the operators of which device")
     options = parser.parse_args()
@@ -213,7 +212,7 @@ def main() -> None:
     for pair in chosen:
         settings = {"batch": options.batch, "precision": options.precision, "micro_batches": options.accumulate}
         with as_on_cuda() if options.kernels == "cuda" else nullcontext():
-            ours = count_steps(pair.ours(), pair.size, **settings, compiled=options.compile, copied=not options.cast)
+            ours = count_steps(pair.ours(), pair.size, **settings, compiled=options.compile, copies=options.copies)
         show(pair.name, ours, options.top)
         if not options.no_timm and options.compile == "none":
             show(f"timm's for {pair.name}", of_timm(pair, options), options.top)

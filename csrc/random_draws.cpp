@@ -10,12 +10,7 @@
 
 #include <vector>
 
-// The hash is integer arithmetic on whole vectors: compiled for what the processor has, chosen when it is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SWIN_MOE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SWIN_MOE_CLONES
-#endif
+#include "cpu/clones.h"
 
 namespace swin_moe {
 namespace {
@@ -24,6 +19,7 @@ using at::Tensor;
 
 constexpr int64_t kLeastElements = 1 << 14;  // of a task
 
+// The hash is integer arithmetic on whole vectors.
 SWIN_MOE_CLONES void fill_bits(uint32_t row, const uint32_t* units, int64_t count, uint32_t* out) {
   for (int64_t u = 0; u < count; ++u) out[u] = random_bits(row, units[u]);
 }

@@ -18,6 +18,7 @@ SLURM = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 # Step ids from here on are Slurm's own (slurm/slurm.h: SLURM_INTERACTIVE_STEP, SLURM_BATCH_SCRIPT, ...): one process in
 # an allocation that may have more tasks.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_MOST_RANKS = (1 << 31) - 1  # an int of C, in which MPI and torch.distributed hold it
 # What a rank inherits from mpirun and from `export`; a process that starts a new world must not pass it on.
 _INHERITED = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|MPI_LOCALN?RANK\w*|(PMI|PMIX|OMPI_COMM|HYDI)_\w+"
@@ -54,9 +55,14 @@ def detect(environ: Mapping[str, str]) -> Kind:
 
 
 def world_size_of_mpi(environ: Mapping[str, str]) -> int:
-    """Returns the number of ranks that mpirun or srun promised this process."""
-    sizes = [size for rank, size in MPI if rank in environ and size in environ]
-    return _number(environ, sizes[0] if sizes else "SLURM_NTASKS")
+    """Returns the number of ranks that mpirun or srun promised this process.
+
+    Raises:
+        ValueError: This process is none of them. Asked before an MPI library is loaded: that one would take the process
+            for alone, and only the C library's exit leaves it again.
+    """
+    pairs = [(rank, size) for rank, size in MPI if rank in environ and size in environ]
+    return _rank_and_size(environ, *(pairs[0] if pairs else ("SLURM_PROCID", "SLURM_NTASKS")))[1]
 
 
 def rank_of(environ: Mapping[str, str]) -> str:
@@ -70,9 +76,7 @@ def parse_ready(environ: Mapping[str, str]) -> RankEnv:
 
     A missing LOCAL_RANK (only RANK and so on set by hand) is taken as one host.
     """
-    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"RANK must be in [0, WORLD_SIZE), got RANK={rank} and WORLD_SIZE={world_size}")
+    rank, world_size = _rank_and_size(environ, "RANK", "WORLD_SIZE")
     local_rank = _number(environ, "LOCAL_RANK", rank)
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
     port = _number(environ, "MASTER_PORT")
@@ -107,7 +111,7 @@ def parse_slurm(environ: Mapping[str, str]) -> RankEnv:
     Ports 20000-39999: above the usual services, below Linux's ephemeral range for the most part; job and step ids keep
     two steps on one host apart.
     """
-    rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+    rank, world_size = _rank_and_size(environ, "SLURM_PROCID", "SLURM_NTASKS")
     hosts = expand(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1")
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
     local_world_size = expand_counts(tasks)[_number(environ, "SLURM_NODEID", 0)]
@@ -139,6 +143,15 @@ def export(env: RankEnv, environ: MutableMapping[str, str]) -> None:
 def without_world(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment less everything that describes the world this process itself may be a rank of."""
     return {name: value for name, value in environ.items() if not _INHERITED.fullmatch(name)}
+
+
+def _rank_and_size(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    rank, size = _number(environ, rank_name), _number(environ, size_name)
+    if size > _MOST_RANKS:
+        raise ValueError(f"environment variable {size_name} must be in [1, {_MOST_RANKS}], got {size}")
+    if rank >= size:
+        raise ValueError(f"{rank_name} must be in [0, {size_name}), got {rank_name}={rank} and {size_name}={size}")
+    return rank, size
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

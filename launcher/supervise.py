@@ -109,7 +109,7 @@ def supervise(
                 environment[line.WHERE] = lines.where if lines is not None else ""
                 process = _start(command, environment, flavor, console)
                 look = partial(_look, lines, Lookout(place, world.ranks, limits.stall, hears=world.local))
-                outcome = _wait(process, flavor, limits, look, console)
+                outcome = _wait(process, flavor, limits, look, console, partial(reports.ask, place))
             _end_all(token, place, console)
         if outcome.killed or not outcome.code:
             return outcome
@@ -204,9 +204,14 @@ def _start(
 
     pipe = None if console is None else subprocess.PIPE
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True,
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
         preexec_fn=prepare,
-    )  # fmt: skip
+    )
     if console is not None:  # its threads begin after the fork, and with the signals blocked
         console.start(process)
     return process
@@ -218,11 +223,13 @@ def _wait(
     limits: Limits,
     look: Callable[[], Verdict | None],
     console: Console | None,
+    ask: Callable[[int], None],
 ) -> Outcome:
     """Returns how the process ended, passing signals on meanwhile.
 
     Args:
         look: Called once in a while; returns why the job has to end.
+        ask: Called with a signal before it is passed on.
     """
     deadline, interrupts, grace, asked = math.inf, 0, limits.grace, 0
     say = Console.print if console is None else console.say
@@ -254,6 +261,7 @@ def _wait(
         if number in STOP:
             deadline, save_at, asked = min(deadline, time.monotonic() + grace), math.inf, asked or number
         if number in (signal.SIGUSR1, *STOP):
+            ask(number)
             process.send_signal(number if number == signal.SIGUSR1 else flavor.stop)
     return Outcome(code if code >= 0 else 128 - code, asked_to_stop=bool(asked), request=asked)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 WATCHED = "LAUNCHER_WATCHED_PROCESS"  # "<host id> <pid> <start time>" of the process to die with
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 0.5
+UNKNOWN = "unknown"
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
@@ -39,7 +40,7 @@ def start_watching(watched: str) -> None:
         return
 
     def watch() -> None:
-        while start_time(int(pid)) == began:
+        while start_time(int(pid)) in (began, UNKNOWN):
             time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -56,12 +57,17 @@ def _host() -> str:
 
 
 def start_time(pid: int) -> str:
-    """Returns when process `pid` started, in clock ticks since boot, or "gone". A reused pid has another start."""
+    """Returns when process `pid` started, in clock ticks since boot, or "gone". A reused pid has another start.
+
+    UNKNOWN where this process cannot look, as one that has as many files open as it may: the other may well live.
+    """
     try:
         # Fields after the parenthesized name: state is the 1st, start time the 20th (proc_pid_stat(5), field 22).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return "gone"
+    except OSError:
+        return UNKNOWN
     return "gone" if fields[0] in "ZX" else fields[19]
 
 

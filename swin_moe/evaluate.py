@@ -1,5 +1,7 @@
 """Evaluation: `swin-moe evaluate CONFIG checkpoint.load=PATH`; the newest checkpoint of the run by default."""
 
+from collections.abc import Sequence
+
 from swin_moe.config import Config
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
@@ -7,7 +9,7 @@ from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.run.metrics import LOGGER, save_picture, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
-from swin_moe.tasks.base import StepContext, build_task
+from swin_moe.tasks.base import StepContext, Task, build_task
 from swin_moe.weights.load import load_weights, open_stored
 from swin_moe.weights.sources import Source
 from swin_moe.weights.teacher import load_teacher
@@ -19,12 +21,24 @@ PATH is a checkpoint directory of this system, a run directory (newest checkpoin
 Every sample counts once, whatever the batch size or number of ranks."""
 
 
-def build_eval_loader(config: Config, session: Session, stored: Source | None = None) -> EvalLoader:
+def build_eval_loader(
+    config: Config,
+    session: Session,
+    stored: Source | None = None,
+    *,
+    task: Task | None = None,
+    classes: Sequence[str] = (),
+) -> EvalLoader:
     """Returns the loader of the validation images for this rank, labelled as the checkpoint's classes are numbered.
 
-    stored: The checkpoint of which the weights are; None = labelled as the data set's are.
+    Args:
+        stored: The checkpoint of which the weights are; None = labelled as the data set's are.
+        task: What needs them; None = whole images' labels are needed.
+        classes: Where nothing is stored, what labels stand for; () = as the data set numbers them.
     """
-    names = stored.classes if stored is not None and config.task.options.classifies else ()
+    boxes, label_maps = (task.needs_boxes, task.needs_label_maps) if task is not None else (False, False)
+    if stored is not None:
+        classes = stored.classes if config.task.options.classifies or boxes or label_maps else ()
     batch = config.data.eval_batch or config.accumulation(session.world_size)[0]
     return EvalLoader(
         config.data,
@@ -32,8 +46,11 @@ def build_eval_loader(config: Config, session: Session, stored: Source | None = 
         rank=session.rank,
         world_size=session.world_size,
         batch=batch,
+        pin_memory=session.device.type == "cuda",
         num_classes=config.model.num_classes,
-        classes=names,
+        classes=classes,
+        boxes=boxes,
+        label_maps=label_maps,
     )
 
 
@@ -44,8 +61,8 @@ def main(argv: list[str]) -> None:
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size)
     stored = open_stored(session)
-    loader = build_eval_loader(session.config, session, stored)
     task = build_task(session.config)
+    loader = build_eval_loader(session.config, session, stored, task=task)
     if task.needs_teacher:
         task.teacher = load_teacher(session)
     model = build_local_model(session, task)

@@ -4,17 +4,19 @@ import argparse
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
+from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
-from swin_moe.tasks.features import Features, extract, knn_accuracy, pooled, ridge_accuracy
+from swin_moe.tasks.features import Features, Pooled, extract, knn_accuracy, ridge_accuracy
 from swin_moe.weights.load import backbone_of, load_weights
 from swin_moe.weights.teacher import load_teacher
 
@@ -43,8 +45,11 @@ def parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     return overrides, options
 
 
-def features_of(config: Config, session: Session, backbone: SwinTransformer, split: str) -> tuple[Features, int]:
-    """Returns (this rank's features of a split, number of classes); images as in evaluation: resized, not augmented."""
+def features_of(config: Config, session: Session, network: nn.Module, split: str) -> tuple[Features, int]:
+    """Returns (this rank's features of a split, number of classes); images as in evaluation: resized, not augmented.
+
+    network: Images -> features (B, C).
+    """
     loader = EvalLoader(
         config.data,
         config.model.img_size,
@@ -56,16 +61,17 @@ def features_of(config: Config, session: Session, backbone: SwinTransformer, spl
     context = StepContext(config, 0, session.world_size, 0, lambda: autocast(config.engine.precision, session.device))
     loaded = session.heartbeat.over(loader, f"{split} batch")
     batches = (to_device(batch, session.device, config.engine.precision) for batch in loaded)
-    return extract(lambda image: pooled(backbone, image), batches, context), loader.num_classes
+    return extract(network, batches, context), loader.num_classes
 
 
 def measure(session: Session, backbone: SwinTransformer, options: argparse.Namespace) -> dict[str, float]:
     """Returns {"knn": percent, "few_shot": mean percent, "few_shot_deviation": over draws}, as asked for."""
     config = session.config
+    network = with_graphs(Pooled(backbone).eval(), config)
     result: dict[str, float] = {}
-    query, num_classes = features_of(config, session, backbone, "val")
+    query, num_classes = features_of(config, session, network, "val")
     if options.k:
-        train, _ = features_of(config, session, backbone, "train")
+        train, _ = features_of(config, session, network, "train")
         result["knn"] = knn_accuracy(
             train, query, neighbours=options.k, num_classes=num_classes, temperature=options.temperature
         )
@@ -73,7 +79,7 @@ def measure(session: Session, backbone: SwinTransformer, options: argparse.Names
         found = []
         for draw in range(options.draws):
             few = replace(config, data=replace(config.data, images_per_class=options.shots, subset=draw))
-            train, _ = features_of(few, session, backbone, "train")
+            train, _ = features_of(few, session, network, "train")
             found.append(ridge_accuracy(train, query, num_classes=num_classes, l2=options.l2))
         accuracy = torch.tensor(found, dtype=torch.float64)
         result["few_shot"] = float(accuracy.mean())
@@ -87,6 +93,7 @@ def main(argv: list[str]) -> None:
     overrides, options = parse_options(words)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
+    check_graphs(session.config, session.device.type, session.world_size, features=True)
     task = build_task(session.config)
     if task.needs_teacher:
         task.teacher = load_teacher(session)

@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     session = open_session(path, overrides)
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size)
-    loader = build_eval_loader(session.config, session)
     model = build_classifier(session)
+    loader = build_eval_loader(session.config, session)
     precision = session.config.engine.precision
     images = to_device(next(iter(loader)), session.device, precision)["image"]
     if not len(images):

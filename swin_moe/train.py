@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,10 @@ from swin_moe.checkpoint import CheckpointManager, resolve, together
 from swin_moe.config import Config
 from swin_moe.config.io import dump_config
 from swin_moe.data.batch import to_device
-from swin_moe.data.loader import EvalLoader, StepBatches, TrainLoader
+from swin_moe.data.loader import StepBatches, TrainLoader
 from swin_moe.engine.base import ENGINES, Engine, StepStats, check_members
 from swin_moe.engine.gradient_watch import GradientWatch
+from swin_moe.evaluate import build_eval_loader
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.exchange.padded import even_batches
@@ -91,7 +93,6 @@ class Trainer:
     def _build_loaders(self) -> None:
         config, session = self.config, self.session
         micro_batch, accumulation = config.accumulation(session.world_size)
-        pinned = session.device.type == "cuda"
         self.loader = TrainLoader(
             config.data,
             config.model.img_size,
@@ -101,19 +102,15 @@ class Trainer:
             micro_batch=micro_batch,
             accumulation=accumulation,
             partners=self.task.needs_partners,
-            pin_memory=pinned,
+            pin_memory=session.device.type == "cuda",
             num_classes=config.model.num_classes,
             views=self.task.needs_views,
+            boxes=self.task.needs_boxes,
+            label_maps=self.task.needs_label_maps,
         )
-        self.eval_loader = EvalLoader(
-            config.data,
-            config.model.img_size,
-            rank=session.rank,
-            world_size=session.world_size,
-            batch=config.data.eval_batch or micro_batch,
-            pin_memory=pinned,
-            num_classes=config.model.num_classes,
-        )
+        dense = self.task.needs_boxes or self.task.needs_label_maps  # validation may number its classes otherwise
+        classes = self.loader.dataset.classes if dense else ()
+        self.eval_loader = build_eval_loader(config, session, task=self.task, classes=classes)
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +182,7 @@ class Trainer:
     def _train_step(self, batches: StepBatches) -> bool:
         """Takes one optimizer step and what follows it; returns whether the ranks agreed to stop."""
         step = self.progress.step
-        context = self._context(step, self._count(batches))
+        context = replace(self._context(step, self._count(batches)), weight=self.micro_steps.weigh(batches))
         if self.records.due(step + 1) and self.micro_steps.has_phases:
             start_clocks(self.engine.local_model, self.device)
         # Whole steps are micro-batches of one size on every rank, unless images were skipped.
@@ -196,13 +193,15 @@ class Trainer:
         # Task loss, auxiliary loss, images, stop request, failed save: all that ranks must agree on.
         own = torch.zeros(5, dtype=torch.float64, device=self.device)
         own[:2] = losses
-        facts = (sum(len(batch["image"]) for batch in batches), bool(self.stop.name), self.checkpoints.failed)
+        facts = (sum(len(batch["image"]) for batch in batches), self.stop.number, self.checkpoints.failed)
         for place, fact in enumerate(facts, 2):
             own[place] = float(fact)  # not as one tensor from the host, whose copy would wait for the device
         rows = self.engine.measure(own)
         task_loss, aux_loss, images, stop, save_failed = map(sum, zip(*rows))
         if save_failed:
             self.checkpoints.wait()  # raises, on every rank
+        if stop:
+            self.stop.agree([row[3] for row in rows])
         if not math.isfinite(task_loss + aux_loss):
             self._refuse_loss(step, rows)
         stats = self.engine.step(step)
@@ -309,11 +308,8 @@ class Trainer:
             self.checkpoints.wait()
         if stopping:
             self.bar.clear()
-            LOGGER.info(
-                "stopped by %s at step %d; checkpoint saved, run the same command to continue",
-                self.stop.name or "another rank",
-                step,
-            )
+            words = "stopped by %s at step %d; checkpoint saved, run the same command to continue"
+            LOGGER.info(words, self.stop.name, step)
 
     def _evaluate(self) -> dict[str, float]:
         """Returns the metrics of the weights as they are."""
@@ -366,7 +362,7 @@ def main(argv: list[str]) -> None:
     lock = FolderLock(session.directory)
     with session.watched(), holding(lock):
         # All ranks are one job, so one takes it; before logging, which writes into the folder.
-        together(resolve(session.groups.world), lock.take if session.rank == 0 else lambda: None)
+        together(resolve(session.groups.world), lock.enter if session.rank == 0 else lambda: None)
         start_logging(session.directory, session.rank)
         train(session)
     if session.rank == 0 and session.config.parallel.hardware:

@@ -12,10 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launcher import mpi
 from launcher.env import without_world
 
 ROOT = Path(__file__).resolve().parent.parent
+# Worlds of tests that say the same of each: what two ranks show four do as well, in pairs, and more of it.
+TWO_AND_FOUR = (pytest.param(2, marks=pytest.mark.full), 4)
 
 
 def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: Any, timeout: float = 120) -> list[Any]:

@@ -88,7 +88,7 @@ def test_configs_are_listed(capsys):
 
     run(["swin_moe", "32expert"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "swin_moe/"
+    assert "swin_moe/" in lines and "detection/" in lines
     assert any(line.startswith("  swin_moe_base_patch4_window12_192_32expert_32gpu_22k ") for line in lines)
     assert all(find_config(name).is_file() for names in shipped([]).values() for name in names)
     with pytest.raises(SystemExit) as ended:

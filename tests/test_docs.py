@@ -20,7 +20,8 @@ FILE = re.compile(r"(?<![\w/.*<>-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|cpp|cu|cuh|h|to
 SYMBOL = re.compile(r"(?<![\w/])((?:swin_moe|checkpoint_tools|launcher)(?:\.[A-Za-z_]\w*)+)")
 PARTS_WITHOUT_MODULE = {"_C": "swin_moe/ops/extension.py", "configs": "configs"}  # of swin_moe, once installed
 # Names of files that runs, builds and other programs make.
-MADE = {"log.txt", "nccl.h", "include/cuda_runtime.h", "utils_simmim.py"}
+MADE = {"log.txt", "nccl.h", "include/cuda_runtime.h", "utils_simmim.py", "classes.txt"}
+MADE |= {"objectInfo150.txt"}  # of ADE20K
 
 
 def tracked() -> list[str]:

@@ -22,7 +22,7 @@ LAYERS = (
     ("engine", "tasks"),
     ("run",),
     ("weights", "planner"),
-    ("evaluate",),
+    ("evaluate", "predict_pixels"),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor", "report"),
     ("cli",),
@@ -37,7 +37,7 @@ TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.verbs.export_program": ("models", "mo
 ENTRY_POINTS = ("run", "cli", "doctor")
 # What reads files of other programs asks checkpoint_tools, through one module; that imports lower rows only.
 READERS = {"weights": "checkpoint_tools.weights"}
-OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "launcher"}
+OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "pycocotools", "launcher"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -9,7 +9,16 @@ from torch import nn
 
 from swin_moe.config import OptimConfig
 from swin_moe.models.network import Network
-from swin_moe.optim import build_optimizer, build_schedule, frozen_parameters, has_decay, layer_id, parameter_groups
+from swin_moe.optim import (
+    build_optimizer,
+    build_schedule,
+    frozen_parameters,
+    has_decay,
+    layer_id,
+    optimizer_class,
+    parameter_groups,
+    without_compiler,
+)
 
 NUMBERS = Path(__file__).parent / "golden" / "numbers.json"
 
@@ -53,6 +62,26 @@ def test_other_schedules_by_hand():
         global_batch=1,
     )
     assert [linear(t) for t in (0, 5, 10, 50)] == pytest.approx([0, 0.5, 1, 0.01])
+
+
+def test_poly_is_the_official_segmentation_schedule():
+    """lr (1 - t / T), and during the first steps that times 1 - (1 - t / W)(1 - r), r the ratio at the start."""
+    config = OptimConfig(lr=6e-5, warmup_lr=6e-11, min_lr=0.0, schedule="poly", epochs=126.6826, warmup_epochs=1.18765)
+    poly = build_schedule(config, steps_per_epoch=1263, global_batch=16)
+    assert (poly.total, poly.warmup) == (160_000, 1_500)
+    assert poly(0) == pytest.approx(6e-5 * 1e-6)
+    assert poly(750) == pytest.approx(6e-5 * (1 - 750 / 160_000) * (1 - 0.5 * (1 - 1e-6)))
+    assert poly(1_500) == pytest.approx(6e-5 * (1 - 1_500 / 160_000))
+    assert poly(80_000, scale=0.5) == pytest.approx(1.5e-5)
+    assert poly(160_000) == 0
+
+
+def test_biases_and_vectors_decay_where_the_official_code_has_it():
+    """SwinTransformer/Swin-Transformer-Semantic-Segmentation decays all but three keywords."""
+    vector = torch.zeros(3)
+    for name, decays in (("head.bias", True), ("bottleneck.bn.weight", True), ("backbone.norm0.weight", False)):
+        assert has_decay(name, vector, set(), {"norm"}, vectors=True) == decays
+        assert not has_decay(name, vector, set(), {"norm"})
 
 
 def test_milestone_inside_warmup_is_refused():
@@ -152,3 +181,27 @@ def test_fused_adamw_equals_plain_and_takes_empty_shards():
         fused.step()
         plain.step()
     torch.testing.assert_close(tensors[0], tensors[1])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_without_the_compiler_it_is_torchs_own_to_the_bit(name):
+    torch.manual_seed(0)
+    start, config, runs = torch.randn(5, 3), OptimConfig(name=name, lr=0.1, weight_decay=0.1), []
+    kind, options = optimizer_class(config)
+    for make in (kind, without_compiler(kind)):
+        weight = nn.Parameter(start.clone())
+        optimizer, hooked = make([{"params": [weight], "weight_decay": 0.1}], **options), []
+        for step in range(4):
+            (weight * torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert weight.grad is None and weight.requires_grad
+            if step == 1:  # goes on from what it gives away
+                state = optimizer.state_dict()
+                optimizer = make([{"params": [weight], "weight_decay": 0.5}], **options)
+                optimizer.load_state_dict(state)
+                optimizer.register_step_post_hook(lambda *_, seen=hooked: seen.append(1))
+        runs.append((weight.detach(), optimizer.state_dict()["param_groups"], repr(optimizer)))
+        assert len(hooked) == 2
+    (ours, *of_ours), (theirs, *of_theirs) = runs
+    assert torch.equal(ours, theirs) and of_ours == of_theirs

@@ -65,6 +65,11 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official.simmim:open_simmim",
         "checkpoint_tools.formats.official.simmim:write_simmim",
     ),
+    "dense": Format(
+        "checkpoint_tools.formats.official.dense:detect",
+        "checkpoint_tools.formats.official.dense:open_dense",
+        "checkpoint_tools.formats.official.dense:write_dense",
+    ),
     "tutel": Format(
         "checkpoint_tools.formats.official.tutel:detect",
         "checkpoint_tools.formats.official.tutel:open_tutel",

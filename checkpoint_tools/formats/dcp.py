@@ -17,7 +17,7 @@ from checkpoint_tools.files.record_file import OpenFiles
 from checkpoint_tools.files.torch_file import TorchFile, Window
 from checkpoint_tools.files.torch_tensors import DTYPES
 from checkpoint_tools.files.torch_writer import NewGlobal, NewObject, NewTensor, pickled, write_torch_stream
-from checkpoint_tools.formats.infer import infer_model, known_step
+from checkpoint_tools.formats.infer import given_sizes, infer_model, known_step
 from checkpoint_tools.formats.plain_read import sizes_of
 from checkpoint_tools.formats.rules import FROM_OFFICIAL, check_ours, to_ours
 from checkpoint_tools.sources.assembled import AssembledSource, Leaf, Part
@@ -81,7 +81,8 @@ def open_dcp(path: Path, options: Options) -> Source:
     if others:
         options.report(f"{path}: {len(others)} values are no tensors and are left out: {', '.join(others[:3])}, ...")
     shapes = sizes_of(parts)
-    config = {"model": infer_model(path, shapes)} if "patch_embed.proj.weight" in shapes else {}
+    inferred = infer_model(path, shapes)
+    config = {"model": inferred | given_sizes(options.extra)} if inferred else {}
     moments = any(name.startswith("optim.") for name in parts)
     step, unknown = known_step(max(steps) if steps else None if moments else 0, options)
     source = AssembledSource(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from checkpoint_tools.files.record_file import OpenFiles, TensorRecord
 from checkpoint_tools.files.torch_file import TorchFile
-from checkpoint_tools.formats.infer import infer_model
+from checkpoint_tools.formats.infer import given_sizes, infer_model
 from checkpoint_tools.formats.official.state import whole_number
 from checkpoint_tools.formats.plain_read import sizes_of
 from checkpoint_tools.formats.rules import FROM_OFFICIAL, check_ours, to_ours
@@ -85,7 +85,8 @@ def open_deepspeed(path: Path, options: Options) -> Source:
         rows = shapes.get(f"{name.rpartition('/')[2].partition('.experts.')[0]}.router.weight")
         if is_expert_tensor(name) and rows and shape[0] != rows[0]:
             raise CheckpointError(f"{path}: tensor {name}: {shape[0]} of {rows[0]} experts are here, the rest is lost")
-    config = {"model": infer_model(path, {name: shape for name, shape in shapes.items() if "/" not in name})}
+    inferred = infer_model(path, {name: shape for name, shape in shapes.items() if "/" not in name})
+    config = {"model": inferred | (given_sizes(options.extra) if inferred else {})}
     provenance = {"source": {"format": "deepspeed", "stage": reading.stage, "ranks": len(reading.optim)}}
     return AssembledSource("deepspeed", path, parts, options, step=reading.step, config=config, provenance=provenance)
 

@@ -51,8 +51,9 @@ def open_hf(path: Path, options: Options) -> Source:
     stated = {ours: given[key] for key, ours in _SHARED.items() if key in given}
     stated |= {key: [stated[key]] * 2 for key in _PAIRS if isinstance(stated.get(key), int)}
     buffers = {name: record.shape for name, (_, record) in records.items()}
-    inferred = infer_model(path, parameter_sizes(parts), buffers) | given_sizes(options.extra)
-    config = merge_model({"model": stated, **({"data": reading} if reading else {})}, inferred)
+    inferred = infer_model(path, parameter_sizes(parts), buffers)
+    stated_config = {"model": stated, **({"data": reading} if reading else {})}
+    config = merge_model(stated_config, inferred, given_sizes(options.extra))
     names = named_classes(given)
     state = {CLASSES: names} if names else {}
     provenance = {"source": {"format": "hf"}}

@@ -115,6 +115,8 @@ def _window(shapes: Shapes, buffers: Shapes) -> int:
 
 def _image_side(shapes: Shapes, buffers: Shapes) -> int:
     """Returns the side of a square image in patches; 0 where nothing tells it, or what does is of no square."""
+    if len(shapes.get("absolute_pos_embed", ())) == 4:  # of a backbone of dense tasks: (1, C, H, W)
+        return shapes["absolute_pos_embed"][2] if len(set(shapes["absolute_pos_embed"][2:])) == 1 else 0
     if "absolute_pos_embed" in shapes:
         return _exact_root(shapes["absolute_pos_embed"][1])
     for name, shape in sorted(buffers.items()):
@@ -147,18 +149,20 @@ def _infer_moe(shapes: Shapes, stages: int) -> dict[str, Any]:
     return moe | {"blocks": [sorted(stage) or [-1] for stage in blocks]}
 
 
-def merge_model(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
+def merge_model(
+    config: Mapping[str, Any], inferred: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns a config whose model section agrees with what the tensors are; all else is kept.
 
     An image that is stated counts: tensors tell how many tokens it has, and not whether it is a square. So does a
-    family whose parameters are those of the one found.
+    family whose parameters are those of the one found. Above both stands what was `given` with --set.
     """
     model = dict(config.get("model", {}))
     inferred = {key: value for key, value in inferred.items() if key != "img_size" or not _is_stated(model, value)}
     if "name" in inferred and _mixer_parameters(model.get("name")) == _mixer_parameters(inferred["name"]):
         del inferred["name"]
     moe = {**model.get("moe", {}), **inferred.get("moe", {})}
-    model |= {key: value for key, value in inferred.items() if key != "moe"}
+    model |= {key: value for key, value in inferred.items() if key != "moe"} | dict(given or {})
     return {**config, "model": model | ({"moe": moe} if moe else {})}
 
 
@@ -183,7 +187,9 @@ def given_sizes(extra: Mapping[str, str]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     for key in ("img_size", "window_size"):
         if key in extra:
-            if not extra[key].isdecimal() or not int(extra[key]):
-                raise CheckpointError(f"--set {key} must be a number of {'pixels' if key == 'img_size' else 'tokens'}")
-            sizes[key] = [int(extra[key])] * 2 if key == "img_size" else int(extra[key])
+            sides = extra[key].split(",", 1) if key == "img_size" else [extra[key]]
+            if not all(side.isdecimal() and int(side) for side in sides):
+                of = "pixels, or two: H,W" if key == "img_size" else "tokens"
+                raise CheckpointError(f"--set {key} must be a number of {of}, got {extra[key]!r}")
+            sizes[key] = [int(sides[0]), int(sides[-1])] if key == "img_size" else int(extra[key])
     return sizes

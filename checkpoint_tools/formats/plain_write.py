@@ -13,6 +13,7 @@ from checkpoint_tools.sources.base import Options, Source, split_kind
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 from swin_moe.layout import Chunk
+from swin_moe.names.official import DENSE
 
 
 def plain_tensors(
@@ -37,6 +38,10 @@ def plain_tensors(
     """
     names = [tensor for tensor in source.tensors if split_kind(tensor)[0] == "weight"]
     shapes = {tensor: source.tensors[tensor].shape for tensor in names}
+    if any(tensor.startswith(DENSE) for tensor in names):
+        raise CheckpointError(
+            f"{source.path}: is of a detector or segmentor, {name} has no such; write it with --to dense"
+        )
     network = merge_model(source.config, infer_model(source.path, shapes)).get("model", {}) | given_sizes(options.extra)
     family = network.get("name")
     experts = next((tensor for tensor in names if is_expert_tensor(tensor)), None)

@@ -16,6 +16,7 @@ from checkpoint_tools.sources.assembled import AssembledSource, Leaf, Part
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.layout import Chunk
+from swin_moe.names.official import inner_name
 
 KEY = "swin_moe"
 
@@ -38,9 +39,9 @@ def open_safetensors(path: Path, options: Options) -> Source:
     config, known = described(file.metadata, path), _content(file.metadata, path)
     # Names are ours, also those of tasks that the formats of others know nothing of.
     parts = {name: [Part(Chunk.whole(record.shape), (Leaf(file, record),))] for name, record in file.content.items()}
-    sizes = {name.removeprefix("encoder."): record.shape for name, record in file.content.items()}
+    sizes = {inner_name(name): record.shape for name, record in file.content.items()}
     inferred = infer_model(path, sizes)
-    config = merge_model(config, inferred | given_sizes(options.extra)) if inferred else config
+    config = merge_model(config, inferred, given_sizes(options.extra)) if inferred else config
     step = known["step"] if type(known.get("step")) is int and known["step"] >= 0 else 0
     state = {"classes": known["classes"]} if isinstance(known.get("classes"), list) else {}
     provenance = {"source": {"format": "safetensors", "files": 1}}

@@ -6,9 +6,11 @@ launcher over a line (line.py, switchboard.py); where there is neither, nothing 
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from launcher.failure import line
 
 REPORTS = "LAUNCHER_REPORTS"
 PROGRESS = "LAUNCHER_PROGRESS"  # a file into which one rank of the program may write the number of its step
+_ASKED = "asked"  # a file with the name of the signal that the launcher passes on
 _OVER = "ending"  # a file that is there once the launcher ends the job
 PHASES = ("starting", "meeting", "running")  # of a rank, before the program's own
 
@@ -121,6 +124,22 @@ def call_it_over(place: Path) -> None:
         (place / _OVER).touch()
     except OSError:  # the disk is full: MPI ends them, later
         return
+
+
+def ask(place: Path, number: int) -> None:
+    """Leaves word of the signal that the launcher was sent, before mpirun passes it on, perhaps as another one."""
+    with suppress(OSError):  # the disk is full: ranks know what arrives
+        (place / _ASKED).write_text(signal.Signals(number).name)
+
+
+def asked() -> str:
+    """Returns the name of the signal that the launcher passed on last, "" where it left no word of one."""
+    place = folder()
+    try:
+        name = "" if place is None else (place / _ASKED).read_text()
+    except OSError:
+        return ""
+    return name if name in signal.Signals.__members__ else ""
 
 
 def is_over() -> bool:

@@ -97,11 +97,13 @@ def _rows_of_hosts(ranks: Sequence[RankPlan]) -> list[tuple[str, ...]]:
         of_host.setdefault(rank.host, []).append(rank)
     return [
         (
-            short_list([rank.rank for rank in members]), host, short_list([rank.local_rank for rank in members]),
+            short_list([rank.rank for rank in members]),
+            host,
+            short_list([rank.local_rank for rank in members]),
             *(_united(members, name) for name in ("cores", "nodes", "gpu", "interface")),
         )
         for host, members in of_host.items()
-    ]  # fmt: skip
+    ]
 
 
 def _united(ranks: Sequence[RankPlan], name: str) -> str:

@@ -47,9 +47,14 @@ def _why_not(job: Prepared, host: str) -> str:
         start = Start(job.mpi.mpirun, 1, "/", hosts, file.name if flavor.hostfile else "", pmi=job.mpi.pmi)
         try:
             finished = subprocess.run(
-                flavor.command(start, ["true"]), env=job.environment(os.environ), timeout=_PROBE_SECONDS,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
-            )  # fmt: skip
+                flavor.command(start, ["true"]),
+                env=job.environment(os.environ),
+                timeout=_PROBE_SECONDS,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                errors="replace",
+            )
         except OSError as error:
             return str(error)
         except subprocess.TimeoutExpired:

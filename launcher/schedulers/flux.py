@@ -38,18 +38,24 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
 def script(batch: Batch) -> str:
     """Returns what flux batch takes."""
     wanted = {
-        "job-name": batch.name, "nodes": batch.nodes, "nslots": batch.nodes,
-        "cores-per-slot": batch.ranks_per_node * batch.cores_per_rank, "gpus-per-slot": batch.gpus_per_node,
-        "time-limit": f"{batch.seconds}s", "queue": batch.queue,
-        "setattr": batch.account and f"bank={batch.account}", "output": f"{batch.name}-{{{{id}}}}.out",
-    }  # fmt: skip
+        "job-name": batch.name,
+        "nodes": batch.nodes,
+        "nslots": batch.nodes,
+        "cores-per-slot": batch.ranks_per_node * batch.cores_per_rank,
+        "gpus-per-slot": batch.gpus_per_node,
+        "time-limit": f"{batch.seconds}s",
+        "queue": batch.queue,
+        "setattr": batch.account and f"bank={batch.account}",
+        "output": f"{batch.name}-{{{{id}}}}.out",
+    }
     ranks = str(batch.nodes * batch.ranks_per_node)
     return shell_script(
-        batch, [f"# flux: --{name}={value}" for name, value in wanted.items() if value],
+        batch,
+        [f"# flux: --{name}={value}" for name, value in wanted.items() if value],
         launch=batch.launch("-n", ranks, "--save-after", str(batch.seconds - batch.warning)),
         again=f"flux --parent batch {shlex.quote(batch.file)}",
         why_again="Saved before its end: another job continues from there.",
-    )  # fmt: skip
+    )
 
 
 FLUX = Scheduler("flux", "Flux", hosts, script, "flux batch", ".flux")

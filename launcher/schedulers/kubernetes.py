@@ -72,8 +72,11 @@ def _policy(batch: Batch) -> dict[str, Any]:
 
 def _pod(batch: Batch, name: str, command: list[str], resources: dict[str, Any]) -> dict[str, Any]:
     container: dict[str, Any] = {
-        "name": name, "image": batch.image, "workingDir": batch.directory, "command": command,
-    }  # fmt: skip
+        "name": name,
+        "image": batch.image,
+        "workingDir": batch.directory,
+        "command": command,
+    }
     spec: dict[str, Any] = {"terminationGracePeriodSeconds": batch.warning, "containers": [container]}
     if resources:
         container["resources"] = {"limits": resources}

@@ -31,18 +31,25 @@ def script(batch: Batch) -> str:
     """Returns what bsub reads."""
     minutes = -(-batch.seconds // 60)
     head = [
-        f"#BSUB -J {batch.name}", f"#BSUB -n {batch.nodes * batch.ranks_per_node}",
+        f"#BSUB -J {batch.name}",
+        f"#BSUB -n {batch.nodes * batch.ranks_per_node}",
         f'#BSUB -R "span[ptile={batch.ranks_per_node}] affinity[core({batch.cores_per_rank})]"',
-        f"#BSUB -W {minutes // 60}:{minutes % 60:02d}", f"#BSUB -o {batch.name}-%J.out",
-        "#BSUB -wa USR1", f"#BSUB -wt {max(1, batch.warning // 60)}", f'#BSUB -Q "{batch.again}"',
-    ]  # fmt: skip
+        f"#BSUB -W {minutes // 60}:{minutes % 60:02d}",
+        f"#BSUB -o {batch.name}-%J.out",
+        "#BSUB -wa USR1",
+        f"#BSUB -wt {max(1, batch.warning // 60)}",
+        f'#BSUB -Q "{batch.again}"',
+    ]
     head += [f'#BSUB -gpu "num={batch.gpus_per_node}/host"'] if batch.gpus_per_node else []
     head += [f"#BSUB -q {batch.queue}"] if batch.queue else []
     head += [f"#BSUB -P {batch.account}"] if batch.account else []
     return shell_script(
-        batch, head, launch=batch.launch(), again="",
+        batch,
+        head,
+        launch=batch.launch(),
+        again="",
         why_again=f"Exit code {batch.again}, saved before its end, has LSF put the job back into the queue (-Q).",
-    )  # fmt: skip
+    )
 
 
 LSF = Scheduler("lsf", "LSF", hosts, script, "bsub <", ".lsf")

@@ -30,10 +30,12 @@ def script(batch: Batch) -> str:
     head += [f"#PBS -q {batch.queue}"] if batch.queue else []
     head += [f"#PBS -A {batch.account}"] if batch.account else []
     return shell_script(
-        batch, head, launch=batch.launch("--save-after", str(batch.seconds - batch.warning)),
+        batch,
+        head,
+        launch=batch.launch("--save-after", str(batch.seconds - batch.warning)),
         again=f'qsub -W depend=afterany:"$PBS_JOBID" {shlex.quote(batch.file)}',
         why_again="Saved before its end: a job after this one continues from there.",
-    )  # fmt: skip
+    )
 
 
 PBS = Scheduler("pbs", "PBS", hosts, script, "qsub", ".pbs")

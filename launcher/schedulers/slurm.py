@@ -48,10 +48,12 @@ def script(batch: Batch) -> str:
     }  # fmt: skip
     head = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value]
     return shell_script(
-        batch, [*head, "#SBATCH --requeue"], launch=batch.launch(),
+        batch,
+        [*head, "#SBATCH --requeue"],
+        launch=batch.launch(),
         again='scontrol requeue "$SLURM_JOB_ID"',
         why_again="Saved before its end: back into the queue, to continue from there.",
-    )  # fmt: skip
+    )
 
 
 SLURM = Scheduler("slurm", "Slurm", hosts, script, "sbatch", ".slurm")

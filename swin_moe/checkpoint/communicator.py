@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from swin_moe.checkpoint.errors import CheckpointError, CorruptionError, describe
+from swin_moe.checkpoint.errors import CheckpointError, CorruptionError, RankMemoryError, describe, out_of_memory
 
 T = TypeVar("T")
 
@@ -61,23 +61,28 @@ def collect(comm: Communicator, phase: Callable[[], T]) -> list[T]:
 
     Raises:
         CorruptionError: The phase failed on some rank, and found corruption wherever it failed.
+        RankMemoryError: The first rank on which the phase failed got no memory.
         CheckpointError: The phase failed on some rank; the same on every rank, naming the first one and its error.
     """
     result, cause, failure = None, None, None
     try:
         result = phase()
     except Exception as error:  # noqa: BLE001 - a rank that leaves here alone would make the others wait for ever
-        cause, failure = error, (isinstance(error, CorruptionError), describe(error))
+        short = out_of_memory(error)
+        kind = RankMemoryError if short else CorruptionError if isinstance(error, CorruptionError) else CheckpointError
+        cause, failure = error, (kind.__name__, short or describe(error))
     results = comm.all_gather((failure, result))
     failed = [(rank, *outcome) for rank, (outcome, _) in enumerate(results) if outcome is not None]
     if not failed:
         return [value for _, value in results]
-    rank, _, text = failed[0]
+    rank, first, text = failed[0]
     if comm.size > 1:
         more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
         text = f"rank {rank}: {text}{more}"
-    kind = CorruptionError if all(corrupt for _, corrupt, _ in failed) else CheckpointError
-    raise kind(text) from cause
+    if first == RankMemoryError.__name__:
+        raise RankMemoryError(text) from cause
+    corrupt = all(name == CorruptionError.__name__ for _, name, _ in failed)
+    raise (CorruptionError if corrupt else CheckpointError)(text) from cause
 
 
 def together(comm: Communicator, phase: Callable[[], T]) -> T:

@@ -3,9 +3,9 @@
     <root>/0000010000/             a published checkpoint
     <root>/best.json               {"metric", "step"} of the best one, sealed
     <root>/.0000010000.3f9c01aa.tmp/   being written, by the writer of that name alone, who holds a lock on it; ignored,
-                                   removed by the next save once nobody holds it
+                                   removed by the next start or save once nobody holds it
     <root>/.0000010000.replaced/   published before, while the same step is being published again; still valid
-    <root>/.0000010000.trash/      being deleted; ignored, removed by the next save
+    <root>/.0000010000.trash/      being deleted; ignored, removed by the next start or save
 
 Every change of state is one rename, so a kill at any moment leaves the old state or the new one.
 """

@@ -15,6 +15,10 @@ class CorruptionError(CheckpointError):
     """A checkpoint on disk is incomplete or not what was written; an older one may be used instead."""
 
 
+class RankMemoryError(CheckpointError, MemoryError):
+    """A rank got no memory for its part of what all ranks do together; says which rank."""
+
+
 def describe(error: BaseException) -> str:
     """Returns an error as one sentence; operating-system errors name their path."""
     if isinstance(error, OSError) and error.strerror:
@@ -27,6 +31,8 @@ def describe(error: BaseException) -> str:
 def out_of_memory(error: BaseException) -> str | None:
     """Returns "out of memory" and how much more was needed, where Python, numpy or torch got none; else None."""
     text = " ".join(str(error).split())
+    if isinstance(error, RankMemoryError):
+        return text
     names = {kind.__name__ for kind in type(error).__mro__}  # torch is not imported for its name
     torchs = ("can't allocate memory", "Storage size calculation overflowed")  # the second: more than 2^63 bytes
     if not names & {"MemoryError", "OutOfMemoryError"} and not any(words in text for words in torchs):

@@ -1,8 +1,9 @@
 """How options are refused, and which options contradict each other. Plain data; schema.py is the schema."""
 
+import functools
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import PurePath
@@ -50,8 +51,13 @@ def check_choices(section: Any, prefix: str) -> None:
     check_ranges(section, prefix)
 
 
-def field_types(section: Any) -> dict[str, Any]:
+def field_types(section: Any) -> Mapping[str, Any]:
     """Returns name -> type of a dataclass's fields, also where its module writes annotations as texts."""
+    return _field_types(section)
+
+
+@functools.cache  # asked some 200 times as a config is read, which takes twice as long without
+def _field_types(section: Any) -> Mapping[str, Any]:
     hints = get_type_hints(section)
     return {f.name: hints[f.name] for f in fields(section)}
 
@@ -174,6 +180,12 @@ RANGES: dict[str, tuple] = {
     "data.subset": _COUNT, "data.workers": _range(0, 1024), "data.crop_scale": _range(0, 1, above=True),
     "data.hflip": _SHARE,
     "data.color_jitter": _COUNT, "data.erase_prob": _SHARE, "data.erase_count": _SOME, "data.synthetic_samples": _SOME,
+    "data.dense.min_side": _COUNT, "data.dense.canvas_seed": _range(0, 2**63 - 1), "data.dense.canvas_size": _SOME,
+    "data.dense.canvas_digits": _COUNT, "data.dense.digit_size": _SOME, "data.dense.canvases": _SOME,
+    "data.dense.val_canvases": _SOME, "data.dense.labelled": _range(0, 1, above=True), "data.dense.short": _SOME,
+    "data.dense.long": _SOME, "data.dense.ratio": _POSITIVE, "data.dense.crop_short": _SOME,
+    "data.dense.crop_sides": _SOME, "data.dense.crop": _COUNT, "data.dense.crop_max_share": _range(0, 1, above=True),
+    "data.dense.eval_short": _COUNT, "data.dense.eval_long": _SOME, "data.dense.divisor": _SOME,
     "model.moe.blocks": _range(-1), "model.moe.num_experts": _SOME, "model.moe.top_k": _SOME,
     "model.moe.capacity_factor": _ANY, "model.moe.eval_capacity_factor": _ANY, "model.moe.group_images": _COUNT,
     "model.moe.slots": _SOME, "model.moe.bias_rate": _COUNT, "model.moe.expert_groups": _SOME,
@@ -191,6 +203,23 @@ RANGES: dict[str, tuple] = {
     "task.classify.mix_prob": _SHARE, "task.classify.mix_switch_prob": _SHARE, "task.simmim.mask_patch_size": _SOME,
     "task.simmim.mask_ratio": _range(0, 1, above=True, below=True), "task.simmim.target_window": _COUNT,
     "task.simmim.pictures": _COUNT, "task.distill.smooth_l1_beta": _POSITIVE, "task.moby.momentum": _SHARE,
+    "task.detect.channels": _SOME, "task.detect.frozen_stages": _range(-1), "task.detect.anchor_scale": _POSITIVE,
+    "task.detect.anchor_ratios": _POSITIVE, "task.detect.anchor_border": _range(-1), "task.detect.anchors": _SOME,
+    "task.detect.proposal_beta": _POSITIVE, "task.detect.proposal_overlap": _SHARE,
+    "task.detect.proposals_per_level": _SOME, "task.detect.proposals": _SOME, "task.detect.stage_overlaps": _SHARE,
+    "task.detect.stage_stds": _POSITIVE, "task.detect.stage_weights": _range(0), "task.detect.crowd_overlap": _SHARE,
+    "task.detect.boxes": _SOME, "task.detect.finest_scale": _POSITIVE, "task.detect.box_convs": _COUNT,
+    "task.detect.box_conv_channels": _SOME, "task.detect.box_fcs": _COUNT, "task.detect.box_fc_channels": _SOME,
+    "task.detect.box_beta": _POSITIVE, "task.detect.box_loss_weight": _range(0), "task.detect.mask_convs": _COUNT,
+    "task.detect.mask_channels": _SOME, "task.detect.semantic_classes": _range(0, 255),
+    "task.detect.semantic_weight": _range(0), "task.detect.score": _SHARE, "task.detect.overlap": _SHARE,
+    "task.detect.detections": _SOME, "task.detect.mask_threshold": _SHARE, "task.detect.pictures": _COUNT,
+    "task.detect.picture_score": _SHARE,
+    "task.segment.channels": _SOME, "task.segment.pool_scales": _SOME, "task.segment.dropout": _BELOW_ONE,
+    "task.segment.auxiliary_channels": _COUNT, "task.segment.auxiliary_index": _COUNT,
+    "task.segment.auxiliary_weight": _range(0), "task.segment.frozen_stages": _range(-1),
+    "task.segment.class_weights": _range(0), "task.segment.slide_crop": _SOME, "task.segment.slide_stride": _SOME,
+    "task.segment.scales": _POSITIVE, "task.segment.pictures": _COUNT,
     "task.moby.temperature": _POSITIVE, "task.moby.queue": _SOME, "task.moby.hidden_dim": _SOME,
     "task.moby.num_features": _SOME,
     "optim.lr": _COUNT, "optim.lr_reference_batch": _COUNT, "optim.warmup_lr": _COUNT, "optim.min_lr": _COUNT,

@@ -246,10 +246,14 @@ def _read_official(path: Path, raw: dict, chain: tuple[Path, ...]) -> dict:
 def _parse_overrides(overrides: Iterable[str]) -> dict:
     """Returns the typed tree of "section.key=value" words; later words win."""
     tree: dict = {}
-    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+    try:
+        words = None if isinstance(overrides, str) else iter(overrides)
+    except TypeError:  # also of what has the method and refuses, such as a tensor of one number
+        words = None
+    if words is None:
         raise TypeError(f"overrides must be a list of texts such as 'optim.lr=0.1', got {shown(overrides)}")
     given: dict[str, tuple[str, Any]] = {}  # key -> (how it was written, value)
-    for word in overrides:
+    for word in words:
         if not isinstance(word, str):
             raise TypeError(f"an override must be a text such as 'optim.lr=0.1', got {shown(word)}")
         written, equals, text = word.partition("=")

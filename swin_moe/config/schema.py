@@ -12,10 +12,11 @@ from swin_moe.config.checks import NOT_STATE, check_routing, check_run, check_ta
 from swin_moe.config.checks import check as _check
 from swin_moe.config.checks import check_choices as _check_choices
 from swin_moe.config.choices import facts_of
+from swin_moe.config.dense_data import DenseDataConfig
 from swin_moe.config.tasks import TaskConfig
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
-DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic"]
+DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic", "canvases", "coco", "label_maps"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class DataConfig:
     exif: bool = False  # turn images as their EXIF orientation says; torchvision, so the official code, does not
     synthetic_samples: int = 10_000  # training images of the synthetic data set
     cache: bool = field(default=True, metadata=NOT_STATE)  # keep decoded images of the digits in memory
+    dense: DenseDataConfig = field(default_factory=DenseDataConfig)  # boxes, masks, label maps
 
     def __post_init__(self) -> None:
         _check_choices(self, "data")
@@ -65,7 +67,7 @@ class DataConfig:
         _check(self.images_per_class >= 0, "data.images_per_class", self.images_per_class, ">= 0 (0 = all)")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        needs_path = self.name in ("folder", "zip", "imagenet22k")
+        needs_path = self.name in ("folder", "zip", "imagenet22k", "coco", "label_maps")
         _check(bool(self.path) or not needs_path, "data.path", self.path, f"set for data.name={self.name}")
 
 
@@ -104,6 +106,9 @@ class MoEConfig:
     cosine_init_t: float = 0.5
     shared_experts: int = 0  # experts that every token visits, as one dense network (arXiv:2401.06066)
     dropout: float = 0.0  # after GELU, inside the experts, not inside the shared ones
+    # Of images that a batch pads to one size (dense tasks) the padding is not routed, but with choice=soft, which mixes
+    # whole maps.
+    skip_padding: bool = True
     backend: str = "native"  # who moves rows to experts: native, padded, tutel, local; docs/communication.md
     transport: Literal["linear", "hierarchical"] = "linear"  # one all-to-all, or inside nodes and then between them
     payload: Literal["none", "bf16", "fp8"] = "none"  # what rows between ranks are rounded to; docs/communication.md
@@ -207,7 +212,7 @@ class OptimConfig:
     epochs: float = 300.0
     start_epoch: int = 0  # where a run without a checkpoint begins: learning rate and data as after so many epochs
     warmup_epochs: float = 20.0
-    schedule: Literal["cosine", "linear", "step", "multistep"] = "cosine"
+    schedule: Literal["cosine", "linear", "step", "multistep", "poly"] = "cosine"
     warmup_prefix: bool = True  # the schedule starts after the warm-up instead of running under it
     decay_epochs: float = 30.0  # step
     decay_rate: float = 0.1  # step and multistep

@@ -9,24 +9,9 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from swin_moe.config.checks import NOT_STATE, check, check_choices, shown
+from swin_moe.config.detect_options import DetectOptions
+from swin_moe.config.task_options import TaskOptions
 from swin_moe.registry import is_outside, lookup
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """What the options of a task derive from; as it is, those of a task that has none."""
-
-    section = "own"  # of TaskConfig
-    classifies = False  # the network's outputs are the data's classes, by a head
-
-    def __post_init__(self) -> None:
-        check_choices(self, f"task.{self.section}")
-
-    def check(self, config: Any, *, forwards: int) -> None:
-        """Raises ValueError where the Config's other sections do not fit this task, before anything is built.
-
-        forwards: Of one optimizer step.
-        """
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,49 @@ class MoBYOptions(TaskOptions):
         check(config.model.moe.bias_rate == 0, "model.moe.bias_rate", config.model.moe.bias_rate, allowed)
 
 
-SECTIONS = (ClassifyOptions, SimMIMOptions, DistillOptions, MoBYOptions)
+@dataclass(frozen=True)
+class SegmentOptions(TaskOptions):
+    section = "segment"
+    any_size = True
+    channels: int = 512  # of everything in the decode head
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)  # sides of the grids that the last map is pooled to
+    dropout: float = 0.1  # probability that a channel of an image is dropped before the class layers
+    auxiliary_channels: int = 256  # of the second head, which training alone has; 0 = none
+    auxiliary_index: int = 2  # which map it reads
+    auxiliary_weight: float = 0.4  # of its loss
+    frozen_stages: int = -1  # -1 = none; 0 = patch embedding and positions; n = also the first n stages
+    norm: Literal["batch", "frozen"] = "batch"  # statistics of a step's pixels on all ranks, or the running ones
+    class_weights: tuple[float, ...] = ()  # that pixels' losses are multiplied by; () = 1
+    inference: Literal["whole", "slide"] = "whole"  # images at once, or crops of slide_crop every slide_stride
+    slide_crop: tuple[int, int] = (512, 512)  # height, width
+    slide_stride: tuple[int, int] = (341, 341)
+    scales: tuple[float, ...] = (1.0,)  # sizes of an image that probabilities are averaged over, times its own
+    flip: bool = False  # the mirrored image counts too
+    pictures: int = field(default=4, metadata=NOT_STATE)  # validation images drawn at every evaluation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(self.scales) > 0, "task.segment.scales", self.scales, "one number or more")
+        for name in ("slide_crop", "slide_stride"):
+            check(min(getattr(self, name)) > 0, f"task.segment.{name}", getattr(self, name), "> 0")
+        within = all(stride <= crop for stride, crop in zip(self.slide_stride, self.slide_crop))
+        check(within, "task.segment.slide_stride", self.slide_stride, f"at most slide_crop={self.slide_crop}")
+
+    def check(self, config: Any, *, forwards: int) -> None:
+        """Raises ValueError for a network without classes, and where batch norm would not see a step's images."""
+        classes, stages = config.model.num_classes, len(config.model.depths)
+        check(classes >= 1, "model.num_classes", classes, f">= 1 with task.name={config.task.name}")
+        known = not self.class_weights or len(self.class_weights) == classes
+        check(known, "task.segment.class_weights", self.class_weights, f"one for each of {classes} classes")
+        inside = self.auxiliary_index < stages
+        check(inside, "task.segment.auxiliary_index", self.auxiliary_index, f"below the {stages} stages")
+        check(self.frozen_stages <= stages, "task.segment.frozen_stages", self.frozen_stages, f"at most {stages}")
+        seen = forwards == 1 or self.norm == "frozen"
+        allowed = "all images of a rank at once, as batch norm sees one forward, or task.segment.norm=frozen"
+        check(seen, "data.micro_batch", config.data.micro_batch, allowed)
+
+
+SECTIONS = (ClassifyOptions, SimMIMOptions, DistillOptions, MoBYOptions, DetectOptions, SegmentOptions)
 # Options that stood beside task.name once -> their section. What comes new has one place only.
 MOVED = {
     **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob"), "classify"),
@@ -129,6 +156,8 @@ class TaskConfig:
     simmim: SimMIMOptions = field(default_factory=SimMIMOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
     moby: MoBYOptions = field(default_factory=MoBYOptions)
+    detect: DetectOptions = field(default_factory=DetectOptions)
+    segment: SegmentOptions = field(default_factory=SegmentOptions)
     own: TaskOptions = field(default_factory=TaskOptions)  # of a task.name=package.module:Name, its class's `Options`
 
     def __init__(self, name: str = "classify", **given: Any) -> None:

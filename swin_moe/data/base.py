@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 
-class Dataset(Protocol):
-    """What every data set offers."""
+class Listed(Protocol):
+    """What every data set tells without decoding an image; of whole images' labels, or of boxes and label maps."""
 
     num_classes: int
     classes: tuple[str, ...]
@@ -18,10 +18,14 @@ class Dataset(Protocol):
         """Returns what to call this image in messages."""
         ...
 
-    def sample(self, index: int) -> tuple[Image.Image, int]:
-        """Returns (RGB image, label)."""
+    def labels(self) -> np.ndarray:
+        """Returns (N,) the label of every image; with boxes or label maps a number that changes with them."""
         ...
 
-    def labels(self) -> np.ndarray:
-        """Returns (N,) the label of every image, without decoding one."""
+
+class Dataset(Listed, Protocol):
+    """What every data set offers that labels whole images."""
+
+    def sample(self, index: int) -> tuple[Image.Image, int]:
+        """Returns (RGB image, label)."""
         ...

@@ -22,14 +22,28 @@ class Batch(TypedDict):
     partner: NotRequired[Tensor]  # (B,) int64
     extra_image: NotRequired[Tensor]  # (X, 3, H, W)
     extra_target: NotRequired[Tensor]  # (X,) int64
+    # With Task.needs_boxes or Task.needs_label_maps; (H, W) is the padded size, lists have an item per image.
+    size: NotRequired[Tensor]  # (B, 2) int64, height and width of each image inside (H, W)
+    original_size: NotRequired[Tensor]  # (B, 2) int64, as stored
+    image_id: NotRequired[Tensor]  # (B,) int64, the data's own number
+    matrix: NotRequired[Tensor]  # (B, 3, 3) float64: stored pixel coordinates (x, y, 1) -> those of the batch
+    labelled: NotRequired[Tensor]  # (B,) bool; False: what follows is empty, as no labels are given
+    boxes: NotRequired[list[Tensor]]  # (n, 4) float32: x1 y1 x2 y2 in pixels of the batch, x2 and y2 exclusive
+    labels: NotRequired[list[Tensor]]  # (n,) int64, 0-based
+    crowd: NotRequired[list[Tensor]]  # (n,) bool: the box is round several objects
+    masks: NotRequired[list[Tensor]]  # (n, H, W) bool; training only
+    # int64, 255 = ignored: (B, H, W); in evaluation of the images as stored, each in the upper left corner.
+    label_map: NotRequired[Tensor]
+    truth: NotRequired[list[list[dict]]]  # evaluation only: rows of data/dense/sample.py: Annotation
 
 
 def to_device(batch: Batch, device: torch.device, precision: str) -> Batch:
     """Returns the batch with its tensors on `device`, floating-point ones in float64 for precision fp64."""
-    moved: dict[str, Any] = {}
-    for key, value in batch.items():
+
+    def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             dtype = torch.float64 if precision == "fp64" and value.is_floating_point() else None
-            value = value.to(device, dtype, non_blocking=True)
-        moved[key] = value
-    return cast(Batch, moved)
+            return value.to(device, dtype, non_blocking=True)
+        return [move(item) for item in value] if isinstance(value, list) else value
+
+    return cast(Batch, {key: move(value) for key, value in batch.items()})

@@ -32,6 +32,7 @@ DATASETS = {
     "imagenet22k": "swin_moe.data.datasets:ImageNet22k",
     "synthetic": "swin_moe.data.datasets:Synthetic",
 }
+DENSE = ("canvases", "coco", "label_maps")  # rows of data/dense/loader.py: DENSE_DATASETS
 
 
 def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], num_classes: int = 1000) -> Dataset:
@@ -42,6 +43,11 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
     Raises:
         ValueError: Something under data.path is missing, empty or malformed, or a package is not installed.
     """
+    if config.name in DENSE:
+        raise ValueError(
+            f"data.name: {config.name} has boxes or label maps, and this task needs images with a label each; allowed: "
+            f"{', '.join(DATASETS)}"
+        )
     dataset_class = lookup(DATASETS, config.name, key="data.name")
     shape = {"img_size": img_size, "num_classes": num_classes} if config.name == "synthetic" else {}
     dataset = dataset_class(config, split, **shape)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from swin_moe.data.base import Dataset
+from swin_moe.data.base import Dataset, Listed
 
 
-def listing_digest(dataset: Dataset) -> str:
+def listing_digest(dataset: Listed) -> str:
     """Returns 32 hexadecimal digits of the class names, and every image's label and path below data.path.
 
     Where the data lies does not count, so a copy on another disk is the same data. Made-up and packaged data sets have

@@ -16,33 +16,21 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import torch
-from PIL.Image import Image
-from torch import Tensor
 
 from swin_moe.config import DataConfig
-from swin_moe.data.base import Dataset
+from swin_moe.data.base import Listed
 from swin_moe.data.batch import Batch
 from swin_moe.data.datasets import BrokenImage, build_dataset
+from swin_moe.data.dense.loader import DenseSource, build_dense_dataset, group_by_shape
 from swin_moe.data.listing import Relabeled
-from swin_moe.data.transforms import Transform, augment_key, build_transform
+from swin_moe.data.source import ImageSource, Request
+from swin_moe.data.transforms import Transform, build_transform
 from swin_moe.data.views import ViewTransform
 from swin_moe.data.workers import WorkerPool
 from swin_moe.randomness import PURPOSES, derive_key
 
 _log = logging.getLogger(__name__)
 _MAX_BROKEN_RUN = 256  # broken images in a row, without a good one, that on_broken=skip puts up with
-
-
-@dataclass(frozen=True)
-class Request:
-    """One micro-batch to load. The first `own` samples are its images, the rest extra partners."""
-
-    epoch: int
-    step: int
-    sample: np.ndarray  # (B + X,) int64, index in the global batch (training) or in the data set (evaluation)
-    index: np.ndarray  # (B + X,) int64, index in the data set
-    own: int
 
 
 @dataclass(frozen=True)
@@ -80,87 +68,37 @@ def steps_in_epoch(images: int, batch: int, *, drop_last: bool) -> int:
     return images // batch if drop_last else -(-images // batch)
 
 
-class ImageSource:
-    """Loads and transforms one Request; picklable, used in this process or in a loader process."""
-
-    def __init__(
-        self, dataset: Dataset, transforms: Sequence[Transform], *, img_size: tuple[int, int], seed: int, partners: bool
-    ) -> None:
-        self._dataset = dataset
-        self._transforms = transforms
-        self._img_size = img_size
-        self._seed = seed
-        self.needs_partners = partners
-
-    def __getitem__(self, request: Request) -> tuple[Batch, list[tuple[str, str]]]:
-        """Returns (batch, (path, reason) of each broken image).
-
-        The batch lacks its broken images, whichever rank or process meets them, so skipping depends on no layout.
-        """
-        views: list[list[Tensor]] = [[] for _ in self._transforms]
-        images, (targets, samples, broken) = views[0], ([], [], [])
-        own = 0
-        for place, (sample, index) in enumerate(zip(request.sample, request.index)):
-            try:
-                image, target = self._dataset.sample(int(index))
-            except BrokenImage as error:
-                broken.append((error.path, error.reason))
-                continue
-            for number, view in enumerate(views):
-                view.append(self._augment(image, request.epoch, int(index), number))
-            targets.append(target)
-            samples.append(int(sample))
-            own += place < request.own
-        pixels = torch.stack(images) if images else torch.empty(0, 3, *self._img_size)
-        labels = torch.tensor(targets, dtype=torch.int64)
-        batch: Batch = {
-            "image": pixels[:own],
-            "target": labels[:own],
-            "sample": torch.tensor(samples[:own], dtype=torch.int64),
-            "epoch": request.epoch,
-            "step": request.step,
-        }
-        if len(views) > 1:
-            batch["view"] = torch.stack(views[1])[:own] if images else pixels
-        if self.needs_partners:
-            row = {sample: place for place, sample in enumerate(samples)}
-            neighbours = [row.get(sample ^ 1, place) for place, sample in enumerate(samples[:own])]
-            batch["partner"] = torch.tensor(neighbours, dtype=torch.int64)
-            batch["extra_image"], batch["extra_target"] = pixels[own:], labels[own:]
-        return batch, broken
-
-    def _augment(self, image: Image, epoch: int, index: int, view: int) -> Tensor:
-        key = augment_key(self._seed, epoch, index)
-        try:
-            return self._transforms[view](image, derive_key(key, view) if view else key)
-        except Exception as error:
-            error.add_note(f"while transforming {self._dataset.path(index)}")
-            raise
-
-
 class _Loader:
     """What both loaders share: the data set, the image source and the processes that run it."""
 
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], *, train: bool, rank: int, world_size: int,
         seed: int, partners: bool, pin_memory: bool, num_classes: int, split: str, views: bool = False,
-        classes: Sequence[str] = (),
+        classes: Sequence[str] = (), boxes: bool = False, label_maps: bool = False,
     ) -> None:  # fmt: skip
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         size = (height, width)
         assert 0 <= rank < world_size
-        self.dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
-        if classes and tuple(classes) != self.dataset.classes:
-            self.dataset = Relabeled(self.dataset, classes)
+        self.dataset: Listed
+        self._source: ImageSource | DenseSource
+        if boxes or label_maps:
+            needs = {"boxes": boxes, "label_maps": label_maps}
+            dense = build_dense_dataset(config, split, **needs, num_classes=num_classes, classes=classes)
+            self.dataset, self._source = dense, DenseSource(dense, config, seed=seed, train=train, **needs)
+        else:
+            dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
+            if classes and tuple(classes) != dataset.classes:
+                dataset = Relabeled(dataset, classes)
+            transforms: list[Transform] = [ViewTransform(config, size, view=view) for view in (0, 1)] if views else []
+            transforms = transforms or [build_transform(config, size, train=train)]
+            self.dataset = dataset
+            self._source = ImageSource(dataset, transforms, img_size=size, seed=seed, partners=partners)
         self.num_classes = self.dataset.num_classes
         self.broken: dict[str, str] = {}  # path -> reason, of every image skipped so far on this rank
         if 0 < num_classes < self.num_classes:
             raise ValueError(
                 f"model.num_classes={num_classes} is too small: data.name={config.name} has {self.num_classes} classes"
             )
-        transforms: list[Transform] = [ViewTransform(config, size, view=view) for view in (0, 1)] if views else []
-        transforms = transforms or [build_transform(config, size, train=train)]
-        self._source = ImageSource(self.dataset, transforms, img_size=size, seed=seed, partners=partners)
         self._config = config
         self._rank, self._world_size = rank, world_size
         self._pin_memory = pin_memory
@@ -185,7 +123,7 @@ class _Loader:
         try:
             for batch, broken in pool:
                 self._report(broken, loaded=len(batch["image"]))
-                yield batch
+                yield self._source.unpack(batch)
         finally:
             pool.close()
             if pool in self._pools:
@@ -222,6 +160,8 @@ class TrainLoader(_Loader):
         pin_memory: Put batches in page-locked memory, for CUDA.
         num_classes: Classes of the model, checked against the data; labels synthetic images.
         views: Batches also carry view (B, 3, H, W), a second augmentation of every image (data/views.py).
+        boxes, label_maps: Batches carry objects or label maps, moved with their images, of data that has them
+            (data/dense/); img_size does not count.
 
     Raises:
         ValueError: The data is missing or malformed, has more classes than the model, or less than one global batch.
@@ -230,11 +170,12 @@ class TrainLoader(_Loader):
     def __init__(
         self, config: DataConfig, img_size: int | tuple[int, int], *, seed: int, rank: int, world_size: int,
         micro_batch: int, accumulation: int, partners: bool = False, pin_memory: bool = False, num_classes: int = 0,
-        views: bool = False,
+        views: bool = False, boxes: bool = False, label_maps: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             config, img_size, train=True, rank=rank, world_size=world_size, seed=seed, partners=partners,
-            pin_memory=pin_memory, num_classes=num_classes, split="train", views=views,
+            pin_memory=pin_memory, num_classes=num_classes, split="train", views=views, boxes=boxes,
+            label_maps=label_maps,
         )  # fmt: skip
         self.global_batch = world_size * micro_batch * accumulation
         if self.global_batch != config.global_batch:
@@ -301,12 +242,16 @@ class TrainLoader(_Loader):
         edges = {int(g) ^ 1 for g in own} - set(own.tolist()) if self._source.needs_partners else set()
         extra = np.asarray(sorted(g for g in edges if g < count), dtype=np.int64)
         sample = np.concatenate([own, extra])
-        index = self._epoch_order(epoch)[inside * self.global_batch + sample]
-        return Request(epoch, step, sample, index, len(own))
+        order = self._epoch_order(epoch)[inside * self.global_batch :]
+        peers = {"peers": order[:count]} if self._source.needs_peers else {}
+        return Request(epoch, step, sample, order[sample], len(own), **peers)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.dataset), seed=self._seed, epoch=epoch)
+            order = epoch_order(len(self.dataset), seed=self._seed, epoch=epoch)
+            if isinstance(self._source, DenseSource) and self._config.dense.group_shapes:
+                order = group_by_shape(order, self._source.is_wide, self.global_batch)
+            self._order = epoch, order
         return self._order[1]
 
 
@@ -314,7 +259,8 @@ class EvalLoader(_Loader):
     """Every validation image exactly once over all ranks, in the same number of batches on every rank.
 
     Image i goes to rank i % world_size, so ranks differ by at most one image; a rank with fewer ends with smaller or
-    empty batches. `sample` is the image's index in the validation set, epoch is 0, step counts the batches.
+    empty batches. With boxes or label maps a batch holds images of one padded size. `sample` is the image's index in
+    the validation set, epoch is 0, step counts the batches.
 
     Args:
         img_size: (height, width) in pixels, or one number for both.
@@ -323,6 +269,7 @@ class EvalLoader(_Loader):
         num_classes: Classes of the model, checked against the data; labels synthetic images.
         split: "train" gives the training images as evaluation sees them.
         classes: What the network's outputs stand for; labels follow the class names. () = as the data numbers them.
+        boxes, label_maps: As in TrainLoader.
 
     Raises:
         ValueError: The data is missing or malformed, has more classes than the model, or one that is none of `classes`.
@@ -340,6 +287,8 @@ class EvalLoader(_Loader):
         num_classes: int = 0,
         split: str = "val",
         classes: Sequence[str] = (),
+        boxes: bool = False,
+        label_maps: bool = False,
     ) -> None:
         if batch < 1:
             raise ValueError(f"data.eval_batch must be >= 1 here, got {batch}")
@@ -355,21 +304,20 @@ class EvalLoader(_Loader):
             num_classes=num_classes,
             split=split,
             classes=classes,
+            boxes=boxes,
+            label_maps=label_maps,
         )
-        self._batch = batch
         self.num_samples = len(self.dataset)
+        self._shares = self._source.shares(rank, world_size, batch)
 
     def __len__(self) -> int:
         """Returns the number of batches, the same on every rank."""
-        most = -(-self.num_samples // self._world_size)
-        return (most + self._batch - 1) // self._batch
+        return len(self._shares)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches; may be called again for the next evaluation."""
         return self._load(self._requests())
 
     def _requests(self) -> Iterator[Request]:
-        mine = np.arange(self._rank, self.num_samples, self._world_size)
-        for step in range(len(self)):
-            index = mine[step * self._batch : (step + 1) * self._batch]
+        for step, index in enumerate(self._shares):
             yield Request(0, step, index, index, len(index))

@@ -7,7 +7,7 @@ inputs are copied in and results copied out, and it does nothing that Python doe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from swin_moe.ops.grouped_linear import use_grouped
 
 MOST_GRAPHS = 4  # shapes recorded at a time; each keeps the activations of a forward
 Output = Tensor | tuple[Tensor, ...]
+T = TypeVar("T")
 
 
 class Recording(NamedTuple):
@@ -44,7 +45,7 @@ def record_on_device(call: Callable[[], Output]) -> Recording:
 class Recorder(Protocol):
     """Runs and records calls on one device."""
 
-    def eager(self, call: Callable[[], Tensor]) -> Tensor:
+    def eager(self, call: Callable[[], T]) -> T:
         """Returns what the call gives, run as a recording of it is going to be."""
 
     def record(self, call: Callable[[], Output]) -> Recording:
@@ -61,7 +62,7 @@ class DeviceRecorder:
     def __init__(self, device: torch.device) -> None:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
-    def eager(self, call: Callable[[], Tensor]) -> Tensor:
+    def eager(self, call: Callable[[], T]) -> T:
         """See Recorder."""
         outside = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outside)
@@ -168,14 +169,17 @@ def with_graphs(model: nn.Module, config: Config) -> nn.Module:
     return GraphedForward(model) if config.engine.cuda_graphs else model
 
 
-def check_graphs(config: Config, device_type: str, world_size: int) -> None:
-    """Raises ValueError where engine.cuda_graphs is set and a forward in evaluation cannot be recorded."""
+def check_graphs(config: Config, device_type: str, world_size: int, *, features: bool = False) -> None:
+    """Raises ValueError where engine.cuda_graphs is set and a forward in evaluation cannot be recorded.
+
+    features: Only the backbone runs, whatever trained it.
+    """
     if not config.engine.cuda_graphs:
         return
     key = "engine.cuda_graphs=true"
     if device_type != "cuda":
         raise ValueError(f"{key} needs a CUDA device, this run computes on {device_type}; use engine.cuda_graphs=false")
-    if not config.task.options.classifies:
+    if not features and not config.task.options.classifies:
         raise ValueError(f"{key} is for task.name=classify, got {config.task.name}; use engine.cuda_graphs=false")
     if world_size > 1 and config.model.moe.has_blocks:
         raise ValueError(f"{key} with MoE blocks runs on one rank, got {world_size}: ranks ask how many rows to send")

@@ -1,6 +1,7 @@
 """What an engine of torch's own optimizers holds: a plain tensor per parameter, whole or this rank's cut of it."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from swin_moe.checkpoint import Piece
 from swin_moe.config import Config
-from swin_moe.engine.weight_copies import WeightCopies
+from swin_moe.engine.weight_copies import Copies
 from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
 from swin_moe.optim import parameter_groups
@@ -61,7 +62,7 @@ class Parts(dict[str, Part]):
     Args:
         model: Materialized and, where parameters are cut, cut.
         layout: Parameter -> (global shape, the box this rank holds).
-        copies: Of weights that the network holds in half precision.
+        copies: Of weights that the network computes with in half precision.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Parts(dict[str, Part]):
         layout: Mapping[str, tuple[tuple[int, ...], Chunk]],
         config: Config,
         *,
-        copies: WeightCopies | None = None,
+        copies: Copies | None = None,
     ):
         self._offload, self.copies = config.engine.offload == "optimizer", copies
         super().__init__((name, self._part(name, p, *layout[name])) for name, p in model.named_parameters())
@@ -147,6 +148,10 @@ class Parts(dict[str, Part]):
         """Brings gradients of a backward to what the optimizer updates, where the network holds copies."""
         if self.copies is not None:
             self.copies.collect()
+
+    def copies_used(self) -> AbstractContextManager:
+        """Returns a context in which the network computes with its copies, where it has any."""
+        return nullcontext() if self.copies is None else self.copies.used()
 
     def pieces_of(self, saved: str, name: str, tensors: Mapping[str, Tensor]) -> list[Piece]:
         """See Held."""

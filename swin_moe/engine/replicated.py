@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -108,10 +108,13 @@ class ReplicatedEngine(StepEngine):
         """Returns the model as it is called in training: what brings dense gradients together is around it."""
         return replicate(model, self.groups)
 
-    def micro_step(self, *, last: bool) -> AbstractContextManager:
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
         """See Engine. Backward belongs inside: DDP decides in the forward whether it will communicate."""
         self.experts.begin(last=last)
-        return nullcontext() if last or self.model is self.local_model else self.model.no_sync()
+        apart = nullcontext() if last or self.model is self.local_model else self.model.no_sync()
+        with apart, self.parts.copies_used():
+            yield
 
     def differentiate(self, loss: Tensor) -> None:
         """See StepEngine."""
@@ -132,6 +135,12 @@ class ReplicatedEngine(StepEngine):
         """See Engine."""
         self.experts.discard()
         return super().discard_gradients()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """See Engine."""
+        with super().evaluation(), self.parts.copies_used():
+            yield
 
     def square_sums(self) -> SquareSums:
         """See StepEngine."""

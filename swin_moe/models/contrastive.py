@@ -47,7 +47,7 @@ class BatchNorm(nn.Module):
     def forward(self, x_BC: Tensor) -> Tensor:
         """Returns (B, C), in at least float32."""
         x_BC = widened(x_BC)
-        count = self._total(x_BC.new_tensor([float(len(x_BC))]).expand(1))
+        count = self._total(x_BC.new_full((1,), float(len(x_BC))))
         mean_C = self._total(x_BC.sum(0)) / count
         centred_BC = x_BC - mean_C
         variance_C = self._total(centred_BC.square().sum(0)) / count
@@ -157,7 +157,10 @@ def _of_view(random: RandomContext | None, number: int) -> RandomContext | None:
     if random is None:
         return None
     assert not isinstance(random.seed, Tensor), "the trainer's seed is a number"
-    return replace(random, seed=derive_key(random.seed, number) >> 1, words=None)
+    seed, words = derive_key(random.seed, number) >> 1, random.words
+    if words is not None:  # of a recording, which reads the step there
+        words = torch.stack([torch.full_like(words[0], seed), words[1]])
+    return replace(random, seed=seed, words=words)
 
 
 def _pooled(tokens_BHWC: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 class Network(nn.Module):
     """A module whose parameters can be filled, grouped for decay and counted. It builds on meta, on one process."""
 
+    vectors_decay = False  # biases and other vectors have weight decay too, unless a name or keyword excludes them
+
     def init_weights(self, seed: int, only: Collection[nn.Module] | None = None) -> None:
         """Fills every parameter as a function of the seed and its name, never of the order or the layout.
 

@@ -3,24 +3,27 @@
 Rules: load_pretrained in utils.py, utils_moe.py and utils_simmim.py of microsoft/Swin-Transformer. What is neither
 loaded nor explained by a rule is an error. Files of single ranks are for checkpoint_tools; here a file has all experts.
 
-Shape legend: L offsets of a bias table or tokens of an embedding, H heads, S source and T target positions, C channels.
+Shape legend: L tokens of an embedding, C channels.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import resize_bias_table
+from swin_moe.models.geometric import resize_bias_table_geometric, side_of
 from swin_moe.models.load_report import LoadReport, Named
+from swin_moe.models.positions import fitted_positions
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import (
     DROPPED,
+    ENCODER,
+    OTHER_MAPS,
     OUTSIDE,
     RENAMED,
     SIMMIM_DROPPED,
@@ -40,6 +43,7 @@ def load_official(
     strict: bool = True,
     *,
     interpolation: Literal["bicubic", "geometric"] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Returns the report of loading an official state dict; the model is changed only if everything could be loaded.
 
@@ -48,21 +52,24 @@ def load_official(
         state_dict: Official tensors or {"model": tensors}: dense, SimMIM-pretrained (`encoder.`), MoE with all experts.
         strict: False: what does not fit is left out and told in the report.
         interpolation: Of bias tables of another window; None = geometric for SimMIM files, else bicubic, as official.
+        grid: Height and width in tokens of the file's absolute positions; None = those of a square image.
 
     Raises:
-        ValueError: Every unexplained missing, unexpected and mis-shaped name (strict); no state dict; a meta model.
+        ValueError: Every unexplained missing, unexpected and mis-shaped name (strict); no state dict; a meta model;
+            absolute positions that may be those of a square image or of the model's.
         TypeError: No model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_official(model, state_dict) takes a network first, got a {type(model).__name__}")
     if interpolation not in (None, "bicubic", "geometric"):
         raise ValueError(f"interpolation must be bicubic, geometric or None, got {interpolation!r}")
+    tokens = None if grid is None else _grid(grid)
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_official needs a model with real parameters, this one is on the meta device")
     official, note = unwrap(state_dict)
-    simmim = is_wrapped(official)
-    loading = _Loading(model, target, simmim, interpolation or ("geometric" if simmim else "bicubic"))
+    loading = _Loading(model, target, official, interpolation)
+    loading.grid = tokens
     loading.fit_all(official, strict=strict)
     if note:
         loading.report.notes.append(f"read {note}")
@@ -98,8 +105,7 @@ def fit_weights(
         ValueError: Every unexplained missing, unexpected and mis-shaped name.
     """
     target = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    simmim = is_wrapped(source)
-    loading = _Loading(backbone, target, simmim, "geometric" if simmim else "bicubic")
+    loading = _Loading(backbone, target, source, None)
     loading.own_parts, loading.same_classes, loading.grid = own_parts, same_classes, grid
     loading.fit_all(dict(source), strict=True)
     return {name: value for name, value in loading.new.items() if value is not target[name]}, loading.report
@@ -109,10 +115,15 @@ class _Loading:
     """The state of one load: new values by name, what does not fit, and the report. Nothing here changes the model."""
 
     own_parts, same_classes = False, False  # see fit_weights
+    gives_maps = False  # the file's backbone has a norm for each map instead of one for its classes
     grid: tuple[int, int] | None = None
 
-    def __init__(self, model: SwinTransformer, target: dict[str, Tensor], simmim: bool, interpolation: str) -> None:
-        self.model, self.target, self.simmim, self.interpolation = model, target, simmim, interpolation
+    def __init__(
+        self, model: SwinTransformer, target: dict[str, Tensor], names: Collection[str], interpolation: str | None
+    ) -> None:
+        self.model, self.target = model, target
+        self.wrapped, self.simmim = is_wrapped(names), any(name.startswith(ENCODER) for name in names)
+        self.interpolation = interpolation or ("geometric" if self.simmim else "bicubic")
         self.new: dict[str, Tensor] = {}
         self.problems: Named = []
         self.experts_told: dict[str, int] = {}  # by block, as the file says it beside its tensors
@@ -133,14 +144,15 @@ class _Loading:
         """Returns the tensors under our names, without those that a rule drops."""
         source: dict[str, Tensor] = {}
         for key, value in official.items():
-            name = file_key(key, wrapped=self.simmim)
+            name = file_key(key, wrapped=self.wrapped)
             for pattern, replacement in RENAMED:
                 name = re.sub(pattern, replacement, name)
             if name in source:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ())
+            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ()) + (OTHER_MAPS if self.own_parts else ())
+            self.gives_maps = self.gives_maps or name.startswith("norm0.")
             known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
             reason = next(known, "only for the task it was trained for" if name.startswith(OUTSIDE) else "")
             if name in self.target or not reason:
@@ -210,10 +222,13 @@ class _Loading:
     def _missing(self, name: str) -> None:
         if name.endswith("mlp.experts.fc2_bias") and not self.model.config.mlp_fc2_bias:
             self.report.reinitialized.append((name, "not in the file and not trained: kept at zero"))
-        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self.model.task_parts):
+        elif self.own_parts and (name.startswith(OUTSIDE) or name.partition(".")[0] in self._task_parts()):
             self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
+
+    def _task_parts(self) -> tuple[str, ...]:
+        return self.model.task_parts + (("norm",) if self.gives_maps else ())
 
     def _problem(self, name: str, reason: str, told: Named) -> None:
         name = name.removeprefix(OUTSIDE)
@@ -232,12 +247,12 @@ class _Loading:
         if value.shape == want.shape and not (name == "absolute_pos_embed" and self._is_of_another_grid(value)):
             return value, ""
         if name.endswith("relative_position_bias_table") and value.ndim == 2 and value.shape[1] == want.shape[1]:
-            old, new = _side(value.shape[0]), _side(want.shape[0])
+            old, new = side_of(value.shape[0]), side_of(want.shape[0])
             resize = resize_bias_table_geometric if self.interpolation == "geometric" else resize_bias_table
             rule = f"{self.interpolation}, {old} x {old} to {new} x {new} offsets"
             return resize(value.float(), (new + 1) // 2), rule
-        if name == "absolute_pos_embed" and value.ndim == 3 and value.shape[2] == want.shape[2]:
-            return self._fitted_embedding(value, want)
+        if name == "absolute_pos_embed" and value.ndim in (3, 4):
+            return fitted_positions(value, want, old=self.grid, new=self.model.grid)
         hint = ""
         if ".mlp.experts." in name and self.experts_told.get(name.partition(".mlp.")[0]) == want.shape[0]:
             hint = "; a file of one rank? give all of them by their path without .rank0"
@@ -246,20 +261,21 @@ class _Loading:
         raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model{hint}")
 
     def _is_of_another_grid(self, value: Tensor) -> bool:
-        """Returns whether as many positions as the model's are known to be those of another image: 8 x 32, 16 x 16."""
-        return self.grid is not None and self.grid != self.model.grid and math.prod(self.grid) == value.shape[1]
+        """Returns whether as many positions as the model's are known to be those of another image: 8 x 32, 16 x 16.
 
-    def _fitted_embedding(self, value: Tensor, want: Tensor) -> tuple[Tensor, str]:
-        """Returns an absolute position embedding (1, L, C) for the model's nominal image."""
+        Raises ValueError where they may be, and nothing tells.
+        """
+        if value.ndim != 3:  # (1, C, H, W) tells its own
+            return False
         height, width = self.model.grid
-        old = self.grid
-        if old is None or math.prod(old) != value.shape[1]:
-            old = (_side(value.shape[1]),) * 2
-        image = value.float().transpose(1, 2).unflatten(2, old)
-        resized = F.interpolate(image, size=(height, width), mode="bicubic").flatten(2).transpose(1, 2)
-        if resized.shape != want.shape:
-            raise ValueError(f"shape {tuple(value.shape)} in the file, {tuple(want.shape)} in the model")
-        return resized, f"bicubic, {old[0]} x {old[1]} to {height} x {width} tokens"
+        square = math.isqrt(value.shape[1])
+        if self.grid is None and height != width and square * square == value.shape[1]:
+            raise ValueError(
+                f"{value.shape[1]} positions are of {square} x {square} or of {height} x {width} tokens, and the file "
+                f"does not say which; give load_official grid=({height}, {width}) or ({square}, {square}), or convert "
+                "the file with --set img_size=H,W"
+            )
+        return self.grid is not None and self.grid != self.model.grid
 
     def trained_windows(self, official: dict[str, Tensor]) -> dict[tuple[int, str], int]:
         """Returns (stage, name of the attention) -> the window that offsets were divided by in training.
@@ -300,64 +316,6 @@ def read_class_map() -> list[int]:
     return [int(line) for line in path.read_text(encoding="ascii").split()]
 
 
-def resize_bias_table_geometric(table_LH: Tensor, window: int) -> Tensor:
-    """Returns a bias table for another window, (2 * window - 1) ** 2 x H, by the geometric rule of SimMIM and BEiT.
-
-    The offsets of the source lie at geometrically growing positions that reach as far as the target's whole numbers; in
-    between, a bicubic spline through all of them (SciPy's interp2d(kind="cubic"), gone since SciPy 1.14).
-    """
-    source, target = _side(table_LH.shape[0]), 2 * window - 1
-    if source < 5:
-        raise ValueError(f"geometric interpolation needs a window of at least 3, the file's is {(source + 1) // 2}")
-    positions = torch.tensor(geometric_positions(source, target), dtype=torch.float64)
-    wanted = torch.arange(target, dtype=torch.float64) - target // 2
-    weight_TS = spline_matrix(positions, wanted.clamp(positions[0], positions[-1])).to(table_LH.device)
-    image_HSS = table_LH.double().t().unflatten(1, (source, source))
-    resized_HTT = weight_TS @ image_HSS @ weight_TS.t()
-    return resized_HTT.flatten(1).t().contiguous().to(table_LH.dtype)
-
-
-def geometric_positions(source: int, target: int) -> list[float]:
-    """Returns the positions of `source` (odd) offsets: 0, +-1, +-(1 + q), +-(1 + q + q^2), ... up to about target // 2.
-
-    q by bisection in [1.01, 1.5] to 1e-6, the bounds of utils_simmim.py, so that tables equal the official ones.
-    """
-    half = source // 2
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        reach = (1 - q**half) / (1 - q)
-        low, high = (low, q) if reach > target // 2 else (q, high)
-    right = [sum(q**power for power in range(count)) for count in range(1, half + 1)]
-    return [-x for x in reversed(right)] + [0.0, *right]
-
-
-def spline_matrix(positions_S: Tensor, wanted_T: Tensor) -> Tensor:
-    """Returns (T, S) float64: the cubic not-a-knot spline through values at S rising positions, read at T places.
-
-    Not-a-knot: no jump of the third derivative at the second and last-but-one position, as FITPACK interpolates.
-    """
-    count = len(positions_S)
-    step = positions_S.diff()
-    left, right = torch.zeros(2, count, count, dtype=torch.float64)  # left @ second derivatives = right @ values
-    for i in range(1, count - 1):
-        a, b = step[i - 1], step[i]
-        left[i, i - 1 : i + 2] = torch.stack((a, 2 * (a + b), b))
-        right[i, i - 1 : i + 2] = 6 * torch.stack((1 / a, -1 / a - 1 / b, 1 / b))
-    for row, i in ((0, 1), (count - 1, count - 2)):
-        a, b = step[i - 1], step[i]
-        left[row, i - 1 : i + 2] = torch.stack((b, -(a + b), a))
-    curvature = torch.linalg.solve(left, right)
-    cell = (torch.searchsorted(positions_S, wanted_T, right=True) - 1).clamp(0, count - 2)
-    width = step[cell]
-    b = (wanted_T - positions_S[cell]) / width
-    identity = torch.eye(count, dtype=torch.float64)
-    linear = (1 - b)[:, None] * identity[cell] + b[:, None] * identity[cell + 1]
-    bend_left, bend_right = (((1 - b) ** 3 - (1 - b)), b**3 - b)
-    bend = bend_left[:, None] * curvature[cell] + bend_right[:, None] * curvature[cell + 1]
-    return linear + bend * (width**2 / 6)[:, None]
-
-
 def unwrap(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     """Returns (the tensors of an official file, out of what a training loop wrapped around them; how they were read).
 
@@ -375,14 +333,13 @@ def unwrap(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     return {**found.records, **found.averaged}, found.note
 
 
+def _grid(given: Any) -> tuple[int, int]:
+    values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else ()
+    if len(values) != 2 or any(type(value) is not int or value < 1 for value in values):
+        raise ValueError(f"grid must be two whole numbers >= 1, height and width in tokens, got {given!r}")
+    return values
+
+
 def _holds_numbers(value: Tensor) -> bool:
     """Returns whether any element is not zero; unknown of a tensor on meta, which is ours and tells the truth."""
     return not value.is_meta and bool(value.count_nonzero())
-
-
-def _side(length: int) -> int:
-    """Returns the side of a square of `length` elements; raises ValueError where it is none."""
-    side = math.isqrt(length)
-    if side * side != length:
-        raise ValueError(f"{length} rows are no square, so there is nothing to interpolate over")
-    return side

@@ -102,31 +102,35 @@ class Block(nn.Module):
         random: RandomContext | None = None,
         nominal: bool = True,
         factors_2B: Tensor | None = None,
+        valid_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (x of the same shape, auxiliary loss times its weight or None).
 
         Args:
             nominal: The image has the size the model was built for; decides about the shift of a map of one window.
             factors_2B: What drop path multiplies every image's two branches by; None = 1.
+            valid_BL: See MoELayer.forward.
         """
         x, shift = x_BHWC, self.shift(nominal=nominal)
         mixer_factor, ffn_factor = (None, None) if factors_2B is None or not self.drop_path else factors_2B.unbind(0)
         if self.post_norm:
             x = norm_and_add(x, self.mixer(x, shift=shift, random=random), mixer_factor, self.norm1)
-            branch, aux = self._feed_forward(x, random)
+            branch, aux = self._feed_forward(x, random, valid_BL)
             x = norm_and_add(x, branch, ffn_factor, self.norm2)
         else:
             branch = self.mixer(self.norm1(x), shift=shift, random=random)
             x, normed = add_and_norm(x, branch, mixer_factor, self.norm2)
-            branch, aux = self._feed_forward(normed, random)
+            branch, aux = self._feed_forward(normed, random, valid_BL)
             x = add_branch(x, branch, ffn_factor)
         return (x if self.enorm is None else self.enorm(x)), aux
 
-    def _feed_forward(self, x_BHWC: Tensor, random: RandomContext | None) -> tuple[Tensor, Tensor | None]:
+    def _feed_forward(
+        self, x_BHWC: Tensor, random: RandomContext | None, valid_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if not isinstance(self.mlp, MoELayer):
             return self.mlp(x_BHWC, random), None
         batch, height, width, channels = x_BHWC.shape
-        y_BLC, aux = self.mlp(x_BHWC.reshape(batch, height * width, channels), random=random)
+        y_BLC, aux = self.mlp(x_BHWC.reshape(batch, height * width, channels), random=random, valid_BL=valid_BL)
         return y_BLC.view(x_BHWC.shape), aux
 
 
@@ -149,7 +153,7 @@ class SwinTransformer(Network):
     detection backbone treats it: maps padded to whole windows, every odd block shifted.
     """
 
-    task_parts = ("head", "mask_token")  # what is inside, but belongs to the task that trains it
+    task_parts: tuple[str, ...] = ("head", "mask_token")  # what is inside, but belongs to the task that trains it
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", mask_token: bool = False) -> None:
         """Builds the modules; weights come from init_weights. Works on meta and without a process group.
@@ -333,9 +337,16 @@ class SwinTransformer(Network):
         return F.interpolate(positions.permute(0, 3, 1, 2), size=tuple(size), mode="bicubic").permute(0, 2, 3, 1)
 
     def _run(
-        self, block: Block, x: Tensor, random: RandomContext | None, nominal: bool, factors: Tensor | None
+        self,
+        block: Block,
+        x: Tensor,
+        random: RandomContext | None,
+        nominal: bool,
+        factors: Tensor | None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if self.recompute == "block" and torch.is_grad_enabled():
             # Draws are functions of `random`, so torch's generators need no saving and no restoring.
-            return checkpoint(block, x, random, nominal, factors, use_reentrant=False, preserve_rng_state=False)
-        return block(x, random, nominal, factors)
+            arguments = x, random, nominal, factors, valid
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(x, random, nominal, factors, valid)

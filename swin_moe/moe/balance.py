@@ -15,16 +15,25 @@ from swin_moe.moe.routing_groups import GroupDemand, GroupExchange
 from swin_moe.moe.scored import Scored
 
 
-def balance_loss(config: MoEConfig, scored: Scored, routing: Routing, parts: list[tuple[int, int]]) -> Tensor:
-    """Returns the balance loss of this rank's tokens: a mean over tokens of the groups' losses.
+def balance_loss(
+    config: MoEConfig,
+    scored: Scored,
+    routing: Routing,
+    parts: list[tuple[int, int]],
+    weights: list[float] | None = None,
+) -> Tensor:
+    """Returns the balance loss of this rank's tokens: a mean of the groups' losses.
 
-    parts: (tokens, group size) as of routing.group_parts; with model.moe.balance_scope=global all tokens are one group.
+    Args:
+        parts: (tokens, group size) as of routing.group_parts; with model.moe.balance_scope=global all tokens are one
+            group.
+        weights: Of each part in the mean; None = by its tokens.
     """
     num_tokens = scored.clean.shape[0]
     if config.balance_loss == "none":
         return scored.clean.new_zeros(())
     if config.balance_scope == "global":
-        parts = [(num_tokens, max(num_tokens, 1))]
+        parts, weights = [(num_tokens, max(num_tokens, 1))], None
     if config.balance_loss == "gshard":
         inputs = [cut(value, parts) for value in (scored.scores, routing.expert[:, 0])]
         shares = config.scores == "sigmoid"
@@ -33,7 +42,8 @@ def balance_loss(config: MoEConfig, scored: Scored, routing: Routing, parts: lis
         inputs = [cut(value, parts) for value in (scored.softmax, scored.threshold(routing))]
         std = config.gate_noise / config.num_experts
         groups = [losses.load_importance(*p, group_size=size, noise_std=std) for *p, (_, size) in zip(*inputs, parts)]
-    weighted = [loss * (part.shape[0] / max(num_tokens, 1)) for loss, part in zip(groups, inputs[0])]
+    weights = [part.shape[0] / max(num_tokens, 1) for part in inputs[0]] if weights is None else weights
+    weighted = [loss * weight for loss, weight in zip(groups, weights, strict=True)]
     return sum(weighted[1:], weighted[0])
 
 

@@ -55,30 +55,67 @@ class MoELayer(nn.Module):
         self.observer: Callable[[Routing], None] | None = None  # sees the routing of every forward
         self.clock: PhaseClock | None = None  # measures forward and backward while it is set
 
-    def forward(self, x_BLD: Tensor, random: RandomContext | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BLD: Tensor, random: RandomContext | None = None, valid_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns (y of x's shape and dtype, auxiliary losses times their weights).
 
-        random: What training draws from; None in training makes a fresh one. Evaluation draws nothing.
+        Args:
+            random: What training draws from; None in training makes a fresh one. Evaluation draws nothing.
+            valid_BL: (B, L) bool; the others are padding, are not routed and get 0. None = all tokens are an image's.
         """
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace would fix how many tokens an expert gets; torch.export.export does not")
         batch, num_tokens, dim = x_BLD.shape
-        x = mark(x_BLD.reshape(batch * num_tokens, dim), self.clock, forward="", backward="route")
-        device_type = x.device.type
-        is_mixed = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if is_mixed else x.dtype
         if not self.training:
             random = None
         elif random is None:
-            random = RandomContext.fresh(batch, x.device)
+            random = RandomContext.fresh(batch, x_BLD.device)
         token = None
         if random is not None:
             random = with_words(random)
-            token = (random.sample[:, None] * num_tokens + torch.arange(num_tokens, device=x.device)).flatten()
+            position = torch.arange(num_tokens, device=x_BLD.device)
+            token = (random.sample[:, None] * num_tokens + position).flatten()
+        x = x_BLD.reshape(batch * num_tokens, dim)
+        if valid_BL is None:
+            y, aux = self._compute(x, random, token, num_tokens, None)
+            return y.view(x_BLD.shape), aux
+        (rows,) = valid_BL.flatten().nonzero(as_tuple=True)
+        counts = tuple(valid_BL.sum(dim=1).tolist())
+        alike = len(set(counts)) == 1
+        num_tokens = counts[0] if alike else num_tokens
+        chosen = None if token is None else token[rows]
+        y, aux = self._compute(x[rows], random, chosen, num_tokens, None if alike else counts)
+        return x.new_zeros(x.shape).index_copy(0, rows, y).view(x_BLD.shape), aux
+
+    def _compute(
+        self,
+        x_TD: Tensor,
+        random: RandomContext | None,
+        token: Tensor | None,
+        tokens_per_image: int,
+        counts: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ((T, D), auxiliary losses times their weights).
+
+        Args:
+            token: (T,) global index of every token; None in evaluation.
+            counts: Tokens of each image, where images have unequally many.
+        """
+        x = mark(x_TD, self.clock, forward="", backward="route")
+        device_type = x.device.type
+        is_mixed = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_mixed else x.dtype
         # Only where there is something to switch off: torch.export cannot hold a region with these results.
         with torch.autocast(device_type, enabled=False) if is_mixed else nullcontext():
             routed = self.choice.route(
-                x, self.router, tokens_per_image=num_tokens, training=self.training, random=random, token=token
+                x,
+                self.router,
+                tokens_per_image=tokens_per_image,
+                counts=counts,
+                training=self.training,
+                random=random,
+                token=token,
             )
             routing, self.stats = routed.routing, routed.stats
             if self.observer is not None:
@@ -95,9 +132,9 @@ class MoELayer(nn.Module):
             y = self.experts(tokens, dispatched.counts, dropout, dispatched.slices)
             y = mark(y, self.clock, forward="experts", backward="combine")
             y = routed.restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x.dtype)
-        y = mark(y, self.clock, forward="combine", backward="").view(x_BLD.shape)
+        y = mark(y, self.clock, forward="combine", backward="")
         if self.shared is not None:
-            y = y + self.shared(x_BLD).to(y.dtype)
+            y = y + self.shared(x_TD).to(y.dtype)
         return y, routed.aux
 
     def init_weights(self, seed: int, name: str) -> None:

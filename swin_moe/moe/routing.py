@@ -10,7 +10,7 @@ S tokens per routing group (T = G * S), N = T * k pairs of a token and a choice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,9 +155,15 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
 
 
 def join(routings: Sequence[Routing]) -> Routing:
-    """Returns one routing over the tokens of several, in order; all groups but the last one have the first's size."""
+    """Returns one routing over the tokens of several, in order.
+
+    Its groups are theirs where all but a smaller last one have one size; else all tokens are one group, in which the
+    pairs that were kept come first, group by group.
+    """
     if len(routings) == 1:
         return routings[0]
+    if not are_even([(len(r.expert), r.group_size) for r in routings]):
+        routings = _as_one_group(routings)
     width = max(r.top_k for r in routings)
     fillers = {"expert": 0, "slot": FILLER_SLOT, "gate": 0.0, "keep": False}
     columns = {
@@ -168,6 +174,25 @@ def join(routings: Sequence[Routing]) -> Routing:
     capacities = [r.capacity for r in routings if r.capacity is not None]
     capacity = max(capacities) if len(capacities) == len(routings) else None
     return Routing(capacity=capacity, group_size=routings[0].group_size, **columns)
+
+
+def _as_one_group(routings: Sequence[Routing]) -> list[Routing]:
+    """Returns the routings of single groups with slots, demand and capacity of one group of all their tokens."""
+    demands, kepts = (torch.cat([getattr(r, name) for r in routings]) for name in ("demand", "kept"))
+    demand_E, kept_E = demands.sum(dim=0), kepts.sum(dim=0)
+    before_GE = kepts.cumsum(dim=0) - kepts
+    dropped_GE = (demands - kepts).cumsum(dim=0) - demands  # minus those before and the own kept ones
+    known = [r.capacity for r in routings if r.capacity is not None]
+    capacity = sum(known) if len(known) == len(routings) else None
+    size = sum(len(r.expert) for r in routings)
+    found = []
+    for number, r in enumerate(routings):
+        moved = torch.where(r.keep, before_GE[number][r.expert], (kept_E + dropped_GE[number])[r.expert])
+        slot = torch.where(r.is_pair, r.slot + moved, r.slot)
+        none = r.demand.new_zeros((0, r.demand.shape[1]))
+        counted = (none, none) if number else (demand_E[None], kept_E[None])
+        found.append(replace(r, slot=slot, capacity=capacity, demand=counted[0], kept=counted[1], group_size=size))
+    return found
 
 
 @torch.no_grad()
@@ -264,6 +289,24 @@ def _sort_slots(expert_GkS: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     slot_N = torch.empty_like(pair_N)
     slot_N[pair_N] = torch.arange(pair_N.numel(), device=pair_N.device) - edges[sorted_N.long()]
     return slot_N.view_as(expert_GkS), edges.diff().view(num_groups, num_experts)
+
+
+def uneven_parts(counts: Sequence[int], images: int) -> list[tuple[int, int]]:
+    """Returns (tokens, group size) of routing groups of so many consecutive images of unequally many tokens."""
+    sizes = [sum(counts[start : start + images]) for start in range(0, len(counts), images)]
+    return [(size, size) for size in sizes if size] or [(0, 1)]
+
+
+def image_shares(counts: Sequence[int], images: int) -> list[float]:
+    """Returns the share of each of uneven_parts in all images."""
+    cuts = [counts[start : start + images] for start in range(0, len(counts), images)]
+    return [len(cut) / len(counts) for cut in cuts if sum(cut)] or [1.0]
+
+
+def are_even(parts: Sequence[tuple[int, int]]) -> bool:
+    """Returns whether a token's group follows from its place: all groups but a smaller last one have one size."""
+    first = parts[0][1]
+    return all(size == first for _, size in parts[:-1]) and parts[-1][1] <= first
 
 
 def group_parts(num_tokens: int, group_size: int) -> list[tuple[int, int]]:

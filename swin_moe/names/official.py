@@ -18,14 +18,26 @@ RENAMED = (
 DROPPED = (
     (r"\b(relative_position_index|relative_coords_table|attn_mask)$", "computed by the model"),
     (r"\b_num_global_experts$", "checked against the model"),
+    (r"\.bn\.num_batches_tracked$", "nothing reads it"),
 )
+# Of a backbone whose outputs others normalize: of maps (`norm0`, ...), or of the last tokens (`norm`).
+OTHER_MAPS = ((r"^norm\d*\.(weight|bias)$", "a norm of outputs that the network does not give"),)
 SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)  # of the official files of SimMIM
-BACKBONE = "encoder."  # before the backbone's names in a network that has more than a backbone; all others are a task's
+# Before the backbone's names in a network that has more than a backbone, of pre-training and of dense tasks; all other
+# names there are a task's.
+ENCODER, DENSE = BACKBONE = "encoder.", "backbone."
+# What stands beside the backbone in the official networks of dense tasks (mmdetection 2.11, mmsegmentation 0.11).
+DENSE_PARTS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "global_block.")
 OUTSIDE = "/"  # before the key of what stands beside the backbone there, whose names may be the backbone's own
 
 
+def inner_name(name: str) -> str:
+    """Returns the name that a parameter of a backbone has in the network that is one; other names as they are."""
+    return next((name.removeprefix(prefix) for prefix in BACKBONE if name.startswith(prefix)), name)
+
+
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Returns whether parameters of these names are of a network that has its backbone as `encoder`."""
+    """Returns whether parameters of these names are of a network that has its backbone in a child (BACKBONE)."""
     return any(name.startswith(BACKBONE) for name in names)
 
 
@@ -37,4 +49,4 @@ def file_key(name: str, *, wrapped: bool) -> str:
     """
     if not wrapped:
         return name
-    return name.removeprefix(BACKBONE) if name.startswith(BACKBONE) else OUTSIDE + name
+    return next((name.removeprefix(p) for p in BACKBONE if name.startswith(p)), OUTSIDE + name)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from swin_moe.names.official import DENSE, DENSE_PARTS
+
 T = TypeVar("T")
 
 # Under which key training loops keep the weights; averaged ones are taken where there are no others.
@@ -17,7 +19,7 @@ INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  
 _COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
 # The tensor that every network of ours has, here and in transformers: what stands before its name is a prefix.
 _FIRST = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
-_OWN_PREFIXES = ("", "encoder.", "encoder_k.", "swin.", "swinv2.")  # which the rules of formats take off
+_OWN_PREFIXES = ("", "encoder.", "encoder_k.", "backbone.", "swin.", "swinv2.")  # which the rules of formats take off
 _DEPTH = 3  # wrappers around wrappers
 
 
@@ -125,6 +127,8 @@ def _unwrapped(found: dict[str, T], wrapper: str) -> Weights[T]:
         plain = {name: short.replace(prefix, "") for name, short in plain.items()}
     start, rest = "", first_prefix(plain.values()) or ""
     while prefix := next((p for p in PREFIXES if rest.startswith(p)), ""):
+        if prefix == DENSE and any(name.startswith(tuple(start + p for p in DENSE_PARTS)) for name in plain.values()):
+            break  # the backbone of a detector or segmentor, whose heads stand beside it
         start, rest = start + prefix, rest.removeprefix(prefix)
     if start:
         taken.append(start)

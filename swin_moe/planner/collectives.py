@@ -47,8 +47,9 @@ def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterat
             gathers = forwards + layout.accumulation if layout.zero == 3 else 1
             calls = workload.blocks * gathers
             yield Collective("all_gather", "reduction", ranks, apart, size / workload.blocks, calls, "forward", 0.8)
-            yield Collective("reduce_scatter", "reduction", ranks, apart, size / workload.blocks, workload.blocks,
-                             "backward", 0.8)  # fmt: skip
+            yield Collective(
+                "reduce_scatter", "reduction", ranks, apart, size / workload.blocks, workload.blocks, "backward", 0.8
+            )
         elif layout.zero == 0:
             yield Collective("all_reduce", "reduction", ranks, apart, size, 1, "backward", 0.8)
         else:

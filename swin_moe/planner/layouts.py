@@ -167,9 +167,10 @@ def _engines(config: Config, world_size: int) -> Iterator[tuple[dict[str, Any], 
             if world_size == 1 and name == "torch" and zero:
                 continue  # the same as without: there is nobody to share with
             chosen = replace(
-                config, engine=replace(config.engine, name=name), parallel=replace(config.parallel, zero=zero,
-                expert=1, expert_shard=1),
-            )  # fmt: skip
+                config,
+                engine=replace(config.engine, name=name),
+                parallel=replace(config.parallel, zero=zero, expert=1, expert_shard=1),
+            )
 
             def check(chosen: Config = chosen) -> None:
                 check_engine(chosen, _divisor(chosen, world_size))

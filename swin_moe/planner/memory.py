@@ -44,9 +44,9 @@ def predict_memory(config: Config, workload: Workload, layout: Layout, segments:
     live, produced = over_time(segments)
     whole_gradients = float(produced[-1])
     gathered = _whole(config, workload, layout, segments)
-    gradients = np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(
-        produced, whole_gradients
-    )  # fmt: skip
+    gradients = (
+        np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole_gradients)
+    )
     if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
         gradients = np.full_like(live, states.gradients)
     peak = int(np.argmax(live + gradients + gathered))
@@ -74,8 +74,9 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
     trained = sum(n for p, n in _held(workload, layout) if p.trained)
     updated, tensors = max(_updated(workload, layout))
     moments = moments_of(config.optim)
-    copies = 0.0
-    if half and layout.world_size == 1 and layout.engine != "deepspeed" and layout.offload == "none":
+    copies, whole = 0.0, layout.world_size == 1 or not layout.cuts_weights
+    copied = half and layout.offload == "none" and config.parallel.compile == "none"
+    if copied and whole and layout.engine != "deepspeed":
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
     count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(

@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,12 +70,15 @@ def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1
             model = task.build_network()
         _hold(model, config, degrees, rows)
         copies = copies_of(model, config, world_size=degrees.world_size)
-        known = [*model.parameters(), *model.buffers(), *([] if copies is None else copies.masters.values())]
-        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive):
+        known = [*model.parameters(), *model.buffers()]
+        if copies is not None:
+            known += [*copies.masters.values(), *copies.copies.values()]
+        used = nullcontext() if copies is None else copies.used()
+        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
-                                  lambda: autocast(precision, _CPU))  # fmt: skip
+                                  lambda: autocast(precision, _CPU), weight=1.0)  # fmt: skip
             loss = task.loss(model, batch, context)
             bytes_alive.mark("+", backward=True)
             loss.total.backward()
@@ -103,6 +106,12 @@ def example_batch(config: Config, images: int, task: Task) -> Batch:
         batch["extra_image"] = torch.empty((0, *size[1:]), dtype=dtype)
     if task.needs_views:
         batch["view"] = torch.empty(size, dtype=dtype)
+    if task.needs_boxes:
+        name = config.task.name
+        raise ValueError(f"plans are not for task.name={name}: what its heads hold depends on what is in the images")
+    if task.needs_label_maps:
+        batch["label_map"] = torch.zeros((images, *config.model.img_size), dtype=torch.int64)
+        batch["size"] = torch.tensor([config.model.img_size] * images).view(-1, 2)
     return batch
 
 

@@ -104,9 +104,13 @@ class Traces:
     def of(self, layout: Layout) -> list[Segment]:
         """Returns the segments of a layout's micro-step."""
         key: tuple = (
-            layout.recompute, layout.attention_chunk, layout.expert, layout.expert_shard, layout.payload,
+            layout.recompute,
+            layout.attention_chunk,
+            layout.expert,
+            layout.expert_shard,
+            layout.payload,
             layout.world_size == 1,
-        )  # fmt: skip
+        )
         # Attention in turns has as many operators as there are turns: no line leads to another micro-batch.
         images = layout.micro_batch if layout.attention_chunk else 0
         key = (*key, images)

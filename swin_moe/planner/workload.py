@@ -33,7 +33,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     trained: bool
-    copied: bool  # one rank keeps it in half precision, too (engine/weight_copies.py)
+    copied: bool  # ranks that have it whole keep it in half precision, too (engine/weight_copies.py)
     is_expert: bool  # ranks hold different parts of it
     group: int  # of the optimizer's parameters, in its order
 
@@ -133,8 +133,17 @@ class StandIn:
 
 
 def task_to_count(config: Config) -> Task:
-    """Returns the task, with a stand-in for the teacher where it needs one."""
+    """Returns the task, with a stand-in for the teacher where it needs one.
+
+    Raises:
+        ValueError: It is of images that have other sizes than model.img_size, and heads of other layers.
+    """
     task = build_task(config)
+    if task.needs_boxes or task.needs_label_maps:
+        raise ValueError(
+            f"task.name={config.task.name}: the planner counts networks of images of model.img_size alone, none with "
+            f"boxes or label maps; plan the backbone with task.name=classify"
+        )
     if task.needs_teacher:
         task.teacher = StandIn(config.model.embed_dim * 2 ** (len(config.model.depths) - 1))
     return task

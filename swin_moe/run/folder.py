@@ -5,9 +5,10 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from swin_moe.checkpoint.directory import clean_leftovers
 from swin_moe.checkpoint.errors import naming
 
 NAME = "run.lock"
@@ -50,6 +51,18 @@ class FolderLock:
         with naming(self.path):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def enter(self) -> None:
+        """Takes the lock, and removes the halves of checkpoints that a job which was killed left in the folder.
+
+        Raises:
+            ValueError: As `take`.
+        """
+        self.take()
+        checkpoints = self.path.parent / "checkpoints"
+        if checkpoints.is_dir():
+            with suppress(OSError):  # the next save tries again, and says what is in its way
+                clean_leftovers(checkpoints)
 
     def _is_current(self, file: int) -> bool:
         """Returns whether the path still names this file: its last holder may have removed it in the meantime."""

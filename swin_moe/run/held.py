@@ -26,6 +26,7 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
             *engine.local_model.parameters(),
             *engine.local_model.buffers(),
             *(p.leaf for p in parts.values()),
+            *(() if parts.copies is None else parts.copies.copies.values()),
         ],
         "optimizer": states,
         "averages": [] if engine.ema is None else list(engine.ema.average.values()),

@@ -9,7 +9,7 @@ from swin_moe.checkpoint import Index, resolve
 from swin_moe.config import Config
 from swin_moe.config.tasks import nested
 from swin_moe.config.variants import VARIANTS
-from swin_moe.data.base import Dataset
+from swin_moe.data.base import Listed
 from swin_moe.data.listing import listing_digest
 from swin_moe.data.loader import steps_in_epoch
 from swin_moe.run.state import Progressed
@@ -26,7 +26,10 @@ _OF_MOE = (
 ).split()
 _COURSE = frozenset([*(f"model.{name}" for name in _OF_MODEL), *(f"model.moe.{name}" for name in _OF_MOE)])
 _MEANING = ("model.", "task.name", "data.name", "data.images_per_class", "data.subset", "run.seed")
-_FREE = ("data.path", "data.workers", "data.cache", "data.on_broken", "task.simmim.pictures", "task.distill.teacher")
+_FREE = (
+    *("data.path", "data.workers", "data.cache", "data.on_broken"),
+    *("task.simmim.pictures", "task.segment.pictures", "task.distill.teacher"),
+)
 _ENGINE = ("engine.precision",)  # stands beside the checkpoint only, as its bytes do not depend on the section
 
 
@@ -39,7 +42,7 @@ class RunIdentity:
     digests: dict[str, str]  # train, val
 
     @classmethod
-    def of(cls, config: Config, train: Dataset, val: Dataset) -> "RunIdentity":
+    def of(cls, config: Config, train: Listed, val: Listed) -> "RunIdentity":
         """Returns the identity of a run on these data sets; warns where most outputs of the network have no class."""
         digests = {"train": listing_digest(train), "val": listing_digest(val)}
         outputs = config.model.num_classes

@@ -117,7 +117,8 @@ class Progress:
 
     def __init__(self, total: int, *, enabled: bool):
         self.total, self.enabled = total, enabled
-        self.interactive = enabled and sys.stdout.isatty()
+        # Open MPI gives rank 0 a terminal of its own, also where what it writes goes to a file.
+        self.interactive = enabled and sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ
         self.started = time.monotonic()
         self.first: int | None = None
 
@@ -167,6 +168,7 @@ class MetricsWriter:
                 temporary.write_text("".join(line + "\n" for line in kept))
                 temporary.replace(self.path)
             self.file = self.path.open("a")
+            self._opened = os.fstat(self.file.fileno())
         if tensorboard:
             self.board = _open_board(directory / "tb", resume_step + 1)
 
@@ -189,13 +191,17 @@ class MetricsWriter:
         self._failed = False
 
     def _check_folder(self) -> None:
-        """Raises OSError where the folder that is written to is no longer there: an open file would not tell."""
-        try:
-            same = os.path.samestat(self.directory.stat(), self._folder)
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise FileNotFoundError(f"{self.directory} was removed or moved while the run was writing to it")
+        """Raises OSError where what is written to is no longer there: an open file would not tell.
+
+        The folder itself may stay, where a save wrote into it while it was being removed.
+        """
+        for path, known in ((self.directory, self._folder), (self.path, self._opened)):
+            try:
+                same = os.path.samestat(path.stat(), known)
+            except FileNotFoundError:
+                same = False
+            if not same:
+                raise FileNotFoundError(f"{path} was removed or moved while the run was writing to it")
 
     def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Writes pictures (height, width, 3) uint8 to TensorBoard and as <run>/pictures/<name>-<step>.png."""

@@ -1,6 +1,7 @@
 """Forward and backward of a step's micro-batches, as they are written or from recordings."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from swin_moe.data.batch import Batch, to_device
@@ -22,6 +23,16 @@ class MicroSteps:
     def has_phases(self) -> bool:
         """Whether the phases of a MoE layer can be timed: a graph has none."""
         return self.graphs is None and self.session.config.parallel.compile == "none"
+
+    def weigh(self, batches: StepBatches) -> float | None:
+        """Returns what the step weighs over all ranks (Task.weigh); None where the task weighs nothing."""
+        own = [self.task.weigh(batch) for batch in batches]
+        if own[0] is None:
+            return None
+        total = torch.tensor(sum(weight or 0.0 for weight in own), dtype=torch.float64, device=self.session.device)
+        if self.session.world_size > 1:
+            dist.all_reduce(total)
+        return float(total)
 
     def run(self, batches: StepBatches, context: StepContext, *, watched: bool = False) -> Tensor:
         """Returns (2,) float64, this rank's task loss and auxiliary loss, having accumulated gradients.

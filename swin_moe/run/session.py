@@ -35,6 +35,7 @@ from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.tune import tune
 from swin_moe.parallel.groups import Degrees, Groups, build_groups, init_distributed, meeting_store
 from swin_moe.parallel.heartbeat import LONG_SECONDS, Heartbeat
+from swin_moe.run.agreement import check_agreement
 from swin_moe.run.expert_load import moe_layers
 from swin_moe.run.metrics import LOGGER
 from swin_moe.run.state import STOPPED, Stopped
@@ -179,7 +180,7 @@ def open_session(path: str, overrides: list[str], choose: Chooser | None = None)
             in a world of so many ranks with the overrides of the command line. Without it the config's own layout runs.
 
     Raises:
-        ValueError: Bad config, or a world that cannot hold the layout.
+        ValueError: Bad config, one that differs between ranks, or a world that cannot hold the layout.
     """
     from launcher import guard, mpi  # entry points only: the package itself never needs the launcher
 
@@ -197,6 +198,7 @@ def open_session(path: str, overrides: list[str], choose: Chooser | None = None)
     if env.world_size > 1:
         init_distributed(device, timeout=limit, patience=config.engine.timeout)
         heartbeat.start(meeting_store(), lambda sentence: _end_job(env.rank, sentence, heartbeat.culprit))
+        check_agreement(config, env.rank, meeting_store())
     plan = ""
     if choose is not None and planned:
         heartbeat.enter("planning the layout", long=True)

@@ -24,7 +24,7 @@ from swin_moe.ops import extension
 from swin_moe.ops.random_draws import with_words
 from swin_moe.randomness import RandomContext
 from swin_moe.run.expert_load import moe_layers
-from swin_moe.tasks.base import RecordableLoss, StepContext, Task, find_task
+from swin_moe.tasks.base import Keeps, RecordableLoss, StepContext, Task, find_task
 
 _OPTION = "engine.cuda_graphs=true"
 
@@ -33,6 +33,7 @@ class _Recorded(NamedTuple):
     inputs: dict[str, Tensor]
     recording: Recording
     losses: Tensor  # (2,), task and auxiliary
+    kept: tuple[Tensor, ...]  # MicroLoss.kept
     gradients: list[tuple[nn.Parameter, Tensor]]  # of every parameter that has one afterwards
     stats: list[RoutingStats | None]  # of every MoE layer
     addresses: tuple[int, ...]  # of what it reads besides its inputs
@@ -75,16 +76,18 @@ class GraphedMicroSteps:
         key = (not held, context.num_samples, *((n, t.shape, t.stride(), t.dtype) for n, t in inputs.items()))
         recorded = self._recording_for(key, inputs, held, context)
         if recorded is None:
-            losses = self.recorder.eager(lambda: self._compute(inputs, context))
+            losses, *kept = self.recorder.eager(lambda: self._compute(inputs, context))
         else:
             for name, buffer in recorded.inputs.items():
                 buffer.copy_(inputs[name])
             recorded.recording.replay()
-            losses = recorded.losses
+            losses, kept = recorded.losses, list(recorded.kept)
             for parameter, gradient in recorded.gradients:
                 parameter.grad = gradient
             for layer, stats in zip(self.layers, recorded.stats):
                 layer.stats = stats
+        if kept:
+            cast(Keeps, self.task).keep(tuple(kept))
         self.engine.balance.count()
         return losses
 
@@ -107,11 +110,14 @@ class GraphedMicroSteps:
 
     def _record(self, inputs: Mapping[str, Tensor], context: StepContext, addresses: tuple[int, ...]) -> _Recorded:
         buffers, first = {name: tensor.clone() for name, tensor in inputs.items()}, not self._gradients()
+        results = 0  # losses and what is kept
 
         def call() -> Output:
-            losses = self._compute(buffers, context)
+            nonlocal results
+            computed = self._compute(buffers, context)
+            results = len(computed)
             statistics = [t for layer in self.layers if layer.stats is not None for t in vars(layer.stats).values()]
-            return (losses, *(gradient for _, gradient in self._gradients()), *statistics)
+            return (*computed, *(gradient for _, gradient in self._gradients()), *statistics)
 
         try:
             recording = self.recorder.record(call)
@@ -126,13 +132,15 @@ class GraphedMicroSteps:
         if first:  # nothing has run: they hold nothing yet
             for parameter, _ in gradients:
                 parameter.grad = None
-        return _Recorded(buffers, recording, recording.output[0], gradients, stats, addresses)
+        losses, *kept = recording.output[:results]
+        return _Recorded(buffers, recording, losses, tuple(kept), gradients, stats, addresses)
 
-    def _compute(self, inputs: Mapping[str, Tensor], context: StepContext) -> Tensor:
-        """Returns the losses (2,) of a micro-batch, having accumulated gradients; reads its inputs alone."""
+    def _compute(self, inputs: Mapping[str, Tensor], context: StepContext) -> tuple[Tensor, ...]:
+        """Returns the losses (2,) of a micro-batch and what is kept of it, having accumulated gradients; reads its
+        inputs alone."""
         loss = self.task.loss_of(self.engine.model, inputs, replace(context, words=inputs["words"]))
         self.engine.differentiate(loss.total * inputs["scale"].to(loss.total.dtype))
-        return torch.stack([loss.task, loss.aux])
+        return torch.stack([loss.task, loss.aux]), *loss.kept
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         return [(parameter, parameter.grad) for parameter in self.holders if parameter.grad is not None]
@@ -176,5 +184,6 @@ def check_training(config: Config, device_type: str, world_size: int) -> None:
     if config.parallel.compile != "none":
         raise ValueError(f"{_OPTION} in training needs parallel.compile=none, got {config.parallel.compile}")
     if not issubclass(find_task(config), RecordableLoss):
-        raise ValueError(f"{_OPTION} does not train task.name={config.task.name}, whose loss draws on the host")
+        lacks = "whose loss is not said to be recordable (swin_moe/tasks/base.py: RecordableLoss)"
+        raise ValueError(f"{_OPTION} does not train task.name={config.task.name}, {lacks}")
     check_rows(config, training=True)

@@ -19,8 +19,10 @@ from swin_moe.registry import lookup
 
 TASKS = {
     "classify": "swin_moe.tasks.classify:Classify",
+    "detect": "swin_moe.tasks.detect:Detect",
     "distill": "swin_moe.tasks.distill:Distill",
     "moby": "swin_moe.tasks.moby:MoBY",
+    "segment": "swin_moe.tasks.segment:Segment",
     "simmim": "swin_moe.tasks.simmim:SimMIM",
 }
 
@@ -34,6 +36,7 @@ class StepContext:
     world_size: int
     num_samples: int  # images of the whole optimizer step: all ranks, all micro-batches
     autocast: Callable[[], AbstractContextManager]  # for the forward
+    weight: float | None = None  # sum of Task.weigh over the whole optimizer step; None = the task does not weigh
     words: Tensor | None = None  # seed and step as a recorded loss reads them, see RandomContext; None = made anew
 
 
@@ -43,23 +46,28 @@ class MicroLoss:
 
     total: what backward takes; its mean over ranks, summed over micro-batches, is the loss of the optimizer step.
     task, aux: this rank's contribution to the global means of the task's loss and the auxiliary loss (sum over ranks).
+    kept: What `keep` of a task that has it (Keeps) is to get once the micro-batch has run.
     """
 
     total: Tensor
     task: Tensor
     aux: Tensor
+    kept: tuple[Tensor, ...] = ()
 
 
-def micro_loss(task: Tensor, aux: Tensor | None, num_images: int, context: StepContext) -> MicroLoss:
+def micro_loss(
+    task: Tensor, aux: Tensor | None, num_images: int, context: StepContext, kept: tuple[Tensor, ...] = ()
+) -> MicroLoss:
     """Returns the loss of a micro-batch.
 
     Args:
         task: Sum over this rank's images, divided by the images (and what else is averaged over) of the whole step.
         aux: Mean over this rank's images, times its weight; an image counts the same wherever it sits, so it is
             weighted by the rank's share of them.
+        kept: See MicroLoss.
     """
     aux = torch.zeros_like(task) if aux is None else aux * (num_images / context.num_samples)
-    return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach())
+    return MicroLoss((task + aux) * context.world_size, task.detach(), aux.detach(), kept)
 
 
 Parts = Mapping[str, tuple[Tensor, Chunk]]  # parameter -> (this rank's part of it, which box that is)
@@ -93,6 +101,8 @@ class Task(Protocol):
     higher_is_better: bool = False
     needs_partners: bool = False  # batches must hold every image's neighbour in global order, for mixing
     needs_views: bool = False  # batches must hold a second augmentation of every image, as "view"
+    needs_boxes: bool = False  # batches must hold boxes, labels and, where the data has them, masks
+    needs_label_maps: bool = False  # batches must hold a class per pixel
     changes_weights: bool = False  # after_step does something
     needs_teacher: bool = False  # swin_moe/weights/teacher.py loads it
 
@@ -105,6 +115,13 @@ class Task(Protocol):
 
     def connect(self, model: nn.Module, groups: Groups) -> None:
         """Sets what parts of the parallelized network talk to other ranks with, where they do."""
+
+    def weigh(self, batch: Batch) -> float | None:
+        """Returns what this micro-batch counts for in the step's mean, if not its images; host data, before a step.
+
+        The sum over all ranks and micro-batches is StepContext.weight. None = images count, nothing is exchanged.
+        """
+        return None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
@@ -132,7 +149,14 @@ class RecordableLoss(Protocol):
 
     def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
         """Returns the loss of a micro-batch from its `inputs`: of the context the number of images and the words
-        alone, without a look at a value."""
+        alone, without a look at a value, and without a trace in the task: a replay runs no Python."""
+
+
+class Keeps(Protocol):
+    """What a task with a RecordableLoss offers beside it whose losses give something to keep."""
+
+    def keep(self, kept: tuple[Tensor, ...]) -> None:
+        """Takes MicroLoss.kept, whose memory the next micro-batch may overwrite."""
 
 
 def build_encoder(config: Config, *, mask_token: bool = False) -> SwinTransformer:

@@ -6,7 +6,7 @@ Shape legend: B images of this micro-batch, H x W tokens of the student, C chann
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,16 @@ class Distill(Task):
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
-        image = batch["image"]
-        random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        return self.loss_of(model, self.inputs(batch, context), context)
+
+    def inputs(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """See RecordableLoss."""
+        return {"image": batch["image"], "sample": batch["sample"]}
+
+    def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
+        """See RecordableLoss. The teacher's forward is part of it."""
+        image = inputs["image"]
+        random = RandomContext(self.config.run.seed, context.step, inputs["sample"], context.words)
         with context.autocast():
             predicted, aux = model(image, random=random)
         target = self.targets(image, tuple(predicted.shape[1:3]))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from swin_moe.data.batch import Batch
 from swin_moe.models import SwinTransformer
@@ -40,6 +40,18 @@ def extract(feature_of: Callable[[Tensor], Tensor], batches: Iterable[Batch], co
 def pooled(backbone: SwinTransformer, image: Tensor) -> Tensor:
     """Returns (B, C), the mean over the normalized tokens of the last stage: what a class head sees."""
     return backbone.encode(image).tokens.flatten(1, 2).mean(dim=1)
+
+
+class Pooled(nn.Module):
+    """A backbone whose forward gives `pooled`."""
+
+    def __init__(self, backbone: SwinTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Returns (B, C)."""
+        return pooled(self.backbone, image)
 
 
 def everywhere(features: Features) -> Features:

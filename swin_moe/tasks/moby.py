@@ -7,7 +7,7 @@ Shape legend: B images of this rank, D channels of keys, Q rows of a queue.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class MoBY(Task):
     def connect(self, model: nn.Module, groups: Groups) -> None:
         """See Task."""
         assert isinstance(model, Network), "as build_network gave it"
-        self._keys: tuple[Tensor, Tensor, Tensor] | None = None
+        self._keys: tuple[Tensor, ...] = ()  # of both views, and the samples
         self._followed = model.momentum_pairs()
         for module in model.modules():
             if isinstance(module, BatchNorm):
@@ -48,22 +48,35 @@ class MoBY(Task):
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task."""
-        sample = batch["sample"]
-        random = RandomContext(self.config.run.seed, context.step, sample)
+        loss = self.loss_of(model, self.inputs(batch, context), context)
+        self.keep(loss.kept)
+        return loss
+
+    def inputs(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """See RecordableLoss."""
+        return {"image": batch["image"], "view": batch["view"], "sample": batch["sample"]}
+
+    def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
+        """See RecordableLoss."""
+        sample = inputs["sample"]
+        random = RandomContext(self.config.run.seed, context.step, sample, context.words)
         with context.autocast():
-            contrast = model(batch["image"], batch["view"], random=random)
-        self._keys = (*contrast.keys, sample)
+            contrast = model(inputs["image"], inputs["view"], random=random)
         first = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)  # where the positive one stands
         losses = [F.cross_entropy(logits, first, reduction="sum") for logits in contrast.logits]
         task = sum(losses[1:], losses[0]) / context.num_samples
-        return micro_loss(task, contrast.aux, len(sample), context)
+        return micro_loss(task, contrast.aux, len(sample), context, (*contrast.keys, sample))
+
+    def keep(self, kept: tuple[Tensor, ...]) -> None:
+        """See Keeps. The keys enter the queues after the update."""
+        self._keys = kept
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the momentum networks, and puts the step's keys where the oldest ones are."""
         momentum = momentum_at(self.config.task.moby.momentum, done.step + 1, done.total_steps)
         for name, online in self._followed.items():
             parts[name][0].lerp_(parts[online][0], 1 - momentum)
-        assert self._keys is not None, "a step has a loss"
+        assert self._keys, "a step has a loss"
         *keys, sample = (gathered(x) for x in self._keys)
         order = sample.argsort()
         for name, key in zip(("queue1", "queue2"), keys):
@@ -71,7 +84,7 @@ class MoBY(Task):
             if part.numel():
                 place = {"first_row": chunk.offset[0], "size": self.config.task.moby.queue}
                 enqueue(part, key[order].to(part), position=done.samples_before, **place)
-        self._keys = None
+        self._keys = ()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:

@@ -9,7 +9,7 @@ P pictures.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -72,9 +72,17 @@ class SimMIM(Task):
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
         """See Task. The official mean over hidden pixels of the whole batch, however it is cut."""
-        image = batch["image"]
+        return self.loss_of(model, self.inputs(batch, context), context)
+
+    def inputs(self, batch: Batch, context: StepContext) -> dict[str, Tensor]:
+        """See RecordableLoss. The key of the masks is the host's."""
         mask = self.masks(batch["sample"], step=context.step)
-        random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        return {"image": batch["image"], "mask": mask, "sample": batch["sample"]}
+
+    def loss_of(self, model: nn.Module, inputs: Mapping[str, Tensor], context: StepContext) -> MicroLoss:
+        """See RecordableLoss."""
+        image, mask = inputs["image"], inputs["mask"]
+        random = RandomContext(self.config.run.seed, context.step, inputs["sample"], context.words)
         with context.autocast():
             reconstruction, aux = model(image, mask, random=random)
         error = masked_l1_sum(self.targets(image), widened(reconstruction), mask, self.patch_size)

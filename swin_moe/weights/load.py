@@ -25,7 +25,7 @@ from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import file_key, is_wrapped
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.run.session import Session
-from swin_moe.weights.sources import Source, is_own, open_weights
+from swin_moe.weights.sources import ForeignCheckpoint, Source, is_own, open_weights
 
 _AVERAGE = "ema/"
 _NAMES_SHOWN = 160  # characters
@@ -141,7 +141,7 @@ def fill_pieces(
     online = dict(followed or {})
     keys = {name: file_key(online.get(name, name), wrapped=wrapped) for name in shapes}
     key_shapes = {keys[name]: tuple(shape) for name, shape in shapes.items()}
-    grid = None if trained is None else stage_geometry(trained, 0).resolution
+    grid = trained_grid(source, backbone)
     other_map = grid not in (None, backbone.grid)  # as many positions of another image have another order
     tensors = source.tensors(key_shapes, whole=("absolute_pos_embed",) if other_map else ())
     try:
@@ -169,6 +169,20 @@ def fill_pieces(
     return report
 
 
+def trained_grid(source: Source, backbone: SwinTransformer) -> tuple[int, int] | None:
+    """Returns height and width in tokens of a source's absolute positions; None where nothing tells.
+
+    Of another program's file without options of its own, a square of as many tokens as the network has is a guess from
+    their number.
+    """
+    trained = source.model_config()
+    if trained is None:
+        return None
+    here, there = backbone.grid, stage_geometry(trained, 0).resolution
+    guessed = isinstance(source, ForeignCheckpoint) and source.config.keys() == {"model"} and there[0] == there[1]
+    return None if guessed and there != here and math.prod(there) == math.prod(here) else there
+
+
 def window_notes(trained: ModelConfig | None, backbone: SwinTransformer) -> list[str]:
     """Returns a note where bias networks would be asked for other coordinates than they were trained for."""
     if trained is None or backbone.variant.bias != "log_cpb":
@@ -187,6 +201,7 @@ def window_notes(trained: ModelConfig | None, backbone: SwinTransformer) -> list
 
 
 def backbone_of(model: nn.Module) -> SwinTransformer:
-    """Returns the encoder in a task's network, or the network itself."""
-    backbone: Any = getattr(model, "encoder", model)  # a task's network may be anyone's
+    """Returns the encoder or backbone in a task's network, or the network itself."""
+    # A task's network may be anyone's.
+    backbone: Any = getattr(model, "encoder", None) or getattr(model, "backbone", model)
     return backbone

@@ -19,7 +19,7 @@ from swin_moe.models.official import LoadReport
 from swin_moe.models.official import load_official as load_state_dict
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.weights.fetch import Progress, fetch
-from swin_moe.weights.load import fill_pieces
+from swin_moe.weights.load import fill_pieces, trained_grid
 from swin_moe.weights.sources import Source, open_weights
 
 _log = logging.getLogger(__name__)
@@ -106,18 +106,21 @@ def load_official(
     strict: bool = True,
     *,
     interpolation: Literal["bicubic", "geometric"] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Returns the report of loading official weights; see models.official.load_official.
 
     Args:
-        state_dict: What torch.load gave, or the path of a file, which is read without executing anything.
+        state_dict: What torch.load gave, or the path of a file, which is read without executing anything, and whose
+            config, where it has one, tells `grid`.
     """
     if isinstance(state_dict, Mapping):
-        return load_state_dict(model, state_dict, strict, interpolation=interpolation)
+        return load_state_dict(model, state_dict, strict, interpolation=interpolation, grid=grid)
     if not isinstance(state_dict, str | Path):
         raise TypeError(f"load_official(model, state_dict) takes tensors or a path, got a {type(state_dict).__name__}")
     source = open_weights(state_dict, key="state_dict")
-    report = load_state_dict(model, source.tensors({}), strict, interpolation=interpolation)
+    grid = trained_grid(source, model) if grid is None else grid
+    report = load_state_dict(model, source.tensors({}), strict, interpolation=interpolation, grid=grid)
     report.notes += source.notes
     return report
 

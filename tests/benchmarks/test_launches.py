@@ -35,8 +35,11 @@ def test_a_training_step_starts_few_kernels(name, kernels):
     assert ("swin_moe.bias_gelu" in step and "swin_moe.residual_norm" in step) == (kernels == "cuda")
 
 
-# The same with blocks compiled: 60 % of what eager may start, and what is counted for the demo's network.
+# The same with blocks compiled: 60 % of what eager may start, and what is counted for the demo's network and for one of
+# a dense block and one with experts (142; eager 162).
+TWO_BLOCKS = "two blocks"
 MOST_COMPILED = {
+    TWO_BLOCKS: 146,
     "digits_swin_moe": 360,
     "swin_tiny_patch4_window7_224": 540,
     "swinv2_base_patch4_window16_256": 1560,
@@ -58,11 +61,11 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     name = "digits_swin_moe"
     settings = {"batch": 1, "precision": "bf16", "micro_batches": micro_batches}
     steps = []
-    for copied in (False, True):
+    for copies in ("none", "own", "linked"):
         model = create_model(name)
-        counts = launches.count_steps(model, model.img_size[0], **settings, copied=copied)
+        counts = launches.count_steps(model, model.img_size[0], **settings, copies=copies)
         steps.append(counts["forward"] + counts["backward"])
-    cast, made = steps
+    cast, made, linked = steps
     num_copies = len(launches.WeightCopies(create_model(name), torch.bfloat16).copies)
     lists = {op: count for op, count in (made - cast).items() if "_foreach" in op}
     assert lists == {"aten._foreach_copy_": micro_batches + 1} | (
@@ -71,6 +74,11 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     # Two casts a weight, and from the second micro-batch on autograd's sum of its gradients.
     spared = 2 * micro_batches * num_copies + (micro_batches - 1) * num_copies
     assert sum(cast.values()) - sum(made.values()) == spared - sum(lists.values())
+    # For them one operator a forward for every block, merging and the embedding of patches, and one of the step.
+    depths = create_model(name).config.depths
+    units = sum(depths) + len(depths)
+    assert linked["aten._foreach_copy_"] == micro_batches * units + 1
+    assert sum(cast.values()) - sum(linked.values()) == 2 * micro_batches * num_copies - linked["aten._foreach_copy_"]
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
@@ -78,10 +86,11 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     not hasattr(dist, "all_gather_single"), reason="held as torch 2.13 writes programs; 2.11 is counted by hand"
 )
 @pytest.mark.parametrize(
-    "name", [n if n == "digits_swin_moe" else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
+    "name", [n if n == TWO_BLOCKS else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
 )
 def test_a_compiled_step_starts_fewer(forget_graphs, name):
-    model = create_model(name)
+    small = {"depths": [1, 1], "moe_blocks": [[-1], [0]]} if name == TWO_BLOCKS else {}
+    model = create_model("digits_swin_moe" if small else name, **small)
     counts = launches.count_steps(model, model.img_size[0], batch=1, precision="bf16", compiled="block")
     step = counts["forward"] + counts["backward"]
     assert any(kernel.startswith("triton_") for kernel in step)

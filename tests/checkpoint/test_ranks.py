@@ -5,11 +5,11 @@ import pytest
 from swin_moe.checkpoint import Piece, list_checkpoints, save
 from tests.checkpoint.rank_cases import global_state, save_load_and_fail
 from tests.checkpoint.samples import directory_bytes
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
 def test_ranks_agree_with_a_single_process(tmp_path, world):
     pieces = [Piece.of(name, tensor) for name, tensor in global_state().items()]
     expected = directory_bytes(save(tmp_path / "single", 1, pieces, state={"seed": 0}, config={}, file_size=300))

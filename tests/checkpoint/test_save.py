@@ -22,7 +22,7 @@ from swin_moe.checkpoint.directory import (
     read_best,
     read_complete,
 )
-from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.checkpoint.errors import CheckpointError, out_of_memory
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import verify
 from swin_moe.checkpoint.pieces import Piece, array_to_raw
@@ -309,8 +309,9 @@ def test_a_failure_on_one_rank_is_told_on_all_and_leaves_the_old(tmp_path):
         return save(tmp_path, 2, pieces=pieces, comm=comm, to_raw=to_raw)
 
     results = run_threads(4, save_rank)
-    assert {str(error) for error in results} == {"rank 2: MemoryError: no memory left"}
+    assert {str(error) for error in results} == {"rank 2: out of memory"}
     assert all(isinstance(error, CheckpointError) for error in results)
+    assert {out_of_memory(error) for error in results} == {"rank 2: out of memory"}  # and so the exit code is its own
     assert [p.name for p in tmp_path.iterdir()] == ["0000000001"]
 
 

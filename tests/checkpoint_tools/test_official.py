@@ -18,7 +18,7 @@ from swin_moe.parallel.apply import parallelize, parameter_layout
 from swin_moe.parallel.groups import build_groups
 from tests.checkpoint_tools.official_files import FILES, FORMS, QUIET, convert, identity, tensors_of, torch_load
 from tests.models.reference import normal, relative_error
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 
 pytestmark = pytest.mark.usefixtures("yacs")
 EXPERTS = 8
@@ -46,7 +46,7 @@ def run_checkpoints(paths: list[Path]) -> list[torch.Tensor]:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, *TWO_AND_FOUR])
 def test_both_forms_run_on_any_ranks_and_give_the_official_logits(tmp_path, world):
     paths = [convert(FILES / name, tmp_path / form) for form, name in FORMS.items()]
     expected = torch.load(FILES / "expected.pt", weights_only=True)["logits"]

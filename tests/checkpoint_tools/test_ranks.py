@@ -13,7 +13,7 @@ from swin_moe.checkpoint.load import verify
 from tests.checkpoint.samples import directory_bytes
 from tests.checkpoint_tools.samples import save
 from tests.checkpoint_tools.test_stream import BIG
-from tests.ranks import ROOT
+from tests.ranks import ROOT, TWO_AND_FOUR
 
 PROGRAM = """
 import sys
@@ -35,7 +35,7 @@ mpi.call(run)
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
 def test_ranks_write_the_bytes_of_one_process(tmp_path, world):
     source, work = save(tmp_path / "run", state=BIG, file_size=1 << 22), tmp_path / "work"
     damaged = save(work / "damaged", state=BIG)

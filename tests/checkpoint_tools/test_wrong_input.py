@@ -20,7 +20,7 @@ RAW = re.compile(
     r"\w+Error:|Errno|object has no|object is not|not subscriptable|cannot reshape|broadcast|out of range"
     r"|unexpected keyword|NoneType|invalid literal|must be real|unhashable|^error: '\w+'$"
 )
-FORMATS = "native safetensors official official-moe deepspeed dcp fairscale simmim tutel timm hf nope".split()
+FORMATS = "native safetensors official official-moe deepspeed dcp fairscale dense simmim tutel timm hf nope".split()
 VALUES = ["0", "-1", "1", "3", "7", "8", "16", "x", "", "1.5", "nan", "9" * 20, "[1]", "[[1],[1,2]]", "/dev/null"]
 OPTIONS = (
     "--from --from-a --from-b --to --world --expert --expert-shard --set --file-size --digest --on-drift --max-memory "

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from swin_moe.config import Config
@@ -229,3 +230,10 @@ def test_an_unknown_path_says_so(name):
 def test_a_config_is_written_to_a_file(path):
     with pytest.raises(ValueError, match="dump_config: the path must be a file's"):
         dump_config(Config(), path)
+
+
+@pytest.mark.parametrize("overrides", ["optim.lr=1", 3, None, np.ones(()), object()])
+def test_overrides_that_are_no_list_are_refused(overrides):
+    for call in (lambda: apply_overrides(Config(), overrides), lambda: load_config("digits_dense", overrides)):
+        with pytest.raises(TypeError, match="overrides must be a list of texts such as 'optim.lr=0.1', got"):
+            call()

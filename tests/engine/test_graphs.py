@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from swin_moe import evaluate_features
 from swin_moe.config.io import load_config
 from swin_moe.engine.graphs import MOST_GRAPHS, GraphedForward, Recording, check_graphs, with_graphs
 from swin_moe.models import build_model
+from swin_moe.parallel.groups import single_process_groups
+from swin_moe.run.session import Session, build_local_model
+from swin_moe.tasks.base import build_task
+from swin_moe.weights.load import backbone_of
+from tests.tasks import cases
 
 DENSE, MOE = "digits_dense", "digits_swin_moe"
 
@@ -159,6 +165,22 @@ def test_networks_give_the_same_bits(name):
     assert graphed.record.replayed == 2
 
 
+def test_features_are_measured_from_recordings(tmp_path, monkeypatch):
+    recorder, found = Recorder(), []
+    for graphs in (False, True):
+        options = [f"engine.cuda_graphs={str(graphs).lower()}", f"run.output={tmp_path}", "data.eval_batch=40"]
+        config = load_config("digits_simmim", [*cases.TINY, *options])
+        session = Session(config, single_process_groups(), torch.device("cpu"))
+        wrapped = (lambda model, _: GraphedForward(model, recorder)) if graphs else with_graphs
+        monkeypatch.setattr(evaluate_features, "with_graphs", wrapped)
+        network = build_local_model(session, build_task(config))
+        network.init_weights(1)
+        asked = evaluate_features.parse_options(["--k", "3", "--draws", "2", "--l2", "1"])[1]
+        found.append(evaluate_features.measure(session, backbone_of(network.eval()), asked))
+    assert found[0] == found[1] and len(found[0]) == 3
+    assert recorder.replayed >= recorder.recorded > 0
+
+
 def test_only_where_asked_for():
     model = Counting()
     assert with_graphs(model, load_config(DENSE)) is model
@@ -180,6 +202,15 @@ def test_refused_in_one_sentence(name, options, device, world, sentence):
     with pytest.raises(ValueError, match="^engine.cuda_graphs=true .*" + sentence):
         check_graphs(load_config(name, ["engine.cuda_graphs=true", *options]), device, world)
     check_graphs(load_config(name, options), device, world)
+
+
+def test_features_of_any_task_may_be_recorded():
+    config = load_config("digits_simmim", ["engine.cuda_graphs=true"])
+    check_graphs(config, "cuda", 1, features=True)
+    with pytest.raises(ValueError, match="^engine.cuda_graphs=true is for task.name=classify, got simmim"):
+        check_graphs(config, "cuda", 1)
+    with pytest.raises(ValueError, match="^engine.cuda_graphs=true needs a CUDA device"):
+        check_graphs(config, "cpu", 1, features=True)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from swin_moe.parallel.groups import single_process_groups
 from swin_moe.randomness import RandomContext
 from swin_moe.run.session import Session
 from swin_moe.train import Trainer
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 from tests.training.cases import TINY, open_tiny
 from tests.waits import counted_waits
 
@@ -194,7 +194,7 @@ def count_on_ranks(root: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, *TWO_AND_FOUR])
 def test_layers_across_ranks_wait_for_nothing_by_capacity(tmp_path, world):
     for result in run_ranks(count_on_ranks, world, tmp_path, str(tmp_path), timeout=900):
         for case, (_, even, uneven) in RANKS.items():

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import swin_moe.engine.replicated as replicated
 from swin_moe.config.io import load_config
-from swin_moe.engine.weight_copies import WeightCopies, copies_of
+from swin_moe.engine.weight_copies import LinkedCopies, WeightCopies, copies_of
 from swin_moe.models import build_model
 from swin_moe.ops import extension
 from swin_moe.train import Trainer
@@ -32,6 +32,20 @@ RUNS = {
     "moby": ("digits_moby", (BF16, *cases.MOBY, "parallel.recompute=block")),
     "skipped": ("digits_dense", ("engine.precision=fp16", "data.micro_batch=10")),
 }
+EXPERTS = (*cases.MOE, *SHARED)
+# On several ranks; of 4 some have no image in the last step of an epoch.
+LINKED = {
+    "accumulated": RUNS["accumulated"],
+    "moe, zero 1": ("digits_dense", (BF16, *EXPERTS, "parallel.zero=1")),
+    "moe": ("digits_dense", (BF16, *EXPERTS, "model.img_size=20", "data.micro_batch=5")),
+    "experts on every rank": ("digits_dense", (BF16, *EXPERTS, "parallel.expert=1")),
+    "fp16, recomputed": ("digits_dense", ("engine.precision=fp16", *EXPERTS, "parallel.recompute=block")),
+    "fairscale 1": ("digits_dense", (BF16, *EXPERTS, "engine.name=fairscale", "parallel.zero=1")),
+    "fairscale 2": ("digits_dense", (BF16, "engine.name=fairscale", "parallel.zero=2", "data.micro_batch=5")),
+    "frozen": RUNS["frozen"],
+    "moby": ("digits_moby", (BF16, *cases.MOBY, "parallel.recompute=block", "parallel.zero=1")),
+    "skipped": ("digits_dense", ("engine.precision=fp16", "data.micro_batch=5")),
+}
 
 
 def finish(trainer: Trainer) -> dict:
@@ -44,7 +58,7 @@ def finish(trainer: Trainer) -> dict:
 
 def run(directory: Path, name: str, *, copied: bool, source: str = "") -> tuple[dict, str]:
     """Returns (outcome, the first of its checkpoints) of a run with or without copies."""
-    setup, options = RUNS[name]
+    setup, options = (RUNS if dist.get_world_size() == 1 else LINKED)[name]
     extra = (*COMMON, *options, "checkpoint.every=1", *((f"checkpoint.load={source}",) if source else ()))
     kept = replicated.copies_of
     if not copied:
@@ -54,7 +68,8 @@ def run(directory: Path, name: str, *, copied: bool, source: str = "") -> tuple[
     finally:
         replicated.copies_of = kept
     made: Any = trainer.engine
-    assert (made.parts.copies is not None) == (copied and dist.get_world_size() == 1)
+    kind = type(None) if not copied else WeightCopies if dist.get_world_size() == 1 else LinkedCopies
+    assert type(made.parts.copies) is kind
     if name == "skipped":
         trainer.engine.loss_scale.value = 2.0**40  # the first steps overflow, and are repeated to name what did
     trainer.resume()
@@ -79,7 +94,7 @@ def compare(root: str, names: tuple[str, ...]) -> dict[str, list[str]]:
         ]
         if runs["copied"]["rows"] != cast["rows"]:
             different[name].append("records")
-        assert cast["rows"], "a run writes records"
+        assert cast["rows"] or dist.get_rank(), "a run writes records"
     return different
 
 
@@ -93,10 +108,77 @@ def test_runs_are_the_same_to_the_bit(tmp_path, names):
 
 
 @pytest.mark.mpi
-@pytest.mark.full
-def test_two_ranks_cast_as_before(tmp_path):
-    for result in run_ranks(compare, 2, tmp_path, str(tmp_path), ("accumulated",), timeout=200):
-        assert result == {"accumulated": []}
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [
+        (2, ("moe, zero 1",)),
+        pytest.param(2, tuple(LINKED.keys() - {"moe, zero 1"}), marks=pytest.mark.full),
+        pytest.param(4, tuple(LINKED), marks=pytest.mark.full),
+    ],
+    ids=lambda value: value if isinstance(value, int) else len(value),
+)
+def test_several_ranks_are_the_same_to_the_bit(tmp_path, world, names):
+    for result in run_ranks(compare, world, tmp_path, str(tmp_path), names, timeout=800):
+        assert result == {name: [] for name in names}
+
+
+def linked_network():
+    model = build_model(load_config("digits_swin_moe", []).model)
+    model.init_weights(0)
+    return model, LinkedCopies(model, torch.bfloat16)
+
+
+def forward(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, aux = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    return logits.float().square().sum() + aux
+
+
+def test_gradients_arrive_while_backward_runs():
+    """As DDP reduces bucket after bucket: of a block before those of the block in front of it."""
+    model, copies = linked_network()
+    arrived: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    with copies.used():
+        forward(model).backward()
+    blocks = [".".join(name.split(".")[:4]) for name in arrived if ".blocks." in name]
+    found = [block for block, before in zip(blocks, ["", *blocks]) if block != before]
+    assert found == [f"layers.{stage}.blocks.{b}" for stage in (1, 0) for b in reversed(range((2, 4)[stage]))]
+
+
+def test_a_linked_network_is_itself_again():
+    model, copies = linked_network()
+    names, weight = list(dict(model.named_parameters())), model.layers[0].blocks[0].attn.proj.weight
+    with copies.used():
+        assert model.layers[0].blocks[0].attn.proj.weight is weight, "before its block begins"
+        with torch.no_grad():
+            forward(model)
+        assert model.layers[0].blocks[0].attn.proj.weight.dtype == torch.bfloat16
+        loss = forward(model)
+        assert model.layers[0].blocks[0].attn.proj.weight.grad_fn is not None, "gradients after a look without them"
+        assert list(dict(model.named_parameters())) == names
+    assert model.layers[0].blocks[0].attn.proj.weight is weight
+    loss.backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_weight_written_in_place_is_cast_before_it_is_used():
+    model, copies = linked_network()
+    weight = model.layers[0].blocks[0].attn.proj.weight
+    model.eval()
+    with torch.no_grad():
+        before = forward(model)
+        weight.add_(1)
+        copies.verify()
+        weight.add_(1)
+        plain = forward(model)
+        with copies.used():
+            assert torch.equal(forward(model), plain) and not torch.equal(plain, before)
+        weight.data.add_(1)
+    with pytest.raises(ValueError, match="attn.proj.weight was changed in the network"):
+        copies.verify()
 
 
 def test_which_weights_have_copies():
@@ -124,8 +206,13 @@ def test_a_bias_that_a_kernel_adds_in_float32_has_no_copy(monkeypatch):
     [
         ((), 1),
         (("engine.precision=fp64",), 1),
-        ((BF16,), 2),
+        ((), 2),
+        ((BF16, "parallel.zero=2"), 2),
+        ((BF16, "parallel.zero=3"), 2),
+        ((BF16, "engine.name=deepspeed", "parallel.zero=1"), 2),
         ((BF16, "engine.offload=optimizer"), 1),
+        ((BF16, "engine.offload=optimizer"), 2),
+        ((BF16, "parallel.compile=block"), 2),
         ((BF16, "parallel.compile=block"), 1),
         ((BF16, "task.name=elsewhere:Task"), 1),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.equivalence import engine_runs
-from tests.equivalence.engine_cases import BALANCED, CASES, CHECKPOINTS, Case, chosen, runnable
+from tests.equivalence.engine_cases import BALANCED, CASES, CHECKPOINTS, STEPS, STEPS_FULL, Case, chosen, runnable
 from tests.gathered import gathered
 from tests.ranks import run_ranks
 
@@ -84,15 +84,21 @@ def oracles_of(cases: list[Case]) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def alone(request, tmp_path_factory):
-    """Returns what one rank gives for everything that is compared with it."""
-    cases = oracles_of([case for world in WORLDS for case in chosen(world, request.config.getoption("--full"))])
-    root = tmp_path_factory.mktemp("alone")
-    return run_ranks(engine_runs.run_alone, 1, root, cases, str(root), timeout=900)[0]
+def steps(request):
+    """Returns how many steps every case takes."""
+    return STEPS_FULL if request.config.getoption("--full") else STEPS
 
 
 @pytest.fixture(scope="module")
-def results_of(request, alone, tmp_path_factory):
+def alone(request, steps, tmp_path_factory):
+    """Returns what one rank gives for everything that is compared with it."""
+    cases = oracles_of([case for world in WORLDS for case in chosen(world, request.config.getoption("--full"))])
+    root = tmp_path_factory.mktemp("alone")
+    return run_ranks(engine_runs.run_alone, 1, root, cases, steps, str(root), timeout=900)[0]
+
+
+@pytest.fixture(scope="module")
+def results_of(request, alone, steps, tmp_path_factory):
     """Returns world -> what every rank of it gave; a world is started once.
 
     A function and not a parametrized fixture: pytest sets those up again for every test.
@@ -103,7 +109,7 @@ def results_of(request, alone, tmp_path_factory):
         cases = chosen(world, request.config.getoption("--full"))
         root = tmp_path_factory.mktemp("ranks")
         sources = {precision: alone[precision]["source"] for precision in ("fp64", "fp32")}
-        return run_ranks(engine_runs.run_world, world, root, cases, sources, str(root), timeout=3000)
+        return run_ranks(engine_runs.run_world, world, root, cases, steps, sources, str(root), timeout=3000)
 
     return start
 

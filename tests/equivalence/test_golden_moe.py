@@ -9,7 +9,7 @@ from swin_moe.config import ParallelConfig
 from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import build_groups
 from tests.models.reference import GOLDEN, fill_by_name, gradient_norms, normal, official_name, relative_error
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 
 pytestmark = pytest.mark.mpi
 TOLERANCE = 1e-5
@@ -34,7 +34,7 @@ def run_rank() -> list[dict]:
     return results
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
 def test_logits_auxiliary_losses_and_gradients(world, tmp_path):
     ranks = run_ranks(run_rank, world, tmp_path)
     for index, routing in enumerate(ROUTINGS):

@@ -47,11 +47,15 @@ FAULTS = (
 
 _TRAINED_EVERYWHERE = [("SIGKILL of a rank", "saving"), ("SIGTERM of the launcher", "steady state")]
 _TRAINED = [
-    ("exception", "first step", "srun"), ("exit(0)", "rendezvous", "openmpi"), ("exit(3)", "import", "mpich"),
-    ("SIGSTOP of a rank", "steady state", "mpich"), ("out of memory", "steady state", "mpich"),
-    ("SIGKILL of the launcher", "saving", "openmpi"), ("SIGKILL of mpirun", "saving", "openmpi"),
+    ("exception", "first step", "srun"),
+    ("exit(0)", "rendezvous", "openmpi"),
+    ("exit(3)", "import", "mpich"),
+    ("SIGSTOP of a rank", "steady state", "mpich"),
+    ("out of memory", "steady state", "mpich"),
+    ("SIGKILL of the launcher", "saving", "openmpi"),
+    ("SIGKILL of mpirun", "saving", "openmpi"),
     ("SIGKILL of the daemon", "saving", "srun"),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,12 @@ def _start(
             (folder / "hosts").write_text("10.99.0.1 slots=2\n")
             options += ["--hostfile", str(folder / "hosts"), "--log-dir", str(folder / "log")]
     told = extra | {
-        fault_program.FOLDER: str(folder), fault_program.PHASE: cell.phase, fault_program.FAULT: cell.fault.name,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/launcher/faults"), str(ROOT)]), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        fault_program.FOLDER: str(folder),
+        fault_program.PHASE: cell.phase,
+        fault_program.FAULT: cell.fault.name,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/launcher/faults"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+    }
     environ = environ | told  # for daemons; --env for ranks on other hosts
     own = [word for name, value in told.items() for word in ("--env", f"{name}={value}")]
     command = [sys.executable, "-m", "launcher", "-n", "2", *options, *own]
@@ -279,9 +282,10 @@ def main(arguments: list[str]) -> int:
     """Returns 0 where every cell came to what it has to, in time."""
     options = _parser().parse_args(arguments)
     chosen = [
-        cell for cell in cells()
+        cell
+        for cell in cells()
         if all({cell.fault.name, cell.phase, cell.starter} & set(names) or not names for names in _axes(options.only))
-    ]  # fmt: skip
+    ]
     cluster = SlurmCluster() if any(cell.starter == "srun" for cell in chosen) and not why_not() else None
     results: dict[Cell, Result] = {}
     try:

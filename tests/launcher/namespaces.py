@@ -157,9 +157,14 @@ class Cluster:
         """Returns a command that was started on a host, in this repository's folder; stderr goes where stdout goes."""
         environ = without_world(os.environ) | {"PATH": _PATH, "OMP_NUM_THREADS": "1"} | variables
         process = subprocess.Popen(
-            self._enter(host, *command), env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
+            self._enter(host, *command),
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         self._started.append(process)
         return process
 
@@ -267,9 +272,14 @@ class Cluster:
         tests = os.getpid()
         with (self.folder / "log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [*_unshare(), "sh", "-e", "-c", script], env=_environ(), stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, start_new_session=True, preexec_fn=lambda: watch.die_with_parent(tests),
-            )  # fmt: skip
+                [*_unshare(), "sh", "-e", "-c", script],
+                env=_environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=lambda: watch.die_with_parent(tests),
+            )
 
     def _connect(self) -> None:
         switches = sorted({card.switch for cards in self._cards.values() for card in cards if card.switch})

@@ -66,8 +66,9 @@ class SlurmCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-test-", dir="/tmp"))
         self._daemons: list[subprocess.Popen] = []
         self.environ = os.environ | {
-            "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
-        }  # fmt: skip
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
         try:
             self._start()
         except BaseException:
@@ -80,11 +81,15 @@ class SlurmCluster:
             (folder / name).mkdir()
         controller, first, second = _free_ports(3)
         text = _CONFIGURATION.format(
-            folder=folder, host=socket.gethostname(), cores=os.cpu_count(), controller=controller,
-            first=first, second=second,
+            folder=folder,
+            host=socket.gethostname(),
+            cores=os.cpu_count(),
+            controller=controller,
+            first=first,
+            second=second,
             # MPICH names its shared memory after job and step, and killed ranks of an earlier test leave theirs behind.
             job=int.from_bytes(os.urandom(3), "big") + 1,
-        )  # fmt: skip
+        )
         (folder / "slurm.conf").write_text(text)
         key = folder / "munge.key"
         key.touch(mode=0o600)
@@ -102,9 +107,14 @@ class SlurmCluster:
         tests = os.getpid()
         with open(self.folder / "daemons.log", "ab") as log:
             process = subprocess.Popen(
-                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                command,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
                 preexec_fn=lambda: watch.die_with_parent(tests),  # a killed test run takes its daemons along
-            )  # fmt: skip
+            )
         self._daemons.append(process)
 
     def run(self, *command: str, timeout: float = 60, **options) -> subprocess.CompletedProcess:

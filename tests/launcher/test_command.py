@@ -82,7 +82,7 @@ def test_no_mpirun_anywhere(tmp_path, monkeypatch):
         (["--", "-m", "swin_moe.train.x"], "-m swin_moe.train.x: there is no module 'x' in swin_moe.train"),
         (["--", "-m", "swin_moe.data", "a.yaml"], "-m swin_moe.data: this package is no program"),
         (["--", "-m", "swin_moe/train.py"], "-m takes the name of a module, such as swin_moe.train, got"),
-    ],  # fmt: skip
+    ],
 )
 def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert main(arguments) == 2

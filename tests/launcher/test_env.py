@@ -12,6 +12,7 @@ from launcher.env import (
     speaks_first,
     tasks_of_node,
     without_world,
+    world_size_of_mpi,
 )
 
 TORCHRUN = {
@@ -77,11 +78,33 @@ def test_parse_ready_without_local_ranks_means_one_host():
         ({"MASTER_PORT": "http"}, "MASTER_PORT"),
         ({"MASTER_PORT": "99999"}, r"MASTER_PORT must be in \[1, 65535\], got 99999"),
         ({"WORLD_SIZE": "²"}, "WORLD_SIZE must be a whole number"),
+        ({"WORLD_SIZE": "9" * 25}, r"WORLD_SIZE must be in \[1, 2147483647\], got 9999999999999999999999999"),
     ],
 )
 def test_parse_ready_names_the_bad_variable(change, message):
     with pytest.raises(ValueError, match=message):
         parse_ready(TORCHRUN | change)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (MPICH | {"PMI_SIZE": "0"}, r"PMI_RANK must be in \[0, PMI_SIZE\), got PMI_RANK=0 and PMI_SIZE=0"),
+        (MPICH | {"PMI_SIZE": "9" * 25}, r"PMI_SIZE must be in \[1, 2147483647\]"),
+        (MPICH | {"PMI_RANK": "2"}, "PMI_RANK=2 and PMI_SIZE=2"),
+        (MPICH | {"PMI_RANK": "-1"}, "PMI_RANK must be a whole number"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "0"}, "OMPI_COMM_WORLD_RANK=0 and OMPI_COMM_WORLD_SIZE=0"),
+        (SRUN | {"SLURM_NTASKS": "5"}, "SLURM_PROCID=5 and SLURM_NTASKS=5"),
+    ],
+)
+def test_a_rank_outside_its_world_is_refused(environ, said):
+    with pytest.raises(ValueError, match=said):
+        world_size_of_mpi(environ)
+
+
+def test_a_task_outside_its_step_is_refused():
+    with pytest.raises(ValueError, match="SLURM_PROCID=5 and SLURM_NTASKS=5"):
+        parse_slurm(SRUN | {"SLURM_NTASKS": "5"})
 
 
 @pytest.mark.parametrize(
@@ -123,12 +146,16 @@ def test_parse_slurm():
 @pytest.mark.parametrize(
     "environ, tasks",
     [
-        (SRUN, 2), (SRUN | {"SLURM_NODEID": "0"}, 4), (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_FD": "9"}, 2),
-        (SRUN | MPICH, None), (SRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None), (BATCH_SCRIPT, None),
+        (SRUN, 2),
+        (SRUN | {"SLURM_NODEID": "0"}, 4),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "6", "PMI_FD": "9"}, 2),
+        (SRUN | MPICH, None),
+        (SRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None),
+        (BATCH_SCRIPT, None),
         (TORCHRUN, None),
         (SRUN | {"SLURM_STEP_ID": "4294967290"}, None),
     ],
-)  # fmt: skip
+)
 def test_tasks_of_this_node(environ, tasks):
     assert tasks_of_node(environ) == tasks
 

@@ -91,7 +91,7 @@ AGENTS = {
     "intel": ("I_MPI_HYDRA_BOOTSTRAP_EXEC", {}),
     "openmpi4": ("OMPI_MCA_plm_rsh_agent", {"OMPI_MCA_oob_tcp_if_include": "lo", "OMPI_MCA_btl_tcp_if_include": "lo"}),
     "openmpi5": ("PRTE_MCA_plm_ssh_agent", {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.mpi

@@ -124,8 +124,9 @@ def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
     token = os.urandom(8).hex()
     mine = sleeper(**{line.TOKEN: token, "PMI_RANK": "1"})
     others = [
-        sleeper(**{line.TOKEN: token, "PMI_RANK": "0"}), sleeper(**{line.TOKEN: token[:-1] + "x", "PMI_RANK": "1"}),
-    ]  # fmt: skip
+        sleeper(**{line.TOKEN: token, "PMI_RANK": "0"}),
+        sleeper(**{line.TOKEN: token[:-1] + "x", "PMI_RANK": "1"}),
+    ]
     try:
         wait_for(lambda: len(orphans.processes(token)) == 2, "both processes")
         assert orphans.processes(token, rank="1") == [mine.pid]

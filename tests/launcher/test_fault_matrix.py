@@ -107,8 +107,10 @@ def test_what_is_wrong_with_a_cell_is_found():
     assert problems(cell, Came(1.0, 9, line)) == ["exit code 9, not 3"]
     assert problems(cell, Came(1.0, 3, f"{line}\nmore")) == ["names ranks []", "last line 'more'"]
     assert problems(cell, Came(1.0, 3, line, ["sleep 600"], ["checkpoint-1"], ["mpich_shm_1_0"])) == [
-        "left running: ['sleep 600']", "lost: ['checkpoint-1']", "left in shared memory: ['mpich_shm_1_0']",
-    ]  # fmt: skip
+        "left running: ['sleep 600']",
+        "lost: ['checkpoint-1']",
+        "left in shared memory: ['mpich_shm_1_0']",
+    ]
     host = "launcher: host (exit code 69): no rank said why"
     assert problems(cell_of("SIGKILL of mpirun"), Came(1.0, 69, host)) == []
     assert problems(cell_of("SIGKILL of mpirun"), Came(1.0, 69, f"[rank 1] error: killed\n{host}")) == [

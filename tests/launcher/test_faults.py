@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.env import without_world
-from tests.ranks import ROOT
+from tests.ranks import ROOT, TWO_AND_FOUR
 
 pytestmark = pytest.mark.mpi
 # The environment's MPICH, and Open MPI where the machine has it.
@@ -162,7 +162,7 @@ def test_ranks_that_ignore_signals_are_killed(numbers, options, code, said, tmp_
 
 
 @pytest.mark.parametrize("mpi", MPIS)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
 @pytest.mark.parametrize(
     "program, code, words",
     [

@@ -117,9 +117,10 @@ def test_a_host_without_a_route_is_named(cards, words, mpi, tmp_path):
 def test_hosts_that_only_the_launcher_reaches_are_named(tmp_path):
     """n2 and n3 are on two networks, n1 on both; by the address that n1's name stands for n3 finds no way back."""
     cards = {
-        "n1": ["eth0 10.21.0.1/24 left", "eth1 10.22.0.1/24 right"], "n2": ["eth0 10.21.0.2/24 left"],
+        "n1": ["eth0 10.21.0.1/24 left", "eth1 10.22.0.1/24 right"],
+        "n2": ["eth0 10.21.0.2/24 left"],
         "n3": ["eth1 10.22.0.3/24 right"],
-    }  # fmt: skip
+    }
     with Cluster(cards, [tmp_path]) as cluster:
         code, output, _ = run(cluster, tmp_path, "write_environment", "n1 n2 n3")
     assert code == kinds.HOST, output
@@ -190,8 +191,11 @@ def test_hosts_with_one_name_and_unequal_slots_are_told_apart(tmp_path):
     with Cluster(hosts(2, DOCKER, SLOW), [tmp_path], names) as cluster:
         ranks, _ = meet(cluster, tmp_path, "n1:3 n2:1")
     assert [(rank["LOCAL_RANK"], rank["LOCAL_WORLD_SIZE"]) for rank in ranks] == [
-        ("0", "3"), ("1", "3"), ("2", "3"), ("0", "1"),
-    ]  # fmt: skip
+        ("0", "3"),
+        ("1", "3"),
+        ("2", "3"),
+        ("0", "1"),
+    ]
     assert {rank["MASTER_ADDR"] for rank in ranks} == {"10.20.0.1"}
 
 

@@ -159,9 +159,12 @@ def test_lines_of_other_hosts_come_whole_through_mpirun(mpi, tmp_path):
         names = f"-x {pump.CONSOLE} -x {TOKEN} "
         line = line.replace(" --map-by", f" {names}--map-by")
     process = subprocess.run(
-        ["bash", "-c", f"exec {sys.executable} -c \"$0\" {line}", FORWARDED],
-        cwd=ROOT, env=without_world(os.environ), capture_output=True, timeout=PATIENCE,
-    )  # fmt: skip
+        ["bash", "-c", f'exec {sys.executable} -c "$0" {line}', FORWARDED],
+        cwd=ROOT,
+        env=without_world(os.environ),
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert process.returncode == 0, process.stderr
     for number, stream in enumerate((process.stdout, process.stderr)):
         assert_whole(stream, number, 3, tmp_path, tag="all")
@@ -258,7 +261,10 @@ def test_one_rank_writes_to_the_screen_itself(tmp_path):
     """Nothing can get between its lines, and its progress bars move."""
     done = subprocess.run(
         [sys.executable, "-m", "launcher", "--quiet", "--", "-m", "tests.launcher.programs", "say_two_lines", "."],
-        cwd=ROOT, env=without_world(os.environ), capture_output=True, timeout=PATIENCE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=without_world(os.environ),
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert done.stdout == b"first of rank 0\nsecond of rank 0\n"
     assert not (Path(ROOT) / "pid-0").unlink()

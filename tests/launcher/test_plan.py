@@ -17,9 +17,11 @@ from tests.ranks import ROOT
 
 HERE = socket.gethostname()
 TWO_NODES = Machine(
-    tuple(Core(number, number // 4, (0, number)) for number in range(8)), None,
-    (Gpu("0000:01:00.0", "NVIDIA", 1), Gpu("0000:02:00.0", "NVIDIA", 0)), {},
-)  # fmt: skip
+    tuple(Core(number, number // 4, (0, number)) for number in range(8)),
+    None,
+    (Gpu("0000:01:00.0", "NVIDIA", 1), Gpu("0000:02:00.0", "NVIDIA", 0)),
+    {},
+)
 
 
 def cells(lines):

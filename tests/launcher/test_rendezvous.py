@@ -25,7 +25,7 @@ from launcher.meeting.rendezvous import (
     reaches,
     settle,
     without_route,
-)  # fmt: skip
+)
 from tests.launcher.test_network import DOCKER, FAST, SIX, SLOW, hosts
 from tests.ranks import ROOT
 

@@ -56,10 +56,14 @@ def test_preemptions_count_apart():
 @pytest.mark.parametrize(
     "outcome",
     [
-        Outcome(0), Outcome(kinds.CONFIGURATION), Outcome(kinds.INTERRUPTED), Outcome(kinds.NOT_STOPPED),
-        Outcome(kinds.PREEMPTED, asked_to_stop=True), Outcome(137, asked_to_stop=True),
+        Outcome(0),
+        Outcome(kinds.CONFIGURATION),
+        Outcome(kinds.INTERRUPTED),
+        Outcome(kinds.NOT_STOPPED),
+        Outcome(kinds.PREEMPTED, asked_to_stop=True),
+        Outcome(137, asked_to_stop=True),
     ],
-)  # fmt: skip
+)
 def test_what_ended_as_it_should_is_not_started_again(outcome):
     assert Policy(restarts=3, backoff=0).after(outcome) == (None, "")
 
@@ -72,10 +76,14 @@ def test_without_restarts_nothing_is_started_again():
 @pytest.mark.parametrize(
     "ranks, room, allowed, least, chosen",
     [
-        (32, 31, [32, 24, 16], None, 24), (32, 32, [32, 24, 16], None, 32), (32, None, None, None, 32),
-        (4, 3, None, 2, 3), (8, 23, None, None, 8), (32, 20, [64, 32, 16], None, 16),
+        (32, 31, [32, 24, 16], None, 24),
+        (32, 32, [32, 24, 16], None, 32),
+        (32, None, None, None, 32),
+        (4, 3, None, 2, 3),
+        (8, 23, None, None, 8),
+        (32, 20, [64, 32, 16], None, 16),
     ],
-)  # fmt: skip
+)
 def test_ranks_of_the_next_start(ranks, room, allowed, least, chosen):
     assert choose_ranks(ranks, room, allowed, least) == chosen
 

@@ -24,9 +24,13 @@ COMMON = ["--nodes", "2", "--ranks-per-node", "4", "--cores-per-rank", "8", "--g
 COMMON += ["--name", "swin", "--queue", "gpu", "--account", "lab", "--python", "/opt/venv/bin/python"]
 PROGRAM = ["--", "-m", "json.tool", "run.name=it's new"]
 CASES = {
-    "slurm": ["--env", "NCCL_DEBUG=WARN"], "pbs": ["--forward", "WANDB_*"], "lsf": ["--mpi", "mpirun"], "flux": [],
-    "k8s": ["--image", "registry/swin:1"], "k8s-pytorchjob": ["--image", "registry/swin:1", "--kind", "pytorchjob"],
-}  # fmt: skip
+    "slurm": ["--env", "NCCL_DEBUG=WARN"],
+    "pbs": ["--forward", "WANDB_*"],
+    "lsf": ["--mpi", "mpirun"],
+    "flux": [],
+    "k8s": ["--image", "registry/swin:1"],
+    "k8s-pytorchjob": ["--image", "registry/swin:1", "--kind", "pytorchjob"],
+}
 
 # Options of each manual that a directive here may use (sources: the docstrings of launcher/schedulers).
 DOCUMENTED = {
@@ -228,9 +232,11 @@ def test_a_warning_has_the_ranks_save_and_the_job_return(name, code, signals, tm
     assert process.wait(30) == code
     noted = (tmp_path / "again").read_text() if (tmp_path / "again").exists() else ""
     again = {
-        "slurm": "scontrol requeue 7\n", "pbs": f"qsub -W depend=afterany:7.pbs {path}\n", "lsf": "",
+        "slurm": "scontrol requeue 7\n",
+        "pbs": f"qsub -W depend=afterany:7.pbs {path}\n",
+        "lsf": "",
         "flux": f"flux --parent batch {path}\n",
-    }  # fmt: skip
+    }
     assert noted == (again[name] if code == 75 else "")
 
 

@@ -23,9 +23,14 @@ def train(folder, ranks, fault, *options, launcher=(), patience=300.0):
     command = [sys.executable, "-m", "launcher", "-n", str(ranks), "--no-bind", *launcher, "--", *program]
     command += [*TEN_STEPS, f"run.output={folder}", "engine.timeout=1200", *options]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=patience,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
@@ -50,9 +55,12 @@ def assert_near(found, expected, tolerance):
 def test_the_same_ranks_go_on_to_the_bit(tmp_path):
     train(tmp_path / "whole", 2, "", "model.moe.group_images=12")
     output = train(
-        tmp_path / "broken", 2, "kill rank 1 once", "model.moe.group_images=12",
+        tmp_path / "broken",
+        2,
+        "kill rank 1 once",
+        "model.moe.group_images=12",
         launcher=("--restarts", "1", "--backoff", "0.1", "--log-dir", str(tmp_path / "logs")),
-    )  # fmt: skip
+    )
     assert "failure 1 at step 3, of 1 that may be survived; starting again in 0.1 s with 2 ranks" in output
     assert_near(curve(tmp_path / "broken"), curve(tmp_path / "whole"), 0.0)
     assert curve(tmp_path / "broken") == curve(tmp_path / "whole")  # routing and gradients, too
@@ -65,9 +73,13 @@ def test_32_ranks_lose_one_and_finish_on_24(tmp_path):
     options = ("model.moe.group_images=12", "data.eval_batch=96")
     train(tmp_path / "whole", 32, "", *options, patience=3600)
     output = train(
-        tmp_path / "broken", 32, "kill rank 1 once", *options, patience=3600,
+        tmp_path / "broken",
+        32,
+        "kill rank 1 once",
+        *options,
+        patience=3600,
         launcher=("--restarts", "1", "--backoff", "0.1", "--allowed-ranks", "32,24,16"),
-    )  # fmt: skip
+    )
     assert "failure 1 at step 3, of 1 that may be survived; starting again in 0.1 s with 24 ranks" in output
     assert "launcher: program error (exit code 137): rank 1 (" in output
     assert_near(curve(tmp_path / "broken"), curve(tmp_path / "whole"), 1e-6)

@@ -1,5 +1,7 @@
 """Expert gradients summed during backward are those that reduce_expert_gradients sums after it, to the bit."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +11,10 @@ from swin_moe.parallel import apply
 from swin_moe.parallel.apply import expert_parameters, reduce_expert_gradients
 from swin_moe.parallel.expert_reduction import ExpertReduction
 from swin_moe.parallel.groups import build_groups
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 
 SIZES = (5, 7, 300, 11, 2)
+MICRO_STEPS = (1, 3)
 
 
 class Layer(torch.nn.Module):
@@ -62,13 +65,24 @@ def compare(micro_steps: int) -> list:
     return results
 
 
+def compare_each() -> dict[int, list]:
+    """Returns micro-steps -> what compare gives."""
+    return {micro_steps: compare(micro_steps) for micro_steps in MICRO_STEPS}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Returns world -> what every rank of it gave; a world is started once."""
+    return functools.cache(lambda world: run_ranks(compare_each, world, tmp_path_factory.mktemp("ranks")))
+
+
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("micro_steps", [1, 3])
-def test_same_bits_and_under_way_before_the_end(tmp_path, world, micro_steps):
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
+@pytest.mark.parametrize("micro_steps", MICRO_STEPS)
+def test_same_bits_and_under_way_before_the_end(compared, world, micro_steps):
     buckets = 3  # of at most 100 bytes or one parameter: 5 and 7 numbers, 300, 11 and 2
-    for result in run_ranks(compare, world, tmp_path, micro_steps):
-        for under_way in result:
+    for result in compared(world):
+        for under_way in result[micro_steps]:
             assert under_way[:-1] == [0] * (micro_steps - 1) and under_way[-1] == buckets, under_way
 
 

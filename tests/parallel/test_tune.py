@@ -8,7 +8,7 @@ from swin_moe.moe.dispatch import make_order
 from swin_moe.parallel.exchange.tune import candidates, choose, even_routing, tune
 from swin_moe.parallel.groups import Degrees, Groups
 from tests.parallel.tune_cases import run_world
-from tests.ranks import run_ranks
+from tests.ranks import TWO_AND_FOUR, run_ranks
 
 
 def names(payload, hosts, dtype):
@@ -46,7 +46,7 @@ def test_nothing_is_tuned_where_rows_do_not_travel():
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", TWO_AND_FOUR)
 def test_ranks_choose_alike_and_a_second_start_measures_nothing(tmp_path, world):
     results = run_ranks(run_world, world, tmp_path, str(tmp_path / "cache"))
     assert all(result == results[0] for result in results)

@@ -118,8 +118,9 @@ def speeds_of(network, active):
 def run(network, tasks):
     """Returns (seconds, start and end of every task, bytes by link, highest use of any link over its rate)."""
     by_link = {i: loads(network, task.transfer) for i, task in enumerate(tasks) if task.transfer is not None}
-    alone = {i: max((s / rate_of(network, k) for (k, _), s in found.items()), default=0.0)
-             for i, found in by_link.items()}  # fmt: skip
+    alone = {
+        i: max((s / rate_of(network, k) for (k, _), s in found.items()), default=0.0) for i, found in by_link.items()
+    }
     waiting, running, spans, now = list(range(len(tasks))), {}, {}, 0.0
     carried, highest = defaultdict(float), 0.0
     while waiting or running:

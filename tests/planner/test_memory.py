@@ -10,8 +10,9 @@ import torch
 
 from swin_moe.config.io import load_config
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
+from swin_moe.planner.micro_step import example_batch, trace_exactly, trace_micro_step
 from swin_moe.planner.trace import LiveBytes, over_time
+from swin_moe.tasks.base import build_task
 from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -23,7 +24,13 @@ TINY = (
 )
 CASES = {
     1: ("swin bf16, copies of weights", "swin_moe"),
-    2: ("swinv2 bf16", "swin FairScale OSS", "swinv2 ZeRO-3, recomputed", "swin_moe ZeRO-1, expert 2, payload bf16"),
+    2: (
+        "swinv2 bf16",
+        "swin FairScale OSS",
+        "swinv2 ZeRO-3, recomputed",
+        "swin_moe ZeRO-1, expert 2, payload bf16",
+        "swin_moe bf16, expert 2, 2 micro-batches",
+    ),
 }
 
 
@@ -113,3 +120,14 @@ def test_live_bytes_of_a_known_program():
     (segment,) = seen.segments
     assert segment.live[-1] == 0 and segment.gradients[-1] == 4096 and segment.live.max() >= 3 * 4096
     assert isinstance(segment.live, np.ndarray) and segment.launches > 2
+
+
+def test_label_maps_are_traced_and_objects_are_refused():
+    config = load_config("canvas_upernet")
+    segments = trace_exactly(config, Degrees(1, 1, 1), 2)
+    assert len(segments) > 4  # blocks, forward and backward
+    task = build_task(config)
+    assert example_batch(config, 3, task)["label_map"].shape == (3, 64, 64)
+    task.needs_boxes = True
+    with pytest.raises(ValueError, match="plans are not for task.name=segment: what its heads hold depends"):
+        example_batch(config, 3, task)

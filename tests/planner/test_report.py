@@ -50,6 +50,10 @@ def test_images_are_those_of_the_data_set_or_unknown():
     assert images_of(load_config("swinv2_giant_3b_patch4_window12_192_22k")) == 14_197_122
     folder = apply_overrides(DIGITS, ["data.name=folder", "data.path=/nowhere", "model.num_classes=7"])
     assert images_of(folder) is None
+    assert images_of(apply_overrides(DIGITS, ["data.name=canvases", "data.dense.canvases=77"])) == 77
+    coco = apply_overrides(DIGITS, ["data.name=coco", "data.path=/nowhere"])
+    assert images_of(coco) is None
+    assert images_of(apply_overrides(coco, ["model.num_classes=80"])) == 117_266
     costs = predict_costs(folder, load_hardware("cpu"), WORK, planned(), 0)
     assert costs.days is None and costs.price_dollars is None and "--images N" in describe_costs(costs)[0]
 

@@ -33,13 +33,18 @@ def write_run(folder, ranks=1, machine=None, records=None, options=()):
         time, memory = traced.time(machine), traced.memory()
         rows.append(
             {
-                "step": 2, "speed/images_per_second": 16 / (time.seconds + 0.5), "speed/ranks": ranks,
-                "speed/s_forward": time.forward, "speed/s_backward": time.backward + time.exchange,
-                "speed/s_update": time.update + time.reduction, "speed/s_loading": 0.5,
-                "memory/parameters_bytes": memory.parameters, "memory/optimizer_bytes": 2 * memory.optimizer,
+                "step": 2,
+                "speed/images_per_second": 16 / (time.seconds + 0.5),
+                "speed/ranks": ranks,
+                "speed/s_forward": time.forward,
+                "speed/s_backward": time.backward + time.exchange,
+                "speed/s_update": time.update + time.reduction,
+                "speed/s_loading": 0.5,
+                "memory/parameters_bytes": memory.parameters,
+                "memory/optimizer_bytes": 2 * memory.optimizer,
                 "memory/peak_bytes": 1e9,
             }
-        )  # fmt: skip
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "cut')
     return folder
 
@@ -207,15 +212,18 @@ def test_a_plan_of_nothing_is_refused(monkeypatch, capsys, arguments, sentence):
     assert stop.value.code == 2 and sentence in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_training_takes_the_layout_and_writes_predicted_against_measured(tmp_path, ranks):
     train = ["-m", "swin_moe.train", "digits_swin_moe", *SMALL, "data.images_per_class=8", "optim.epochs=1"]
     train += ["optim.warmup_epochs=0", "log.every=2", "log.tensorboard=false", f"run.output={tmp_path}"]
     command = ["launch", "-n", str(ranks), "--quiet", "--plan", "--hardware", "cpu", "--", *train]
     finished = subprocess.run(
         [sys.executable, "-m", "swin_moe", *command],
-        capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert finished.returncode == 0, finished.stderr
     out = finished.stdout
     assert f"layouts for {ranks} x cpu" in out and f"predicted for {ranks} x cpu, and measured:" in out

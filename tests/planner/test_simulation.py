@@ -84,8 +84,9 @@ def test_a_step_is_that_of_all_messages(name, config, workload, monkeypatch):
 
 
 def test_bytes_out_are_bytes_in_and_no_link_is_over_its_rate(config, workload):
-    built = Program(config, SMALL, workload, layout(64, 16, overlap=4), draw_shares(len(workload.moe), 16, spread=1.0,
-                    seed=0))  # fmt: skip
+    built = Program(
+        config, SMALL, workload, layout(64, 16, overlap=4), draw_shares(len(workload.moe), 16, spread=1.0, seed=0)
+    )
     tasks = built.build(parts(workload, 1e-6), 1e-6)
     timeline, rates = run_tasks(tasks, built.network.rates), built.network.rates
     for out, into in ((0, 1), (2, 3), (4, 5)):

@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 
+from launcher.env import without_world
 from swin_moe.run import metrics
 from swin_moe.run.metrics import MetricsWriter, peak_flops
 from tests.ranks import ROOT
@@ -111,6 +112,36 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
             writer.write(2, {"loss": 1.0})
         folder.mkdir(exist_ok=True)  # as a save makes it anew
     writer.close()
+
+
+@pytest.mark.parametrize("by", ["nothing", "another"])
+def test_records_that_are_gone_are_told(tmp_path, by):
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=False, resume_step=0)
+    writer.write(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    if by == "another":
+        (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl was removed or moved while the run was writing to it"):
+        writer.write(2, {"loss": 1.0})
+    writer.close()
+
+
+def test_there_is_no_bar_on_the_terminal_that_open_mpi_gives_a_rank():
+    code = (
+        "import os; os.isatty(1) or os._exit(3)\n"
+        "from swin_moe.run.metrics import Progress\n"
+        "print(Progress(4, enabled=True).interactive)"
+    )
+    shown = []
+    for more in ({}, {"OMPI_COMM_WORLD_SIZE": "1"}):
+        master, terminal = pty.openpty()
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=terminal, cwd=ROOT, check=True, env=without_world(os.environ) | more
+        )
+        os.close(terminal)
+        shown.append(os.read(master, 10_000).decode().strip())
+        os.close(master)
+    assert shown == ["True", "False"]
 
 
 def test_a_log_line_takes_the_place_of_the_bar(tmp_path):

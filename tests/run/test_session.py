@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launcher.env import without_world
+from launcher.failure import reports
 from launcher.failure.kinds import MEMORY
 from swin_moe.config import Config, EngineConfig
 from swin_moe.run.session import default_threads, fit_precision, run_main
@@ -86,6 +87,30 @@ def test_ctrl_c_counts_where_nobody_reads_errors(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("SIGHUP", "SIGHUP"), (None, "SIGTERM"), ("SIGNOPE", "SIGTERM"), ("", "SIGTERM")]
+)
+def test_a_request_has_the_name_of_the_signal_that_the_launcher_was_sent(tmp_path, monkeypatch, word, name):
+    monkeypatch.setenv(reports.REPORTS, str(tmp_path))
+    if word in signal.Signals.__members__:
+        reports.ask(tmp_path, signal.Signals[word])
+    elif word is not None:
+        (tmp_path / "asked").write_text(word)
+    before = signal.getsignal(signal.SIGTERM)
+    request = StopRequest.__new__(StopRequest)
+    request._remember(signal.SIGTERM, None)
+    assert (request.name, request.number) == (name, signal.Signals[name].value)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ranks_agree_on_the_first_name_that_one_of_them_knows():
+    request = StopRequest.__new__(StopRequest)
+    request.name = ""
+    assert request.number == 0
+    request.agree([0.0, float(signal.SIGHUP), float(signal.SIGTERM)])
+    assert request.name == "SIGHUP"
 
 
 @pytest.mark.parametrize(

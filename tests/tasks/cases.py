@@ -53,6 +53,79 @@ DISTILL = ("task.teacher=TEACHER.pth", "task.teacher_model=TEACHER.yaml", "task.
 # A ring that the batch of 20 does not divide, and that is filled more than once.
 MOBY = ("task.queue=17", "task.hidden_dim=12", "task.num_features=6")
 
+# 50 canvases of three sizes, so that most are padded; the statistics of batch norm are those of all ranks' pixels.
+SEGMENT = (
+    "data.images_per_class=0",
+    "data.hflip=0.5",
+    "data.dense.canvases=50",
+    "data.dense.val_canvases=7",
+    "data.eval_batch=3",
+    "data.dense.canvas_size=[20,24]",
+    "data.dense.digit_size=[8,12]",
+    "data.dense.short=[14,18,20]",
+    "data.dense.eval_short=18",
+    "data.dense.divisor=4",
+    "task.segment.channels=6",
+    "task.segment.dropout=0.2",
+    "task.segment.auxiliary_channels=4",
+    "task.segment.auxiliary_index=1",
+    "task.segment.pool_scales=[1,2]",
+)
+SLIDE = (
+    "task.segment.inference=slide",
+    "task.segment.slide_crop=[12,12]",
+    "task.segment.slide_stride=[8,8]",
+    "task.segment.scales=[0.75,1.25]",
+    "task.segment.flip=true",
+)
+
+# 50 canvases, some without an object on a rank; more candidates than are sampled, so that the draws matter.
+DETECT = (
+    "data.images_per_class=0",
+    "data.hflip=0.5",
+    "data.dense.canvases=50",
+    "data.dense.val_canvases=7",
+    "data.eval_batch=3",
+    "data.dense.canvas_size=[20,24]",
+    "data.dense.canvas_digits=[0,2]",
+    "data.dense.keep_empty=true",
+    "data.dense.digit_size=[8,12]",
+    "data.dense.short=[14,18,20]",
+    "data.dense.eval_short=18",
+    "data.dense.divisor=4",
+    "data.dense.min_side=1",
+    "task.detect.channels=6",
+    "task.detect.anchors=20",
+    "task.detect.anchor_scale=3.0",
+    "task.detect.proposals_per_level=[30,30]",
+    "task.detect.proposals=[20,20]",
+    "task.detect.boxes=12",
+    "task.detect.finest_scale=4.0",
+    "task.detect.box_fc_channels=6",
+    "task.detect.mask_convs=1",
+    "task.detect.mask_channels=6",
+    "task.detect.score=0.01",
+)
+CASCADE = (
+    "task.detect.stage_overlaps=[0.4,0.5]",
+    "task.detect.stage_stds=[[0.1,0.1,0.2,0.2],[0.05,0.05,0.1,0.1]]",
+    "task.detect.stage_weights=[1.0,0.5]",
+    "task.detect.low_quality=false",
+    "task.detect.box_convs=1",
+    "task.detect.box_conv_channels=4",
+    "task.detect.box_fcs=1",
+    "task.detect.box_norm=true",
+    "task.detect.box_agnostic=true",
+    "task.detect.box_loss=giou",
+)
+HYBRID = (
+    *CASCADE,
+    "task.detect.interleaved=true",
+    "task.detect.mask_flow=true",
+    "task.detect.semantic_classes=11",
+    "task.detect.global_attention=true",
+)
+
 # name -> (config, options); and which run of one process it equals, if not itself.
 RUNS = {
     "simmim": ("digits_simmim", ()),
@@ -70,6 +143,17 @@ RUNS = {
     "moby zero": ("digits_moby", (*MOBY, "parallel.zero=3")),
     "moby recomputed": ("digits_moby", (*MOBY, "parallel.recompute=block", "parallel.zero=1")),
     "moby moe": ("digits_moby", (*MOBY, *MOE)),
+    "segment": ("canvas_upernet", SEGMENT),
+    "segment zero": ("canvas_upernet", (*SEGMENT, "parallel.zero=3")),
+    "segment frozen": ("canvas_upernet", (*SEGMENT, "task.segment.norm=frozen")),
+    "segment accumulated": ("canvas_upernet", (*SEGMENT, "task.segment.norm=frozen", "data.micro_batch=5")),
+    "segment moe": ("canvas_upernet", (*SEGMENT, *SLIDE, *MOE)),
+    "segment moe recomputed": ("canvas_upernet", (*SEGMENT, *SLIDE, *MOE, "parallel.recompute=block")),
+    "detect": ("canvas_mask_rcnn", DETECT),
+    "detect cascade": ("canvas_mask_rcnn", (*DETECT, *CASCADE)),
+    "detect cascade zero": ("canvas_mask_rcnn", (*DETECT, *CASCADE, "parallel.zero=3", "parallel.recompute=block")),
+    "detect hybrid moe": ("canvas_mask_rcnn", (*DETECT, *HYBRID, *MOE)),
+    "detect moe frozen": ("canvas_mask_rcnn", (*DETECT, *MOE, "optim.freeze=moe")),
 }
 REFERENCE = {
     "simmim accumulated": "simmim",
@@ -79,6 +163,10 @@ REFERENCE = {
     "distill sharded": "distill",
     "moby zero": "moby",
     "moby recomputed": "moby",
+    "segment zero": "segment",
+    "detect cascade zero": "detect cascade",
+    "segment accumulated": "segment frozen",
+    "segment moe recomputed": "segment moe",
     "distill moe accumulated": "distill moe",
 }
 
@@ -147,7 +235,7 @@ def evaluate(root: str, config: str, *options: str) -> dict[str, float]:
     model = build_local_model(session, task)
     stored = open_stored(session)
     load_weights(model, session, stored)
-    loader = build_eval_loader(session.config, session, stored)
+    loader = build_eval_loader(session.config, session, stored, task=task)
     batches = (to_device(batch, session.device, session.config.engine.precision) for batch in loader)
     context = StepContext(session.config, 0, session.world_size, 0, torch.no_grad)
     return task.evaluate(model.eval(), batches, context)

@@ -14,7 +14,7 @@ from swin_moe.checkpoint import CheckpointError
 from swin_moe.engine.common import materialize
 from swin_moe.models import build_model
 from swin_moe.models.attention import resize_bias_table
-from swin_moe.models.official import resize_bias_table_geometric
+from swin_moe.models.geometric import resize_bias_table_geometric
 from swin_moe.train import Trainer
 from swin_moe.weights.load import load_weights, start_from
 from tests.ranks import run_ranks
@@ -153,6 +153,13 @@ def test_absolute_positions_know_the_shape_of_their_image(tmp_path, kind):
         said = r"are of 8 x 32 tokens, the model has 16 x 16; set model.img_size=\[16,64\]"
         with pytest.raises(ValueError, match=said):
             load_weights(model, session)
+
+
+def test_an_export_that_states_a_square_image_is_interpolated(tmp_path):
+    source = trained(tmp_path, "digits_dense", "model.ape=true", "model.img_size=32")
+    tools(["export", str(source.session.directory), str(tmp_path / "x.safetensors"), "--to", "safetensors"])
+    _, report = begun(tmp_path, "digits_dense", tmp_path / "x.safetensors", "model.ape=true", "model.img_size=[16,64]")
+    assert "bicubic, 16 x 16 to 8 x 32 tokens" in report
 
 
 # Heads of tasks that are still to come.

@@ -105,11 +105,11 @@ def full_weights(trainer: Trainer) -> dict[str, tuple]:
     }
 
 
-def run_world(root: str, world: int) -> dict:
-    """Runs every case of one world and returns what the tests compare."""
-    base = Path(root)
-    own = base / f"world{world}"
-    result: dict[str, Any] = {}
+def run_world(root: str, half: str) -> dict:
+    """Runs every case of this world and returns what the tests compare. half: What leave_half left in another."""
+    world = torch.distributed.get_world_size()
+    own = Path(root) / f"world{world}"
+    result: dict[str, Any] = {"resumed elsewhere": resume_elsewhere(str(own / "rest"), half)}
     whole = train(open_tiny(own / "whole"))
     result["whole"] = (losses(whole.session), local_weights(whole))
     result["records"] = [r for r in records(whole.session) if "train/loss" in r]
@@ -143,10 +143,10 @@ def run_world(root: str, world: int) -> dict:
         )
     )
     result["balanced"] = _final(train(open_tiny(own / "balanced", *BALANCED)))
-    half = max(1, world // 2)
+    replicas = max(1, world // 2)
     for name, options in {
         "shared": ["model.moe.num_experts=2"],  # on 4 ranks, two of them share an expert
-        "replicated": [f"parallel.expert={half}"],  # experts twice, on 2 and 4 ranks
+        "replicated": [f"parallel.expert={replicas}"],  # experts twice, on 2 and 4 ranks
         "odd": ["model.moe.num_experts=3", f"parallel.expert={min(2, world)}"],  # 2 experts on one rank, 1 on the other
     }.items():
         result[name] = _final(train(open_tiny(own / name, "engine.precision=fp64", *options)))

@@ -82,8 +82,8 @@ def assert_close(actual: Trainer, expected: Trainer) -> None:
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
 
-# In others, together with more: micro-batches of a whole model, recomputed blocks with experts.
-MORE = ("model", "block, dense, recomputed")
+# In others, together with more: micro-batches of a whole model, recomputed blocks with experts, blocks on two ranks.
+MORE = ("model", "block", "block, dense, recomputed")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.full] * (c in MORE)) for c in CASES])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 
 import swin_moe
 from checkpoint_tools.__main__ import main as tools
+from checkpoint_tools.formats import open_source
+from checkpoint_tools.sources.base import Options
 from swin_moe.checkpoint import CheckpointError, Piece
 from swin_moe.checkpoint.manager import CheckpointManager
 from swin_moe.config.io import load_config
@@ -133,3 +136,48 @@ def test_tables_in_a_file_tell_the_windows_of_training(tmp_path):
         sentence = f"{key}: its largest number is {said}, where a table's is above 0 and below 16"
         with pytest.raises(ValueError, match=re.escape(sentence)):
             swin_moe.load_official(larger, {"model": broken})
+
+
+def test_a_file_that_does_not_tell_the_shape_of_its_image_is_not_guessed(tmp_path):
+    tiny: dict[str, Any] = dict(ape=True, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=3)
+    wide, other = (swin_moe.create_model("swin", img_size=(16, 64), **tiny) for _ in range(2))
+    with torch.no_grad():
+        wide.absolute_pos_embed.normal_(generator=torch.Generator().manual_seed(5))
+    file = tmp_path / "wide.pth"
+    torch.save({"model": wide.state_dict()}, file)
+    for load in (
+        lambda: swin_moe.load_official(other, file),
+        lambda: swin_moe.create_model("swin", img_size=(16, 64), pretrained=file, **tiny),
+    ):
+        with pytest.raises(
+            ValueError, match="64 positions are of 8 x 8 or of 4 x 16 tokens, and the file does not say"
+        ):
+            load()
+    swin_moe.load_official(other, file, grid=(4, 16))
+    assert torch.equal(other.absolute_pos_embed, wide.absolute_pos_embed)
+    native = tmp_path / "native"
+    tools(["convert", str(file), str(native), "--to", "native", "--set", "img_size=16,64", "--set", "window_size=2"])
+    again = swin_moe.load(native).model
+    assert again.img_size == (16, 64) and torch.equal(again.absolute_pos_embed, wide.absolute_pos_embed)
+
+
+@pytest.mark.parametrize("size", ["0", "x", "16,", "16,64,3", "-1", "16,0"])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    file = tmp_path / "swin.pth"
+    torch.save({"model": swin_moe.create_model("swin", **SMALL).state_dict()}, file)
+    with pytest.raises(CheckpointError, match="--set img_size must be a number of pixels, or two: H,W, got"):
+        open_source(file, Options(extra={"img_size": size}), "official")
+
+
+@pytest.mark.parametrize("form", ["dcp", "official", "fairscale", "timm"])
+def test_sizes_given_with_set_are_heeded_by_every_format(tmp_path, form):
+    sizes = ["--set", "img_size=32", "--set", "window_size=4"]
+    model = swin_moe.create_model("swinv2", **SMALL).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    foreign = tmp_path / ("x" if form == "dcp" else "y.pth")
+    tools(["convert", str(tmp_path / "x.pth"), str(tmp_path / "n"), "--to", "native", *sizes])
+    tools(["convert", str(tmp_path / "n"), str(foreign), "--to", form])
+    assert tools(["convert", str(foreign), str(tmp_path / "back"), "--to", "native", *sizes]) == 0
+    again = swin_moe.load(tmp_path / "back").model
+    image = torch.randn(1, 3, 32, 32)
+    assert again.img_size == (32, 32) and torch.equal(again(image), model(image))

@@ -67,7 +67,7 @@ def assemble(
     first = ranks[0]
     content = first.content if isinstance(first.content, dict) else {}
     config = native_config(content, inferred, first.path, options, world=len(ranks))
-    config = merge_model(config, given_sizes(options.extra)) if inferred else config
+    config = merge_model(config, {}, given_sizes(options.extra)) if inferred else config
     source = AssembledSource(
         form,
         path,

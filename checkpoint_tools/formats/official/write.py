@@ -22,6 +22,7 @@ from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 from swin_moe.config.variants import VARIANTS
 from swin_moe.layout import Chunk
+from swin_moe.names.official import DENSE
 
 _BEYOND = (".mlp.shared.", ".router.balance.")
 _GROUP = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
@@ -60,6 +61,8 @@ class OfficialContent:
         shapes = {name: source.tensors[name].shape for name in self.names}
         if not prefix and rules and any(name.startswith("encoder.") for name in shapes):
             raise CheckpointError(f"{source.path}: is a SimMIM pre-training checkpoint; write it with --to simmim")
+        if rules and any(name.startswith(DENSE) for name in shapes):
+            raise CheckpointError(f"{source.path}: is of a detector or segmentor; write it with --to dense")
         beyond = next((name for name in shapes if any(part in name for part in _BEYOND)), None)
         beyond = beyond or next((n for n in shapes if ".mlp.router." in n and from_ours(n, rules) == [n]), None)
         if beyond is not None and rules:

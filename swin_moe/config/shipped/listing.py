@@ -27,7 +27,7 @@ class Shipped:
     folder: str
     parameters: int | None  # of the network without what a task adds to it; None = not counted
     operations: float | None  # multiply-accumulates of one image, as model.flops() counts
-    image: tuple[int, int]  # height, width
+    image: tuple[int, int] | None  # height, width; None = any
     top1: float | None  # published, per cent; None = not, or of several files
     weights: tuple[str, ...]  # names of the files that were released for it
 
@@ -50,7 +50,8 @@ def describe(words: list[str]) -> list[Shipped]:
             parameters, operations = counted.get(name, (None, None))
             files = all_of_config(name)
             top1 = files[0].top1 if len(files) == 1 else None
-            image = load_config(name).model.img_size
+            config = load_config(name)
+            image = None if config.task.options.any_size else config.model.img_size
             weights = tuple(file.name for file in files)
             rows.append(Shipped(name, folder, parameters, operations, image, top1, weights))
     return rows
@@ -100,11 +101,11 @@ def _line(start: str, cells: tuple[str, ...], widths: list[int]) -> str:
 
 
 def _cells(row: Shipped) -> tuple[str, ...]:
-    height, width = row.image
+    height, width = row.image or (0, 0)
     return (
         "-" if row.parameters is None else _counted(row.parameters),
         "-" if row.operations is None else f"{row.operations / 1e9:.3g}",
-        str(height) if height == width else f"{height}x{width}",
+        "any" if row.image is None else str(height) if height == width else f"{height}x{width}",
         "-" if row.top1 is None else f"{row.top1:g}",
         _named(row),
     )

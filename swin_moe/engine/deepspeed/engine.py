@@ -18,7 +18,7 @@ from swin_moe.engine.limits import check_engine
 from swin_moe.engine.precision import autocast
 from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
-from swin_moe.optim import build_optimizer, parameter_groups
+from swin_moe.optim import optimizer_class, parameter_groups
 from swin_moe.parallel.groups import ensure_distributed
 from swin_moe.registry import require
 
@@ -40,9 +40,10 @@ class DeepSpeedEngine(StepEngine):
         deepspeed = import_deepspeed(self.device)
         expert_group = mark_experts(model, groups, stage=stage)
         param_groups = split_groups(parameter_groups(model, config.optim, config.model.depths), expert_group)
+        kind, options = optimizer_class(config.optim)  # exactly torch's: the library compares classes
         wrapped, _, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(config.optim, param_groups),
+            optimizer=kind(param_groups, **options),
             config=configuration(config, config.accumulation(groups.world_size)[0]),
             dist_init_required=False,
         )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe import losses
-from swin_moe.moe.balance import balance_loss, balance_loss_across
+from swin_moe.moe.balance import balance_loss, balance_loss_across, cut
 from swin_moe.moe.routers import Router
-from swin_moe.moe.routing import Routing, expert_capacity, group_parts
+from swin_moe.moe.routing import Routing, expert_capacity, group_parts, image_shares, uneven_parts
 from swin_moe.moe.routing_groups import GroupDemand, GroupExchange
 from swin_moe.moe.scored import Scored, with_noise
 from swin_moe.randomness import RandomContext
@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     x: Tensor  # (T, D)
     tokens_per_image: int
     training: bool
+    counts: tuple[int, ...] | None = None  # tokens of each image, where images have unequally many
 
 
 class Assigned(NamedTuple):
@@ -58,6 +59,7 @@ class Assigned(NamedTuple):
 
     routing: Routing
     parts: list[tuple[int, int]]  # (tokens, group size), as of routing.group_parts
+    shares: list[float] | None = None  # of each part in the mean of the losses; None = by its tokens
     demand: GroupDemand | None = None  # of all ranks of a routing group that spans several
 
 
@@ -96,22 +98,27 @@ class Choice:
         training: bool,
         random: RandomContext | None,
         token: Tensor | None,
+        counts: tuple[int, ...] | None = None,
     ) -> Routed:
         """Returns what to do with the tokens x (T, D) of whole images. To be called outside autocast.
 
         Args:
+            counts: Tokens of each image, where padding was left out; None = all have tokens_per_image.
             random, token: What noise is drawn from, and the (T,) global index of every token; None = no noise.
         """
         clean = router(x)
         noisy = self.add_noise(clean, random, token)
         # Once, however many parts follow: where an engine gathers parameters per module this is a collective.
         bias = None if router.balance is None else router.balance()
-        return self.finish(Batch(x, tokens_per_image, training), clean, noisy, bias)
+        return self.finish(Batch(x, tokens_per_image, training, counts), clean, noisy, bias)
 
     def finish(self, batch: Batch, clean: Tensor, noisy: Tensor, bias: Tensor | None) -> Routed:
         """Returns what to do, of the logits (T, E) without and with noise."""
         scored = Scored.of(self.config, clean, noisy)
         assigned = self.assign(batch, scored, bias)
+        if batch.counts is not None and (images := self.group_images(training=batch.training)):
+            # By images, as a task weighs ranks, whose images have unequally many tokens.
+            assigned = assigned._replace(shares=image_shares(batch.counts, images))
         balance, aux = self.losses(scored, assigned, training=batch.training)
         stats = statistics(assigned.routing, scored, balance)
         return Routed(batch.x, assigned.routing, aux, stats)
@@ -124,9 +131,15 @@ class Choice:
         """Returns the tokens of a full routing group."""
         return num_tokens if self.config.capacity_scope == "rank" else self.config.group_images * tokens_per_image
 
+    def group_images(self, *, training: bool) -> int:
+        """Returns the images of a routing group; 0 = all of the rank's micro-batch."""
+        return 0 if self.config.capacity_scope == "rank" else self.config.group_images
+
     def parts(self, batch: Batch) -> list[tuple[int, int]]:
         """Returns (tokens, group size) of the batch's routing groups, see routing.group_parts."""
         num_tokens = batch.x.shape[0]
+        if batch.counts is not None and (images := self.group_images(training=batch.training)):
+            return uneven_parts(batch.counts, images)
         size = self.group_size(num_tokens, batch.tokens_per_image, training=batch.training)
         return group_parts(num_tokens, size)
 
@@ -145,11 +158,17 @@ class Choice:
         if config.balance_loss != "none" and exchange is not None and training:
             balance = balance_loss_across(config, exchange, scored, assigned.routing, assigned.demand)
         else:
-            balance = balance_loss(config, scored, assigned.routing, assigned.parts)
+            balance = balance_loss(config, scored, assigned.routing, assigned.parts, assigned.shares)
         aux = balance * config.aux_loss_weight
         if config.z_loss_weight:
-            aux = aux + losses.z_loss(scored.clean) * config.z_loss_weight
+            aux = aux + self._z_loss(scored.clean, assigned) * config.z_loss_weight
         return balance, aux
+
+    def _z_loss(self, clean: Tensor, assigned: Assigned) -> Tensor:
+        if assigned.shares is None:
+            return losses.z_loss(clean)
+        found = [losses.z_loss(part) * share for part, share in zip(cut(clean, assigned.parts), assigned.shares)]
+        return torch.stack(found).sum()
 
 
 @torch.no_grad()

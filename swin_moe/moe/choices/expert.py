@@ -37,6 +37,10 @@ class ExpertChoice(Choice):
         """Returns the tokens of a routing group: in evaluation an image, whose result must not depend on others."""
         return super().group_size(num_tokens, tokens_per_image, training=training) if training else tokens_per_image
 
+    def group_images(self, *, training: bool) -> int:
+        """See Choice; an image in evaluation, as group_size says."""
+        return super().group_images(training=training) if training else 1
+
     def capacity(self, group_size: int, *, training: bool = True) -> int | None:
         """Returns the slots of an expert; in evaluation those of training, where no other factor is given."""
         factor = 0 if training else self.config.eval_factor

@@ -28,7 +28,7 @@ class TokenChoice(Choice):
             routing, demand = route_across(
                 scored.noisy, self.exchange, capacity=self.capacity, scores=scored.scores, **options
             )
-            return Assigned(routing, [(batch.x.shape[0], max(batch.x.shape[0], 1))], demand)
+            return Assigned(routing, [(batch.x.shape[0], max(batch.x.shape[0], 1))], demand=demand)
         parts = self.parts(batch)
         routings = [
             route(
@@ -49,7 +49,7 @@ class TokenChoice(Choice):
 
     def finish(self, batch: Batch, clean: Tensor, noisy: Tensor, bias: Tensor | None) -> Routed:
         """Returns what to do, by the compiled operator where it covers the options."""
-        if self._is_fused(clean, batch.training):
+        if batch.counts is None and self._is_fused(clean, batch.training):
             return self._finish_fused(batch, clean, noisy, bias)
         return super().finish(batch, clean, noisy, bias)
 

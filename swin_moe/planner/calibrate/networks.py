@@ -36,9 +36,10 @@ NETWORKS = (
     _SMALL + "48 model.name=swinv2 model.img_size=128 model.depths=[2,2,2,2] model.window_size=8 data.global_batch=4",
     _SMALL + "96 model.name=swin model.img_size=224 model.depths=[1,1,1,1] model.window_size=7 data.global_batch=1",
     _SMALL + "96 model.name=swinv2 model.img_size=256 model.depths=[2,1,1,1] model.window_size=8 data.global_batch=1",
-    _SMALL + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=8 "
+    _SMALL
+    + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=8 "
     + _EXPERTS,
-)  # fmt: skip
+)
 _ROUNDS = 3  # of a step as it is and one whose operators are timed
 
 

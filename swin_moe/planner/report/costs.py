@@ -11,6 +11,8 @@ from swin_moe.planner.plan import Planned
 from swin_moe.planner.workload import Workload, moments_of, weight_dtype
 
 # Training images of what the configs of a data set without a path here are written for, by number of classes.
+# Training images by classes: those of COCO 2017 that have an object, and ADE20K.
+_DENSE = {("coco", 80): 117_266, ("label_maps", 150): 20_210}
 _IMAGENET = {
     1000: 1_281_167,
     21841: 14_197_122,
@@ -69,6 +71,10 @@ def images_of(config: Config) -> int | None:
         return data.images_per_class * config.model.num_classes
     if data.name == "synthetic":
         return data.synthetic_samples
+    if data.name == "canvases":
+        return data.dense.canvases
+    if data.name in ("coco", "label_maps"):
+        return _DENSE.get((data.name, config.model.num_classes))
     if data.name == "digits":
         try:
             return len(build_dataset(data, "train", img_size=config.model.img_size))

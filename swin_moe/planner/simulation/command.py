@@ -60,8 +60,13 @@ def parse(argv: list[str] | None) -> Any:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks, one per device")
     known = ", ".join(shipped_hardware())
     parser.add_argument("--hardware", required=True, metavar="NAME", help=f"{known}, or a YAML file")
-    parser.add_argument("--spread", type=float, default=0.0, metavar="CV",
-                        help="standard deviation over mean of the experts' loads (0 = even)")  # fmt: skip
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        metavar="CV",
+        help="standard deviation over mean of the experts' loads (0 = even)",
+    )
     parser.add_argument("--routing", metavar="RUN", help="folder of a run, or its metrics.jsonl, to draw loads from")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (0)")
     parser.add_argument("--oversubscription", type=float, metavar="X", help="in the place of the hardware file's")

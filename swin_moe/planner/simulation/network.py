@@ -93,8 +93,13 @@ class Network:
             return np.add.reduceat(ranks, edges)
 
         loads = (
-            inside[0], inside[1], by(out, self.sharing), by(into, self.sharing), by(up, self.leaf), by(down, self.leaf)
-        )  # fmt: skip
+            inside[0],
+            inside[1],
+            by(out, self.sharing),
+            by(into, self.sharing),
+            by(up, self.leaf),
+            by(down, self.leaf),
+        )
         return Transfer(name, loads, latency, float(inside[0].sum() + out.sum()))
 
 
@@ -160,9 +165,7 @@ def rings(network: Network, name: str, kind: str, size: float, *, ranks: int, st
     entered = all_W // network.leaf != previous // network.leaf
     out = np.full(world, between)
     latency = link.inside.latency * np.ceil(np.log2(here)) + link.between.latency * np.ceil(np.log2(nodes))
-    return network.transfer(
-        name, np.full((2, world), inside), out, out, out * crosses, out * entered, float(latency)
-    )  # fmt: skip
+    return network.transfer(name, np.full((2, world), inside), out, out, out * crosses, out * entered, float(latency))
 
 
 def _within(values_W: np.ndarray, ranks: int) -> np.ndarray:

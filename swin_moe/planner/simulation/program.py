@@ -85,9 +85,7 @@ class Program:
         self.tasks: list[Task] = []
         self.collectives = list(collectives_of(config, workload, layout))
         rate = hardware.matrix_rate(config.engine.precision)
-        self.layers = {
-            work.name: self._layer(work, shares_E, rate) for work, shares_E in zip(workload.moe, shares_LE)
-        }  # fmt: skip
+        self.layers = {work.name: self._layer(work, shares_E, rate) for work, shares_E in zip(workload.moe, shares_LE)}
         self._ready: tuple[int, ...] = ()  # what the next computation waits for
 
     def build(self, parts: Sequence[Stretch], update: float) -> list[Task]:

@@ -1,0 +1,236 @@
+"""Object detection and instance segmentation: boxes, classes and masks, by a two-stage detector on any Swin network.
+
+A loss is a mean over what it counts (sampled anchors, sampled boxes, masks) on all ranks of a step, so nothing depends
+on which rank has which image; batch norm in heads sees the boxes of all ranks.
+
+Shape legend: B images of this micro-batch, n objects of an image, H x W the padded batch.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from swin_moe.config import Config
+from swin_moe.config.detect_options import DetectOptions
+from swin_moe.data.batch import Batch
+from swin_moe.models.dense.norms import move_running, norms_of
+from swin_moe.models.dense.pyramid import PyramidBackbone
+from swin_moe.models.detection.assign import Assigner
+from swin_moe.models.detection.detector import Detector
+from swin_moe.models.detection.mask_head import paste_masks
+from swin_moe.models.detection.spec import (
+    BoxHeadSpec,
+    DetectionSpec,
+    DetectorSpec,
+    MaskHeadSpec,
+    ProposalSpec,
+    Selection,
+    SemanticSpec,
+    Stage,
+)
+from swin_moe.models.detection.targets import LossSums, Targets, split_crowd
+from swin_moe.models.network import Network
+from swin_moe.parallel.groups import Groups
+from swin_moe.parallel.rank_exchange import RankExchange
+from swin_moe.randomness import RandomContext
+from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
+from swin_moe.tasks.dense import Found, most_forwards
+from swin_moe.tasks.drawing import PictureBook
+from swin_moe.tasks.measures.coco import CocoEvaluation
+
+
+class Detect(Task):
+    """The losses of a detector (SwinTransformer/Swin-Transformer-Object-Detection)."""
+
+    higher_is_better = True
+    needs_boxes = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.options = config.task.detect
+        self.metric = "mask_AP" if self.options.masks else "box_AP"
+        self.changes_weights = self.options.box_norm
+        self.needs_label_maps = self.options.semantic_classes > 0
+        self._pictures: dict = {}
+
+    def build_network(self) -> Network:
+        """See Task."""
+        config, options = self.config, self.options
+        dense, recompute = config.data.dense, config.parallel.recompute
+        return Detector(
+            PyramidBackbone(config.model, frozen_stages=options.frozen_stages, recompute=recompute),
+            spec_of(config),
+            image_size=(min(dense.short), dense.long) if dense.short else config.model.img_size,
+            official_groups=config.compat.official,
+        )
+
+    def connect(self, model: nn.Module, groups: Groups) -> None:
+        """See Task."""
+        self._norms = norms_of(model)
+        for module in self._norms.values():
+            module.exchange = None if groups.world is None else RankExchange(groups.world)
+
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> MicroLoss:
+        """See Task. With compat.official every rank divides by what it counts itself."""
+        image = batch["image"]
+        random = RandomContext(self.config.run.seed, context.step, batch["sample"])
+        with context.autocast():
+            learned = model(image, batch["size"], self.targets_of(batch), random=random)
+        if self.config.compat.official:
+            share = len(image) / context.num_samples
+            task = _total(learned.losses, learned.losses.counts) * share
+        else:
+            task = _total(learned.losses, self._everywhere(learned.losses.counts, image.device, context))
+        return micro_loss(task, learned.aux, len(image), context)
+
+    def after_step(self, parts: Parts, done: StepDone) -> None:
+        """See Task. Moves the running statistics of batch norms."""
+        move_running(self._norms, parts)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
+        """See Task: COCO's average precision, in pixels of the stored images."""
+        options = self.options
+        classes, official = self.config.model.num_classes, self.config.compat.official
+        measured = CocoEvaluation(classes, masks=options.masks, official=official)
+        names = [str(label) for label in range(classes)]
+        book = PictureBook(names, count=options.pictures, threshold=options.picture_score)
+        for batch in batches:
+            found = self.look(model, batch, context)
+            book.add(batch, found)
+            for row, one in enumerate(found):
+                height, width = batch["original_size"][row].tolist()
+                assert one.boxes is not None and one.scores is not None and one.labels is not None, "objects"
+                rows = (batch["truth"][row], one.boxes, one.scores, one.labels, one.masks)
+                measured.add(int(batch["image_id"][row]), (height, width), *rows)
+        self._pictures = book.result(context.world_size)
+        return measured.result(context.world_size)
+
+    def pictures(self) -> dict:
+        """See Task: truth beside what was found."""
+        return self._pictures
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, batch: Batch, context: StepContext) -> list[Found]:
+        """See LooksAtImages. An image is looked at as padded by itself, so that no other image changes what is found;
+        the images of one padded size are one forward. Collective: every rank makes as many forwards."""
+        image, size, original = batch["image"], batch["size"], batch["original_size"]
+        groups = list(groups_of(size, self.config.data.dense.divisor))
+        results: list[Found | None] = [None] * len(image)
+        # Asked before any: forwards may be collectives.
+        more = most_forwards(len(groups), image.device, context.world_size) - len(groups)
+        for rows, (height, width) in groups:
+            with context.autocast():
+                found = model(fitted(image[rows], height, width), size[rows], original=original[rows])
+            for row, one in zip(rows, found):
+                masks = None
+                if one.masks is not None:
+                    stored = (int(original[row, 0]), int(original[row, 1]))
+                    masks = paste_masks(one.masks, one.boxes, stored, self.options.mask_threshold)
+                results[row] = Found(one.boxes, one.scores, one.labels, masks)
+        for _ in range(more):
+            with context.autocast():
+                model(image[:0], size[:0], original=original[:0])
+        return [one for one in results if one is not None]
+
+    def targets_of(self, batch: Batch) -> Targets:
+        """Returns the objects of a batch; crowd regions are none."""
+        boxes, crowd, single = split_crowd(batch["boxes"], batch.get("crowd"))
+        labels = [label[rows] for label, rows in zip(batch["labels"], single)]
+        masks = None
+        if self.options.masks:
+            masks = [mask[rows] for mask, rows in zip(batch["masks"], single)]
+        return Targets(boxes, labels, crowd, masks, batch.get("label_map") if self.needs_label_maps else None)
+
+    def _everywhere(self, counts: dict[str, float], device: torch.device, context: StepContext) -> dict[str, float]:
+        """Returns the counts of all ranks."""
+        if context.world_size == 1:
+            return counts
+        total = torch.tensor(list(counts.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return dict(zip(counts, total.tolist()))
+
+
+def _total(losses: LossSums, counts: dict[str, float]) -> Tensor:
+    """Returns the sum of all losses, each divided by its count; those that count nothing are 0."""
+    return torch.stack([value.sum() / max(counts[name], 1.0) for name, value in losses.sums.items()]).sum()
+
+
+def fitted(image: Tensor, height: int, width: int) -> Tensor:
+    """Returns (B, 3, height, width), images with less or more of the zeros on the right and at the bottom."""
+    image = image[:, :, :height, :width]
+    return nn.functional.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]))
+
+
+def groups_of(size_B2: Tensor, divisor: int) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Yields (rows, padded (height, width)) of images whose sizes round up to the same multiples of `divisor`."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for row, (height, width) in enumerate(size_B2.tolist()):
+        found.setdefault((-(-height // divisor) * divisor, -(-width // divisor) * divisor), []).append(row)
+    for padded, rows in found.items():
+        yield rows, padded
+
+
+def spec_of(config: Config) -> DetectorSpec:
+    """Returns the network that task.detect describes."""
+    options = config.task.detect
+    stages = zip(options.stage_overlaps, options.stage_stds, options.stage_weights, strict=True)
+    crowd = None if config.compat.official or options.crowd_overlap <= 0 else options.crowd_overlap
+    levels, patch = len(config.model.depths) + 1, config.model.patch_size[0]
+    return DetectorSpec(
+        num_classes=config.model.num_classes,
+        channels=options.channels,
+        proposals=_proposals(options, tuple(patch * 2**level for level in range(levels)), crowd),
+        stages=tuple(
+            Stage(Assigner(overlap, overlap, overlap if options.low_quality else None, crowd), stds, weight)
+            for overlap, stds, weight in stages
+        ),
+        cascade=len(options.stage_overlaps) > 1,
+        box_head=BoxHeadSpec(
+            convs=options.box_convs,
+            conv_channels=options.box_conv_channels,
+            fcs=options.box_fcs,
+            fc_channels=options.box_fc_channels,
+            norm=options.box_norm,
+            agnostic=options.box_agnostic,
+            loss=options.box_loss,
+            beta=options.box_beta,
+            loss_weight=options.box_loss_weight,
+        ),
+        mask_head=MaskHeadSpec(options.mask_convs, options.mask_channels) if options.masks else None,
+        samples=options.boxes,
+        finest_scale=options.finest_scale,
+        interleaved=options.interleaved,
+        mask_flow=options.mask_flow,
+        semantic=_semantic(options),
+        global_attention=options.global_attention,
+        detections=DetectionSpec(
+            options.score, options.overlap, options.soft, options.detections, options.mask_threshold
+        ),
+        size_divisor=config.data.dense.divisor,
+    )
+
+
+def _proposals(options: DetectOptions, strides: tuple[int, ...], crowd: float | None) -> ProposalSpec:
+    per_level, per_image = options.proposals_per_level, options.proposals
+    return ProposalSpec(
+        strides=strides,
+        scale=options.anchor_scale,
+        ratios=options.anchor_ratios,
+        border=None if options.anchor_border < 0 else options.anchor_border,
+        assigner=Assigner(0.7, 0.3, low_quality=0.3, crowd=crowd),
+        samples=options.anchors,
+        loss=options.proposal_loss,
+        beta=options.proposal_beta,
+        suppression=options.proposal_overlap,
+        training=Selection(per_level[0], per_image[0]),
+        testing=Selection(per_level[1], per_image[1]),
+    )
+
+
+def _semantic(options: DetectOptions) -> SemanticSpec | None:
+    if not options.semantic_classes:
+        return None
+    return SemanticSpec(options.semantic_classes, loss_weight=options.semantic_weight)
