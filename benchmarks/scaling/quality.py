@@ -190,7 +190,9 @@ def work() -> list[str]:
     lines = table(points)
     (study.folder / "quality.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     source = Path(options.data).name if options.data else options.config
-    draw(points, f"{source}: MoE beside its dense twin, {options.seeds} seeds").save(study.folder / "quality.png")
+    seeds = sorted({len(point.accuracies) for point in points})
+    how_many = " or ".join(map(str, seeds))
+    draw(points, f"{source}: MoE beside its dense twin, seeds: {how_many}").save(study.folder / "quality.png")
     say("\n".join([*lines, f"drawn: {study.folder / 'quality.png'}"]))
     return failures
 
