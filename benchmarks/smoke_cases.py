@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import smoke_detection
 import smoke_experts
 import torch
 import torch.nn.functional as F
@@ -197,6 +198,7 @@ def cases() -> list[Case]:
             for c in (96, 33)
         ]
     rows += smoke_experts.float_cases()
+    rows += smoke_detection.cases()
     rows.append(Case("random draws", random_draws))
     rows.append(Case("cuda graph of a network", graph_of_a_network))
     return rows

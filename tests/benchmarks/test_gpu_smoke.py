@@ -14,7 +14,19 @@ from swin_moe.ops.attention import fused
 from tests.csrc.test_window_kernels import VARIANTS
 
 CPU = torch.device("cpu")
-QUICK = ("window 7, bf16", "any, 48, fp32", "large, 32, fp16", "window_shift", "moe", "grouped", "draws", "row sums")
+QUICK = (
+    "window 7, bf16",
+    "any, 48, fp32",
+    "large, 32, fp16",
+    "window_shift",
+    "moe",
+    "grouped",
+    "draws",
+    "row sums",
+    "nms",
+    "roi_align",
+    "deform",
+)
 
 
 def of_size(name: str) -> Problem:

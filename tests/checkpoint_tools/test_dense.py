@@ -25,6 +25,7 @@ MICRO = (
     "model.num_heads=[1,2,4,8]",
     "model.window_size=7",
     "model.num_classes=7",
+    "task.segment.class_weights=[]",
     "task.segment.channels=32",
     "task.segment.auxiliary_channels=16",
 )

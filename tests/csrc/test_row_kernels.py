@@ -91,3 +91,15 @@ def test_windows_equal_roll_and_reshape(library, bytes_per_token):
         assert launcher(source.data_ptr(), target.data_ptr(), geometry, 2, bytes_per_token, merge, None) == 0
     assert torch.equal(windows, _partition(x, *window, *shift))
     assert torch.equal(back, x)
+
+
+def test_a_vacant_row_adds_nothing_whatever_it_points_to(library):
+    order = order_of(**CASES["all kept"], padded=True)
+    tokens, top_k = order.position.shape
+    assert order.vacant is not None and order.vacant.any()
+    gate = random_tensor(tokens, top_k, dtype=torch.float32, seed=3)
+    grad = random_tensor(tokens, 8, dtype=torch.float32)
+    grad[order.pair[order.vacant] // top_k] = float("inf")
+    size = (order.num_rows, 8), torch.float32
+    taken = call(library.swin_moe_permute, size, grad, order.pair, flags=order.vacant, gate=gate, top_k=top_k)
+    assert taken[order.vacant].eq(0).all()

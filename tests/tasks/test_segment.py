@@ -27,6 +27,7 @@ from tests.models.dense.golden import load
 SMALL = (
     *NETWORK,
     "model.num_classes=5",
+    "task.segment.class_weights=[]",
     "task.segment.channels=6",
     "task.segment.auxiliary_channels=4",
     "task.segment.auxiliary_index=1",

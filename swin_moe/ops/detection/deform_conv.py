@@ -1,10 +1,10 @@
 """Convolution that reads at places moved by offsets (arXiv:1703.06211), also modulated by a mask (arXiv:1811.11168).
 
 The operator makes columns, what every tap of the kernel reads; the rest is a product with the weight. Compiled kernels
-are in csrc/deform_conv.cpp and csrc/cuda/deform_conv.cu; elsewhere the operator runs the plain form of this file.
+for the CPU are in csrc/deform_conv.cpp; elsewhere the operator runs the plain form of this file.
 
-Shape legend: B images, C channels read, O channels made, H x W of the map, h x w of the kernel, K = h * w taps, Y x X of
-the result, N = Y * X, G groups of channels that share offsets.
+Shape legend: B images, C channels read, O channels made, H x W of the map, h x w of the kernel, K = h * w taps, Y x X
+of the result, N = Y * X, G groups of channels that share offsets.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ def deform_conv2d(
     """Returns (B, O, Y, X), with gradients to every tensor.
 
     Cells outside the map are 0. Places, columns and their gradients are float64 for float64 maps and float32 for all
-    others; the product is in the dtype of the map. On CUDA the gradient of the map is added in no fixed order.
+    others; the product is in the dtype of the map.
 
     Args:
         x: (B, C, H, W).
@@ -89,8 +89,8 @@ def _check(x: Tensor, offsets: Tensor, mask: Tensor | None, numbers: tuple[int, 
     groups = offsets.shape[1] // (2 * taps)
     if not groups or x.shape[1] % groups or offsets.shape != (len(x), 2 * taps * groups, out_h, out_w):
         raise ValueError(
-            f"deform_columns: offsets must be ({len(x)}, groups x {2 * taps}, {out_h}, {out_w}) with groups that divide "
-            f"{x.shape[1]} channels, got {tuple(offsets.shape)}"
+            f"deform_columns: offsets must be ({len(x)}, groups x {2 * taps}, {out_h}, {out_w}) with groups that "
+            f"divide {x.shape[1]} channels, got {tuple(offsets.shape)}"
         )
     if mask is not None and mask.shape != (len(x), taps * groups, out_h, out_w):
         raise ValueError(f"deform_columns: the mask must be ({len(x)}, {taps * groups}, {out_h}, {out_w})")

@@ -1,11 +1,12 @@
 """Features of boxes by bilinear samples (arXiv:1703.06870, section 3).
 
-Compiled kernels are in csrc/roi_align.cpp and csrc/cuda/roi_align.cu; elsewhere the operators run the plain form of this
-file. Sampling is separable: a box has one matrix of its bins over rows and one over columns of the map.
+Compiled kernels are in csrc/roi_align.cpp and csrc/cuda/roi_align.cu; elsewhere the operators run the plain form of
+this file. Sampling is separable: a box has one matrix of its bins over rows and one over columns of the map.
 
 Shape legend: B images, C channels, H x W of the map, R boxes, S bins per side.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def roi_align(
     """Returns (R, C, S, S), means of each bin's samples, with gradients to the features (not to the boxes).
 
     Places are computed in float64 for float64 features and in float32 for all others, sums likewise. Samples farther
-    than a cell outside the map count as 0. A box with a coordinate that is not finite gives not-a-number, and so does on
-    CUDA a box of an image that is not there, which the CPU refuses.
+    than a cell outside the map count as 0. A box with a coordinate that is not finite gives not-a-number, and so does
+    on CUDA a box of an image that is not there, which the CPU refuses.
 
     Args:
         features: (B, C, H, W).
@@ -57,7 +58,7 @@ def box_dtype(features: Tensor) -> torch.dtype:
 
 
 def _check(
-    name: str, rois: Tensor, batch: int, map_size: tuple[int, int], size: int, scale: float, sampling: int
+    name: str, rois: Tensor, batch: int, map_size: Sequence[int], size: int, scale: float, sampling: int
 ) -> None:
     if rois.dim() != 2 or rois.shape[1] != 5:
         raise ValueError(f"{name}: boxes must be (R, 5), got {tuple(rois.shape)}")
@@ -73,7 +74,7 @@ def _check(
 
 
 def _matrices(
-    rois: Tensor, height: int, width: int, size: int, scale: float, sampling: int, aligned: bool
+    rois: Tensor, map_size: Sequence[int], size: int, scale: float, sampling: int, aligned: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns (R, S, H) and (R, S, W), the weight of every row and column of the map in the mean of every bin."""
     box_R4 = rois[:, 1:] * scale - (0.5 if aligned else 0.0)
@@ -81,8 +82,8 @@ def _matrices(
     side = side if aligned else side.clamp(min=1.0)
     finite = torch.isfinite(low).all(1) & torch.isfinite(side).all(1)
     low, side = (torch.where(finite[:, None], x, torch.zeros_like(x)) for x in (low, side))
-    y = _axis(low[:, 1], side[:, 1], size, height, sampling)
-    x = _axis(low[:, 0], side[:, 0], size, width, sampling)
+    y = _axis(low[:, 1], side[:, 1], size, map_size[0], sampling)
+    x = _axis(low[:, 0], side[:, 0], size, map_size[1], sampling)
     return torch.where(finite[:, None, None], y, torch.nan), x
 
 
@@ -117,7 +118,7 @@ def _forward(features: Tensor, rois: Tensor, size: int, scale: float, sampling: 
     if features.dim() != 4:
         raise ValueError(f"roi_align: features must be (B, C, H, W), got {tuple(features.shape)}")
     _check("roi_align", rois, len(features), features.shape[2:], size, scale, sampling)
-    y, x = _matrices(rois, *features.shape[2:], size, scale, sampling, aligned)
+    y, x = _matrices(rois, features.shape[2:], size, scale, sampling, aligned)
     image = rois[:, 0].to(torch.int64)
     parts = [features.new_zeros(0, features.shape[1], size, size)]
     for start in range(0, len(rois), AT_ONCE):
@@ -131,7 +132,7 @@ def _backward(
     grad: Tensor, rois: Tensor, batch: int, height: int, width: int, scale: float, sampling: int, aligned: bool
 ) -> Tensor:
     _check("roi_align_backward", rois, batch, (height, width), grad.shape[2], scale, sampling)
-    y, x = _matrices(rois, height, width, grad.shape[2], scale, sampling, aligned)
+    y, x = _matrices(rois, (height, width), grad.shape[2], scale, sampling, aligned)
     y = y.nan_to_num(nan=0.0)
     image = rois[:, 0].to(torch.int64)
     found = x.new_zeros(batch, grad.shape[1], height, width)

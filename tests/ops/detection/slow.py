@@ -18,7 +18,8 @@ def overlap(a: np.ndarray, b: np.ndarray) -> np.floating:
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float, groups: Tensor | None) -> list[int]:
     """Returns the rows that stay."""
-    rows, kept = boxes.numpy(), []
+    rows = boxes.numpy()
+    kept: list[int] = []
     limit = rows.dtype.type(threshold)
     for row in sorted(range(len(boxes)), key=lambda i: (-float(scores[i]), i)):
         rivals = [k for k in kept if groups is None or groups[k] == groups[row]]

@@ -1,0 +1,56 @@
+// What the CUDA kernels of detectors are called with; no torch, no CUDA beyond the stream.
+#pragma once
+
+#include <cstdint>
+
+#include "row_launch.h"
+
+namespace swin_moe {
+
+// See csrc/nms.cpp. Rows are sorted by group and, within one, by falling score.
+struct NmsLaunch {
+  const void* boxes;      // (N, 4), by input row
+  const int64_t* order;   // (N): input row of a sorted row
+  const int64_t* group;   // (N), of the sorted rows; null = one
+  bool* gone;             // (N), by input row; false before
+  int64_t count;
+  double threshold;
+  int is_double;
+};
+
+// See csrc/soft_nms.cpp. Rows are sorted by group and, within one, in input order.
+struct SoftLaunch {
+  const void* boxes;      // (N, 4), by input row
+  const int64_t* order;   // (N): input row of a sorted row
+  const int64_t* group;   // (N), of the sorted rows; null = one
+  void* scores;           // (N), by input row: old ones, then new ones
+  bool* left;             // (N), by sorted row: not final yet
+  int64_t count;
+  double threshold, sigma, min_score;
+  int gaussian, is_double;
+};
+
+// See csrc/roi_align.cpp. Weights and places are float64 with float64 elements and float32 otherwise.
+struct RoiLaunch {
+  const void* from;    // features (B, C, H, W), or the gradient (R, C, S, S)
+  const void* rois;    // (R, 5)
+  void *rows, *columns;  // (R, S, H) and (R, S, W), zero before: weights of the cells in every bin
+  int *row_spans, *column_spans;  // (R, S, 2): first cell and end
+  int* image;          // (R); -1 = no numbers, or no such image
+  void* out;           // (R, C, S, S), or the gradient (B, C, H, W)
+  int64_t boxes, batch, channels, height, width;
+  int size, sampling, aligned;
+  double scale;
+  int element;         // RowElement
+};
+
+}  // namespace swin_moe
+
+extern "C" {
+cudaError_t swin_moe_nms(const swin_moe::NmsLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_soft_nms(const swin_moe::SoftLaunch* launch, cudaStream_t stream);
+// Fills weights, spans and images of all boxes; then one of the other two.
+cudaError_t swin_moe_roi_bins(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_roi_align(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_roi_align_backward(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
+}
