@@ -102,7 +102,11 @@ class Study:
         elif code:
             return f"failed with exit code {code}, see {log}"
         else:
-            self._write(cell, self.read(str(output / cell.name)))
+            try:
+                result = self.read(str(output / cell.name))
+            except ValueError as error:  # the other cells need not wait for whoever finds out why
+                return f"its run cannot be read: {error}"
+            self._write(cell, result)
         shutil.rmtree(output / cell.name, ignore_errors=True)
         return ""
 

@@ -64,6 +64,17 @@ def test_what_is_finished_is_not_run_again_and_what_changed_is(study, tmp_path, 
     assert study.run(second) == [] and began(tmp_path)[5:] == ["a"]
 
 
+def test_a_run_that_cannot_be_read_is_one_failure(study, tmp_path):
+    def refuse(folder):
+        if folder.endswith("a"):
+            raise ValueError("no records of steps")
+        return read(folder)
+
+    picky = Study(tmp_path, refuse)
+    (failure,) = picky.run([Cell("a", 1, ("0", "0")), Cell("b", 1, ("0", "0"))])
+    assert "cannot be read: no records" in failure and began(tmp_path) == ["a", "b"]
+
+
 def test_a_run_without_memory_is_a_result(study):
     cell = Cell("large", 1, ("0", str(cells.NO_MEMORY)))
     assert study.run([cell]) == [] and study.result(cell) == {"fits": False}
