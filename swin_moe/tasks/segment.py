@@ -26,7 +26,7 @@ from swin_moe.parallel.groups import Groups
 from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
-from swin_moe.tasks.dense import Found
+from swin_moe.tasks.dense import Found, most_forwards
 from swin_moe.tasks.drawing import PictureBook
 from swin_moe.tasks.measures.confusion import IGNORED, Confusion
 
@@ -126,7 +126,7 @@ class Segment(Task):
         image, groups = batch["image"], list(groups_of(batch))
         forwards = sum(self._forwards(size) for _, size, _ in groups)
         # Asked before any: a forward is a collective where ranks hold each other's experts or weights.
-        more = _most(forwards, image.device, context) - forwards
+        more = most_forwards(forwards, image.device, context.world_size) - forwards
         found: dict[int, Found] = {}
         for rows, (height, width), original in groups:
             maps = self.probabilities(model, image[rows, :, :height, :width], original, context).argmax(dim=1)
@@ -179,12 +179,3 @@ def groups_of(batch: Batch) -> Iterator[tuple[list[int], Size, Size]]:
         found.setdefault(tuple(sizes), []).append(row)
     for (height, width, *original), rows in found.items():
         yield rows, (height, width), (original[0], original[1])
-
-
-def _most(forwards: int, device: torch.device, context: StepContext) -> int:
-    """Returns the most forwards that a rank needs for its batch."""
-    if context.world_size == 1:
-        return forwards
-    most = torch.tensor([forwards], device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
