@@ -199,8 +199,9 @@ def test_all_five_train_together_and_continue(elsewhere, tmp_path):
         ),
         (
             "task.name=elsewhere.parts:Foreign",
-            "Foreign lacks teacher, higher_is_better, needs_partners, needs_views, changes_weights, needs_teacher, "
-            "build_network, connect, evaluate, after_step, pictures (",
+            "Foreign lacks teacher, higher_is_better, needs_partners, needs_views, needs_boxes, "
+            "needs_label_maps, changes_weights, needs_teacher, "
+            "build_network, connect, weigh, evaluate, after_step, pictures (",
         ),
         ("task.name=elsewhere.parts:seen", "lacks"),
         ("engine.name=elsewhere.parts:X", "engine.name=elsewhere.parts:X: the module elsewhere.parts has no X"),

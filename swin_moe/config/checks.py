@@ -185,6 +185,7 @@ RANGES: dict[str, tuple] = {
     "data.dense.val_canvases": _SOME, "data.dense.labelled": _range(0, 1, above=True), "data.dense.short": _SOME,
     "data.dense.long": _SOME, "data.dense.ratio": _POSITIVE, "data.dense.crop_short": _SOME,
     "data.dense.crop_sides": _SOME, "data.dense.crop": _COUNT, "data.dense.crop_max_share": _range(0, 1, above=True),
+    "data.dense.rotate": _range(0, 180), "data.dense.shear": _range(0, 89), "data.dense.translate": _SHARE,
     "data.dense.eval_short": _COUNT, "data.dense.eval_long": _SOME, "data.dense.divisor": _SOME,
     "model.moe.blocks": _range(-1), "model.moe.num_experts": _SOME, "model.moe.top_k": _SOME,
     "model.moe.capacity_factor": _ANY, "model.moe.eval_capacity_factor": _ANY, "model.moe.group_images": _COUNT,

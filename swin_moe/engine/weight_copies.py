@@ -212,8 +212,8 @@ def _is_wide(name: str, bias: Tensor) -> bool:
     return name.endswith("qkv.bias") or (name.endswith("fc1.bias") and is_fused(bias))
 
 
-def copies_of(model: nn.Module, config: Config, *, world_size: int) -> Copies | None:
-    """Returns the copies of a network that is about to be trained; None where autocast is left to cast.
+def are_kept(config: Config, world_size: int) -> bool:
+    """Returns whether weights are cast once per update, not by autocast in every forward.
 
     Not beside offloaded weights, which are to take little memory between steps; not in compiled blocks, where casts
     share kernels; not where weights are gathered block by block, or an engine casts by itself; and not under a task of
@@ -222,8 +222,13 @@ def copies_of(model: nn.Module, config: Config, *, world_size: int) -> Copies | 
     dtype, parallel = DTYPES[config.engine.precision], config.parallel
     left = config.engine.offload != "none" or parallel.compile != "none" or is_outside(config.task.name)
     if dtype not in (torch.bfloat16, torch.float16) or left:
-        return None
-    if world_size == 1:
-        return WeightCopies(model, dtype)
+        return False
     whole = config.engine.name == "fairscale" or (config.engine.name == "torch" and parallel.zero <= 1)
-    return LinkedCopies(model, dtype) if whole else None
+    return world_size == 1 or whole
+
+
+def copies_of(model: nn.Module, config: Config, *, world_size: int) -> Copies | None:
+    """Returns the copies of a network that is about to be trained; None where they are not kept (are_kept)."""
+    if not are_kept(config, world_size):
+        return None
+    return (WeightCopies if world_size == 1 else LinkedCopies)(model, DTYPES[config.engine.precision])

@@ -151,7 +151,8 @@ class _Loading:
                 self.problems.append((key, f"stands for {name}, which is in the file twice"))
             if name.endswith("_num_global_experts"):
                 self._check_experts(name, value)
-            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ()) + (OTHER_MAPS if self.own_parts else ())
+            maps = OTHER_MAPS if self.own_parts and not name.startswith(OUTSIDE) else ()  # a task may call its own so
+            rules = DROPPED + (SIMMIM_DROPPED if self.simmim else ()) + maps
             self.gives_maps = self.gives_maps or name.startswith("norm0.")
             known = (reason for pattern, reason in rules if re.search(pattern, name.removeprefix(OUTSIDE)))
             reason = next(known, "only for the task it was trained for" if name.startswith(OUTSIDE) else "")

@@ -106,12 +106,6 @@ def example_batch(config: Config, images: int, task: Task) -> Batch:
         batch["extra_image"] = torch.empty((0, *size[1:]), dtype=dtype)
     if task.needs_views:
         batch["view"] = torch.empty(size, dtype=dtype)
-    if task.needs_boxes:
-        name = config.task.name
-        raise ValueError(f"plans are not for task.name={name}: what its heads hold depends on what is in the images")
-    if task.needs_label_maps:
-        batch["label_map"] = torch.zeros((images, *config.model.img_size), dtype=torch.int64)
-        batch["size"] = torch.tensor([config.model.img_size] * images).view(-1, 2)
     return batch
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from swin_moe.config import Config
+from swin_moe.engine.weight_copies import are_kept
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.layouts import Layout, Rejected, check_candidate, enumerate_layouts
 from swin_moe.planner.memory import Memory, predict_memory
@@ -103,6 +104,7 @@ class Traces:
 
     def of(self, layout: Layout) -> list[Segment]:
         """Returns the segments of a layout's micro-step."""
+        config = layout.apply(self.config)
         key: tuple = (
             layout.recompute,
             layout.attention_chunk,
@@ -110,12 +112,13 @@ class Traces:
             layout.expert_shard,
             layout.payload,
             layout.world_size == 1,
+            are_kept(config, layout.world_size),  # what autocast casts instead lives until backward
         )
         # Attention in turns has as many operators as there are turns: no line leads to another micro-batch.
         images = layout.micro_batch if layout.attention_chunk else 0
         key = (*key, images)
         if key not in self._steps:
-            self._steps[key] = trace_micro_step(layout.apply(self.config), layout.degrees, images=images)
+            self._steps[key] = trace_micro_step(config, layout.degrees, images=images)
         whole = (*key, layout.micro_batch)
         if whole not in self._segments:
             self._segments[whole] = self._steps[key].at(layout.micro_batch)

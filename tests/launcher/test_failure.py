@@ -258,7 +258,7 @@ def test_stacks_name_the_collective_that_a_rank_sits_in(tmp_path):
         ({}, 1),
         ({"PMI_RANK": "3", "PMI_SIZE": "999"}, 1),
         ({"PMI_RANK": "3", "PMI_SIZE": "10000"}, 10),
-        ({"SLURM_NTASKS": "4096"}, 4),
+        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "4096"}, 4),
     ],
 )
 def test_a_shared_folder_is_asked_no_more_often_by_many_ranks(environ, rounds):

@@ -10,9 +10,11 @@ import torch
 
 from swin_moe.config.io import load_config
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.planner.micro_step import example_batch, trace_exactly, trace_micro_step
+from swin_moe.planner.layouts import Layout
+from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
+from swin_moe.planner.plan import Traces
 from swin_moe.planner.trace import LiveBytes, over_time
-from swin_moe.tasks.base import build_task
+from swin_moe.planner.workload import build_workload
 from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -122,12 +124,18 @@ def test_live_bytes_of_a_known_program():
     assert isinstance(segment.live, np.ndarray) and segment.launches > 2
 
 
-def test_label_maps_are_traced_and_objects_are_refused():
-    config = load_config("canvas_upernet")
-    segments = trace_exactly(config, Degrees(1, 1, 1), 2)
-    assert len(segments) > 4  # blocks, forward and backward
-    task = build_task(config)
-    assert example_batch(config, 3, task)["label_map"].shape == (3, 64, 64)
-    task.needs_boxes = True
-    with pytest.raises(ValueError, match="plans are not for task.name=segment: what its heads hold depends"):
-        example_batch(config, 3, task)
+@pytest.mark.parametrize("name", ["canvas_upernet", "canvas_mask_rcnn"])
+def test_images_of_any_size_are_refused(name):
+    config = load_config(name)
+    with pytest.raises(ValueError, match=f"task.name={config.task.name}: the planner counts networks of images of"):
+        trace_exactly(config, Degrees(1, 1, 1), 2)
+
+
+def test_weights_that_are_cast_in_every_forward_live_until_backward():
+    """As bf16 beside gathered weights: a plan of ZeRO-3 once took the trace of a layout that keeps copies."""
+    config = load_config("digits_swin_moe", ["engine.precision=bf16"])
+    traces = Traces(config)
+    layouts = [Layout(2, 1, 1, 2, "torch", zero, "none", 0, 4, 1, 1, "linear", "none", "none") for zero in (0, 3)]
+    kept, cast = (float(over_time(traces.of(layout))[0].max()) for layout in layouts)
+    copied = 2 * sum(p.numel for p in build_workload(config).parameters if p.copied)
+    assert copied > 5e5 and cast - kept == pytest.approx(copied, rel=0.1)
