@@ -7,23 +7,16 @@ import numpy as np
 
 from swin_moe.config import DataConfig
 from swin_moe.data.dense.sample import IGNORED, Annotation, DenseDataset, DenseSample
+from swin_moe.data.subset import Rows
 from swin_moe.randomness import PURPOSES, derive_key
 
 
-class _View:
-    """A data set's rows; all of it but what a view changes."""
+class _View(Rows[DenseDataset]):
+    """Images of a data set; all of it but what a view changes."""
 
     def __init__(self, dataset: DenseDataset, rows: np.ndarray) -> None:
-        self._dataset, self._rows = dataset, rows
-        self.classes, self.num_classes = dataset.classes, dataset.num_classes
+        super().__init__(dataset, rows)
         self.category_ids = dataset.category_ids
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def path(self, index: int) -> str:
-        """Returns what to call this image in messages."""
-        return self._dataset.path(int(self._rows[index]))
 
     def dense_sample(self, index: int) -> DenseSample:
         """Returns the image as stored."""
@@ -36,16 +29,6 @@ class _View:
     def sizes(self) -> np.ndarray:
         """Returns (len, 2) int64, height and width."""
         return self._dataset.sizes()[self._rows]
-
-    def labels(self) -> np.ndarray:
-        """Returns (len,) a number per image."""
-        return self._dataset.labels()[self._rows]
-
-    def update_listing(self, update: Callable[[bytes], None]) -> None:
-        """Feeds a digest with the listing chosen from, and what was chosen."""
-        if hasattr(self._dataset, "update_listing"):
-            self._dataset.update_listing(update)
-        update(self._rows.astype("<i8").tobytes())
 
 
 class LabelledShare(_View):
