@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from swin_moe.config import Config
+from swin_moe.engine.weight_copies import are_kept
 from swin_moe.parallel.apply import BUCKET_BYTES
 from swin_moe.parallel.sharding import Degrees, cut_dim, local_chunk
 from swin_moe.planner.layouts import Layout
@@ -69,14 +70,12 @@ def activations_over_time(config: Config, workload: Workload, layout: Layout, se
 def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory:
     """Returns what a rank holds between steps, and all its gradients; nothing of a micro-step."""
     item = weight_dtype(config).itemsize
-    half = config.engine.precision in ("bf16", "fp16")
     held = sum(n for _, n in _held(workload, layout))
     trained = sum(n for p, n in _held(workload, layout) if p.trained)
     updated, tensors = max(_updated(workload, layout))
     moments = moments_of(config.optim)
-    copies, whole = 0.0, layout.world_size == 1 or not layout.cuts_weights
-    copied = half and layout.offload == "none" and config.parallel.compile == "none"
-    if copied and whole and layout.engine != "deepspeed":
+    copies = 0.0
+    if are_kept(layout.apply(config), layout.world_size) and layout.engine != "deepspeed":
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
     count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(
