@@ -49,3 +49,14 @@ def test_larger_subsets_hold_the_smaller_and_draws_differ():
 
 def test_validation_images_are_all_kept():
     assert len(build(replace(SYNTHETIC, images_per_class=1), "val")) == 60
+
+
+def test_what_was_chosen_is_part_of_what_a_listing_is_known_by():
+    """Else a run could go on with other images of as many."""
+    dataset = build(SYNTHETIC)
+    listed = []
+    for draw in (0, 0, 1):
+        parts: list[bytes] = []
+        ClassSubset(dataset, 3, draw=draw).update_listing(parts.append)
+        listed.append(b"".join(parts))
+    assert listed[0] == listed[1] != listed[2]
