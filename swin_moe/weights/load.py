@@ -63,7 +63,8 @@ def load_weights(model: Network, session: Session, stored: Source | None = None)
 
         def fill() -> str:
             opened = open_weights(source, key="checkpoint.load") if stored is None else stored
-            followed = model.momentum_pairs()
+            pairs = model.momentum_pairs()
+            followed = {} if pairs.keys() & opened.names else pairs  # a file may hold a teacher of its own
             report = fill_pieces(opened, pieces, backbone_of(model), shapes, followed=followed, same_classes=True)
             return f"{opened.description}: {report}"
 

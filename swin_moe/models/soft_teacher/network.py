@@ -18,9 +18,8 @@ from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import Targets
 from swin_moe.models.soft_teacher.losses import Part, Teaching, box_losses, part_of, proposal_losses
 from swin_moe.models.soft_teacher.pseudo import Rules, View, found_in, moved
+from swin_moe.names.official import TEACHER
 from swin_moe.randomness import RandomContext
-
-TEACHER = "teacher."
 
 
 class SoftTeacher(Detector):
@@ -108,5 +107,5 @@ class SoftTeacher(Detector):
 def _objects(targets: Targets, rows: list[int]) -> Targets:
     """Returns the objects of some images."""
     masks = None if targets.masks is None else [targets.masks[row] for row in rows]
-    lists = ([values[row] for row in rows] for values in (targets.boxes, targets.labels, targets.crowd))
-    return Targets(*lists, masks)
+    boxes, labels, crowd = ([values[row] for row in rows] for values in (targets.boxes, targets.labels, targets.crowd))
+    return Targets(boxes, labels, crowd, masks)

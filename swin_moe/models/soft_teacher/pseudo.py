@@ -89,17 +89,18 @@ def found_in(
     proposals = teacher.rpn_head.proposals(scored, size_U2, teacher.spec.proposals.training)
     rois = rois_of([boxes for boxes, _ in proposals])
     scores, codes = judged(teacher, maps, rois)
-    boxes, certain, labels = [], [], []
+    pseudo = Pseudo([], [], [], [])
     for image, size in enumerate(size_U2):
         rows = rois[:, 0] == image
         decoded = head.decoded(rois[rows, 1:], codes[rows], size)
         found = select(decoded, scores[rows], size, size, teacher.spec.detections)
         kept = (found.scores > rules.found) & with_area(found.boxes)
-        for values, value in zip((boxes, certain, labels), found):
-            values.append(value[kept])
+        pseudo.boxes.append(found.boxes[kept])
+        pseudo.scores.append(found.scores[kept])
+        pseudo.labels.append(found.labels[kept])
     if isinstance(noise, RandomContext):
-        noise = [drawn(noise, image, rules.jitters, len(own)) for image, own in enumerate(boxes)]
-    return Pseudo(boxes, certain, labels, spread_of(teacher, maps, boxes, labels, size_U2, rules, noise))
+        noise = [drawn(noise, image, rules.jitters, len(own)) for image, own in enumerate(pseudo.boxes)]
+    return pseudo._replace(spread=spread_of(teacher, maps, pseudo.boxes, pseudo.labels, size_U2, rules, noise))
 
 
 def drawn(random: RandomContext, image: int, jitters: int, boxes: int) -> Tensor:
@@ -138,5 +139,6 @@ def spread_of(
         own_TD4 = own.view(rules.jitters, -1, 4)
         mean = own_TD4.mean(dim=0)
         side = (mean[:, 2:] - mean[:, :2]).clamp(min=1).repeat(1, 2)
-        results.append(own_TD4.std(dim=0) / side)
+        variance = (own_TD4 - mean).square().sum(dim=0) / (rules.jitters - 1)  # torch's own warns where there is no box
+        results.append(variance.sqrt() / side)
     return results
