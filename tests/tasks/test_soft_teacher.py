@@ -26,6 +26,7 @@ from swin_moe.tasks.base import StepDone
 from swin_moe.tasks.detect import Detect
 from swin_moe.tasks.soft_teacher import SemiSupervised, momentum_at
 from swin_moe.train import Trainer
+from swin_moe.weights.load import load_weights
 from tests.gathered import NETWORK, gathered
 from tests.ranks import run_ranks
 from tests.tasks import cases
@@ -302,6 +303,10 @@ def test_what_begins_a_detector_begins_student_and_teacher(tmp_path):
     for name, value in found.items():
         assert torch.equal(value, plain[name.removeprefix("teacher.")]), name
     assert "missing" not in report
+    network: Any = trainer.engine.local_model
+    session = session_of(tmp_path, "canvas_soft_teacher", *SOFT, f"checkpoint.load={detector.session.directory}")
+    with pytest.raises(ValueError, match=r"holds no teacher, as task detect trains none; use task\.name=detect"):
+        load_weights(network, session)
 
 
 @pytest.mark.parametrize(

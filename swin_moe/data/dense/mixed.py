@@ -73,7 +73,7 @@ class WithUnlabelled:
         self._dataset, self._exif = dataset, config.exif
         self._folder = Path(config.path) / config.dense.unlabelled_images
         if not self._folder.is_dir():
-            raise ValueError(f"data.dense.unlabelled_images: no folder at {self._folder}")
+            raise ValueError(f"data.dense.unlabelled_images: no folder at {self._folder} (looked for below data.path)")
         names, sizes = [], []
         for name in image_names(self._folder):
             try:
