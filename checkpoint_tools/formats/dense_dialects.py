@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint_tools.formats.rules import FROM_HF_UPERNET, FROM_OFFICIAL, FROM_OPEN_MMLAB, Rule
+from checkpoint_tools.formats.rules import FROM_DENSE, FROM_HF_UPERNET, FROM_OPEN_MMLAB, Rule
 from checkpoint_tools.sources.assembled import Leaf, Part
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.layout import Chunk
-from swin_moe.names.official import DENSE, DENSE_PARTS
+from swin_moe.names.official import DENSE, DENSE_PARTS, STUDENT
 
 
 class Dialect(NamedTuple):
@@ -28,7 +28,7 @@ class Dialect(NamedTuple):
 
 
 DIALECTS = (
-    Dialect("the official code", "patch_embed.proj.weight", FROM_OFFICIAL),
+    Dialect("the official code", "patch_embed.proj.weight", FROM_DENSE),
     Dialect("open-mmlab", "patch_embed.projection.weight", FROM_OPEN_MMLAB, unfolds=True),
     Dialect("transformers", "embeddings.patch_embeddings.projection.weight", FROM_HF_UPERNET),
 )
@@ -41,6 +41,7 @@ _PLACES = (0, 2, 1, 3)
 
 def dialect_of(names: Collection[str]) -> Dialect | None:
     """Returns the dialect of a network with a backbone and something beside it; None where it is no such."""
+    names = {name.removeprefix(STUDENT) for name in names}
     if not any(name.startswith(DENSE_PARTS) for name in names):
         return None
     return next((d for d in DIALECTS if any(f"{DENSE}{inner}{d.first}" in names for inner in ("", "swin."))), None)

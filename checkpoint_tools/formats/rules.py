@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from checkpoint_tools.sources.assembled import Place
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.names.official import DENSE_PARTS, DROPPED, RENAMED, SIMMIM_DROPPED
+from swin_moe.names.official import DENSE_PARTS, DROPPED, RENAMED, SIMMIM_DROPPED, STUDENT, TEACHER
 
 
 class Rule(NamedTuple):
@@ -56,12 +56,13 @@ def from_ours(name: str, rules: Iterable[Rule]) -> list[str]:
 
 # What a parameter of one of our networks is called; a name that no rule brings here belongs to another network.
 _OURS = re.compile(
+    rf"({re.escape(TEACHER)})?("
     r"(encoder\.|backbone\.)?(absolute_pos_embed|mask_token|patch_embed\.(proj|norm)\.\w+|norm\d*\.\w+|head\.\w+"
     r"|layers\.\d{1,2}\.downsample\.(reduction|norm)\.\w+"
     r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.(norm1|norm2|enorm|spatial_mlp|mlp\.fc1|mlp\.fc2|mlp\.experts|mlp\.router"
     r"|mlp\.shared)\.[\w.]+"
     r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.attn\.(qkv|proj|cpb_mlp|q_bias|v_bias|logit_scale|relative_position_bias_table)"
-    r"[\w.]*)|decoder\.0\.\w+|" + "|".join(re.escape(part) + r"[\w.]+" for part in DENSE_PARTS)
+    r"[\w.]*)|decoder\.0\.\w+|" + "|".join(re.escape(part) + r"[\w.]+" for part in DENSE_PARTS) + ")"
 )
 
 
@@ -78,6 +79,7 @@ def check_ours(name: str, foreign: str, path: Path) -> str:
 
 OFFICIAL_BUFFERS = tuple(Rule(pattern, None) for pattern, _ in DROPPED)
 FROM_OFFICIAL = (*(Rule(*rule) for rule in RENAMED), *OFFICIAL_BUFFERS)
+FROM_DENSE = (Rule(f"^{re.escape(STUDENT)}", ""), *FROM_OFFICIAL)
 FROM_SIMMIM = (
     Rule(r"^encoder\.", ""),
     *(Rule(pattern, None) for pattern, _ in SIMMIM_DROPPED),
@@ -94,6 +96,7 @@ TO_OFFICIAL = (
     Rule(r"mlp\.router\.projector\.", "mlp._moe_layer.gates.0.cosine_projector."),
     Rule(r"mlp\.router\.(temperature|sim_matrix)$", r"mlp._moe_layer.gates.0.\1"),
 )
+TO_SOFT_TEACHER = (*TO_OFFICIAL, Rule(f"^(?!{re.escape(TEACHER)})", STUDENT))
 TO_SIMMIM = (*TO_OFFICIAL, Rule(r"^(?!encoder\.|decoder\.)", "encoder."))
 
 

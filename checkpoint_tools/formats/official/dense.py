@@ -2,8 +2,9 @@
 programs write of the same networks is read (dense_dialects.py).
 
 Facts: SwinTransformer/Swin-Transformer-Object-Detection and -Semantic-Segmentation, whose files are mmcv's:
-{"meta", "state_dict", "optimizer"}. The optimizer is left out. Indices of position biases and counts of batches are
-dropped when read and built when written, so that the official code loads the file strictly.
+{"meta", "state_dict", "optimizer"}; so are microsoft/SoftTeacher's, of a student and a teacher. The optimizer is left
+out. Indices of position biases and counts of batches are dropped when read and built when written, so that the official
+code loads the file strictly.
 """
 
 import math
@@ -21,12 +22,12 @@ from checkpoint_tools.formats.images import CLASSES, named_classes
 from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.formats.official.layout import position_index
 from checkpoint_tools.formats.plain_read import parameter_sizes, place_records
-from checkpoint_tools.formats.rules import TO_OFFICIAL, from_ours
+from checkpoint_tools.formats.rules import TO_OFFICIAL, TO_SOFT_TEACHER, from_ours
 from checkpoint_tools.formats.state_dict import find_weights, open_file, peek
 from checkpoint_tools.sources.assembled import AssembledSource
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.names.official import DENSE, inner_name
+from swin_moe.names.official import DENSE, TEACHER, inner_name
 
 _TABLE, _VARIANCE = "relative_position_bias_table", ".bn.running_var"
 # The last layer of each kind of head, and its outputs that are no class.
@@ -80,7 +81,8 @@ def open_dense(path: Path, options: Options) -> Source:
 
 def _network_of(path: Path, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Returns the options of config.model that the shapes tell; {} where they tell none."""
-    inferred: dict[str, Any] = infer_model(path, {inner_name(name): shape for name, shape in sizes.items()})
+    own = {inner_name(name): shape for name, shape in sizes.items() if not name.startswith(TEACHER)}
+    inferred: dict[str, Any] = infer_model(path, own)
     for name, beside in _CLASSIFIERS.items():
         if name in sizes and inferred:
             inferred["num_classes"] = sizes[name][0] - beside
@@ -98,9 +100,10 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
     left = sorted({split_kind(name)[0] for name in source.tensors} - {"weight"})
     if left:
         options.report(f"{source.path}: dense files hold parameters only; left out: {', '.join(left)}")
+    rules = TO_SOFT_TEACHER if any(name.startswith(TEACHER) for name in names) else TO_OFFICIAL
     tensors: dict[str, NewTensor] = {}
     for name in sorted(names):
-        (official,) = from_ours(name, TO_OFFICIAL)
+        (official,) = from_ours(name, rules)
         shape, dtype = source.tensors[name]
         tensors[official] = NewTensor(shape, dtype, partial(source.read, name))
         if name.endswith(_TABLE):
