@@ -17,6 +17,7 @@ _EXPORTS = {
     "build_model": "swin_moe.models.build:build_model",
     "load_official": "swin_moe.weights.pretrained:load_official",
     "parallelize": "swin_moe.parallel.apply:parallelize",
+    "optimize": "swin_moe.models.optimized:optimize",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("swin_moe.train", "train a run, or continue it"),
     "evaluate": ("swin_moe.evaluate", "exact metrics of a checkpoint"),
     "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
+    "data": ("swin_moe.curate.command", "own images: what is in a folder and wrong with it; train and val"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
@@ -61,7 +62,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor", "data"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main

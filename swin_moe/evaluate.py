@@ -7,6 +7,7 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
+from swin_moe.run.data_fit import with_counted_classes
 from swin_moe.run.metrics import LOGGER, save_picture, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, Task, build_task
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
     path, overrides = parse_arguments(argv, USAGE)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
+    session = with_counted_classes(session)
     check_graphs(session.config, session.device.type, session.world_size)
     stored = open_stored(session)
     task = build_task(session.config)

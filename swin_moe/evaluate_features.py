@@ -13,6 +13,7 @@ from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.models.swin import SwinTransformer
+from swin_moe.run.data_fit import with_counted_classes
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
     """Prints the accuracies."""
     path, words = parse_arguments(argv, USAGE, OPTIONS)
     overrides, options = parse_options(words)
-    session = open_session(path, overrides)
+    session = with_counted_classes(open_session(path, overrides))
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size, features=True)
     task = build_task(session.config)

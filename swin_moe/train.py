@@ -21,6 +21,7 @@ from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.exchange.padded import even_batches
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
+from swin_moe.run.data_fit import warn_of_small_images, with_counted_classes
 from swin_moe.run.expert_load import start_clocks
 from swin_moe.run.folder import FolderLock, holding
 from swin_moe.run.identity import RunIdentity, begin, place_in_data
@@ -381,7 +382,8 @@ def _choose(config: Config, world_size: int, overrides: Sequence[str]) -> tuple[
 def train(session: Session) -> None:
     """Trains a run to its end, or continues it."""
     check_training(session.config, session.device.type, session.world_size)
-    trainer = Trainer(session)
+    trainer = Trainer(with_counted_classes(session))
+    warn_of_small_images(session, trainer.loader.dataset)
     for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)
     trainer.resume()

@@ -21,7 +21,7 @@ LAYERS = (
     ("data", "optim", "checkpoint"),
     ("engine", "tasks"),
     ("run",),
-    ("weights", "planner"),
+    ("weights", "planner", "curate"),
     ("evaluate", "predict_pixels"),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor", "report"),

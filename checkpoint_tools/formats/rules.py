@@ -151,6 +151,27 @@ FROM_HF_V2 = (
     *FROM_HF,
 )
 
+# transformers' UPerNet with a Swin backbone; its backbone's last norm is not of the maps, and unused.
+FROM_HF_UPERNET = (
+    Rule(r"^backbone\.(swin\.)?layernorm\.", None),
+    Rule(r"^backbone\.(swin\.)?", ""),
+    *FROM_HF,
+    Rule(r"^hidden_states_norms\.stage(\d)\.", _stage(-1, "norm{}.")),
+    Rule(r"^(?!(decode|auxiliary)_head\.)", "backbone."),
+    Rule(r"^((?:decode|auxiliary)_head)\.classifier\.", r"\1.conv_seg."),
+    Rule(r"\.batch_norm\.", ".bn."),
+    *OFFICIAL_BUFFERS,
+)
+# mmdetection's and mmsegmentation's own Swin, later than the authors' repositories; the heads' names are the same.
+FROM_OPEN_MMLAB = (
+    Rule(r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
+    Rule(r"^backbone\.stages\.", "backbone.layers."),
+    Rule(r"\.attn\.w_msa\.", ".attn."),
+    Rule(r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    Rule(r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    *OFFICIAL_BUFFERS,
+)
+
 
 def to_hf(family: str) -> tuple[Rule, ...]:
     """Returns the rules from ours to transformers' names for model.name `family`, swin or swinv2."""

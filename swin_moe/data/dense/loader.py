@@ -48,7 +48,7 @@ def build_dense_dataset(
         ValueError: Something is missing or malformed, or data.name has no boxes or label maps.
     """
     needs = " and ".join(word for word, is_needed in (("boxes", boxes), ("label maps", label_maps)) if is_needed)
-    if config.name in ("digits", "folder", "zip", "imagenet22k", "synthetic"):
+    if config.name in ("digits", "folder", "zip", "imagenet22k", "lists", "synthetic"):
         names = ", ".join(DENSE_DATASETS)
         raise ValueError(f"data.name={config.name} has no {needs}, which task.name needs; allowed: {names}")
     if config.images_per_class:
