@@ -164,6 +164,20 @@ def test_spread_is_that_of_the_answers_to_jittered_boxes():
     assert not torch.equal(again[0], found.spread[0])  # another step, other draws
 
 
+def test_draws_belong_to_an_image_whatever_stands_beside_it():
+    size, random = torch.arange(8).view(4, 2), RandomContext(0, 0, torch.tensor([5, 6, 7, 8]))
+    part = part_of([1, 3], size, random)
+    assert part.random.sample.tolist() == [6, 8] and part.size.tolist() == [[2, 3], [6, 7]]
+    assert part_of([], size, random).size.shape == (0, 2)
+
+
+def test_the_teacher_begins_where_the_student_does():
+    _, network = made(*MOE)
+    parameters = dict(network.named_parameters())
+    for name, student in network.momentum_pairs().items():
+        assert torch.equal(parameters[name], parameters[student]), name
+
+
 def test_the_momentum_begins_at_nothing():
     assert [momentum_at(0.999, step) for step in (0, 1, 3)] == [0.0, 0.5, 0.75] and momentum_at(0.999, 10**6) == 0.999
 
