@@ -19,6 +19,7 @@ _EXPORTS = {
     "load_official": "swin_moe.weights.pretrained:load_official",
     "register_timm": "swin_moe.weights.timm_models:register",
     "parallelize": "swin_moe.parallel.apply:parallelize",
+    "optimize": "swin_moe.models.optimized:optimize",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -5,13 +5,20 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _SHOWN = 300  # characters of what argparse says, which repeats what was typed
 
 
+_MOST = (1 << 63) - 1  # of a whole number, as everywhere outside of Python
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are ValueErrors that name the option."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", int, _whole_number)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's words and where to read more."""
@@ -21,6 +28,17 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             words += f"; did you mean {near}?" if near else ""
         raise ValueError(f"{self.prog}: {words}; {self.prog} --help says more")
+
+
+def _whole_number(text: str) -> int:
+    """Returns an option's number; raises ValueError, as int does, for one that no tensor or file could hold."""
+    number = int(text)
+    if abs(number) > _MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST}, got {text}")
+    return number
+
+
+_whole_number.__name__ = "int"  # argparse says "invalid int value"
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

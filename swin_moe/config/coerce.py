@@ -62,7 +62,7 @@ def coerce_tree(tree: dict, schema: Any = Config, *, source: str = "", prefix: s
                 out[key] = value if is_open(full, value) else _coerce(value, kind)
                 if full in _PATHS and out[key].startswith("~"):  # a shell does not expand it after key=
                     out[key] = str(Path(out[key]).expanduser())
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several numbers
                 allowed = describe_kind(kind, written=True)
                 raise ValueError(f"{told}{full} must be {allowed}, got {shown(value)}") from None
     return out

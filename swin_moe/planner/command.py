@@ -11,7 +11,7 @@ from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, dump_hardware, shipped_hardware
-from swin_moe.planner.plan import Plan, Planned, make_plan
+from swin_moe.planner.plan import MOST_GPUS, Plan, Planned, make_plan
 from swin_moe.planner.report.costs import describe_costs, predict_costs
 from swin_moe.planner.report.plot import draw_plans, plans_by_world
 from swin_moe.planner.report.skew import Skew, default_skew, recorded_skew, step_interval
@@ -119,6 +119,8 @@ def _check(options: Any) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"swin-moe plan: --{name} must be >= {least}, got {value}")
+    if options.gpus is not None and options.gpus > MOST_GPUS:
+        raise ValueError(f"swin-moe plan: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
     if of_runs and options.config is not None:
         raise ValueError(f"swin-moe plan: --check and --refit read a run's own config, got {options.config} as well")
     if options.check and options.refit:

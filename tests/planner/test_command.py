@@ -36,6 +36,8 @@ def test_the_table_names_the_best(capsys):
     "arguments, sentence",
     [
         ([*SMALL, "--gpus", "0"], "--gpus must be >= 1, got 0"),
+        ([*SMALL, "--gpus", str((1 << 20) + 1)], "--gpus must be at most 1048576, got 1048577"),
+        ([*SMALL, "--gpus", "1" * 400], "argument --gpus: must be at most 9223372036854775807, got 111"),
         (["digits_swin_moe", "--gpus", "2", "--hardware", "h10"], "did you mean h100?"),
         ([*SMALL, "--gpus", "7"], "no layout of 7 ranks runs this config: data.global_batch=64 is not a multiple"),
         ([*SMALL, "--gpus", "2", "optim.lrr=1"], "optim.lr"),

@@ -89,7 +89,7 @@ class RoIHead(nn.Module):
                 assert targets.masks is not None, "a network with masks learns from masks"
                 if self.spec.interleaved:
                     sampled = self._sample(proposals, targets, number, 2, random, maps)
-                masks = self._mask_losses(features, sampled.positive(), targets.masks, number)
+                masks = self.mask_losses(features, sampled.positive(), targets.masks, number)
                 found |= masks.weighted(stage.weight, prefix)
         return found
 
@@ -158,7 +158,12 @@ class RoIHead(nn.Module):
             hidden.append(head.features(x, hidden[-1] if hidden else None))
         return hidden
 
-    def _mask_losses(self, features: Features, positive: Sampled, masks: list[Tensor], number: int) -> LossSums:
+    def mask_losses(self, features: Features, positive: Sampled, masks: list[Tensor], number: int) -> LossSums:
+        """Returns loss_mask of a stage, unweighted.
+
+        Args:
+            positive: Boxes with an object. masks: (G, H, W) bool of every image. number: The stage's.
+        """
         assert self.spec.mask_head is not None, "a network with masks"
         x = self._regions(features, positive.rois, self.spec.mask_head.size)
         if self.spec.mask_flow:

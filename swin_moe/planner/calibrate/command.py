@@ -1,7 +1,6 @@
 """`swin-moe calibrate`: measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`."""
 
 import datetime
-import os
 import platform
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 
 from swin_moe.config.arguments import Parser
 from swin_moe.engine.precision import DTYPES
-from swin_moe.parallel.groups import init_distributed
+from swin_moe.parallel.groups import init_distributed, number_of
 from swin_moe.planner.calibrate.links import fit_link, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.machine import (
     measure_disk,
@@ -58,13 +57,13 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out {out} exists; give another name, or --overwrite")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    rank, world = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if int(os.environ.get("LOCAL_WORLD_SIZE") or world) != world:
+    rank, world = number_of("RANK"), number_of("WORLD_SIZE", 1)
+    if number_of("LOCAL_WORLD_SIZE", world) != world:
         raise ValueError(
             f"swin-moe calibrate measures ranks of one host, and of {world} ranks some are elsewhere; what lies "
             "between hosts is measured by swin-moe launch --preflight-file, and read with --preflight"
         )
-    device = pick_device("auto", int(os.environ.get("LOCAL_RANK") or 0))
+    device = pick_device("auto", number_of("LOCAL_RANK"))
     like = load_hardware(options.like or _alike(device))
     torch.set_num_threads(1)
     say = Steps(enabled=rank == 0)

@@ -14,7 +14,7 @@ from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, load_hardware, shipped_hardware
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.micro_step import trace_micro_step
-from swin_moe.planner.plan import Planned, make_plan
+from swin_moe.planner.plan import MOST_GPUS, Planned, make_plan
 from swin_moe.planner.simulation.loads import draw_shares, shares_of_run
 from swin_moe.planner.simulation.report import Simulated, lines, simulate
 
@@ -77,6 +77,8 @@ def parse(argv: list[str] | None) -> Any:
         value = getattr(options, name)
         if value is not None and not least <= value < np.inf:
             raise ValueError(f"swin-moe simulate: --{name} must be >= {least}, got {value}")
+    if options.gpus > MOST_GPUS:
+        raise ValueError(f"swin-moe simulate: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
     if options.spread and options.routing:
         raise ValueError("swin-moe simulate: --spread and --routing both say how uneven experts are; give one")
     if options.routing and not Path(options.routing).exists():
