@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from swin_moe.checkpoint.errors import naming
+from swin_moe.checkpoint.errors import describe, naming
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(argv)
         text = of_runs(options) if options.check or options.refit else of_config(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     print(text)
     return 0
