@@ -3,6 +3,7 @@ refused."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,26 @@ def test_every_parameter_of_the_student_takes_part_whatever_a_batch_holds(labell
         elif parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert (float(loss.total.detach()) > 0) == bool(labelled)
+
+
+def test_losses_and_boxes_are_in_single_precision_under_autocast():
+    task, network = made()
+    network.float().train()
+    batch = mixed_batch([True, False, False])
+    batch |= {key: batch[key].float() for key in ("image", "view")}
+    batch["boxes"] = [boxes.float() for boxes in batch["boxes"]]
+    context = replace(context_of(task, 3), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    loss = task.loss(network, batch, context).total
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_official_losses_are_divided_by_what_a_rank_counts():
+    task, network = made("compat.official=true")
+    loss = task.loss(network, mixed_batch([True, False, False]), context_of(task, 6)).total
+    alone = task.loss(network, mixed_batch([True, False, False]), context_of(task, 3)).total
+    torch.testing.assert_close(loss, alone / 2)
 
 
 def test_what_the_teacher_finds_is_learned():
