@@ -215,7 +215,7 @@ RANGES: dict[str, tuple] = {
     "task.detect.mask_channels": _SOME, "task.detect.semantic_classes": _range(0, 255),
     "task.detect.semantic_weight": _range(0), "task.detect.score": _SHARE, "task.detect.overlap": _SHARE,
     "task.detect.detections": _SOME, "task.detect.mask_threshold": _SHARE, "task.detect.pictures": _COUNT,
-    "task.detect.picture_score": _SHARE,
+    "task.detect.picture_score": _SHARE, "task.detect.scales": _POSITIVE,
     "task.segment.channels": _SOME, "task.segment.pool_scales": _SOME, "task.segment.dropout": _BELOW_ONE,
     "task.segment.auxiliary_channels": _COUNT, "task.segment.auxiliary_index": _COUNT,
     "task.segment.auxiliary_weight": _range(0), "task.segment.frozen_stages": _range(-1),
