@@ -26,7 +26,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "calibrate": ("--out", "--overwrite", "--like", "--preflight"),
     "simulate": ("--gpus", "--hardware", "--spread", "--routing", "--seed", "--oversubscription", "--leaf", "--json"),
     "checkpoint": (),
-    "weights": ("--folder", "--json"),
+    "weights": ("--folder", "--json", "--task"),
     "configs": ("--json",),
     "show": ("--changed", "--section", "--json"),
     "doctor": ("--no-measure",),
