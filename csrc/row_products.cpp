@@ -4,8 +4,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -222,6 +225,46 @@ std::tuple<Tensor, Tensor, Tensor> row_linear_backward_cpu(const Tensor& grad_, 
   return {grad_x, grad_weight, grad_bias};
 }
 
+// Which hidden units are dropped, see swin_moe/ops/random_draws.py; without words none.
+struct UnitDraw {
+  const OptionalTensor &words, &rows;
+  int64_t layer, purpose, site;
+  double drop, scale;
+
+  Tensor apply(const Tensor& x) const {
+    if (!words) return x;
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("swin_moe::random_dropout", "")
+            .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, int64_t, const Tensor&, double, double)>();
+    return op.call(x, *words, layer, purpose, site, *rows, drop, scale);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> expert_rows_cpu(const Tensor& x, const Tensor& fc1, const OptionalTensor& bias1,
+                                                   const Tensor& fc2, const OptionalTensor& bias2, const Tensor& counts,
+                                                   const OptionalTensor& words, const OptionalTensor& rows,
+                                                   int64_t layer, int64_t purpose, int64_t site, double drop,
+                                                   double scale) {
+  const Tensor product = grouped_rows_cpu(x, fc1.transpose(1, 2), bias1, counts);
+  const Tensor hidden = UnitDraw{words, rows, layer, purpose, site, drop, scale}.apply(at::gelu(product));
+  return {grouped_rows_cpu(hidden, fc2, bias2, counts), product, hidden};
+}
+
+void expert_rows_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& product, const Tensor& hidden,
+                              const Tensor& fc1, const Tensor& fc2, const Tensor& counts, const OptionalTensor& words,
+                              const OptionalTensor& rows, int64_t layer, int64_t purpose, int64_t site, double drop,
+                              double scale, const OptionalTensor& grad_x, const OptionalTensor& grad_fc1,
+                              const OptionalTensor& grad_bias1, const OptionalTensor& grad_fc2,
+                              const OptionalTensor& grad_bias2) {
+  Tensor grad_hidden = at::empty_like(hidden);
+  grouped_rows_backward_cpu(grad, hidden, fc2, counts, grad_hidden, grad_fc2, grad_bias2);
+  grad_hidden = UnitDraw{words, rows, layer, purpose, site, drop, scale}.apply(grad_hidden);
+  const OptionalTensor turned = grad_fc1 ? OptionalTensor(grad_fc1->transpose(1, 2)) : std::nullopt;
+  grouped_rows_backward_cpu(at::gelu_backward(grad_hidden, product), x, fc1.transpose(1, 2), counts, grad_x, turned,
+                            grad_bias1);
+}
+
 }  // namespace
 }  // namespace swin_moe
 
@@ -230,6 +273,13 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
   m.def(
       "grouped_rows_backward(Tensor grad, Tensor x, Tensor weight, Tensor counts, Tensor(a!)? grad_x, Tensor(b!)? "
       "grad_weight, Tensor(c!)? grad_bias) -> ()");
+  m.def(
+      "expert_rows(Tensor x, Tensor fc1, Tensor? bias1, Tensor fc2, Tensor? bias2, Tensor counts, Tensor? words, "
+      "Tensor? rows, int layer, int purpose, int site, float drop, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "expert_rows_backward(Tensor grad, Tensor x, Tensor product, Tensor hidden, Tensor fc1, Tensor fc2, Tensor "
+      "counts, Tensor? words, Tensor? rows, int layer, int purpose, int site, float drop, float scale, Tensor(a!)? "
+      "grad_x, Tensor(b!)? grad_fc1, Tensor(c!)? grad_bias1, Tensor(d!)? grad_fc2, Tensor(e!)? grad_bias2) -> ()");
   m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("row_linear_backward(Tensor grad, Tensor x, Tensor weight, bool[3] needs) -> (Tensor, Tensor, Tensor)");
 }
@@ -237,6 +287,8 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
 TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   m.impl("grouped_rows", &swin_moe::grouped_rows_cpu);
   m.impl("grouped_rows_backward", &swin_moe::grouped_rows_backward_cpu);
+  m.impl("expert_rows", &swin_moe::expert_rows_cpu);
+  m.impl("expert_rows_backward", &swin_moe::expert_rows_backward_cpu);
   m.impl("row_linear", &swin_moe::row_linear_cpu);
   m.impl("row_linear_backward", &swin_moe::row_linear_backward_cpu);
 }

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops import extension
+from swin_moe.ops.random_draws import NO_DRAW, UnitDraw
+from swin_moe.ops.reused_memory import empty_like_reused
 
-COMPILED = extension.compiled_for("row_linear", "row_linear_backward", "grouped_rows", "grouped_rows_backward")
+COMPILED = extension.compiled_for("row_linear", "grouped_rows", "expert_rows")
 # One thread of a shared AMD Zen 5, 48 to 3072 channels, our kernels over the better of MKL and oneDNN, forward and both
 # gradients: float32 1.1 to 1.3 from 16 to 512 rows, 1.0 at 2048; bfloat16 1.1 to 4 up to 196 rows, 1.0 to 1.1 at 512
 # and 1024.
@@ -88,6 +90,55 @@ def grouped_rows_backward(
     torch.ops.swin_moe.grouped_rows_backward(grad, x, weight, counts, *out)
 
 
+def expert_rows(
+    tokens: Tensor,
+    counts: Tensor,
+    fc1: Tensor,
+    bias1: Tensor,
+    fc2: Tensor,
+    bias2: Tensor,
+    draw: UnitDraw | None,
+) -> Tensor:
+    """Returns (N, D), what each row's expert makes of it: two products, GELU and dropout as one operator.
+
+    Rounds as grouped_linear, GELU and random_dropout one after the other. First derivatives only.
+
+    Args:
+        tokens: (N, D), rows sorted by expert. counts: (E,) int64, rows of each; what is left over gets zeros.
+        fc1, fc2: (E, H, D), float32 or of the dtype of the tokens. bias1: (E, H). bias2: (E, D).
+        draw: Which hidden units are dropped; None = none.
+    """
+    operands = NO_DRAW if draw is None else draw.operands()
+    return _ExpertRows.apply(tokens, fc1, bias1, fc2, bias2, counts, *operands)
+
+
+class _ExpertRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fc1: Tensor, bias1: Tensor, fc2: Tensor, bias2: Tensor, counts: Tensor, *draw: Any
+    ) -> Tensor:
+        y, product, hidden = torch.ops.swin_moe.expert_rows(x, fc1, bias1, fc2, bias2, counts, *draw)
+        ctx.save_for_backward(x, product, hidden, fc1, fc2, counts, *draw[:2])
+        ctx.draw = draw[2:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, product, hidden, fc1, fc2, counts, *draw = ctx.saved_tensors
+        makers = (
+            lambda: torch.empty_like(x),
+            lambda: empty_like_reused(fc1),
+            lambda: grad.new_empty(fc1.shape[:2]),
+            lambda: empty_like_reused(fc2),
+            lambda: grad.new_empty((fc2.shape[0], fc2.shape[2])),
+        )
+        found = [make() if needed else None for make, needed in zip(makers, ctx.needs_input_grad)]
+        arguments = grad, x, product, hidden, fc1, fc2, counts, *draw, *ctx.draw
+        torch.ops.swin_moe.expert_rows_backward(*arguments, *found)
+        return *found, *[None] * 8
+
+
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -101,6 +152,15 @@ def _fake_grouped(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor
     return x.new_empty((x.shape[0], weight.shape[2]))
 
 
+def _fake_experts(
+    x: Tensor, fc1: Tensor, bias1: Tensor | None, fc2: Tensor, bias2: Tensor | None, counts: Tensor, *draw: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = x.new_empty((x.shape[0], fc1.shape[1]))
+    return x.new_empty((x.shape[0], fc2.shape[2])), hidden, torch.empty_like(hidden)
+
+
+extension.add_fake("expert_rows", _fake_experts)
+extension.add_fake("expert_rows_backward", lambda *arguments: None)
 extension.add_fake("row_linear", _fake_linear)
 extension.add_fake("row_linear_backward", _fake_linear_backward)
 extension.add_fake("grouped_rows", _fake_grouped)

@@ -9,6 +9,8 @@ from swin_moe.ops import grouped_linear as grouped_module
 from swin_moe.ops import row_products
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.linear import Linear, linear, serves_few
+from swin_moe.ops.random_draws import UnitDraw
+from swin_moe.randomness import RandomContext
 
 pytestmark = pytest.mark.skipif(not row_products._has_kernels(), reason="this build or processor has no such kernels")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -63,6 +65,29 @@ def test_experts_and_their_gradients(counts, transposed, dtype):
     for mine, wanted in zip(found, exact):
         assert mine.stride() == wanted.stride() and error(mine, wanted) < BOUNDS[dtype]
     assert not found[0][sum(counts) :].any() and not found[1][sum(counts) :].any()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(DTYPES[0], DTYPES[0]), (DTYPES[1], DTYPES[0])])
+def test_experts_as_one_operator_round_as_its_parts(dtype, weight_dtype, dropped):
+    counts = torch.tensor([30, 0, 3, 60])
+    shapes = [(100, 24), (4, 40, 24), (4, 40), (4, 40, 24), (4, 24)]
+    kinds = [dtype, weight_dtype, dtype, weight_dtype, dtype]
+    given = [draw(*shape, seed=n, dtype=kind) for n, (shape, kind) in enumerate(zip(shapes, kinds))]
+    random = RandomContext(seed=3, step=5, sample=torch.zeros(1, dtype=torch.int64))
+    units = UnitDraw(random, torch.arange(100), purpose="expert_dropout", layer=2, drop=0.3, scale=1 / 0.7)
+    results = []
+    for whole in (True, False):
+        x, *leaves = [t.detach().clone().requires_grad_() for t in given]
+        if whole:
+            y = row_products.expert_rows(x, counts, *leaves, draw=units if dropped else None)
+        else:
+            hidden = F.gelu(grouped_linear(x, leaves[0].transpose(1, 2), leaves[1], counts))
+            y = grouped_linear(units.apply(hidden) if dropped else hidden, leaves[2], leaves[3], counts)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, *leaves], draw(100, 24, seed=9, dtype=dtype))])
+    assert not dropped or results[0][0].any()
+    for found, wanted in zip(*results):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
