@@ -16,6 +16,7 @@ import pytest
 
 from launcher import mpi
 from launcher.env import without_world
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parent.parent
 # Worlds of tests that say the same of each: what two ranks show four do as well, in pairs, and more of it.
@@ -36,7 +37,7 @@ def run_ranks(function: Callable[..., Any], world: int, tmp_path: Path, *args: A
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
     (folder / "call.pkl").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
     # Cores are left unbound: several tests share the machine, and each would crowd its first rank onto the same core.
-    environ = without_world(os.environ) | {"OMP_NUM_THREADS": "1", mpi.NO_BIND: "1"}
+    environ = preloaded.environment(without_world(os.environ) | {"OMP_NUM_THREADS": "1", mpi.NO_BIND: "1"})
     command = [sys.executable, "-m", "launcher", "--quiet", "-n", str(world), "--", "-m", "tests.ranks", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
