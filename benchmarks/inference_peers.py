@@ -31,6 +31,7 @@ from train_step import PAIRS, Pair
 import swin_moe
 from swin_moe.data.torchvision_compat import import_torchvision
 from swin_moe.engine.precision import DTYPES, autocast
+from swin_moe.models.network import Network
 from swin_moe.ops.packed_layers import PackedLinear, packed_layers
 
 CHOSEN = ("swin_tiny", "swinv2_tiny", "swin_moe_small")
@@ -93,7 +94,7 @@ def calls(pair: Pair, batch: int, precision: str, options: argparse.Namespace) -
         "eager": torch_call(ours, images, precision),
         "timm": torch_call(pair.theirs().eval(), images, precision),
     }
-    if options.peers or importlib.util.find_spec("openvino"):
+    if options.peers:
         path = exported(pair, batch, folder)
         if precision == "fp32":
             found["onnxruntime"] = onnxruntime_call(path, images)
@@ -134,7 +135,10 @@ def compare(pair: Pair, batch: int, precision: str, options: argparse.Namespace)
         scale = 1.0 if name in ("optimized", "eager") else macs / theirs
         ratio = statistics.median(scale * t / own for t, own in zip(times[name], times["optimized"]))
         cells.append(f"{1e3 * statistics.median(times[name]):.1f} ({ratio:.2f})")
-    macs = pair.ours().active_flops() if macs == 1.0 else macs
+    if macs == 1.0:
+        model = pair.ours()
+        assert isinstance(model, Network)
+        macs = model.active_flops()
     share = macs * batch / statistics.median(times["optimized"]) / product_peak(DTYPES[precision])
     print(f"| {pair.name} | {batch} | {precision} | {' | '.join(cells)} | {share:.0%} |", flush=True)
 

@@ -11,6 +11,10 @@
 #include <optional>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "capability.h"
 
 namespace swin_moe {
@@ -46,6 +50,16 @@ int64_t whole_vectors(int64_t count, at::ScalarType type) {
   return (count + lanes - 1) / lanes * lanes;
 }
 
+// Asks for pages of 2 MiB, of what lies wholly in such pages: packed weights are read from end to end in every forward.
+void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where not allowed: as before
+#endif
+}
+
 Tensor pack_matrices(const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.dim() == 3, "pack_matrices: weight must be (E, O, I), got ", weight.sizes());
   const auto& kernels = kernels_of(weight.scalar_type());
@@ -53,6 +67,7 @@ Tensor pack_matrices(const Tensor& weight) {
   const int64_t experts = given.size(0), outputs = given.size(1), inputs = given.size(2);
   const int64_t bytes = kernels.packed_bytes(outputs, inputs);
   Tensor packed = at::empty({experts, bytes}, given.options().dtype(at::kByte));
+  ask_for_large_pages(packed.mutable_data_ptr(), packed.numel());
   for (int64_t expert = 0; expert < experts; ++expert)
     kernels.pack(static_cast<const char*>(given.const_data_ptr()) + expert * outputs * inputs * given.element_size(),
                  outputs, inputs, static_cast<uint8_t*>(packed.mutable_data_ptr()) + expert * bytes);
@@ -89,7 +104,7 @@ PackedMatrix matrix_of(const Tensor& packed, const OptionalTensor& bias, int64_t
 
 // Tasks are whole runs of rows of one expert; the more threads, the shorter. What a row gives does not depend on it.
 std::vector<PackedTask> divide(const std::vector<int64_t>& counts) {
-  constexpr int64_t kRowsOfTask = 96, kFewestRows = 12;
+  constexpr int64_t kRowsOfTask = 256, kFewestRows = 12;
   std::vector<PackedTask> tasks;
   int64_t begin = 0;
   for (int64_t expert = 0; expert < int64_t(counts.size()); ++expert) {

@@ -6,9 +6,9 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
-constexpr int64_t kMostRows = 96, kLeastRows = 24;  // of a block
+constexpr int64_t kMostRows = 256, kLeastRows = 24;  // of a block
 constexpr int64_t kHiddenPanels = 4;                // computed before the second matrix takes them up
-constexpr int64_t kBlockBytes = 512 << 10;          // of rows and sums of a block, in the second-level cache
+constexpr int64_t kBlockBytes = 640 << 10;          // of rows and sums of a block, in the second-level cache
 
 template <class A>
 SWIN_MOE_INLINE int64_t whole_vectors(int64_t count) {
@@ -85,8 +85,9 @@ void hidden_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
   int index = 0;
   for (int64_t number = first; number < last; ++number) {
     const int width = panels.width(number), stride = width * kLanes<A>;
-    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1},
-                           panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number), {m.panel, stride}, false);
+    auto* panel = panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number);
+    auto* next = number + 1 < panels.count ? panel + depth * stride : nullptr;
+    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, {m.panel, stride}, false, next);
     auto* of_panel = bias ? bias + panels.first(number) * kLanes<A> : nullptr;
     for (int i = 0; i < rows; ++i)
       for (int v = 0; v < width; ++v) {
@@ -111,9 +112,13 @@ void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
     const int64_t steps = std::min(hidden.first(last) * kLanes<A> / Operand::kPerFactor, depth) - begin;
     for (int64_t number = 0; number < panels.count; ++number) {
       const int width = panels.width(number);
-      auto* panel = panel_of(matrix_of<Operand>(p.second, expert), panels, depth, number) + begin * width * kLanes<A>;
+      auto* matrix = matrix_of<Operand>(p.second, expert);
+      auto* panel = panel_of(matrix, panels, depth, number) + begin * width * kLanes<A>;
+      auto* next = number + 1 < panels.count
+                       ? panel_of(matrix, panels, depth, number + 1) + begin * panels.width(number + 1) * kLanes<A>
+                       : nullptr;
       panel_product<Operand>(rows, width, steps, {m.hidden, m.hidden_row, 1}, panel,
-                             {m.sums + panels.first(number) * kLanes<A>, m.sums_row}, first > 0);
+                             {m.sums + panels.first(number) * kLanes<A>, m.sums_row}, first > 0, next);
     }
   }
 }
@@ -147,8 +152,9 @@ void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t 
     const int width = panels.width(number);
     const int64_t column = panels.first(number) * kLanes<A>, end = std::min(column + width * kLanes<A>, outputs);
     Rows<A> sums = p.after.weight ? Rows<A>{m.sums + column, m.sums_row} : Rows<A>{m.panel, width * kLanes<A>};
-    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1},
-                           panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number), sums, false);
+    auto* panel = panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number);
+    auto* next = number + 1 < panels.count ? panel + depth * width * kLanes<A> : nullptr;
+    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, sums, false, next);
     if (p.after.weight) continue;
     for (int i = 0; i < rows; ++i) {
       const int64_t row = (begin + i) * outputs;

@@ -68,31 +68,68 @@ const typename Operand::Factor* panel_of(const typename Operand::Factor* packed,
   return packed + panels.first(panel) * panels.kColumns * depth;
 }
 
+// What the next product reads is asked for between the tiles of this one: a large layer's weights come from memory, for
+// which the first rows would wait.
+class Ahead {
+ public:
+  Ahead(const void* from, int64_t bytes) : from_(static_cast<const char*>(from)), lines_(from ? (bytes + 63) / 64 : 0) {}
+  SWIN_MOE_INLINE void ask(Ahead& ahead, int tile, int tiles) {
+    for (int64_t end = ahead.lines_ * (tile + 1) / tiles; ahead.line_ < end; ++ahead.line_)
+      __builtin_prefetch(ahead.from_ + 64 * ahead.line_, 0, 2);
+  }
+
+ private:
+  const char* from_;
+  int64_t lines_, line_ = 0;
+};
+
+// As column_of_tiles (product.h), with something asked for.
+template <class Operand, int kVectors, bool kAccumulate>
+__attribute__((noinline)) void panel_tiles(int rows, int depth, Strided<typename Operand::Factor> a,
+                                           const typename Operand::Factor* b, Rows<typename Operand::Sum> sum,
+                                           Ahead ahead) {
+  constexpr int kMost = kTileRows<kVectors>;
+  const int tiles = (rows + kMost - 1) / kMost;
+  for (int tile = 0, row = 0; tile < tiles; ++tile) {
+    const int height = (rows - row) / (tiles - tile);
+    Ahead::ask(ahead, tile, tiles);
+    tile_of_rows<Operand, kMost, kVectors, kAccumulate>(
+        height, depth, a.data + row * a.row_stride, a.row_stride, a.step_stride, b,
+        int64_t(kVectors) * Panels<Operand>::kColumns, sum.data + row * sum.stride, sum.stride);
+    row += height;
+  }
+}
+
 template <class Operand, bool kAccumulate>
 void panel_block(int rows, int width, int depth, Strided<typename Operand::Factor> a,
-                 const typename Operand::Factor* b, Rows<typename Operand::Sum> sum) {
-  Rows<const typename Operand::Factor> factors{b, width * Panels<Operand>::kColumns};
+                 const typename Operand::Factor* b, Rows<typename Operand::Sum> sum, Ahead ahead) {
   switch (width) {
-    case 1: return column_of_tiles<Operand, 1, kAccumulate>(rows, depth, a, factors, sum);
-    case 2: return column_of_tiles<Operand, 2, kAccumulate>(rows, depth, a, factors, sum);
-    case 3: return column_of_tiles<Operand, 3, kAccumulate>(rows, depth, a, factors, sum);
-    default: return column_of_tiles<Operand, 4, kAccumulate>(rows, depth, a, factors, sum);
+    case 1: return panel_tiles<Operand, 1, kAccumulate>(rows, depth, a, b, sum, ahead);
+    case 2: return panel_tiles<Operand, 2, kAccumulate>(rows, depth, a, b, sum, ahead);
+    case 3: return panel_tiles<Operand, 3, kAccumulate>(rows, depth, a, b, sum, ahead);
+    default: return panel_tiles<Operand, 4, kAccumulate>(rows, depth, a, b, sum, ahead);
   }
 }
 
 // sum[rows x width vectors] (+)= a[rows x depth] times a panel, or its part of this depth. Every sum adds its products
-// in the order of the inputs, whatever the rows beside it.
+// in the order of the inputs, whatever the rows beside it. next: the panel that follows, or null.
 template <class Operand>
 void panel_product(int rows, int width, int64_t depth, Strided<typename Operand::Factor> a,
-                   const typename Operand::Factor* panel, Rows<typename Operand::Sum> sum, bool accumulate) {
+                   const typename Operand::Factor* panel, Rows<typename Operand::Sum> sum, bool accumulate,
+                   const typename Operand::Factor* next) {
+  using F = typename Operand::Factor;
   const int64_t step_of_panel = int64_t(width) * Panels<Operand>::kColumns;
   for (int64_t step = 0; step < depth; step += kDepthBlock) {
-    int block = int(std::min<int64_t>(kDepthBlock, depth - step));
-    Strided<typename Operand::Factor> part{a.data + step * a.step_stride, a.row_stride, a.step_stride};
+    const int block = int(std::min<int64_t>(kDepthBlock, depth - step));
+    const int64_t following = std::min<int64_t>(kDepthBlock, depth - step - block);
+    const F* part = panel + step * step_of_panel;
+    const Ahead ahead = following > 0 ? Ahead(part + block * step_of_panel, following * step_of_panel * sizeof(F))
+                                      : Ahead(next, std::min<int64_t>(kDepthBlock, depth) * step_of_panel * sizeof(F));
+    Strided<F> of_step{a.data + step * a.step_stride, a.row_stride, a.step_stride};
     if (accumulate || step > 0)
-      panel_block<Operand, true>(rows, width, block, part, panel + step * step_of_panel, sum);
+      panel_block<Operand, true>(rows, width, block, of_step, part, sum, ahead);
     else
-      panel_block<Operand, false>(rows, width, block, part, panel + step * step_of_panel, sum);
+      panel_block<Operand, false>(rows, width, block, of_step, part, sum, ahead);
   }
 }
 

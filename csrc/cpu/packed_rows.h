@@ -7,16 +7,34 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
-// erf by Abramowitz and Stegun 7.1.26, |error| < 1.5e-7: x times the share of the normal distribution below x.
+// 1 / x to 1 part in 1e7, of normal numbers.
+SWIN_MOE_INLINE Vector<float> reciprocal(Vector<float> x) {
+#if defined(SWIN_MOE_HAS_AVX512_BF16)
+  Vector<float> y = (Vector<float>)_mm512_rcp14_ps((__m512)x);  // and one step of Newton's: a third of a division's time
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// x times the share of the normal distribution below x. That share, less one half, is an odd function: x P(x^2) / Q(x^2)
+// with degrees 4 and 5, fitted for the smallest largest error on [0, 5.5] (1e-7); beyond, it is one half.
 SWIN_MOE_INLINE Vector<float> gelu_of(Vector<float> x) {
-  Vector<float> size = larger<float>(x, -x) * 0.70710678f;
-  Vector<float> t = 1.0f / (size * 0.3275911f + 1.0f);
-  Vector<float> p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  Vector<float> above = 0.5f * (p * t) * exp_of(-size * size);  // the share beyond |x|
-  return x * (x < 0.0f ? above : 1.0f - above);
+  const float end = 5.5f;
+  Vector<float> near = x < -end ? broadcast(-end) : x;
+  near = near > end ? broadcast(end) : near;
+  Vector<float> square = near * near;
+  Vector<float> p = square * 7.350802206929075e-06f + 4.0967657696455717e-04f;
+  Vector<float> q = square * 6.03773514740169e-07f + 1.4714356802869588e-04f;
+  p = p * square + 6.145765073597431e-03f;
+  q = q * square + 3.2588273752480745e-03f;
+  p = p * square + 5.8166828006505966e-02f;
+  q = q * square + 4.250158369541168e-02f;
+  p = p * square + 3.989415764808655e-01f;
+  q = q * square + 3.124581277370453e-01f;
+  q = q * square + 1.0f;
+  Vector<float> y = x * (near * p * reciprocal(q) + 0.5f);
+  return x < -end ? Vector<float>{} : y;
 }
 
 SWIN_MOE_INLINE Vector<double> gelu_of(Vector<double> x) {

@@ -138,8 +138,10 @@ class OptimizedSwin(nn.Module):
         x: (B, channels, height, width); B may be 0.
         """
         norm, head = self._last
-        tokens = self._encode(x, ())[0]
-        return head(norm(tokens).flatten(1, 2).mean(dim=1))
+        # Autocast would convert what is chosen here already.
+        with torch.autocast("cpu", enabled=False):
+            tokens = self._encode(x, ())[0]
+            return head(norm(tokens).flatten(1, 2).mean(dim=1))
 
     @torch.no_grad()
     def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
@@ -149,21 +151,20 @@ class OptimizedSwin(nn.Module):
         unknown = [s for s in chosen if not 0 <= s < count]
         if unknown:
             raise ValueError(f"stages must be in [0, {count - 1}], got {unknown[0]}")
-        maps = self._encode(x, chosen)[1]
+        with torch.autocast("cpu", enabled=False):
+            maps = self._encode(x, chosen)[1]
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps]
 
     def _encode(self, image: Tensor, stages: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Returns (tokens of the last stage before the final norm, maps of stages), each (B, H, W, C)."""
-        # Autocast would convert what is chosen here already.
-        with torch.autocast("cpu", enabled=False):
-            x, nominal = self._embed(image), tuple(image.shape[-2:]) == self.img_size
-            maps = []
-            for number, (blocks, merge) in enumerate(zip(self._stages, self._merges)):
-                for block in blocks:
-                    x = block(x, nominal)
-                if number in stages:
-                    maps.append(self._last[0](x) if merge is None else x)
-                x = x if merge is None else merge(x)
+        x, nominal = self._embed(image), tuple(image.shape[-2:]) == self.img_size
+        maps = []
+        for number, (blocks, merge) in enumerate(zip(self._stages, self._merges)):
+            for block in blocks:
+                x = block(x, nominal)
+            if number in stages:
+                maps.append(self._last[0](x) if merge is None else x)
+            x = x if merge is None else merge(x)
         return x, maps
 
 

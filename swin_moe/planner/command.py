@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from swin_moe.checkpoint.errors import naming
+from swin_moe.checkpoint.errors import describe, naming
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the command line ends in silence
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     print(text)
     return 0

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from swin_moe.checkpoint.errors import describe
 from swin_moe.config.arguments import Parser
 from swin_moe.config.shipped.released import Released, find, of_config, released
 from swin_moe.weights.fetch import Progress, check, default_folder, fetch, place
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the command line ends in silence
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -123,7 +123,7 @@ def test_gelu_is_exact_over_the_whole_line():
     x = torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 100.0, -100.0])])
     one = PackedLinear.of(torch.ones(1, 1), None, torch.float32)
     got = packed_layers(x[:, None], one, one).squeeze(1)
-    assert float((got - F.gelu(x.double())).abs().max()) < 1e-6
+    assert ((got - F.gelu(x.double())).abs() <= 1e-6 + 2e-7 * x.abs()).all()
     beyond = packed_layers(torch.tensor([[float("nan")], [float("inf")]]), one, one)
     assert torch.isnan(beyond[0]) and beyond[1] == float("inf")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the command line ends in silence
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(as_json(best, simulated, config, hardware, shares), indent=1))
