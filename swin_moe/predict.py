@@ -26,30 +26,10 @@ from swin_moe.run.counter import Counter
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import build_task
 from swin_moe.tasks.dense import LooksAtImages
+from swin_moe.usage.texts import PREDICT
 from swin_moe.weights.load import load_weights, open_stored
 from swin_moe.weights.sources import Source, is_own
 
-USAGE = """usage: swin-moe predict CONFIG|RUN [checkpoint.load=PATH] [key=value ...] [--top N] [--json] [--csv]
-       [--batch B] [--names FILE] [--out FOLDER] [--score S] IMAGE|FOLDER|GLOB|- ...
-
-Prints the N (5) most likely classes and their probabilities for every image file, and for every image below a folder;
-- reads more of them from standard input, one a line. With --json one object per line, with --csv a table of image,
-rank, class and probability. Class names are the checkpoint's; those of an official file are numbers unless FILE names
-them, one a line. Images are prepared as evaluation does, B at a time (16; 1 where images of a batch compete for
-experts); one that cannot be read is told, and the others go on; exit code 2 then, unless data.on_broken=skip. No
-training data is needed.
-
-Detectors and segmentation networks draw what they find over the images, into FOLDER (predictions): objects with a score
-of at least S (0.3), which predictions.json has as COCO's rows, and a class per pixel, as IMAGE_labels.png.
-
-examples:
-  a run that was trained here
-    swin-moe predict output/mine photo.jpg
-  a folder, as a table
-    swin-moe predict output/mine holiday --top 1 --csv > holiday.csv
-  an official file, and paths from another program
-    NAME=swin_tiny_patch4_window7_224
-    find . -name '*.jpg' | swin-moe predict $NAME checkpoint.load=$NAME --names classes.txt -"""
 OPTIONS = ("--top", "--json", "--csv", "--batch", "--names", "--out", "--score")
 _BATCH = 16
 _READERS = 4  # threads that read and decode; Pillow lets others run meanwhile
@@ -57,7 +37,7 @@ _READERS = 4  # threads that read and decode; Pillow lets others run meanwhile
 
 def main(argv: list[str]) -> None:
     """Prints class probabilities for image files, or draws what is found in them."""
-    path, rest = parse_arguments(argv, USAGE, OPTIONS)
+    path, rest = parse_arguments(argv, PREDICT, OPTIONS)
     words, options = _parse_options(rest)
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     images = _image_files([word for word in words if word not in overrides])

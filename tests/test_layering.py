@@ -15,6 +15,7 @@ PACKAGES = ("swin_moe", "launcher", "checkpoint_tools")
 LAYERS = (
     ("layout", "registry", "choice_cache", "randomness", "names"),
     ("config",),
+    ("usage",),
     ("ops",),
     ("moe",),
     ("models", "parallel"),

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from swin_moe.config import synonyms
+
 _SHOWN = 300  # characters of what argparse says, which repeats what was typed
 
 
@@ -55,5 +57,8 @@ def refuse_options(command: str, words: Iterable[str], options: Iterable[str] = 
             continue
         near = nearest(name, known)
         meant = f"did you mean {near}? " if near else ""
+        other = synonyms.meant(name, given="=...")
         has = f"{meant}it has {', '.join(known)}" if known else "options are given as section.key=value"
+        if other and not near:
+            has = f"{other} Options are given as section.key=value"
         raise ValueError(f"{command} has no option {name[:_SHOWN]}; {has}")

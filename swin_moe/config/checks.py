@@ -222,7 +222,7 @@ RANGES: dict[str, tuple] = {
     "task.detect.mask_channels": _SOME, "task.detect.semantic_classes": _range(0, 255),
     "task.detect.semantic_weight": _range(0), "task.detect.score": _SHARE, "task.detect.overlap": _SHARE,
     "task.detect.detections": _SOME, "task.detect.mask_threshold": _SHARE, "task.detect.pictures": _COUNT,
-    "task.detect.picture_score": _SHARE,
+    "task.detect.picture_score": _SHARE, "task.detect.scales": _POSITIVE,
     "task.soft_teacher.momentum": _SHARE, "task.soft_teacher.found_score": _SHARE,
     "task.soft_teacher.proposal_score": _SHARE, "task.soft_teacher.class_score": _SHARE,
     "task.soft_teacher.box_spread": _range(0), "task.soft_teacher.jitters": _range(2),

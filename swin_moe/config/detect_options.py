@@ -68,6 +68,10 @@ class DetectOptions(TaskOptions):
     soft: bool = False  # it loses score instead
     detections: int = 100  # of an image
     mask_threshold: float = 0.5
+    # Of an image's size in evaluation, at each of which it is looked at, with flip also mirrored; boxes, scores and
+    # masks are means.
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
     # Validation images that are drawn at every evaluation, with the objects of at least this score.
     pictures: int = field(default=4, metadata=NOT_STATE)
     picture_score: float = field(default=0.3, metadata=NOT_STATE)
@@ -81,6 +85,7 @@ class DetectOptions(TaskOptions):
             check(len(value) == count, f"task.detect.{name}", value, f"one for each of {count} stages")
         fours = all(len(stds) == 4 and min(stds) > 0 for stds in self.stage_stds)
         check(fours, "task.detect.stage_stds", self.stage_stds, "four numbers > 0 a stage")
+        check(len(self.scales) > 0, "task.detect.scales", self.scales, "one number or more")
         check(len(self.anchor_ratios) > 0, "task.detect.anchor_ratios", self.anchor_ratios, "one number or more")
         flows = not self.mask_flow or self.masks
         check(flows, "task.detect.mask_flow", self.mask_flow, "false with task.detect.masks=false")

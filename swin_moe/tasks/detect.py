@@ -134,6 +134,8 @@ class Detect(Task):
         the images of one padded size are one forward. Collective: every rank makes as many forwards."""
         image, size, original = batch["image"], batch["size"], batch["original_size"]
         groups = list(groups_of(size, self.config.data.dense.divisor))
+        if self.options.flip or self.options.scales != (1.0,):  # views are of one image
+            groups = [([row], padded) for rows, padded in groups for row in rows]
         results: list[Found | None] = [None] * len(image)
         # Asked before any: forwards may be collectives.
         more = most_forwards(len(groups), image.device, context.world_size) - len(groups)
@@ -223,7 +225,13 @@ def spec_of(config: Config) -> DetectorSpec:
         semantic=_semantic(options),
         global_attention=options.global_attention,
         detections=DetectionSpec(
-            options.score, options.overlap, options.soft, options.detections, options.mask_threshold
+            options.score,
+            options.overlap,
+            options.soft,
+            options.detections,
+            options.mask_threshold,
+            options.scales,
+            options.flip,
         ),
         size_divisor=config.data.dense.divisor,
     )

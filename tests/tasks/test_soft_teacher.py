@@ -3,6 +3,7 @@ refused."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,26 @@ def test_every_parameter_of_the_student_takes_part_whatever_a_batch_holds(labell
     assert (float(loss.total.detach()) > 0) == bool(labelled)
 
 
+def test_losses_and_boxes_are_in_single_precision_under_autocast():
+    task, network = made()
+    network.float().train()
+    batch = mixed_batch([True, False, False])
+    batch |= {key: batch[key].float() for key in ("image", "view")}
+    batch["boxes"] = [boxes.float() for boxes in batch["boxes"]]
+    context = replace(context_of(task, 3), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    loss = task.loss(network, batch, context).total
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_official_losses_are_divided_by_what_a_rank_counts():
+    task, network = made("compat.official=true")
+    loss = task.loss(network, mixed_batch([True, False, False]), context_of(task, 6)).total
+    alone = task.loss(network, mixed_batch([True, False, False]), context_of(task, 3)).total
+    torch.testing.assert_close(loss, alone / 2)
+
+
 def test_what_the_teacher_finds_is_learned():
     """Of images without labels: nothing where it is not believed, and what it is believed in changes each loss."""
     task, network = made("task.detect.masks=false")
@@ -162,6 +183,20 @@ def test_spread_is_that_of_the_answers_to_jittered_boxes():
         other = [drawn(RandomContext(7, 4, batch["sample"]), i, 4, len(b)) for i, b in enumerate(found.boxes)]
         again = spread_of(teacher, maps, found.boxes, found.labels, size, rules, other)
     assert not torch.equal(again[0], found.spread[0])  # another step, other draws
+
+
+def test_draws_belong_to_an_image_whatever_stands_beside_it():
+    size, random = torch.arange(8).view(4, 2), RandomContext(0, 0, torch.tensor([5, 6, 7, 8]))
+    part = part_of([1, 3], size, random)
+    assert part.random.sample.tolist() == [6, 8] and part.size.tolist() == [[2, 3], [6, 7]]
+    assert part_of([], size, random).size.shape == (0, 2)
+
+
+def test_the_teacher_begins_where_the_student_does():
+    _, network = made(*MOE)
+    parameters = dict(network.named_parameters())
+    for name, student in network.momentum_pairs().items():
+        assert torch.equal(parameters[name], parameters[student]), name
 
 
 def test_the_momentum_begins_at_nothing():

@@ -1,5 +1,6 @@
 """`swin-moe calibrate`: measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`."""
 
+import argparse
 import datetime
 import platform
 import sys
@@ -27,6 +28,7 @@ from swin_moe.planner.calibrate.networks import NETWORKS, Seen, measure_networks
 from swin_moe.planner.hardware import Hardware, Link, dump_hardware, load_hardware, shipped_hardware
 from swin_moe.planner.rates import Curve, Point
 from swin_moe.run.session import pick_device, run_main
+from swin_moe.usage.texts import EXAMPLES
 
 _PRECISIONS = ("fp32", "bf16")
 
@@ -85,7 +87,12 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(prog="swin-moe calibrate", description=__doc__)
+    parser = Parser(
+        prog="swin-moe calibrate",
+        description=__doc__,
+        epilog=EXAMPLES["calibrate"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", default="machine.yaml", metavar="FILE", help="what is written (machine.yaml)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     known = ", ".join(shipped_hardware())

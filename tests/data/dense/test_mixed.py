@@ -64,6 +64,7 @@ def test_the_teacher_sees_a_weak_view_of_images_without_labels_alone():
         height, width = size.tolist()
         assert not batch["view"][row, :, height:].any() and not batch["view"][row, :, :, width:].any()
         assert matrix[0, 1] == matrix[1, 0] == 0 and abs(matrix[0, 0]) == width / 64  # resized, maybe mirrored
+    assert not torch.equal(batch["size"][bare], batch["view_size"])  # drawn apart
     turned = batch["matrix"][bare]
     assert (turned[:, 0, 1] != 0).any() and not batch["matrix"][~bare][:, 0, 1].any()
     assert [len(boxes) > 0 for boxes in batch["boxes"]] == batch["labelled"].tolist()
