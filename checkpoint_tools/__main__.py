@@ -15,6 +15,13 @@ from swin_moe.checkpoint.errors import describe, out_of_memory
 from swin_moe.config.arguments import Parser, nearest
 
 PROGRAM = "swin-moe checkpoint"
+_EXAMPLES = """examples:
+  what a run's newest checkpoint holds
+    swin-moe checkpoint inspect output/mine
+  an official file as ours
+    swin-moe checkpoint convert swin_tiny_patch4_window7_224.pth mine --to native
+  for programs that are not ours
+    swin-moe checkpoint export output/mine mine.safetensors --to safetensors"""
 VERBS = {
     "inspect": ("checkpoint_tools.verbs.inspect", "what a checkpoint holds, and where"),
     "verify": ("checkpoint_tools.verbs.verify", "compare every byte with its digest; each element is there just once"),
@@ -39,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         width = max(map(len, VERBS))
         print(f"usage: {PROGRAM} VERB [arguments]; {PROGRAM} VERB --help says more\n")
         print("\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items()))
+        print(f"\n{_EXAMPLES}")
         return 0 if argv else CONFIGURATION
     if argv[0] not in VERBS:
         near = nearest(argv[0], VERBS)

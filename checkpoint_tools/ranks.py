@@ -28,11 +28,14 @@ def join_ranks() -> Communicator:
     """Returns the communicator of this process: over MPI where mpirun started it, else alone.
 
     Raises:
-        ValueError: Something other than MPI started several ranks.
+        ValueError: Something other than MPI started several ranks, or WORLD_SIZE is no number.
     """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
         return MpiRanks(mpi.COMM_WORLD)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"environment variable WORLD_SIZE must be a whole number >= 0, got {text!r}")
+    if text.lstrip("0") not in ("", "1"):
         raise ValueError("checkpoint tools are parallel only under MPI: python -m launcher -n K -- -m checkpoint_tools")
     return SingleProcess()

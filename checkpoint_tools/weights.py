@@ -1,14 +1,24 @@
-"""Checkpoints of any format as networks load them: the one door through which swin_moe reads what is not its own."""
+"""Checkpoints of any format as networks load them: the one door through which swin_moe reads what is not its own, and
+writes what other programs load."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
-from checkpoint_tools.formats import find_format, open_source
+from checkpoint_tools.files.publish import publish_files
+from checkpoint_tools.formats import find_format, open_source, write_checkpoint
+from checkpoint_tools.formats.images import labels, preprocessor
 from checkpoint_tools.formats.official.simmim import is_moby
+from checkpoint_tools.formats.safetensors import WEIGHTS, metadata_of
 from checkpoint_tools.formats.state_dict import peek
 from checkpoint_tools.sources.assembled import AssembledSource
 from checkpoint_tools.sources.base import Options, Source
+from swin_moe.checkpoint.errors import CheckpointError
 
+__all__ = ["metadata_of", "open_weights", "prefix_of", "with_tables", "write_folder"]
+FolderLayout = Literal["auto", "transformers", "swin_moe"]
 PRETRAINED = "encoder."  # before the names of a file that was pre-trained without classes
 
 
@@ -40,3 +50,52 @@ def prefix_of(source: Source) -> str:
     """Returns what has to stand before a source's names, so that they tell how it was trained."""
     pretrained = source.format == "simmim" and not any(name.startswith(PRETRAINED) for name in source.tensors)
     return PRETRAINED if pretrained else ""
+
+
+def write_folder(file: Path, folder: Path, *, layout: FolderLayout = "auto") -> str:
+    """Returns the layout in which a network was written as a folder: config.json, model.safetensors and
+    preprocessor_config.json.
+
+    Args:
+        file: Its weights, as `checkpoint export --to safetensors` writes them.
+        layout: "transformers" names and splits tensors as its Swin and Swinv2 do; "swin_moe" keeps ours, for every
+            network; "auto" is the first where transformers has the network.
+
+    Raises:
+        CheckpointError: Something is at `folder`, the disk is too small, or transformers has no such network.
+    """
+    options = Options(report=lambda sentence: None)
+    with open_source(file, options, "safetensors") as source:
+        if layout != "swin_moe" and (layout == "transformers" or not folder.exists()):
+            try:
+                write_checkpoint(source, folder, options, "hf")
+                return "transformers"
+            except CheckpointError:
+                if layout == "transformers":
+                    raise
+        files = _described(source)
+
+    def write(staging: Path) -> None:
+        directory = staging / folder.name
+        directory.mkdir()
+        for name, content in files.items():
+            (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        shutil.copyfile(file, directory / WEIGHTS)
+
+    publish_files(
+        folder, file.stat().st_size + sum(len(json.dumps(content, indent=2)) for content in files.values()), write
+    )
+    return "swin_moe"
+
+
+def _described(source: Source) -> dict[str, dict[str, Any]]:
+    """Returns the JSON files beside our own weights."""
+    network = source.config["model"]
+    config = {
+        "model_type": "swin_moe",
+        "architectures": ["SwinTransformer"],
+        "image_size": network["img_size"],
+        **labels(source, network.get("num_classes", 0)),
+        "swin_moe": {"model": network},
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor(source.config, tuple(network["img_size"]))}

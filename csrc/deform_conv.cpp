@@ -136,9 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_columns_backward_cpu(
   const DeformGeometry g =
       check_deform(kName, x_, offsets_, mask_,
                    {kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
-  TORCH_CHECK_VALUE(grad_.sizes() == at::IntArrayRef({g.batch, g.channels, g.taps(), g.outputs()}) &&
-                        grad_.scalar_type() == x_.scalar_type(),
-                    kName, ": the gradient must be as the columns, got ", grad_.sizes());
+  check_deform_gradient(kName, grad_, x_, g);
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), offsets = offsets_.contiguous();
   const Tensor mask = mask_ ? mask_->contiguous() : at::empty({0}, x.options());
   Tensor grad_x = at::zeros_like(x), grad_offsets = at::zeros_like(offsets), grad_mask = at::zeros_like(mask);

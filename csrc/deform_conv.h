@@ -43,4 +43,11 @@ inline DeformGeometry check_deform(const char* name, const at::Tensor& x, const 
           int(n.stride_h), int(n.stride_w), int(n.padding_h), int(n.padding_w), int(n.dilation_h), int(n.dilation_w)};
 }
 
+inline void check_deform_gradient(const char* name, const at::Tensor& grad, const at::Tensor& x,
+                                  const DeformGeometry& g) {
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({g.batch, g.channels, g.taps(), g.outputs()}) &&
+                        grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
+                    name, ": the gradient must be as the columns, got ", grad.sizes());
+}
+
 }  // namespace swin_moe

@@ -19,6 +19,7 @@ struct DeformGeometry {
   SWIN_MOE_BOTH_SIDES int taps() const { return kernel_h * kernel_w; }
   SWIN_MOE_BOTH_SIDES int64_t outputs() const { return out_h * out_w; }
   SWIN_MOE_BOTH_SIDES int64_t area() const { return height * width; }
+  SWIN_MOE_BOTH_SIDES int64_t takes() const { return 4 * batch * groups * taps() * outputs(); }
 };
 
 // The four cells about a place: their weights, 0 outside the map, where every cell is the first; and the shares of the

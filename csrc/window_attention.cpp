@@ -9,11 +9,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
-#include <string>
 #include <tuple>
 
+#include "capability.h"
 #include "window_checks.h"
 
 namespace swin_moe {
@@ -21,39 +20,15 @@ namespace {
 
 using at::Tensor;
 
-// Sorted from the least to the most demanding.
-std::vector<const WindowKernels*> usable_kernels() {
-  std::vector<const WindowKernels*> usable = {&window_kernels_default()};
-#if defined(SWIN_MOE_X86_KERNELS)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("bmi2")) {
-    usable.push_back(&window_kernels_avx2());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
-      usable.push_back(&window_kernels_avx512_bf16());
-  }
-#endif
-  return usable;
-}
-
-// The kernels for this processor, or those that SWIN_MOE_CPU_CAPABILITY names; chosen once.
 const WindowKernels& kernels() {
-  static const WindowKernels& chosen = []() -> const WindowKernels& {
-    auto usable = usable_kernels();
-    const char* wanted = std::getenv("SWIN_MOE_CPU_CAPABILITY");
-    if (!wanted || !*wanted) return *usable.back();
-    std::string names;
-    for (auto* candidate : usable) {
-      if (candidate->name == std::string(wanted)) return *candidate;
-      names += (names.empty() ? "" : ", ") + std::string(candidate->name);
-    }
-    TORCH_CHECK_VALUE(false, "SWIN_MOE_CPU_CAPABILITY must be one of ", names, " on this processor, got ", wanted);
-  }();
+#if defined(SWIN_MOE_X86_KERNELS)
+  static const WindowKernels& chosen =
+      of_capability(window_kernels_default, window_kernels_avx2, window_kernels_avx512_bf16);
   return chosen;
+#else
+  return window_kernels_default();
+#endif
 }
-
-std::string cpu_capability() { return kernels().name; }
 
 Element element_of(at::ScalarType type) {
   switch (type) {
@@ -191,7 +166,6 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
       "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor? logit_scale, "
       "Tensor? pad_qkv, int num_heads, int window_h, int window_w, int shift_h, int shift_w, float scale, "
       "float mask_value, Tensor? out=None, Tensor? log_sums=None) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_capability() -> str", &swin_moe::cpu_capability);
 }
 
 TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {

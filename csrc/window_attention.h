@@ -43,7 +43,6 @@ using WindowKernel = void (*)(const WindowAttention&, const WindowTask&);
 
 // The kernels compiled for one set of instructions.
 struct WindowKernels {
-  const char* name;
   WindowKernel forward[kElements];
   WindowKernel backward[kElements];
 };

@@ -13,6 +13,8 @@ from launcher import flavors
 from launcher.flavors.base import Flavor, Start
 from launcher.machine.software import installed_packages
 
+_MOST_RANKS = 1 << 20  # a hundred times the largest job; a table of still more would only take the memory
+
 
 @dataclass(frozen=True)
 class Job:
@@ -29,6 +31,8 @@ class Job:
         """Raises ValueError, one sentence, for what cannot work."""
         if self.ranks is not None and self.ranks < 1:
             raise ValueError(f"-n must be at least 1, got {self.ranks}")
+        if self.ranks is not None and self.ranks > _MOST_RANKS:
+            raise ValueError(f"-n must be at most {_MOST_RANKS}, got {self.ranks}")
         if not self.program or self.program == ["-m"]:
             raise ValueError("nothing to run; put the program after --, as in: -n 2 -- -m swin_moe.train CONFIG")
         if self.program[0] != "-m" and not Path(self.program[0]).is_file():

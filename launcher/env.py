@@ -18,7 +18,8 @@ SLURM = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 # Step ids from here on are Slurm's own (slurm/slurm.h: SLURM_INTERACTIVE_STEP, SLURM_BATCH_SCRIPT, ...): one process in
 # an allocation that may have more tasks.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-_MOST_RANKS = (1 << 31) - 1  # an int of C, in which MPI and torch.distributed hold it
+MOST_RANKS = (1 << 31) - 1  # an int of C, in which MPI and torch.distributed hold it
+_MOST_DIGITS = 1000  # int() takes 4,300
 # What a rank inherits from mpirun and from `export`; a process that starts a new world must not pass it on.
 _INHERITED = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|MPI_LOCALN?RANK\w*|(PMI|PMIX|OMPI_COMM|HYDI)_\w+"
@@ -147,8 +148,8 @@ def without_world(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _rank_and_size(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
     rank, size = _number(environ, rank_name), _number(environ, size_name)
-    if size > _MOST_RANKS:
-        raise ValueError(f"environment variable {size_name} must be in [1, {_MOST_RANKS}], got {size}")
+    if size > MOST_RANKS:
+        raise ValueError(f"environment variable {size_name} must be in [1, {MOST_RANKS}], got {size}")
     if rank >= size:
         raise ValueError(f"{rank_name} must be in [0, {size_name}), got {rank_name}={rank} and {size_name}={size}")
     return rank, size
@@ -160,4 +161,6 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         return default
     if text is None or not (text.isascii() and text.isdigit()):
         raise ValueError(f"environment variable {name} must be a whole number >= 0, got {text!r}")
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"environment variable {name} must be a whole number >= 0, got one of {len(text)} digits")
     return int(text)

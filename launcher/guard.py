@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FrameType
 
 from launcher import watch
@@ -60,7 +60,8 @@ def run(program: Callable[[], None]) -> None:
         os._exit(128 + signal.SIGKILL)
     if patrol.is_alone:
         _end(HOST, page)
-    if not page.ends and -code not in passed_on:
+    asked = _was_asked(-code, passed_on)
+    if not page.ends and not asked:
         status = code if code > 0 else 128 - code if code else 1
         how = _how(code)
         if code == -signal.SIGKILL and memory.kills() > killed:
@@ -69,7 +70,7 @@ def run(program: Callable[[], None]) -> None:
         time.sleep(_TOGETHER_SECONDS)
         _say(f"rank {_rank()} {how}{_last_seen(page)}")
         _end(status, page)
-    if -code in passed_on:  # it had no handler: the others cannot save without it
+    if asked:  # it had no handler: the others cannot save without it
         reports.lose(_rank())
     if code > 0:  # it said why, or all did
         reports.fail(reports.Failure("", code, note=page.noted[1]))
@@ -141,6 +142,17 @@ def _wait(child: int) -> tuple[int, set[int]]:
         signal.signal(number, forward)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), passed_on
+
+
+def _was_asked(number: int, passed_on: Collection[int]) -> bool:
+    """Returns whether the signal that ended a rank was a request to save: to Slurm a task is all of its processes, and
+    the rank may have had the signal, and be dead, before its guard has it or is told."""
+    deadline = time.monotonic() + _TOGETHER_SECONDS
+    while number in _FORWARDED and number not in passed_on and time.monotonic() < deadline:
+        if number in (signal.SIGTERM, signal.SIGUSR1) and reports.asked():  # what starters pass on of any request
+            return True
+        time.sleep(0.02)
+    return number in passed_on
 
 
 def folder_rounds(environ: Mapping[str, str]) -> int:

@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> int:
 
 def parse_time(text: str) -> int:
     """Returns the seconds of 90 (minutes), 1:30:00, 1-12:00:00 (days), 90m, 36h or 2d. Raises ValueError for others."""
+    if re.search(r"\d{10}", text):
+        raise ValueError(f"--time takes at most nine digits in a row, got {text[:300]!r}")
     match = re.fullmatch(r"(\d+)([smhd]?)", text)
     if match:
         seconds = int(match[1]) * {"s": 1, "": 60, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -15,8 +15,11 @@ _EXPORTS = {
     "load": "swin_moe.weights.pretrained:load",
     "create_model": "swin_moe.weights.pretrained:create_model",
     "build_model": "swin_moe.models.build:build_model",
+    "from_pretrained": "swin_moe.weights.hub:from_pretrained",
     "load_official": "swin_moe.weights.pretrained:load_official",
+    "register_timm": "swin_moe.weights.timm_models:register",
     "parallelize": "swin_moe.parallel.apply:parallelize",
+    "optimize": "swin_moe.models.optimized:optimize",
 }
 __all__ = ["__version__", *_EXPORTS]
 

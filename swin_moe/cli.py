@@ -7,6 +7,8 @@ import importlib.metadata
 import sys
 from typing import TYPE_CHECKING
 
+from swin_moe.usage.texts import USAGES
+
 if TYPE_CHECKING:
     from launcher.job.options import Parser
 
@@ -15,6 +17,7 @@ COMMANDS = {
     "train": ("swin_moe.train", "train a run, or continue it"),
     "evaluate": ("swin_moe.evaluate", "exact metrics of a checkpoint"),
     "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
+    "data": ("swin_moe.curate.command", "own images: what is in a folder and wrong with it; train and val"),
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
@@ -27,6 +30,7 @@ COMMANDS = {
     "configs": ("swin_moe.config.shipped.listing", "the shipped configs: size, published accuracy, released weights"),
     "show": ("swin_moe.config.shipped.show", "every option of a config, and where its value comes from"),
     "doctor": ("swin_moe.doctor", "what of this machine and installation is used, and why the rest is not"),
+    "completion": ("swin_moe.usage.completion", "what bash, zsh or fish completes of these commands"),
     "launch": ("launcher.__main__", "start a module on many ranks: swin-moe launch -n 2 -- -m swin_moe.train CONFIG"),
 }
 
@@ -48,6 +52,9 @@ def main() -> None:
         meant = f"did you mean {close[0]}? " if close else ""
         print(f"error: unknown command {name!r}; {meant}allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+    if name in USAGES and (not arguments or "-h" in arguments or "--help" in arguments):  # without torch
+        print(USAGES[name])
+        sys.exit(0 if arguments else 2)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
         if arguments[:1] in (["-h"], ["--help"]):
@@ -61,7 +68,7 @@ def main() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor", "data", "completion"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main

@@ -7,18 +7,14 @@ from swin_moe.data.batch import to_device
 from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
+from swin_moe.run.data_fit import with_counted_classes
 from swin_moe.run.metrics import LOGGER, save_picture, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, Task, build_task
+from swin_moe.usage.texts import EVALUATE
 from swin_moe.weights.load import load_weights, open_stored
 from swin_moe.weights.sources import Source
 from swin_moe.weights.teacher import load_teacher
-
-USAGE = """usage: swin-moe evaluate CONFIG [checkpoint.load=PATH] [key=value ...]
-
-PATH is a checkpoint directory of this system, a run directory (newest checkpoint), or weights of any format that
-`swin-moe checkpoint convert` reads: official, timm or transformers files, rank files by their path without .rank0, ...
-Every sample counts once, whatever the batch size or number of ranks."""
 
 
 def build_eval_loader(
@@ -56,9 +52,10 @@ def build_eval_loader(
 
 def main(argv: list[str]) -> None:
     """Prints the metrics of a checkpoint."""
-    path, overrides = parse_arguments(argv, USAGE)
+    path, overrides = parse_arguments(argv, EVALUATE)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
+    session = with_counted_classes(session)
     check_graphs(session.config, session.device.type, session.world_size)
     stored = open_stored(session)
     task = build_task(session.config)

@@ -13,18 +13,15 @@ from swin_moe.data.loader import EvalLoader
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.models.swin import SwinTransformer
+from swin_moe.run.data_fit import with_counted_classes
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.session import Session, build_local_model, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.tasks.features import Features, Pooled, extract, knn_accuracy, ridge_accuracy
+from swin_moe.usage.texts import EVALUATE_FEATURES
 from swin_moe.weights.load import backbone_of, load_weights
 from swin_moe.weights.teacher import load_teacher
 
-USAGE = """usage: swin-moe evaluate-features CONFIG [checkpoint.load=PATH] [key=value ...] [--k 20] [--temperature 0.07]
-       [--shots 5] [--draws 3] [--l2 1024]
-
-What the backbone's features tell about classes, whatever task trained it: a vote of the K nearest training images
-(--k 0: none), and a ridge regression on SHOTS images of each class, mean over DRAWS choices (--shots 0: none)."""
 OPTIONS = ("--k", "--temperature", "--shots", "--draws", "--l2")
 
 
@@ -89,9 +86,9 @@ def measure(session: Session, backbone: SwinTransformer, options: argparse.Names
 
 def main(argv: list[str]) -> None:
     """Prints the accuracies."""
-    path, words = parse_arguments(argv, USAGE, OPTIONS)
+    path, words = parse_arguments(argv, EVALUATE_FEATURES, OPTIONS)
     overrides, options = parse_options(words)
-    session = open_session(path, overrides)
+    session = with_counted_classes(open_session(path, overrides))
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size, features=True)
     task = build_task(session.config)

@@ -24,14 +24,8 @@ from swin_moe.moe.routing import Routing
 from swin_moe.run.metrics import LOGGER, start_logging
 from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
+from swin_moe.usage.texts import INSPECT_ROUTING
 from swin_moe.weights.load import load_weights, open_stored
-
-USAGE = """usage: swin-moe inspect-routing CONFIG [key=value ...] [--out DIR] [--images N] IMAGE ...
-
-For every image file draws DIR/<name>.png: the image, and per MoE layer the image tinted by the expert that each patch
-chose first. From N validation images (default 256, 0: none) draws DIR/classes.png: which experts serve which classes.
-All numbers stand in DIR/routing.json. DIR is <run directory>/routing unless given. Weights are those of
-checkpoint.load=PATH, or of the run's newest checkpoint."""
 
 
 class RoutingRecorder:
@@ -99,7 +93,7 @@ class RoutingRecorder:
 
 def main(argv: list[str]) -> None:
     """Draws the routing of image files and of the validation set."""
-    path, rest = parse_arguments(argv, USAGE, ("--out", "--images"))
+    path, rest = parse_arguments(argv, INSPECT_ROUTING, ("--out", "--images"))
     rest, out = _take_option(rest, "--out", "")
     rest, count = _take_option(rest, "--images", "256")
     if not count.isdecimal():

@@ -2,74 +2,151 @@
 
 import argparse
 import contextlib
+import csv
 import glob
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from swin_moe.config import Config
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
-from swin_moe.data.pixels import decode, read_image
+from swin_moe.data.pixels import BrokenImage, decode, read_image
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
 from swin_moe.predict_pixels import PixelOptions, predict_pixels
-from swin_moe.run.session import build_classifier, open_session, parse_arguments, run_main
+from swin_moe.run.counter import Counter
+from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
 from swin_moe.tasks.base import build_task
 from swin_moe.tasks.dense import LooksAtImages
+from swin_moe.usage.texts import PREDICT
 from swin_moe.weights.load import load_weights, open_stored
-from swin_moe.weights.sources import is_own
+from swin_moe.weights.sources import Source, is_own
 
-USAGE = """usage: swin-moe predict CONFIG [checkpoint.load=PATH] [key=value ...] [--top N] [--json] [--names FILE]
-       [--out FOLDER] [--score S] IMAGE|FOLDER|GLOB ...
-
-Prints the N (5) most likely classes and their probabilities for every image file, and for every image below a folder;
-with --json one object per line. Class names are the checkpoint's; those of an official file are numbers unless FILE
-names them, one a line. No training data is needed.
-
-Detectors and segmentation networks draw what they find over the images, into FOLDER (predictions): objects with a score
-of at least S (0.3), which predictions.json has as COCO's rows, and a class per pixel, as IMAGE_labels.png."""
-OPTIONS = ("--top", "--json", "--names", "--out", "--score")
+OPTIONS = ("--top", "--json", "--csv", "--batch", "--names", "--out", "--score")
+_BATCH = 16
+_READERS = 4  # threads that read and decode; Pillow lets others run meanwhile
 
 
 def main(argv: list[str]) -> None:
     """Prints class probabilities for image files, or draws what is found in them."""
-    path, rest = parse_arguments(argv, USAGE, OPTIONS)
+    path, rest = parse_arguments(argv, PREDICT, OPTIONS)
     words, options = _parse_options(rest)
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     images = _image_files([word for word in words if word not in overrides])
     session = open_session(path, overrides)
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
-    config = session.config
-    check_graphs(config, session.device.type, session.world_size)
+    check_graphs(session.config, session.device.type, session.world_size)
     stored = open_stored(session)
-    classes = _class_names(config, options.names, () if stored is None else stored.classes)
-    task = build_task(config)
-    if isinstance(task, LooksAtImages):
-        pixels = PixelOptions(Path(options.out), options.score, options.json)
-        predict_pixels(session, task, images, classes, pixels, stored)
+    if session.config.data.count_classes and stored is not None and stored.classes:
+        model = replace(session.config.model, num_classes=len(stored.classes))
+        session = replace(session, config=replace(session.config, model=model))
+    classes = _class_names(session.config, options.names, () if stored is None else stored.classes)
+    task = build_task(session.config)
+    if not isinstance(task, LooksAtImages):
+        _predict_classes(session, images, classes, options, stored)
         return
+    if options.csv or options.batch:
+        raise ValueError("predict: --csv and --batch are for networks that classify; objects are in predictions.json")
+    pixels = PixelOptions(Path(options.out), options.score, options.json)
+    predict_pixels(session, task, images, classes, pixels, stored)
+
+
+def _predict_classes(
+    session: Session, images: Sequence[str], classes: Sequence[str], options: argparse.Namespace, stored: Source | None
+) -> None:
+    """Prints the most likely classes of every image.
+
+    Raises:
+        ValueError: Some images cannot be read, after all others were printed; not with data.on_broken=skip.
+    """
+    config = session.config
     model = build_classifier(session)
     print(f"weights: {load_weights(model, session, stored)}", file=sys.stderr)
-    transform = build_transform(config.data, config.model.img_size, train=False)
     dtype = next(model.parameters()).dtype
     graphed = with_graphs(model.eval(), config)
-    for name in images:
-        image = transform(decode(read_image(name), name, exif=config.data.exif), 0).to(session.device, dtype)
-        with torch.inference_mode(), autocast(config.engine.precision, session.device):
-            output = graphed(image[None])
-        logits = output[0] if isinstance(output, tuple) else output
-        best = logits.float().softmax(1)[0].topk(min(options.top, logits.shape[1]))
-        found = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        if options.json:
-            print(json.dumps({"image": name, "classes": [{"name": c, "probability": p} for c, p in found]}))
-        else:
-            print(f"{name}: {', '.join(f'{c} {p:.1%}' for c, p in found)}")
+    write, counter = _writer(options), Counter("images", len(images))
+    broken: list[BrokenImage] = []
+    batch = options.batch or (1 if _shares_capacity(config) else _BATCH)
+    for done, names, pixels in _batches(config, images, batch, broken):
+        if names:
+            with torch.inference_mode(), autocast(config.engine.precision, session.device):
+                output = graphed(torch.stack(pixels).to(session.device, dtype))
+            logits = output[0] if isinstance(output, tuple) else output
+            best = logits.float().softmax(1).topk(min(options.top, logits.shape[1]))
+            counter.clear()
+            for name, shares, labels in zip(names, best.values.tolist(), best.indices.tolist()):
+                write(name, [(classes[label], share) for label, share in zip(labels, shares)])
+        counter(done)
+    counter.clear()
+    if broken and config.data.on_broken != "skip":
+        many = f"{len(broken)} of {len(images)} images cannot be read, the first: " if len(images) > 1 else ""
+        raise ValueError(f"{many}{broken[0]}")
+
+
+def _shares_capacity(config: Config) -> bool:
+    """Returns whether what is said of an image may depend on others of its batch: they compete for experts."""
+    moe = config.model.moe
+    return moe.has_blocks and (moe.choice != "token" or moe.eval_factor != 0)
+
+
+def _batches(
+    config: Config, images: Sequence[str], size: int, broken: list[BrokenImage]
+) -> Iterator[tuple[int, list[str], list[Tensor]]]:
+    """Yields (images done after it, names, pixels) of up to `size` images that can be read; others go to `broken`.
+
+    The next batch is read while one is computed.
+    """
+    transform = build_transform(config.data, config.model.img_size, train=False)
+
+    def prepare(name: str) -> Tensor | BrokenImage:
+        try:
+            return transform(decode(read_image(name), name, exif=config.data.exif), 0)
+        except BrokenImage as error:
+            return error
+        except OSError as error:
+            return BrokenImage(name, error.strerror or str(error))
+
+    with ThreadPoolExecutor(_READERS) as readers:
+
+        def submit(start: int) -> list[Future[Tensor | BrokenImage]]:
+            return [readers.submit(prepare, name) for name in images[start : start + size]]
+
+        ahead = submit(0)
+        for start in range(0, len(images), size):
+            results = [future.result() for future in ahead]
+            ahead = submit(start + size)
+            names, pixels = [], []
+            for name, result in zip(images[start : start + size], results):
+                if isinstance(result, BrokenImage):
+                    broken.append(result)
+                    if len(images) > 1:
+                        print(result, file=sys.stderr)
+                else:
+                    names.append(name)
+                    pixels.append(result)
+            yield start + len(results), names, pixels
+
+
+def _writer(options: argparse.Namespace) -> Callable[[str, list[tuple[str, float]]], None]:
+    """Returns what prints the classes of an image, as the options ask for."""
+    if options.csv:
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(("image", "rank", "class", "probability"))
+        return lambda name, found: table.writerows((name, k, c, f"{p:.6g}") for k, (c, p) in enumerate(found, 1))
+    if options.json:
+        return lambda name, found: print(
+            json.dumps({"image": name, "classes": [{"name": c, "probability": p} for c, p in found]}), flush=True
+        )
+    return lambda name, found: print(f"{name}: {', '.join(f'{c} {p:.1%}' for c, p in found)}", flush=True)
 
 
 def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
@@ -77,6 +154,8 @@ def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     parser = argparse.ArgumentParser("swin-moe predict", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--top", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--csv", action="store_true")
+    parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--names", default="")
     parser.add_argument("--out", default="predictions")
     parser.add_argument("--score", type=float, default=0.3)
@@ -84,6 +163,10 @@ def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
         options, others = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ValueError(f"predict: {error}") from None
+    if options.json and options.csv:
+        raise ValueError("predict: --json and --csv are two ways to print it; give one")
+    if options.batch < 0:
+        raise ValueError(f"predict: --batch must be >= 1, got {options.batch}")
     if options.top < 1:
         raise ValueError(f"predict: --top must be >= 1, got {options.top}")
     if not 0 <= options.score <= 1:
@@ -98,7 +181,8 @@ def _image_files(words: list[str]) -> list[str]:
         ValueError: There is none, or a name is neither a file nor a folder with images.
     """
     found: list[str] = []
-    for word in words:
+    named = [name for word in words for name in (_listed_on_input() if word == "-" else [word])]
+    for word in named:
         if word and Path(word).is_dir():  # Path("") would be the folder we are in
             below = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(word)) for name in sorted(names))
             inside = [name for name in below if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -113,6 +197,15 @@ def _image_files(words: list[str]) -> list[str]:
             raise ValueError(f"no such image file: {word or repr(word)}")
     if not found:
         raise ValueError("predict needs at least one image file, or a folder of them, after the config")
+    return found
+
+
+def _listed_on_input() -> list[str]:
+    """Returns the paths on standard input, one a line, or with NUL between them as `find -print0` writes."""
+    text = sys.stdin.read()
+    found = [name for name in (text.split("\0") if "\0" in text else text.splitlines()) if name]
+    if not found:
+        raise ValueError("predict -: standard input has no path; one a line is read")
     return found
 
 

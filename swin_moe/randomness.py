@@ -19,7 +19,8 @@ from torch import Tensor
 _MASK_32 = 0xFFFFFFFF
 _SECOND_DRAW = 0x5DEECE66D2545F49  # turns a key into that of an independent draw
 PURPOSES = tuple(
-    "gate_noise drop_path_mixer drop_path_ffn dropout expert_dropout mixup augment order mask subset box_sample".split()
+    "gate_noise drop_path_mixer drop_path_ffn dropout expert_dropout mixup augment order mask subset box_sample "
+    "box_jitter".split()
 )
 
 

@@ -10,10 +10,8 @@ from swin_moe.engine.precision import autocast
 from swin_moe.evaluate import build_eval_loader
 from swin_moe.run.metrics import LOGGER, peak_flops, peak_memory, start_logging
 from swin_moe.run.session import build_classifier, open_session, parse_arguments, run_main
+from swin_moe.usage.texts import THROUGHPUT
 
-USAGE = """usage: swin-moe throughput CONFIG [data.name=synthetic] [data.eval_batch=64] [key=value ...]
-
-Prints images per second over all ranks, with random weights, and the peak memory of a rank."""
 WARMUP, TIMED = 50, 30  # microsoft/Swin-Transformer, main.py:throughput
 
 
@@ -37,7 +35,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, context) -> float:
 
 def main(argv: list[str]) -> None:
     """Prints the throughput of a configuration."""
-    path, overrides = parse_arguments(argv, USAGE)
+    path, overrides = parse_arguments(argv, THROUGHPUT)
     session = open_session(path, overrides)
     start_logging(None, session.rank)
     check_graphs(session.config, session.device.type, session.world_size)

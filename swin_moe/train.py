@@ -21,6 +21,7 @@ from swin_moe.parallel.compile import graphs_made
 from swin_moe.parallel.exchange.padded import even_batches
 from swin_moe.parallel.replicas import first_differing_replica
 from swin_moe.registry import lookup
+from swin_moe.run.data_fit import warn_of_small_images, with_counted_classes
 from swin_moe.run.expert_load import start_clocks
 from swin_moe.run.folder import FolderLock, holding
 from swin_moe.run.identity import RunIdentity, begin, place_in_data
@@ -32,15 +33,9 @@ from swin_moe.run.step_records import StepRecords
 from swin_moe.run.summary import describe
 from swin_moe.run.training_graphs import check_training
 from swin_moe.tasks.base import StepContext, StepDone, build_task
+from swin_moe.usage.texts import TRAIN
 from swin_moe.weights.load import start_from
 from swin_moe.weights.teacher import load_teacher
-
-USAGE = """usage: swin-moe train CONFIG [key=value ...]
-
-CONFIG is a YAML file or the name of one in configs/; key=value overrides any option, e.g.
-    swin-moe launch -n 2 -- -m swin_moe.train digits_swin_moe optim.lr=2e-4 run.name=lr2e-4
-Running it again resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and stop, with exit code
-75; Ctrl-C twice stops at once."""
 
 MAX_SKIPPED_STEPS = 10  # in a row, outside fp16: more means that the run is lost, not unlucky
 
@@ -357,7 +352,7 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     """Trains the run that the arguments describe."""
-    path, overrides = parse_arguments(argv, USAGE)
+    path, overrides = parse_arguments(argv, TRAIN)
     session = open_session(path, overrides, _choose)
     lock = FolderLock(session.directory)
     with session.watched(), holding(lock):
@@ -381,7 +376,8 @@ def _choose(config: Config, world_size: int, overrides: Sequence[str]) -> tuple[
 def train(session: Session) -> None:
     """Trains a run to its end, or continues it."""
     check_training(session.config, session.device.type, session.world_size)
-    trainer = Trainer(session)
+    trainer = Trainer(with_counted_classes(session))
+    warn_of_small_images(session, trainer.loader.dataset)
     for line in describe(trainer.session, trainer.engine):
         LOGGER.info(line)
     trainer.resume()

@@ -11,7 +11,7 @@ WRONG = {
     "train": ("--eval", "train has no option --eval; options are given as section.key=value"),
     "evaluate": ("--last", "evaluate has no option --last; options are given as section.key=value"),
     "throughput": ("-n", "throughput has no option -n; options are given as section.key=value"),
-    "predict": ("--eval", "predict has no option --eval; it has --top, --json, --names"),
+    "predict": ("--eval", "predict has no option --eval; it has --top, --json, --csv, --batch, --names"),
     "inspect_routing": (
         "--imges=3",
         "inspect-routing has no option --imges; did you mean --images? it has --out, --im",

@@ -188,6 +188,10 @@ def open_source(path: Path, options: Options, name: str = "") -> Source:
     name = name or find_format(path)
     source = _look_up({key: row.open for key, row in FORMATS.items() if row.open}, name, "--from")(path, options)
     check_members(source, Source, chosen=f"--from {name}", where="checkpoint_tools/sources/base.py: Source")
+    if options.extra.keys() & {"img_size", "window_size"}:
+        from checkpoint_tools.formats.geometry import check_given  # only here: it loads the formats that ask it, too
+
+        check_given(path, source.config.get("model", {}), {key: t.shape for key, t in source.tensors.items()})
     taken = taken_off(path) or taken_off(path.with_name(f"{path.name}.rank0"))
     if taken:
         options.report(f"{path}: read {taken}")

@@ -7,12 +7,15 @@ side by itself); huggingface/transformers, models/swin/modeling_swin.py (bias ta
 map) and models/swinv2/modeling_swinv2.py (shrinks both sides to the height).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.formats.infer import window_of_stage
 from checkpoint_tools.formats.official.layout import StageGeometry, stage_geometry
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.config.variants import VARIANTS
 
 
 def check_geometry(path: Path, network: Mapping[str, Any], program: str) -> None:
@@ -60,6 +63,35 @@ def _differences(
             yield f"but transformers' Swin has bias tables of the whole window of {network['window_size']} everywhere"
         if shrunk and width < height and network["name"] == "swinv2":
             yield "but transformers shrinks windows to the height of the map"
+
+
+def check_given(path: Path, network: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError for sizes given with --set that the tensors contradict: nothing is resized by a tool.
+
+    Args:
+        network: config.model as JSON, with what was given; nothing is said where it is incomplete.
+        shapes: Our names of the tensors -> their shapes.
+    """
+    remedy = f"; checkpoint.init={path} and swin_moe.load resize them"
+    positions = shapes.get("absolute_pos_embed")
+    if positions is not None and "img_size" in network:
+        stored = math.prod(positions[2:] if len(positions) == 4 else positions[1:2])
+        height, width = (size // patch for size, patch in zip(network["img_size"], network["patch_size"], strict=True))
+        if stored != height * width:
+            image = "x".join(map(str, network["img_size"]))
+            raise CheckpointError(
+                f"{path}: --set img_size: an image of {image} pixels has {height * width} tokens, and the absolute "
+                f"positions are of {stored}{remedy}"
+            )
+    for stage in range(len(network.get("depths", ()))):
+        stored, given = window_of_stage(shapes, stage), network.get("window_size", 0)
+        wanted = stage_geometry(network, stage).window if given and "img_size" in network else min(stored, given)
+        if stored and given and stored != wanted:
+            resized = remedy if VARIANTS[network["name"]].mixer == "window" else ""
+            raise CheckpointError(
+                f"{path}: --set: the parameters of stage {stage} are of windows of {stored} tokens, and these sizes "
+                f"make them {wanted}{resized}"
+            )
 
 
 def check_parts(path: Path, network: Mapping[str, Any], names: Iterable[str], program: str) -> None:

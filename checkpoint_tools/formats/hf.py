@@ -35,19 +35,19 @@ _PAIRS = ("img_size", "patch_size")
 def detect(path: Path) -> bool:
     """See formats/__init__.py."""
     if path.is_dir():
-        return _options(path).get("model_type") in ("swin", "swinv2")
+        return config_json(path).get("model_type") in ("swin", "swinv2")
     return any("embeddings.patch_embeddings.projection.weight" in name for name in peek(path))
 
 
 def open_hf(path: Path, options: Options) -> Source:
     """Returns the checkpoint in the directory or file `path`; see formats/__init__.py."""
-    records = _records(path)
+    records = stored_records(path)
     if any(name.endswith("embeddings.position_embeddings") for name in records):
         raise CheckpointError(f"{path}: has absolute positions with one row more than patches, which no other Swin has")
     second = any(name.endswith("attention.self.logit_scale") for name in records)
     parts = place_records(path, records, FROM_HF_V2 if second else FROM_HF)
     folder = path if path.is_dir() else path.parent
-    given, reading = _options(folder), stated_reading(_options(folder, PREPROCESSOR))
+    given, reading = config_json(folder), stated_reading(config_json(folder, PREPROCESSOR))
     stated = {ours: given[key] for key, ours in _SHARED.items() if key in given}
     stated |= {key: [stated[key]] * 2 for key in _PAIRS if isinstance(stated.get(key), int)}
     buffers = {name: record.shape for name, (_, record) in records.items()}
@@ -106,7 +106,7 @@ def _config(source: Source, network: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+def config_json(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     """Returns config.json of a directory, or another such file; {} where there is none that can be read."""
     path = directory / name
     try:
@@ -116,7 +116,7 @@ def _options(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _records(path: Path) -> dict[str, tuple[RecordFile, TensorRecord]]:
+def stored_records(path: Path) -> dict[str, tuple[RecordFile, TensorRecord]]:
     """Returns every tensor of the file, or of the files that a directory's index names; see Weights.stored."""
     files = OpenFiles()
     paths = [path]

@@ -103,14 +103,18 @@ def _heads(shapes: Shapes, stage: int) -> int:
 
 def _window(shapes: Shapes, buffers: Shapes) -> int:
     """Returns the window of the first stage; 0 where nothing tells it."""
-    block = "layers.0.blocks.0"
+    index = buffers.get("layers.0.blocks.0.attn.relative_position_index")
+    return window_of_stage(shapes, 0) or (math.isqrt(index[0]) if index else 0)
+
+
+def window_of_stage(shapes: Shapes, stage: int) -> int:
+    """Returns the window that the parameters of a stage are of; 0 where they are of any, or not there."""
+    block = f"layers.{stage}.blocks.0"
     table = shapes.get(f"{block}.attn.relative_position_bias_table")
     if table:
         return (math.isqrt(table[0]) + 1) // 2
-    if f"{block}.spatial_mlp.weight" in shapes:
-        return math.isqrt(shapes[f"{block}.spatial_mlp.weight"][1])
-    index = buffers.get(f"{block}.attn.relative_position_index")
-    return math.isqrt(index[0]) if index else 0
+    mixer = shapes.get(f"{block}.spatial_mlp.weight")
+    return math.isqrt(mixer[1]) if mixer else 0
 
 
 def _image_side(shapes: Shapes, buffers: Shapes) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoint_tools.formats.infer import given_sizes, merge_model
 from checkpoint_tools.sources import stream
 from checkpoint_tools.sources.base import Options, Source, SourceTensor
 from swin_moe.checkpoint.content import PROVENANCE
@@ -85,8 +86,20 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def open_native(path: Path, options: Options) -> NativeSource:
-    """Returns the checkpoint at `path`; of a run, its newest complete one."""
-    return NativeSource(_read_index(path, options), verify=options.verify)
+    """Returns the checkpoint at `path`; of a run, its newest complete one. Sizes given with --set stand in its config.
+
+    Raises:
+        CheckpointError: There is none, or a step is given, which its state tells in several places.
+    """
+    source = NativeSource(_read_index(path, options), verify=options.verify)
+    if given := given_sizes(options.extra):
+        source.config = merge_model(source.config, {}, given)
+    if options.extra.get("step", str(source.step)) != str(source.step):
+        told = options.extra["step"]
+        raise CheckpointError(
+            f"{path}: --set step={told} is for files that do not tell it; this one is of {source.step}"
+        )
+    return source
 
 
 def _read_index(path: Path, options: Options) -> Index:

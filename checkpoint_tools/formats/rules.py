@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from checkpoint_tools.sources.assembled import Place
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.names.official import DENSE_PARTS, DROPPED, RENAMED, SIMMIM_DROPPED
+from swin_moe.names.official import DENSE_PARTS, DROPPED, RENAMED, SIMMIM_DROPPED, STUDENT, TEACHER
 
 
 class Rule(NamedTuple):
@@ -56,12 +56,13 @@ def from_ours(name: str, rules: Iterable[Rule]) -> list[str]:
 
 # What a parameter of one of our networks is called; a name that no rule brings here belongs to another network.
 _OURS = re.compile(
+    rf"({re.escape(TEACHER)})?("
     r"(encoder\.|backbone\.)?(absolute_pos_embed|mask_token|patch_embed\.(proj|norm)\.\w+|norm\d*\.\w+|head\.\w+"
     r"|layers\.\d{1,2}\.downsample\.(reduction|norm)\.\w+"
     r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.(norm1|norm2|enorm|spatial_mlp|mlp\.fc1|mlp\.fc2|mlp\.experts|mlp\.router"
     r"|mlp\.shared)\.[\w.]+"
     r"|layers\.\d{1,2}\.blocks\.\d{1,4}\.attn\.(qkv|proj|cpb_mlp|q_bias|v_bias|logit_scale|relative_position_bias_table)"
-    r"[\w.]*)|decoder\.0\.\w+|" + "|".join(re.escape(part) + r"[\w.]+" for part in DENSE_PARTS)
+    r"[\w.]*)|decoder\.0\.\w+|" + "|".join(re.escape(part) + r"[\w.]+" for part in DENSE_PARTS) + ")"
 )
 
 
@@ -78,6 +79,7 @@ def check_ours(name: str, foreign: str, path: Path) -> str:
 
 OFFICIAL_BUFFERS = tuple(Rule(pattern, None) for pattern, _ in DROPPED)
 FROM_OFFICIAL = (*(Rule(*rule) for rule in RENAMED), *OFFICIAL_BUFFERS)
+FROM_DENSE = (Rule(f"^{re.escape(STUDENT)}", ""), *FROM_OFFICIAL)
 FROM_SIMMIM = (
     Rule(r"^encoder\.", ""),
     *(Rule(pattern, None) for pattern, _ in SIMMIM_DROPPED),
@@ -94,6 +96,7 @@ TO_OFFICIAL = (
     Rule(r"mlp\.router\.projector\.", "mlp._moe_layer.gates.0.cosine_projector."),
     Rule(r"mlp\.router\.(temperature|sim_matrix)$", r"mlp._moe_layer.gates.0.\1"),
 )
+TO_SOFT_TEACHER = (*TO_OFFICIAL, Rule(f"^(?!{re.escape(TEACHER)})", STUDENT))
 TO_SIMMIM = (*TO_OFFICIAL, Rule(r"^(?!encoder\.|decoder\.)", "encoder."))
 
 
@@ -146,6 +149,27 @@ FROM_HF_V2 = (
     Rule(r"\.attention\.self\.query\.bias$", ".attn.q_bias"),
     Rule(r"\.attention\.self\.value\.bias$", ".attn.v_bias"),
     *FROM_HF,
+)
+
+# transformers' UPerNet with a Swin backbone; its backbone's last norm is not of the maps, and unused.
+FROM_HF_UPERNET = (
+    Rule(r"^backbone\.(swin\.)?layernorm\.", None),
+    Rule(r"^backbone\.(swin\.)?", ""),
+    *FROM_HF,
+    Rule(r"^hidden_states_norms\.stage(\d)\.", _stage(-1, "norm{}.")),
+    Rule(r"^(?!(decode|auxiliary)_head\.)", "backbone."),
+    Rule(r"^((?:decode|auxiliary)_head)\.classifier\.", r"\1.conv_seg."),
+    Rule(r"\.batch_norm\.", ".bn."),
+    *OFFICIAL_BUFFERS,
+)
+# mmdetection's and mmsegmentation's own Swin, later than the authors' repositories; the heads' names are the same.
+FROM_OPEN_MMLAB = (
+    Rule(r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
+    Rule(r"^backbone\.stages\.", "backbone.layers."),
+    Rule(r"\.attn\.w_msa\.", ".attn."),
+    Rule(r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    Rule(r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    *OFFICIAL_BUFFERS,
 )
 
 

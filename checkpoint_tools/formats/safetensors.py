@@ -1,8 +1,9 @@
 """What `export --to safetensors` writes: parameters under our names, and beside them what the network is.
 
 The text `swin_moe` in the file's metadata is JSON: `config` (its section model, and of data how an image becomes the
-network's input), `step`, and `classes` where they are known. A file without it, which may be anyone's, is read as
-official, fairscale, timm or hf by its names.
+network's input), `step`, and `classes` where they are known. `model.save_pretrained` writes the same as
+model.safetensors into a folder, beside config.json and preprocessor_config.json. A file without it, which may be
+anyone's, is read as official, fairscale, timm or hf by its names.
 """
 
 import json
@@ -19,10 +20,12 @@ from swin_moe.layout import Chunk
 from swin_moe.names.official import inner_name
 
 KEY = "swin_moe"
+WEIGHTS = "model.safetensors"
 
 
 def detect(path: Path) -> bool:
     """See formats/__init__.py."""
+    path = _file_of(path)
     try:
         if not is_safetensors(path):
             return False
@@ -34,7 +37,8 @@ def detect(path: Path) -> bool:
 
 
 def open_safetensors(path: Path, options: Options) -> Source:
-    """Returns the checkpoint in the file `path`; see formats/__init__.py."""
+    """Returns the checkpoint in the file or folder `path`; see formats/__init__.py."""
+    path = _file_of(path)
     file = open_file(path)
     config, known = described(file.metadata, path), _content(file.metadata, path)
     # Names are ours, also those of tasks that the formats of others know nothing of.
@@ -52,13 +56,23 @@ def open_safetensors(path: Path, options: Options) -> Source:
 
 def describe(source: Source) -> dict[str, str]:
     """Returns the metadata that says what a source's network is."""
-    content: dict[str, Any] = {"config": {key: source.config[key] for key in ("model",) if key in source.config}}
-    reading = {key: value for key, value in source.config.get("data", {}).items() if key in READING}
+    return metadata_of(source.config, step=source.step, classes=source.state.get("classes"))
+
+
+def metadata_of(config: dict[str, Any], *, step: int, classes: list[str] | None) -> dict[str, str]:
+    """Returns the metadata of a file whose network has this config, as JSON."""
+    content: dict[str, Any] = {"config": {key: config[key] for key in ("model",) if key in config}}
+    reading = {key: value for key, value in config.get("data", {}).items() if key in READING}
     content["config"] |= {"data": reading} if reading else {}
-    content["step"] = source.step
-    if "classes" in source.state:
-        content["classes"] = source.state["classes"]
+    content["step"] = step
+    if classes is not None:
+        content["classes"] = classes
     return {"format": "pt", KEY: json.dumps(content, sort_keys=True)}
+
+
+def _file_of(path: Path) -> Path:
+    """Returns the file itself, or the one in a folder."""
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def described(metadata: dict[str, str], path: Path) -> dict[str, Any]:

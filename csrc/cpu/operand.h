@@ -23,6 +23,14 @@ struct Numbers {
   SWIN_MOE_INLINE void read(const S* from, A* row, int count) {
     load_row(from, row, count);
   }
+  // Returns kPerFactor numbers of a tensor as one factor.
+  template <class S>
+  SWIN_MOE_INLINE A factor(const S* from) {
+    if constexpr (std::is_same_v<S, A>)
+      return from[0];
+    else
+      return A(widen(from[0]));
+  }
   // Writes a vector of sums into a row, as vector number `index` of it.
   SWIN_MOE_INLINE void put(A* row, int index, Vector<A> x) { store(row + index * kLanes<A>, x); }
   // Returns a row as numbers, in `space` if it has to be converted.
@@ -48,6 +56,8 @@ struct Pairs {
       _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(inside, from + i));
     }
   }
+
+  SWIN_MOE_INLINE uint32_t factor(const BFloat16* from) { return from[0].bits | uint32_t(from[1].bits) << 16; }
 
   SWIN_MOE_INLINE void put(uint32_t* row, int index, Vector<float> x) {
     store_narrow(reinterpret_cast<BFloat16*>(row) + index * kLanes<float>, x);

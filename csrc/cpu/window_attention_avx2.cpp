@@ -26,7 +26,7 @@
 #pragma GCC pop_options
 
 const swin_moe::WindowKernels& swin_moe::window_kernels_avx2() {
-  static const WindowKernels kernels = with_avx2::make_window_kernels<with_avx2::Numbers<float>>("avx2");
+  static const WindowKernels kernels = with_avx2::make_window_kernels<with_avx2::Numbers<float>>();
   return kernels;
 }
 #endif

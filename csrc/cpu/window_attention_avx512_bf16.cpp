@@ -28,7 +28,7 @@
 
 const swin_moe::WindowKernels& swin_moe::window_kernels_avx512_bf16() {
   static const WindowKernels kernels =
-      with_avx512_bf16::make_window_kernels<with_avx512_bf16::Pairs>("avx512_bf16");
+      with_avx512_bf16::make_window_kernels<with_avx512_bf16::Pairs>();
   return kernels;
 }
 #endif

@@ -18,6 +18,6 @@
 #include "window_kernels.h"
 
 const swin_moe::WindowKernels& swin_moe::window_kernels_default() {
-  static const WindowKernels kernels = with_default::make_window_kernels<with_default::Numbers<float>>("default");
+  static const WindowKernels kernels = with_default::make_window_kernels<with_default::Numbers<float>>();
   return kernels;
 }

@@ -234,7 +234,7 @@ void backward(const WindowAttention& p, const WindowTask& task) {
   const int heads = task.head_end - task.head_begin;
   Arena counter(nullptr);
   BackwardMemory<Operand>(counter, n, heads);
-  Arena arena(thread_memory(counter.used()));
+  Arena arena(zeroed_thread_memory(counter.used()));
   BackwardMemory<Operand> memory(arena, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens, table = p.geometry.table_rows();
   spread_biases(p, task, n.padded_tokens, memory.bias);

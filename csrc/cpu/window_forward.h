@@ -94,7 +94,7 @@ void forward(const WindowAttention& p, const WindowTask& task) {
   const int heads = task.head_end - task.head_begin;
   Arena counter(nullptr);
   ForwardMemory<Operand>(counter, n, heads);
-  Arena arena(thread_memory(counter.used()));
+  Arena arena(zeroed_thread_memory(counter.used()));
   ForwardMemory<Operand> memory(arena, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens;
   spread_biases(p, task, n.padded_tokens, memory.bias);

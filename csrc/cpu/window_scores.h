@@ -4,6 +4,7 @@
 // Np hold scores of -1e30, so that their weights are 0.
 #pragma once
 
+#include "memory.h"
 #include "product.h"
 
 namespace swin_moe {
@@ -40,47 +41,6 @@ struct Sizes {
   int rows_of_vectors() const { return padded_tokens / kLanes<A>; }
   int dim_vectors() const { return padded_dim / kLanes<A>; }
 };
-
-// Hands out aligned pieces of one allocation; with base = null it only adds up what is needed.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * int64_t(sizeof(T)) + 127) / 64 * 64;  // a vector may be read past the end
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// Memory of one thread. Not a class of the standard library: this file is compiled for several sets of instructions, and
-// the linker would keep the code of any one of them for the whole program.
-struct ThreadMemory {
-  char* data = nullptr;
-  int64_t size = 0;
-  ~ThreadMemory() { std::free(data); }
-};
-
-// Returns zeroed memory of this thread, which is kept until the thread ends: fresh pages cost more than the work.
-inline char* thread_memory(int64_t bytes) {
-  static thread_local ThreadMemory memory;
-  if (memory.size < bytes) {
-    std::free(memory.data);
-    memory.size = (bytes + 63) / 64 * 64;
-    memory.data = static_cast<char*>(std::aligned_alloc(64, memory.size));
-    if (!memory.data) {
-      memory.size = 0;
-      throw std::bad_alloc();
-    }
-  }
-  std::memset(memory.data, 0, bytes);
-  return memory.data;
-}
 
 // Where the tokens of a window are.
 template <class A>

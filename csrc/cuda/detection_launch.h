@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../deform_geometry.h"
 #include "row_launch.h"
 
 namespace swin_moe {
@@ -44,6 +45,19 @@ struct RoiLaunch {
   int element;         // RowElement
 };
 
+// See csrc/deform_conv.cpp. A take is what one corner of one read took of a cell: 4 for every tap of every output.
+struct DeformLaunch {
+  const void *x, *offsets, *mask, *grad;  // mask: null = 1
+  void* out;                              // the columns, or the gradient of x
+  void *grad_offsets, *grad_mask;
+  int64_t* taken;                // by take: (image, group) x (area + 1) + cell; the cell `area` is outside of the map
+  void* shares;                  // by take: weight times mask
+  const int64_t *sorted, *order;  // the values of `taken` in rising order, and their takes, equal ones in their order
+  int64_t* spans;                // by value of `taken`: first and end in `sorted`; zero before
+  DeformGeometry geometry;
+  int is_double;
+};
+
 }  // namespace swin_moe
 
 extern "C" {
@@ -53,4 +67,8 @@ cudaError_t swin_moe_soft_nms(const swin_moe::SoftLaunch* launch, cudaStream_t s
 cudaError_t swin_moe_roi_bins(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
 cudaError_t swin_moe_roi_align(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
 cudaError_t swin_moe_roi_align_backward(const swin_moe::RoiLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_deform_columns(const swin_moe::DeformLaunch* launch, cudaStream_t stream);
+// Gradients of offsets and mask, taken cells and shares; then, with those sorted, the gradient of the map.
+cudaError_t swin_moe_deform_slopes(const swin_moe::DeformLaunch* launch, cudaStream_t stream);
+cudaError_t swin_moe_deform_spread(const swin_moe::DeformLaunch* launch, cudaStream_t stream);
 }

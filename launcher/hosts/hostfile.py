@@ -110,8 +110,8 @@ def _names(name: str, text: str) -> list[str]:
 
 
 def _slots(count: str, text: str) -> int:
-    if not count.isdecimal() or not int(count):
-        raise ValueError(f"the ranks of {text!r} must be a whole number from 1 on, got {count!r}")
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", count, re.ASCII):
+        raise ValueError(f"the ranks of {text[:300]!r} must be a whole number from 1 on, got {count[:300]!r}")
     return int(count)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.env import MOST_RANKS
 from launcher.failure.line import LOST_SECONDS
 
 USAGE = (
@@ -29,8 +30,23 @@ _LONGEST_LOST = 86_400.0  # what the kernel's probes can be stretched to (tcp(7)
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one sentence that names the option."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", int, _whole_number)
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{' '.join(message.split())[:300]}; {self.prog} --help says more")
+
+
+def _whole_number(text: str) -> int:
+    """Returns an option's number; raises ValueError, as int does, for one that no MPI or scheduler could take."""
+    number = int(text)
+    if abs(number) > MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_RANKS}, got {text}")
+    return number
+
+
+_whole_number.__name__ = "int"  # argparse says "invalid int value"
 
 
 def parser() -> Parser:

@@ -5,13 +5,22 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from swin_moe.config import synonyms
 
 _SHOWN = 300  # characters of what argparse says, which repeats what was typed
 
 
+_MOST = (1 << 63) - 1  # of a whole number, as everywhere outside of Python
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are ValueErrors that name the option."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", int, _whole_number)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's words and where to read more."""
@@ -21,6 +30,17 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             words += f"; did you mean {near}?" if near else ""
         raise ValueError(f"{self.prog}: {words}; {self.prog} --help says more")
+
+
+def _whole_number(text: str) -> int:
+    """Returns an option's number; raises ValueError, as int does, for one that no tensor or file could hold."""
+    number = int(text)
+    if abs(number) > _MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST}, got {text}")
+    return number
+
+
+_whole_number.__name__ = "int"  # argparse says "invalid int value"
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
@@ -37,5 +57,8 @@ def refuse_options(command: str, words: Iterable[str], options: Iterable[str] = 
             continue
         near = nearest(name, known)
         meant = f"did you mean {near}? " if near else ""
+        other = synonyms.meant(name, given="=...")
         has = f"{meant}it has {', '.join(known)}" if known else "options are given as section.key=value"
+        if other and not near:
+            has = f"{other} Options are given as section.key=value"
         raise ValueError(f"{command} has no option {name[:_SHOWN]}; {has}")

@@ -143,6 +143,12 @@ def check_task(config: Any, *, forwards: int) -> None:
     check_freeze(config)
     model = config.model
     check(model.in_chans == 3, "model.in_chans", model.in_chans, "3 with the data sets, whose images are RGB")
+    dense, name = config.data.dense, config.task.name
+    if not config.task.options.learns_unlabelled:  # it would learn that nothing is in them
+        allowed = f"drop with task.name={name}, which learns from labels alone; task.name=soft_teacher takes both"
+        check(dense.unlabelled == "drop", "data.dense.unlabelled", dense.unlabelled, allowed)
+        allowed = f"empty with task.name={name}, which learns from labels alone; task.name=soft_teacher takes both"
+        check(not dense.unlabelled_images, "data.dense.unlabelled_images", dense.unlabelled_images, allowed)
     config.task.options.check(config, forwards=forwards)
 
 
@@ -186,6 +192,7 @@ RANGES: dict[str, tuple] = {
     "data.dense.long": _SOME, "data.dense.ratio": _POSITIVE, "data.dense.crop_short": _SOME,
     "data.dense.crop_sides": _SOME, "data.dense.crop": _COUNT, "data.dense.crop_max_share": _range(0, 1, above=True),
     "data.dense.rotate": _range(0, 180), "data.dense.shear": _range(0, 89), "data.dense.translate": _SHARE,
+    "data.dense.sample_ratio": _SOME, "data.dense.erase": _COUNT, "data.dense.erase_side": _SHARE,
     "data.dense.eval_short": _COUNT, "data.dense.eval_long": _SOME, "data.dense.divisor": _SOME,
     "model.moe.blocks": _range(-1), "model.moe.num_experts": _SOME, "model.moe.top_k": _SOME,
     "model.moe.capacity_factor": _ANY, "model.moe.eval_capacity_factor": _ANY, "model.moe.group_images": _COUNT,
@@ -215,7 +222,11 @@ RANGES: dict[str, tuple] = {
     "task.detect.mask_channels": _SOME, "task.detect.semantic_classes": _range(0, 255),
     "task.detect.semantic_weight": _range(0), "task.detect.score": _SHARE, "task.detect.overlap": _SHARE,
     "task.detect.detections": _SOME, "task.detect.mask_threshold": _SHARE, "task.detect.pictures": _COUNT,
-    "task.detect.picture_score": _SHARE,
+    "task.detect.picture_score": _SHARE, "task.detect.scales": _POSITIVE,
+    "task.soft_teacher.momentum": _SHARE, "task.soft_teacher.found_score": _SHARE,
+    "task.soft_teacher.proposal_score": _SHARE, "task.soft_teacher.class_score": _SHARE,
+    "task.soft_teacher.box_spread": _range(0), "task.soft_teacher.jitters": _range(2),
+    "task.soft_teacher.jitter": _POSITIVE, "task.soft_teacher.weight": _range(0),
     "task.segment.channels": _SOME, "task.segment.pool_scales": _SOME, "task.segment.dropout": _BELOW_ONE,
     "task.segment.auxiliary_channels": _COUNT, "task.segment.auxiliary_index": _COUNT,
     "task.segment.auxiliary_weight": _range(0), "task.segment.frozen_stages": _range(-1),

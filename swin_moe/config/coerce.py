@@ -13,6 +13,7 @@ import yaml
 from swin_moe.config.checks import describe_kind, field_types, is_open, shown
 from swin_moe.config.official import our_key
 from swin_moe.config.schema import Config
+from swin_moe.config.synonyms import meant
 from swin_moe.config.tasks import TaskOptions
 from swin_moe.config.yaml_files import ConfigLoader
 
@@ -62,7 +63,7 @@ def coerce_tree(tree: dict, schema: Any = Config, *, source: str = "", prefix: s
                 out[key] = value if is_open(full, value) else _coerce(value, kind)
                 if full in _PATHS and out[key].startswith("~"):  # a shell does not expand it after key=
                     out[key] = str(Path(out[key]).expanduser())
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several numbers
                 allowed = describe_kind(kind, written=True)
                 raise ValueError(f"{told}{full} must be {allowed}, got {shown(value)}") from None
     return out
@@ -135,6 +136,8 @@ def _hint(key: str, keys: list[str]) -> str:
     if told := our_key(key):
         return told
     leaf = key.rpartition(".")[2]
+    if not any(k.rpartition(".")[2] == leaf for k in keys) and (told := meant(key)):
+        return f"; {told}"
     initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate is lr
     near = [k for k in keys if k.rpartition(".")[2] in (leaf, initials)]
     near += difflib.get_close_matches(key, keys, n=3, cutoff=0.9)

@@ -34,20 +34,29 @@ class DenseDataConfig:
     # kept without any (semi-supervised tasks).
     labelled: float = 1.0
     unlabelled: Literal["drop", "keep"] = "drop"
+    unlabelled_images: str = field(default="", metadata=NOT_STATE)  # folder below data.path of others without any
+    sample_ratio: tuple[int, int] = (1, 4)  # images with labels to those without, of training that mixes both
     # Training: flip by data.hflip; resize to a drawn short side; (detection) crop first in half of the cases;
     # (segmentation) crop to one size afterwards, distort colours.
     short: tuple[int, ...] = ()  # pixels, one is drawn; () = images keep their size
+    short_between: bool = False  # any whole number from the least to the largest of them is drawn
     long: int = 1333  # the longer side is at most this
     ratio: tuple[float, float] = (1.0, 1.0)  # what both are multiplied by, drawn uniformly
     crop_short: tuple[int, ...] = ()  # short sides before the crop of detection; () = no crop
     crop_sides: tuple[int, int] = (384, 600)  # least and largest side of that crop
     # An affine move after the resize, drawn uniformly up to these either way: turned and slanted by degrees round the
-    # middle, shifted by parts of the sides (Soft Teacher's strong view: 30, 30, 0.1).
+    # middle, shifted by parts of the sides. Where images without labels are mixed in, their student's view alone is
+    # moved so, and by one of these (Soft Teacher: 30, 30, 0.1).
     rotate: float = 0.0
     shear: float = 0.0
     translate: float = 0.0
     crop: tuple[int, int] = (0, 0)  # height, width of the crop of segmentation; smaller images are padded; 0 = none
     crop_max_share: float = 0.75  # up to ten crops are tried until no class covers more; 1 = the first is taken
+    # Where images without labels are mixed in: one of nine operations on the colours of all that the student sees; how
+    # many places of its view of images without labels are erased, the least and the most, of sides up to this share.
+    recolour: bool = False
+    erase: tuple[int, int] = (0, 0)
+    erase_side: float = 0.2
     distort: bool = False  # brightness, contrast, saturation and hue as the official segmentation code draws them
     eval_short: int = 0  # of evaluation; 0 = images keep their size
     eval_long: int = 1333
@@ -60,7 +69,7 @@ class DenseDataConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "data.dense")
-        for name in ("canvas_digits", "digit_size", "ratio", "crop_sides"):
+        for name in ("canvas_digits", "digit_size", "ratio", "crop_sides", "erase"):
             low, high = getattr(self, name)
             check(low <= high, f"data.dense.{name}", (low, high), "two numbers, the smaller first")
         side = min(self.canvas_size)

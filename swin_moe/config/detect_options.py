@@ -1,4 +1,5 @@
-"""The options of object detection: the network as data, and what becomes a detection. Plain data, no torch.
+"""The options of object detection: the network as data, what becomes a detection, and how a detector learns from
+images without labels. Plain data, no torch.
 
 The defaults are those of the official Mask R-CNN; swin_moe/models/detection/spec.py says what each means to the
 network.
@@ -67,6 +68,10 @@ class DetectOptions(TaskOptions):
     soft: bool = False  # it loses score instead
     detections: int = 100  # of an image
     mask_threshold: float = 0.5
+    # Of an image's size in evaluation, at each of which it is looked at, with flip also mirrored; boxes, scores and
+    # masks are means.
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
     # Validation images that are drawn at every evaluation, with the objects of at least this score.
     pictures: int = field(default=4, metadata=NOT_STATE)
     picture_score: float = field(default=0.3, metadata=NOT_STATE)
@@ -80,6 +85,7 @@ class DetectOptions(TaskOptions):
             check(len(value) == count, f"task.detect.{name}", value, f"one for each of {count} stages")
         fours = all(len(stds) == 4 and min(stds) > 0 for stds in self.stage_stds)
         check(fours, "task.detect.stage_stds", self.stage_stds, "four numbers > 0 a stage")
+        check(len(self.scales) > 0, "task.detect.scales", self.scales, "one number or more")
         check(len(self.anchor_ratios) > 0, "task.detect.anchor_ratios", self.anchor_ratios, "one number or more")
         flows = not self.mask_flow or self.masks
         check(flows, "task.detect.mask_flow", self.mask_flow, "false with task.detect.masks=false")
@@ -100,3 +106,36 @@ class DetectOptions(TaskOptions):
             "forward (compat.official=true without task.detect.box_norm divides each by its own)"
         )
         check(together, "data.micro_batch", config.data.micro_batch, allowed)
+
+
+@dataclass(frozen=True)
+class SoftTeacherOptions(TaskOptions):
+    """How a student listens to its teacher; the network is that of task.detect."""
+
+    section = "soft_teacher"
+    any_size = learns_unlabelled = True
+    momentum: float = 0.999  # of the teacher's moving average at most; it begins at 0, as 1 - 1 / (step + 1)
+    found_score: float = 0.5  # above which the teacher's boxes are kept at all
+    proposal_score: float = 0.9  # above which the proposal network learns them
+    class_score: float = 0.9  # above which they have their class
+    box_spread: float = 0.02  # sides are believed where the teacher's answers to jittered boxes lie apart by less
+    jitters: int = 10  # copies of a box
+    jitter: float = 0.06  # standard deviation of a copy's coordinates, in sides of the box
+    weight: float = 4.0  # of the losses of images without labels
+
+    def check(self, config: Any, *, forwards: int) -> None:
+        """Raises ValueError for a detector with several stages, and where there is nothing without labels."""
+        detect, dense = config.task.detect, config.data.dense
+        detect.check(config, forwards=forwards)
+        why = "with task.name=soft_teacher"
+        stages = len(detect.stage_overlaps)
+        check(stages == 1, "task.detect.stage_overlaps", detect.stage_overlaps, f"one number {why}")
+        for name, none in (("semantic_classes", "0"), ("interleaved", "false"), ("mask_flow", "false")):
+            check(not getattr(detect, name), f"task.detect.{name}", getattr(detect, name), f"{none} {why}")
+        check(dense.crop == (0, 0), "data.dense.crop", dense.crop, f"0 {why}")
+        allowed = f"false {why}, whose batches are mixed by data.dense.sample_ratio"
+        check(not dense.group_shapes, "data.dense.group_shapes", dense.group_shapes, allowed)
+        if not dense.unlabelled_images:
+            others = "or a folder in data.dense.unlabelled_images"
+            check(dense.labelled < 1, "data.dense.labelled", dense.labelled, f"below 1 {why}, {others}")
+            check(dense.unlabelled == "keep", "data.dense.unlabelled", dense.unlabelled, f"keep {why}, {others}")

@@ -24,6 +24,7 @@ from swin_moe.config.yaml_files import read_yaml, write_whole
 
 logger = logging.getLogger(__name__)
 
+_OF_RUN = "config.yaml"  # what training writes into the directory of a run
 _COMMAND_LINE = "command line"  # the source of overrides, for errors
 
 
@@ -33,7 +34,8 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), *, worl
     `run.name` defaults to the file's name without .yaml. How gaps of an official file were filled is logged.
 
     Args:
-        path_or_name: A YAML file, or a name that `find_config` knows.
+        path_or_name: A YAML file, a run directory (its config, and its name and place), or a name that `find_config`
+            knows.
         overrides: "section.key=value", values in YAML; a str field takes its text as it is.
         world_size: Ranks an official file was written for, if its name (`..._32gpu_...`) does not tell: experts =
             NUM_LOCAL_EXPERTS x ranks, global batch = BATCH_SIZE x ranks. None = the published recipe's batch.
@@ -49,12 +51,15 @@ def load_with_origins(
 ) -> tuple[Config, dict[str, str]]:
     """Returns (what load_config does, which file set an option, or that the command line did, by dotted key); options
     that nobody set, and have their defaults, are not there."""
-    path = _resolve(path_or_name)
+    run = _run_directory(path_or_name)
+    path = _resolve(path_or_name) if run is None else run / _OF_RUN
     given = _parse_overrides(overrides)
     context = _Context(world_size, frozenset(_flatten(given)), [], {})
     own = _read_tree(path, (), context)
     if "name" not in own.setdefault("run", {}):
         own["run"]["name"], context.origins["run.name"] = path.stem, "name of the file"
+    if run is not None:  # wherever it was moved to
+        own["run"] |= {"name": run.name, "output": str(run.parent)}
     try:
         config = _build(Config, merge(own, given))
     except ValueError as error:
@@ -184,6 +189,15 @@ def _check_name(name: object) -> None:
 def _check_config(config: object) -> None:
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {shown(config)}")
+
+
+def _run_directory(path_or_name: str | Path) -> Path | None:
+    """Returns the run directory that a word is the path of, or None."""
+    _check_name(path_or_name)
+    path = Path(path_or_name).expanduser()
+    if not str(path_or_name) or not (path / _OF_RUN).is_file():
+        return None
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def _resolve(path_or_name: str | Path, *, beside: Path | None = None) -> Path:

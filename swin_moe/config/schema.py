@@ -16,7 +16,7 @@ from swin_moe.config.dense_data import DenseDataConfig
 from swin_moe.config.tasks import TaskConfig
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]
-DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "synthetic", "canvases", "coco", "label_maps"]
+DatasetName = Literal["digits", "folder", "zip", "imagenet22k", "lists", "synthetic", "canvases", "coco", "label_maps"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class RunConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: DatasetName = "digits"
-    # Folder or zip root; holds train/ and val/ (or train.zip and val.zip).
+    # Folder or zip root; holds train/ and val/ (or train.zip and val.zip; or train.csv and val.csv of `data split`).
     path: str = field(default="", metadata=NOT_STATE)
+    # Train with model.num_classes = the classes of the data, whatever the config says.
+    count_classes: bool = field(default=False, metadata=NOT_STATE)
     global_batch: int = 128  # images per optimizer step, over all ranks
     # Images per rank and forward; 0 = global_batch / ranks, no accumulation.
     micro_batch: int = field(default=0, metadata=NOT_STATE)
@@ -67,7 +69,7 @@ class DataConfig:
         _check(self.images_per_class >= 0, "data.images_per_class", self.images_per_class, ">= 0 (0 = all)")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
-        needs_path = self.name in ("folder", "zip", "imagenet22k", "coco", "label_maps")
+        needs_path = self.name in ("folder", "zip", "imagenet22k", "lists", "coco", "label_maps")
         _check(bool(self.path) or not needs_path, "data.path", self.path, f"set for data.name={self.name}")
 
 
@@ -260,6 +262,8 @@ class EngineConfig:
     timeout: float = 60.0  # seconds the ranks wait for one of them until the job ends with its name
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
     cuda_graphs: bool = False  # a forward, in train with its backward, is recorded once per shape and replayed
+    # predict, evaluate and throughput of a classifier on the CPU run its inference form (docs/inference.md).
+    optimize: bool = False
 
     def __post_init__(self) -> None:
         _check_choices(self, "engine")

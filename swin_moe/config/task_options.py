@@ -12,6 +12,7 @@ class TaskOptions:
 
     section = "own"  # of TaskConfig
     classifies = False  # the network's outputs are the data's classes, by a head
+    learns_unlabelled = False  # images without labels are mixed with those that have some
     any_size = False  # images keep their sizes; model.img_size is only what positions belong to
 
     def __post_init__(self) -> None:

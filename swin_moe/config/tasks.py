@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from swin_moe.config.checks import NOT_STATE, check, check_choices, shown
-from swin_moe.config.detect_options import DetectOptions
+from swin_moe.config.detect_options import DetectOptions, SoftTeacherOptions
 from swin_moe.config.task_options import TaskOptions
 from swin_moe.registry import is_outside, lookup
 
@@ -139,7 +139,15 @@ class SegmentOptions(TaskOptions):
         check(seen, "data.micro_batch", config.data.micro_batch, allowed)
 
 
-SECTIONS = (ClassifyOptions, SimMIMOptions, DistillOptions, MoBYOptions, DetectOptions, SegmentOptions)
+SECTIONS = (
+    ClassifyOptions,
+    SimMIMOptions,
+    DistillOptions,
+    MoBYOptions,
+    DetectOptions,
+    SegmentOptions,
+    SoftTeacherOptions,
+)
 # Options that stood beside task.name once -> their section. What comes new has one place only.
 MOVED = {
     **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob"), "classify"),
@@ -158,6 +166,7 @@ class TaskConfig:
     moby: MoBYOptions = field(default_factory=MoBYOptions)
     detect: DetectOptions = field(default_factory=DetectOptions)
     segment: SegmentOptions = field(default_factory=SegmentOptions)
+    soft_teacher: SoftTeacherOptions = field(default_factory=SoftTeacherOptions)
     own: TaskOptions = field(default_factory=TaskOptions)  # of a task.name=package.module:Name, its class's `Options`
 
     def __init__(self, name: str = "classify", **given: Any) -> None:

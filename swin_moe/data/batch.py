@@ -17,7 +17,7 @@ class Batch(TypedDict):
     sample: Tensor  # (B,) int64, place in the global batch (training) or in the data set (evaluation): keys of draws
     epoch: int
     step: int  # optimizer step
-    view: NotRequired[Tensor]  # (B, 3, H, W), a second augmentation, with Task.needs_views
+    view: NotRequired[Tensor]  # (B, 3, H, W), a second augmentation, with Task.needs_views; see below with needs_boxes
     # With Task.needs_partners: the row of each image's partner in image + extra_image, and what that takes of others.
     partner: NotRequired[Tensor]  # (B,) int64
     extra_image: NotRequired[Tensor]  # (X, 3, H, W)
@@ -28,6 +28,10 @@ class Batch(TypedDict):
     image_id: NotRequired[Tensor]  # (B,) int64, the data's own number
     matrix: NotRequired[Tensor]  # (B, 3, 3) float64: stored pixel coordinates (x, y, 1) -> those of the batch
     labelled: NotRequired[Tensor]  # (B,) bool; False: what follows is empty, as no labels are given
+    # With Task.needs_views beside needs_boxes: `view` is the teacher's, of the U images that are not labelled alone, in
+    # their order, (U, 3, H, W) of its own padded size.
+    view_size: NotRequired[Tensor]  # (U, 2) int64
+    view_matrix: NotRequired[Tensor]  # (U, 3, 3) float64: stored pixel coordinates -> those of the view
     boxes: NotRequired[list[Tensor]]  # (n, 4) float32: x1 y1 x2 y2 in pixels of the batch, x2 and y2 exclusive
     labels: NotRequired[list[Tensor]]  # (n,) int64, 0-based
     crowd: NotRequired[list[Tensor]]  # (n,) bool: the box is round several objects

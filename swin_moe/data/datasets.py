@@ -30,6 +30,7 @@ DATASETS = {
     "folder": "swin_moe.data.datasets:ImageFolder",
     "zip": "swin_moe.data.datasets:ZipArchive",
     "imagenet22k": "swin_moe.data.datasets:ImageNet22k",
+    "lists": "swin_moe.data.lists:ImageLists",
     "synthetic": "swin_moe.data.datasets:Synthetic",
 }
 DENSE = ("canvases", "coco", "label_maps")  # rows of data/dense/loader.py: DENSE_DATASETS
@@ -48,14 +49,20 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
             f"data.name: {config.name} has boxes or label maps, and this task needs images with a label each; allowed: "
             f"{', '.join(DATASETS)}"
         )
-    dataset_class = lookup(DATASETS, config.name, key="data.name")
+    lists = config.name == "folder" and has_lists(Path(config.path))  # one data.path, however images are split in it
+    dataset_class = lookup(DATASETS, "lists" if lists else config.name, key="data.name")
     shape = {"img_size": img_size, "num_classes": num_classes} if config.name == "synthetic" else {}
     dataset = dataset_class(config, split, **shape)
-    if isinstance(dataset, _FileDataset):
+    if isinstance(dataset, FileDataset):
         dataset.exif = config.exif
     if split == "train" and config.images_per_class:
         return ClassSubset(dataset, config.images_per_class, draw=config.subset)
     return dataset
+
+
+def has_lists(root: Path) -> bool:
+    """Returns whether a folder holds tables instead of folders of images (lists.py)."""
+    return (root / "train.csv").is_file() and not (root / "train").is_dir()
 
 
 class PathTable:
@@ -83,7 +90,7 @@ class PathTable:
         update(self._bytes[kept].tobytes())
 
 
-class _FileDataset:
+class FileDataset:
     """Images that are files: everything but how a file is found and its bytes are read."""
 
     exif = False  # data.exif
@@ -113,7 +120,8 @@ class _FileDataset:
         """Feeds a digest with the paths of all images below data.path."""
         self._paths.update(update, skip=self._prefix_size)
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image; raises OSError or BrokenImage."""
         return read_image(self.path(index))
 
     def sample(self, index: int) -> tuple[Image.Image, int]:
@@ -124,7 +132,7 @@ class _FileDataset:
         """
         path = self.path(index)
         try:
-            data = self._read(index)
+            data = self.read(index)
         except OSError as error:
             raise BrokenImage(path, error.strerror or str(error)) from error
         return decode(data, path, exif=self.exif), int(self._labels[index])
@@ -134,7 +142,7 @@ def _is_no_data(member: zipfile.ZipInfo) -> bool:
     return member.is_dir() or "__MACOSX" in member.filename.split("/")  # resource forks that macOS adds
 
 
-def _folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk_folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields what os.walk does, behind links too; raises ValueError for one that leads back to a folder above it."""
     for folder, inner, names in os.walk(directory, followlinks=True):
         for name in inner:
@@ -145,16 +153,18 @@ def _folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield folder, inner, names
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Returns whether a file has an image's suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _require_directory(path: Path, what: str) -> None:
+def require_directory(path: Path, what: str) -> None:
+    """Raises ValueError where there is no such directory."""
     if not path.is_dir():
         raise ValueError(f"data.path: no {what} at {path}")
 
 
-def _class_labels(classes: Sequence[str], known: Sequence[str], *, where: object, train: object) -> dict[str, int]:
+def class_labels(classes: Sequence[str], known: Sequence[str], *, where: object, train: object) -> dict[str, int]:
     """Returns class name -> label, as numbered in the training split `known`.
 
     Numbering the validation classes by themselves would shift every label after a class that has no
@@ -167,17 +177,17 @@ def _class_labels(classes: Sequence[str], known: Sequence[str], *, where: object
     return labels
 
 
-class ImageFolder(_FileDataset):
+class ImageFolder(FileDataset):
     """data.path/{train,val}/<class>/**/<image>; classes are numbered in the order of their names in train/."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
         root = Path(config.path)
-        _require_directory(root, "directory")
+        require_directory(root, "directory")
         directory, train = root / split, root / "train"
-        _require_directory(directory, "directory")
+        require_directory(directory, "directory")
         found = self._class_names(directory)
         classes = self._class_names(train) if train.is_dir() else found
-        labels_of = _class_labels(found, classes, where=directory, train=train)
+        labels_of = class_labels(found, classes, where=directory, train=train)
         paths: list[str] = []
         labels: list[int] = []
         for name in found:
@@ -200,8 +210,8 @@ class ImageFolder(_FileDataset):
 
     @staticmethod
     def _images(directory: Path) -> list[str]:
-        walk = sorted(_folders(directory))
-        return [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names) if _is_image(name)]
+        walk = sorted(walk_folders(directory))
+        return [os.path.join(folder, name) for folder, _, names in walk for name in sorted(names) if is_image(name)]
 
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
@@ -223,7 +233,7 @@ def _number_names(labels: Sequence[int]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))
 
 
-class ZipArchive(_FileDataset):
+class ZipArchive(FileDataset):
     """data.path/{train,val}.zip, with labels from {train,val}_map.txt or, without one, from the image's folder name.
 
     Members are read with pread at offsets kept in arrays: one descriptor serves forked loader processes, and none of
@@ -232,7 +242,7 @@ class ZipArchive(_FileDataset):
 
     def __init__(self, config: DataConfig, split: str) -> None:
         root = Path(config.path)
-        _require_directory(root, "directory")
+        require_directory(root, "directory")
         self._archive = str(root / f"{split}.zip")
         self._file: io.FileIO | None = None
         members = self._members(root, split)
@@ -265,13 +275,13 @@ class ZipArchive(_FileDataset):
 
     def _by_folder(self, root: Path, split: str, members: Iterable[str]) -> tuple[list[str], list[int], Sequence[str]]:
         """Returns (paths, labels, classes), the class of an image being the folder it lies in."""
-        paths = sorted(filter(_is_image, members))
+        paths = sorted(filter(is_image, members))
         folders = [self._folder(path) for path in paths]
         found, train_zip = sorted(set(folders)), root / "train.zip"
         classes = found
         if split != "train" and train_zip.is_file():
-            classes = sorted({self._folder(path) for path in filter(_is_image, self._members(root, "train"))})
-        numbers = _class_labels(found, classes, where=self._archive, train=train_zip)
+            classes = sorted({self._folder(path) for path in filter(is_image, self._members(root, "train"))})
+        numbers = class_labels(found, classes, where=self._archive, train=train_zip)
         return paths, [numbers[folder] for folder in folders], classes
 
     @staticmethod
@@ -302,7 +312,8 @@ class ZipArchive(_FileDataset):
         """Returns archive@/member, as the official code writes it."""
         return f"{self._archive}@/{self._paths[index]}"
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of a member; raises OSError or BrokenImage."""
         if self._file is None:
             self._file = io.FileIO(self._archive)
         file = self._file.fileno()
@@ -320,12 +331,12 @@ class ZipArchive(_FileDataset):
         return data
 
 
-class ImageNet22k(_FileDataset):
+class ImageNet22k(FileDataset):
     """data.path/<relative path>, listed in ILSVRC2011fall_whole_map_{train,val}.txt: JSON, [[path, label], ...]."""
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self._root = config.path
-        _require_directory(Path(config.path), "directory")
+        require_directory(Path(config.path), "directory")
         file = Path(config.path) / f"ILSVRC2011fall_whole_map_{split}.txt"
         if not file.is_file():
             raise ValueError(f"data.path: no list file {file}")

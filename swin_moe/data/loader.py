@@ -21,7 +21,7 @@ from swin_moe.config import DataConfig
 from swin_moe.data.base import Listed
 from swin_moe.data.batch import Batch
 from swin_moe.data.datasets import BrokenImage, build_dataset
-from swin_moe.data.dense.loader import DenseSource, build_dense_dataset, group_by_shape
+from swin_moe.data.dense.loader import DenseSource, build_dense_dataset
 from swin_moe.data.listing import Relabeled
 from swin_moe.data.source import ImageSource, Request
 from swin_moe.data.transforms import Transform, build_transform
@@ -84,7 +84,8 @@ class _Loader:
         if boxes or label_maps:
             needs = {"boxes": boxes, "label_maps": label_maps}
             dense = build_dense_dataset(config, split, **needs, num_classes=num_classes, classes=classes)
-            self.dataset, self._source = dense, DenseSource(dense, config, seed=seed, train=train, **needs)
+            self.dataset = dense
+            self._source = DenseSource(dense, config, seed=seed, train=train, views=views, **needs)
         else:
             dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
             if classes and tuple(classes) != dataset.classes:
@@ -159,7 +160,8 @@ class TrainLoader(_Loader):
             is even.
         pin_memory: Put batches in page-locked memory, for CUDA.
         num_classes: Classes of the model, checked against the data; labels synthetic images.
-        views: Batches also carry view (B, 3, H, W), a second augmentation of every image (data/views.py).
+        views: Batches also carry view (B, 3, H, W), a second augmentation of every image (data/views.py); with boxes
+            that of the images without labels, which are mixed with those that have some (data/dense/mixed.py).
         boxes, label_maps: Batches carry objects or label maps, moved with their images, of data that has them
             (data/dense/); img_size does not count.
 
@@ -249,8 +251,8 @@ class TrainLoader(_Loader):
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             order = epoch_order(len(self.dataset), seed=self._seed, epoch=epoch)
-            if isinstance(self._source, DenseSource) and self._config.dense.group_shapes:
-                order = group_by_shape(order, self._source.is_wide, self.global_batch)
+            if isinstance(self._source, DenseSource):
+                order = self._source.order(epoch, order, self.global_batch)
             self._order = epoch, order
         return self._order[1]
 

@@ -1,5 +1,8 @@
-"""CUDA graphs of inference (engine.cuda_graphs): the forward of a batch's shape is recorded once and replayed; those of
-training are in run/training_graphs.py.
+"""How inference commands run a network: CUDA graphs (engine.cuda_graphs), or the CPU's inference form (engine.optimize,
+models/optimized.py).
+
+CUDA graphs: the forward of a batch's shape is recorded once and replayed; those of training are in
+run/training_graphs.py.
 
 A replay is one call of the host whatever the number of kernels. It reads and writes the memory of the recording, so
 inputs are copied in and results copied out, and it does nothing that Python does in a forward: hooks do not run.
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from swin_moe.config import Config
 from swin_moe.config.choices import refuse_choice
 from swin_moe.engine.precision import DTYPES
+from swin_moe.models.optimized import optimize
 from swin_moe.ops.grouped_linear import use_grouped
 
 MOST_GRAPHS = 4  # shapes recorded at a time; each keeps the activations of a forward
@@ -165,15 +169,28 @@ def _without_cached_casts() -> Iterator[None]:
 
 
 def with_graphs(model: nn.Module, config: Config) -> nn.Module:
-    """Returns the network for inference, with graphs where engine.cuda_graphs asks for them; see check_graphs."""
+    """Returns the network for inference: with graphs where engine.cuda_graphs asks for them, in its inference form
+    where engine.optimize does; see check_graphs.
+
+    Raises:
+        ValueError: engine.optimize, and there is no such form of the network, with the reason.
+    """
+    if config.engine.optimize:
+        try:
+            return optimize(model, dtype=DTYPES[config.engine.precision])
+        except ValueError as error:
+            raise ValueError(f"engine.optimize=true: {error}; use engine.optimize=false") from None
     return GraphedForward(model) if config.engine.cuda_graphs else model
 
 
 def check_graphs(config: Config, device_type: str, world_size: int, *, features: bool = False) -> None:
-    """Raises ValueError where engine.cuda_graphs is set and a forward in evaluation cannot be recorded.
+    """Raises ValueError where engine.cuda_graphs is set and a forward in evaluation cannot be recorded, or
+    engine.optimize and what runs has no inference form.
 
     features: Only the backbone runs, whatever trained it.
     """
+    if config.engine.optimize:
+        _check_optimize(config, device_type, features=features)
     if not config.engine.cuda_graphs:
         return
     key = "engine.cuda_graphs=true"
@@ -184,6 +201,15 @@ def check_graphs(config: Config, device_type: str, world_size: int, *, features:
     if world_size > 1 and config.model.moe.has_blocks:
         raise ValueError(f"{key} with MoE blocks runs on one rank, got {world_size}: ranks ask how many rows to send")
     check_rows(config, training=False)
+
+
+def _check_optimize(config: Config, device_type: str, *, features: bool) -> None:
+    key, instead = "engine.optimize=true", "use engine.optimize=false"
+    if device_type != "cpu":
+        raise ValueError(f"{key} is for the CPU, this run computes on {device_type}; {instead}")
+    if features or not config.task.options.classifies:
+        named = "evaluate-features" if features else f"task.name={config.task.name}"
+        raise ValueError(f"{key} is for whole classifiers, not for {named}; {instead}")
 
 
 def check_rows(config: Config, *, training: bool) -> None:

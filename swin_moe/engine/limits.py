@@ -14,7 +14,7 @@ from swin_moe.parallel.sharding import Degrees
 from swin_moe.registry import lookup
 
 # Tasks that change weights after an update, and of what; another one is known by its Task.changes_weights alone.
-_MOVED = {"moby": "the momentum networks elsewhere than those they follow"}
+_MOVED = dict.fromkeys(("moby", "soft_teacher"), "the momentum networks elsewhere than those they follow")
 
 
 def check_engine(config: Config, world_size: int, *, changes_weights: bool = False) -> None:

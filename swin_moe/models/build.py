@@ -6,10 +6,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
 from swin_moe.config import Family, ModelConfig, MoEConfig
+from swin_moe.config.checks import shown
 from swin_moe.models.swin import SwinTransformer
 
 # Defaults of the official SwinTransformer*.__init__ that differ from ours (microsoft/Swin-Transformer, models/*.py).
@@ -103,14 +105,12 @@ def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) ->
         if key == "moe":
             moe |= _moe_fields(value)
         elif key == "use_checkpoint":
-            if not isinstance(value, bool | int):
-                raise ValueError(f"create_model: use_checkpoint must be true or false, got {value!r}")
-            recompute = "block" if value else "none"
+            recompute = "block" if _flag(key, value) else "none"
         elif key in ("norm_layer", "fused_window_process"):
             _check_ignored(key, value)
         elif key in _RENAMED:
             field, values = _RENAMED[key]
-            moe[field] = value if values is None else values[bool(value)]
+            moe[field] = value if values is None else values[_flag(key, value)]
         elif key in _MODEL_FIELDS:
             model[key] = value
         elif key in _MOE_FIELDS:
@@ -121,6 +121,13 @@ def _override(config: ModelConfig, recompute: str, overrides: dict[str, Any]) ->
     moe = model.pop("moe")
     # At once: new depths are checked with the new blocks, never with the old ones.
     return replace(config, moe=replace(config.moe, **moe), **model), recompute
+
+
+def _flag(key: str, value: Any) -> bool:
+    """Returns an official argument that is true or false; raises ValueError for anything else."""
+    if not isinstance(value, bool | int | np.bool_):
+        raise ValueError(f"create_model: {key} must be true or false, got {shown(value)}")
+    return bool(value)
 
 
 def _moe_fields(value: Any) -> dict[str, Any]:

@@ -9,14 +9,15 @@ Shape legend: B images, H x W tokens of a feature map, L = H * W, C channels, K 
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swin_moe.config import ModelConfig
+from swin_moe.config import DataConfig, ModelConfig
 from swin_moe.config.variants import VARIANTS
 from swin_moe.models import flops
 from swin_moe.models.attention import SpatialMLP, StageGeometry, WindowAttention, check_attention, stage_geometry
@@ -36,6 +37,13 @@ from swin_moe.moe import MoELayer
 from swin_moe.ops.random_draws import drop_path_factors, with_words
 from swin_moe.ops.residual_norm import add_branch
 from swin_moe.randomness import RandomContext
+from swin_moe.registry import lookup
+
+# What reads and writes whole networks knows their files, and stands above them.
+_FILES = {
+    "save_pretrained": "swin_moe.weights.hub:save_pretrained",
+    "from_pretrained": "swin_moe.weights.hub:from_pretrained",
+}
 
 
 class Encoded(NamedTuple):
@@ -154,6 +162,8 @@ class SwinTransformer(Network):
     """
 
     task_parts: tuple[str, ...] = ("head", "mask_token")  # what is inside, but belongs to the task that trains it
+    classes: tuple[str, ...] = ()  # names in the order of outputs, where what it was loaded from has them
+    reading: DataConfig | None = None  # how images become its input, likewise
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", mask_token: bool = False) -> None:
         """Builds the modules; weights come from init_weights. Works on meta and without a process group.
@@ -229,6 +239,15 @@ class SwinTransformer(Network):
                 x = stage.downsample(x)
         aux = torch.stack(losses).sum() if losses else None
         return Encoded(x, maps, aux)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> str:
+        """Returns the layout in which it was written, as a folder of Hugging Face's; see weights/hub.py."""
+        return lookup(_FILES, "save_pretrained", key="method")(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "SwinTransformer":
+        """Returns the network of a folder that save_pretrained or transformers wrote, in eval mode."""
+        return lookup(_FILES, "from_pretrained", key="method")(folder, **overrides)
 
     def set_window_size(self, window: int, *, img_size: tuple[int, int] | None = None) -> None:
         """Changes the attention window, and the nominal image size if given, of a trained model for evaluation.

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from swin_moe.moe.dispatch import Slices
 from swin_moe.ops.bias_gelu import bias_gelu, is_fused
 from swin_moe.ops.grouped_linear import grouped_linear, row_ends, use_grouped
+from swin_moe.ops.linear import is_ordinary
 from swin_moe.ops.random_draws import UnitDraw
+from swin_moe.ops.row_products import expert_rows, is_few, takes
 from swin_moe.randomness import RandomContext, derive_key, truncated_normal_
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -59,6 +61,13 @@ def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) ->
     return torch.baddbmm(bias[:, None].to(x.dtype), parts, weight).flatten(0, 1)
 
 
+def _are_few_rows(tokens: Tensor, *weights: Tensor) -> bool:
+    """Returns whether the kernels for few rows compute the experts as one operator."""
+    if torch.compiler.is_compiling() or not is_few(tokens.shape[0], len(weights[0])):
+        return False
+    return is_ordinary(tokens) and all(takes(tokens, weight) and is_ordinary(weight) for weight in weights)
+
+
 def _two_layers(
     tokens: Tensor,
     counts: Any,
@@ -68,6 +77,9 @@ def _two_layers(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
 ) -> Tensor:
+    draw = None if dropout is None else dropout.draw()
+    if isinstance(counts, Tensor) and _are_few_rows(tokens, fc1_weight, fc2_weight):
+        return expert_rows(tokens, counts, fc1_weight, fc1_bias, fc2_weight, fc2_bias, draw)
     linear: Callable[..., Tensor]
     fused, ends = is_fused(tokens), None
     if not isinstance(counts, Tensor):
@@ -76,7 +88,6 @@ def _two_layers(
         grouped = tokens.shape[0] > 0 and use_grouped(tokens.device, tokens.dtype, *fc1_weight.shape[1:])
         ends = row_ends(counts, tokens) if grouped or fused else None
         linear = partial(grouped_linear, ends=ends)
-    draw = None if dropout is None else dropout.draw()
     product = linear(tokens, fc1_weight.transpose(1, 2), None if fused else fc1_bias, counts)
     if fused:
         hidden = bias_gelu(product, fc1_bias.float(), ends=ends, draw=draw)

@@ -28,6 +28,8 @@ SIMMIM_DROPPED = ((r"^mask_token$|^decoder\.", "only for SimMIM pre-training"),)
 ENCODER, DENSE = BACKBONE = "encoder.", "backbone."
 # What stands beside the backbone in the official networks of dense tasks (mmdetection 2.11, mmsegmentation 0.11).
 DENSE_PARTS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "global_block.")
+# Soft Teacher holds two detectors (microsoft/SoftTeacher); here the student is the network itself.
+STUDENT, TEACHER = "student.", "teacher."
 OUTSIDE = "/"  # before the key of what stands beside the backbone there, whose names may be the backbone's own
 
 

@@ -17,8 +17,13 @@ WRAPPERS = [*"model state_dict module model_state model_state_dict net network w
 PREFIXES = ("module.", "backbone.", "model.", "net.", "network.")
 INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
 _COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
-# The tensor that every network of ours has, here and in transformers: what stands before its name is a prefix.
-_FIRST = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+# The tensor that every network of ours has, here, in open-mmlab's port and in transformers: what stands before its name
+# is a prefix.
+_FIRST = (
+    "patch_embed.proj.weight",
+    "patch_embed.projection.weight",
+    "embeddings.patch_embeddings.projection.weight",
+)
 _OWN_PREFIXES = ("", "encoder.", "encoder_k.", "backbone.", "swin.", "swinv2.")  # which the rules of formats take off
 _DEPTH = 3  # wrappers around wrappers
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swin_moe.ops import extension
 from swin_moe.ops.linear import is_plain
-from swin_moe.ops.random_draws import UnitDraw, unit_factors
+from swin_moe.ops.random_draws import NO_DRAW, UnitDraw, unit_factors
 from swin_moe.ops.transforms import call_operator
 
 _DRAW = "Tensor? words, Tensor? rows, int layer, int purpose, int site, float drop, float scale"
@@ -29,7 +29,6 @@ SCHEMAS = {
     "expert_bias_gradient": "expert_bias_gradient(Tensor grad, Tensor ends) -> Tensor",
 }
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
-_NO_DRAW = (None, None, 0, 0, 0, 0.0, 1.0)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, ends: Tensor | None, draw: UnitDraw | None) -> Tensor:
@@ -43,7 +42,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, ends: Tensor | None, draw: UnitDraw | 
         ends: (E,) int32, where each expert's rows end; None = all have as many.
         draw: None = no unit is dropped.
     """
-    operands = _NO_DRAW if draw is None else draw.operands()
+    operands = NO_DRAW if draw is None else draw.operands()
     return call_operator(torch.ops.swin_moe.bias_gelu, _differentiate, _save, x, bias, ends, *operands)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops import extension
+from swin_moe.ops import extension, row_products
 from swin_moe.ops.bias_gelu import add_expert_bias_, expert_bias_gradient
 from swin_moe.ops.linear import packed_product, serves, weight_gradient
 from swin_moe.ops.reused_memory import empty_like_reused
@@ -82,6 +82,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grou
         if bias is not None:
             add_expert_bias_(y, bias, parts)
         return y
+    if _is_few(x, weight):
+        return row_products.grouped_rows(x, weight, bias, parts)
     y = x.new_empty((x.shape[0], weight.shape[2]))
     runs, rest = _runs(parts, x, y)
     converted = _converter(weight, x.dtype)
@@ -101,6 +103,11 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grou
     return y
 
 
+def _is_few(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether the kernels for few rows take all products in one call; by the mean of the experts."""
+    return row_products.takes(x, weight) and row_products.is_few(x.shape[0], weight.shape[0])
+
+
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grouped: bool) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[2]))
 
@@ -112,6 +119,12 @@ def _backward(
     if grouped:
         return _grouped_gradients(grad_y, x, weight, parts, needs)
     grad_x, grad_weight, grad_bias = _empty_gradients(grad_y, x, weight, needs, empty_like=empty_like_reused)
+    if _is_few(x, weight):
+        found = grad_x, grad_weight, grad_bias
+        row_products.grouped_rows_backward(
+            grad_y, x, weight, parts, [grad if needed else None for grad, needed in zip(found, needs)]
+        )
+        return found
     runs, rest = _runs(parts, x, grad_y, grad_x if needs[0] else x)
     converted = _converter(weight, x.dtype)
     for e, (x_e, g_e, grad_x_e) in enumerate(runs):

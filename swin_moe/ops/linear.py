@@ -1,4 +1,6 @@
-"""Linear layers in float32 on processors where PyTorch's own products leave half of the speed unused.
+"""Linear layers on processors where PyTorch's own products leave half of the speed unused.
+
+Products of few rows go to kernels of our own (row_products.py); what follows is about the others, in float32.
 
 PyTorch hands float32 products to MKL, which runs its AVX2 code on processors of other makers than Intel, also where
 they have AVX-512. oneDNN, the other library inside PyTorch, does not: 200 to 230 against 100 GFLOP/s on one core of an
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swin_moe.choice_cache import cpu_field
+from swin_moe.ops import row_products
 
 LOGGER = logging.getLogger("swin_moe")
 # A call of oneDNN costs about 90 us, and the weight is packed each time. Two layers D to 4D to D, forward and backward:
@@ -44,11 +47,13 @@ def is_plain(layer: nn.Module) -> TypeGuard[Linear]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns F.linear(x, weight, bias), by oneDNN where that is faster; first derivatives only in that case.
+    """Returns F.linear(x, weight, bias), by our kernels or oneDNN where that is faster; first derivatives only there.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
     """
+    if serves_few(x, weight):
+        return row_products.row_linear(x, weight, bias)
     if not serves(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
@@ -100,6 +105,15 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled or weight.device.type != "cpu":
         return False
     return is_ordinary(x) and is_ordinary(weight)
+
+
+def serves_few(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether the kernels for few rows compute the product of x (..., I) and a weight (O, I), and faster."""
+    if torch.compiler.is_compiling() or not row_products.takes(x, weight):
+        return False
+    if not row_products.is_few(x.numel() // max(x.shape[-1], 1)) or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == weight.dtype and is_ordinary(x) and is_ordinary(weight)
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -31,6 +31,7 @@ SCHEMAS = {
 }
 DROP_PATH = ("drop_path_mixer", "drop_path_ffn")
 _NO_SITE = -1
+NO_DRAW = (None, None, 0, 0, 0, 0.0, 1.0)  # what stands for UnitDraw.operands() where no unit is dropped
 
 
 def with_words(random: RandomContext) -> RandomContext:

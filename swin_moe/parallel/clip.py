@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from swin_moe.parallel.apply import dense_parameters, expert_parameters
 from swin_moe.parallel.groups import Groups
 
-_NORM_RUN = 1 << 22  # elements: torch makes a float64 copy of what it takes a norm of, 32 MiB at a time
+# Elements: torch makes a float64 copy of what it takes a norm of. 2 MiB of it stay in a processor's cache, which takes
+# half the time of 32 MiB; a device would have more kernels to start.
+_NORM_RUN_CPU, _NORM_RUN = 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor | float, max_n
 
 def sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Returns the sum of squares, a float64 scalar; norms are taken per run of elements in float64, in order."""
-    runs = [run for gradient in gradients for run in gradient.reshape(-1).split(_NORM_RUN) if len(run)]
+    size = _NORM_RUN_CPU if device.type == "cpu" else _NORM_RUN
+    runs = [run for gradient in gradients for run in gradient.reshape(-1).split(size) if len(run)]
     if not runs:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(runs, 2, torch.float64)).square().sum()

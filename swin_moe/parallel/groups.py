@@ -80,16 +80,16 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0, patience: 
     """
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    world_size = _number("WORLD_SIZE", 1)
+    world_size = number_of("WORLD_SIZE", 1)
     if world_size == 1:
         return 0, 1
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"WORLD_SIZE={world_size}, but {', '.join(missing)} is not set; start with python -m launcher")
-    backend = communication_backend(device, _number("LOCAL_WORLD_SIZE", world_size))
-    rank, store = _number("RANK"), None
+    backend = communication_backend(device, number_of("LOCAL_WORLD_SIZE", world_size))
+    rank, store = number_of("RANK"), None
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hosts a store at this port already
-        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+        address, port = os.environ["MASTER_ADDR"], number_of("MASTER_PORT")
         store = meet(rank, world_size, address, port, patience=patience, timeout=timeout)
     dist.init_process_group(
         backend,
@@ -102,10 +102,13 @@ def init_distributed(device: torch.device, *, timeout: float = 600.0, patience: 
     return dist.get_rank(), world_size
 
 
-def _number(name: str, default: int = 0) -> int:
+def number_of(name: str, default: int = 0) -> int:
+    """Returns a variable of the environment that tells about the world; raises ValueError where it is no number."""
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"environment variable {name} must be a whole number >= 0, got {text!r}")
+    if len(text) > 1000:  # int() takes 4,300
+        raise ValueError(f"environment variable {name} must be a whole number >= 0, got one of {len(text)} digits")
     return int(text)
 
 

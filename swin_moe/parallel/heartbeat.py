@@ -4,7 +4,8 @@ Every rank tells a store once in a while what its main thread does: step, how ma
 the name of the current one. Nothing is judged while a rank makes progress. A rank that has been in one phase for longer
 than engine.timeout looks at the others: one whose beats stopped does not answer (stopped, or its node is gone); one
 that has begun fewer phases is behind; among equals, one outside a collective is behind those inside one. A rank in a
-long phase (start-up, saving) is given LONG_SECONDS. If nobody is behind, the others are merely slow, and we wait.
+long phase (start-up, saving) is given LONG_SECONDS, but beats meanwhile: from there, one without beats for twice
+engine.timeout does not answer. If nobody is behind, the others are merely slow, and we wait.
 
 Beats go over the TCP store that the ranks met at: no shared file system, and it works while collectives hang. The
 store lives in rank 0, so a store that does not answer means that rank 0 does not.
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,13 +33,16 @@ T = TypeVar("T")
 LONG_SECONDS = 1800.0  # what start-up, loading and saving may take; also the limit of every collective
 _STORE_SECONDS = 5.0  # what one call of the store may take
 _SILENT = 0.8  # part of the timeout after which a rank without beats counts as silent
+# The same for who looks from a long phase. Work there may hold up beats: imports and compilers keep the interpreter.
+_LONG_SILENT = 2.0
+_LEFT = -1  # number of the last beat of a rank that has ended its heartbeat
 
 
 @dataclass(frozen=True)
 class Beat:
     """What a rank said last."""
 
-    number: int  # grows with every beat
+    number: int  # grows with every beat; _LEFT = the last
     step: int
     order: int  # phases begun, over the whole run
     phase: str
@@ -190,6 +195,9 @@ class Heartbeat:
                 self._answered = time.monotonic()
             except (RuntimeError, ValueError, OSError):  # the store is gone, or slow: _judge sees that no answer came
                 pass
+        if time.monotonic() - self._answered < 3 * self._interval:  # else it would cost `stop` a time-out
+            with suppress(RuntimeError, OSError):
+                store.set(keys[self.rank], json.dumps(vars(self._own(_LEFT))))
 
     def _judge(self, end: Callable[[str], None]) -> None:
         before = time.monotonic()
@@ -198,7 +206,7 @@ class Heartbeat:
             if slept > 0.5 * self.timeout:  # this process was asleep: what it saw of the others is old
                 self._answered, self._seen = before, {}
             own = self._own(0)
-            if own.long or own.seconds < self.timeout:
+            if own.seconds < self.timeout:
                 continue
             found = self._culprit(own)
             if found is None or found[0] == self.rank:
@@ -216,10 +224,13 @@ class Heartbeat:
     def _culprit(self, own: Beat) -> tuple[int, str] | None:
         """Returns (rank, sentence) of the one that everybody waits for, or None."""
         now, limit = time.monotonic(), f"engine.timeout={self.timeout:g} s"
-        if self.rank and now - self._answered > _SILENT * self.timeout:
+        patience = (_LONG_SILENT if own.long else _SILENT) * self.timeout
+        # Who was done may have left this rank with a long task of its own.
+        left = {rank for rank, (beat, _) in self._seen.items() if own.long and beat.number == _LEFT}
+        if self.rank and 0 not in left and now - self._answered > patience:
             return 0, self._sentence(0, f"does not answer any more ({limit})")
         for rank, (_, new) in sorted(self._seen.items()):
-            if rank != self.rank and now - new > _SILENT * self.timeout:
+            if rank != self.rank and rank not in left and now - new > patience:
                 return rank, self._sentence(rank, f"does not answer any more ({limit})")
         others = {rank: beat for rank, (beat, _) in self._seen.items() if rank != self.rank}
         if len(others) < self.world_size - 1:

@@ -1,23 +1,25 @@
 """`swin-moe plan`: which layouts of a config N ranks can run, what each needs and how long a step takes."""
 
+import argparse
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from swin_moe.checkpoint.errors import naming
+from swin_moe.checkpoint.errors import describe, naming
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, dump_hardware, shipped_hardware
-from swin_moe.planner.plan import Plan, Planned, make_plan
+from swin_moe.planner.plan import MOST_GPUS, Plan, Planned, make_plan
 from swin_moe.planner.report.costs import describe_costs, predict_costs
 from swin_moe.planner.report.plot import draw_plans, plans_by_world
 from swin_moe.planner.report.skew import Skew, default_skew, recorded_skew, step_interval
 from swin_moe.planner.runs.auto import hardware_of, own_hardware
 from swin_moe.planner.runs.check import compare, refit, table, trace_run, without_loading
 from swin_moe.planner.runs.records import read_run
+from swin_moe.usage.texts import EXAMPLES
 
 _SHOWN = 12  # layouts on the screen
 
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(argv)
         text = of_runs(options) if options.check or options.refit else of_config(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     print(text)
     return 0
@@ -92,7 +94,12 @@ def of_runs(options: Any) -> str:
 
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(prog="swin-moe plan", description=__doc__.partition("\n\n")[0])
+    parser = Parser(
+        prog="swin-moe plan",
+        description=__doc__.partition("\n\n")[0],
+        epilog=EXAMPLES["plan"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG", help="a YAML file or the name of one in configs/")
     add("overrides", nargs="*", metavar="key=value", help="any option of the config")
@@ -119,6 +126,8 @@ def _check(options: Any) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"swin-moe plan: --{name} must be >= {least}, got {value}")
+    if options.gpus is not None and options.gpus > MOST_GPUS:
+        raise ValueError(f"swin-moe plan: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
     if of_runs and options.config is not None:
         raise ValueError(f"swin-moe plan: --check and --refit read a run's own config, got {options.config} as well")
     if options.check and options.refit:

@@ -38,9 +38,11 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def predict_memory(config: Config, workload: Workload, layout: Layout, segments: Iterable[Segment]) -> Memory:
-    """Returns what a rank holds at its peak, in training with this layout."""
-    states = predict_states(config, workload, layout)
+def predict_memory(
+    config: Config, workload: Workload, layout: Layout, segments: Iterable[Segment], states: Memory | None = None
+) -> Memory:
+    """Returns what a rank holds at its peak, in training with this layout. states: predict_states, where known."""
+    states = predict_states(config, workload, layout) if states is None else states
     segments = list(segments)
     live, produced = over_time(segments)
     whole_gradients = float(produced[-1])

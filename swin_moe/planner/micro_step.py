@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from swin_moe.engine.precision import autocast
 from swin_moe.engine.weight_copies import copies_of
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.network import Network
-from swin_moe.models.swin import Block
+from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.moe import MoELayer
 from swin_moe.optim import frozen_parameters
 from swin_moe.parallel.sharding import Degrees, local_chunk
@@ -26,6 +26,8 @@ from swin_moe.planner.exchange import EvenDispatcher
 from swin_moe.planner.trace import LiveBytes, Segment
 from swin_moe.planner.workload import task_to_count, weight_dtype
 from swin_moe.tasks.base import StepContext, Task
+
+Blocks = tuple[tuple[int, ...], ...]  # some of each stage, ascending
 
 _TRACED = (2, 3)  # images; with one image some reshapes give views that copy with more
 _CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ class MicroStep:
 
     traced: Mapping[int, list[Segment]]  # images -> segments
     config: ModelConfig
-    depths: tuple[int, ...]  # blocks of each stage that were traced
+    blocks: Blocks  # that were traced
 
     def at(self, images: int) -> list[Segment]:
         """Returns the segments of a whole network for a micro-batch of this size, in order of time."""
@@ -46,29 +48,58 @@ class MicroStep:
             (low, first), (high, second) = self.traced.items()
             share = (images - low) / (high - low)
             found = [_between(a, b, share) for a, b in zip(first, second)]
-        return list(_repeated(found, self.config, self.depths))
+        return list(_repeated(found, self.config, self.blocks))
+
+    def with_experts(self, other: "MicroStep") -> "MicroStep":
+        """Returns the micro-step whose MoE blocks are another's, which need not have more of the network than these."""
+        moe = self.config.moe.blocks
+        traced = {}
+        for images, segments in self.traced.items():
+            others = {(s.name, s.backward): s for s in other.traced[images] if _is_of(moe, s.name)}
+            traced[images] = [others.get((s.name, s.backward), s) for s in segments]
+        return replace(self, traced=traced)
+
+    def between(self, other: "MicroStep", share: float) -> "MicroStep":
+        """Returns what lies on the line through two of the same blocks, share 0 = this, 1 = the other."""
+        traced = {n: [_between(a, b, share) for a, b in zip(s, other.traced[n])] for n, s in self.traced.items()}
+        return replace(self, traced=traced)
 
 
-def trace_micro_step(config: Config, degrees: Degrees, rows: float = 1.0, *, images: int = 0) -> MicroStep:
+def trace_micro_step(
+    config: Config, degrees: Degrees, rows: float = 1.0, *, images: int = 0, experts_only: bool = False
+) -> MicroStep:
     """Returns the micro-step of rank 0, which holds as much as any.
 
     Args:
         rows: Rows that arrive for this rank's experts, in shares of those that it sends; 1 = an even load.
         images: The only micro-batch that will be asked for; 0 = any.
+        experts_only: No other blocks than those with experts are wanted (MicroStep.with_experts).
     """
-    # What one rank copies of weights (engine/weight_copies.py) comes together at the end, of all blocks.
-    short = config if degrees.world_size == 1 and config.engine.precision in ("bf16", "fp16") else _shortened(config)
-    traced = {size: trace_exactly(short, degrees, size, rows) for size in ([images] if images else _TRACED)}
-    return MicroStep(traced, config.model, tuple(short.model.depths))
+    blocks = _blocks_to_trace(config.model)
+    if experts_only:
+        blocks = tuple(
+            tuple(b for b in chosen if b in moe) or chosen[:1]
+            for chosen, moe in zip(blocks, (*config.model.moe.blocks, *((),) * len(blocks)))
+        )
+    elif degrees.world_size == 1 and config.engine.precision in ("bf16", "fp16"):
+        # What one rank copies of weights (engine/weight_copies.py) comes together at the end, of all blocks.
+        blocks = tuple(tuple(range(depth)) for depth in config.model.depths)
+    traced = {size: trace_exactly(config, degrees, size, rows, blocks) for size in ([images] if images else _TRACED)}
+    return MicroStep(traced, config.model, blocks)
 
 
-def trace_exactly(config: Config, degrees: Degrees, images: int, rows: float = 1.0) -> list[Segment]:
-    """Returns the segments of a micro-step with this many images, every block of the config run."""
+def trace_exactly(
+    config: Config, degrees: Degrees, images: int, rows: float = 1.0, blocks: Blocks = ()
+) -> list[Segment]:
+    """Returns the segments of a micro-step with this many images, every block of the config run, or those given."""
+    task = task_to_count(config)
+    with torch.device("meta"):
+        model = task.build_network()
+    frozen = frozen_parameters(model, config.optim.freeze)
+    if blocks:
+        _leave(model, blocks)
     with FakeTensorMode():
-        task = task_to_count(config)
-        with torch.device("meta"):
-            model = task.build_network()
-        _hold(model, config, degrees, rows)
+        _hold(model, config, degrees, rows, frozen)
         copies = copies_of(model, config, world_size=degrees.world_size)
         known = [*model.parameters(), *model.buffers()]
         if copies is not None:
@@ -109,9 +140,20 @@ def example_batch(config: Config, images: int, task: Task) -> Batch:
     return batch
 
 
-def _hold(model: Network, config: Config, degrees: Degrees, rows: float) -> None:
+def _leave(model: Network, blocks: Blocks) -> None:
+    """Takes the other blocks out of a network; those that stay keep their names."""
+    for network in (m for m in model.modules() if isinstance(m, SwinTransformer)):
+        layer = 0  # drop path has a factor for each block that is there
+        for stage, chosen in zip(network.layers, blocks):
+            for name, block in zip(list(stage.blocks._modules), list(stage.blocks)):
+                if int(name) in chosen:
+                    block.layer, layer = layer, layer + 1
+                else:
+                    del stage.blocks._modules[name]  # del of a list would name the others anew
+
+
+def _hold(model: Network, config: Config, degrees: Degrees, rows: float, frozen: Collection[str]) -> None:
     """Gives a network on meta this rank's parameters as fake tensors, and its MoE layers a dispatcher of even loads."""
-    frozen = frozen_parameters(model, config.optim.freeze)
     dtype = weight_dtype(config)
     coordinates = degrees.coordinates(0)
     model.train()
@@ -188,24 +230,20 @@ def _kinds(config: ModelConfig, stage: int) -> list[tuple]:
     ]
 
 
-def _traced_depths(config: ModelConfig) -> list[int]:
-    """Returns how many first blocks of each stage hold all kinds; the very first block drops no path, so two."""
-    depths = []
+def _blocks_to_trace(config: ModelConfig) -> Blocks:
+    """Returns the first block of every kind in each stage; and the very first block, which drops no path."""
+    chosen = []
     for stage, depth in enumerate(config.depths):
-        kinds = _kinds(config, stage)
-        depths.append(max(kinds.index(kind) + 1 for kind in kinds))
-        if stage == 0:
-            depths[0] = min(depth, max(2, depths[0]))
-    return depths
+        kinds, first = _kinds(config, stage), 1 if stage == 0 and depth > 1 else 0
+        blocks = {kinds.index(kind, first) for kind in kinds[first:]}
+        chosen.append(tuple(sorted({*blocks, 0} if first else blocks)))
+    return tuple(chosen)
 
 
-def _shortened(config: Config) -> Config:
-    """Returns the config with as few blocks as have all kinds."""
-    model = config.model
-    depths = _traced_depths(model)
-    blocks = tuple(tuple(b for b in chosen if b < depths[stage]) for stage, chosen in enumerate(model.moe.blocks))
-    short = replace(model, depths=tuple(depths), moe=replace(model.moe, blocks=blocks))
-    return replace(config, model=short)
+def _is_of(moe: Sequence[Sequence[int]], name: str) -> bool:
+    """Returns whether a segment's name is that of a block with experts. moe: Such blocks of every stage."""
+    place = _place(name)
+    return place is not None and not place[3] and place[1] < len(moe) and place[2] in moe[place[1]]
 
 
 def _place(name: str) -> tuple[str, int, int, str] | None:
@@ -218,18 +256,18 @@ def _place(name: str) -> tuple[str, int, int, str] | None:
     return ".".join(words[:start]), int(words[start + 1]), int(words[start + 3]), tail
 
 
-def _repeated(traced: list[Segment], config: ModelConfig, depths: Sequence[int]) -> Iterator[Segment]:
-    """Yields the segments with those of blocks that were left out, after their stage's last traced block in forward
-    and before it in backward."""
+def _repeated(traced: list[Segment], config: ModelConfig, blocks: Blocks) -> Iterator[Segment]:
+    """Yields the segments with those of blocks that were left out, after the traced block before them in forward and
+    ahead of it in backward."""
     within = {(*place[:3], s.backward): s for s in traced if (place := _place(s.name)) and not place[3]}
     times: Counter[str] = Counter()  # name of a traced block -> blocks that are left out and do the same
     for segment in traced:
         place, copies = _place(segment.name), []
-        if place is not None and not place[3] and place[2] == depths[place[1]] - 1:
+        if place is not None and not place[3]:
             prefix, stage, last, _ = place
-            kinds = _kinds(config, stage)
-            for block in range(depths[stage], config.depths[stage]):
-                twin = max(b for b in range(depths[stage]) if kinds[b] == kinds[block])
+            kinds, chosen = _kinds(config, stage), blocks[stage]
+            for block in range(last + 1, next((b for b in chosen if b > last), config.depths[stage])):
+                twin = max(b for b in chosen if kinds[b] == kinds[block])
                 found, name = within[(prefix, stage, twin, segment.backward)], segment.name.removesuffix(str(last))
                 times[found.name] += not segment.backward
                 copies.append(replace(found, name=name + str(block)))

@@ -44,6 +44,17 @@ def _grouped(args: Arguments, x: int = 0) -> Shape:
     return args[x].shape[0], args[x + 1].shape[1], args[x + 1].shape[2]
 
 
+def _row_linear_backward(args: Arguments) -> Shape:
+    """Of the one or two products that are asked for."""
+    rows, outputs, inputs = _mm(args[::2])
+    return rows * sum(args[3][:2]), outputs, inputs
+
+
+def _experts(args: Arguments, x: int = 0, fc1: int = 1) -> Shape:
+    """Of both layers."""
+    return args[x].shape[0], args[fc1].shape[2], 2 * args[fc1].shape[1]
+
+
 def _grouped_backward(args: Arguments) -> Shape:
     return _grouped(args, 1)
 
@@ -86,6 +97,10 @@ PRODUCTS: dict[str, Callable[[Arguments], Shape]] = {
     "mkldnn_linear_backward_weights": _weight_gradient,
     "grouped_linear": _grouped,
     "grouped_linear_backward": _grouped_backward,
+    "row_linear": _linear,
+    "row_linear_backward": _row_linear_backward,
+    "expert_rows": _experts,
+    "expert_rows_backward": lambda args: _experts(args, 1, 4),
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "window_attention": _window,

@@ -16,7 +16,7 @@ from swin_moe.planner.arithmetic import macs_of_segments
 from swin_moe.planner.collectives import Collective, collectives_of
 from swin_moe.planner.hardware import Hardware, Link
 from swin_moe.planner.layouts import Layout
-from swin_moe.planner.memory import predict_states
+from swin_moe.planner.memory import Memory, predict_states
 from swin_moe.planner.operators import PRODUCTS
 from swin_moe.planner.rates import UPDATE, UPDATE_EXPERTS, Rates
 from swin_moe.planner.trace import Segment
@@ -49,6 +49,15 @@ class StepTime:
         return max(self.bounds, key=lambda name: self.bounds[name])
 
 
+@dataclass(frozen=True)
+class Computation:
+    """Seconds of one micro-step without what ranks send each other."""
+
+    forward: float
+    backward: float
+    bounds: dict[str, float]  # one of BOUNDS -> seconds that it decides
+
+
 def predict_time(
     config: Config,
     hardware: Hardware,
@@ -63,6 +72,20 @@ def predict_time(
         segments: Of its micro-step (micro_step.py).
         macs: Multiply-accumulates of each, where not all segments are given; else arithmetic.py counts them.
     """
+    computation = predict_computation(config, hardware, workload, layout, segments, macs)
+    update = predict_update(config, hardware, workload, layout, predict_states(config, workload, layout))
+    return add_communication(config, hardware, workload, layout, computation, update)
+
+
+def predict_computation(
+    config: Config,
+    hardware: Hardware,
+    workload: Workload,
+    layout: Layout,
+    segments: Iterable[Segment],
+    macs: Sequence[float] | None = None,
+) -> Computation:
+    """Returns the time of a micro-step's operators; see predict_time."""
     bounds = dict.fromkeys(BOUNDS, 0.0)
     if config.engine.precision in hardware.rates:
         forward, backward = _measured(hardware, config.engine.precision, segments, bounds)
@@ -70,14 +93,20 @@ def predict_time(
         segments = list(segments)
         macs = macs_of_segments(config, workload, layout, segments) if macs is None else macs
         forward, backward = _computation(config, hardware, segments, macs, bounds)
+    return Computation(forward, backward, bounds)
+
+
+def add_communication(
+    config: Config, hardware: Hardware, workload: Workload, layout: Layout, computation: Computation, update: float
+) -> StepTime:
+    """Returns the time of a step of which computation and update are known."""
     micro_steps = layout.accumulation
-    forward, backward = forward * micro_steps, backward * micro_steps
-    for name in bounds:
-        bounds[name] *= micro_steps
+    forward, backward = computation.forward * micro_steps, computation.backward * micro_steps
+    bounds = {name: seconds * micro_steps for name, seconds in computation.bounds.items()}
     experts = expert_seconds(config, hardware, workload, layout) * micro_steps
     exposed = {"exchange": 0.0, "reduction": 0.0}
     hidden = 0.0
-    cover = {"backward": backward / micro_steps, "forward": forward, "experts": experts, "": 0.0}
+    cover = {"backward": computation.backward, "forward": forward, "experts": experts, "": 0.0}
     for collective in collectives_of(config, workload, layout):
         seconds, bound = _seconds(collective, hardware, layout)
         free = min(seconds, cover[collective.beside] * collective.share)
@@ -85,7 +114,6 @@ def predict_time(
         hidden += free
         exposed[collective.phase] += seconds - free
         bounds[bound] += seconds - free
-    update = _update(config, hardware, workload, layout)
     bounds["memory"] += update
     return StepTime(forward, backward, exposed["exchange"], exposed["reduction"], hidden, update, bounds)
 
@@ -138,9 +166,8 @@ def expert_seconds(config: Config, hardware: Hardware, workload: Workload, layou
     return 2 * macs * passes * rows_share(config.model.moe) / hardware.matrix_rate(config.engine.precision)
 
 
-def _update(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
-    """Returns seconds of norm, clipping and optimizer."""
-    states = predict_states(config, workload, layout)
+def predict_update(config: Config, hardware: Hardware, workload: Workload, layout: Layout, states: Memory) -> float:
+    """Returns seconds of norm, clipping and optimizer. states: What the rank holds (predict_states)."""
     rates = hardware.rates.get(config.engine.precision)
     if rates is not None and UPDATE in rates.operators:
         return _measured_update(config, rates, workload, layout) + 3 * states.averages / hardware.memory_rate

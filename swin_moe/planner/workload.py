@@ -7,6 +7,7 @@ so the sum over modules is flops() or active_flops(); launches and bytes come fr
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,12 +70,16 @@ class Workload:
 
     def numel(self, *, experts: bool | None = None, trained: bool | None = None) -> int:
         """Returns elements of parameters; None = of both kinds."""
-        chosen = (
-            p.numel
-            for p in self.parameters
-            if (experts is None or p.is_expert == experts) and (trained is None or p.trained == trained)
-        )
-        return sum(chosen)
+        return _numel(self, experts, trained)
+
+
+@lru_cache(maxsize=64)
+def _numel(workload: Workload, experts: bool | None, trained: bool | None) -> int:
+    return sum(
+        p.numel
+        for p in workload.parameters
+        if (experts is None or p.is_expert == experts) and (trained is None or p.trained == trained)
+    )
 
 
 def weight_dtype(config: Config) -> torch.dtype:

@@ -24,6 +24,7 @@ TASKS = {
     "moby": "swin_moe.tasks.moby:MoBY",
     "segment": "swin_moe.tasks.segment:Segment",
     "simmim": "swin_moe.tasks.simmim:SimMIM",
+    "soft_teacher": "swin_moe.tasks.soft_teacher:SemiSupervised",
 }
 
 
@@ -100,7 +101,9 @@ class Task(Protocol):
     metric: str = "loss"  # the evaluation result that picks the best checkpoint
     higher_is_better: bool = False
     needs_partners: bool = False  # batches must hold every image's neighbour in global order, for mixing
-    needs_views: bool = False  # batches must hold a second augmentation of every image, as "view"
+    # Batches must hold a second augmentation of every image, as "view"; with needs_boxes of those without labels
+    # alone, which are then mixed with those that have some.
+    needs_views: bool = False
     needs_boxes: bool = False  # batches must hold boxes, labels and, where the data has them, masks
     needs_label_maps: bool = False  # batches must hold a class per pixel
     changes_weights: bool = False  # after_step does something

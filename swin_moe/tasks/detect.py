@@ -6,7 +6,7 @@ on which rank has which image; batch norm in heads sees the boxes of all ranks.
 Shape legend: B images of this micro-batch, n objects of an image, H x W the padded batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,8 @@ from swin_moe.data.batch import Batch
 from swin_moe.models.dense.norms import move_running, norms_of
 from swin_moe.models.dense.pyramid import PyramidBackbone
 from swin_moe.models.detection.assign import Assigner
-from swin_moe.models.detection.detector import Detector
+from swin_moe.models.detection.detections import Detections
+from swin_moe.models.detection.detector import Detector, Learned
 from swin_moe.models.detection.mask_head import paste_masks
 from swin_moe.models.detection.spec import (
     BoxHeadSpec,
@@ -39,6 +40,8 @@ from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, m
 from swin_moe.tasks.dense import Found, most_forwards
 from swin_moe.tasks.drawing import PictureBook
 from swin_moe.tasks.measures.coco import CocoEvaluation
+
+Detects = Callable[..., list[Detections]]  # (image, size, original=) as Detector.forward without targets
 
 
 class Detect(Task):
@@ -78,12 +81,16 @@ class Detect(Task):
         random = RandomContext(self.config.run.seed, context.step, batch["sample"])
         with context.autocast():
             learned = model(image, batch["size"], self.targets_of(batch), random=random)
+        return self.divided(learned, len(image), image.device, context)
+
+    def divided(self, learned: Learned, images: int, device: torch.device, context: StepContext) -> MicroLoss:
+        """Returns the loss of a micro-batch of so many images from the sums of its losses."""
         if self.config.compat.official:
-            share = len(image) / context.num_samples
+            share = images / context.num_samples
             task = _total(learned.losses, learned.losses.counts) * share
         else:
-            task = _total(learned.losses, self._everywhere(learned.losses.counts, image.device, context))
-        return micro_loss(task, learned.aux, len(image), context)
+            task = _total(learned.losses, self._everywhere(learned.losses.counts, device, context))
+        return micro_loss(task, learned.aux, images, context)
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """See Task. Moves the running statistics of batch norms."""
@@ -92,32 +99,43 @@ class Detect(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
         """See Task: COCO's average precision, in pixels of the stored images."""
+        (result,) = self.measured([model], batches, context)
+        return result
+
+    def measured(
+        self, detectors: Sequence[Detects], batches: Iterable[Batch], context: StepContext
+    ) -> list[dict[str, float]]:
+        """Returns the average precision of several detectors on the same images; pictures are of the first one."""
         options = self.options
         classes, official = self.config.model.num_classes, self.config.compat.official
-        measured = CocoEvaluation(classes, masks=options.masks, official=official)
+        found_by = [CocoEvaluation(classes, masks=options.masks, official=official) for _ in detectors]
         names = [str(label) for label in range(classes)]
         book = PictureBook(names, count=options.pictures, threshold=options.picture_score)
         for batch in batches:
-            found = self.look(model, batch, context)
-            book.add(batch, found)
-            for row, one in enumerate(found):
-                height, width = batch["original_size"][row].tolist()
-                assert one.boxes is not None and one.scores is not None and one.labels is not None, "objects"
-                rows = (batch["truth"][row], one.boxes, one.scores, one.labels, one.masks)
-                measured.add(int(batch["image_id"][row]), (height, width), *rows)
+            for detector, evaluation in zip(detectors, found_by):
+                found = self.look(detector, batch, context)
+                if evaluation is found_by[0]:
+                    book.add(batch, found)
+                for row, one in enumerate(found):
+                    height, width = batch["original_size"][row].tolist()
+                    assert one.boxes is not None and one.scores is not None and one.labels is not None, "objects"
+                    rows = (batch["truth"][row], one.boxes, one.scores, one.labels, one.masks)
+                    evaluation.add(int(batch["image_id"][row]), (height, width), *rows)
         self._pictures = book.result(context.world_size)
-        return measured.result(context.world_size)
+        return [evaluation.result(context.world_size) for evaluation in found_by]
 
     def pictures(self) -> dict:
         """See Task: truth beside what was found."""
         return self._pictures
 
     @torch.no_grad()
-    def look(self, model: nn.Module, batch: Batch, context: StepContext) -> list[Found]:
+    def look(self, model: Detects, batch: Batch, context: StepContext) -> list[Found]:
         """See LooksAtImages. An image is looked at as padded by itself, so that no other image changes what is found;
         the images of one padded size are one forward. Collective: every rank makes as many forwards."""
         image, size, original = batch["image"], batch["size"], batch["original_size"]
         groups = list(groups_of(size, self.config.data.dense.divisor))
+        if self.options.flip or self.options.scales != (1.0,):  # views are of one image
+            groups = [([row], padded) for rows, padded in groups for row in rows]
         results: list[Found | None] = [None] * len(image)
         # Asked before any: forwards may be collectives.
         more = most_forwards(len(groups), image.device, context.world_size) - len(groups)
@@ -207,7 +225,13 @@ def spec_of(config: Config) -> DetectorSpec:
         semantic=_semantic(options),
         global_attention=options.global_attention,
         detections=DetectionSpec(
-            options.score, options.overlap, options.soft, options.detections, options.mask_threshold
+            options.score,
+            options.overlap,
+            options.soft,
+            options.detections,
+            options.mask_threshold,
+            options.scales,
+            options.flip,
         ),
         size_divisor=config.data.dense.divisor,
     )

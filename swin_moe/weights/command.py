@@ -5,18 +5,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from swin_moe.checkpoint.errors import describe
 from swin_moe.config.arguments import Parser
 from swin_moe.config.shipped.released import Released, find, of_config, released
 from swin_moe.weights.fetch import Progress, check, default_folder, fetch, place
 
 _EXAMPLES = """examples:
-  which files there are of Swin-B
+  which files there are of Swin-B; detectors
     swin-moe weights list swin_base
+    swin-moe weights list --task detect
   one of them, to begin a run with
     swin-moe weights fetch swin_base_patch4_window7_224_22k
     swin-moe train CONFIG checkpoint.init=$(swin-moe weights path swin_base_patch4_window7_224_22k)
   on a cluster without a way out: fetched elsewhere, put where all nodes see it
     SWIN_MOE_WEIGHTS=/shared/weights swin-moe weights path swin_base_patch4_window7_224_22k"""
+
+
+_SCORES = {
+    "classify": ("acc@1", "acc@5"),
+    "detect": ("box AP", "mask AP"),
+    "segment": ("mIoU", "mIoU (ms)"),
+}
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -29,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(_answer(parse(argv)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -49,13 +58,14 @@ def parse(argv: list[str] | None) -> Any:
     add("names", nargs="*", metavar="NAME", help="of weights, or of a config they were released for; list: any words")
     add("--folder", type=Path, default=None, metavar="DIR", help=f"where they lie (default: {default_folder()})")
     add("--json", action="store_true", help="list: as JSON")
+    add("--task", choices=tuple(_SCORES), help="list: only those of a task")
     options = parser.parse_args(argv)
     if options.verb != "list" and not options.names:
         raise ValueError(f"swin-moe weights {options.verb} needs the name of weights; `swin-moe weights list` has them")
     if options.verb == "path" and len(options.names) > 1:
         raise ValueError("swin-moe weights path takes one name")
-    if options.json and options.verb != "list":
-        raise ValueError("--json is for list")
+    if (options.json or options.task) and options.verb != "list":
+        raise ValueError("--json and --task are for list")
     return options
 
 
@@ -72,7 +82,7 @@ def by_name(name: str) -> Released:
 
 def _answer(options: Any) -> str:
     if options.verb == "list":
-        return _list(options.names, options.folder, options.json)
+        return _list(options.names, options.folder, options.json, options.task)
     if options.verb == "fetch":
         lines = []
         for row in [by_name(name) for name in options.names]:
@@ -86,16 +96,23 @@ def _answer(options: Any) -> str:
     return str(fetch(row, options.folder))
 
 
-def _list(words: list[str], folder: Path | None, as_json: bool) -> str:
+def _list(words: list[str], folder: Path | None, as_json: bool, task: str | None) -> str:
     rows = [row for row in released().values() if all(word in f"{row.name} {row.config}" for word in words)]
+    rows = [row for row in rows if task in (None, row.task)]
     if not rows:
-        raise ValueError(f"no released weights have {' and '.join(map(repr, words))} in their name")
+        of = f" of {task}" if task else ""
+        raise ValueError(f"no released weights{of} have {' and '.join(map(repr, words))} in their name")
     if as_json:
         return json.dumps([vars(row) | {"here": place(row, folder).is_file()} for row in rows], indent=1)
-    width = max(len(row.name) for row in rows)
-    lines = [f"  {'name':<{width}}  acc@1  acc@5  trained on"]
-    for row in rows:
-        here = "*" if place(row, folder).is_file() else " "
-        top1, top5 = ("-" if value is None else f"{value:g}" for value in (row.top1, row.top5))
-        lines.append(f"{here} {row.name:<{width}}  {top1:>5}  {top5:>5}  {row.data}")
+    width, lines = max(len(row.name) for row in rows), []
+    for kind, heads in _SCORES.items():
+        of_kind = [row for row in rows if row.task == kind]
+        wide = [max(5, len(head)) for head in heads]
+        if of_kind:
+            lines.append(f"  {'name':<{width}}  {heads[0]:>{wide[0]}}  {heads[1]:>{wide[1]}}  trained on")
+        for row in of_kind:
+            here = "*" if place(row, folder).is_file() else " "
+            found = (row.top1, row.top5) if kind == "classify" else row.scores
+            first, second = ("-" if value is None else f"{value:g}" for value in found)
+            lines.append(f"{here} {row.name:<{width}}  {first:>{wide[0]}}  {second:>{wide[1]}}  {row.data}")
     return "\n".join([*lines, f"* = in {folder or default_folder()}"])

@@ -25,7 +25,7 @@ from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import file_key, is_wrapped
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.run.session import Session
-from swin_moe.weights.sources import ForeignCheckpoint, Source, is_own, open_weights
+from swin_moe.weights.sources import ForeignCheckpoint, OwnCheckpoint, Source, is_own, open_weights
 
 _AVERAGE = "ema/"
 _NAMES_SHOWN = 160  # characters
@@ -63,7 +63,8 @@ def load_weights(model: Network, session: Session, stored: Source | None = None)
 
         def fill() -> str:
             opened = open_weights(source, key="checkpoint.load") if stored is None else stored
-            followed = model.momentum_pairs()
+            pairs = model.momentum_pairs()
+            followed = {} if pairs.keys() & opened.names else pairs  # a file may hold a teacher of its own
             report = fill_pieces(opened, pieces, backbone_of(model), shapes, followed=followed, same_classes=True)
             return f"{opened.description}: {report}"
 
@@ -71,6 +72,7 @@ def load_weights(model: Network, session: Session, stored: Source | None = None)
     stored = open_stored(session) if stored is None else stored
     if stored is not None:
         _check_positions(stored, backbone_of(model))
+        _check_followers(stored, model)
     folder = session.directory / "checkpoints"
     return CheckpointManager(folder, group=session.groups.world).load_parameters(pieces, source=source)
 
@@ -86,6 +88,17 @@ def _check_positions(stored: Source, backbone: SwinTransformer) -> None:
         raise ValueError(
             f"{stored.path}: its absolute positions are of {there[0]} x {there[1]} tokens, the model has {here[0]} x "
             f"{here[1]}; set model.img_size=[{height},{width}]"
+        )
+
+
+def _check_followers(stored: Source, model: Network) -> None:
+    """Raises ValueError where a checkpoint of this system has nothing of the model's momentum network, or teacher."""
+    pairs = model.momentum_pairs()
+    if pairs and isinstance(stored, OwnCheckpoint) and not pairs.keys() & stored.index.tensors.keys():
+        task, part = stored.config.get("task", {}).get("name", "?"), next(iter(pairs)).partition(".")[0]
+        raise ValueError(
+            f"{stored.path}: holds no {part}, as task {task} trains none; use task.name={task}, or begin a run with it "
+            f"(checkpoint.init)"
         )
 
 

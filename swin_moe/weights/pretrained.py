@@ -63,7 +63,8 @@ def load(path: str | Path, **overrides: Any) -> Loaded:
     model.init_weights(0)
     report = _fill(model, source)
     _tell(path, report)
-    return Loaded(model.eval(), source.classes, _preprocess(source.data_config(), config.img_size))
+    model.classes, model.reading = source.classes, source.data_config()
+    return Loaded(model.eval(), source.classes, _preprocess(model.reading, config.img_size))
 
 
 def create_model(name: str | Path, *, pretrained: str | Path | bool = "", **overrides: Any) -> SwinTransformer:

@@ -42,6 +42,11 @@ class Source(Protocol):
     def description(self) -> str:
         """One clause: which checkpoint this is."""
 
+    @property
+    def names(self) -> Collection[str]:
+        """Names of a network's tensors in it."""
+        ...
+
     def tensors(self, shapes: Mapping[str, tuple[int, ...]], *, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """Returns every tensor by name; one of the shape wanted may be on meta, and is then read by `fill`.
 
@@ -125,6 +130,11 @@ class _Stored:
         wrapped = is_wrapped(self._stored)
         self._keys = {name: file_key(name, wrapped=wrapped) for name in self._stored}
         self._by_key = {key: self._stored[name] for name, key in self._keys.items()}
+
+    @property
+    def names(self) -> Collection[str]:
+        """See Source."""
+        return self._stored.keys()
 
     def _count_averages(self) -> str:
         averaged = sum(stored.startswith(_AVERAGE) for stored in self._stored.values())

@@ -117,3 +117,52 @@ def test_an_official_file_finds_what_it_found(tmp_path):
         torch.testing.assert_close(one.boxes, reference["boxes"], rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(one.scores, reference["scores"], rtol=1e-5, atol=1e-6)
         assert (one.masks.sum(dim=(1, 2)) - reference["mask_area"]).abs().max() <= 2  # type: ignore[union-attr]
+
+
+SOFT = (
+    *(option for option in MICRO if "mask" not in option),
+    "model.depths=[1,1,1,1]",
+    "task.detect.masks=false",
+    "task.detect.low_quality=false",
+    "task.soft_teacher.found_score=0.2022",
+)
+
+
+def test_files_of_soft_teacher_hold_both_detectors(tmp_path):
+    """Both ways, bit for bit; and what is loaded to compute with is the file's own teacher."""
+    tensors = save_official("soft_teacher_micro", tmp_path / "official.pth")
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("relative_position_index")}
+    assert find_format(tmp_path / "official.pth") == "dense"
+    with open_source(tmp_path / "official.pth", Options(**QUIET)) as source:
+        model = source.config["model"]
+    assert (model["num_classes"], model["embed_dim"], model["depths"]) == (5, 24, [1, 1, 1, 1])
+    convert(tmp_path / "official.pth", tmp_path / "native")
+    stored = tensors_of(tmp_path / "native")
+    assert stored.keys() == {key.removeprefix("student.") for key in tensors}
+    convert(tmp_path / "native", tmp_path / "back.pth", "dense")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(back[key], value) for key, value in tensors.items())
+    assert all(key.endswith("relative_position_index") for key in back.keys() - tensors.keys())
+    for file in ("official.pth", "back.pth"):
+        session = session_of(tmp_path, "canvas_soft_teacher", *SOFT, f"checkpoint.load={tmp_path / file}")
+        network = materialize(build_meta_model(session, build_task(session.config)), session.config, session.device)
+        load_weights(network, session)
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, tensors[name if name.startswith("teacher.") else f"student.{name}"]), name
+
+
+def test_a_plain_detector_begins_student_and_teacher(tmp_path):
+    tensors = save_official("soft_teacher_micro", tmp_path / "both.pth")
+    plain = {key.removeprefix("student."): v for key, v in tensors.items() if key.startswith("student.")}
+    torch.save({"meta": {}, "state_dict": plain}, tmp_path / "plain.pth")
+    session = session_of(tmp_path, "canvas_soft_teacher", *SOFT, f"checkpoint.load={tmp_path / 'plain.pth'}")
+    network = materialize(build_meta_model(session, build_task(session.config)), session.config, session.device)
+    load_weights(network, session)
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, plain[name.removeprefix("teacher.")]), name
+    half = tensors | {"teacher.backbone.norm3.bias": torch.zeros(3)}
+    del half["teacher.neck.lateral_convs.0.conv.bias"]
+    torch.save({"meta": {}, "state_dict": half}, tmp_path / "half.pth")
+    session = session_of(tmp_path, "canvas_soft_teacher", *SOFT, f"checkpoint.load={tmp_path / 'half.pth'}")
+    with pytest.raises(ValueError, match=r"teacher\.neck\.lateral_convs\.0\.conv\.bias"):
+        load_weights(network, session)

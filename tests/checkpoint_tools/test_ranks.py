@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from checkpoint_tools.ranks import join_ranks
 from launcher import mpi
 from launcher.env import without_world
 from swin_moe.checkpoint.index import Index
@@ -32,6 +33,19 @@ def run():
     assert codes == [0, 0, 0, 0, 0, 2] and "torch" not in sys.modules, codes
 mpi.call(run)
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", None), ("1", None), ("2", "parallel only under MPI"), ("two", "environment variable WORLD_SIZE must be a")],
+)
+def test_what_the_environment_says_of_the_world(text, said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    if said is None:
+        assert join_ranks().size == 1
+        return
+    with pytest.raises(ValueError, match=said):
+        join_ranks()
 
 
 @pytest.mark.mpi

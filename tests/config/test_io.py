@@ -115,6 +115,9 @@ def test_errors_name_file_key_value_and_what_is_allowed(tmp_path, text, said):
         ("TRAIN.BASE_LR=1", "here it is optim.lr"),
         ("optim.lr=x", "command line: optim.lr must be a number, got 'x'"),
         ("optim.lr.x=1", "unknown key"),
+        (f"optim.lr={10**400}", "optim.lr must be a number, got a number of too many digits"),
+        (f"run.seed={10**400}", "run.seed must be a whole number, got a number of too many digits"),
+        (f"optim.lr={'1' * 5000}", "command line: optim.lr must be a number, got '111"),
     ],
 )
 def test_errors_of_overrides(override, said):

@@ -91,7 +91,7 @@ def test_bias_gelu_and_dropout(library, dtype, case, channels, drop, offset):
     draw = (numbers, drop, scale) if drop else None
     launch(library, ["swin_moe_bias_gelu"], given | {"out": out}, ends, dtype, bias, draw)
     launch(library, ["swin_moe_bias_gelu_backward"], given | {"out": grad_x} | sums, ends, dtype, bias, draw)
-    numbers_of_draw = (WORDS, numbers, 2, 3, -1, drop, scale) if drop else bias_gelu._NO_DRAW
+    numbers_of_draw = (WORDS, numbers, 2, 3, -1, drop, scale) if drop else bias_gelu.NO_DRAW
     wide = x.double(), bias.double(), ends, *numbers_of_draw
     close(out.tensor, bias_gelu._forward(*wide), dtype)
     expected = bias_gelu._backward(grad.double(), *wide)

@@ -5,14 +5,22 @@ import ctypes
 import pytest
 import torch
 
+from swin_moe.ops.detection.deform_conv import _columns, _columns_backward
 from swin_moe.ops.detection.roi_align import _backward, _forward, box_dtype
 from swin_moe.ops.detection.soft_nms import _soft_nms
 from tests.csrc.emulation import Guarded, build
 from tests.ops.detection import slow
+from tests.ops.detection.test_deform_conv import CASES, make
 from tests.ops.detection.test_roi_align import random_case
 
 ROI_POINTERS = ("source", "rois", "rows", "columns", "row_spans", "column_spans", "image", "out")
 ROI_COUNTS = ("boxes", "batch", "channels", "height", "width")
+DEFORM_POINTERS = (
+    *("x", "offsets", "mask", "grad", "out", "grad_offsets", "grad_mask"),
+    *("taken", "shares", "sorted", "order", "spans"),
+)
+# Beside the operator's own cases one of more channels than a thread takes, and more takes than a block has threads.
+DEFORM_CASES = {**CASES, "wide": (2, 20, 2, (9, 11), (3, 3), 2, 1, dict(padding=1))}
 ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -47,6 +55,26 @@ class RoiLaunch(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("size", "sampling", "aligned")),
         ("scale", ctypes.c_double),
         ("element", ctypes.c_int),
+    ]
+
+
+class DeformGeometry(ctypes.Structure):
+    """swin_moe::DeformGeometry."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("batch", "channels", "height", "width", "out_h", "out_w", "groups")),
+        *((n, ctypes.c_int) for n in ("kernel_h", "kernel_w", "stride_h", "stride_w")),
+        *((n, ctypes.c_int) for n in ("padding_h", "padding_w", "dilation_h", "dilation_w")),
+    ]
+
+
+class DeformLaunch(ctypes.Structure):
+    """swin_moe::DeformLaunch."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in DEFORM_POINTERS),
+        ("geometry", DeformGeometry),
+        ("is_double", ctypes.c_int),
     ]
 
 
@@ -146,3 +174,66 @@ def test_boxes_of_no_image_and_boxes_that_are_not_finite(library):
     grad = torch.randn(shape)
     found = run_roi(library, grad, rois, (2, 3, 18, 20), (2, 18, 20), numbers, backward=True)
     torch.testing.assert_close(found, _backward(grad[:1], rois[:1], 2, 18, 20, *numbers[1:]))
+
+
+def pairs(numbers):
+    """Returns stride, padding and dilation, down and along each, as deform_columns takes them."""
+    found = [numbers.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    return [side for value in found for side in ((value, value) if isinstance(value, int) else value)]
+
+
+def deform(library, x, offsets, mask, flat, grad=None):
+    """Returns the columns, or of a gradient of them those of x, offsets and mask, as csrc/cuda/deform_binding.cpp."""
+    batch, channels, height, width = x.shape
+    taps, outputs = flat[0] * flat[1], offsets.shape[2] * offsets.shape[3]
+    groups = offsets.shape[1] // (2 * taps)
+    given = [None if t is None else Guarded.copy(t) for t in (x, offsets, mask, grad)]
+    out = Guarded((batch, channels, taps, outputs) if grad is None else x.shape, x.dtype)
+    grad_offsets, grad_mask = Guarded(offsets.shape, x.dtype), Guarded(offsets[:, ::2].shape, x.dtype)
+    takes = 4 * batch * groups * taps * outputs
+    taken, shares = torch.full((takes,), -7), Guarded((takes,), x.dtype)
+    spans = torch.zeros(batch * groups * (height * width + 1), 2, dtype=torch.int64)
+    launch = DeformLaunch(
+        *(None if t is None else t.address for t in given),
+        *(t.address for t in (out, grad_offsets, grad_mask)),
+        taken.data_ptr(),
+        shares.address,
+        spans=spans.data_ptr(),
+        geometry=DeformGeometry(batch, channels, height, width, *offsets.shape[2:], groups, *flat),
+        is_double=x.dtype == torch.float64,
+    )
+    if grad is None:
+        assert library.swin_moe_deform_columns(ctypes.byref(launch), None) == 0
+        made = [out]
+    else:
+        assert library.swin_moe_deform_slopes(ctypes.byref(launch), None) == 0
+        in_order, order = taken.sort(stable=True)
+        launch.sorted, launch.order = in_order.data_ptr(), order.data_ptr()
+        assert library.swin_moe_deform_spread(ctypes.byref(launch), None) == 0
+        made = [out, grad_offsets, *([] if mask is None else [grad_mask])]
+    assert all(t.intact() for t in (*given, out, grad_offsets, grad_mask, shares) if t is not None)
+    return [t.tensor for t in made]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", DEFORM_CASES)
+def test_deformable_columns_equal_the_plain_form(library, name, dtype, masked):
+    x, offsets, weight, mask, _, numbers = make(DEFORM_CASES[name], dtype)
+    flat, used = [*weight.shape[2:], *pairs(numbers)], mask if masked else None
+    close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else {}
+    (columns,) = deform(library, x, offsets, used, flat)
+    torch.testing.assert_close(columns, _columns(x, offsets, used, *flat), **close)
+    grad = torch.randn(columns.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = deform(library, x, offsets, used, flat, grad)
+    for ours, plain in zip(found, _columns_backward(grad, x, offsets, used, *flat)):
+        torch.testing.assert_close(ours, plain, **close)
+
+
+def test_places_that_are_not_finite_take_nothing(library):
+    x, offsets = torch.randn(1, 3, 5, 6), torch.full((1, 18, 5, 6), float("nan"))
+    offsets[:, 9:] = 1e30
+    flat = [3, 3, 1, 1, 1, 1, 1, 1]
+    assert not deform(library, x, offsets, None, flat)[0].any()
+    found = deform(library, x, offsets, None, flat, torch.ones(1, 3, 9, 30))
+    assert not any(gradient.any() for gradient in found)

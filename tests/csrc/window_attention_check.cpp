@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "window_attention.h"
@@ -226,23 +227,23 @@ double check(const WindowKernels& kernels, Element type, int number) {
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 20;
-  std::vector<const WindowKernels*> all = {&window_kernels_default()};
+  std::vector<std::pair<const char*, const WindowKernels*>> all = {{"default", &window_kernels_default()}};
 #if defined(SWIN_MOE_X86_KERNELS)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&window_kernels_avx2());
-  if (__builtin_cpu_supports("avx512bf16")) all.push_back(&window_kernels_avx512_bf16());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.emplace_back("avx2", &window_kernels_avx2());
+  if (__builtin_cpu_supports("avx512bf16")) all.emplace_back("avx512_bf16", &window_kernels_avx512_bf16());
 #endif
   const double limits[] = {1e-12, 2e-4, 1e-2, 2e-3};  // sums that nearly cancel, of single heads, need the room
   const char* names[] = {"float64", "float32", "bfloat16", "float16"};
   bool good = true;
-  for (auto* kernels : all)
+  for (auto [name, kernels] : all)
     for (int type = 0; type < kElements; ++type) {
       double worst = 0;
       for (int number = 0; number < cases; ++number) {
         double error = check(*kernels, Element(type), number);
-        if (!(error < limits[type])) std::printf("case %d: %s %s: error %g\n", number, kernels->name, names[type], error);
+        if (!(error < limits[type])) std::printf("case %d: %s %s: error %g\n", number, name, names[type], error);
         worst = error <= worst ? worst : error;
       }
-      std::printf("%s %s: %d cases, largest error %.1e (allowed %.0e)\n", kernels->name, names[type], cases, worst, limits[type]);
+      std::printf("%s %s: %d cases, largest error %.1e (allowed %.0e)\n", name, names[type], cases, worst, limits[type]);
       good &= worst < limits[type];
     }
   return good ? 0 : 1;

@@ -7,7 +7,10 @@ from torch import nn
 from swin_moe import evaluate_features
 from swin_moe.config.io import load_config
 from swin_moe.engine.graphs import MOST_GRAPHS, GraphedForward, Recording, check_graphs, with_graphs
+from swin_moe.engine.precision import DTYPES, autocast
 from swin_moe.models import build_model
+from swin_moe.models.optimized import OptimizedSwin
+from swin_moe.ops.packed_layers import refusal
 from swin_moe.parallel.groups import single_process_groups
 from swin_moe.run.session import Session, build_local_model
 from swin_moe.tasks.base import build_task
@@ -229,3 +232,31 @@ def test_experts_that_choose_ask_for_their_rows():
     chosen = ["engine.cuda_graphs=true", "model.moe.choice=expert", "model.moe.balance_loss=none"]
     with pytest.raises(ValueError, match="^model.moe.choice=expert is not for engine.cuda_graphs=true: the host asks"):
         check_graphs(load_config(MOE, chosen), "cuda", 1)
+
+
+@pytest.mark.skipif(bool(refusal()), reason="no packed layers here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_inference_form_runs_where_it_is_asked_for(precision):
+    config = load_config(MOE, ["engine.optimize=true", f"engine.precision={precision}"])
+    model = build_model(config.model)
+    model.init_weights(3)
+    check_graphs(config, "cpu", 1)
+    optimized = with_graphs(model.eval(), config)
+    assert isinstance(optimized, OptimizedSwin) and optimized.dtype == DTYPES[precision]
+    x = torch.randn(3, 3, *config.model.img_size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), autocast(precision, x.device):
+        got, expected = optimized(x), model(x)[0].float()
+    assert got.dtype == torch.float32  # also under autocast
+    assert float((got - expected).norm() / expected.norm()) < (1e-5 if precision == "fp32" else 5e-2)
+
+
+def test_where_there_is_no_inference_form_a_sentence_says_so():
+    def refused(name: str, sentence: str, device: str = "cpu", **options: bool) -> None:
+        with pytest.raises(ValueError, match=f"^engine.optimize=true {sentence}.*; use engine.optimize=false$"):
+            check_graphs(load_config(name, ["engine.optimize=true"]), device, 1, **options)
+
+    refused(DENSE, "is for the CPU, this run computes on cuda", device="cuda")
+    refused("digits_simmim", "is for whole classifiers, not for task.name=simmim")
+    refused(DENSE, "is for whole classifiers, not for evaluate-features", features=True)
+    with pytest.raises(ValueError, match="^engine.optimize=true: optimize: it takes a Swin network.*Counting; use"):
+        with_graphs(Counting(), load_config(DENSE, ["engine.optimize=true"]))

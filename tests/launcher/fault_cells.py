@@ -38,6 +38,7 @@ FAULTS = (
     Fault("disk full", 5, 1, words="No space left on device"),
     Fault("SIGKILL of the launcher", 5, -signal.SIGKILL, "launcher", signal.SIGKILL),
     Fault("SIGTERM of the launcher", 5, 128 + signal.SIGTERM, "launcher", signal.SIGTERM, "asked to save", True),
+    Fault("SIGHUP of the launcher", 5, 128 + signal.SIGHUP, "launcher", signal.SIGHUP, "asked to save", True),
     Fault("SIGKILL of mpirun", 5, kinds.HOST, "mpirun", signal.SIGKILL, "no rank said why"),
     Fault("SIGTERM of mpirun", 5, kinds.HOST, "mpirun", signal.SIGTERM, "no rank said why"),
     Fault("SIGKILL of the daemon", 15, kinds.HOST, "daemon", signal.SIGKILL, "no rank said why"),

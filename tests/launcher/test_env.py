@@ -91,6 +91,7 @@ def test_parse_ready_names_the_bad_variable(change, message):
     [
         (MPICH | {"PMI_SIZE": "0"}, r"PMI_RANK must be in \[0, PMI_SIZE\), got PMI_RANK=0 and PMI_SIZE=0"),
         (MPICH | {"PMI_SIZE": "9" * 25}, r"PMI_SIZE must be in \[1, 2147483647\]"),
+        (MPICH | {"PMI_SIZE": "9" * 5000}, "PMI_SIZE must be a whole number >= 0, got one of 5000 digits"),
         (MPICH | {"PMI_RANK": "2"}, "PMI_RANK=2 and PMI_SIZE=2"),
         (MPICH | {"PMI_RANK": "-1"}, "PMI_RANK must be a whole number"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "0"}, "OMPI_COMM_WORLD_RANK=0 and OMPI_COMM_WORLD_SIZE=0"),

@@ -17,6 +17,7 @@ from launcher.failure.reports import Failure, State
 from launcher.failure.starting import find_late
 from launcher.supervise import Outcome, _explain
 from tests.launcher.test_faults import MPIS, pid_of, start, wait_for
+from tests.ranks import ROOT
 
 PATIENCE = 60.0  # seconds; tests wait for conditions, and a busy machine is slow
 
@@ -264,3 +265,23 @@ def test_stacks_name_the_collective_that_a_rank_sits_in(tmp_path):
 def test_a_shared_folder_is_asked_no_more_often_by_many_ranks(environ, rounds):
     """Every rank looks each quarter of a second: 40,000 requests a second of 10,000 ranks, else."""
     assert guard.folder_rounds(environ) == rounds
+
+
+_DIES = "import os; from launcher import guard; guard.run(lambda: os.kill(os.getpid(), {}))"
+
+
+@pytest.mark.parametrize(
+    ("number", "asked", "blamed"),
+    [("SIGUSR1", True, False), ("SIGTERM", True, False), ("SIGUSR1", False, True), ("SIGKILL", True, True)],
+)
+def test_a_rank_that_has_the_request_to_save_before_its_guard_is_no_culprit(number, asked, blamed, tmp_path):
+    """Slurm sends a signal to every process of a task; a rank without a handler is dead before its guard is told."""
+    if asked:
+        reports.ask(tmp_path, signal.SIGHUP)
+    command = [sys.executable, "-c", _DIES.format(int(signal.Signals[number]))]
+    environ = os.environ | {reports.REPORTS: str(tmp_path), "PMI_RANK": "1", "PMI_SIZE": "2"}
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.Signals[number]
+    assert (f"rank 1 was killed by {number}" in done.stderr) == blamed
+    failed, lost = reports.ends(tmp_path)
+    assert (failed, lost) == ((1, 0) if blamed else (0, 1))

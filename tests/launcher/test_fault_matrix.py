@@ -18,6 +18,7 @@ COVERING = {
     ("disk full", "saving", "mpich"),
     ("SIGKILL of the launcher", "rendezvous", "openmpi"),
     ("SIGTERM of the launcher", "import", "srun"),
+    ("SIGHUP of the launcher", "steady state", "openmpi"),
     ("SIGKILL of mpirun", "steady state", "mpich"),
     ("SIGTERM of mpirun", "first step", "openmpi"),
     ("SIGKILL of the daemon", "saving", "srun"),

@@ -36,6 +36,7 @@ def test_dialects(text, hosts, tmp_path):
         ("# only a comment\n", "names no host"),
         ("a:0\n", "line 1: the ranks of 'a:0' must be a whole number from 1 on, got '0'"),
         ("a\nb slots=x\n", "line 2: 'slots=x' of 'b slots=x' is not known"),
+        ("a:" + "1" * 5000, "line 1: the ranks of 'a:111"),
         ("a:two", "line 1: the ranks of 'a:two' must be a whole number"),
         ("a b c", "line 1: 'b' of 'a b c' is not known"),
         ("-n 3", "line 1: '-n 3' is no host"),

@@ -108,6 +108,8 @@ def test_times(text, seconds):
             "--time takes minutes, h:mm:ss, d-hh:mm:ss, 36h or 2d, got 'soon'",
         ),
         (["--scheduler", "slurm", "--nodes", "0"], "--nodes must be at least 1, got 0"),
+        (["--scheduler", "slurm", "--nodes", "1" * 400], "argument --nodes: must be at most 2147483647, got 111"),
+        (["--scheduler", "slurm", "--time", f"{'1' * 5000}:00:00"], "--time takes at most nine digits in a row, got"),
         (["--scheduler", "slurm", "--time", "1", "--warning", "60"], "--warning must be within the time limit of 60 s"),
         (["--scheduler", "slurm", "--name", "my job"], "--name takes at most 63 of a-z, 0-9 and -"),
         (["--scheduler", "slurm", "--kind", "mpijob"], "--kind 'mpijob' is none of Slurm's kinds: none"),

@@ -75,6 +75,11 @@ def test_our_own_arguments():
         ({"norm_layer": nn.BatchNorm2d}, "norm_layer must be torch.nn.LayerNorm"),
         ({"depths": [2, 2], "num_heads": [3]}, "model.num_heads must be 2 numbers"),
         ({"name_": 1}, "no argument 'name_'"),
+        ({"is_gshard_loss": torch.ones(2)}, "create_model: is_gshard_loss must be true or false, got tensor"),
+        ({"cosine_router": "linear"}, "create_model: cosine_router must be true or false, got 'linear'"),
+        ({"use_checkpoint": "no"}, "create_model: use_checkpoint must be true or false, got 'no'"),
+        ({"drop_rate": torch.ones((), device="meta")}, "model.drop_rate must be a number, got tensor"),
+        ({"window_size": 10**400}, "model.window_size must be .* got a number of too many digits"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -95,7 +95,7 @@ def test_the_bias_alone_and_its_gradient():
 def test_operators_are_what_they_say(case):
     x, bias, ends, _, _ = problem(case, torch.float32)
     operands = unit_draw(len(x)).operands()
-    for draw in (operands, module._NO_DRAW):
+    for draw in (operands, module.NO_DRAW):
         torch.library.opcheck(torch.ops.swin_moe.bias_gelu, (x, bias, ends, *draw))
         grad, given = torch.ones_like(x), (x.detach(), bias.detach(), ends, *draw)
         torch.library.opcheck(torch.ops.swin_moe.bias_gelu_backward, (grad, *given))

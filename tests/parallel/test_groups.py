@@ -45,6 +45,12 @@ def test_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert init_distributed(CPU) == (0, 1)
+    for text, told in (("two", "'two'"), ("1" * 5000, "one of 5000 digits")):
+        monkeypatch.setenv("WORLD_SIZE", text)
+        with pytest.raises(
+            ValueError, match=f"environment variable WORLD_SIZE must be a whole number >= 0, got {told}"
+        ):
+            init_distributed(CPU)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set"):

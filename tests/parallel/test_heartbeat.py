@@ -1,7 +1,9 @@
 """Who is found to be behind, from what the ranks said last; jobs that really hang: tests/training/test_faults.py."""
 
+import json
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +11,17 @@ import torch
 from torch import nn
 
 from swin_moe.parallel.exchange.transport import AllToAll, ExchangePlan, PendingRows
-from swin_moe.parallel.heartbeat import LONG_SECONDS, Beat, Heartbeat, _in_collective
+from swin_moe.parallel.heartbeat import _LEFT, LONG_SECONDS, Beat, Heartbeat, _in_collective
 
 
-def judge(own, *others, rank=0, ages=None):
-    """Returns what rank `rank` finds, having said `own`, with the other ranks' beats; beats are (order, collective)."""
+def judge(own, *others, rank=0, ages=None, answered=0.0):
+    """Returns what rank `rank` finds, having said `own`, with the other ranks' beats; beats are (order, collective).
+
+    ages, answered: Seconds since a rank's last beat was new, and since the store answered.
+    """
     heart = Heartbeat(rank, len(others) + 1, timeout=10)
     now = time.monotonic()
-    heart._answered = now
+    heart._answered = now - answered
     everyone = [*others[:rank], own, *others[rank:]]
     for number, beat in enumerate(everyone):
         heart._seen[number] = beat, now - (ages or {}).get(number, 0)
@@ -58,6 +63,28 @@ def test_a_rank_whose_beats_stopped_does_not_answer():
     rank, sentence = judge(beat(7), beat(7), beat(9), ages={2: 9.0})
     assert rank == 2 and "rank 2 does not answer any more" in sentence and "last seen 9 s ago" in sentence
     assert judge(beat(7), beat(7), beat(7), ages={2: 7.0}) is None
+
+
+def test_from_a_long_phase_beats_are_missed_for_twice_as_long():
+    saving = beat(7, long=True)
+    rank, sentence = judge(saving, saving, saving, ages={2: 21.0})
+    assert rank == 2 and "rank 2 does not answer any more" in sentence
+    assert judge(saving, saving, saving, ages={2: 19.0}) is None
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_who_was_done_is_missed_only_where_ranks_wait_for_each_other(long):
+    gone = replace(beat(7), number=_LEFT)
+    own = beat(7, long=long)
+    assert (judge(own, gone, ages={1: 25.0}) is None) == long
+    assert (judge(own, gone, rank=1, ages={0: 25.0}, answered=25.0) is None) == long
+    assert judge(own, beat(7), rank=1, answered=25.0)[0] == 0
+
+
+def test_a_hang_is_judged_from_a_long_phase_too():
+    """Rank 1 hangs before a save in which the others wait."""
+    assert judge(beat(8, long=True), beat(7, collective=False))[0] == 1
+    assert judge(beat(8, long=True), beat(7, collective=False, seconds=3.0)) is None
 
 
 def test_a_store_that_does_not_answer_is_rank_0():
@@ -135,3 +162,36 @@ def test_no_thread_is_left_when_the_heartbeat_stops(monkeypatch):
     assert inside.wait(5)
     heart.stop()  # in the middle of a call
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+class Written(dict):
+    """A store that keeps what it is told."""
+
+    def set_timeout(self, timeout):
+        pass
+
+    def set(self, key, value):
+        self[key] = json.loads(value)
+
+    def check(self, keys):
+        return False
+
+
+def follow(monkeypatch, *, long):
+    """Returns (what the heartbeat of one rank of two wrote, having come to its end; what it said of the other)."""
+    store, said, over = Written(), [], threading.Event()
+    monkeypatch.setattr("swin_moe.parallel.heartbeat.dist.PrefixStore", lambda prefix, clone: store)
+    heart = Heartbeat(0, 2, timeout=0.2)
+    heart._seen[1] = beat(7), time.monotonic()
+    heart.enter("saving", long=long)
+    heart.start(SimpleNamespace(clone=lambda: None), lambda sentence: (said.append(sentence), over.set()))
+    assert over.wait(5)
+    heart.stop()
+    return store, said
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_rank_that_is_stopped_is_found_from_every_phase(long, monkeypatch):
+    store, said = follow(monkeypatch, long=long)
+    assert len(said) == 1 and "rank 1 does not answer any more" in said[0]
+    assert store["0"]["number"] == _LEFT and store["0"]["phase"] == "saving"

@@ -135,6 +135,13 @@ def test_ranks_of_several_hosts_are_sent_to_the_preflight(monkeypatch, tmp_path)
         command.main(["--out", str(tmp_path / "mine.yaml")])
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_named(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(ValueError, match=f"environment variable {name} must be a whole number"):
+        command.main(["--out", str(tmp_path / "mine.yaml")])
+
+
 def test_a_file_of_another_kind_is_no_preflight(tmp_path):
     for changes in ({"hosts": None}, {"collectives": [{}]}, {"collectives": []}):
         with pytest.raises(ValueError, match="preflight.json: "):

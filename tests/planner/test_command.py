@@ -1,5 +1,7 @@
 """`swin-moe plan` as a user calls it."""
 
+import errno
+import importlib
 import json
 import subprocess
 import sys
@@ -36,6 +38,8 @@ def test_the_table_names_the_best(capsys):
     "arguments, sentence",
     [
         ([*SMALL, "--gpus", "0"], "--gpus must be >= 1, got 0"),
+        ([*SMALL, "--gpus", str((1 << 20) + 1)], "--gpus must be at most 1048576, got 1048577"),
+        ([*SMALL, "--gpus", "1" * 400], "argument --gpus: must be at most 9223372036854775807, got 111"),
         (["digits_swin_moe", "--gpus", "2", "--hardware", "h10"], "did you mean h100?"),
         ([*SMALL, "--gpus", "7"], "no layout of 7 ranks runs this config: data.global_batch=64 is not a multiple"),
         ([*SMALL, "--gpus", "2", "optim.lrr=1"], "optim.lr"),
@@ -49,6 +53,18 @@ def test_wrong_use_is_one_sentence(capsys, arguments, sentence):
     assert main(arguments) == 2
     found = capsys.readouterr()
     assert sentence in found.err and found.err.count("\n") == 1 and not found.out
+
+
+@pytest.mark.parametrize("name", ["planner.command", "planner.simulation.command", "weights.command"])
+def test_a_file_that_cannot_be_written_is_named_first(name, monkeypatch, capsys):
+    module = importlib.import_module(f"swin_moe.{name}")
+
+    def fail(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "p.png")
+
+    monkeypatch.setattr(module, "parse", fail)
+    assert module.main([]) == 2
+    assert capsys.readouterr().err == "error: p.png: No space left on device\n"
 
 
 def test_what_is_too_large_is_told_with_what_would_fit(capsys, tmp_path):

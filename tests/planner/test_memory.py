@@ -86,6 +86,35 @@ def test_repeated_blocks_and_other_micro_batches_are_those_of_a_whole_trace(opti
         assert sum(getattr(s, field) for s in fast) == pytest.approx(total, rel=2e-3), field
 
 
+def test_experts_of_any_layout_are_those_of_a_whole_trace():
+    """Of one layout all blocks are traced, of others those with experts, and what lies between two is on a line."""
+    config = tiny(
+        "model.name=swinv2", "model.depths=[2,6]", "model.moe.blocks=[[-1],[3,5]]", "model.moe.num_experts=8",
+        "model.extra_norm_every=4", "model.moe.capacity_factor=0", "model.moe.capacity_scope=rank",
+    )  # fmt: skip
+    traces = Traces(config)
+    for expert, shard in ((8, 1), (1, 1), (4, 1), (8, 4)):  # the last but one between 2 and 4, but at an end here
+        checked(traces, config, Degrees(expert, shard, 32 // (expert * shard)))
+    wide = replace(config, model=replace(config.model, moe=replace(config.model.moe, num_experts=16)))
+    traces = Traces(wide)
+    for expert, shard in ((4, 1), (16, 4)):  # between 2 and 8 ranks; between cuts in 2 and in 8
+        checked(traces, wide, Degrees(expert, shard, 128 // (expert * shard)))
+
+
+def checked(traces, config, degrees):
+    layout = Layout(
+        degrees.world_size, degrees.expert, degrees.expert_shard, degrees.expert_data, "torch", 0, "none", 0, 4, 1, 1,
+        "linear", "none", "none",
+    )  # fmt: skip
+    fast, slow = traces.of(layout), trace_exactly(config, degrees, 4)
+    for quick, exact in zip(over_time(fast), over_time(slow)):
+        assert quick.max() == pytest.approx(exact.max(), rel=1e-3), degrees
+        assert quick[-1] == pytest.approx(exact[-1], rel=2e-2, abs=4096), degrees
+    for field in ("launches", "moved", "moved_by_products"):
+        total = sum(getattr(s, field) for s in slow)
+        assert sum(getattr(s, field) for s in fast) == pytest.approx(total, rel=1e-3), (degrees, field)
+
+
 def test_attention_in_turns_is_traced_at_its_size():
     config = tiny("model.name=swinv2", "model.attention_chunk=4")
     fast = trace_micro_step(config, Degrees(1, 1, 8), images=8).at(8)

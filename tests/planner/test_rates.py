@@ -57,6 +57,9 @@ def test_operators_get_their_own_rate_and_unseen_ones_that_of_others():
         ("mkldnn_linear_backward_weights", [(10, 7), (10, 3)], (7, 10, 3)),
         ("grouped_linear", [(10, 3), (4, 3, 7)], (10, 3, 7)),
         ("grouped_linear_backward", [(10, 7), (10, 3), (4, 3, 7)], (10, 3, 7)),
+        ("row_linear", [(2, 5, 3), (7, 3)], (10, 3, 7)),
+        ("expert_rows", [(10, 3), (4, 7, 3)], (10, 3, 14)),
+        ("expert_rows_backward", [(10, 3), (10, 3), (10, 7), (10, 7), (4, 7, 3)], (10, 3, 14)),
         ("convolution_backward", [(2, 7, 2, 2), (2, 3, 8, 8), (7, 3, 4, 4)], (8, 48, 7)),
     ],
 )
@@ -65,6 +68,12 @@ def test_the_product_of_an_operator(name, shapes, product):
     precision, work = work_of(name, tensors, [torch.zeros(11)])
     assert precision == "fp32" and work[2:] == list(product) and work[MACS] == np.prod(product)
     assert work[BYTES] == 4 * (sum(t.numel() for t in tensors) + 11)
+
+
+def test_the_backward_of_a_linear_layer_counts_what_is_asked_for():
+    args = [torch.zeros(10, 7), torch.zeros(10, 3), torch.zeros(7, 3)]
+    assert work_of("row_linear_backward", [*args, [True, True, False]], [])[1][2:] == [20.0, 7.0, 3.0]
+    assert work_of("row_linear_backward", [*args, [False, True, True]], [])[1][2:] == [10.0, 7.0, 3.0]
 
 
 def test_attention_counts_pairs_of_positions_in_windows():

@@ -36,6 +36,7 @@ def test_uneven_experts_make_a_step_longer(capsys, tmp_path):
         (["--spread", "1", "--routing", "x"], "give one"),
         (["--routing", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--leaf", "0"], "--leaf must be >= 1"),
+        (["--gpus", str(1 << 40)], "--gpus must be at most 1048576"),
         (["--sprd", "1"], "did you mean --spread?"),
     ],
 )

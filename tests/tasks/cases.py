@@ -126,6 +126,19 @@ HYBRID = (
     "task.detect.global_attention=true",
 )
 
+# One image in ten has labels, so that of 4 ranks two have none; the teacher is believed wherever it has a guess.
+SOFT = (
+    *DETECT,
+    "data.dense.labelled=0.3",
+    "data.dense.sample_ratio=[1,9]",
+    "data.dense.recolour=true",
+    "task.soft_teacher.found_score=0.05",
+    "task.soft_teacher.proposal_score=0.08",
+    "task.soft_teacher.class_score=0.09",
+    "task.soft_teacher.box_spread=0.3",
+    "task.soft_teacher.jitters=3",
+)
+
 # name -> (config, options); and which run of one process it equals, if not itself.
 RUNS = {
     "simmim": ("digits_simmim", ()),
@@ -154,6 +167,7 @@ RUNS = {
     "detect cascade zero": ("canvas_mask_rcnn", (*DETECT, *CASCADE, "parallel.zero=3", "parallel.recompute=block")),
     "detect hybrid moe": ("canvas_mask_rcnn", (*DETECT, *HYBRID, *MOE)),
     "detect moe frozen": ("canvas_mask_rcnn", (*DETECT, *MOE, "optim.freeze=moe")),
+    "soft teacher": ("canvas_soft_teacher", SOFT),
 }
 REFERENCE = {
     "simmim accumulated": "simmim",

@@ -119,6 +119,18 @@ def test_images_are_looked_at_as_if_each_were_alone():
     assert list(groups_of(size, 4)) == [([0, 1], (16, 20)), ([2, 3], (20, 24))]
 
 
+def test_views_are_taken_image_by_image():
+    views = ("task.detect.scales=[0.75,1.0]", "task.detect.flip=true", "task.detect.score=0.001")
+    (task, network), (_, plain) = made(*views), made("task.detect.score=0.001")
+    batch = batch_of(3)
+    found = task.look(network.eval(), batch, context_of(task, 3))
+    once = task.look(plain.eval(), batch, context_of(task, 3))
+    for row in range(3):
+        (alone,) = network(batch["image"][row : row + 1], batch["size"][row : row + 1])
+        torch.testing.assert_close(found[row].boxes, alone.boxes)
+        assert len(alone.boxes) and found[row].scores.tolist() != once[row].scores.tolist()  # type: ignore[union-attr]
+
+
 def test_recipes_describe_the_official_networks():
     tiny = load_config(f"mask_rcnn_swin_tiny{PATCH}_adamw_1x_coco")
     official = replace(tiny, compat=replace(tiny.compat, official=True))
@@ -145,6 +157,7 @@ def _without_crowds(spec: DetectorSpec) -> DetectorSpec:
         (("task.detect.stage_stds=[[0.1,0.1]]",), "task.detect.stage_stds"),
         (("task.detect.masks=false", "task.detect.mask_flow=true"), "task.detect.mask_flow"),
         (("task.detect.frozen_stages=9",), "task.detect.frozen_stages"),
+        (("task.detect.scales=[]",), "task.detect.scales"),
         (("model.num_classes=0",), "model.num_classes"),
         (("data.micro_batch=2",), "data.micro_batch"),
         (("data.micro_batch=2", "compat.official=true", "task.detect.box_norm=true"), "data.micro_batch"),

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -55,16 +56,21 @@ def in_records(rank: int, act) -> None:
     train.Trainer._record = record  # type: ignore[method-assign]  # a stand-in
 
 
-def save_slowly() -> None:
-    """Makes rank 0 late for every checkpoint."""
+def in_save(rank: int, act: Callable[[], None]) -> None:
+    """Calls `act` on one rank at the beginning of every save."""
     original = train.CheckpointManager.save
 
     def save(self, *arguments, **options):
-        if int(os.environ["RANK"]) == 0:
-            time.sleep(SLOW)
+        if int(os.environ["RANK"]) == rank:
+            act()
         return original(self, *arguments, **options)
 
     train.CheckpointManager.save = save  # type: ignore[method-assign]  # a stand-in
+
+
+def save_slowly() -> None:
+    """Makes rank 0 late for every checkpoint."""
+    in_save(0, lambda: time.sleep(SLOW))
 
 
 TRAINER: list[train.Trainer] = []
@@ -75,6 +81,8 @@ FAULTS = {
     "kill rank 1 once": lambda: in_forward(1, die_once),
     "hang in forward": lambda: in_forward(1, sleep_for_ever),
     "hang in records": lambda: in_records(1, sleep_for_ever),
+    "stop rank 0 in save": lambda: in_save(0, stop),
+    "stop rank 1 in save": lambda: in_save(1, stop),
     "slow save": save_slowly,
 }
 

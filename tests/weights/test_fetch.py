@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -67,7 +68,8 @@ def server(monkeypatch, tmp_path):
 
 def test_the_table_names_files_of_configs_that_are_there():
     rows = released()
-    assert len(rows) == 173 and len({row.file for row in rows.values()}) == 173
+    assert len(rows) == 190 and len({row.file for row in rows.values()}) == 190
+    assert Counter(row.task for row in rows.values()) == {"classify": 173, "detect": 13, "segment": 4}
     for row in rows.values():
         assert row.address.startswith("https://") and (not row.config or find_config(row.config))
     assert of_config(NAME).top1 == 81.2 and find(f"{NAME}.pth") is rows[NAME]
@@ -200,6 +202,15 @@ def test_the_command(server, capsys):
     assert command.main(["path", NAME]) == 0 and capsys.readouterr().out.strip() == str(place(find(NAME)))
     assert command.main(["list", NAME, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["here"] is True
+    assert command.main(["list", "--task", "segment"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        shown.count("\n") == 6
+        and "mIoU  mIoU (ms)  trained on" in shown
+        and "48.13      49.72  imagenet1k, ade20k" in shown
+    )
+    assert command.main(["list", "small", "--task", "detect"]) == 0 and " 51.9       45  " in capsys.readouterr().out
+    assert command.main(["list", "--task", "pose"]) == 2 and "invalid choice: 'pose'" in capsys.readouterr().err
     for words, said in ((["list", "resnet"], "no released weights"), (["fetch"], "needs the name"), (["get"], "verb")):
         assert command.main(words) == 2
         assert said in (error := capsys.readouterr().err) and error.count("\n") == 1

@@ -181,3 +181,64 @@ def test_sizes_given_with_set_are_heeded_by_every_format(tmp_path, form):
     again = swin_moe.load(tmp_path / "back").model
     image = torch.randn(1, 3, 32, 32)
     assert again.img_size == (32, 32) and torch.equal(again(image), model(image))
+
+
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_mlp"])
+def test_sizes_that_a_native_checkpoint_lacks_can_be_given_later(tmp_path, family):
+    model = swin_moe.create_model(family, **SMALL).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    bare, told = tmp_path / "bare", tmp_path / "told"
+    tools(["convert", str(tmp_path / "x.pth"), str(bare), "--to", "native"])
+    with pytest.raises(ValueError, match="does not tell all of its network"):
+        swin_moe.load(bare)
+    sizes = ["--set", "img_size=32", "--set", "window_size=4"]
+    assert tools(["convert", str(bare), str(told), "--to", "native", *sizes]) == 0
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(swin_moe.load(told).model(image), model(image))
+    wider = tmp_path / "wider"  # a network without absolute positions computes on any image
+    assert tools(["convert", str(told), str(wider), "--to", "native", "--set", "img_size=64"]) == 0
+    assert swin_moe.load(wider).model.img_size == (64, 64)
+
+
+@pytest.mark.parametrize("form", ["official", "native"])
+@pytest.mark.parametrize(
+    ("family", "given", "said"),
+    [
+        (
+            "swin",
+            "img_size=64",
+            "an image of 64x64 pixels has 256 tokens, and the absolute positions are of 64; check",
+        ),
+        (
+            "swin",
+            "window_size=8",
+            "the parameters of stage 0 are of windows of 4 tokens, and these sizes make them 8;",
+        ),
+        (
+            "swin_mlp",
+            "window_size=2",
+            "the parameters of stage 0 are of windows of 4 tokens, and these sizes make them 2\n",
+        ),
+        ("swin", "img_size=x", "--set img_size must be a number of pixels, or two: H,W, got 'x'"),
+    ],
+)
+def test_sizes_that_the_tensors_contradict_are_refused(tmp_path, capsys, form, family, given, said):
+    extra = {"ape": True} if family == "swin" else {}
+    torch.save({"model": swin_moe.create_model(family, **SMALL, **extra).state_dict()}, tmp_path / "x.pth")
+    source = tmp_path / "x.pth"
+    if form == "native":
+        source = tmp_path / "n"
+        sizes = ["--set", "img_size=32", "--set", "window_size=4"]
+        tools(["convert", str(tmp_path / "x.pth"), str(source), "--to", "native", *sizes])
+    assert tools(["convert", str(source), str(tmp_path / "out"), "--to", "native", "--set", given]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_native_checkpoint_keeps_its_step(tmp_path, capsys):
+    torch.save({"model": swin_moe.create_model("swin", **SMALL).state_dict()}, tmp_path / "x.pth")
+    native = tmp_path / "n"
+    tools(["convert", str(tmp_path / "x.pth"), str(native), "--to", "native", "--set", "step=7"])
+    for step, code in (("7", 0), ("8", 2)):
+        target = str(tmp_path / step)
+        assert tools(["convert", str(native), target, "--to", "native", "--set", f"step={step}"]) == code
+    assert "--set step=8 is for files that do not tell it; this one is of 7" in capsys.readouterr().err

@@ -1,8 +1,10 @@
-"""Files of the official detectors and segmentors: names are ours, experts apart; classes stand in `meta`.
+"""Files of the official detectors and segmentors: names are ours, experts apart; classes stand in `meta`. What other
+programs write of the same networks is read (dense_dialects.py).
 
 Facts: SwinTransformer/Swin-Transformer-Object-Detection and -Semantic-Segmentation, whose files are mmcv's:
-{"meta", "state_dict", "optimizer"}. The optimizer is left out. Indices of position biases and counts of batches are
-dropped when read and built when written, so that the official code loads the file strictly.
+{"meta", "state_dict", "optimizer"}; so are microsoft/SoftTeacher's, of a student and a teacher. The optimizer is left
+out. Indices of position biases and counts of batches are dropped when read and built when written, so that the official
+code loads the file strictly.
 """
 
 import math
@@ -14,16 +16,18 @@ import numpy as np
 
 from checkpoint_tools.files.publish import publish_files
 from checkpoint_tools.files.torch_writer import NewTensor, constant, num_bytes, write_torch
-from checkpoint_tools.formats.images import CLASSES
+from checkpoint_tools.formats.dense_dialects import DIALECTS, check_backbone, dialect_of, in_official_order
+from checkpoint_tools.formats.hf import config_json, stored_records
+from checkpoint_tools.formats.images import CLASSES, named_classes
 from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.formats.official.layout import position_index
 from checkpoint_tools.formats.plain_read import parameter_sizes, place_records
-from checkpoint_tools.formats.rules import FROM_OFFICIAL, TO_OFFICIAL, from_ours
+from checkpoint_tools.formats.rules import TO_OFFICIAL, TO_SOFT_TEACHER, from_ours
 from checkpoint_tools.formats.state_dict import find_weights, open_file, peek
 from checkpoint_tools.sources.assembled import AssembledSource
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from swin_moe.checkpoint.errors import CheckpointError
-from swin_moe.names.official import DENSE, DENSE_PARTS, inner_name
+from swin_moe.names.official import DENSE, TEACHER, inner_name
 
 _TABLE, _VARIANCE = "relative_position_bias_table", ".bn.running_var"
 # The last layer of each kind of head, and its outputs that are no class.
@@ -36,26 +40,34 @@ _CLASSIFIERS = {
 
 def detect(path: Path) -> bool:
     """See formats/__init__.py."""
-    names = peek(path)
-    return f"{DENSE}patch_embed.proj.weight" in names and any(name.startswith(DENSE_PARTS) for name in names)
+    if path.is_dir():
+        config = config_json(path)
+        backbone = config.get("backbone_config")
+        return (
+            config.get("model_type") == "upernet"
+            and isinstance(backbone, dict)
+            and backbone.get("model_type") == "swin"
+        )
+    return dialect_of(peek(path)) is not None
 
 
 def open_dense(path: Path, options: Options) -> Source:
-    """Returns the checkpoint in the file `path`; see formats/__init__.py."""
-    file = open_file(path)
-    records = {name: (file, record) for name, record in find_weights(file.content, path).records.items()}
-    parts = place_records(path, records, FROM_OFFICIAL)
-    sizes = parameter_sizes(parts)
-    inferred: dict[str, Any] = infer_model(path, {inner_name(name): shape for name, shape in sizes.items()})
-    for name, beside in _CLASSIFIERS.items():
-        if name in sizes and inferred:
-            inferred["num_classes"] = sizes[name][0] - beside
-    positions = sizes.get(f"{DENSE}absolute_pos_embed", ())
-    if len(positions) == 4 and inferred:  # a map of them, of any shape
-        inferred["img_size"] = [side * patch for side, patch in zip(positions[2:], inferred["patch_size"])]
-    if isinstance(file.content, dict) and file.content.get("optimizer"):
+    """Returns the checkpoint in the file `path`, or in a directory of transformers; see formats/__init__.py."""
+    file = None if path.is_dir() else open_file(path)
+    if file is None:
+        records = stored_records(path)
+    else:
+        records = {name: (file, record) for name, record in find_weights(file.content, path).records.items()}
+    dialect = dialect_of(records) or DIALECTS[0]
+    check_backbone(path, dialect, records)
+    parts = place_records(path, records, dialect.rules)
+    if dialect.unfolds:
+        parts = in_official_order(path, parts)
+    content = None if file is None else file.content
+    if isinstance(content, dict) and content.get("optimizer"):
         options.report(f"{path}: its optimizer is left out")
-    names = _class_names(file.content)
+    inferred = _network_of(path, parameter_sizes(parts))
+    names = _class_names(content) or named_classes(config_json(path if file is None else path.parent))
     return AssembledSource(
         "dense",
         path,
@@ -67,6 +79,19 @@ def open_dense(path: Path, options: Options) -> Source:
     )
 
 
+def _network_of(path: Path, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns the options of config.model that the shapes tell; {} where they tell none."""
+    own = {inner_name(name): shape for name, shape in sizes.items() if not name.startswith(TEACHER)}
+    inferred: dict[str, Any] = infer_model(path, own)
+    for name, beside in _CLASSIFIERS.items():
+        if name in sizes and inferred:
+            inferred["num_classes"] = sizes[name][0] - beside
+    positions = sizes.get(f"{DENSE}absolute_pos_embed", ())
+    if len(positions) == 4 and inferred:  # a map of them, of any shape
+        inferred["img_size"] = [side * patch for side, patch in zip(positions[2:], inferred["patch_size"])]
+    return inferred
+
+
 def write_dense(source: Source, path: Path, options: Options) -> None:
     """Writes one file that the official code loads; see formats/__init__.py."""
     names = [name for name in source.tensors if split_kind(name)[0] == "weight"]
@@ -75,9 +100,10 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
     left = sorted({split_kind(name)[0] for name in source.tensors} - {"weight"})
     if left:
         options.report(f"{source.path}: dense files hold parameters only; left out: {', '.join(left)}")
+    rules = TO_SOFT_TEACHER if any(name.startswith(TEACHER) for name in names) else TO_OFFICIAL
     tensors: dict[str, NewTensor] = {}
     for name in sorted(names):
-        (official,) = from_ours(name, TO_OFFICIAL)
+        (official,) = from_ours(name, rules)
         shape, dtype = source.tensors[name]
         tensors[official] = NewTensor(shape, dtype, partial(source.read, name))
         if name.endswith(_TABLE):
@@ -98,8 +124,11 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
 
 
 def _class_names(content: Any) -> list[str]:
-    """Returns what `meta` says of the classes; [] where it says nothing that can be used."""
+    """Returns what `meta` says of the classes, as the official code or mmengine has it; [] where it is unusable."""
     meta = content.get("meta") if isinstance(content, dict) else None
-    found = meta.get("CLASSES") if isinstance(meta, dict) else None
+    if not isinstance(meta, dict):
+        return []
+    later = meta.get("dataset_meta")
+    found = meta.get("CLASSES") or (later.get("classes") or later.get("CLASSES") if isinstance(later, dict) else None)
     usable = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
     return list(found) if usable and found else []

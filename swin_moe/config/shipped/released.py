@@ -1,4 +1,4 @@
-"""The released official files of weights by name: configs/released.tsv as rows. Plain data, no torch, no network."""
+"""The released official files of weights by name: configs/released*.tsv as rows. Plain data, no torch, no network."""
 
 import difflib
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ class Released:
     top1: float | None  # per cent; None = not published
     top5: float | None
     address: str
+    task: str = "classify"  # or detect, segment
+    # detect: box AP and mask AP; segment: mIoU, and with several scales and flips; classify: none, see top1.
+    scores: tuple[float | None, float | None] = (None, None)
 
     @property
     def file(self) -> str:
@@ -42,11 +45,17 @@ class Released:
 def released() -> dict[str, Released]:
     """Returns every released file by its name."""
     rows = {}
-    for line in (config_folder() / "released.tsv").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, config, data, top1, top5, address = line.split("\t")
-            rows[name] = Released(name, "" if config == "-" else config, data, _number(top1), _number(top5), address)
+    for name, config, data, top1, top5, address in _lines("released.tsv"):
+        rows[name] = Released(name, "" if config == "-" else config, data, _number(top1), _number(top5), address)
+    for name, config, task, data, first, second, address in _lines("released_dense.tsv"):
+        scores = (_number(first), _number(second))
+        rows[name] = Released(name, "" if config == "-" else config, data, None, None, address, task, scores)
     return rows
+
+
+def _lines(file: str) -> list[list[str]]:
+    lines = (config_folder() / file).read_text().splitlines()
+    return [line.split("\t") for line in lines if line and not line.startswith("#")]
 
 
 def find(name: str) -> Released:

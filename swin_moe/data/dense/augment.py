@@ -7,14 +7,19 @@ The official augmentations of detection (1x and 3x) and of UPerNet are options o
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from swin_moe.config import DataConfig
 from swin_moe.data.dense.colours import Distort
 from swin_moe.data.dense.geometry import Crop, Flip, Move, Resize, affine, scaled_size
 from swin_moe.data.dense.sample import DenseSample
+from swin_moe.data.dense.strong import Recolour, strong_moves
 from swin_moe.randomness import derive_key
 
 _CROP_TRIES = 10  # of segmentation
+# Whose an image of training is: a task's of images with labels alone; or, where images without are mixed in, one with
+# labels, or what the teacher or the student sees of one without.
+View = Literal["plain", "labelled", "teacher", "student"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,13 @@ def _between(draw: random.Random, low: int, high: int) -> int:
 class TrainingPlanner:
     """Flip; half of the time resize and crop (detection); resize; turn; crop to one size (segmentation); colours.
 
-    Each part draws from a stream of its own, so that one option does not move the draws of another.
+    Each part draws from a stream of its own, so that one option does not move the draws of another. Where images
+    without labels are mixed in, a teacher's images are flipped and resized alone, a student's then moved strongly
+    (strong.py), and those with labels recoloured.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        self._hflip, self._options = config.hflip, config.dense
+    def __init__(self, config: DataConfig, view: View = "plain") -> None:
+        self._hflip, self._options, self._view = config.hflip, config.dense, view
 
     def __call__(self, height: int, width: int, key: int) -> Plan:
         """Returns the plan of an image of this size; a pure function of size and key."""
@@ -89,8 +96,12 @@ class TrainingPlanner:
         if options.short:
             draw = _stream(key, 2)
             ratio = draw.uniform(*options.ratio)
-            short, long = int(_choose(draw, options.short) * ratio), int(options.long * ratio)
+            side = options.short
+            drawn = _between(draw, min(side), max(side)) if options.short_between else _choose(draw, side)
+            short, long = int(drawn * ratio), int(options.long * ratio)
             size = self._resized(moves, size, max(1, short), max(1, long))
+        if self._view != "plain":
+            return Plan(size, (*moves, *self._of_view(size, key)))
         if options.rotate or options.shear or options.translate:
             draw = _stream(key, 5)
             degrees, shear, right, down = (draw.uniform(-1, 1) for _ in range(4))
@@ -103,6 +114,16 @@ class TrainingPlanner:
         if options.distort:
             moves.append(Distort.drawn(_stream(key, 4)))
         return Plan(size, tuple(moves))
+
+    def _of_view(self, size: tuple[int, int], key: int) -> list[Move]:
+        options, moves = self._options, list[Move]()
+        if self._view == "student":
+            moves = strong_moves(_stream(key, 6), size, options)
+        elif self._view == "labelled" and options.recolour:
+            moves = [Recolour.drawn(_stream(key, 6))]
+        if options.distort and self._view != "teacher":
+            moves.append(Distort.drawn(_stream(key, 4)))
+        return moves
 
     def _resized(self, moves: list[Move], size: tuple[int, int], short: int, long: int) -> tuple[int, int]:
         new = scaled_size(*size, short, long)

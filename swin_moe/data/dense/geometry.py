@@ -152,11 +152,12 @@ class Crop:
 class Affine:
     """Moves every point (x, y) to the matrix's first two rows times (x, y, 1), within an image of the same size.
 
-    Bilinear; masks and label map by the nearest pixel; black, and ignored, where nothing comes from. A box becomes the
+    Bilinear; masks and label map by the nearest pixel; `fill`, and ignored, where nothing comes from. A box becomes the
     bounds of its four moved corners, clipped.
     """
 
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
+    fill: int = 0  # grey level
 
     def __call__(self, sample: DenseSample) -> DenseSample:
         """Returns the moved sample."""
@@ -174,7 +175,8 @@ class Affine:
         masks = sample.masks
         if masks is not None:
             masks = np.asarray([move(mask, 0) > 0 for mask in masks], dtype=bool).reshape(masks.shape)
-        image = sample.image.transform(size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
+        grey = (self.fill,) * 3
+        image = sample.image.transform(size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR, fillcolor=grey)
         moved = replace(
             sample,
             image=image,
@@ -195,17 +197,27 @@ def moved_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.concatenate([points.min(0), points.max(0)]).T
 
 
-def affine(size: tuple[int, int], *, degrees: float, shear: float, shift: tuple[float, float]) -> Affine:
+def affine(
+    size: tuple[int, int],
+    *,
+    degrees: float,
+    shear: float,
+    shift: tuple[float, float],
+    slant: float = 0.0,
+    fill: int = 0,
+) -> Affine:
     """Returns the move that slants and turns an image round its middle, then shifts it.
 
     Args:
         size: Height, width. degrees: Clockwise as seen. shear: Degrees that the vertical is slanted by.
-        shift: In pixels, right and down.
+        shift: In pixels, right and down. slant: Degrees that the horizontal is slanted by. fill: See Affine.
     """
     height, width = size
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     linear = np.asarray([[cos, -sin], [sin, cos]]) @ np.asarray([[1.0, math.tan(math.radians(shear))], [0.0, 1.0]])
+    if slant:
+        linear = linear @ np.asarray([[1.0, 0.0], [math.tan(math.radians(slant)), 1.0]])
     middle = np.asarray([width / 2, height / 2])
     offset = middle - linear @ middle + shift
     (a, b), (c, d) = linear.tolist()
-    return Affine(((a, b, float(offset[0])), (c, d, float(offset[1]))))
+    return Affine(((a, b, float(offset[0])), (c, d, float(offset[1]))), fill)

@@ -41,15 +41,16 @@ class LabelledShare(_View):
     def __init__(self, dataset: DenseDataset, config: DataConfig) -> None:
         count = max(1, round(config.dense.labelled * len(dataset)))
         number = np.random.Philox(derive_key(config.subset, PURPOSES.index("subset"))).random_raw(len(dataset))
-        self._is_labelled = np.zeros(len(dataset), dtype=bool)
-        self._is_labelled[np.argsort(number, kind="stable")[:count]] = True
+        chosen = np.zeros(len(dataset), dtype=bool)
+        chosen[np.argsort(number, kind="stable")[:count]] = True
         keep = config.dense.unlabelled == "keep"
-        super().__init__(dataset, np.arange(len(dataset)) if keep else np.flatnonzero(self._is_labelled))
+        super().__init__(dataset, np.arange(len(dataset)) if keep else np.flatnonzero(chosen))
+        self._chosen, self.is_labelled = chosen, chosen[self._rows]  # of all images; of those that are left
 
     def dense_sample(self, index: int) -> DenseSample:
         """Returns the image, with its labels if it is one of the share."""
         sample = super().dense_sample(index)
-        if self._is_labelled[self._rows[index]]:
+        if self.is_labelled[index]:
             return sample
         masks = None if sample.masks is None else sample.masks[:0]
         return DenseSample(sample.image, sample.image_id, sample.original_size, masks=masks, labelled=False)
@@ -57,7 +58,7 @@ class LabelledShare(_View):
     def update_listing(self, update: Callable[[bytes], None]) -> None:
         """Feeds a digest with what the data set lists, and which images have labels."""
         super().update_listing(update)
-        update(self._is_labelled.tobytes())
+        update(self._chosen.tobytes())
 
 
 class RelabeledObjects(_View):

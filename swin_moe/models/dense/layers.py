@@ -54,7 +54,7 @@ class ConvModule(nn.Module):
         """Returns (B, out_channels, H, W)."""
         x = self.conv(x)
         x = x if self.bn is None else self.bn(x)
-        return F.relu(x) if self.activation else x
+        return F.relu(x, inplace=True) if self.activation else x
 
 
 def init_weights(part: nn.Module, key: int, *, std: float, only: Collection[nn.Module] | None = None) -> None:

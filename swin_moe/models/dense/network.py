@@ -30,7 +30,9 @@ class DenseNetwork(Network):
         """See Network: the backbone's as its own, parts beside it as their layers are marked (layers.py)."""
         self.backbone.init_weights(seed, only)
         for name, child in self.named_children():
-            if name != "backbone":
+            if isinstance(child, DenseNetwork):  # a whole network, which begins as this one
+                child.init_weights(seed, only)
+            elif name != "backbone":
                 key = derive_key(seed, zlib.crc32(name.encode()))
                 init_weights(child, key, std=self.backbone.config.init_std, only=only)
 

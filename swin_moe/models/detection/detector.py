@@ -17,6 +17,7 @@ from swin_moe.models.detection.roi_head import RoIHead
 from swin_moe.models.detection.rpn import RegionProposals
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import LossSums, Targets
+from swin_moe.models.detection.views import detect_over, views_of
 from swin_moe.randomness import RandomContext
 
 
@@ -61,8 +62,11 @@ class Detector(DenseNetwork):
             image: (B, 3, H, W), zero beyond each image; B may be 0.
             size: (B, 2) int64, height and width of each image in it.
             original: (B, 2) int64, the sizes before resizing, in which detections are given; None = `size`.
+                With several views (DetectionSpec) a forward is of one image, or of none.
             random: What training draws from; None = a fresh context from torch's generator.
         """
+        if targets is None and self.spec.detections.several:
+            return self._over_views(image, size, size if original is None else original)
         if targets is None:
             maps, _ = self.maps(image, None, size)
             found = self.rpn_head.proposals(self.rpn_head.scored(maps), size, self.spec.proposals.testing)
@@ -75,6 +79,12 @@ class Detector(DenseNetwork):
         found = self.rpn_head.proposals(scored, size, self.spec.proposals.training)
         losses |= self.roi_head.losses(maps, [boxes for boxes, _ in found], targets, size, random)
         return Learned(losses, aux)
+
+    def _over_views(self, image: Tensor, size: Tensor, original: Tensor) -> list[Detections]:
+        found = self.spec.detections
+        views = views_of(image, size, scales=found.scales, mirror=found.mirror, divisor=self.spec.size_divisor)
+        maps = [self.maps(view.image, None, view.size)[0] for view in views]  # which may be collectives
+        return [detect_over(self.rpn_head, self.roi_head, views, maps, own) for own in original]
 
     def counted_beside(self, maps: list[tuple[int, int]]) -> int:
         """See DenseNetwork; 1,000 boxes and 100 masks."""

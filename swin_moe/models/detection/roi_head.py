@@ -89,7 +89,7 @@ class RoIHead(nn.Module):
                 assert targets.masks is not None, "a network with masks learns from masks"
                 if self.spec.interleaved:
                     sampled = self._sample(proposals, targets, number, 2, random, maps)
-                masks = self._mask_losses(features, sampled.positive(), targets.masks, number)
+                masks = self.mask_losses(features, sampled.positive(), targets.masks, number)
                 found |= masks.weighted(stage.weight, prefix)
         return found
 
@@ -103,9 +103,26 @@ class RoIHead(nn.Module):
             size: Height and width of every image in the batch.
             original: The same before it was resized.
         """
+        features = self.features(maps)
+        images = zip(self.scored(features, proposals, size_B2), size_B2, original_B2)
+        results = [select(*found, size, original, self.spec.detections) for found, size, original in images]
+        if not results or not self.mask_heads:
+            return results
+        scale = (size_B2 / original_B2).flip(1).repeat(1, 2)
+        boxes = [found.boxes * own.to(found.boxes) for found, own in zip(results, scale)]
+        masks = self.masks(features, boxes, [found.labels for found in results])
+        return [found._replace(masks=own) for found, own in zip(results, masks)]
+
+    def features(self, maps: Sequence[Tensor]) -> Features:
+        """Returns what boxes look at in evaluation."""
+        return self._features(maps, None)[0]
+
+    @torch.no_grad()
+    def scored(self, features: Features, proposals: list[Tensor], size_B2: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns for every image what all stages make of its proposals: boxes (P, 4 K), or (P, 4) for all classes, in
+        the batch's image, and scores (P, K + 1), the last column of background."""
         if not len(size_B2):
             return []
-        features, _ = self._features(maps, None)
         rois, total = rois_of(proposals), None
         for number, head in enumerate(self.box_heads):
             logits, codes = head(self.box_features(features, rois))
@@ -116,12 +133,20 @@ class RoIHead(nn.Module):
                 rois = torch.cat([rois[:, :1], boxes], dim=1)
         assert total is not None, "a network has stages"
         scores = (total / len(self.box_heads)).softmax(dim=1)
-        results = []
-        for image, (size, original) in enumerate(zip(size_B2, original_B2)):
-            rows = rois[:, 0] == image
-            found = head.decoded(rois[rows, 1:], codes[rows], size)
-            results.append(select(found, scores[rows], size, original, self.spec.detections))
-        return self._with_masks(features, results, size_B2, original_B2) if self.mask_heads else results
+        rows = [rois[:, 0] == image for image in range(len(size_B2))]
+        return [(head.decoded(rois[own, 1:], codes[own], size), scores[own]) for own, size in zip(rows, size_B2)]
+
+    @torch.no_grad()
+    def masks(self, features: Features, boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
+        """Returns (D, M, M) probabilities for every image: means of the stages' masks of the boxes' classes.
+
+        boxes: (D, 4) of every image, in the batch's image.
+        """
+        label = torch.cat(labels)
+        rows = torch.arange(len(label), device=label.device)
+        logits = self.mask_logits(features, rois_of(boxes))
+        masks = torch.stack([one[rows, label].sigmoid() for one in logits]).mean(dim=0)
+        return list(masks.split([len(own) for own in labels]))
 
     def box_features(self, features: Features, rois_R5: Tensor) -> Tensor:
         """Returns (R, C, S, S), what box heads take."""
@@ -158,7 +183,12 @@ class RoIHead(nn.Module):
             hidden.append(head.features(x, hidden[-1] if hidden else None))
         return hidden
 
-    def _mask_losses(self, features: Features, positive: Sampled, masks: list[Tensor], number: int) -> LossSums:
+    def mask_losses(self, features: Features, positive: Sampled, masks: list[Tensor], number: int) -> LossSums:
+        """Returns loss_mask of a stage, unweighted.
+
+        Args:
+            positive: Boxes with an object. masks: (G, H, W) bool of every image. number: The stage's.
+        """
         assert self.spec.mask_head is not None, "a network with masks"
         x = self._regions(features, positive.rois, self.spec.mask_head.size)
         if self.spec.mask_flow:
@@ -191,16 +221,3 @@ class RoIHead(nn.Module):
             random=random,
             empty=widened(maps[0]).new_zeros(0, 4),
         )
-
-    def _with_masks(
-        self, features: Features, results: list[Detections], size_B2: Tensor, original_B2: Tensor
-    ) -> list[Detections]:
-        """Returns the detections with the mean of the stages' masks of their classes."""
-        scale = (size_B2 / original_B2).flip(1).repeat(1, 2)
-        rois = rois_of([found.boxes * own.to(found.boxes) for found, own in zip(results, scale)])
-        label = torch.cat([found.labels for found in results])
-        rows = torch.arange(len(label), device=label.device)
-        logits = self.mask_logits(features, rois)
-        masks = torch.stack([one[rows, label].sigmoid() for one in logits]).mean(dim=0)
-        parts = masks.split([len(found.labels) for found in results])
-        return [found._replace(masks=part) for found, part in zip(results, parts)]

@@ -93,6 +93,13 @@ class DetectionSpec:
     soft: bool = False  # it loses score instead (soft NMS, linear)
     per_image: int = 100
     mask_threshold: float = 0.5
+    scales: tuple[float, ...] = (1.0,)  # of an image's size, at which it is looked at
+    mirror: bool = False  # and at each mirrored too
+
+    @property
+    def several(self) -> bool:
+        """Whether an image is looked at otherwise than once as it is."""
+        return self.mirror or self.scales != (1.0,)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`swin-moe calibrate`: measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`."""
 
+import argparse
 import datetime
-import os
 import platform
 import sys
 import time
@@ -15,7 +15,7 @@ import torch
 
 from swin_moe.config.arguments import Parser
 from swin_moe.engine.precision import DTYPES
-from swin_moe.parallel.groups import init_distributed
+from swin_moe.parallel.groups import init_distributed, number_of
 from swin_moe.planner.calibrate.links import fit_link, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.machine import (
     measure_disk,
@@ -28,6 +28,7 @@ from swin_moe.planner.calibrate.networks import NETWORKS, Seen, measure_networks
 from swin_moe.planner.hardware import Hardware, Link, dump_hardware, load_hardware, shipped_hardware
 from swin_moe.planner.rates import Curve, Point
 from swin_moe.run.session import pick_device, run_main
+from swin_moe.usage.texts import EXAMPLES
 
 _PRECISIONS = ("fp32", "bf16")
 
@@ -58,13 +59,13 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out {out} exists; give another name, or --overwrite")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    rank, world = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if int(os.environ.get("LOCAL_WORLD_SIZE") or world) != world:
+    rank, world = number_of("RANK"), number_of("WORLD_SIZE", 1)
+    if number_of("LOCAL_WORLD_SIZE", world) != world:
         raise ValueError(
             f"swin-moe calibrate measures ranks of one host, and of {world} ranks some are elsewhere; what lies "
             "between hosts is measured by swin-moe launch --preflight-file, and read with --preflight"
         )
-    device = pick_device("auto", int(os.environ.get("LOCAL_RANK") or 0))
+    device = pick_device("auto", number_of("LOCAL_RANK"))
     like = load_hardware(options.like or _alike(device))
     torch.set_num_threads(1)
     say = Steps(enabled=rank == 0)
@@ -86,7 +87,12 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(prog="swin-moe calibrate", description=__doc__)
+    parser = Parser(
+        prog="swin-moe calibrate",
+        description=__doc__,
+        epilog=EXAMPLES["calibrate"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", default="machine.yaml", metavar="FILE", help="what is written (machine.yaml)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     known = ", ".join(shipped_hardware())

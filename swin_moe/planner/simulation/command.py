@@ -1,5 +1,6 @@
 """`swin-moe simulate`: one optimizer step on a world that is not there, event by event, with uneven experts."""
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -8,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config
 from swin_moe.config.arguments import Parser
 from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, load_hardware, shipped_hardware
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.micro_step import trace_micro_step
-from swin_moe.planner.plan import Planned, make_plan
+from swin_moe.planner.plan import MOST_GPUS, Planned, make_plan
 from swin_moe.planner.simulation.loads import draw_shares, shares_of_run
 from swin_moe.planner.simulation.report import Simulated, lines, simulate
+from swin_moe.usage.texts import EXAMPLES
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         simulated = simulate(chosen, hardware, workload, best.layout, segments, shares)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(as_json(best, simulated, config, hardware, shares), indent=1))
@@ -54,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(prog="swin-moe simulate", description=__doc__.partition("\n\n")[0])
+    parser = Parser(
+        prog="swin-moe simulate",
+        description=__doc__.partition("\n\n")[0],
+        epilog=EXAMPLES["simulate"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of one in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option of the config")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks, one per device")
@@ -77,6 +85,8 @@ def parse(argv: list[str] | None) -> Any:
         value = getattr(options, name)
         if value is not None and not least <= value < np.inf:
             raise ValueError(f"swin-moe simulate: --{name} must be >= {least}, got {value}")
+    if options.gpus > MOST_GPUS:
+        raise ValueError(f"swin-moe simulate: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
     if options.spread and options.routing:
         raise ValueError("swin-moe simulate: --spread and --routing both say how uneven experts are; give one")
     if options.routing and not Path(options.routing).exists():

@@ -103,3 +103,10 @@ def test_evaluation_resizes_and_no_more():
     planner = build_planner(dense(eval_short=800, eval_long=1333), train=False)
     assert planner(480, 640, 5).size == (800, 1067) and planner(480, 640, 5).moves == (Resize((800, 1067)),)
     assert build_planner(dense(), train=False)(480, 640, 0).moves == ()
+
+
+def test_short_sides_between_two_are_all_drawn():
+    drawn = plans({"short": (40, 44), "short_between": True, "long": 999}, (100, 100), 400)
+    counts = collections.Counter(plan.size[0] for plan in drawn)
+    assert set(counts) == {40, 41, 42, 43, 44} and min(counts.values()) > 50
+    assert {plan.size[0] for plan in plans({"short": (40, 44), "long": 999}, (100, 100), 50)} == {40, 44}

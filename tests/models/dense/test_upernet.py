@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from swin_moe.config import ModelConfig
+from swin_moe.config.io import load_config
 from swin_moe.models.dense import inference
 from swin_moe.models.dense.norms import BatchNorm2d
 from swin_moe.models.dense.pyramid import PyramidBackbone
@@ -161,6 +162,19 @@ def test_parameters_and_operations_of_the_published_rows(row):
     assert network.flops() == counter + attention
     if size == (512, 2048):
         assert round(network.flops() / 1e9) == PRINTED[name]
+
+
+@pytest.mark.parametrize("name, window", [("base", 7), ("base", 12), ("large", 7), ("large", 12)])
+def test_what_was_never_released_is_here(name, window):
+    """Defect 15: no config of 640 x 640, ImageNet-22K or windows of 12 was published; no size gives the 3230 G."""
+    config = load_config(f"upernet_swin_{name}_patch4_window{window}_640x640_160k_ade20k")
+    assert config.data.dense.crop == (640, 640) and config.model.window_size == window
+    with torch.device("meta"):
+        network = UPerNet(PyramidBackbone(config.model), num_classes=config.model.num_classes)
+    parameters, counter, attention = PUBLISHED.get((name, window, (640, 2560)), ((121_415_076,), 0, 0))
+    assert count_parameters(network) == parameters[0]
+    if counter:
+        assert network.counted((640, 2560)) == (counter, attention) and counter + attention < 2600e9
 
 
 def test_crops_cover_an_image_and_lie_inside():

@@ -50,7 +50,8 @@ def spec_of(config: dict[str, Any]) -> DetectorSpec:
     heads, train, test = config["roi_head"], config["train_cfg"]["rcnn"], config["test_cfg"]["rcnn"]
     cascade = isinstance(heads["bbox_head"], list)
     boxes, rules = (heads["bbox_head"], train) if cascade else ([heads["bbox_head"]], [train])
-    masks = heads["mask_head"][0] if isinstance(heads["mask_head"], list) else heads["mask_head"]
+    masks = heads.get("mask_head")  # a Faster R-CNN has none
+    masks = masks[0] if isinstance(masks, list) else masks
     box, semantic = boxes[0], heads.get("semantic_head")
     weights = heads.get("stage_loss_weights", [1.0])
     stages = [
@@ -73,7 +74,7 @@ def spec_of(config: dict[str, Any]) -> DetectorSpec:
             loss=LOSSES[box["loss_bbox"]["type"]],  # type: ignore[arg-type]  # one of BoxLoss
             loss_weight=box["loss_bbox"]["loss_weight"],
         ),
-        mask_head=MaskHeadSpec(masks["num_convs"], masks["conv_out_channels"]),
+        mask_head=None if masks is None else MaskHeadSpec(masks["num_convs"], masks["conv_out_channels"]),
         samples=rules[0]["sampler"]["num"],
         interleaved=heads.get("interleaved", False),
         mask_flow=heads.get("mask_info_flow", False),

@@ -1,0 +1,155 @@
+"""`swin-moe data check | split`: the command line."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from swin_moe.config.arguments import Parser
+
+_EXAMPLES = """examples:
+  what is in a folder of photos, and what is wrong with it
+    swin-moe data check photos
+  a folder of files and a table that names their classes: split, checked, trained on
+    swin-moe data split photos --labels labels.csv --val 0.2 --seed 0 --out photos_split
+    swin-moe data check photos_split
+    swin-moe train finetune_photos data.path=photos_split
+  the same with folders of links, which other programs read too
+    swin-moe data split photos --out photos_split --how links"""
+_CHECK = """examples:
+  folders train/ and val/ of class folders
+    swin-moe data check data/imagenet
+  class folders, or a folder of files with a table of labels
+    swin-moe data check photos --labels labels.csv
+  for a script: exit code 1 where something spoils training
+    swin-moe data check photos --json --sheet ''"""
+_SPLIT = """examples:
+  class folders into train.csv and val.csv; nothing is moved
+    swin-moe data split photos --out photos_split
+  a table of labels, its columns named
+    swin-moe data split photos --labels labels.csv --image-column id --class-column breed --out dogs
+  a tenth for validation, another draw, as folders of links
+    swin-moe data split photos --val 0.1 --seed 7 --out photos_7 --how links"""
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    sys.exit(main(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 1 where `check` found what spoils training; 2 after one sentence about what is wrong."""
+    try:
+        options = parse(argv)
+        return _check(options) if options.verb == "check" else _split(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted by Ctrl-C; nothing was written", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str] | None) -> Any:
+    """Returns the options; raises ValueError for wrong ones."""
+    raw: Any = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="swin-moe data", description="Images before training.", epilog=_EXAMPLES, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb", metavar="check | split", required=True)
+    check = verbs.add_parser(
+        "check",
+        help="classes, counts, sizes, broken files, images that stand twice, a contact sheet",
+        description="Looks at every image once. Exact duplicates have the same decoded pixels; near ones, between val "
+        "and train, have thumbnails that hardly differ.",
+        epilog=_CHECK,
+        formatter_class=raw,
+    )
+    split = verbs.add_parser(
+        "split",
+        help="a folder of images into train and val",
+        description="Every class gives its share; which images are a function of the seed and their names.",
+        epilog=_SPLIT,
+        formatter_class=raw,
+    )
+    for made in (check, split):
+        add = made.add_argument
+        add("path", metavar="PATH", type=Path, help="the folder of images, or a table of them")
+        add("--labels", type=Path, metavar="TABLE", help="a .csv or .tsv with the class of every image")
+        add("--image-column", default="", metavar="NAME", help="its column of file names (default: found by its name)")
+        add("--class-column", default="", metavar="NAME", help="its column of classes (default: found by its name)")
+    check.add_argument(
+        "--sheet", default=None, metavar="FILE.png", help="the contact sheet; '' = none (default: PATH_sheet.png here)"
+    )
+    check.add_argument("--json", action="store_true", help="everything found, as JSON")
+    cores = len(os.sched_getaffinity(0))
+    check.add_argument("--workers", type=int, default=cores, help=f"processes that decode (default here: {cores})")
+    split.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of every class, for validation (0.2)")
+    split.add_argument("--seed", type=int, default=0, help="another number, another draw (0)")
+    split.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    split.add_argument(
+        "--how", choices=("lists", "links", "copies"), default="lists", help="tables (default), or folders"
+    )
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:  # said by the verb's own parser, which knows what may have been meant
+        (check if options.verb == "check" else split).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.verb == "split" and not 0 < options.val < 1:
+        raise ValueError(f"swin-moe data split: --val must be between 0 and 1, got {options.val:g}")
+    if options.verb == "check" and options.workers < 1:
+        raise ValueError(f"swin-moe data check: --workers must be at least 1, got {options.workers}")
+    return options
+
+
+def _found(options: Any) -> Any:
+    from swin_moe.curate.find import find
+
+    return find(options.path, labels=options.labels, columns=(options.image_column, options.class_column))
+
+
+def _check(options: Any) -> int:
+    from swin_moe.curate.check import as_text, as_tree, check
+    from swin_moe.curate.sheet import contact_sheet
+    from swin_moe.run.counter import Counter
+
+    found = _found(options)
+    counter = Counter("images looked at", sum(map(len, found.splits.values())))
+    report = check(found, workers=options.workers, progress=counter)
+    counter.clear()
+    sheet = f"{options.path.resolve().name}_sheet.png" if options.sheet is None else options.sheet
+    if sheet:
+        first = next(iter(found.splits))
+        contact_sheet(found.splits[first], report.broken[first]).save(sheet)
+    if options.json:
+        print(json.dumps(as_tree(report) | {"sheet": sheet}, indent=1))
+    else:
+        print(as_text(report) + (f"\ncontact sheet: {sheet}" if sheet else ""))
+        if "" in found.splits:
+            print(f"next: swin-moe data split {_again(options)} --out {options.path.resolve().name}_split")
+    return 0 if report.is_clean else 1
+
+
+def _split(options: Any) -> int:
+    from swin_moe.curate.split import split
+    from swin_moe.run.counter import Counter
+
+    found = _found(options)
+    counter = Counter("images placed", sum(map(len, found.splits.values())))
+    counts = split(found, options.out, share=options.val, seed=options.seed, how=options.how, progress=counter)
+    counter.clear()
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    said = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    print(f"{options.out}: {said}, {len(found.classes)} classes; train with data.path={options.out}")
+    return 0
+
+
+def _again(options: Any) -> str:
+    """Returns what was typed to name the images, for the next command."""
+    words = [str(options.path)]
+    for name, value in (
+        ("labels", options.labels),
+        ("image-column", options.image_column),
+        ("class-column", options.class_column),
+    ):
+        words += [f"--{name} {value}"] if value else []
+    return " ".join(words)

@@ -1,0 +1,364 @@
+"""The inference form of a network for the CPU: swin_moe.optimize.
+
+Weights are packed once, and a block is four calls: norm and queries, keys and values; attention; projection and
+residual; norm, both layers of the feed-forward network and residual (ops/packed_layers.py). Between blocks the map is
+float32 (float64 in float64), as under autocast; the factors of products have the dtype that was asked for.
+
+Shape legend: B images, H x W tokens of a feature map, C channels, T = B * H * W, K classes, E experts.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_moe.models.attention import SpatialMLP, WindowAttention
+from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, check_image
+from swin_moe.models.swin import Block, SwinTransformer
+from swin_moe.moe import MoELayer
+from swin_moe.moe.choices.base import Batch, Choice
+from swin_moe.moe.dispatch import LocalDispatcher
+from swin_moe.moe.routers import Router
+from swin_moe.moe.routing import Routing
+from swin_moe.moe.scored import Scored
+from swin_moe.moe.shared import SharedExpert
+from swin_moe.ops.attention.fused import fused_window_attention, unsupported
+from swin_moe.ops.attention.in_windows import clamped_factor
+from swin_moe.ops.linear import Linear, is_untouched
+from swin_moe.ops.packed_layers import (
+    DTYPES,
+    PackedLinear,
+    PackedNorm,
+    Patches,
+    packed_layers,
+    refusal,
+    sums_dtype,
+)
+
+# Where the parts of a network are defined, and what has to stand where: something else (LoRA, quantization) computes
+# more than its weight says.
+_MODULES = ("swin_moe.models.", "swin_moe.moe.", "swin_moe.ops.", "torch.nn.modules.")
+_LINEAR, _NORM = (nn.Linear, Linear), (nn.LayerNorm,)
+_PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
+    SwinTransformer: {"norm": _NORM, "head": (*_LINEAR, nn.Identity)},
+    PatchEmbed: {"proj": (nn.Conv2d,), "norm": _NORM},
+    PatchMerging: {"reduction": _LINEAR, "norm": _NORM},
+    Block: {"norm1": _NORM, "norm2": _NORM, "enorm": _NORM, "mlp": (Mlp, MoELayer)},
+    WindowAttention: {"qkv": _LINEAR, "proj": _LINEAR},
+    Mlp: {"fc1": _LINEAR, "fc2": _LINEAR},
+    SharedExpert: {"fc1": _LINEAR, "fc2": _LINEAR},
+}
+
+
+def optimize(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> "OptimizedSwin":
+    """Returns the inference form of a network: the same logits (B, K), faster, on the CPU, without gradients.
+
+    It has copies of the weights: later changes of the model's are not seen, and the model may be deleted.
+
+    Args:
+        model: A Swin network of any family; it is left as it is.
+        dtype: Of the products' factors: float32, bfloat16, float16 or float64. Sums, norms, residuals and routing are
+            float32 or float64.
+
+    Raises:
+        ValueError: What the network is, where it lies, or what it is made of cannot be optimized, with the reason.
+    """
+    problem = optimize_refusal(model, dtype)
+    if problem:
+        raise ValueError(f"optimize: {problem}")
+    assert isinstance(model, SwinTransformer), "others are refused"
+    with torch.no_grad():
+        return OptimizedSwin(model, dtype)
+
+
+def optimize_refusal(model: nn.Module, dtype: torch.dtype) -> str:
+    """Returns why there is no inference form of a network, one clause; "" where there is."""
+    if not isinstance(model, SwinTransformer):
+        return f"it takes a Swin network as build_model and create_model give it, got a {type(model).__name__}"
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}"
+    if reason := refusal():
+        return f"it needs the compiled kernels: {reason}"
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or type(parameter) is not nn.Parameter:
+            return f"it is for weights on the CPU of one process, {name} is on {parameter.device}"
+    for name, module in model.named_modules():
+        if reason := _strange(module):
+            return f"{name or 'the network'} {reason}"
+        if isinstance(module, WindowAttention):
+            window, head_dim = (module.window,) * 2, module.proj.in_features // module.num_heads
+            problem = unsupported(device_type="cpu", dtype=dtype, head_dim=head_dim, window=window)
+            if problem is not None:
+                return f"{name}: {problem}"
+        if isinstance(module, MoELayer) and module.experts.num_local_experts != module.experts.num_experts:
+            return f"the experts of {name} are spread over ranks"
+    return ""
+
+
+def _strange(module: nn.Module) -> str:
+    """Returns what is not as build_model makes it, a predicate; "" where nothing is."""
+    if not type(module).__module__.startswith(_MODULES):
+        return f"({type(module).__name__}) is none of the parts that a Swin network is built of"
+    if not is_untouched(module):
+        return "has hooks or a forward of its own, which would not be called"
+    for name, kinds in _PARTS.get(type(module), {}).items():
+        part = getattr(module, name)
+        if part is not None and type(part) not in kinds:
+            return f"has a {type(part).__name__} for its {name}, which is not a {kinds[0].__name__}"
+    return ""
+
+
+class OptimizedSwin(nn.Module):
+    """What `optimize` returns. It has no parameters: weights are packed for the processor, so it is never saved.
+
+    Images are of any size and floating dtype, as the network takes them.
+    """
+
+    def __init__(self, model: SwinTransformer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.config = dtype, model.config
+        self.img_size, self.num_classes = model.img_size, model.num_classes
+        wide = sums_dtype(dtype)
+        self._embed = _Embedding(model, dtype)
+        self._stages = [[_Block(block, dtype) for block in stage.blocks] for stage in model.layers]
+        self._merges = [
+            None if stage.downsample is None else _Merging(stage.downsample, dtype) for stage in model.layers
+        ]
+        # In a list: no parameters of this module, which nobody trains, moves or saves.
+        self._last = [_wide(model.norm, wide), _wide(model.head, wide)]
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits (B, K) in the dtype of sums; features (B, C) of a network without a class head.
+
+        x: (B, channels, height, width); B may be 0.
+        """
+        norm, head = self._last
+        # Autocast would convert what is chosen here already.
+        with torch.autocast("cpu", enabled=False):
+            tokens = self._encode(x, ())[0]
+            return head(norm(tokens).flatten(1, 2).mean(dim=1))
+
+    @torch.no_grad()
+    def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
+        """Returns the maps (B, C, H, W) of the given stages (None = all), as the network's own forward_features."""
+        count = len(self._stages)
+        chosen = range(count) if stages is None else stages
+        unknown = [s for s in chosen if not 0 <= s < count]
+        if unknown:
+            raise ValueError(f"stages must be in [0, {count - 1}], got {unknown[0]}")
+        with torch.autocast("cpu", enabled=False):
+            maps = self._encode(x, chosen)[1]
+        return [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+
+    def _encode(self, image: Tensor, stages: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Returns (tokens of the last stage before the final norm, maps of stages), each (B, H, W, C)."""
+        x, nominal = self._embed(image), tuple(image.shape[-2:]) == self.img_size
+        maps = []
+        for number, (blocks, merge) in enumerate(zip(self._stages, self._merges)):
+            for block in blocks:
+                x = block(x, nominal)
+            if number in stages:
+                maps.append(self._last[0](x) if merge is None else x)
+            x = x if merge is None else merge(x)
+        return x, maps
+
+
+def _wide(module: nn.Module, wide: torch.dtype) -> nn.Module:
+    """Returns a copy of a module that nobody trains, in the dtype of sums."""
+    return copy.deepcopy(module).to(wide).requires_grad_(False).eval()
+
+
+class _Norm:
+    """A LayerNorm, packed and as it is."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(norm, nn.LayerNorm), "a Swin network has no other"
+        self.packed, self.module = PackedNorm.of(norm, dtype), _wide(norm, sums_dtype(dtype))
+
+
+class _Around(NamedTuple):
+    """What stands around a branch: its norm, before it or after."""
+
+    norm: _Norm
+    post: bool
+
+    @property
+    def before(self) -> PackedNorm | None:
+        """The norm of a pre-norm block."""
+        return None if self.post else self.norm.packed
+
+    @property
+    def after(self) -> PackedNorm | None:
+        """The norm of a post-norm block."""
+        return self.norm.packed if self.post else None
+
+    def apply(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns x and a branch that is no packed layer, added."""
+        if self.post:
+            return x + self.norm.module(branch(x))
+        return x + branch(self.norm.module(x))
+
+
+class _Embedding:
+    """Patches, their norm and absolute positions."""
+
+    def __init__(self, model: SwinTransformer, dtype: torch.dtype) -> None:
+        embed: PatchEmbed = model.patch_embed
+        self.wide, self.patch, self.grid = sums_dtype(dtype), embed.patch_size, model.grid
+        self.img_size = model.img_size
+        self.layer = PackedLinear.of(embed.proj.weight.flatten(1), embed.proj.bias, dtype)
+        self.norm = None if embed.norm is None else PackedNorm.of(embed.norm, dtype)
+        self.positions = model.absolute_pos_embed.detach().to(self.wide) if model.config.ape else None
+        # Says of a wrong image what the network says of it.
+        self.like = nn.Conv2d(
+            embed.proj.in_channels, embed.proj.out_channels, self.patch, device="meta", dtype=self.wide
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Returns the map of patches (B, H, W, C), cut at the nominal size, else padded."""
+        if isinstance(image, Tensor) and image.is_floating_point():
+            image = image.to(self.wide)
+        check_image(image, self.like)
+        (height, width), (ph, pw) = image.shape[-2:], self.patch
+        cut = (height, width) == self.img_size
+        rows, columns = (height // ph, width // pw) if cut else (-(-height // ph), -(-width // pw))
+        x = packed_layers(image, self.layer, after=self.norm, patches=Patches(ph, pw, rows, columns))
+        return x if self.positions is None else x + self._positions(rows, columns)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        assert self.positions is not None
+        positions = self.positions.view(1, *self.grid, -1)
+        if (rows, columns) == self.grid:
+            return positions
+        resized = F.interpolate(positions.permute(0, 3, 1, 2), size=(rows, columns), mode="bicubic")
+        return resized.permute(0, 2, 3, 1)
+
+
+class _Merging:
+    """2 x 2 tokens joined, norm and reduction."""
+
+    def __init__(self, merging: PatchMerging, dtype: torch.dtype) -> None:
+        self.layer = PackedLinear.of(merging.reduction.weight, merging.reduction.bias, dtype)
+        norm = PackedNorm.of(merging.norm, dtype)
+        self.norm, self.after = (None if merging.norm_after else norm), (norm if merging.norm_after else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return packed_layers(x, self.layer, norm=self.norm, after=self.after, merged=True)
+
+
+class _Block:
+    """A block of the network: the mixer and the feed-forward network, each with its norm and residual."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        mixer = block.mixer
+        self.mixer = _Attention(mixer, dtype) if isinstance(mixer, WindowAttention) else _Spatial(mixer, dtype)
+        self.ffn = _Experts(block.mlp, dtype) if isinstance(block.mlp, MoELayer) else _FeedForward(block.mlp, dtype)
+        self.around = [_Around(_Norm(norm, dtype), block.post_norm) for norm in (block.norm1, block.norm2)]
+        self.extra = None if block.enorm is None else _wide(block.enorm, sums_dtype(dtype))
+        self.shifts = {nominal: block.shift(nominal=nominal) for nominal in (False, True)}
+
+    def __call__(self, x: Tensor, nominal: bool) -> Tensor:
+        x = self.ffn(self.mixer(x, self.around[0], self.shifts[nominal]), self.around[1])
+        return x if self.extra is None else self.extra(x)
+
+
+class _Attention:
+    """Window attention; a continuous position bias is computed once, here."""
+
+    def __init__(self, attn: WindowAttention, dtype: torch.dtype) -> None:
+        wide, bias = sums_dtype(dtype), attn._qkv_bias()
+        self.qkv = PackedLinear.of(attn.qkv.weight, bias, dtype)
+        self.proj = PackedLinear.of(attn.proj.weight, attn.proj.bias, dtype)
+        self.pad = None if bias is None else bias.detach().to(dtype)  # a padded token is zero before the projection
+        self.table = attn.bias_table().detach().to(wide, copy=True)
+        logit = attn.logit_scale
+        self.factor = None if logit is None else clamped_factor(logit).detach().flatten().to(wide, copy=True)
+        self.heads, self.window, self.scale = attn.num_heads, (attn.window,) * 2, attn.scale
+
+    def __call__(self, x: Tensor, around: _Around, shift: int) -> Tensor:
+        qkv = packed_layers(x, self.qkv, norm=around.before, wide=False)
+        out = fused_window_attention(
+            qkv,
+            self.table,
+            num_heads=self.heads,
+            window=self.window,
+            shift=(shift, shift),
+            scale=self.scale,
+            logit_scale=self.factor,
+            pad_qkv=self.pad,
+        )
+        return packed_layers(out, self.proj, after=around.after, residual=x)
+
+
+class _Spatial:
+    """The spatial MLP, by its own forward: products of all windows at once."""
+
+    def __init__(self, mixer: SpatialMLP, dtype: torch.dtype) -> None:
+        self.mixer, self.dtype = copy.deepcopy(mixer).to(dtype).requires_grad_(False).eval(), dtype
+
+    def __call__(self, x: Tensor, around: _Around, shift: int) -> Tensor:
+        return around.apply(x, lambda y: self.mixer(y.to(self.dtype), shift=shift).to(x.dtype))
+
+
+class _FeedForward:
+    """Both layers of a dense feed-forward network."""
+
+    def __init__(self, mlp: nn.Module, dtype: torch.dtype) -> None:
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear), "other parts are refused"
+        self.layers = [PackedLinear.of(layer.weight, layer.bias, dtype) for layer in (fc1, fc2)]
+
+    def __call__(self, x: Tensor, around: _Around) -> Tensor:
+        return packed_layers(x, *self.layers, norm=around.before, after=around.after, residual=x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Returns the network's result without norm and residual."""
+        return packed_layers(x, *self.layers)
+
+
+class _Experts:
+    """A MoE layer: routed as it is in evaluation, without losses and statistics."""
+
+    def __init__(self, layer: MoELayer, dtype: torch.dtype) -> None:
+        experts = layer.experts
+        self.dtype, self.choice, self.config = dtype, layer.choice, layer.config
+        router = _wide(layer.router, sums_dtype(dtype))
+        assert isinstance(router, Router)
+        self.router = router
+        self.dispatcher = LocalDispatcher()
+        # Tutel's layout: the first matrix is applied transposed, the second as it is.
+        self.first = PackedLinear.of(experts.fc1_weight, experts.fc1_bias, dtype)
+        self.second = PackedLinear.of(experts.fc2_weight.transpose(1, 2), experts.fc2_bias, dtype)
+        self.shared = None if layer.shared is None else _FeedForward(layer.shared, dtype)
+
+    def __call__(self, x: Tensor, around: _Around) -> Tensor:
+        return around.apply(x, self._branch)
+
+    def _branch(self, x_BHWC: Tensor) -> Tensor:
+        batch, height, width, channels = x_BHWC.shape
+        x_TD = x_BHWC.reshape(batch * height * width, channels)
+        rows, routing, restore = self._route(x_TD, height * width)
+        dispatched = self.dispatcher.dispatch(rows.to(self.dtype), routing, None)
+        tokens, counts = dispatched.tokens, dispatched.counts
+        assert isinstance(tokens, Tensor) and isinstance(counts, Tensor), "all experts are here"
+        y = packed_layers(tokens, self.first, self.second, counts=counts, wide=False)
+        y = restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x_TD.dtype)
+        return (y if self.shared is None else y + self.shared.alone(x_TD)).view(x_BHWC.shape)
+
+    def _route(self, x_TD: Tensor, num_tokens: int) -> tuple[Tensor, Routing, Callable[[Tensor], Tensor]]:
+        """Returns (rows for experts, their routing, what makes the layer's output of what was combined)."""
+        if type(self.choice).finish is not Choice.finish:  # rows are no tokens
+            routed = self.choice.route(
+                x_TD, self.router, tokens_per_image=num_tokens, training=False, random=None, token=None
+            )
+            return routed.rows, routed.routing, routed.restore
+        logits = self.router(x_TD)
+        bias = None if self.router.balance is None else self.router.balance()
+        scored = Scored.of(self.config, logits, logits)
+        assigned = self.choice.assign(Batch(x_TD, num_tokens, False), scored, bias)
+        return x_TD, assigned.routing, lambda y: y

@@ -1,0 +1,5 @@
+"""How the commands are asked: their help, and what a shell completes. Loads neither torch nor the commands.
+
+texts.py holds help and examples, a new command's examples being a row of EXAMPLES (or a text of USAGES where it takes
+CONFIG key=value); completion.py its options in OPTIONS. tests/test_usage.py holds both against the commands.
+"""
