@@ -37,7 +37,18 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command named by the first argument."""
+    """Runs the command named by the first argument; an output that nobody reads on (`| head`) ends it in silence."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _run() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
