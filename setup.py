@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
@@ -111,10 +112,29 @@ def without_extension(reason: str) -> dict:
     return {}
 
 
+class SourceArchive(sdist):
+    """An archive that kernels can be built from, whether or not torch was there when it was made."""
+
+    def make_distribution(self) -> None:
+        """Adds what setup.py reads and compiles, of which the list that setuptools made may have nothing."""
+        files = (
+            path for path in sorted((HERE / "csrc").rglob("*")) if path.is_file() and "__pycache__" not in path.parts
+        )
+        self.filelist.extend(str(path.relative_to(HERE)) for path in files)
+        super().make_distribution()
+
+
+ARGUMENTS = extension_arguments()
 setup(
     packages=[*find_packages(include=["swin_moe*", "launcher*", "checkpoint_tools*"]), "swin_moe.configs"],
     # The configs live at the top of the repository, where users look for them, and are installed inside the package.
     package_dir={"swin_moe.configs": "configs"},
-    package_data={"swin_moe": ["**/*.txt"], "swin_moe.configs": ["**/*.yaml", "*.tsv"]},
-    **extension_arguments(),
+    package_data={
+        "swin_moe": ["**/*.txt", "py.typed"],
+        "launcher": ["py.typed"],
+        "checkpoint_tools": ["py.typed"],
+        "swin_moe.configs": ["**/*.yaml", "*.tsv"],
+    },
+    cmdclass={"sdist": SourceArchive, **ARGUMENTS.pop("cmdclass", {})},
+    **ARGUMENTS,
 )

@@ -29,12 +29,11 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from generated_kernels import CompiledCounter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import PAIRS, Pair, timm_settings
@@ -46,6 +45,9 @@ from swin_moe.ops import extension, grouped_linear
 from swin_moe.ops.attention.choice import Measuring
 from swin_moe.parallel.compile import compile_network
 from swin_moe.randomness import RandomContext
+
+if TYPE_CHECKING:
+    from generated_kernels import CompiledCounter
 
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted")
 _NO_KERNEL = ("detach", "alias", "_unsafe_view", "lift_fresh", "_has_compatible_shallow_copy_type", "is_same_size")
@@ -126,6 +128,8 @@ def count_steps(
         copies: Of weights, where the trainer makes some: "own" as on one rank (the model is changed), "linked" as on
             several, or "none".
     """
+    from generated_kernels import CompiledCounter  # loads inductor, for seconds
+
     device, graphs = torch.device("cpu"), CompiledCounter(starts_kernel)
     images, target = torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64)
     inputs = (images, RandomContext(0, 1, torch.arange(batch))) if ours else (images,)
@@ -155,7 +159,7 @@ def count_steps(
     return counts
 
 
-def _counted(graphs: CompiledCounter, run: Callable[[], Any]) -> tuple[Counter[str], Any]:
+def _counted(graphs: "CompiledCounter", run: Callable[[], Any]) -> tuple[Counter[str], Any]:
     """Returns (launches of what `run` does, its result)."""
     graphs.counts.clear()
     with LaunchCounter() as eager:

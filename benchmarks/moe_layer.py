@@ -1,6 +1,6 @@
 """One MoE layer, forward and backward: ours against Tutel, DeepSpeed, FairScale and a plain loop over experts.
 
-    OMP_NUM_THREADS=1 python benchmarks/moe_layer.py [--all] [--only TEXT] [--routing] [--rounds N]
+    OMP_NUM_THREADS=1 python benchmarks/moe_layer.py [--all] [--only TEXT] [--small] [--routing] [--rounds N]
     python -m launcher -n 2 -- benchmarks/moe_layer.py [--all]
 
 Ours and the peers take turns in one process, so that a ratio holds on a busy machine; median over rounds of CPU time
@@ -10,7 +10,8 @@ PYTHONPATH.
 
 Balanced rows use a fresh router with capacity factor 1.25. Skewed rows are dropless: tokens lean toward one expert so
 far that it gets 5 times the mean load, or nearly all tokens where 5 times is more than there are. --routing times
-routing alone at 128 experts with batch-prioritized slots.
+routing alone at 128 experts with batch-prioritized slots. --small takes layers of few tokens and channels, dropless, in
+float32 and bfloat16 (weights too; its results are not compared).
 """
 
 import gc
@@ -55,12 +56,18 @@ def shapes(everything: bool, ranks: int) -> list[Shape]:
     return [s for s in balanced + skewed if everything or (s.dim == 192 or s.top_k == 1)]
 
 
+def small_shapes() -> list[Shape]:
+    """Returns the rows of --small."""
+    sizes = [(t, d, e, k) for t in (512, 2048) for d in (48, 96) for e in (8, 32) for k in (1, 2)]
+    return [Shape(*size, 0.0, 1.0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16) for size in sizes]
+
+
 def inputs(shape: Shape, layer: MoELayer) -> Tensor:
     """Returns (T, D) tokens; leaning toward one expert until its load is `shape.skew` times the mean of this rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     x = torch.randn(shape.tokens, shape.dim, generator=torch.Generator().manual_seed(rank))
     if shape.skew == 1:
-        return x
+        return x.to(shape.dtype)
     with torch.no_grad():
         direction = layer.router.get_parameter("weight")[0]
         direction = direction / direction.norm()
@@ -116,6 +123,7 @@ def run_shape(shape: Shape, rounds: int) -> list[tuple[str, float, float]]:
     layer, mine = ours(shape)
     x = inputs(shape, layer)
     grad = torch.randn(shape.tokens, shape.dim, generator=torch.Generator().manual_seed(1)) / shape.tokens
+    grad = grad.to(shape.dtype)
     contenders, first, clear = {"ours": mine}, call(mine, x, grad), clear_choices(shape, layer, x)
     skipped = {}
     for name, build in PEERS.items():
@@ -125,7 +133,7 @@ def run_shape(shape: Shape, rounds: int) -> list[tuple[str, float, float]]:
             skipped[name] = str(error)
             continue
         result = call(peer, x, grad)
-        if peer.comparable:
+        if peer.comparable and shape.dtype == torch.float32:
             check_equal(f"{shape}, {name}", first, result, clear)
         contenders[name] = peer
         del result
@@ -143,7 +151,7 @@ def run_shape(shape: Shape, rounds: int) -> list[tuple[str, float, float]]:
     for name, (peer_cpu, peer_wall) in medians.items():
         found.append((name, peer_cpu / cpu, peer_wall / wall))
         say(
-            f"| {shape} | {name} | {1e3 * cpu:.0f} / {1e3 * wall:.0f} | {1e3 * peer_cpu:.0f} / {1e3 * peer_wall:.0f} "
+            f"| {shape} | {name} | {1e3 * cpu:.1f} / {1e3 * wall:.1f} | {1e3 * peer_cpu:.1f} / {1e3 * peer_wall:.1f} "
             f"| {peer_cpu / cpu:.2f} | {peer_wall / wall:.2f} |"
         )
     for name, reason in skipped.items():
@@ -211,9 +219,10 @@ def main(argv: list[str]) -> None:
     say("|---|---|---|---|---|---|")
     only = argv[argv.index("--only") + 1] if "--only" in argv else ""  # rows whose first column holds the text
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for shape in (s for s in shapes("--all" in argv, world_size()) if only in str(s)):
+    rows = small_shapes() if "--small" in argv else shapes("--all" in argv, world_size())
+    for shape in (s for s in rows if only in str(s)):
         for name, cpu, wall in run_shape(shape, rounds):
-            kind = "capacity 1.25" if shape.factor else "dropless, skewed"
+            kind = "capacity 1.25" if shape.factor else "dropless, skewed" if shape.skew > 1 else f"{shape.dtype}"
             ratios.setdefault((name, kind), []).append((cpu, wall))
     say("\n| peer | rows | CPU ratio median, smallest | wall ratio median, smallest |\n|---|---|---|---|")
     for (name, kind), found in ratios.items():

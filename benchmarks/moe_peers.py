@@ -1,4 +1,4 @@
-"""The MoE layers that benchmarks/moe_layer.py compares: ours, a plain loop, Tutel's, DeepSpeed's and FairScale's.
+"""The MoE layers that benchmarks/moe_layer.py compares: ours, two plain ones, Tutel's, DeepSpeed's, FairScale's.
 
 Each is a builder: builder(Shape, ours) -> Contender. Where a peer's weights can be set they are ours, so that results
 can be compared too. A peer that cannot run raises Skipped with the reason.
@@ -36,11 +36,13 @@ class Shape:
     factor: float  # capacity factor; 0 = by need
     skew: float  # load of the hottest expert over the mean; 1 = as a fresh router balances
     prioritized: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         load = f"capacity {self.factor:g}" if self.factor else "dropless"
         skew = f", hottest {self.skew:g}x" if self.skew != 1 else ""
-        return f"T {self.tokens} D {self.dim} E {self.experts} k {self.top_k}, {load}{skew}"
+        kind = "" if self.dtype == torch.float32 else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"T {self.tokens} D {self.dim} E {self.experts} k {self.top_k}, {load}{skew}{kind}"
 
     @property
     def one_hot_bytes(self) -> int:
@@ -78,7 +80,7 @@ def ours(shape: Shape) -> tuple[MoELayer, Contender]:
     layer.init_weights(0, "layer")
     if world_size() > 1:
         parallelize(layer, ParallelConfig(), build_groups(ParallelConfig(), shape.experts, CPU))
-    layer.train()
+    layer.train().to(shape.dtype)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         y, aux = layer(x[None])
@@ -105,6 +107,30 @@ def loop(shape: Shape, layer: MoELayer) -> Contender:
             token, choice = (expert == e).nonzero(as_tuple=True)
             hidden = F.gelu(F.linear(x[token], w1, b1))
             y = y.index_add(0, token, torch.addmm(b2, hidden, w2) * gate[token, choice, None])
+        first = torch.bincount(expert[:, 0], minlength=shape.experts) / len(x)
+        return y, shape.experts * (scores.mean(dim=0) * first).sum()
+
+    return Contender(forward, weights, True)
+
+
+def grouped(shape: Shape, layer: MoELayer) -> Contender:
+    """A plain layer by F.grouped_mm: pairs sorted by expert, two products, index_add. Nothing is dropped, one rank."""
+    if world_size() > 1:
+        raise Skipped("one rank only")
+    if shape.factor:
+        raise Skipped("has no capacity")
+    weights = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    router, fc1, fc1_bias, fc2, fc2_bias = weights
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.softmax(F.linear(x.float(), router.float()), dim=1)
+        gate, expert = scores.topk(shape.top_k, dim=1)
+        of_row, pair = expert.flatten().sort(stable=True)
+        token, counts = pair // shape.top_k, torch.bincount(of_row, minlength=shape.experts)
+        ends = counts.cumsum(0).to(torch.int32)
+        hidden = F.gelu(F.grouped_mm(x[token], fc1.transpose(1, 2), offs=ends) + fc1_bias[of_row])
+        rows = F.grouped_mm(hidden, fc2, offs=ends) + fc2_bias[of_row]
+        y = torch.zeros_like(x).index_add(0, token, rows * gate.flatten()[pair, None].to(x.dtype))
         first = torch.bincount(expert[:, 0], minlength=shape.experts) / len(x)
         return y, shape.experts * (scores.mean(dim=0) * first).sum()
 
@@ -162,6 +188,8 @@ class _Expert(nn.Module):
 
 
 def _refuse_one_hot(shape: Shape) -> None:
+    if shape.dtype != torch.float32:
+        raise Skipped("float32 only here")
     if shape.one_hot_bytes > ONE_HOT_LIMIT or shape.tokens > 4096:
         raise Skipped(f"its one-hot (T, E, C) tensors alone need {shape.one_hot_bytes / 2**30:.1f} GiB")
 
@@ -213,4 +241,4 @@ def fairscale(shape: Shape, layer: MoELayer) -> Contender:
     return Contender(forward, list(peer.parameters()), False)
 
 
-PEERS = {"tutel": tutel, "deepspeed": deepspeed, "fairscale": fairscale, "loop": loop}
+PEERS = {"tutel": tutel, "deepspeed": deepspeed, "fairscale": fairscale, "loop": loop, "grouped_mm": grouped}

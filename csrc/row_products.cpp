@@ -261,8 +261,8 @@ void expert_rows_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor&
   grouped_rows_backward_cpu(grad, hidden, fc2, counts, grad_hidden, grad_fc2, grad_bias2);
   grad_hidden = UnitDraw{words, rows, layer, purpose, site, drop, scale}.apply(grad_hidden);
   const OptionalTensor turned = grad_fc1 ? OptionalTensor(grad_fc1->transpose(1, 2)) : std::nullopt;
-  grouped_rows_backward_cpu(at::gelu_backward(grad_hidden, product), x, fc1.transpose(1, 2), counts, grad_x, turned,
-                            grad_bias1);
+  at::gelu_backward_out(grad_hidden, grad_hidden, product);  // in its place: fresh memory costs a fault per page
+  grouped_rows_backward_cpu(grad_hidden, x, fc1.transpose(1, 2), counts, grad_x, turned, grad_bias1);
 }
 
 }  // namespace

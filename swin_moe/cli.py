@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.metadata
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,18 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command named by the first argument."""
+    """Runs the command named by the first argument; an output that nobody reads on (`| head`) ends it in silence."""
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _run() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -55,6 +67,8 @@ def main() -> None:
     if name in USAGES and (not arguments or "-h" in arguments or "--help" in arguments):  # without torch
         print(USAGES[name])
         sys.exit(0 if arguments else 2)
+    if name in ("train", "evaluate", "evaluate-features", "throughput"):
+        check_config(arguments)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
         if arguments[:1] in (["-h"], ["--help"]):
@@ -74,6 +88,26 @@ def main() -> None:
         from swin_moe.run.session import run_main
 
         run_main(module.main, arguments)
+
+
+def check_config(arguments: list[str]) -> None:
+    """Exits with one sentence and code 2 where a command of one process would refuse its config: it would say the same
+    after importing torch, which takes seconds. Reading a config twice takes 0.1 s.
+
+    Ranks say it together (session.run_main), and options beside key=value are the command's.
+    """
+    from launcher.env import detect
+    from swin_moe.checkpoint.errors import describe
+    from swin_moe.config.io import load_config
+
+    asks_for_more = os.environ.get("SWIN_MOE_TRACEBACK") or any(word.startswith("-") for word in arguments)
+    if asks_for_more or detect(os.environ) != "single":
+        return
+    try:
+        load_config(arguments[0], arguments[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def with_plan(arguments: list[str]) -> list[str]:

@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        return  # the workers of pytest-xdist run the tests, and begin when this process is ready
     import torch
 
     from swin_moe.ops.attention.choice import Measuring

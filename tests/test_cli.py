@@ -1,12 +1,14 @@
 """The command itself, and what `swin-moe launch` refuses before a single rank is started."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 
 import pytest
 
 from launcher import __main__ as launcher
+from launcher.env import without_world
 from swin_moe import cli
 
 TRAIN = ["-m", "swin_moe.train", "digits_swin_moe"]
@@ -70,6 +72,32 @@ def test_help_of_launch_lists_the_launchers_options_and_its_own(monkeypatch, cap
 def test_the_version_and_the_module_are_the_command():
     finished = subprocess.run([sys.executable, "-m", "swin_moe", "--version"], capture_output=True, text=True)
     assert finished.stdout == f"swin-moe {importlib.metadata.version('swin-moe')}\n" and finished.returncode == 0
+
+
+WITHOUT_TORCH = {
+    "import": ("import swin_moe", 0),
+    "help": ("cli.main()", 0, "--help"),
+    "no command": ("cli.main()", 2, "trian"),
+    "help of a command": ("cli.main()", 0, "train", "--help"),
+    "no config": ("cli.main()", 2, "train", "digits_swin_mo"),
+    "an option that is none": ("cli.main()", 2, "evaluate", "digits_swin_moe", "optim.lrr=1"),
+    "a value that is none": ("cli.main()", 2, "throughput", "digits_swin_moe", "optim.lr=fast"),
+    "a checkpoint that is none": ("cli.main()", 2, "checkpoint", "inspect", "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_TORCH)
+def test_what_needs_no_torch_does_not_import_it(case):
+    statement, code, *words = WITHOUT_TORCH[case]
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"from swin_moe import cli\nsys.argv[1:] = {words!r}\n{statement}\n"
+    )
+    environ = without_world(os.environ)
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout.endswith("False\n"), done.stdout + done.stderr
+    assert done.stderr.count("error:") == (code == 2), done.stderr
 
 
 @pytest.mark.parametrize("typed, meant", [("trian", "train"), ("pedict", "predict"), ("xyz", None)])

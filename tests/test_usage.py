@@ -150,6 +150,12 @@ def test_no_torch_is_loaded_to_be_asked():
     assert done.returncode == 0, done.stderr
 
 
+def test_an_output_that_nobody_reads_on_ends_in_silence():
+    words = f"{sys.executable} -m swin_moe show digits_swin_moe | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1] == "0" and not done.stderr
+
+
 def test_the_usage_of_a_module_is_that_of_the_command():
     for name, text in USAGES.items():
         assert text.split()[2] == name and hasattr(importlib.import_module(cli.COMMANDS[name][0]), "main")

@@ -95,7 +95,7 @@ FORMATS: dict[str, Format] = {
 
 
 # What --set may say; each format's module tells what it means there.
-SETTINGS = ("counts", "encoder", "form", "img_size", "step", "window_size")
+SETTINGS = ("counts", "encoder", "form", "img_size", "network", "step", "window_size")
 
 
 def check_settings(options: Options) -> None:

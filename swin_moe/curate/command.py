@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         return _check(options) if options.verb == "check" else _split(options)
+    except BrokenPipeError:  # the command line ends in silence
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

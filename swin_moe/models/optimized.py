@@ -9,6 +9,7 @@ Shape legend: B images, H x W tokens of a feature map, C channels, T = B * H * W
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,8 @@ from swin_moe.models.attention import SpatialMLP, WindowAttention
 from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, check_image
 from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.moe import MoELayer
-from swin_moe.moe.choices.base import Batch, Choice
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.routers import Router
-from swin_moe.moe.routing import Routing
-from swin_moe.moe.scored import Scored
 from swin_moe.moe.shared import SharedExpert
 from swin_moe.ops.attention.fused import fused_window_attention, unsupported
 from swin_moe.ops.attention.in_windows import clamped_factor
@@ -322,11 +320,12 @@ class _FeedForward:
 
 
 class _Experts:
-    """A MoE layer: routed as it is in evaluation, without losses and statistics."""
+    """A MoE layer: routed as it is in evaluation, without losses."""
 
     def __init__(self, layer: MoELayer, dtype: torch.dtype) -> None:
         experts = layer.experts
-        self.dtype, self.choice, self.config = dtype, layer.choice, layer.config
+        self.dtype, self.choice = dtype, copy.copy(layer.choice)
+        self.choice.config = replace(layer.config, balance_loss="none", z_loss_weight=0.0)
         router = _wide(layer.router, sums_dtype(dtype))
         assert isinstance(router, Router)
         self.router = router
@@ -342,23 +341,12 @@ class _Experts:
     def _branch(self, x_BHWC: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWC.shape
         x_TD = x_BHWC.reshape(batch * height * width, channels)
-        rows, routing, restore = self._route(x_TD, height * width)
-        dispatched = self.dispatcher.dispatch(rows.to(self.dtype), routing, None)
+        routed = self.choice.route(
+            x_TD, self.router, tokens_per_image=height * width, training=False, random=None, token=None
+        )
+        dispatched = self.dispatcher.dispatch(routed.rows.to(self.dtype), routed.routing, None)
         tokens, counts = dispatched.tokens, dispatched.counts
         assert isinstance(tokens, Tensor) and isinstance(counts, Tensor), "all experts are here"
         y = packed_layers(tokens, self.first, self.second, counts=counts, wide=False)
-        y = restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x_TD.dtype)
+        y = routed.restore(self.dispatcher.combine(y, dispatched, routed.routing.gate)).to(x_TD.dtype)
         return (y if self.shared is None else y + self.shared.alone(x_TD)).view(x_BHWC.shape)
-
-    def _route(self, x_TD: Tensor, num_tokens: int) -> tuple[Tensor, Routing, Callable[[Tensor], Tensor]]:
-        """Returns (rows for experts, their routing, what makes the layer's output of what was combined)."""
-        if type(self.choice).finish is not Choice.finish:  # rows are no tokens
-            routed = self.choice.route(
-                x_TD, self.router, tokens_per_image=num_tokens, training=False, random=None, token=None
-            )
-            return routed.rows, routed.routing, routed.restore
-        logits = self.router(x_TD)
-        bias = None if self.router.balance is None else self.router.balance()
-        scored = Scored.of(self.config, logits, logits)
-        assigned = self.choice.assign(Batch(x_TD, num_tokens, False), scored, bias)
-        return x_TD, assigned.routing, lambda y: y

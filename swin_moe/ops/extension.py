@@ -85,13 +85,14 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 def compiled_for(*names: str) -> frozenset[str]:
     """Returns the device types for which the library has a kernel of each of these operators.
 
-    To be kept as a constant, so that a traced model asks no dispatcher.
+    To be kept as a constant, so that a traced model asks no dispatcher. A library of before an operator has none of it.
     """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    known, has_kernel = torch._C._dispatch_has_kernel, torch._C._dispatch_has_kernel_for_dispatch_key
+    full = [f"{NAMESPACE}::{name}" for name in names]
     return frozenset(
         device
         for device, key in _DISPATCH_KEYS.items()
-        if EXTENSION.loaded and all(has_kernel(f"{NAMESPACE}::{name}", key) for name in names)
+        if EXTENSION.loaded and all(known(name) and has_kernel(name, key) for name in full)
     )
 
 
@@ -145,6 +146,7 @@ def define(schema: str) -> torch.library.Library:
 
 
 def add_fake(name: str, fake: Callable) -> None:
-    """Adds what an operator of the compiled library does to shapes and dtypes; nothing where it is not loaded."""
-    if EXTENSION.loaded:
+    """Adds what an operator of the compiled library does to shapes and dtypes; nothing where there is none, as without
+    the library or in one of before the operator."""
+    if EXTENSION.loaded and hasattr(getattr(torch.ops, NAMESPACE), name):
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         text = of_runs(options) if options.check or options.refit else of_config(options)
+    except BrokenPipeError:  # the command line ends in silence
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 2

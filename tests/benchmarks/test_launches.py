@@ -2,12 +2,9 @@
 
 from contextlib import nullcontext
 
-import generated_kernels
 import launches
 import pytest
 import torch
-import torch._dynamo
-import torch._inductor.config
 import torch.distributed as dist
 from torch import fx, nn
 
@@ -49,6 +46,9 @@ MOST_COMPILED = {
 
 @pytest.fixture
 def forget_graphs():
+    import torch._dynamo
+    import torch._inductor.config  # loads for seconds: not where tests are only collected
+
     torch._dynamo.reset()
     with torch._inductor.config.patch(combo_kernels=False, combo_kernels_pointwise_only=False):
         yield
@@ -98,6 +98,8 @@ def test_a_compiled_step_starts_fewer(forget_graphs, name):
 
 
 def test_what_is_counted_of_a_graph(forget_graphs):
+    import generated_kernels
+
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 16))
     x = torch.randn(8, 64)
@@ -117,6 +119,8 @@ def test_what_is_counted_of_a_graph(forget_graphs):
 
 
 def test_a_graph_that_returns_numbers(forget_graphs):
+    import generated_kernels
+
     # As graphs of MoE layers do, which keep the sizes of backward.
     graph = fx.Graph()
     x, number = graph.placeholder("x"), graph.placeholder("number")

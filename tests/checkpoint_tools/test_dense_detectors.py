@@ -166,3 +166,20 @@ def test_a_plain_detector_begins_student_and_teacher(tmp_path):
     session = session_of(tmp_path, "canvas_soft_teacher", *SOFT, f"checkpoint.load={tmp_path / 'half.pth'}")
     with pytest.raises(ValueError, match=r"teacher\.neck\.lateral_convs\.0\.conv\.bias"):
         load_weights(network, session)
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_one_of_both_detectors_is_written_alone(network, tmp_path):
+    tensors = save_official("soft_teacher_micro", tmp_path / "both.pth")
+    own = {key.removeprefix(f"{network}."): v for key, v in tensors.items() if key.startswith(f"{network}.")}
+    convert(tmp_path / "both.pth", tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "one.pth", "dense", extra={"network": network})
+    written = torch.load(tmp_path / "one.pth", weights_only=True)["state_dict"]
+    assert all(key.endswith("relative_position_index") for key in written.keys() - own.keys())
+    for key, value in own.items():
+        assert torch.equal(written[key], value), key
+    convert(tmp_path / "one.pth", tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="holds no student and teacher but one network"):
+        convert(tmp_path / "plain", tmp_path / "x.pth", "dense", extra={"network": network})
+    with pytest.raises(CheckpointError, match="--set network must be student or teacher, got 'nobody'"):
+        convert(tmp_path / "native", tmp_path / "x.pth", "dense", extra={"network": "nobody"})

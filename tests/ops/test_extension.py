@@ -95,3 +95,8 @@ def test_every_instruction_set_is_exact_and_the_same_for_any_number_of_threads(c
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_is_exact_over_many_shapes(capability):
     run_with(capability, cases=560)
+
+
+def test_a_library_of_before_an_operator_has_none_of_it():
+    assert extension.compiled_for("no_such_operator") == frozenset()
+    extension.add_fake("no_such_operator", lambda x: x)

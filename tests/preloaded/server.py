@@ -19,8 +19,10 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Whatever most of them import.
-_MODULES = ("launcher.rank", "tests.ranks", "torch.distributed", "swin_moe.train")
+_PROGRAMS = ("launcher.rank", "tests.ranks", "swin_moe.train")  # what most of them run; what it imports stays
+# sympy is what torch._dynamo, which a network that recomputes loads, takes long for. Not that itself: where it is
+# loaded, process groups are held for good, and ranks do not look for what else holds them.
+_MODULES = (*_PROGRAMS, "torch.distributed", "sympy")
 # Read when a library is loaded: a process in whose environment one of them differs runs by itself.
 _READ_ONCE = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "PYTORCH_"),
@@ -185,9 +187,8 @@ def main() -> None:
     for name in _MODULES:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would wait for threads that it does not have"
-    for name in _MODULES:  # what is run as __main__ is not imported under its own name
-        if not name.startswith("torch"):
-            del sys.modules[name]
+    for name in _PROGRAMS:  # what is run as __main__ is not imported under its own name
+        del sys.modules[name]
     gc.collect()
     gc.freeze()
     print("ready", flush=True)

@@ -22,7 +22,7 @@ from checkpoint_tools.formats.images import CLASSES, named_classes
 from checkpoint_tools.formats.infer import given_sizes, infer_model, merge_model
 from checkpoint_tools.formats.official.layout import position_index
 from checkpoint_tools.formats.plain_read import parameter_sizes, place_records
-from checkpoint_tools.formats.rules import TO_OFFICIAL, TO_SOFT_TEACHER, from_ours
+from checkpoint_tools.formats.rules import TO_OFFICIAL, TO_SOFT_TEACHER, Rule, from_ours
 from checkpoint_tools.formats.state_dict import find_weights, open_file, peek
 from checkpoint_tools.sources.assembled import AssembledSource
 from checkpoint_tools.sources.base import Options, Source, split_kind
@@ -100,10 +100,10 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
     left = sorted({split_kind(name)[0] for name in source.tensors} - {"weight"})
     if left:
         options.report(f"{source.path}: dense files hold parameters only; left out: {', '.join(left)}")
-    rules = TO_SOFT_TEACHER if any(name.startswith(TEACHER) for name in names) else TO_OFFICIAL
+    names, rules = _one_network(source, names, options)
     tensors: dict[str, NewTensor] = {}
     for name in sorted(names):
-        (official,) = from_ours(name, rules)
+        (official,) = from_ours(name.removeprefix(TEACHER) if rules is TO_OFFICIAL else name, rules)
         shape, dtype = source.tensors[name]
         tensors[official] = NewTensor(shape, dtype, partial(source.read, name))
         if name.endswith(_TABLE):
@@ -121,6 +121,23 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
             write_torch(staging / path.name, content, box_bytes=options.box_bytes, progress=options.progress)
 
     publish_files(path, num_bytes(content), write, comm=options.comm)
+
+
+def _one_network(source: Source, names: list[str], options: Options) -> tuple[list[str], tuple[Rule, ...]]:
+    """Returns the names that are written, and by which rules: of Soft Teacher both detectors, or the one that
+    --set network says.
+
+    Raises:
+        CheckpointError: It says another, or the source holds no two.
+    """
+    teacher, wanted = [name for name in names if name.startswith(TEACHER)], options.extra.get("network")
+    if wanted is None:
+        return names, TO_SOFT_TEACHER if teacher else TO_OFFICIAL
+    if wanted not in ("student", "teacher"):
+        raise CheckpointError(f"--set network must be student or teacher, got {wanted!r}")
+    if not teacher:
+        raise CheckpointError(f"{source.path}: holds no student and teacher but one network; leave out --set network")
+    return teacher if wanted == "teacher" else sorted(set(names) - set(teacher)), TO_OFFICIAL
 
 
 def _class_names(content: Any) -> list[str]:

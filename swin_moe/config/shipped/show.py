@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
     try:
         print(_answer(_parse(argv)))
+    except BrokenPipeError:  # the command line ends in silence
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

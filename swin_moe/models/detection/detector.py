@@ -81,6 +81,7 @@ class Detector(DenseNetwork):
         return Learned(losses, aux)
 
     def _over_views(self, image: Tensor, size: Tensor, original: Tensor) -> list[Detections]:
+        assert len(image) <= 1, "several views are of one image"
         found = self.spec.detections
         views = views_of(image, size, scales=found.scales, mirror=found.mirror, divisor=self.spec.size_divisor)
         maps = [self.maps(view.image, None, view.size)[0] for view in views]  # which may be collectives

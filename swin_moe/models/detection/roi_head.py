@@ -2,7 +2,8 @@
 several that share more (Hybrid Task Cascade).
 
 Facts: arXiv:1703.06870, arXiv:1712.00726, arXiv:1901.07518; open-mmlab/mmdetection 2.11.0, mmdet/models/roi_heads
-(standard_roi_head.py, cascade_roi_head.py, htc_roi_head.py).
+(standard_roi_head.py, cascade_roi_head.py, htc_roi_head.py, roi_extractors/single_level_roi_extractor.py); levels of
+boxes are those of arXiv:1612.03144, equation 1.
 
 Shape legend: B images, R boxes, C channels, S bins per side, K classes, M pixels per side of a mask.
 """
@@ -15,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.detection.box_head import BoxHead
-from swin_moe.models.detection.boxes import rois_of
+from swin_moe.models.detection.boxes import areas, rois_of
 from swin_moe.models.detection.detections import Detections, select
 from swin_moe.models.detection.htc import SemanticHead
 from swin_moe.models.detection.losses import mask_loss
 from swin_moe.models.detection.mask_head import MaskHead, mask_targets
-from swin_moe.models.detection.regions import region_features
 from swin_moe.models.detection.sample import Sampled, sample_boxes
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import LossSums, Targets
 from swin_moe.models.layers import ModuleList, widened
+from swin_moe.ops.detection.roi_align import roi_align
 from swin_moe.randomness import RandomContext
 
 
@@ -33,6 +34,25 @@ class Features(NamedTuple):
 
     maps: Sequence[Tensor]  # (B, C, H_i, W_i) of all levels
     semantic: Tensor | None  # (B, C, H, W)
+
+
+def levels_of(rois_R5: Tensor, *, finest_scale: float, levels: int) -> Tensor:
+    """Returns (R,) int64, the level of each box: 0 up to a side of 2 x finest_scale, then one more per doubling."""
+    side = areas(rois_R5[:, 1:]).sqrt()
+    return (side / finest_scale + 1e-6).log2().floor().clamp(0, levels - 1).to(torch.int64)
+
+
+def region_features(
+    maps: Sequence[Tensor], rois_R5: Tensor, size: int, strides: Sequence[int], *, finest_scale: float
+) -> Tensor:
+    """Returns (R, C, S, S) with gradients to the maps, of which every one takes part whatever the boxes are.
+
+    maps: (B, C, H_i, W_i), one per stride; rois: image index and box in pixels.
+    """
+    level_R = levels_of(rois_R5, finest_scale=finest_scale, levels=len(maps))
+    rows = [(level_R == level).nonzero().flatten() for level in range(len(maps))]
+    parts = [roi_align(x, rois_R5[r], size, 1 / stride) for x, r, stride in zip(maps, rows, strides)]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
 def _stages(heads: nn.Module) -> list[Any]:

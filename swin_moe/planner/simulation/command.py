@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             best.layout.micro_batch
         )
         simulated = simulate(chosen, hardware, workload, best.layout, segments, shares)
+    except BrokenPipeError:  # the command line ends in silence
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 2
