@@ -20,7 +20,7 @@ PYTHON=${PYTHON:-python3} OUT=${OUT:-benchmarks/results/gpu}
 . benchmarks/parts.sh
 
 FIRST="smoke kernels roofline profile timm timm_base moe ncu sanitizer networks"
-SECOND="layouts train compiled peers simmim giant"
+SECOND="layouts train memory compiled peers simmim giant"
 rehearse="" device=cuda chosen=() named=""
 for argument in "$@"; do
     case $argument in
@@ -46,7 +46,7 @@ has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 # seconds NAME: what a part may take; where parts were named, their share of what is there.
 declare -A SECONDS_OF=(
     [smoke]=45 [kernels]=75 [roofline]=50 [profile]=60 [timm]=25 [timm_base]=45 [moe]=25 [ncu]=45 [sanitizer]=45 [networks]=60
-    [layouts]=130 [train]=30 [compiled]=110 [peers]=110 [simmim]=60 [giant]=90
+    [layouts]=130 [train]=30 [memory]=40 [compiled]=110 [peers]=110 [simmim]=60 [giant]=90
 )
 slow=$([ -n "$rehearse" ] && echo 4 || echo 1) stretch=100
 if [ -n "$named" ] && [ -z "$rehearse" ]; then
@@ -89,6 +89,8 @@ if [ -z "$rehearse" ]; then
     profile=() timm=(--batch 128 --rounds 5) base=(--batch 64 --rounds 5 --only swinv2_base_window16)
     compiled=(--batch 64 --rounds 3 --compile both)
     moe=(--device cuda) digits=(engine.precision=bf16 optim.epochs=3 optim.warmup_epochs=1)
+    memory=(swin_tiny_patch4_window7_224 data.synthetic_samples=512 data.global_batch=64 optim.epochs=1
+        optim.warmup_epochs=0 engine.precision=bf16 log.every=1 parallel.hardware=h200)
     simmim=(simmim_pretrain__swinv2_base__img192_window12__800ep data.synthetic_samples=1280 data.global_batch=64
         optim.epochs=2 optim.warmup_epochs=0.5 optim.schedule=cosine "optim.milestones=[]" engine.precision=bf16 log.every=5)
 else
@@ -98,6 +100,8 @@ else
     timm=(--device cpu --batch 1 --rounds 1) base=(--device cpu --batch 1 --rounds 1 --only swin_tiny)
     compiled=(--device cpu --batch 1 --rounds 1)
     moe=(--tokens 288 --dim 32 --rounds 2) digits=(data.synthetic_samples=256 optim.epochs=1 optim.warmup_epochs=0)
+    memory=(configs/debug/digits_swin_moe.yaml data.synthetic_samples=128 optim.epochs=1 optim.warmup_epochs=0 log.every=1
+        parallel.hardware=cpu)
     simmim=(configs/debug/digits_simmim.yaml data.synthetic_samples=128 optim.epochs=1 optim.warmup_epochs=0)
 fi
 
@@ -136,6 +140,8 @@ runs pytest networks "${tests[@]}" $(processes 4) --junitxml="$OUT/networks.xml"
 # Second call. Only where it was asked for: `wanted` holds it.
 runs pytest layouts "${tests[@]}" --junitxml="$OUT/layouts.xml" -k layouts tests/test_gpu.py
 runs - train "${train[@]}" configs/debug/digits_swin_moe.yaml "${data[@]}" "${digits[@]}"
+# Ends with what the planner said beside what was measured, max_memory_allocated among it (docs/planner.md).
+runs - memory "${train[@]}" "${memory[@]}" "${data[@]}"
 runs timm compiled "$PYTHON" benchmarks/train_step.py --precision bf16 --only swin_tiny "${compiled[@]}"
 runs kernels peers "$PYTHON" benchmarks/roofline.py "${peers[@]}"
 runs - simmim "${train[@]}" "${simmim[@]}" "${data[@]}"

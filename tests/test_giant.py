@@ -110,8 +110,9 @@ def test_plans_of_the_page_are_the_planners(gpus, capsys):
     words = command.replace("--gpus 64", f"--gpus {gpus}").split()[2:]
     assert plan([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["layouts"][0]
-    (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| {gpus} | torch ")]
     options, giga = found["options"], found["memory_bytes"] / 2**30
-    assert f"torch ZeRO-{options['parallel.zero']}, " in row and options["parallel.recompute"] == "none"
+    layout = f"{options['engine.name']} ZeRO-{options['parallel.zero']}, "
+    (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| {gpus} | ")]
+    assert layout in row and options["parallel.recompute"] == "none"
     assert f"| {options['data.micro_batch']} x {found['accumulation']} |" in row
     assert f"| {found['images_per_second']:,.0f} | {found['step_seconds']:.3f} | {giga:.1f} |" in row

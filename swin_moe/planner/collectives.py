@@ -40,12 +40,11 @@ def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterat
     local = float(item * workload.numel(experts=True, trained=True) / (layout.expert * layout.expert_shard))
     stride = layout.expert * layout.expert_shard
     world, replicas = (layout.world_size, 1), (layout.expert_data, stride)
-    for size, (ranks, apart) in ((dense, world), (local, replicas)):
+    for is_expert, size, (ranks, apart) in ((False, dense, world), (True, local, replicas)):
         if ranks == 1 or not size:
             continue
         if layout.cuts_weights:
-            gathers = forwards + layout.accumulation if layout.zero == 3 else 1
-            calls = workload.blocks * gathers
+            calls = workload.blocks * _gatherings(layout, forwards)
             yield Collective("all_gather", "reduction", ranks, apart, size / workload.blocks, calls, "forward", 0.8)
             yield Collective(
                 "reduce_scatter", "reduction", ranks, apart, size / workload.blocks, workload.blocks, "backward", 0.8
@@ -56,7 +55,23 @@ def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterat
             scattered = layout.engine == "deepspeed" or layout.zero == 2
             kind, hides = ("reduce_scatter", 0.0) if scattered else ("all_reduce", 0.8)
             yield Collective(kind, "reduction", ranks, apart, size, 1, "backward", hides)
-            yield Collective("all_gather", "reduction", ranks, apart, size, 1)
+            # torch's ZeroRedundancyOptimizer sends one weight after another.
+            calls = workload.tensors(experts=is_expert) if layout.engine == "torch" and layout.zero == 1 else 1
+            yield Collective("all_gather", "reduction", ranks, apart, size / calls, calls)
+
+
+def tensors_passed(workload: Workload, layout: Layout) -> int:
+    """Returns how often in a step a library takes one weight into its hands, to gather it or to send its gradient."""
+    if layout.world_size == 1 or not layout.cuts_weights:
+        return 0
+    forwards = (2 if layout.recompute == "block" else 1) * layout.accumulation
+    tensors = workload.tensors(experts=False) + (workload.tensors(experts=True) if layout.expert_data > 1 else 0)
+    return tensors * (_gatherings(layout, forwards) + 1)
+
+
+def _gatherings(layout: Layout, forwards: int) -> int:
+    """Returns how often a step gathers a weight that is cut."""
+    return forwards + layout.accumulation if layout.zero == 3 else 1
 
 
 def _rows(config: Config, workload: Workload, layout: Layout, forwards: int) -> Iterator[Collective]:

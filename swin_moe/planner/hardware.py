@@ -214,14 +214,15 @@ def _points(path: Path, key: str, value: Any) -> list[Point]:
 
 
 def _rates(path: Path, key: str, value: Any) -> dict[str, Rate]:
-    wanted = [f.name for f in dataclasses.fields(Rate)]
+    wanted = [f.name for f in dataclasses.fields(Rate) if f.default is dataclasses.MISSING]
+    known = {f.name for f in dataclasses.fields(Rate)}
     if not isinstance(value, dict) or OTHER not in value:
         raise ValueError(f"{path}: {key} must be rates by operator, one of them {OTHER}, got {shown(value)}")
     for name, rate in value.items():
-        if not isinstance(rate, dict) or set(rate) != set(wanted):
+        if not isinstance(rate, dict) or not set(wanted) <= set(rate) <= known:
             raise ValueError(f"{path}: {key}.{name} must give {', '.join(wanted)}, got {shown(rate)}")
     return {
-        name: Rate(**{k: _number(path, f"{key}.{name}.{k}", rate[k], zero=True) for k in wanted})
+        name: Rate(**{k: _number(path, f"{key}.{name}.{k}", rate[k], zero=True) for k in rate})
         for name, rate in value.items()
     }
 

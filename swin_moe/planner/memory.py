@@ -72,8 +72,8 @@ def activations_over_time(config: Config, workload: Workload, layout: Layout, se
 def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory:
     """Returns what a rank holds between steps, and all its gradients; nothing of a micro-step."""
     item = weight_dtype(config).itemsize
-    held = sum(n for _, n in _held(workload, layout))
-    trained = sum(n for p, n in _held(workload, layout) if p.trained)
+    held = sum(n for _, n in held_elements(workload, layout))
+    trained = sum(n for p, n in held_elements(workload, layout) if p.trained)
     updated, tensors = max(_updated(workload, layout))
     moments = moments_of(config.optim)
     copies = 0.0
@@ -91,7 +91,7 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
     )
 
 
-def _held(workload: Workload, layout: Layout) -> list[tuple[Parameter, int]]:
+def held_elements(workload: Workload, layout: Layout) -> list[tuple[Parameter, int]]:
     """Returns (parameter, elements of it that rank 0 keeps between steps)."""
     cuts = layout.world_size > 1 and layout.cuts_weights
     return _held_with(workload, layout.degrees, cuts)
@@ -114,7 +114,7 @@ def _held_with(workload: Workload, degrees: Degrees, cuts: bool) -> list[tuple[P
 def _updated(workload: Workload, layout: Layout) -> list[tuple[int, int]]:
     """Returns (elements, parameters) of rank after rank whose optimizer state it keeps; of one rank where all keep as
     many."""
-    held = [(p, n) for p, n in _held(workload, layout) if p.trained]
+    held = [(p, n) for p, n in held_elements(workload, layout) if p.trained]
     if layout.zero == 0 or layout.world_size == 1 or layout.cuts_weights:
         return [(sum(n for _, n in held), len(held))]
     if layout.engine == "deepspeed":  # flat buffers, cut anywhere
@@ -168,7 +168,7 @@ def _in_buckets(config: Config, workload: Workload, layout: Layout, segments: li
     item = weight_dtype(config).itemsize
     sizes: dict[str, float] = {}
     first, filled = "", 0.0
-    for p, numel in _held(workload, layout):
+    for p, numel in held_elements(workload, layout):
         if p.trained and p.is_expert:
             if not filled or filled + item * numel > BUCKET_BYTES:
                 first, filled = _block_of(p.name), 0.0

@@ -1,7 +1,8 @@
 """Seconds of operators from what calibration measured: a curve of products by shape, and a rate of every operator.
 
-An operator takes call + byte * bytes + work * w, where w is what the curve says of its product in seconds, or its
-multiply-accumulates where it multiplies many small matrices (attention), or 0 where it multiplies none.
+An operator takes call + byte * bytes + far * beyond + work * w: beyond is what it moves over CACHE bytes, w what the
+curve says of its product in seconds, or its multiply-accumulates where it multiplies many small matrices (attention),
+or 0 where it multiplies none. The update of weights is such a sum over tensors.
 """
 
 import itertools
@@ -13,22 +14,35 @@ import numpy as np
 from swin_moe.planner.operators import ATTENTION, BYTES, MACS, PRODUCTS, ROWS
 
 Point = tuple[float, float, float, float]  # rows, inner, columns, FLOP/s
-OTHER, UPDATE, UPDATE_EXPERTS = "other", "update", "update_experts"  # rates of no single operator
+OTHER, UPDATE = "other", "update"  # rates of no single operator
+CACHE = 2.0**20  # bytes that a core has near by, so that they come quicker than others
+_PASSED = 4  # tensors as large as a weight that its update reads: weight, gradient, moments
 _NEAREST = 8  # points that the curve looks at
 _STEEPNESS = 3  # of their weights, by distance in doublings
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds of an operator: a share of each call, of each byte, and of the work of its product."""
+    """Seconds of an operator: of each call, of each byte, of the work of its product, and of each byte beyond CACHE."""
 
     call: float
     byte: float
     work: float
+    far: float = 0.0
 
-    def seconds(self, calls: float, size: float, work: float) -> float:
-        """Returns the seconds of calls that move so many bytes together."""
-        return self.call * calls + self.byte * size + self.work * work
+    def seconds(self, moved: np.ndarray, work: np.ndarray | float = 0.0) -> np.ndarray:
+        """Returns (calls,) seconds. moved: (calls,) bytes that each moves."""
+        return self.call + self.byte * moved + self.far * beyond(moved) + self.work * work
+
+
+def beyond(moved: np.ndarray) -> np.ndarray:
+    """Returns the bytes of each call that no near cache holds."""
+    return np.maximum(moved - CACHE, 0.0)
+
+
+def moved_by_update(weights: np.ndarray) -> np.ndarray:
+    """Returns the bytes that the update of each tensor moves. weights: (tensors,) bytes."""
+    return _PASSED * weights
 
 
 class Curve:
@@ -68,8 +82,8 @@ class Rates:
         if rate is None:
             unseen = self.operators[OTHER]
             products = self.curve.seconds(work) if name in PRODUCTS else 0.0
-            return unseen.call + unseen.byte * work[:, BYTES] + products
-        return rate.call + rate.byte * work[:, BYTES] + rate.work * self.products(name, work)
+            return unseen.seconds(work[:, BYTES]) + products
+        return rate.seconds(work[:, BYTES], self.products(name, work))
 
 
 def fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -99,6 +113,7 @@ def fit_rates(curve: Curve, seen: Mapping[str, tuple[np.ndarray, np.ndarray]]) -
     bare = Rates(curve, {})
     others = [(OTHER, (np.concatenate([w for w, _ in plain]), np.concatenate([s for _, s in plain])))] if plain else []
     for name, (work, seconds) in (*seen.items(), *others):
-        features = np.stack([np.ones(len(work)), work[:, BYTES], bare.products(name, work)], axis=1)
+        moved = work[:, BYTES]
+        features = np.stack([np.ones(len(work)), moved, bare.products(name, work), beyond(moved)], axis=1)
         found[name] = Rate(*(float(value) for value in fit(features, seconds)))
     return found

@@ -13,17 +13,20 @@ import numpy as np
 
 from swin_moe.config import Config
 from swin_moe.planner.arithmetic import macs_of_segments
-from swin_moe.planner.collectives import Collective, collectives_of
+from swin_moe.planner.collectives import Collective, collectives_of, tensors_passed
 from swin_moe.planner.hardware import Hardware, Link
 from swin_moe.planner.layouts import Layout
-from swin_moe.planner.memory import Memory, predict_states
+from swin_moe.planner.memory import Memory, held_elements, predict_states
 from swin_moe.planner.operators import PRODUCTS
-from swin_moe.planner.rates import UPDATE, UPDATE_EXPERTS, Rates
+from swin_moe.planner.rates import UPDATE, Rates, moved_by_update
 from swin_moe.planner.trace import Segment
 from swin_moe.planner.workload import Workload, moments_of, rows_share, weight_dtype
 
 BOUNDS = ("compute", "memory", "launches", "link", "network")
 _UPDATE_PASSES = {"adamw": 7, "sgd": 5}  # reads and writes of an element: weight, gradient, moments
+# Operators as which the host's work around one weight counts that FSDP2 gathers or scatters; measured, 2.5 to 3.2
+# (benchmarks/results/2026-11-29-planner-layouts.md).
+_HANDLED = 2.8
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,16 @@ def add_communication(
     cover = {"backward": computation.backward, "forward": forward, "experts": experts, "": 0.0}
     for collective in collectives_of(config, workload, layout):
         seconds, bound = _seconds(collective, hardware, layout)
-        free = min(seconds, cover[collective.beside] * collective.share)
+        # CPU ranks carry the bytes with the cores that compute.
+        free = min(seconds, cover[collective.beside] * collective.share) if hardware.device != "cpu" else 0.0
         cover[collective.beside] -= free if collective.share else 0.0
         hidden += free
         exposed[collective.phase] += seconds - free
         bounds[bound] += seconds - free
+    if hardware.device == "cpu":  # elsewhere the host runs ahead
+        handling = _HANDLED * hardware.launch_seconds * tensors_passed(workload, layout)
+        exposed["reduction"] += handling
+        bounds["launches"] += handling
     bounds["memory"] += update
     return StepTime(forward, backward, exposed["exchange"], exposed["reduction"], hidden, update, bounds)
 
@@ -188,8 +196,12 @@ def update_bytes(config: Config, workload: Workload, layout: Layout) -> tuple[fl
 
 def _measured_update(config: Config, rates: Rates, workload: Workload, layout: Layout) -> float:
     """Returns seconds of norm, clipping and optimizer by measured rates, which were AdamW's; others by their passes."""
-    dense, experts = update_bytes(config, workload, layout)
-    found = rates.operators[UPDATE].seconds(1, dense, 0) + rates.operators[UPDATE_EXPERTS].seconds(0, experts, 0)
+    rate, item, found = rates.operators[UPDATE], weight_dtype(config).itemsize, 0.0
+    whole = layout.zero == 0 or layout.cuts_weights  # else each rank updates some of the tensors
+    for p, elements in held_elements(workload, layout):
+        replicas = layout.expert_data if p.is_expert else layout.world_size
+        if p.trained:
+            found += float(rate.seconds(moved_by_update(np.array(item * elements)))) / (1 if whole else replicas)
     return found * _UPDATE_PASSES[config.optim.name] / _UPDATE_PASSES["adamw"]
 
 

@@ -72,6 +72,10 @@ class Workload:
         """Returns elements of parameters; None = of both kinds."""
         return _numel(self, experts, trained)
 
+    def tensors(self, *, experts: bool) -> int:
+        """Returns how many parameters are trained."""
+        return sum(p.trained and p.is_expert == experts for p in self.parameters)
+
 
 @lru_cache(maxsize=64)
 def _numel(workload: Workload, experts: bool | None, trained: bool | None) -> int:

@@ -250,6 +250,7 @@ def test_the_second_call(tmp_path, programs):
         "machine",
         "layouts",
         "train",
+        "memory",
         "compiled",
         "peers",
         "simmim",

@@ -8,11 +8,14 @@ import torch
 
 from swin_moe.config.io import load_config
 from swin_moe.parallel.sharding import Degrees
-from swin_moe.planner.hardware import dump_hardware, load_hardware, read_hardware
+from swin_moe.planner.hardware import Link, dump_hardware, load_hardware, read_hardware
+from swin_moe.planner.layouts import Layout
+from swin_moe.planner.memory import predict_states
 from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
 from swin_moe.planner.operators import ATTENTION, BYTES, MACS, work_of
-from swin_moe.planner.rates import OTHER, UPDATE, UPDATE_EXPERTS, Curve, Rate, Rates, fit, fit_rates
-from swin_moe.planner.step_time import _measured
+from swin_moe.planner.rates import CACHE, OTHER, UPDATE, Curve, Rate, Rates, fit, fit_rates
+from swin_moe.planner.step_time import BOUNDS, Computation, _measured, add_communication, predict_update
+from swin_moe.planner.workload import build_workload
 
 
 def row(moved=0.0, rows=0.0, inner=0.0, columns=0.0):
@@ -45,6 +48,15 @@ def test_operators_get_their_own_rate_and_unseen_ones_that_of_others():
     assert rates.seconds("erf", plain) == pytest.approx([2.1e-5, 2.001e-3])
     assert rates.seconds("bmm", products)[1] > curve.seconds(products)[1]
     assert rates.operators[OTHER].byte == pytest.approx(2e-9)
+
+
+def test_bytes_that_no_near_cache_holds_have_a_rate_of_their_own():
+    sizes = np.array([1e3, 1e5, CACHE, 4 * CACHE, 16 * CACHE])
+    truth = 1e-6 + 1e-10 * sizes + 3e-10 * np.maximum(sizes - CACHE, 0)
+    curve, work = Curve([(64, 64, 64, 1e9)]), np.array([row(size) for size in sizes])
+    found = fit_rates(curve, {"gelu": (work, truth)})["gelu"]
+    assert (found.call, found.byte, found.far) == pytest.approx((1e-6, 1e-10, 3e-10))
+    assert Rates(curve, {"gelu": found}).seconds("gelu", work) == pytest.approx(truth)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +137,7 @@ def test_the_step_is_the_sum_of_its_operators():
 
 
 def test_a_calibrated_machine_reads_back(tmp_path):
-    rates = {OTHER: Rate(1e-6, 1e-9, 0.0), UPDATE: Rate(0.0, 1e-9, 0.0), UPDATE_EXPERTS: Rate(0.0, 1e-9, 0.0)}
+    rates = {OTHER: Rate(1e-6, 1e-9, 0.0), UPDATE: Rate(0.0, 1e-9, 0.0, 2e-9)}
     machine = dataclasses.replace(
         load_hardware("cpu"), name="mine", products={"fp32": [(64.0, 64.0, 64.0, 1e9)]}, operators={"fp32": rates}
     )
@@ -154,3 +166,52 @@ def test_wrong_figures_of_calibration_are_refused_in_a_sentence(tmp_path, figure
     with pytest.raises(ValueError) as error:
         read_hardware(path)
     assert sentence in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def priced(hardware, **changes):
+    """Returns the step of the digits' Swin-MoE on two ranks of a machine, experts on both, of a layout's changes."""
+    config = load_config("digits_swin_moe", ["model.moe.capacity_scope=rank"])
+    plain = Layout(2, 2, 1, 1, "torch", 0, "none", 0, 4, 1, 1, "linear", "none", "none")
+    layout = dataclasses.replace(plain, **changes)
+    work = build_workload(config)
+    return add_communication(
+        config, hardware, work, layout, Computation(0.01, 0.02, dict.fromkeys(BOUNDS, 0.0)), 0.0
+    ), work
+
+
+def test_ranks_of_cpus_hide_nothing_and_their_hosts_handle_every_weight():
+    gpu = dataclasses.replace(load_hardware("a100_80"), launch_seconds=1e-3)
+    cpu = dataclasses.replace(gpu, device="cpu")
+    hidden, exposed = priced(gpu)[0], priced(cpu)[0]
+    assert hidden.hidden > 0 and exposed.hidden == 0
+    assert exposed.seconds == pytest.approx(hidden.seconds + hidden.hidden)
+    for zero, times in ((2, 2), (3, 3)):  # gathered for forward, and for backward; and their gradients are scattered
+        (there, work), (here, _) = priced(gpu, zero=zero), priced(cpu, zero=zero)
+        dense = sum(p.trained and not p.is_expert for p in work.parameters)
+        assert here.seconds - there.seconds - there.hidden == pytest.approx(2.8e-3 * dense * times), zero
+
+
+def test_zero_1_of_torch_sends_weight_after_weight():
+    slow = dataclasses.replace(load_hardware("cpu"), inside=Link(1.0, 1e30), between=Link(1.0, 1e30))
+    (ours, work), (theirs, _) = priced(slow, zero=1), priced(slow, zero=1, engine="fairscale")
+    dense = sum(p.trained and not p.is_expert for p in work.parameters)
+    assert ours.seconds - theirs.seconds == pytest.approx(dense - 1)
+
+
+def test_the_update_is_a_sum_over_tensors():
+    """Large tensors of experts take what no cache holds: their update was predicted 43 % too fast."""
+    config = load_config("digits_swin_moe", ["model.moe.capacity_scope=rank"])
+    work, layout = build_workload(config), Layout(1, 1, 1, 1, "torch", 0, "none", 0, 4, 1, 1, "linear", "none", "none")
+    rates = {OTHER: Rate(0.0, 0.0, 0.0), UPDATE: Rate(1e-3, 1e-9, 0.0, 5e-9)}
+    machine = dataclasses.replace(
+        load_hardware("cpu"), products={"fp32": [(64.0, 64.0, 64.0, 1e9)]}, operators={"fp32": rates}
+    )
+    sizes = [4 * 4 * p.numel for p in work.parameters if p.trained]  # fp32 weight, gradient, two moments
+    expected = sum(1e-3 + 1e-9 * size + 5e-9 * max(0, size - CACHE) for size in sizes)
+    assert max(sizes) > CACHE > min(sizes)
+    assert predict_update(config, machine, work, layout, predict_states(config, work, layout)) == pytest.approx(
+        expected
+    )
+    shared = dataclasses.replace(layout, world_size=2, expert=2, zero=1)
+    less = predict_update(config, machine, work, shared, predict_states(config, work, shared))
+    assert less < 0.6 * expected  # half of the dense tensors, and half of the experts

@@ -190,3 +190,13 @@ def test_parameters_of_a_block_are_gathered_beside_the_block_before(config, work
         before = [spans[j].end for j in range(i) if tasks[j].stream == "compute"]
         ahead += task.stream == "reduction" and bool(before) and spans[i].end < before[-1]
     assert ahead >= 5
+
+
+def test_weights_that_are_sent_one_by_one_are_all_sent(config, workload):
+    shares = draw_shares(len(workload.moe), 16, spread=0, seed=0)
+    sent = []
+    for engine in ("torch", "fairscale"):
+        built = Program(config, A100, workload, layout(16, 4, zero=1, engine=engine), shares)
+        tasks = built.build(parts(workload), 1.0)
+        sent.append(sum(t.transfer.sent for t in tasks if t.stream == "reduction" and t.transfer is not None))
+    assert sent[0] == pytest.approx(sent[1]) and sent[0] > 0

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.config.checks import shown
+from swin_moe.planner.calibrate.machine import clock
 from swin_moe.planner.hardware import Link
 from swin_moe.planner.rates import fit
 
@@ -32,22 +32,23 @@ class Timed:
 
 
 def measure_collectives(device: torch.device) -> Iterator[Timed]:
-    """Yields the median seconds of each collective: each repeat is as long as its slowest rank."""
-    ranks = dist.get_world_size()
+    """Yields the median seconds of each collective: each repeat is as long as its slowest rank.
+
+    On the CPU, seconds of the process, as those of operators: ranks carry the bytes themselves.
+    """
+    ranks, now = dist.get_world_size(), clock(device)
     for kind, size in SIZES:
         count = size // 4 // ranks * ranks
         source, target = torch.ones(count, device=device), torch.empty(count, device=device)
         found = []
         for _ in range(_REPEATS + 1):
             dist.barrier()
-            start = time.perf_counter()
+            start = now()
             if kind == "all_to_all":
                 dist.all_to_all_single(target, source)
             else:
                 dist.all_reduce(source)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+            slowest = torch.tensor(now() - start, dtype=torch.float64, device=device)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             found.append(float(slowest))
         yield Timed(kind, ranks, 4.0 * count, statistics.median(found[1:]))

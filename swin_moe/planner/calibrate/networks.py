@@ -21,7 +21,7 @@ from swin_moe.parallel.groups import build_groups
 from swin_moe.planner.calibrate.machine import clock
 from swin_moe.planner.micro_step import example_batch
 from swin_moe.planner.operators import starts_kernel, tensors_of, work_of
-from swin_moe.planner.rates import UPDATE, UPDATE_EXPERTS, Curve, Rate, fit, fit_rates
+from swin_moe.planner.rates import UPDATE, Curve, Rate, beyond, fit, fit_rates, moved_by_update
 from swin_moe.registry import lookup
 from swin_moe.run.session import Session, build_meta_model, layout_of
 from swin_moe.tasks.base import StepContext, build_task
@@ -39,6 +39,11 @@ NETWORKS = (
     _SMALL
     + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=8 "
     + _EXPERTS,
+    # Few images, as micro-batches have: what an operator takes however little it moves.
+    _SMALL + "48 model.name=swin model.img_size=96 model.depths=[1,1,1,1] model.window_size=6 data.global_batch=2",
+    _SMALL
+    + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=2 "
+    + _EXPERTS,
 )
 _ROUNDS = 3  # of a step as it is and one whose operators are timed
 
@@ -52,8 +57,7 @@ class Seen:
     seconds: np.ndarray  # (operators,)
     micro_step: float
     update: float
-    dense: float  # bytes of weights
-    experts: float
+    weights: np.ndarray  # (tensors,) bytes
 
     @property
     def host(self) -> float:
@@ -142,12 +146,10 @@ def _measure(step: SmallStep, now: Any) -> Seen:
         timed.append(seen)
     assert all(t.operators == timed[0].operators for t in timed), "a step does the same each time"
     micro_step, update = np.median(plain, axis=0)
-    sizes = [0.0, 0.0]
-    for name, parameter in step.engine.local_model.named_parameters():
-        sizes[".experts." in name] += 4.0 * parameter.numel()
+    sizes = np.array([4.0 * parameter.numel() for parameter in step.engine.local_model.parameters()])
     first = timed[0]
     seconds = np.median([t.seconds for t in timed], axis=0)
-    return Seen(first.operators, np.array(first.work), seconds, float(micro_step), float(update), *sizes)
+    return Seen(first.operators, np.array(first.work), seconds, float(micro_step), float(update), sizes)
 
 
 def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str, dict[str, Rate]]:
@@ -168,6 +170,7 @@ def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str,
 
 
 def _update_rates(steps: list[Seen]) -> dict[str, Rate]:
-    features = np.array([[1.0, step.dense, step.experts] for step in steps])
-    call, dense, experts = (float(v) for v in fit(features, np.array([step.update for step in steps])))
-    return {UPDATE: Rate(call, dense, 0.0), UPDATE_EXPERTS: Rate(0.0, experts, 0.0)}
+    moved = [moved_by_update(step.weights) for step in steps]
+    features = np.array([[len(m), m.sum(), beyond(m).sum()] for m in moved])
+    call, byte, far = (float(v) for v in fit(features, np.array([step.update for step in steps])))
+    return {UPDATE: Rate(call, byte, 0.0, far)}

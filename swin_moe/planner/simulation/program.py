@@ -107,7 +107,8 @@ class Program:
         self._compute("update", update, after=tuple(range(len(self.tasks))))
         for collective in self.collectives:
             if collective.phase == "reduction" and not collective.beside:
-                self._add("reduction", "reduction", (len(self.tasks) - 1,), self._ring(collective, collective.bytes))
+                whole = collective.bytes * collective.calls  # a message costs no time of its own
+                self._add("reduction", "reduction", (len(self.tasks) - 1,), self._ring(collective, whole))
         return self.tasks
 
     @property
