@@ -71,7 +71,7 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def refusal() -> str:
     """Returns why layers cannot be packed, one clause; "" where they can."""
-    if "cpu" in extension.compiled_for(*_OPERATORS):
+    if extension.EXTENSION.loaded and all(hasattr(torch.ops.swin_moe, name) for name in _OPERATORS):
         return ""
     return extension.why_not("cpu") or "the compiled kernels are older than packed layers"
 
