@@ -44,15 +44,17 @@ def _grouped(args: Arguments, x: int = 0) -> Shape:
     return args[x].shape[0], args[x + 1].shape[1], args[x + 1].shape[2]
 
 
-def _row_linear_backward(args: Arguments) -> Shape:
-    """Of the one or two products that are asked for."""
+def _row_linear_backward(args: Arguments) -> list[tuple[str, Shape]]:
+    """Returns those of the two products that are asked for."""
     rows, outputs, inputs = _mm(args[::2])
-    return rows * sum(args[3][:2]), outputs, inputs
+    shapes = (rows, outputs, inputs), (outputs, rows, inputs)
+    return [("mm", shape) for shape, is_needed in zip(shapes, args[3]) if is_needed]
 
 
-def _experts(args: Arguments, x: int = 0, fc1: int = 1) -> Shape:
-    """Of both layers."""
-    return args[x].shape[0], args[fc1].shape[2], 2 * args[fc1].shape[1]
+def _experts(args: Arguments, x: int = 0, fc1: int = 1) -> list[Shape]:
+    """Returns the products of both layers."""
+    rows, hidden, width = args[x].shape[0], args[fc1].shape[1], args[fc1].shape[2]
+    return [(rows, width, hidden), (rows, hidden, width)]
 
 
 def _grouped_backward(args: Arguments) -> Shape:
@@ -97,16 +99,20 @@ PRODUCTS: dict[str, Callable[[Arguments], Shape]] = {
     "mkldnn_linear_backward_weights": _weight_gradient,
     "grouped_linear": _grouped,
     "grouped_linear_backward": _grouped_backward,
-    "row_linear": _linear,
-    "row_linear_backward": _row_linear_backward,
-    "expert_rows": _experts,
-    "expert_rows_backward": lambda args: _experts(args, 1, 4),
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "window_attention": _window,
     "window_attention_backward": _window_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _scaled_dot,
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda args: _scaled_dot(args, 1),
+}
+# What the CPU computes in one operator where rows are few -> the products that a trace, which is of any number of rows,
+# has in its place.
+JOINED: dict[str, Callable[[Arguments], list[tuple[str, Shape]]]] = {
+    "row_linear": lambda args: [("mm" if args[2] is None else "addmm", _linear(args))],
+    "row_linear_backward": _row_linear_backward,
+    "expert_rows": lambda args: [("grouped_linear", shape) for shape in _experts(args)],
+    "expert_rows_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 1, 4)[::-1]],
 }
 # Products of many small matrices, whose rate is no plain product's.
 ATTENTION = frozenset(name for name in PRODUCTS if "attention" in name)
@@ -123,10 +129,11 @@ def tensors_of(values: Any) -> Iterator[Tensor]:
 
 
 def starts_kernel(function: Any, name: str) -> bool:
-    """Returns whether an operator computes anything: no view, no allocation."""
-    if name in _NO_KERNEL:
+    """Returns whether an operator computes anything: no view, no allocation, no question about the machine."""
+    schema = function._schema
+    if name in _NO_KERNEL or not any("Tensor" in str(v.type) for v in (*schema.arguments, *schema.returns)):
         return False
-    aliases = [r.alias_info for r in function._schema.returns]
+    aliases = [r.alias_info for r in schema.returns]
     return not aliases or not all(a is not None and not a.is_write for a in aliases)
 
 
@@ -137,5 +144,22 @@ def work_of(name: str, args: Arguments, outputs: Sequence[Tensor]) -> tuple[str,
     precision = next((PRECISION_OF[t.dtype] for t in (*inputs, *outputs) if t.dtype in PRECISION_OF), "fp32")
     if name not in PRODUCTS:
         return precision, [float(moved), 0.0, 0.0, 0.0, 0.0]
-    shape = PRODUCTS[name](args)
-    return precision, [float(moved), float(math.prod(shape)), *map(float, shape)]
+    return precision, _row(moved, PRODUCTS[name](args))
+
+
+def _row(moved: float, shape: Shape) -> list[float]:
+    return [float(moved), float(math.prod(shape)), *map(float, shape)]
+
+
+def traced_work_of(
+    name: str, args: Arguments, outputs: Sequence[Tensor]
+) -> list[tuple[tuple[str, str], list[float], float]]:
+    """Returns ((name, precision), row of work, share of the time) of what stands in a trace for an operator: itself,
+    or each of the products that it joins, which share bytes and time by their multiply-accumulates."""
+    precision, work = work_of(name, args, outputs)
+    parts = JOINED[name](args) if name in JOINED else []
+    total = sum(math.prod(shape) for _, shape in parts)
+    if not total:
+        return [((name, precision), work, 1.0)]
+    shares = [math.prod(shape) / total for _, shape in parts]
+    return [((part, precision), _row(work[BYTES] * share, shape), share) for (part, shape), share in zip(parts, shares)]

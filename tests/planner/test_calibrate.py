@@ -56,8 +56,11 @@ def test_a_timed_step_has_the_operators_of_the_traced_one(quick, tmp_path):
     seen = networks._measure(SmallStep(config, torch.device("cpu")), machine.clock(torch.device("cpu")))
     traced = trace_exactly(config, Degrees(1, 1, 1), config.data.global_batch)
     said = [operator for segment in traced for operator in segment.operators]
+    # Where rows are few, a linear layer's backward adds up the gradient of the bias too.
+    inside = Counter(said)["sum", "fp32"] - Counter(seen.operators)["sum", "fp32"]
+    assert inside <= Counter(said)["addmm", "fp32"]
     # A first step also makes what later ones find made, such as indices: small operators, and no product.
-    assert not Counter(seen.operators) - Counter(said) and len(said) < 1.2 * len(seen.operators)
+    assert not Counter(seen.operators) - Counter(said) and len(said) < 1.2 * (len(seen.operators) + inside)
     assert [o for o in seen.operators if o[0] in PRODUCTS] == [o for o in said if o[0] in PRODUCTS]
     work = np.concatenate([segment.work for segment in traced])
     assert work[:, MACS].sum() == pytest.approx(seen.work[:, MACS].sum(), rel=0.02)  # loads of experts are not even

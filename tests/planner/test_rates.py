@@ -12,7 +12,7 @@ from swin_moe.planner.hardware import Link, dump_hardware, load_hardware, read_h
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.memory import predict_states
 from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
-from swin_moe.planner.operators import ATTENTION, BYTES, MACS, work_of
+from swin_moe.planner.operators import ATTENTION, BYTES, MACS, starts_kernel, traced_work_of, work_of
 from swin_moe.planner.rates import CACHE, OTHER, UPDATE, Curve, Rate, Rates, fit, fit_rates
 from swin_moe.planner.step_time import BOUNDS, Computation, _measured, add_communication, predict_update
 from swin_moe.planner.workload import build_workload
@@ -69,9 +69,6 @@ def test_bytes_that_no_near_cache_holds_have_a_rate_of_their_own():
         ("mkldnn_linear_backward_weights", [(10, 7), (10, 3)], (7, 10, 3)),
         ("grouped_linear", [(10, 3), (4, 3, 7)], (10, 3, 7)),
         ("grouped_linear_backward", [(10, 7), (10, 3), (4, 3, 7)], (10, 3, 7)),
-        ("row_linear", [(2, 5, 3), (7, 3)], (10, 3, 7)),
-        ("expert_rows", [(10, 3), (4, 7, 3)], (10, 3, 14)),
-        ("expert_rows_backward", [(10, 3), (10, 3), (10, 7), (10, 7), (4, 7, 3)], (10, 3, 14)),
         ("convolution_backward", [(2, 7, 2, 2), (2, 3, 8, 8), (7, 3, 4, 4)], (8, 48, 7)),
     ],
 )
@@ -82,10 +79,45 @@ def test_the_product_of_an_operator(name, shapes, product):
     assert work[BYTES] == 4 * (sum(t.numel() for t in tensors) + 11)
 
 
-def test_the_backward_of_a_linear_layer_counts_what_is_asked_for():
-    args = [torch.zeros(10, 7), torch.zeros(10, 3), torch.zeros(7, 3)]
-    assert work_of("row_linear_backward", [*args, [True, True, False]], [])[1][2:] == [20.0, 7.0, 3.0]
-    assert work_of("row_linear_backward", [*args, [False, True, True]], [])[1][2:] == [10.0, 7.0, 3.0]
+@pytest.mark.parametrize(
+    "name, args, parts",
+    [
+        ("row_linear", [(2, 5, 3), (7, 3), None], [("mm", (10, 3, 7))]),
+        ("row_linear", [(2, 5, 3), (7, 3), (7,)], [("addmm", (10, 3, 7))]),
+        (
+            "row_linear_backward",
+            [(10, 7), (10, 3), (7, 3), [True, True, True]],
+            [("mm", (10, 7, 3)), ("mm", (7, 10, 3))],
+        ),
+        ("row_linear_backward", [(10, 7), (10, 3), (7, 3), [False, True, True]], [("mm", (7, 10, 3))]),
+        ("expert_rows", [(10, 3), (4, 7, 3)], [("grouped_linear", (10, 3, 7)), ("grouped_linear", (10, 7, 3))]),
+        (
+            "expert_rows_backward",
+            [(10, 3), (10, 3), (10, 7), (10, 7), (4, 7, 3)],
+            [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))],
+        ),
+    ],
+)
+def test_what_is_joined_where_rows_are_few_counts_as_in_a_trace(name, args, parts):
+    given = [torch.zeros(arg) if isinstance(arg, tuple) else arg for arg in args]
+    found = traced_work_of(name, given, [])
+    assert [(operator[0], tuple(work[2:])) for operator, work, _ in found] == parts
+    macs = [np.prod(shape) for _, shape in parts]
+    assert [share for *_, share in found] == pytest.approx([m / sum(macs) for m in macs])
+    moved = work_of(name, given, [])[1][BYTES]
+    assert [work[BYTES] for _, work, _ in found] == pytest.approx([moved * m / sum(macs) for m in macs])
+
+
+def test_what_is_joined_of_no_rows_and_what_is_not_joined_counts_as_it_is():
+    for name, shapes in (("gelu", [(5, 3)]), ("row_linear", [(0, 3), (7, 3)])):
+        args = [*(torch.zeros(shape) for shape in shapes), None]
+        precision, work = work_of(name, args, [])
+        assert traced_work_of(name, args, []) == [((name, precision), work, 1.0)]
+
+
+def test_a_question_about_the_machine_starts_no_kernel():
+    assert not starts_kernel(torch.ops.swin_moe.cpu_capability.default, "cpu_capability")
+    assert starts_kernel(torch.ops.aten.mul.Tensor, "mul") and starts_kernel(torch.ops.aten.zeros.default, "zeros")
 
 
 def test_attention_counts_pairs_of_positions_in_windows():

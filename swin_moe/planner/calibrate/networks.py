@@ -20,7 +20,7 @@ from swin_moe.optim import build_schedule
 from swin_moe.parallel.groups import build_groups
 from swin_moe.planner.calibrate.machine import clock
 from swin_moe.planner.micro_step import example_batch
-from swin_moe.planner.operators import starts_kernel, tensors_of, work_of
+from swin_moe.planner.operators import starts_kernel, tensors_of, traced_work_of
 from swin_moe.planner.rates import UPDATE, Curve, Rate, beyond, fit, fit_rates, moved_by_update
 from swin_moe.registry import lookup
 from swin_moe.run.session import Session, build_meta_model, layout_of
@@ -79,10 +79,10 @@ class _Timed(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         taken = self.now() - start
         if starts_kernel(function, name):
-            precision, work = work_of(name, args, list(tensors_of(result)))
-            self.operators.append((name, precision))
-            self.work.append(work)
-            self.seconds.append(taken)
+            for operator, work, share in traced_work_of(name, args, list(tensors_of(result))):
+                self.operators.append(operator)
+                self.work.append(work)
+                self.seconds.append(taken * share)
         return result
 
 
