@@ -45,6 +45,7 @@ def memory_full_of(value, device):
 @pytest.fixture(autouse=True)
 def in_one_product(monkeypatch):
     monkeypatch.setattr(grouped, "use_grouped", lambda device, dtype, *_: dtype == torch.bfloat16)
+    monkeypatch.setattr(experts, "takes", lambda *_: False)  # the kernels for few rows fill what is left over
 
 
 def step(value, device):
