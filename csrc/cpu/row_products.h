@@ -34,6 +34,8 @@ constexpr int kRowLanes = kLanes<float>;
 constexpr int kPanelVectors = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 4 : 2;
 constexpr int64_t kPanelColumns = kPanelVectors * kRowLanes;
 static_assert(kRowProductColumns % kPanelColumns == 0);
+// Six numbers of each step would be read from as many lines of the first-level cache, which then has no room for them.
+constexpr bool kTurnsLeft = SWIN_MOE_VECTOR_REGISTERS < 32;
 constexpr int kLeastPackedRows = 32;       // packing what could be read in place pays from here on
 constexpr int64_t kBlockSteps = 256;       // of factors that stay in the second-level cache
 
@@ -163,6 +165,27 @@ void pack_columns(const B* b, int64_t b_step, int64_t b_column, int64_t steps, i
   }
 }
 
+// Writes the factors of a matrix whose rows are adjacent, row by row.
+template <class Operand, class A>
+void turn_columns(const A* a, int64_t a_step, int64_t steps, int64_t rows, typename Operand::Factor* to,
+                  int64_t stride) {
+  using F = typename Operand::Factor;
+  const int64_t depth = depth_of<Operand>(steps);
+  for (int64_t row = 0; row < rows; row += kRowLanes) {
+    const int count = int(std::min<int64_t>(rows - row, kRowLanes));
+    for (int64_t step = 0; step < depth; step += kRowLanes) {
+      Vector<F> square[kRowLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kRowLanes; ++i)
+        square[i] =
+            step + i < depth ? factors_of<Operand>(a + row, a_step, step + i, steps, count) : Vector<F>{};
+      transpose_rounds<F>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRowLanes; ++i) store(to + (row + i) * stride + step, square[i]);
+    }
+  }
+}
+
 // The left factor of a block of steps of a part: where it lies, or packed.
 template <class Operand, class A>
 Strided<typename Operand::Factor> left_factor(const RowProduct& p, const RowProductPart& part, int64_t step,
@@ -177,12 +200,17 @@ Strided<typename Operand::Factor> left_factor(const RowProduct& p, const RowProd
     if (along && steps % 2 == 0 && p.a_row % 2 == 0 && reinterpret_cast<uintptr_t>(a) % sizeof(F) == 0)
       return {reinterpret_cast<const F*>(a), p.a_row / 2, 1};
   }
-  const int64_t stride = (along ? depth : rows) + kRowLanes;
-  F* space = row_scratch<F, 0>(stride * (along ? rows : depth) + kRowLanes);
+  const bool by_row = along || kTurnsLeft;
+  const int64_t stride = (by_row ? depth : rows) + kRowLanes, most = (by_row ? rows : depth) + kRowLanes;
+  F* space = row_scratch<F, 0>(stride * most);
   if (along) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t i = 0; i < depth; i += kRowLanes)
         store(space + row * stride + i, factors_along<Operand>(a + row * p.a_row, i, steps));
+    return {space, stride, 1};
+  }
+  if constexpr (kTurnsLeft) {
+    turn_columns<Operand>(a, p.a_step, steps, rows, space, stride);
     return {space, stride, 1};
   }
   for (int64_t i = 0; i < depth; ++i)

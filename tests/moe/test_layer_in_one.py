@@ -53,11 +53,17 @@ def test_one_operator_has_the_bits_of_its_steps(monkeypatch, dtype, mixed, top_k
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_on_every_number_of_threads(dtype):
-    layer, threads, found = make(dtype, top_k=2), torch.get_num_threads(), []
+    tokens, threads, found = 1500, torch.get_num_threads(), []
+    weights = [draw(*s, seed=n, dtype=dtype) for n, s in enumerate([(2, 36, 40), (2, 36), (2, 36, 40), (2, 40)])]
+    x, gate = draw(tokens, 40, seed=5, dtype=dtype), draw(tokens, 2, seed=6, dtype=torch.float32)
+    row = torch.randperm(2 * tokens, generator=torch.Generator().manual_seed(7))
+    order = row_products.LayerOrder(row.view(tokens, 2), None, row.argsort(), torch.tensor([1000, 2000]))
+    leaves = [t.requires_grad_() for t in (x, gate, *weights)]
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            found.append(results(layer, dtype, False))
+            y = row_products.expert_layer(leaves[0], leaves[1], leaves[2:], order, dtype=dtype, draw=None)
+            found.append([y.detach(), *torch.autograd.grad(y, leaves, draw(tokens, 40, seed=8, dtype=dtype))])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found))
