@@ -247,8 +247,8 @@ std::tuple<Tensor, Tensor> expert_layer_backward_cpu(
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
   m.def(
       "expert_layer(Tensor x, Tensor gate, Tensor fc1, Tensor? bias1, Tensor fc2, Tensor? bias2, Tensor position, "
-      "Tensor? keep, Tensor pair, Tensor counts, ScalarType dtype, Tensor? words, Tensor? rows, int layer, int purpose, "
-      "int site, float drop, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? keep, Tensor pair, Tensor counts, ScalarType dtype, Tensor? words, Tensor? rows, int layer, int "
+      "purpose, int site, float drop, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "expert_layer_backward(Tensor grad, Tensor gate, Tensor taken, Tensor product, Tensor hidden, Tensor out, Tensor "
       "fc1, Tensor fc2, Tensor position, Tensor? keep, Tensor pair, Tensor counts, Tensor? words, Tensor? rows, int "

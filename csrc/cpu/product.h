@@ -81,8 +81,8 @@ __attribute__((noinline)) void column_of_tiles(int rows, int depth, Strided<type
   }
 }
 
-// sum[rows x vectors] (+)= a[rows x depth] b[depth x vectors]; vectors counts vectors of a row of b and of sum, of which
-// a tile takes at most kWidest.
+// sum[rows x vectors] (+)= a[rows x depth] b[depth x vectors]; vectors counts vectors of a row of b and of sum. A tile
+// takes at most kWidest of them.
 template <class Operand, bool kAccumulate = false, int kWidest = 4>
 SWIN_MOE_INLINE void product(int rows, int vectors, int depth, Strided<typename Operand::Factor> a,
                              Rows<const typename Operand::Factor> b, Rows<typename Operand::Sum> sum) {

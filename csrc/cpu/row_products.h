@@ -116,7 +116,8 @@ SWIN_MOE_INLINE Vector<typename Operand::Factor> factors_of(const B* b, int64_t 
 template <class Operand, class B>
 SWIN_MOE_INLINE Vector<typename Operand::Factor> factors_along(const B* row, int64_t step, int64_t steps) {
   if constexpr (kRounded<Operand, B>) {
-    return (Vector<float>)(rounded_bfloat16(load_some(row + step, int(std::min<int64_t>(steps - step, kRowLanes)))) << 16);
+    const Vector<float> x = load_some(row + step, int(std::min<int64_t>(steps - step, kRowLanes)));
+    return (Vector<float>)(rounded_bfloat16(x) << 16);
   } else if constexpr (Operand::kPerFactor == 1) {
     return load_some(row + step, int(std::min<int64_t>(steps - step, kRowLanes)));
   } else {
