@@ -17,6 +17,7 @@ from swin_moe.config.yaml_files import read_yaml
 from swin_moe.planner.rates import OTHER, Curve, Point, Rate, Rates
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast")  # of collectives
 _LINKS = "links.yaml"  # in the folder of machines; none itself
 _LINK = "inside"  # a figure of this form
 
@@ -54,6 +55,7 @@ class Hardware:
     device: str = "cuda"  # whose operators are counted: cuda or cpu
     # What calibration found, by precision: products by shape, and seconds of operators by name (rates.py).
     products: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    collectives: Mapping[str, Link] = field(default_factory=dict)  # by kind, between ranks of a node; others by inside
     operators: Mapping[str, Mapping[str, Rate]] = field(default_factory=dict)
 
     def matrix_rate(self, precision: str) -> float:
@@ -181,6 +183,10 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
         if not isinstance(value, dict) or not value or set(value) - set(PRECISIONS):
             raise ValueError(f"{path}: flops must give FLOP/s of some of {', '.join(PRECISIONS)}, got {shown(value)}")
         return {name: _number(path, f"flops.{name}", rate) for name, rate in value.items()}
+    if form == "collectives":
+        if not isinstance(value, dict) or set(value) - set(KINDS):
+            raise ValueError(f"{path}: collectives must be links of some of {', '.join(KINDS)}, got {shown(value)}")
+        return {name: _figure(path, f"collectives.{name}", link, _LINK) for name, link in value.items()}
     if form in ("inside", "between"):
         wanted = [f.name for f in dataclasses.fields(Link)]
         if not isinstance(value, dict) or set(value) != set(wanted):

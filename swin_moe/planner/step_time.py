@@ -212,12 +212,12 @@ def _seconds(collective: Collective, hardware: Hardware, layout: Layout) -> tupl
         return 0.0, "link"
     here = max(1, min(ranks, hardware.ranks_per_node // stride))  # of the group, on one node
     nodes = math.ceil(ranks / here)
-    inside = _bandwidth(hardware.inside, hardware)
-    between = _bandwidth(hardware.between, hardware)
-    hops = hardware.inside.latency * math.ceil(math.log2(here)) + hardware.between.latency * math.ceil(math.log2(nodes))
+    near = hardware.collectives.get(collective.kind, hardware.inside)
+    inside, between = _bandwidth(near, hardware), _bandwidth(hardware.between, hardware)
+    hops = near.latency * math.ceil(math.log2(here)) + hardware.between.latency * math.ceil(math.log2(nodes))
     size = collective.bytes
     if collective.kind == "all_to_all":
-        hops = (hardware.between if nodes > 1 else hardware.inside).latency
+        hops = (hardware.between if nodes > 1 else near).latency
         staying, leaving = size * (here - 1) / ranks, size * (ranks - here) / ranks
         times = {"link": staying / inside, "network": leaving / between}
     else:
