@@ -20,8 +20,7 @@ import torch.distributed as dist
 from swin_moe.config import Config
 from swin_moe.config.io import load_config
 from swin_moe.parallel.groups import build_groups, init_distributed
-from swin_moe.parallel.sharding import Degrees
-from swin_moe.planner.layouts import Layout
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.measured import Measured, measure_step
 from swin_moe.planner.memory import Memory, activations_over_time, predict_states
 from swin_moe.planner.micro_step import trace_micro_step
@@ -83,18 +82,6 @@ CASES = (
 )  # fmt: skip
 
 
-def layout_from(config: Config, world_size: int) -> Layout:
-    """Returns the layout that a config has in this world."""
-    degrees = Degrees.resolve(*layout_of(config), world_size)
-    micro, steps = config.accumulation(world_size)
-    moe = config.model.moe
-    return Layout(
-        world_size, degrees.expert, degrees.expert_shard, degrees.expert_data, config.engine.name, config.parallel.zero,
-        config.parallel.recompute, config.model.attention_chunk, micro, steps, moe.overlap, moe.transport, moe.payload,
-        config.engine.offload,
-    )  # fmt: skip
-
-
 def measure(case: Case, world_size: int) -> tuple[Config, Measured, float]:
     """Returns (config, what this rank holds, rows that arrived in shares of those it sent)."""
     with tempfile.TemporaryDirectory() as directory:
@@ -145,7 +132,7 @@ def _watch_rows(model: torch.nn.Module, arrived: list[float]) -> None:
 
 def predict(config: Config, world_size: int, rows: float) -> Memory:
     """Returns what the planner says: all gradients, and the most bytes of activations and gathered parameters."""
-    layout, workload = layout_from(config, world_size), build_workload(config)
+    layout, workload = layout_in(config, world_size), build_workload(config)
     segments = trace_micro_step(config, layout.degrees, rows, images=layout.micro_batch).at(layout.micro_batch)
     states = predict_states(config, workload, layout)
     peak = activations_over_time(config, workload, layout, segments).max()

@@ -18,6 +18,7 @@ from swin_moe.planner.trace import Segment, over_time
 from swin_moe.planner.workload import Parameter, Workload, moments_of, weight_dtype
 
 _BUCKET = 4 * 2**24  # bytes that DeepSpeed reduces together (engine/deepspeed/start.py)
+_ALIGNED = 2  # elements of a rank's part of its flat buffers: a multiple
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,12 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
     item = weight_dtype(config).itemsize
     held = sum(n for _, n in held_elements(workload, layout))
     trained = sum(n for p, n in held_elements(workload, layout) if p.trained)
+    if layout.engine == "deepspeed":
+        return _flat_states(config, workload, layout)
     updated, tensors = max(_updated(workload, layout))
     moments = moments_of(config.optim)
     copies = 0.0
-    if are_kept(layout.apply(config), layout.world_size) and layout.engine != "deepspeed":
+    if are_kept(layout.apply(config), layout.world_size):
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
     count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(
@@ -87,7 +90,40 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
         averages=item * held if config.optim.ema and layout.offload == "none" else 0.0,
         activations=0.0,
         gathered=0.0,
-        workspace=_BUCKET if layout.engine == "deepspeed" else 0.0,
+        workspace=0.0,
+    )
+
+
+def _flat_states(config: Config, workload: Workload, layout: Layout) -> Memory:
+    """Returns what DeepSpeed's flat buffers hold: of every group of parameters, dense ones and experts apart, whole
+    weights and the own part's masters and moments; in stage 3 parts of weights and gradients, too."""
+    item, moments = weight_dtype(config).itemsize, moments_of(config.optim)
+    whole: dict[tuple[int, bool], int] = {}  # elements of a buffer
+    frozen = part = 0
+    for p, numel in _held_with(workload, layout.degrees, False):
+        spread = p.is_expert and layout.expert * layout.expert_shard > 1
+        ranks = layout.expert_data if spread else layout.world_size
+        if layout.zero == 3:
+            numel = -(-numel // ranks)
+        if p.trained:
+            whole[p.group, spread] = whole.get((p.group, spread), 0) + numel
+        else:
+            frozen += numel
+    for (group, spread), numel in whole.items():
+        ranks = layout.expert_data if spread else layout.world_size
+        if layout.zero < 3:
+            numel = -(-numel // (_ALIGNED * ranks)) * _ALIGNED * ranks
+            whole[group, spread] = numel
+        part += numel if layout.zero == 3 else numel // ranks
+    count = 4 * len(whole) if config.optim.name == "adamw" else 0
+    return Memory(
+        parameters=item * (sum(whole.values()) + frozen),
+        gradients=item * part,
+        optimizer=(0 if layout.offload != "none" else item * (moments + 1) * part) + count,
+        averages=0.0,
+        activations=0.0,
+        gathered=0.0,
+        workspace=_BUCKET,
     )
 
 
@@ -117,10 +153,6 @@ def _updated(workload: Workload, layout: Layout) -> list[tuple[int, int]]:
     held = [(p, n) for p, n in held_elements(workload, layout) if p.trained]
     if layout.zero == 0 or layout.world_size == 1 or layout.cuts_weights:
         return [(sum(n for _, n in held), len(held))]
-    if layout.engine == "deepspeed":  # flat buffers, cut anywhere
-        dense = sum(n for p, n in held if not p.is_expert)
-        experts = sum(n for p, n in held if p.is_expert)
-        return [(-(-dense // layout.world_size) + -(-experts // layout.expert_data), len(held))]
     largest_first = layout.engine == "torch"
     shares = []
     for is_expert, ranks in ((False, layout.world_size), (True, layout.expert_data)):

@@ -20,6 +20,8 @@ from swin_moe.planner.rates import fit
 SIZES = tuple((kind, size) for kind in KINDS for size in (2**12, 2**16, 2**19, 2**22, 2**24))
 _OF_LINK = ("all_to_all", "all_reduce")  # that all links are fitted to
 _REPEATS = 7
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name, or before
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def measure_collectives(device: torch.device) -> Iterator[Timed]:
         calls = {
             "all_to_all": lambda a=source, b=target: dist.all_to_all_single(b, a),
             "all_reduce": lambda a=source: dist.all_reduce(a),
-            "all_gather": lambda a=part, b=target: dist.all_gather_into_tensor(b, a),
-            "reduce_scatter": lambda a=source, b=part: dist.reduce_scatter_tensor(b, a),
+            "all_gather": lambda a=part, b=target: _all_gather(b, a),
+            "reduce_scatter": lambda a=source, b=part: _reduce_scatter(b, a),
             "broadcast": lambda a=source: dist.broadcast(a, 0),
         }
         found = []
