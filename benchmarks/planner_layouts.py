@@ -55,6 +55,9 @@ LAYOUTS = {
 }
 
 
+Row = tuple[str, float, float, float, StepTime]  # layout, seconds on the wall, of the CPU, of the update, what was said
+
+
 @dataclass
 class Candidate:
     """A layout with its trainer, a loaded step, and what steps took on this rank."""
@@ -148,8 +151,8 @@ def order(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(places[0], places[1])[0, 1])
 
 
-def table(rows: list[tuple[str, float, float, float, StepTime]]) -> list[str]:
-    """Returns lines of Markdown, the planner's best first. rows: (layout, wall, CPU, update's CPU, what was said)."""
+def table(rows: list[Row]) -> list[str]:
+    """Returns lines of Markdown, the planner's best first."""
     lines = [
         "| layout | predicted, ms | CPU of the slowest rank, ms | error | of it update, predicted | measured | "
         "on the wall, ms |",
@@ -161,11 +164,9 @@ def table(rows: list[tuple[str, float, float, float, StepTime]]) -> list[str]:
             f"| {name} | {1e3 * said.seconds:.0f} | {1e3 * cpu:.0f} | {100 * (said.seconds / cpu - 1):+.0f} % | "
             f"{1e3 * said.update:.0f} | {1e3 * update:.0f} | {1e3 * wall:.0f} |"
         )
-    said, by_wall, by_cpu = ([row[i] for row in rows] for i in (4, 1, 2))
-    seconds = [time.seconds for time in said]
-    lines += ["", f"Order of {len(rows)} layouts, Spearman: {order(seconds, by_wall):.2f} on the wall, "]
-    lines[-1] += f"{order(seconds, by_cpu):.2f} of the CPU."
-    return lines
+    seconds = [row[-1].seconds for row in rows]
+    by_wall, by_cpu = order(seconds, [row[1] for row in rows]), order(seconds, [row[2] for row in rows])
+    return [*lines, "", f"Order of {len(rows)} layouts, Spearman: {by_wall:.2f} on the wall, {by_cpu:.2f} of the CPU."]
 
 
 def main(argv: list[str]) -> None:
@@ -194,11 +195,11 @@ def main(argv: list[str]) -> None:
             hardware = calibrated(candidates, options.rounds, Path(folder))
         if options.out and rank == 0:
             dump_hardware(hardware, Path(options.out), "Written by benchmarks/planner_layouts.py between its steps.")
-        rows = []
+        rows: list[Row] = []
         for name, candidate in candidates.items():
-            seconds = slowest(candidate.taken, world_size)
+            wall, cpu, update = slowest(candidate.taken, world_size)
             if rank == 0:
-                rows.append((name, *seconds, predict(candidate.config, hardware, world_size)))
+                rows.append((name, wall, cpu, update, predict(candidate.config, hardware, world_size)))
         if rank == 0:
             print("\n".join(table(rows)), flush=True)
         dist.barrier()

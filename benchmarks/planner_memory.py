@@ -22,7 +22,7 @@ from swin_moe.config.io import load_config
 from swin_moe.parallel.groups import build_groups, init_distributed
 from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.measured import Measured, measure_step
-from swin_moe.planner.memory import Memory, activations_over_time, predict_states
+from swin_moe.planner.memory import Memory, activations_over_time, predict_memory, predict_states
 from swin_moe.planner.micro_step import trace_micro_step
 from swin_moe.planner.workload import build_workload
 from swin_moe.run.session import Session, check_layout, layout_of
@@ -42,6 +42,7 @@ _MOE = (
 )
 _BF16 = " engine.precision=bf16"
 _BLOCK = " parallel.recompute=block"
+_DEEPSPEED = " engine.name=deepspeed parallel.zero="
 _REFERENCE = " model.attention=reference"
 
 
@@ -75,6 +76,11 @@ CASES = (
     Case("swin_moe, expert 2", 2, _MOE),
     Case("swin_moe bf16, expert 2, 2 micro-batches", 2, _MOE + _BF16 + " data.micro_batch=4"),
     Case("swin_moe ZeRO-1, expert 2, payload bf16", 2, _MOE + " parallel.zero=1 model.moe.payload=bf16"),
+    Case("swin DeepSpeed ZeRO-1", 1, _SWIN + _DEEPSPEED + "1"),
+    Case("swin DeepSpeed ZeRO-1", 2, _SWIN + _DEEPSPEED + "1"),
+    Case("swin DeepSpeed ZeRO-2", 2, _SWIN + _DEEPSPEED + "2"),
+    Case("swin DeepSpeed ZeRO-3", 2, _SWIN + _DEEPSPEED + "3"),
+    Case("swin_moe DeepSpeed ZeRO-2, expert 2", 2, _MOE + _DEEPSPEED + "2"),
     Case("swin_moe, expert 4, recomputed", 4, _MOE + _BLOCK),
     Case("swin_moe, 2 experts over 4 ranks", 4, _MOE + " model.moe.num_experts=2"),
     Case("swin_moe ZeRO-1, expert 2", 4, _MOE + " parallel.expert=2 parallel.zero=1"),
@@ -135,6 +141,11 @@ def predict(config: Config, world_size: int, rows: float) -> Memory:
     layout, workload = layout_in(config, world_size), build_workload(config)
     segments = trace_micro_step(config, layout.degrees, rows, images=layout.micro_batch).at(layout.micro_batch)
     states = predict_states(config, workload, layout)
+    if layout.engine == "deepspeed":  # all that comes and goes in a step, with gradients on their way
+        most = predict_memory(config, workload, layout, segments, states)
+        kept = states.gradients + states.workspace if layout.zero == 3 else 0.0  # between steps, too
+        passing = most.activations + most.gathered + most.gradients + most.workspace - kept
+        return replace(states, activations=passing)
     peak = activations_over_time(config, workload, layout, segments).max()
     return replace(states, activations=float(peak))
 

@@ -46,13 +46,8 @@ def predict_memory(
     states = predict_states(config, workload, layout) if states is None else states
     segments = list(segments)
     live, produced = over_time(segments)
-    whole_gradients = float(produced[-1])
     gathered = _whole(config, workload, layout, segments)
-    gradients = (
-        np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole_gradients)
-    )
-    if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
-        gradients = np.full_like(live, states.gradients)
+    gradients = _gradients_over_time(layout, states, produced)
     peak = int(np.argmax(live + gradients + gathered))
     return Memory(
         parameters=states.parameters,
@@ -63,6 +58,18 @@ def predict_memory(
         gathered=float(gathered[peak]),
         workspace=states.workspace,
     )
+
+
+def _gradients_over_time(layout: Layout, states: Memory, produced: np.ndarray) -> np.ndarray:
+    """Returns bytes of gradients after every operator. produced: Of those that this micro-step has made by then."""
+    whole = float(produced[-1])
+    if layout.engine == "deepspeed":
+        # Beside the bucket that they are copied to; whole on every rank while micro-batches add up.
+        made = np.full_like(produced, whole) if layout.accumulation > 1 else np.minimum(produced, whole)
+        return made + (states.gradients if layout.zero == 3 else 0.0)
+    if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
+        return np.full_like(produced, states.gradients)
+    return np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole)
 
 
 def activations_over_time(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ def measure_collectives(device: torch.device) -> Iterator[Timed]:
         source, target = torch.ones(count, device=device), torch.empty(count, device=device)
         part = source[: count // ranks].clone()
         calls = {
-            "all_to_all": lambda a=source, b=target: dist.all_to_all_single(b, a),
-            "all_reduce": lambda a=source: dist.all_reduce(a),
-            "all_gather": lambda a=part, b=target: _all_gather(b, a),
-            "reduce_scatter": lambda a=source, b=part: _reduce_scatter(b, a),
-            "broadcast": lambda a=source: dist.broadcast(a, 0),
+            "all_to_all": partial(dist.all_to_all_single, target, source),
+            "all_reduce": partial(dist.all_reduce, source),
+            "all_gather": partial(_all_gather, target, part),
+            "reduce_scatter": partial(_reduce_scatter, part, source),
+            "broadcast": partial(dist.broadcast, source, 0),
         }
         found = []
         for _ in range(_REPEATS + 1):
