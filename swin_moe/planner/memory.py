@@ -3,7 +3,7 @@ activations from the segments of a micro-step."""
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ from swin_moe.planner.trace import Segment, over_time
 from swin_moe.planner.workload import Parameter, Workload, moments_of, weight_dtype
 
 _BUCKET = 4 * 2**24  # bytes that DeepSpeed reduces together (engine/deepspeed/start.py)
+_REUSED = 4 * 10**9  # bytes of weights that its stage 3 keeps whole from forward to backward
 _ALIGNED = 2  # elements of a rank's part of its flat buffers: a multiple
 
 
@@ -47,7 +48,7 @@ def predict_memory(
     segments = list(segments)
     live, produced = over_time(segments)
     gathered = _whole(config, workload, layout, segments)
-    gradients = _gradients_over_time(layout, states, produced)
+    gradients = _gradients_over_time(layout, states, produced, segments)
     peak = int(np.argmax(live + gradients + gathered))
     return Memory(
         parameters=states.parameters,
@@ -60,12 +61,19 @@ def predict_memory(
     )
 
 
-def _gradients_over_time(layout: Layout, states: Memory, produced: np.ndarray) -> np.ndarray:
+def _gradients_over_time(
+    layout: Layout, states: Memory, produced: np.ndarray, segments: Sequence[Segment]
+) -> np.ndarray:
     """Returns bytes of gradients after every operator. produced: Of those that this micro-step has made by then."""
     whole = float(produced[-1])
     if layout.engine == "deepspeed":
-        # Beside the bucket that they are copied to; whole on every rank while micro-batches add up.
-        made = np.full_like(produced, whole) if layout.accumulation > 1 else np.minimum(produced, whole)
+        # Whole while micro-batches add up; else below stage 3 beside the bucket that they are copied to.
+        if layout.accumulation > 1:
+            made = np.full_like(produced, whole)
+        else:
+            made = np.minimum(produced, whole)
+            if layout.zero == 3:  # let go of with each block
+                made = np.concatenate([np.maximum(s.gradients, 0.0) for s in segments])
         return made + (states.gradients if layout.zero == 3 else 0.0)
     if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
         return np.full_like(produced, states.gradients)
@@ -234,6 +242,8 @@ def _gathered(config: Config, workload: Workload, layout: Layout, segments: list
     if not layout.cuts_weights or layout.world_size == 1:
         return np.zeros(sum(len(s.live) for s in segments))
     whole = _whole_blocks(config, workload, layout)
+    if layout.engine == "deepspeed":
+        return _gathered_by_deepspeed(whole, segments)
     root, keeps = whole.pop("", 0.0), layout.zero == 2
     before = dict(zip(list(whole)[1:], whole.values()))  # block -> bytes of the one before, which is gathered early
     # Kept: whole from forward to backward. Buffer: of the last gathering, or of the last reduction.
@@ -260,6 +270,20 @@ def _gathered(config: Config, workload: Workload, layout: Layout, segments: list
             root_gradients += float(produced[-1])
         over.append(alive)
     over[-1][-1] += root
+    return np.concatenate(over)
+
+
+def _gathered_by_deepspeed(whole: dict[str, float], segments: list[Segment]) -> np.ndarray:
+    """Returns, after every operator, bytes of parameters that are whole. Stage 3 lets go of what a module gathered only
+    where the next use is far or too much is there (1e9 elements each by default): others stay until their backward."""
+    stays = sum(whole.values()) <= _REUSED
+    kept, over = whole.get("", 0.0), []
+    for segment in segments:
+        own = whole.get(segment.name, 0.0)
+        here = kept + own * (not segment.backward or not stays)
+        over.append(np.full(len(segment.live), here))
+        if own and stays:
+            kept += -own if segment.backward else own
     return np.concatenate(over)
 
 
