@@ -67,12 +67,12 @@ def _gradients_over_time(
     """Returns bytes of gradients after every operator. produced: Of those that this micro-step has made by then."""
     whole = float(produced[-1])
     if layout.engine == "deepspeed":
-        # Whole while micro-batches add up; else below stage 3 beside the bucket that they are copied to.
+        # Whole while micro-batches add up and in stage 1, beside the bucket that they are copied to.
         if layout.accumulation > 1:
             made = np.full_like(produced, whole)
         else:
             made = np.minimum(produced, whole)
-            if layout.zero == 3:  # let go of with each block
+            if layout.zero >= 2:  # let go of with each block
                 made = np.concatenate([np.maximum(s.gradients, 0.0) for s in segments])
         return made + (states.gradients if layout.zero == 3 else 0.0)
     if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
