@@ -175,7 +175,7 @@ __device__ __forceinline__ float differentiate_queries(const WindowLaunch& p, co
   using F = Fragments<typename S::T>;
   constexpr int kOwn = S::kSlices / OnceShared<S>::kParts;
   const Lane lane;
-  const int warp = threadIdx.x / 32, tile = warp % S::kTiles * kTile, part = warp / S::kTiles;
+  const int warp = fresh_thread() / 32, tile = warp % S::kTiles * kTile, part = warp / S::kTiles;
   typename S::T* own = shared.queries + (first + tile) * S::kPitch + part * kOwn * kTile;
   float sums[kOwn][kTileSums], factor[2] = {p.scale, p.scale}, share = 0.f;
   constexpr int kThreads = S::kTiles * OnceShared<S>::kParts * 32;
@@ -222,13 +222,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const BlockTask task(p, 1, chunks);
   Shared shared;
   ScoreRule rule = start_window_block<S>(shared, p, g, task.head);
-  const int row = threadIdx.x / 32 * kTile;
   PairSums<S>::clear(shared);
   float grad_factor = 0.f;
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, S::kRows);
     shared.load(p, window, image, task.head);
+    const int row = fresh_thread() / 32 * kTile;
     const ScoreRows<S, true> rows(shared.table, rule, row);
     OwnedKeys<S> owned(shared, rule, row);
     __syncthreads();  // gradients of scores take the place of the values
