@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim > 32 ? 2 : S::kWindow
     if (lane.column == 0) grad_factor += along[0] + along[1];
     __syncthreads();  // the weights of all queries are there, and their gradients
 
-    const int own_row = fresh_thread() / 32 * kTile;
+    const int own_row = S::kWindow == 7 ? fresh_thread() / 32 * kTile : row;  // kept, it would spill
     float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums], key_factor[2];
     set_zero(grad_keys);
     set_zero(grad_values);

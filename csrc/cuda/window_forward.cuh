@@ -102,16 +102,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kWindow > 
       if (block == 0) load_left<S>(queries, shared.queries, warp_row, rule);
       attend<S>(out, softmax, rows, queries, shared.keys + stage, shared.values + stage, first_key);
     }
-    const int own_row = fresh_thread() / 32 * kTile;
     // The queries of this warp are in registers by now, so its rows of them take the result.
     __syncwarp();
-    write_sums<S>(shared.queries, own_row, out, softmax.inverse_total(0), softmax.inverse_total(1));
+    write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));
     __syncwarp();
-    store_rows<S, kTile, 32>(shared.queries + own_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
-                             row_source + own_row);
+    store_rows<S, kTile, 32>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
+                             row_source + warp_row);
     // 32 bits times 32 bits, which is one instruction.
     const int64_t window_row = int64_t(uint64_t(window) * uint32_t(p.num_heads * tokens)) + task.head * tokens;
-    leave_log_sums<S>(p, softmax, window_row, first_row + own_row, tokens);
+    leave_log_sums<S>(p, softmax, window_row, first_row + warp_row, tokens);
   }
 }
 
