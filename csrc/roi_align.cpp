@@ -197,36 +197,39 @@ void spread_all(const Tensor& grad, const BoxBins<SumOf<E>>& bins, Tensor& out) 
   });
 }
 
-Tensor roi_align_cpu(const Tensor& features_, const Tensor& rois_, int64_t size, double scale, int64_t sampling,
+// Calls `run.operator()<element>(bins)` with the bins of all boxes on a map.
+template <class Run>
+void with_bins(const char* name, at::ScalarType type, const Tensor& rois, int64_t batch, int64_t height, int64_t width,
+               int64_t size, double scale, int64_t sampling, bool aligned, Run run) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "roi_align", [&] {
+    using T = SumOf<scalar_t>;
+    run.template operator()<scalar_t>(make_bins<T>(name, rois.contiguous(), batch, height, width, int(size), T(scale),
+                                                   int(sampling), aligned));
+  });
+}
+
+Tensor roi_align_cpu(const Tensor& features_, const Tensor& rois, int64_t size, double scale, int64_t sampling,
                      bool aligned) {
   constexpr const char* kName = "roi_align";
   check_roi_features(kName, features_);
-  check_rois(kName, features_, rois_, size, scale, sampling);
-  const Tensor features = features_.contiguous(), rois = rois_.contiguous();
+  check_rois(kName, features_, rois, size, scale, sampling);
+  const Tensor features = features_.contiguous();
   Tensor out = at::empty({rois.size(0), features.size(1), size, size}, features.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, features.scalar_type(), kName, [&] {
-    using T = SumOf<scalar_t>;
-    const auto bins = make_bins<T>(kName, rois, features.size(0), features.size(2), features.size(3), int(size),
-                                   T(scale), int(sampling), aligned);
-    align_all<scalar_t>(features, bins, out);
-  });
+  with_bins(kName, features.scalar_type(), rois, features.size(0), features.size(2), features.size(3), size, scale,
+            sampling, aligned, [&]<class E>(const BoxBins<SumOf<E>>& bins) { align_all<E>(features, bins, out); });
   return out;
 }
 
-Tensor roi_align_backward_cpu(const Tensor& grad_, const Tensor& rois_, int64_t batch, int64_t height, int64_t width,
+Tensor roi_align_backward_cpu(const Tensor& grad_, const Tensor& rois, int64_t batch, int64_t height, int64_t width,
                               double scale, int64_t sampling, bool aligned) {
   constexpr const char* kName = "roi_align_backward";
-  check_roi_gradient(kName, grad_, rois_);
+  check_roi_gradient(kName, grad_, rois);
   check_roi_map(kName, batch, grad_.size(1), height, width);
-  check_rois(kName, grad_, rois_, grad_.size(2), scale, sampling);
-  const Tensor grad = grad_.contiguous(), rois = rois_.contiguous();
+  check_rois(kName, grad_, rois, grad_.size(2), scale, sampling);
+  const Tensor grad = grad_.contiguous();
   Tensor out = at::empty({batch, grad.size(1), height, width}, grad.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, grad.scalar_type(), kName, [&] {
-    using T = SumOf<scalar_t>;
-    const auto bins =
-        make_bins<T>(kName, rois, batch, height, width, int(grad.size(2)), T(scale), int(sampling), aligned);
-    spread_all<scalar_t>(grad, bins, out);
-  });
+  with_bins(kName, grad.scalar_type(), rois, batch, height, width, grad.size(2), scale, sampling, aligned,
+            [&]<class E>(const BoxBins<SumOf<E>>& bins) { spread_all<E>(grad, bins, out); });
   return out;
 }
 

@@ -31,10 +31,12 @@ struct ThreadMemory {
   ~ThreadMemory() { std::free(data); }
 };
 
-// Returns memory of this thread, which is kept until the thread ends: fresh pages cost more than the work. Whoever asks
-// next gets the same.
-inline char* thread_memory(int64_t bytes) {
+// Returns memory of this thread for `count` elements, which is kept until the thread ends: fresh pages cost more than the
+// work. Whoever asks next with the same type and for the same use gets the same.
+template <class T = char, int kUse = 0>
+T* thread_memory(int64_t count) {
   static thread_local ThreadMemory memory;
+  const int64_t bytes = count * int64_t(sizeof(T));
   if (memory.size < bytes) {
     std::free(memory.data);
     memory.size = (bytes + 63) / 64 * 64;
@@ -44,7 +46,7 @@ inline char* thread_memory(int64_t bytes) {
       throw std::bad_alloc();
     }
   }
-  return memory.data;
+  return reinterpret_cast<T*>(memory.data);
 }
 
 inline char* zeroed_thread_memory(int64_t bytes) {

@@ -3,30 +3,11 @@
 #pragma once
 
 #include "../row_products.h"
+#include "memory.h"
 #include "product.h"
 
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
-
-// Memory of a thread that grows and stays: fresh memory costs a fault per page.
-template <class T, int kUse>
-T* row_scratch(int64_t count) {
-  static thread_local struct Block {
-    void* data = nullptr;
-    int64_t bytes = 0;
-    ~Block() { std::free(data); }
-  } block;
-  const int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-  if (block.bytes < bytes) {
-    std::free(block.data);
-    block = {nullptr, 0};
-    void* grown = std::aligned_alloc(64, size_t(bytes));
-    if (!grown) throw std::bad_alloc();
-    block.data = grown;
-    block.bytes = bytes;
-  }
-  return static_cast<T*>(block.data);
-}
 
 constexpr int kRowLanes = kLanes<float>;
 // Vectors of a tile: with 16 registers two of them by six rows of sums take the fewest loads a product, and a packed
@@ -203,7 +184,7 @@ Strided<typename Operand::Factor> left_factor(const RowProduct& p, const RowProd
   }
   const bool by_row = along || kTurnsLeft;
   const int64_t stride = (by_row ? depth : rows) + kRowLanes, most = (by_row ? rows : depth) + kRowLanes;
-  F* space = row_scratch<F, 0>(stride * most);
+  F* space = thread_memory<F, 0>(stride * most);
   if (along) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t i = 0; i < depth; i += kRowLanes)
@@ -231,7 +212,7 @@ Rows<const typename Operand::Factor> right_factor(const RowProduct& p, int64_t r
     if (p.b_column == 1 && columns % kRowLanes == 0 && rows < kLeastPackedRows) return {b, p.b_step};
   }
   const int vectors = int((columns + kRowLanes - 1) / kRowLanes);
-  F* packed = row_scratch<F, 1>(depth_of<Operand>(steps) * vectors * kRowLanes);
+  F* packed = thread_memory<F, 1>(depth_of<Operand>(steps) * vectors * kRowLanes);
   pack_columns<Operand>(b, p.b_step, p.b_column, steps, columns, vectors, packed);
   return {packed, vectors * kRowLanes};
 }
@@ -267,7 +248,7 @@ void product_of_part(const RowProduct& p, const RowProductPart& part) {
       Out* out = static_cast<Out*>(p.out) + part.row_begin * p.out_row + column;
       // Sums of several blocks wait for each other, all panels side by side.
       const int64_t before = (column - part.column_begin) * rows;
-      float* waiting = row_scratch<float, 2>(most) + before;
+      float* waiting = thread_memory<float, 2>(most) + before;
       Rows<float> sums{waiting, kRowLanes * vectors};
       if constexpr (!kNarrow) {
         if (columns % kRowLanes == 0 && !bias) sums = {out, p.out_row};

@@ -132,7 +132,6 @@ cudaError_t swin_moe_deform_columns(const swin_moe::DeformLaunch* launch_, cudaS
   using namespace swin_moe;
   const DeformLaunch& p = *launch_;
   const int64_t blocks = blocks_of(p.geometry.takes() / 4);
-  if (!blocks) return cudaSuccess;
   if (p.is_double) return launch(deform_columns_kernel<double>, blocks, kDeformThreads, 0, stream, p);
   return launch(deform_columns_kernel<float>, blocks, kDeformThreads, 0, stream, p);
 }
@@ -141,7 +140,6 @@ cudaError_t swin_moe_deform_slopes(const swin_moe::DeformLaunch* launch_, cudaSt
   using namespace swin_moe;
   const DeformLaunch& p = *launch_;
   const int64_t blocks = blocks_of(p.geometry.takes() / 4);
-  if (!blocks) return cudaSuccess;
   if (p.is_double) return launch(deform_slopes_kernel<double>, blocks, kDeformThreads, 0, stream, p);
   return launch(deform_slopes_kernel<float>, blocks, kDeformThreads, 0, stream, p);
 }

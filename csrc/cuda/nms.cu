@@ -2,8 +2,8 @@
 // by 64: one thread each finds whom it suppresses among them, one thread settles who stays, and all threads compare the
 // rest of the group with those. Every decision is a function of the order alone.
 #include "../box_overlap.h"
+#include "box_groups.cuh"
 #include "detection_launch.h"
-#include "warp.cuh"
 
 namespace swin_moe {
 namespace {
@@ -17,8 +17,6 @@ struct NmsShared {
   uint64_t meets[kChunk];  // bit j: row suppresses row j of the chunk
   uint64_t stays;
 };
-
-__device__ __forceinline__ int64_t group_of(const NmsLaunch& p, int64_t row) { return p.group ? p.group[row] : 0; }
 
 template <class T>
 __device__ __forceinline__ Box<T> box_of(const NmsLaunch& p, int64_t row) {
@@ -59,17 +57,7 @@ __device__ void settle_chunk(const NmsLaunch& p, int64_t first, int count, NmsSh
 template <class T>
 __global__ void __launch_bounds__(kNmsThreads) nms_kernel(const NmsLaunch p) {
   NmsShared<T>& s = *reinterpret_cast<NmsShared<T>*>(shared_memory());
-  for (int64_t start = blockIdx.x; start < p.count; start += gridDim.x) {
-    const int64_t group = group_of(p, start);
-    if (start > 0 && group_of(p, start - 1) == group) continue;
-    int64_t low = start + 1, end = p.count;  // the end of the group
-    while (low < end) {
-      const int64_t middle = (low + end) / 2;
-      if (group_of(p, middle) == group)
-        low = middle + 1;
-      else
-        end = middle;
-    }
+  for_groups(p.group, p.count, [&](int64_t start, int64_t end) {
     for (int64_t first = start; first < end; first += kChunk) {
       const int count = int(end - first < kChunk ? end - first : kChunk);
       settle_chunk<T>(p, first, count, s);
@@ -86,7 +74,7 @@ __global__ void __launch_bounds__(kNmsThreads) nms_kernel(const NmsLaunch p) {
       }
       __syncthreads();
     }
-  }
+  });
 }
 
 }  // namespace
@@ -95,8 +83,7 @@ __global__ void __launch_bounds__(kNmsThreads) nms_kernel(const NmsLaunch p) {
 cudaError_t swin_moe_nms(const swin_moe::NmsLaunch* launch_, cudaStream_t stream) {
   using namespace swin_moe;
   const NmsLaunch& p = *launch_;
-  const int64_t blocks = p.count < kEnoughBlocks ? p.count : kEnoughBlocks;
-  if (blocks == 0) return cudaSuccess;
+  const int64_t blocks = group_blocks(p.group, p.count);
   if (p.is_double) return launch(nms_kernel<double>, blocks, kNmsThreads, sizeof(NmsShared<double>), stream, p);
   return launch(nms_kernel<float>, blocks, kNmsThreads, sizeof(NmsShared<float>), stream, p);
 }

@@ -100,43 +100,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_cuda(const Tensor& x, c
   return {made.sum, normed, made.mean, made.rstd};
 }
 
+// What both backwards read and write alike, of which `like` has the rows.
+struct Backward {
+  Tensor factor, weight, mean, rstd;  // contiguous
+  Tensor grad_branch, grad_weight, partials;
+  ResidualNormLaunch launch{};
+};
+
+Backward prepare_backward(const char* name, const Tensor& like, const std::optional<Tensor>& factor,
+                          const Tensor& weight, const Tensor& mean, const Tensor& rstd, at::ScalarType branch_dtype) {
+  Backward made;
+  ResidualNormLaunch& p = made.launch;
+  made.factor = describe(name, like, factor, p);
+  check(name, "weight", weight, {p.channels}, like);
+  check(name, "mean", mean, {p.rows}, like);
+  check(name, "rstd", rstd, {p.rows}, like);
+  p.element = element_of(name, branch_dtype);
+  made.weight = weight.contiguous();
+  made.mean = mean.contiguous();
+  made.rstd = rstd.contiguous();
+  made.grad_branch = at::empty(like.sizes(), like.options().dtype(branch_dtype));
+  made.grad_weight = p.rows ? at::empty({2, p.channels}, like.options()) : at::zeros({2, p.channels}, like.options());
+  made.partials = at::empty({swin_moe_residual_norm_blocks(p.rows), 2, p.channels}, like.options());
+  p.factor = factor ? made.factor.const_data_ptr<float>() : nullptr;
+  p.weight = made.weight.const_data_ptr<float>();
+  // The kernels only read these; the forward's launch writes the same fields.
+  p.mean = const_cast<float*>(made.mean.const_data_ptr<float>());
+  p.rstd = const_cast<float*>(made.rstd.const_data_ptr<float>());
+  p.grad_branch = made.grad_branch.mutable_data_ptr();
+  p.grad_weight = made.grad_weight.mutable_data_ptr<float>();
+  p.partials = made.partials.mutable_data_ptr<float>();
+  return made;
+}
+
 std::tuple<Tensor, Tensor, Tensor> residual_norm_backward_cuda(
     const std::optional<Tensor>& grad_sum, const Tensor& grad_normed, const Tensor& sum,
     const std::optional<Tensor>& factor, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
     at::ScalarType branch_dtype) {
   constexpr const char* kName = "residual_norm_backward";
-  ResidualNormLaunch p{};
   const c10::cuda::CUDAGuard guard(sum.device());
-  const Tensor factors = describe(kName, sum, factor, p);
+  Backward made = prepare_backward(kName, sum, factor, weight, mean, rstd, branch_dtype);
   check(kName, "sum", sum, sum.sizes(), sum);
   check(kName, "grad_normed", grad_normed, sum.sizes(), sum);
   if (grad_sum) check(kName, "grad_sum", *grad_sum, sum.sizes(), sum);
-  check(kName, "weight", weight, {p.channels}, sum);
-  check(kName, "mean", mean, {p.rows}, sum);
-  check(kName, "rstd", rstd, {p.rows}, sum);
-  p.element = element_of(kName, branch_dtype);
   Tensor grad_x = at::empty(sum.sizes(), sum.options());
-  Tensor grad_branch = at::empty(sum.sizes(), sum.options().dtype(branch_dtype));
-  if (p.rows == 0) return {grad_x, grad_branch, at::zeros({2, p.channels}, sum.options())};
-  Tensor grad_weight = at::empty({2, p.channels}, sum.options());
-  Tensor partials = at::empty({swin_moe_residual_norm_blocks(p.rows), 2, p.channels}, sum.options());
-  const Tensor own = sum.contiguous(), grad = grad_normed.contiguous(), scale = weight.contiguous();
-  const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  const Tensor own = sum.contiguous(), grad = grad_normed.contiguous();
   const Tensor straight = grad_sum ? grad_sum->contiguous() : Tensor();
-  // The kernel only reads these; the forward's launch writes the same fields.
-  p.sum = const_cast<float*>(own.const_data_ptr<float>());
-  p.mean = const_cast<float*>(means.const_data_ptr<float>());
-  p.rstd = const_cast<float*>(rstds.const_data_ptr<float>());
-  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
-  p.weight = scale.const_data_ptr<float>();
+  auto& p = made.launch;
+  p.sum = const_cast<float*>(own.const_data_ptr<float>());  // only read
   p.grad_sum = grad_sum ? straight.const_data_ptr<float>() : nullptr;
   p.grad_normed = grad.const_data_ptr<float>();
   p.grad_x = grad_x.mutable_data_ptr<float>();
-  p.grad_branch = grad_branch.mutable_data_ptr();
-  p.partials = partials.mutable_data_ptr<float>();
-  p.grad_weight = grad_weight.mutable_data_ptr<float>();
-  C10_CUDA_CHECK(swin_moe_residual_norm_backward(&p, c10::cuda::getCurrentCUDAStream()));
-  return {grad_x, grad_branch, grad_weight};
+  if (p.rows > 0) C10_CUDA_CHECK(swin_moe_residual_norm_backward(&p, c10::cuda::getCurrentCUDAStream()));
+  return {grad_x, made.grad_branch, made.grad_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_residual_cuda(const Tensor& x, const Tensor& branch,
@@ -153,33 +169,16 @@ std::tuple<Tensor, Tensor> norm_residual_backward_cuda(const Tensor& grad_sum, c
                                                        const std::optional<Tensor>& factor, const Tensor& weight,
                                                        const Tensor& mean, const Tensor& rstd) {
   constexpr const char* kName = "norm_residual_backward";
-  ResidualNormLaunch p{};
   const c10::cuda::CUDAGuard guard(grad_sum.device());
-  const Tensor factors = describe(kName, grad_sum, factor, p);
+  Backward made = prepare_backward(kName, grad_sum, factor, weight, mean, rstd, branch.scalar_type());
   check(kName, "grad_sum", grad_sum, grad_sum.sizes(), grad_sum);
-  check(kName, "weight", weight, {p.channels}, grad_sum);
-  check(kName, "mean", mean, {p.rows}, grad_sum);
-  check(kName, "rstd", rstd, {p.rows}, grad_sum);
   check_branch(kName, branch, grad_sum);
-  p.element = element_of(kName, branch.scalar_type());
-  Tensor grad_branch = at::empty(branch.sizes(), branch.options());
-  if (p.rows == 0) return {grad_branch, at::zeros({2, p.channels}, grad_sum.options())};
-  Tensor grad_weight = at::empty({2, p.channels}, grad_sum.options());
-  Tensor partials = at::empty({swin_moe_residual_norm_blocks(p.rows), 2, p.channels}, grad_sum.options());
-  const Tensor given = grad_sum.contiguous(), added = branch.contiguous(), scale = weight.contiguous();
-  const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  const Tensor given = grad_sum.contiguous(), added = branch.contiguous();
+  auto& p = made.launch;
   p.branch = added.const_data_ptr();
-  // The kernel only reads these; the forward's launch writes the same fields.
-  p.mean = const_cast<float*>(means.const_data_ptr<float>());
-  p.rstd = const_cast<float*>(rstds.const_data_ptr<float>());
-  p.factor = factor ? factors.const_data_ptr<float>() : nullptr;
-  p.weight = scale.const_data_ptr<float>();
   p.grad_sum = given.const_data_ptr<float>();
-  p.grad_branch = grad_branch.mutable_data_ptr();
-  p.partials = partials.mutable_data_ptr<float>();
-  p.grad_weight = grad_weight.mutable_data_ptr<float>();
-  C10_CUDA_CHECK(swin_moe_norm_residual_backward(&p, c10::cuda::getCurrentCUDAStream()));
-  return {grad_branch, grad_weight};
+  if (p.rows > 0) C10_CUDA_CHECK(swin_moe_norm_residual_backward(&p, c10::cuda::getCurrentCUDAStream()));
+  return {made.grad_branch, made.grad_weight};
 }
 
 }  // namespace

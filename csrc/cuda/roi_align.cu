@@ -96,15 +96,29 @@ __global__ void __launch_bounds__(kRoiThreads) roi_align_backward_kernel(const R
 template <class E>
 cudaError_t align(const RoiLaunch& p, cudaStream_t stream) {
   const int64_t count = p.boxes * p.channels * p.size * p.size;
-  return count ? launch(roi_align_kernel<E>, (count + kRoiThreads - 1) / kRoiThreads, kRoiThreads, 0, stream, p)
-               : cudaSuccess;
+  return launch(roi_align_kernel<E>, (count + kRoiThreads - 1) / kRoiThreads, kRoiThreads, 0, stream, p);
 }
 
 template <class E>
 cudaError_t align_backward(const RoiLaunch& p, cudaStream_t stream) {
   const int64_t tiles = ((p.width + kTile - 1) / kTile) * ((p.height + kTile - 1) / kTile);
   const int64_t blocks = tiles * ((p.channels + kTogether - 1) / kTogether) * p.batch;
-  return blocks ? launch(roi_align_backward_kernel<E>, blocks, kRoiThreads, 0, stream, p) : cudaSuccess;
+  return launch(roi_align_backward_kernel<E>, blocks, kRoiThreads, 0, stream, p);
+}
+
+template <class E>
+cudaError_t run(const RoiLaunch& p, bool backward, cudaStream_t stream) {
+  return backward ? align_backward<E>(p, stream) : align<E>(p, stream);
+}
+
+cudaError_t run_element(const RoiLaunch& p, bool backward, cudaStream_t stream) {
+  switch (RowElement(p.element)) {
+    case RowElement::kFloat64: return run<double>(p, backward, stream);
+    case RowElement::kFloat32: return run<float>(p, backward, stream);
+    case RowElement::kBFloat16: return run<BFloat16>(p, backward, stream);
+    case RowElement::kFloat16: return run<Float16>(p, backward, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -114,29 +128,14 @@ cudaError_t swin_moe_roi_bins(const swin_moe::RoiLaunch* launch_, cudaStream_t s
   using namespace swin_moe;
   const RoiLaunch& p = *launch_;
   const int64_t count = p.boxes * 2 * p.size, blocks = (count + kRoiThreads - 1) / kRoiThreads;
-  if (!blocks) return cudaSuccess;
   if (p.element == int(RowElement::kFloat64)) return launch(roi_bins_kernel<double>, blocks, kRoiThreads, 0, stream, p);
   return launch(roi_bins_kernel<float>, blocks, kRoiThreads, 0, stream, p);
 }
 
 cudaError_t swin_moe_roi_align(const swin_moe::RoiLaunch* launch, cudaStream_t stream) {
-  using namespace swin_moe;
-  switch (RowElement(launch->element)) {
-    case RowElement::kFloat64: return align<double>(*launch, stream);
-    case RowElement::kFloat32: return align<float>(*launch, stream);
-    case RowElement::kBFloat16: return align<BFloat16>(*launch, stream);
-    case RowElement::kFloat16: return align<Float16>(*launch, stream);
-  }
-  return cudaErrorInvalidValue;
+  return swin_moe::run_element(*launch, false, stream);
 }
 
 cudaError_t swin_moe_roi_align_backward(const swin_moe::RoiLaunch* launch, cudaStream_t stream) {
-  using namespace swin_moe;
-  switch (RowElement(launch->element)) {
-    case RowElement::kFloat64: return align_backward<double>(*launch, stream);
-    case RowElement::kFloat32: return align_backward<float>(*launch, stream);
-    case RowElement::kBFloat16: return align_backward<BFloat16>(*launch, stream);
-    case RowElement::kFloat16: return align_backward<Float16>(*launch, stream);
-  }
-  return cudaErrorInvalidValue;
+  return swin_moe::run_element(*launch, true, stream);
 }

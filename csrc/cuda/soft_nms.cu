@@ -2,6 +2,7 @@
 // (of equal ones the first), which is final, and take score from the others.
 #include "../box_overlap.h"
 #include "../soft_decay.h"
+#include "box_groups.cuh"
 #include "detection_launch.h"
 #include "limits.cuh"
 
@@ -87,12 +88,7 @@ __device__ void soften(const SoftLaunch& p, int64_t start, int64_t end, SoftShar
 template <class T>
 __global__ void __launch_bounds__(kSoftThreads) soft_nms_kernel(const SoftLaunch p) {
   SoftShared<T>& s = *reinterpret_cast<SoftShared<T>*>(shared_memory());
-  for (int64_t start = blockIdx.x; start < p.count; start += gridDim.x) {
-    if (start > 0 && (!p.group || p.group[start - 1] == p.group[start])) continue;
-    int64_t end = p.group ? start + 1 : p.count;
-    while (end < p.count && p.group[end] == p.group[start]) ++end;
-    soften<T>(p, start, end, s);
-  }
+  for_groups(p.group, p.count, [&](int64_t start, int64_t end) { soften<T>(p, start, end, s); });
 }
 
 }  // namespace
@@ -101,8 +97,7 @@ __global__ void __launch_bounds__(kSoftThreads) soft_nms_kernel(const SoftLaunch
 cudaError_t swin_moe_soft_nms(const swin_moe::SoftLaunch* launch_, cudaStream_t stream) {
   using namespace swin_moe;
   const SoftLaunch& p = *launch_;
-  const int64_t blocks = p.count < kEnoughBlocks ? p.count : kEnoughBlocks;
-  if (blocks == 0) return cudaSuccess;
+  const int64_t blocks = group_blocks(p.group, p.count);
   if (p.is_double)
     return launch(soft_nms_kernel<double>, blocks, kSoftThreads, sizeof(SoftShared<double>), stream, p);
   return launch(soft_nms_kernel<float>, blocks, kSoftThreads, sizeof(SoftShared<float>), stream, p);

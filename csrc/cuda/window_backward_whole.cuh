@@ -139,15 +139,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim > 32 ? 2 : S::kWindow
     if (lane.column == 0) grad_factor += along[0] + along[1];
     __syncthreads();  // the weights of all queries are there, and their gradients
 
+    const int own_row = S::kWindow == 7 ? fresh_thread() / 32 * kTile : row;  // kept, it would spill
     float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums], key_factor[2];
     set_zero(grad_keys);
     set_zero(grad_values);
-    multiply_columns<S>(grad_values, shared.weights, row, shared.grad_out);
-    multiply_columns<S>(grad_keys, shared.grad_scores, row, shared.queries);
-    finish_rows<S>(grad_keys, key_factor, along, p, task.head, shared.keys, shared.inverse_keys, row);
+    multiply_columns<S>(grad_values, shared.weights, own_row, shared.grad_out);
+    multiply_columns<S>(grad_keys, shared.grad_scores, own_row, shared.queries);
+    finish_rows<S>(grad_keys, key_factor, along, p, task.head, shared.keys, shared.inverse_keys, own_row);
     __syncthreads();  // nobody reads the rows any more: the gradients take their place
-    write_sums<S>(shared.queries, row, grad_queries, query_factor[0], query_factor[1]);
-    shared.write_key_gradients(partials, row, grad_keys, grad_values, key_factor);
+    write_sums<S>(shared.queries, own_row, grad_queries, query_factor[0], query_factor[1]);
+    shared.write_key_gradients(partials, own_row, grad_keys, grad_values, key_factor);
     __syncthreads();
     shared.store(p, image, task.head);
   }

@@ -108,7 +108,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kWindow > 
     __syncwarp();
     store_rows<S, kTile, 32>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
                              row_source + warp_row);
-    leave_log_sums<S>(p, softmax, (int64_t(window) * p.num_heads + task.head) * tokens, first_row + warp_row, tokens);
+    // 32 bits times 32 bits, which is one instruction.
+    const int64_t window_row = int64_t(uint64_t(window) * uint32_t(p.num_heads * tokens)) + task.head * tokens;
+    leave_log_sums<S>(p, softmax, window_row, first_row + warp_row, tokens);
   }
 }
 

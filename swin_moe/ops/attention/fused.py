@@ -68,8 +68,7 @@ def fused_window_attention(
     head_dim = qkv.shape[3] // 3 // num_heads
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
     if differentiated and _backward_reads_sums(qkv.device.type, qkv.dtype, head_dim, window):
-        operator = torch.ops.swin_moe.window_attention_and_sums
-        return call_operator(operator, _differentiate_with_sums, _save_with_sums, *arguments)[0]
+        return call_operator(torch.ops.swin_moe.window_attention_and_sums, _differentiate, _save, *arguments)[0]
     return call_operator(torch.ops.swin_moe.window_attention, _differentiate, _save, *arguments)
 
 
@@ -153,28 +152,18 @@ def _fake_backward(
     return tuple(qkv.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.numbers = inputs[4:]
-
-
-def _save_with_sums(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
+def _save(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> None:
+    left = output if isinstance(output, tuple) else ()  # for a backward that reads what the forward left
+    ctx.save_for_backward(*inputs[:4], *left)
     ctx.numbers = inputs[4:]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_with_sums(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * (4 + len(ctx.numbers))
-    *inputs, out, log_sums = ctx.saved_tensors
-    grads = torch.ops.swin_moe.window_attention_backward(grad_out.contiguous(), *inputs, *ctx.numbers, out, log_sums)
-    needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4]))
-    return *needed, *(None for _ in ctx.numbers)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.swin_moe.window_attention_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    inputs, left = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    grads = torch.ops.swin_moe.window_attention_backward(grad_out.contiguous(), *inputs, *ctx.numbers, *left)
     needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4]))
     return *needed, *(None for _ in ctx.numbers)
 
@@ -192,5 +181,5 @@ def _register(name: str, kernel: Callable, fake: Callable, differentiate: Callab
 
 
 _register("window_attention", _attend, _fake, _differentiate, _save)
-_register("window_attention_and_sums", _attend_and_sum, _fake_and_sum, _differentiate_with_sums, _save_with_sums)
+_register("window_attention_and_sums", _attend_and_sum, _fake_and_sum, _differentiate, _save)
 _register("window_attention_backward", _attend_backward, _fake_backward, _refuse_second_derivative, None)
