@@ -85,10 +85,21 @@ def one_rank(config: Config) -> Layout:
     micro, steps = config.accumulation(1)
     moe, parallel = config.model.moe, config.parallel
     return Layout(
-        1, degrees.expert, degrees.expert_shard, degrees.expert_data, config.engine.name, parallel.zero,
-        parallel.recompute, config.model.attention_chunk, micro, steps, moe.overlap, moe.transport, moe.payload,
+        1,
+        degrees.expert,
+        degrees.expert_shard,
+        degrees.expert_data,
+        config.engine.name,
+        parallel.zero,
+        parallel.recompute,
+        config.model.attention_chunk,
+        micro,
+        steps,
+        moe.overlap,
+        moe.transport,
+        moe.payload,
         config.engine.offload,
-    )  # fmt: skip
+    )
 
 
 def predict(config: Config, hardware: Hardware) -> StepTime:
