@@ -93,6 +93,16 @@ def test_the_wheel_works_where_nothing_else_of_it_is(archives, tmp_path):
     assert str(tmp_path / "site") in done.stdout and "digits_swin_moe" in done.stdout, done.stderr
 
 
+def test_one_lowest_version_of_python_everywhere():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lowest = settings["project"]["requires-python"].removeprefix(">=")
+    major, minor = lowest.split(".")
+    assert settings["tool"]["ruff"]["target-version"] == f"py{major}{minor}"
+    for file in ("Makefile", "swin_moe/doctor.py"):
+        assert f">= ({major}, {minor})" in (ROOT / file).read_text(), file
+    assert f"Python {lowest} or newer" in (ROOT / "README.md").read_text()
+
+
 def test_the_citation_is_of_this_version():
     cited = yaml.safe_load((ROOT / "docs" / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
