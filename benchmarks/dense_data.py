@@ -27,8 +27,13 @@ from swin_moe.data.loader import TrainLoader
 OBJECTS, CORNERS, CLASSES = 7, 40, 80  # of an image, as COCO has on average
 DETECTION: Mapping[str, Any] = {"short": tuple(range(480, 801, 32)), "crop_short": (400, 500, 600), "antialias": False}
 SEGMENTATION: Mapping[str, Any] = {
-    "short": (512,), "long": 2048, "ratio": (0.5, 2.0), "crop": (512, 512), "distort": True, "antialias": False,
-}  # fmt: skip
+    "short": (512,),
+    "long": 2048,
+    "ratio": (0.5, 2.0),
+    "crop": (512, 512),
+    "distort": True,
+    "antialias": False,
+}
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> Image.Image:

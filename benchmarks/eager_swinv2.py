@@ -56,8 +56,11 @@ def add(x: Tensor, branch: Tensor, training: bool) -> Tensor:
 
 
 def network(images: int, dim: int, depths: tuple[int, ...], training: bool) -> Tensor:
-    x = norm(F.conv2d(weight(images, 3, 192, 192, grad=False).half(), weight(dim, 3, 4, 4).half(), stride=4)
-             .flatten(2).transpose(1, 2)).view(images, 48, 48, dim)  # fmt: skip
+    x = norm(
+        F.conv2d(weight(images, 3, 192, 192, grad=False).half(), weight(dim, 3, 4, 4).half(), stride=4)
+        .flatten(2)
+        .transpose(1, 2)
+    ).view(images, 48, 48, dim)
     for stage, depth in enumerate(depths):
         heads, window = dim * 2**stage // 32, min(12, 48 // 2**stage)
         for block in range(depth):

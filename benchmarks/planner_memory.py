@@ -69,8 +69,11 @@ CASES = (
     Case("swinv2, attention in turns", 1, _V2 + " model.attention_chunk=16"),
     Case("swin_mlp", 1, _MLP),
     Case("swin_moe", 1, _MOE),
-    Case("swin_moe top-2, padded, dropout", 1, _MOE + " model.moe.top_k=2 model.moe.backend=padded "
-         "model.moe.capacity_factor=1.25 model.moe.dropout=0.1"),
+    Case(
+        "swin_moe top-2, padded, dropout",
+        1,
+        _MOE + " model.moe.top_k=2 model.moe.backend=padded model.moe.capacity_factor=1.25 model.moe.dropout=0.1",
+    ),
     Case("swin", 2, _SWIN),
     Case("swinv2 bf16", 2, _V2 + _BF16),
     Case("swin ZeRO-1", 2, _SWIN + " parallel.zero=1"),
@@ -89,7 +92,7 @@ CASES = (
     Case("swin_moe, 2 experts over 4 ranks", 4, _MOE + " model.moe.num_experts=2"),
     Case("swin_moe ZeRO-1, expert 2", 4, _MOE + " parallel.expert=2 parallel.zero=1"),
     Case("swin ZeRO-3", 4, _SWIN + " parallel.zero=3"),
-)  # fmt: skip
+)
 
 
 def measure(case: Case, world_size: int) -> tuple[Config, Measured, float]:
@@ -102,8 +105,9 @@ def measure(case: Case, world_size: int) -> tuple[Config, Measured, float]:
         check_layout(config, world_size)
         device = torch.device("cpu")
         two_hops = config.model.moe.transport == "hierarchical"
-        groups = build_groups(*layout_of(config), device, routing_ranks=config.routing_ranks(world_size),
-                              two_hops=two_hops)  # fmt: skip
+        groups = build_groups(
+            *layout_of(config), device, routing_ranks=config.routing_ranks(world_size), two_hops=two_hops
+        )
         trainer = Trainer(Session(config, groups, device))
         arrived: list[float] = []
         for step, loaded in enumerate(trainer.loader.batches(0, STEPS + 1)):

@@ -101,16 +101,22 @@ class Predictions:
         name = f"swin_moe_{size}_patch4_window12_192_" + ("32expert_32gpu_22k" if experts else "densebaseline_22k")
         options = ["engine.precision=fp16", "model.attention=reference"]
         if experts:
-            options += [f"model.moe.{key}={value}" for key, value in (
-                ("num_experts", experts), ("top_k", top_k), ("capacity_factor", capacity), ("backend", "padded"))
-            ]  # fmt: skip
+            options += [
+                f"model.moe.{key}={value}"
+                for key, value in (
+                    ("num_experts", experts),
+                    ("top_k", top_k),
+                    ("capacity_factor", capacity),
+                    ("backend", "padded"),
+                )
+            ]
         config = load_config(name, options)
         expert = min(experts, gpus) or 1
         # Fewer experts than GPUs: the official files (8expert_32gpu) cut every expert over several, and rows go to all.
         shard = gpus // expert if experts else 1
         layout = Layout(
             gpus, expert, shard, gpus // expert // shard, "torch", 0, "none", 0, IMAGES, 1, 1, "linear", "none", "none"
-        )  # fmt: skip
+        )
         chosen = layout.apply(replace(config, data=replace(config.data, global_batch=IMAGES * gpus)))
         key = size, experts, top_k, capacity, expert, shard
         if key not in self._traced:
@@ -144,7 +150,7 @@ class Predictions:
             also = (dense[inference], IMAGES / plain) if experts else (0.0, 0.0)
             found.append(
                 Row(table, *case, gpus, inference, published[inference], IMAGES / mine[inference], rate, *also)
-            )  # fmt: skip
+            )
         return found
 
 

@@ -94,10 +94,23 @@ def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]
     words = ["--grace", str(time_to_save(options.warning)), *(word for words in own.values() for word in words)]
     file = str(Path(options.output or f"{options.name}{scheduler.suffix}").absolute())
     return Batch(
-        options.name, options.nodes, options.ranks_per_node, options.cores_per_rank, options.gpus_per_node, seconds,
-        options.warning, os.getcwd(), options.python, tuple(words), tuple(program), file, options.queue,
-        options.account, options.image, kind,
-    )  # fmt: skip
+        options.name,
+        options.nodes,
+        options.ranks_per_node,
+        options.cores_per_rank,
+        options.gpus_per_node,
+        seconds,
+        options.warning,
+        os.getcwd(),
+        options.python,
+        tuple(words),
+        tuple(program),
+        file,
+        options.queue,
+        options.account,
+        options.image,
+        kind,
+    )
 
 
 def _own(passed: list[argparse.Action], options: argparse.Namespace) -> dict[str, list[str]]:

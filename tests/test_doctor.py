@@ -11,6 +11,7 @@ import torch
 from launcher.env import without_world
 from swin_moe import cli, doctor
 from swin_moe.ops import extension
+from tests import preloaded
 
 
 def lines(capsys, *arguments):
@@ -86,7 +87,7 @@ def test_paths_of_common_shapes(monkeypatch, capsys):
 @pytest.mark.parametrize("broken, code", [({}, 0), ({"SWIN_MOE_NO_EXT": "1", "SWIN_MOE_REQUIRE_EXT": "1"}, 1)])
 def test_on_many_ranks_they_check_each_other_and_rank_0_itself(broken, code):
     command = [sys.executable, "-m", "launcher", "--quiet", "-n", "2", "--", "-m", "swin_moe.doctor", "--no-measure"]
-    environ = without_world(os.environ) | {"OMP_NUM_THREADS": "1"} | broken
+    environ = preloaded.environment(without_world(os.environ) | {"OMP_NUM_THREADS": "1"} | broken)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
     said = done.stdout + done.stderr
     assert done.returncode == code, said

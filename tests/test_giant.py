@@ -33,8 +33,15 @@ def script(where: str, *commands: str) -> str:
 
 def start(text: str, folder: Path) -> subprocess.Popen:
     environment = without_world(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(["bash", "-c", text], cwd=folder, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        ["bash", "-c", text],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def finish(text: str, folder: Path) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import swin_moe
+from swin_moe import inspect_routing
 from swin_moe.inspect_routing import RoutingRecorder, _picture_paths
 from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches, expert_colour, heat
 
@@ -104,3 +105,20 @@ def test_experts_that_choose_are_counted_for_their_patches_only():
         each = int(1.25 * -(-tokens // 4))  # of every expert from every image
         assert table.tolist() == [[each, 0, 2 * each]] * 4
         assert not recorder.routings[name].is_pair.all()  # some patches have fewer experts than others
+
+
+def test_any_network_with_experts_is_drawn(tmp_path, monkeypatch):
+    """Also SwinV2-MoE, which was once told that it has no MoE layer."""
+
+    class Reached(Exception):
+        pass
+
+    def build(session):
+        raise Reached
+
+    monkeypatch.setattr(inspect_routing, "build_classifier", build)
+    words = ["digits_swin_moe", "model.name=swinv2", "data.name=synthetic", f"run.output={tmp_path}"]
+    with pytest.raises(Reached):
+        inspect_routing.main(words)
+    with pytest.raises(ValueError, match="has no MoE layer"):
+        inspect_routing.main([*words, "model.moe.blocks=[]"])

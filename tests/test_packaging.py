@@ -101,9 +101,13 @@ def test_the_citation_is_of_this_version():
 
 
 def test_every_place_asks_for_the_same_python():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = settings["project"]
     oldest = project["requires-python"].removeprefix(">=")
     asked = ", ".join(oldest.split("."))
-    assert f"v >= ({asked})" in (ROOT / "Makefile").read_text()
+    assert settings["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    for file in ("Makefile", "swin_moe/doctor.py"):
+        assert f">= ({asked})" in (ROOT / file).read_text(), file
+    assert f"Python {oldest} or newer" in (ROOT / "README.md").read_text()
     versions = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
     assert min(versions, key=lambda v: int(v.partition(".")[2])) == oldest

@@ -17,7 +17,7 @@ from swin_moe import cli
 from swin_moe.config import Config
 from swin_moe.config.arguments import refuse_options
 from swin_moe.config.coerce import schema_keys
-from swin_moe.config.io import load_config
+from swin_moe.config.io import config_files, load_config
 from swin_moe.config.synonyms import ELSEWHERE, WORDS
 from swin_moe.usage import completion
 from swin_moe.usage.completion import candidates
@@ -50,6 +50,22 @@ def test_help_names_options_and_three_examples(name):
         if name == "data":
             shown = run([name, "check", "-h"])[1] + run([name, "split", "-h"])[1]
         assert re.search(rf"{option}\b", shown), f"{name} has no {option}"
+
+
+EXAMPLE = re.compile(
+    r"(?:swin-moe (?!launch|checkpoint|data|weights|report|configs)\S+|-m swin_moe\.\w+) ([a-z]\w+)\b(?![./=])"
+)
+
+
+def test_configs_in_examples_are_shipped():
+    named = {
+        config
+        for name in cli.COMMANDS
+        for config in EXAMPLE.findall(run([name, "--help"])[1].partition("examples:")[2])
+    }
+    assert "digits_swin_moe" in named and not EXAMPLE.findall("swin-moe train mine.yaml")
+    shipped = {path.stem for path in config_files()}
+    assert named - shipped - {"bash", "zsh", "fish"} == set()
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "launch"])

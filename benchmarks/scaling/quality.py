@@ -104,8 +104,9 @@ def draw(points: list[Point], title: str) -> Any:
 
     def series(name: str, chosen: list[Point], x: Any, **more: Any) -> Series:
         chosen = sorted(chosen, key=x)
-        return Series(name, [(x(p), p.mean) for p in chosen], [(min(p.accuracies), max(p.accuracies)) for p in chosen],
-                      **more)  # fmt: skip
+        return Series(
+            name, [(x(p), p.mean) for p in chosen], [(min(p.accuracies), max(p.accuracies)) for p in chosen], **more
+        )
 
     by_width = [
         series(f"width {w}", [p for p in points if p.width == w], lambda p: p.experts or beside) for w in widths

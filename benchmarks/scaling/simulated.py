@@ -97,18 +97,24 @@ def draw(found: dict[Place, dict[str, Any]]) -> Any:
         each = {kind: [(p.ranks, found[p][kind] / p.ranks) for p in scaled] for kind in ("planned", "simulated")}
         worlds.append(Series(model, each["simulated"], colour=colour))
         worlds.append(Series("", each["planned"], colour=colour, dashed=True))
-        shares.append(Series(model, [(p.ranks, 100 * found[p]["exposed"] / found[p]["seconds"]) for p in scaled],
-                             colour=colour))  # fmt: skip
+        shares.append(
+            Series(model, [(p.ranks, 100 * found[p]["exposed"] / found[p]["seconds"]) for p in scaled], colour=colour)
+        )
         chosen = sorted((p for p in found if p.model == model and p.ranks == AT), key=lambda p: p.experts)
         if chosen:
             experts.append(Series(model, [(p.experts, found[p]["simulated"] / p.ranks) for p in chosen], colour=colour))
     published = Series("published, B", [(n, float(rate)) for n, rate in PUBLISHED.items()], colour=PALETTE[-1])
     names = {float(n): f"{n:,}" for n in (*WORLDS, *EXPERTS, *PUBLISHED)}
     panels = [
-        Panel("images/s a device, simulated (dashed: planned)", "devices, one expert each up to 2,048",
-              [*worlds, published], names=names, log_y=True),
+        Panel(
+            "images/s a device, simulated (dashed: planned)",
+            "devices, one expert each up to 2,048",
+            [*worlds, published],
+            names=names,
+            log_y=True,
+        ),
         Panel("communication that nothing hides, % of the step", "devices", shares, names=names, from_zero=True),
-    ]  # fmt: skip
+    ]
     if experts:
         panels.append(Panel(f"images/s a device on {AT:,} devices", "experts", experts, names=names, log_y=True))
     return draw_panels("SwinV2-MoE-B, -H, -G on A100 80 GB, leaves of 16 nodes 4 : 1, loads spread by 0.5", panels)

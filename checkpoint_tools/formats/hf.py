@@ -25,10 +25,18 @@ from swin_moe.checkpoint.sealed_json import MAX_BYTES
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", ("model.safetensors", "pytorch_model.bin")
 # transformers' option -> ours.
 _SHARED = {
-    "patch_size": "patch_size", "num_channels": "in_chans", "embed_dim": "embed_dim", "depths": "depths",
-    "num_heads": "num_heads", "window_size": "window_size", "mlp_ratio": "mlp_ratio", "qkv_bias": "qkv_bias",
-    "drop_path_rate": "drop_path_rate", "image_size": "img_size", "pretrained_window_sizes": "pretrained_window_sizes",
-}  # fmt: skip
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+    "embed_dim": "embed_dim",
+    "depths": "depths",
+    "num_heads": "num_heads",
+    "window_size": "window_size",
+    "mlp_ratio": "mlp_ratio",
+    "qkv_bias": "qkv_bias",
+    "drop_path_rate": "drop_path_rate",
+    "image_size": "img_size",
+    "pretrained_window_sizes": "pretrained_window_sizes",
+}
 _PAIRS = ("img_size", "patch_size")
 
 

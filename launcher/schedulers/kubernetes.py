@@ -35,18 +35,27 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
 
 def _mpi_job(batch: Batch) -> dict[str, Any]:
     command = batch.launch("--hostfile", _HOSTFILE)
-    return _job(batch, "kubeflow.org/v2beta1", "MPIJob", {
-        "slotsPerWorker": batch.ranks_per_node,
-        "mpiImplementation": "MPICH",
-        "runPolicy": _policy(batch),
-        "mpiReplicaSpecs": {
-            "Launcher": {"replicas": 1, "restartPolicy": "OnFailure", "template": _pod(batch, "launcher", command, {})},
-            "Worker": {
-                "replicas": batch.nodes,
-                "template": _pod(batch, "worker", ["/usr/sbin/sshd", "-De"], _resources(batch)),
+    return _job(
+        batch,
+        "kubeflow.org/v2beta1",
+        "MPIJob",
+        {
+            "slotsPerWorker": batch.ranks_per_node,
+            "mpiImplementation": "MPICH",
+            "runPolicy": _policy(batch),
+            "mpiReplicaSpecs": {
+                "Launcher": {
+                    "replicas": 1,
+                    "restartPolicy": "OnFailure",
+                    "template": _pod(batch, "launcher", command, {}),
+                },
+                "Worker": {
+                    "replicas": batch.nodes,
+                    "template": _pod(batch, "worker", ["/usr/sbin/sshd", "-De"], _resources(batch)),
+                },
             },
         },
-    })  # fmt: skip
+    )
 
 
 def _pytorch_job(batch: Batch) -> dict[str, Any]:
@@ -57,9 +66,16 @@ def _pytorch_job(batch: Batch) -> dict[str, Any]:
     replicas: dict[str, Any] = {"Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": template}}
     if batch.nodes > 1:
         replicas["Worker"] = {"replicas": batch.nodes - 1, "restartPolicy": "OnFailure", "template": template}
-    return _job(batch, "kubeflow.org/v1", "PyTorchJob", {
-        "nprocPerNode": str(batch.ranks_per_node), "runPolicy": _policy(batch), "pytorchReplicaSpecs": replicas,
-    })  # fmt: skip
+    return _job(
+        batch,
+        "kubeflow.org/v1",
+        "PyTorchJob",
+        {
+            "nprocPerNode": str(batch.ranks_per_node),
+            "runPolicy": _policy(batch),
+            "pytorchReplicaSpecs": replicas,
+        },
+    )
 
 
 def _job(batch: Batch, version: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:

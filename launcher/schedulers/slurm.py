@@ -41,11 +41,18 @@ def hosts(environ: Mapping[str, str]) -> list[Host]:
 def script(batch: Batch) -> str:
     """Returns what sbatch takes."""
     wanted = {
-        "job-name": batch.name, "nodes": batch.nodes, "ntasks-per-node": batch.ranks_per_node,
-        "cpus-per-task": batch.cores_per_rank, "gpus-per-node": batch.gpus_per_node, "time": batch.time,
-        "partition": batch.queue, "account": batch.account, "signal": f"B:USR1@{batch.warning}",
-        "output": f"{batch.name}-%j.out", "open-mode": "append",
-    }  # fmt: skip
+        "job-name": batch.name,
+        "nodes": batch.nodes,
+        "ntasks-per-node": batch.ranks_per_node,
+        "cpus-per-task": batch.cores_per_rank,
+        "gpus-per-node": batch.gpus_per_node,
+        "time": batch.time,
+        "partition": batch.queue,
+        "account": batch.account,
+        "signal": f"B:USR1@{batch.warning}",
+        "output": f"{batch.name}-%j.out",
+        "open-mode": "append",
+    }
     head = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value]
     return shell_script(
         batch,

@@ -4,7 +4,8 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from swin_moe.config import synonyms
@@ -30,6 +31,22 @@ class Parser(argparse.ArgumentParser):
             near = nearest(unknown[1], self._option_string_actions)
             words += f"; did you mean {near}?" if near else ""
         raise ValueError(f"{self.prog}: {words}; {self.prog} --help says more")
+
+
+def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], str] = str) -> int:
+    """Prints what a command answers; returns its exit code: 0, or 2 after one sentence about what is wrong.
+
+    Args:
+        describe: How an error is said.
+    """
+    try:
+        print(answer())
+    except BrokenPipeError:  # the command line ends in silence
+        raise
+    except (ValueError, OSError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _whole_number(text: str) -> int:

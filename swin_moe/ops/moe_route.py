@@ -116,9 +116,18 @@ class _Route(torch.autograd.Function):
 
 
 def _fake_route(
-    clean: Tensor, noisy: Tensor | None, bias: Tensor | None, top_k: int, group_size: int, capacity: int,
-    last_capacity: int, sigmoid: bool, normalize: bool, prioritized: bool, probabilities: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    clean: Tensor,
+    noisy: Tensor | None,
+    bias: Tensor | None,
+    top_k: int,
+    group_size: int,
+    capacity: int,
+    last_capacity: int,
+    sigmoid: bool,
+    normalize: bool,
+    prioritized: bool,
+    probabilities: bool,
+) -> tuple[Tensor, ...]:
     tokens, experts = clean.shape
     pairs, groups = (tokens, top_k), (tokens + group_size - 1) // group_size
     return (

@@ -9,7 +9,7 @@ from typing import Any
 
 from swin_moe.checkpoint.errors import describe, naming
 from swin_moe.config import Config
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import Parser, print_answer
 from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, dump_hardware, shipped_hardware
 from swin_moe.planner.plan import MOST_GPUS, Plan, Planned, make_plan
@@ -31,16 +31,11 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
-    try:
-        options = parse(argv)
-        text = of_runs(options) if options.check or options.refit else of_config(options)
-    except BrokenPipeError:  # the command line ends in silence
-        raise
-    except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+    return print_answer(lambda: _answer(parse(argv)), describe)
+
+
+def _answer(options: Any) -> str:
+    return of_runs(options) if options.check or options.refit else of_config(options)
 
 
 def of_config(options: Any) -> str:

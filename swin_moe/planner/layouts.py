@@ -123,10 +123,18 @@ def enumerate_layouts(config: Config, world_size: int, ranks_per_node: int) -> t
                 for rest in free:
                     layouts.append(
                         Layout(
-                            world_size, expert, shard, world_size // (expert * shard), engine, zero,
-                            micro_batch=micro, accumulation=steps, offload=config.engine.offload, **rest,
+                            world_size,
+                            expert,
+                            shard,
+                            world_size // (expert * shard),
+                            engine,
+                            zero,
+                            micro_batch=micro,
+                            accumulation=steps,
+                            offload=config.engine.offload,
+                            **rest,
                         )
-                    )  # fmt: skip
+                    )
     return layouts, rejected
 
 

@@ -117,8 +117,9 @@ def trace_exactly(
         with _attending(kernels=kernels), LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
-            context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
-                                  lambda: autocast(precision, _CPU), weight=1.0)  # fmt: skip
+            context = StepContext(
+                config, 1, degrees.world_size, config.data.global_batch, lambda: autocast(precision, _CPU), weight=1.0
+            )
             loss = task.loss(model, batch, context)
             bytes_alive.mark("+", backward=True)
             loss.total.backward()

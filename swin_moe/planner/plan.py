@@ -137,9 +137,15 @@ class _Predictions:
 def _as_held(layout: Layout) -> Layout:
     """Returns a layout with nothing but what decides what a rank holds between steps."""
     return replace(
-        layout, micro_batch=1, accumulation=1, recompute="none", attention_chunk=0, overlap=1, transport="linear",
+        layout,
+        micro_batch=1,
+        accumulation=1,
+        recompute="none",
+        attention_chunk=0,
+        overlap=1,
+        transport="linear",
         payload="none",
-    )  # fmt: skip
+    )
 
 
 class Traces:

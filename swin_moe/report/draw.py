@@ -26,10 +26,18 @@ COLOURS: tuple[Colour, ...] = (
 _TEXT = 22
 _VIRIDIS = np.array(  # every eighth of the map of that name (S. van der Walt and N. Smith, matplotlib 1.5)
     [
-        (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
-        (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
-    ], dtype=np.float64,
-)  # fmt: skip
+        (68, 1, 84),
+        (71, 44, 122),
+        (59, 81, 139),
+        (44, 113, 142),
+        (33, 144, 141),
+        (39, 173, 129),
+        (92, 200, 99),
+        (170, 220, 50),
+        (253, 231, 37),
+    ],
+    dtype=np.float64,
+)
 _MOST_NAMED = 40  # rows of a table of counts that are named, and cells that hold their number
 
 

@@ -92,9 +92,14 @@ def _loader(session: Session, names: tuple[str, ...], most: int) -> EvalLoader:
     def loader(every: int) -> EvalLoader:
         batch = min(config.data.eval_batch or config.accumulation(1)[0], 64)
         return EvalLoader(
-            config.data, config.model.img_size, rank=0, world_size=every, batch=batch,
-            num_classes=config.model.num_classes, classes=names,
-        )  # fmt: skip
+            config.data,
+            config.model.img_size,
+            rank=0,
+            world_size=every,
+            batch=batch,
+            num_classes=config.model.num_classes,
+            classes=names,
+        )
 
     whole = loader(1)
     return whole if len(whole.dataset) <= most else loader(-(-len(whole.dataset) // most))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from swin_moe.config import Config
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import Parser, print_answer
 from swin_moe.config.coerce import schema_keys
 from swin_moe.config.io import config_files, config_folder
 from swin_moe.config.shipped.released import released
@@ -87,12 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     if words[:2] == ["words", "--"]:  # what the scripts call
         print("\n".join(candidates(words[2:])))
         return 0
-    try:
-        print(_SCRIPTS[_parse(words).shell])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return print_answer(lambda: _SCRIPTS[_parse(words).shell])
 
 
 def candidates(words: list[str]) -> list[str]:

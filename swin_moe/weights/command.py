@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_moe.checkpoint.errors import describe
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import Parser, print_answer
 from swin_moe.config.shipped.released import Released, find, of_config, released
 from swin_moe.weights.fetch import Progress, check, default_folder, fetch, place
 
@@ -35,14 +35,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
-    try:
-        print(_answer(parse(argv)))
-    except BrokenPipeError:  # the command line ends in silence
-        raise
-    except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return print_answer(lambda: _answer(parse(argv)), describe)
 
 
 def parse(argv: list[str] | None) -> Any:

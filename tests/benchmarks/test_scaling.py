@@ -117,8 +117,20 @@ def test_a_sweep_and_a_quality_study_of_real_runs(tmp_path, monkeypatch, capsys)
     speed = json.loads((tmp_path / "s" / "cells" / "weak-r1-1-0.json").read_text())["result"]
     assert speed["images_per_second"] > 0 and speed["s_forward"] > 0
     assert (tmp_path / "s" / "scaling.png").stat().st_size > 0 and "| weak | 1 | 1 |" in capsys.readouterr().out
-    words = [str(tmp_path / "q"), "--experts", "2", "--widths", "8", "--seeds", "1", "model.num_heads=[1,2]",
-             "optim.epochs=1", "optim.warmup_epochs=0", "data.images_per_class=4", "engine.threads=1"]  # fmt: skip
+    words = [
+        str(tmp_path / "q"),
+        "--experts",
+        "2",
+        "--widths",
+        "8",
+        "--seeds",
+        "1",
+        "model.num_heads=[1,2]",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0",
+        "data.images_per_class=4",
+        "engine.threads=1",
+    ]
     monkeypatch.setattr(sys, "argv", ["quality.py", *words])
     assert quality.work() == []
     text = (tmp_path / "q" / "quality.md").read_text()
@@ -129,9 +141,17 @@ def test_cells_are_what_the_sweep_says():
     options = sweep.parse(["OUT", "weak", "strong", "experts", "--ranks", "1,4", "--experts", "2,8", "--repeats", "2"])
     wanted = sweep.cells_of(options)
     assert [(w.kind, w.ranks, w.x) for w in wanted[: len(wanted) // 2]] == [
-        ("weak", 1, 1), ("strong", 1, 1), ("experts", 1, 0), ("experts", 1, 2), ("experts", 1, 8),
-        ("weak", 4, 4), ("strong", 4, 4), ("experts", 4, 0), ("experts", 4, 2), ("experts", 4, 8),
-    ]  # fmt: skip
+        ("weak", 1, 1),
+        ("strong", 1, 1),
+        ("experts", 1, 0),
+        ("experts", 1, 2),
+        ("experts", 1, 8),
+        ("weak", 4, 4),
+        ("strong", 4, 4),
+        ("experts", 4, 0),
+        ("experts", 4, 2),
+        ("experts", 4, 8),
+    ]
     batches = [next(x for x in w.cell.words if x.startswith("data.global_batch")) for w in wanted[:2] + wanted[5:7]]
     assert batches == [f"data.global_batch={n}" for n in (16, 64, 64, 64)]
     assert len({w.cell.name for w in wanted}) == len(wanted)
@@ -143,8 +163,9 @@ def test_models_end_where_memory_does(tmp_path, monkeypatch):
     )
     wanted = sweep.cells_of(options)
     assert [round(w.x, 2) for w in wanted] == sorted(round(w.x, 2) for w in wanted)
-    monkeypatch.setattr(cells, "command_of", lambda cell, launch, output: stand_in(
-        Cell(cell.name, 1, ("0", "0")), launch, output))  # fmt: skip
+    monkeypatch.setattr(
+        cells, "command_of", lambda cell, launch, output: stand_in(Cell(cell.name, 1, ("0", "0")), launch, output)
+    )
     monkeypatch.setattr(sweep, "room", lambda: 0.75e9)  # the small ones and their process, not SwinV2-T
     study = Study(tmp_path, read)
     assert sweep.run(study, wanted) == []

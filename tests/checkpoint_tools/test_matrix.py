@@ -25,9 +25,27 @@ EXPERTS = 8
 SINGLE = Degrees(1, 1, 1)
 # (world, expert, expert_shard); 0 = what training would choose. 3 divides neither the experts nor their hidden units.
 LAYOUTS = [
-    (1, 0, 0), (2, 0, 0), (2, 1, 2), (2, 1, 1), (3, 3, 1), (3, 1, 3), (3, 0, 0), (4, 0, 0), (4, 2, 2), (4, 1, 4),
-    (6, 6, 1), (6, 3, 2), (6, 2, 3), (6, 0, 0), (8, 0, 0), (8, 4, 2), (8, 2, 2), (16, 0, 0), (16, 8, 1), (16, 4, 4),
-]  # fmt: skip
+    (1, 0, 0),
+    (2, 0, 0),
+    (2, 1, 2),
+    (2, 1, 1),
+    (3, 3, 1),
+    (3, 1, 3),
+    (3, 0, 0),
+    (4, 0, 0),
+    (4, 2, 2),
+    (4, 1, 4),
+    (6, 6, 1),
+    (6, 3, 2),
+    (6, 2, 3),
+    (6, 0, 0),
+    (8, 0, 0),
+    (8, 4, 2),
+    (8, 2, 2),
+    (16, 0, 0),
+    (16, 8, 1),
+    (16, 4, 4),
+]
 COVERING = [(LAYOUTS[i], LAYOUTS[(i * 7 + 3) % len(LAYOUTS)]) for i in range(len(LAYOUTS))]
 MATRIX = [*COVERING, *(pytest.param(a, b, marks=pytest.mark.full) for a, b in itertools.product(LAYOUTS, LAYOUTS))]
 

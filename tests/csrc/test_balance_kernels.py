@@ -11,9 +11,22 @@ from tests.csrc.emulation import Guarded, build
 from tests.ops.test_moe_balance import slowly
 
 TENSORS = (
-    "scores", "threshold", "logits", "expert", "sums", "load", "log_sum", "partials", "squares", "balance", "aux",
-    "grad", "grad_scores", "grad_threshold", "grad_logits",
-)  # fmt: skip
+    "scores",
+    "threshold",
+    "logits",
+    "expert",
+    "sums",
+    "load",
+    "log_sum",
+    "partials",
+    "squares",
+    "balance",
+    "aux",
+    "grad",
+    "grad_scores",
+    "grad_threshold",
+    "grad_logits",
+)
 NUMBERS = ("tokens", "experts", "top_k", "group_size", "groups", "chunks")
 CHUNK = 128  # swin_moe::kBalanceRows
 SHAPES = {  # tokens, experts, group size
@@ -66,10 +79,20 @@ def run(library, tensors, kind, shape, grad, *, with_z, noise_std=0.2, weight=0.
     memory = {name: Guarded.copy(t) for name, t in given.items()}
     memory |= {name: Guarded(wanted, dtype) for name, wanted in (shapes | gradients).items()}
     launch = BalanceLaunch(
-        tokens=tokens, experts=experts, top_k=expert.shape[1], group_size=size, groups=groups, chunks=chunks,
-        noise_std=noise_std, weight=weight, z_weight=z_weight, kind=KINDS[kind], wide=dtype == torch.float64,
-        expert=expert.contiguous().data_ptr(), **{name: guarded.address for name, guarded in memory.items()},
-    )  # fmt: skip
+        tokens=tokens,
+        experts=experts,
+        top_k=expert.shape[1],
+        group_size=size,
+        groups=groups,
+        chunks=chunks,
+        noise_std=noise_std,
+        weight=weight,
+        z_weight=z_weight,
+        kind=KINDS[kind],
+        wide=dtype == torch.float64,
+        expert=expert.contiguous().data_ptr(),
+        **{name: guarded.address for name, guarded in memory.items()},
+    )
     assert library.swin_moe_balance(ctypes.byref(launch), None) == 0
     if kind in ("none", "gshard"):  # whose backward does not ask for scores
         launch.scores = None

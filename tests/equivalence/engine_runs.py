@@ -116,7 +116,7 @@ def continue_from(case: Case, source: str, root: str) -> dict:
     trainer._save(False)
     evaluations, rows = [], []
     begin = trainer.progress.step
-    for step, batches in zip(range(begin, begin + 3), trainer.loader.batches(begin, begin + 3)):
+    for step, batches in zip(range(begin, begin + 2), trainer.loader.batches(begin, begin + 2)):
         with trainer.engine.evaluation():
             images = (to_device(b, trainer.device, trainer.config.engine.precision) for b in trainer.eval_loader)
             result = trainer.task.evaluate(trainer.engine.local_model, images, trainer._context(step, 0))
@@ -158,10 +158,10 @@ def run_alone(cases: list[Case], steps: int, root: str) -> dict:
     return result
 
 
-def run_world(cases: list[Case], steps: int, sources: dict[str, str], root: str) -> dict:
+def run_world(cases: list[Case], steps: int, sources: dict[str, str], root: str, full: bool) -> dict:
     """Returns what one rank of a world gives: cases, checkpoints, steps that are skipped. sources: By precision."""
     world = dist.get_world_size()
-    checkpoints = runnable(CHECKPOINTS, world)
+    checkpoints = runnable(CHECKPOINTS, world, full)
     return {
         "cases": run_cases(cases, steps),
         "continued": {c.name: continue_from(c, sources[c.precision], f"{root}/{c.name}") for c in checkpoints},
@@ -170,7 +170,7 @@ def run_world(cases: list[Case], steps: int, sources: dict[str, str], root: str)
             for c in checkpoints
             if c.zero == 3 or c.engine != "torch"
         },
-        "poisoned": {c.name: poison(c, f"{root}/poisoned-{c.name}") for c in runnable(POISONED, world)},
+        "poisoned": {c.name: poison(c, f"{root}/poisoned-{c.name}") for c in runnable(POISONED, world, full)},
     }
 
 

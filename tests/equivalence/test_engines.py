@@ -84,21 +84,27 @@ def oracles_of(cases: list[Case]) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def steps(request):
-    """Returns how many steps every case takes."""
-    return STEPS_FULL if request.config.getoption("--full") else STEPS
+def full(request):
+    """Returns whether everything is run."""
+    return request.config.getoption("--full")
 
 
 @pytest.fixture(scope="module")
-def alone(request, steps, tmp_path_factory):
+def steps(full):
+    """Returns how many steps every case takes."""
+    return STEPS_FULL if full else STEPS
+
+
+@pytest.fixture(scope="module")
+def alone(full, steps, tmp_path_factory):
     """Returns what one rank gives for everything that is compared with it."""
-    cases = oracles_of([case for world in WORLDS for case in chosen(world, request.config.getoption("--full"))])
+    cases = oracles_of([case for world in WORLDS for case in chosen(world, full)])
     root = tmp_path_factory.mktemp("alone")
     return run_ranks(engine_runs.run_alone, 1, root, cases, steps, str(root), timeout=900)[0]
 
 
 @pytest.fixture(scope="module")
-def results_of(request, alone, steps, tmp_path_factory):
+def results_of(full, alone, steps, tmp_path_factory):
     """Returns world -> what every rank of it gave; a world is started once.
 
     A function and not a parametrized fixture: pytest sets those up again for every test.
@@ -106,10 +112,10 @@ def results_of(request, alone, steps, tmp_path_factory):
 
     @functools.cache
     def start(world: int) -> list[dict]:
-        cases = chosen(world, request.config.getoption("--full"))
+        cases = chosen(world, full)
         root = tmp_path_factory.mktemp("ranks")
         sources = {precision: alone[precision]["source"] for precision in ("fp64", "fp32")}
-        return run_ranks(engine_runs.run_world, world, root, cases, steps, sources, str(root), timeout=3000)
+        return run_ranks(engine_runs.run_world, world, root, cases, steps, sources, str(root), full, timeout=3000)
 
     return start
 
@@ -144,11 +150,11 @@ def assert_alike(found: dict, expected: dict, case: Case) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_checkpoints_have_the_same_bytes_and_continue_alike(results_of, alone, world):
+def test_checkpoints_have_the_same_bytes_and_continue_alike(results_of, alone, full, world):
     results = results_of(world)
     for precision in ("fp64", "fp32"):
         assert alone[precision]["continued"]["files"] == engine_runs.digests(alone[precision]["source"])
-    for case in runnable(CHECKPOINTS, len(results)):
+    for case in runnable(CHECKPOINTS, len(results), full):
         expected = alone[case.precision]["continued"]
         for result in results:
             found = result["continued"][case.name]
@@ -157,10 +163,10 @@ def test_checkpoints_have_the_same_bytes_and_continue_alike(results_of, alone, w
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_one_rank_continues_what_shards_saved(results_of, alone, tmp_path, world):
+def test_one_rank_continues_what_shards_saved(results_of, alone, full, tmp_path, world):
     results = results_of(world)
     saved = results[0]["saved"]
-    cases = [case for case in runnable(CHECKPOINTS, len(results)) if case.name in saved]
+    cases = [case for case in runnable(CHECKPOINTS, len(results), full) if case.name in saved]
     found = run_ranks(engine_runs.read_back, 1, tmp_path, cases, saved, str(tmp_path))[0]
     assert cases
     for case in cases:

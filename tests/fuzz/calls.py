@@ -20,9 +20,39 @@ _SECTIONS = (
 )
 SECTIONS = [getattr(schema, name) for name in _SECTIONS.split()]
 SMALL: dict[str, Any] = dict(img_size=16, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=3)
-VALUES = [None, "x", "", 0, -1, 3, 1.5, float("nan"), float("inf"), 10**30, True, [], [1], (), (1, 2, 3),
-          [[1]], {}, {"a": 1}, b"x", object(), torch.ones(2),
-          torch.ones(()), range(3), "é☃", "a\0b", ("x",), [None], 1j, int, {1, 2}, -0.0]  # fmt: skip
+VALUES = [
+    None,
+    "x",
+    "",
+    0,
+    -1,
+    3,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    True,
+    [],
+    [1],
+    (),
+    (1, 2, 3),
+    [[1]],
+    {},
+    {"a": 1},
+    b"x",
+    object(),
+    torch.ones(2),
+    torch.ones(()),
+    range(3),
+    "é☃",
+    "a\0b",
+    ("x",),
+    [None],
+    1j,
+    int,
+    {1, 2},
+    -0.0,
+]
 # Names of arguments: what a sentence may name beside keys and files.
 _SUBJECTS = (
     "load_official create_model build_model parallelize moe config override image path format max_memory model tensor "

@@ -18,9 +18,40 @@ PATH_KEYS = (
     f"data.path run.output run.name checkpoint.load checkpoint.init {_TEACHER} task.distill.teacher_model "
     "model.moe.tune_cache"
 ).split()
-TYPES = ["x", "", "[1]", "[[1],[2]]", "{a: 1}", "null", "true", "1.5", "2024-01-01", "!!python/name:os.x", "&a [*a]",
-         "[", "'", "é☃", "~", "[]", "[[]]", "[1, x]", "[null]", "a\0b", "=", "a=b", " ", "\t", "x" * 5000, "on",
-         "!!int x", "\x1b[31m", "%s", "{0}", "-", "--x"]  # fmt: skip
+TYPES = [
+    "x",
+    "",
+    "[1]",
+    "[[1],[2]]",
+    "{a: 1}",
+    "null",
+    "true",
+    "1.5",
+    "2024-01-01",
+    "!!python/name:os.x",
+    "&a [*a]",
+    "[",
+    "'",
+    "é☃",
+    "~",
+    "[]",
+    "[[]]",
+    "[1, x]",
+    "[null]",
+    "a\0b",
+    "=",
+    "a=b",
+    " ",
+    "\t",
+    "x" * 5000,
+    "on",
+    "!!int x",
+    "\x1b[31m",
+    "%s",
+    "{0}",
+    "-",
+    "--x",
+]
 NUMBERS = (
     f"0 -1 -0.5 1e-9 nan .nan inf -inf .inf 1e400 {'9' * 25} 1000000000 2 3 5 7 1e9 0x10 1_0 1e-400 [0,0] [1,2,3] [-1] "
     f"[1e9,1e9] [1,1] {'9' * 5000} 65537 [9999999999,1] [1.5,2] +1 0.999999999 1e18"

@@ -35,6 +35,17 @@ def make_files(root: Path) -> dict[str, str]:
     """Returns name -> path below `root`: configs, checkpoints, images, archives, damaged ones, and what is missing."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "small.yaml").write_text(SMALL.format(output=root / "runs"))
+    _write_weights(root)
+    _write_images(root)
+    _write_configs(root)
+    _write_folders(root)
+    found = {str(path.relative_to(root)): str(path) for path in sorted(root.rglob("*"))}
+    for path in ("missing", "missing.yaml", "missing.pth", "small.yaml/x", "folder/é☃", "n" * 300, "nul\0"):
+        found[path] = str(root / path)
+    return found | {"": "", "/": "/", "device": "/dev/null", "unreadable": "/proc/self/mem"}
+
+
+def _write_weights(root: Path) -> None:
     small = {"img_size": 16, "window_size": 2, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 3}
     model = create_model("swin_moe", **small, num_experts=2, moe_blocks=((0,), (0,)), pretrained_window_sizes=(0, 0))
     pieces = [Piece.of(name, p.detach()) for name, p in model.named_parameters()]
@@ -60,22 +71,24 @@ def make_files(root: Path) -> dict[str, str]:
     (root / "empty.pth").write_bytes(b"")
     (root / "noise.pth").write_bytes(np.random.default_rng(0).bytes(4096))
     (root / "text.safetensors").write_text("no tensors\n")
+    (root / "gz.pth").write_bytes(gzip.compress(data))
+
+
+def _write_images(root: Path) -> None:
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(root / "image.png")
     Image.fromarray(np.zeros((1, 1), np.uint8)).save(root / "pixel.png")
     (root / "cut.png").write_bytes((root / "image.png").read_bytes()[:40])
     (root / "text.png").write_text("no image\n")
-    (root / "gz.pth").write_bytes(gzip.compress(data))
     (root / "nothing.png").touch()
-    for name in ("pipe.png", "pipe.pth", "pipe.yaml"):
-        os.mkfifo(root / name)
-    for name in ("loop.png", "loop.pth", "loop.yaml", "loop"):
-        (root / name).symlink_to(name)
     Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(root / "deep.png")
     Image.new("CMYK", (20, 20), (10, 20, 30, 40)).save(root / "cmyk.jpg")
     Image.new("RGB", (3000, 1)).save(root / "wide ☃.png")
     Image.new("RGB", (20, 20)).save(
         root / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")]
     )
+
+
+def _write_configs(root: Path) -> None:
     for name, written in {"bom": b"\xef\xbb\xbf", "two bytes": b"\xff\xfe", "crlf": b""}.items():
         config = (root / "small.yaml").read_bytes()
         (root / f"{name}.yaml").write_bytes(written + (config.replace(b"\n", b"\r\n") if name == "crlf" else config))
@@ -105,6 +118,13 @@ def make_files(root: Path) -> dict[str, str]:
     }.items():
         (root / f"{name}.yaml").write_text(text)
     (root / "latin.yaml").write_bytes("run: {name: é}".encode("latin-1"))
+
+
+def _write_folders(root: Path) -> None:
+    for name in ("pipe.png", "pipe.pth", "pipe.yaml"):
+        os.mkfifo(root / name)
+    for name in ("loop.png", "loop.pth", "loop.yaml", "loop"):
+        (root / name).symlink_to(name)
     (root / "folder").mkdir(exist_ok=True)
     for split in ("train", "val"):
         (root / "photos" / split / "a").mkdir(parents=True, exist_ok=True)
@@ -117,7 +137,3 @@ def make_files(root: Path) -> dict[str, str]:
         file.writestr("x.txt", "x")
     (root / "names.txt").write_text("a\nb\nc\n")
     (root / "hosts").write_text("a b c d\n:4\n")
-    found = {str(path.relative_to(root)): str(path) for path in sorted(root.rglob("*"))}
-    for path in ("missing", "missing.yaml", "missing.pth", "small.yaml/x", "folder/é☃", "n" * 300, "nul\0"):
-        found[path] = str(root / path)
-    return found | {"": "", "/": "/", "device": "/dev/null", "unreadable": "/proc/self/mem"}

@@ -93,12 +93,19 @@ def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert message.startswith(f"launcher: {sentence}") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, text, sentence", [
-    ("a.yaml", "model: {}\n", "is no program but a YAML file; name the program before it, as in: -- -m swin_moe.train"),
-    ("a.json", "{}", "is no program but a JSON file"),
-    ("train", "#!/bin/sh\nexec python x\n", "is not Python, line 2: Missing parentheses"),
-    ("binary", "\0\1", "is not Python: source code string cannot contain null bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        (
+            "a.yaml",
+            "model: {}\n",
+            "is no program but a YAML file; name the program before it, as in: -- -m swin_moe.train",
+        ),
+        ("a.json", "{}", "is no program but a JSON file"),
+        ("train", "#!/bin/sh\nexec python x\n", "is not Python, line 2: Missing parentheses"),
+        ("binary", "\0\1", "is not Python: source code string cannot contain null bytes"),
+    ],
+)
 def test_a_file_that_is_no_program(name, text, sentence, tmp_path, capsys):
     (tmp_path / name).write_text(text)
     assert main(["--", str(tmp_path / name)]) == 2

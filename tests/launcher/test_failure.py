@@ -24,8 +24,14 @@ PATIENCE = 60.0  # seconds; tests wait for conditions, and a busy machine is slo
 
 def test_every_code_has_its_kind():
     assert [kinds.kind_of(code) for code in (2, 69, 70, 71, 75, 124, 130)] == [
-        "configuration", "host", "stall", "out of memory", "preempted", "did not stop in time", "interrupted",
-    ]  # fmt: skip
+        "configuration",
+        "host",
+        "stall",
+        "out of memory",
+        "preempted",
+        "did not stop in time",
+        "interrupted",
+    ]
     assert {kinds.kind_of(code) for code in (1, 3, 137, 139)} == {"program error"}
 
 

@@ -60,13 +60,21 @@ def test_no_allocation(environ):
     "environ, sentence",
     [
         (SLURM | {"SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "3"}, "SLURM_TASKS_PER_NODE='3' and SLURM_JOB_NODELIST"),
-        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-                  "SLURM_STEP_NUM_TASKS": "8"}, "srun started this launcher as 8 tasks, each of which would"),
+        (
+            SLURM
+            | {
+                "SLURM_STEP_ID": "0",
+                "SLURM_NODEID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+                "SLURM_STEP_NUM_TASKS": "8",
+            },
+            "srun started this launcher as 8 tasks, each of which would",
+        ),
         ({"PBS_JOBID": "1", "PBS_NODEFILE": "/missing"}, "PBS_NODEFILE='/missing' cannot be read"),
         ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "a 1 b"}, "LSB_MCPU_HOSTS must be pairs of a host and its slots"),
         ({"FLUX_URI": "x", "PATH": "/nowhere"}, "FLUX_URI is set, but flux getattr hostlist"),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_named(environ, sentence, monkeypatch):
     monkeypatch.setenv("PATH", environ.get("PATH", "/bin"))
     with pytest.raises(ValueError, match=sentence):

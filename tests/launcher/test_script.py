@@ -90,10 +90,17 @@ def test_manifests_are_yaml(name):
 
 @pytest.mark.parametrize(
     "text, seconds",
-    [("90", 5400), ("90m", 5400), ("45s", 45), ("1:30:00", 5400), ("36h", 129600), ("2d", 172800),
-     ("1-12:00:00", 129600),
-     ("1-12:00", 129600)],
-)  # fmt: skip
+    [
+        ("90", 5400),
+        ("90m", 5400),
+        ("45s", 45),
+        ("1:30:00", 5400),
+        ("36h", 129600),
+        ("2d", 172800),
+        ("1-12:00:00", 129600),
+        ("1-12:00", 129600),
+    ],
+)
 def test_times(text, seconds):
     assert parse_time(text) == seconds
 
@@ -125,10 +132,21 @@ def test_one_sentence_and_exit_code_2(arguments, sentence, capsys):
 
 # What each option of the launcher's table can be given as, for the walk below; "" = it is a flag.
 VALUES = {
-    "exclude": "n03", "mpi": "mpirun", "env": "A=it's", "forward": "WANDB_*", "stall": "90", "restarts": "3",
-    "backoff": "7.5", "min_ranks": "4", "allowed_ranks": "8,4", "log_dir": "logs of it",
-    "preflight_file": "a b.json", "preflight_over": "gloo", "preflight_limit": "33.5", "lost": "900",
-}  # fmt: skip
+    "exclude": "n03",
+    "mpi": "mpirun",
+    "env": "A=it's",
+    "forward": "WANDB_*",
+    "stall": "90",
+    "restarts": "3",
+    "backoff": "7.5",
+    "min_ranks": "4",
+    "allowed_ranks": "8,4",
+    "log_dir": "logs of it",
+    "preflight_file": "a b.json",
+    "preflight_over": "gloo",
+    "preflight_limit": "33.5",
+    "lost": "900",
+}
 SETTLED = {"ranks": "4", "hostfile": "hosts", "grace": "60", "save_after": "60", "dry_run": ""}
 NEEDED = {name: ["--restarts", "1"] for name in ("backoff", "min_ranks", "allowed_ranks")}
 NEEDED |= {name: ["--preflight"] for name in ("preflight_over", "preflight_limit")}

@@ -68,19 +68,42 @@ def test_gpus(environ, given, buses, tmp_path, monkeypatch):
     [
         ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, None),
         ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "350000 100000"}, 3.5),
-        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/cpu.max": "200000 100000",
-          "sys/fs/cgroup/a/b/cpu.max": "400000 100000"}, 2.0),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000",
+            },
+            2.0,
+        ),
         ({"proc/self/cgroup": "0::/not/seen", "sys/fs/cgroup/cpu.max": "150000 100000"}, 1.5),
-        ({"proc/self/cgroup": "4:cpu,cpuacct:/x\n1:name=systemd:/x",
-          "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "300000",
-          "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000"}, 3.0),
-        ({"proc/self/cgroup": "4:cpuacct,cpu:/x", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000",
-          "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"}, 0.5),
-        ({"proc/self/cgroup": "4:cpu:/x", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1",
-          "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000"}, None),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/x\n1:name=systemd:/x",
+                "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "300000",
+                "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000",
+            },
+            3.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpuacct,cpu:/x",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/x",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000",
+            },
+            None,
+        ),
         ({}, None),
     ],
-)  # fmt: skip
+)
 def test_quota(files, quota, tmp_path):
     assert cpu_quota(machines.write(tmp_path, files)) == quota
 

@@ -25,7 +25,7 @@ def train(folder, ranks, fault, *options, launcher=(), patience=300.0):
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=environment(anew=True),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -113,8 +113,10 @@ def test_padded_rows_are_those_that_a_real_dispatcher_makes():
 
 def test_state_by_precision_and_optimizer():
     config = load_config("digits_dense")
-    sizes = {p: weight_dtype(replace(config, engine=replace(config.engine, precision=p))).itemsize
-             for p in ("fp32", "bf16", "fp16", "fp64")}  # fmt: skip
+    sizes = {
+        p: weight_dtype(replace(config, engine=replace(config.engine, precision=p))).itemsize
+        for p in ("fp32", "bf16", "fp16", "fp64")
+    }
     assert sizes == {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}
     optim = config.optim
     assert moments_of(optim) == 2 and moments_of(replace(optim, name="sgd")) == 1

@@ -28,13 +28,15 @@ TINY = (
 CASES = {
     1: ("swin bf16, copies of weights", "swin_moe"),
     2: (
-        "swinv2 bf16",
         "swin FairScale OSS",
         "swinv2 ZeRO-3, recomputed",
         "swin_moe ZeRO-1, expert 2, payload bf16",
         "swin_moe bf16, expert 2, 2 micro-batches",
     ),
 }
+
+
+MORE = {1: (), 2: ("swinv2 bf16",)}  # with --full: others are of it, and others in it
 
 
 def tiny(*options):
@@ -54,8 +56,9 @@ def compared(names):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("world", CASES)
-def test_real_ranks_hold_what_was_said(tmp_path, world):
-    for name, found in run_ranks(compared, world, tmp_path, CASES[world], timeout=600)[0].items():
+def test_real_ranks_hold_what_was_said(request, tmp_path, world):
+    names = CASES[world] + (MORE[world] if request.config.getoption("--full") else ())
+    for name, found in run_ranks(compared, world, tmp_path, names, timeout=600)[0].items():
         for exact in ("parameters", "gradients", "optimizer", "averages"):
             assert found[exact][0] == found[exact][1], (name, exact)
         said, seen = found["activations"]
@@ -90,9 +93,14 @@ def test_repeated_blocks_and_other_micro_batches_are_those_of_a_whole_trace(opti
 def test_experts_of_any_layout_are_those_of_a_whole_trace():
     """Of one layout all blocks are traced, of others those with experts, and what lies between two is on a line."""
     config = tiny(
-        "model.name=swinv2", "model.depths=[2,6]", "model.moe.blocks=[[-1],[3,5]]", "model.moe.num_experts=8",
-        "model.extra_norm_every=4", "model.moe.capacity_factor=0", "model.moe.capacity_scope=rank",
-    )  # fmt: skip
+        "model.name=swinv2",
+        "model.depths=[2,6]",
+        "model.moe.blocks=[[-1],[3,5]]",
+        "model.moe.num_experts=8",
+        "model.extra_norm_every=4",
+        "model.moe.capacity_factor=0",
+        "model.moe.capacity_scope=rank",
+    )
     traces = Traces(config)
     for expert, shard in ((8, 1), (1, 1), (4, 1), (8, 4)):  # the last but one between 2 and 4, but at an end here
         checked(traces, config, Degrees(expert, shard, 32 // (expert * shard)))
@@ -104,9 +112,21 @@ def test_experts_of_any_layout_are_those_of_a_whole_trace():
 
 def checked(traces, config, degrees):
     layout = Layout(
-        degrees.world_size, degrees.expert, degrees.expert_shard, degrees.expert_data, "torch", 0, "none", 0, 4, 1, 1,
-        "linear", "none", "none",
-    )  # fmt: skip
+        degrees.world_size,
+        degrees.expert,
+        degrees.expert_shard,
+        degrees.expert_data,
+        "torch",
+        0,
+        "none",
+        0,
+        4,
+        1,
+        1,
+        "linear",
+        "none",
+        "none",
+    )
     fast, slow = traces.of(layout), trace_exactly(config, degrees, 4)
     for quick, exact in zip(over_time(fast), over_time(slow)):
         assert quick.max() == pytest.approx(exact.max(), rel=1e-3), degrees

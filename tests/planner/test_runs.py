@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from launcher.env import without_world
 from swin_moe import cli
 from swin_moe.config.io import dump_config, load_config
 from swin_moe.planner.command import main
@@ -17,6 +18,7 @@ from swin_moe.planner.plan import make_plan
 from swin_moe.planner.runs.auto import choose_layout, hardware_of, own_hardware
 from swin_moe.planner.runs.check import compare, refit, trace_run
 from swin_moe.planner.runs.records import read_run
+from tests import preloaded
 
 SMALL = ["data.global_batch=16", "model.depths=[1,1]", "model.num_heads=[3,6]", "model.moe.blocks=[[-1],[0]]"]
 SMALL += ["model.pretrained_window_sizes=[0,0]", "model.moe.capacity_scope=rank", "model.moe.group_images=0"]
@@ -223,7 +225,7 @@ def test_training_takes_the_layout_and_writes_predicted_against_measured(tmp_pat
         capture_output=True,
         text=True,
         timeout=900,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=preloaded.environment(without_world(os.environ) | {"OMP_NUM_THREADS": "1"}),
     )
     assert finished.returncode == 0, finished.stderr
     out = finished.stdout

@@ -33,9 +33,18 @@ def workload(config):
 
 def layout(ranks, expert, **options):
     chosen = {
-        "expert_shard": 1, "engine": "torch", "zero": 0, "recompute": "none", "attention_chunk": 0, "micro_batch": 8,
-        "accumulation": 1, "overlap": 1, "transport": "linear", "payload": "none", "offload": "none",
-    } | options  # fmt: skip
+        "expert_shard": 1,
+        "engine": "torch",
+        "zero": 0,
+        "recompute": "none",
+        "attention_chunk": 0,
+        "micro_batch": 8,
+        "accumulation": 1,
+        "overlap": 1,
+        "transport": "linear",
+        "payload": "none",
+        "offload": "none",
+    } | options
     return Layout(ranks, expert, expert_data=ranks // expert // chosen["expert_shard"], **chosen)
 
 

@@ -2,8 +2,8 @@
 
 Importing torch takes a rank longer than most of what it computes here. A process that `environment` starts is Python
 all the same: client/sitecustomize.py, which it imports before anything else, hands its files, variables and limits to
-the server, whose fork runs the module in its place; it waits and ends as the fork does. Not for tests of what happens
-to a process from outside (kill -9, stops, terminals), nor for those that ask what is imported.
+the server, whose fork runs the module in its place; it waits, hands signals on and ends as the fork does. Not for tests
+of what nobody can hand on (kill -9, stops, terminals), nor for those that ask what is imported.
 """
 
 import atexit

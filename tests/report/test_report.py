@@ -215,9 +215,18 @@ def test_a_browser_shows_every_picture(run, tmp_path):
     (tmp_path / "page.html").write_text(text.replace("</body>", script + "</body>"))
     for width in (400, 1400):
         shown = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
-             f"file://{tmp_path / 'page.html'}"],
-            capture_output=True, text=True, timeout=300,
-        ).stdout  # fmt: skip
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--window-size={width},900",
+                "--dump-dom",
+                f"file://{tmp_path / 'page.html'}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout
         count = text.count("<img ")
         assert f"<title>{count} of {count} true</title>" in shown

@@ -33,7 +33,7 @@ def command(folder, *options):
 
 
 def test_a_second_job_is_refused_and_a_killed_one_is_continued(tmp_path, capfd):
-    first = subprocess.Popen(command(tmp_path, "optim.epochs=500"), env=environment(), cwd=ROOT)
+    first = subprocess.Popen(command(tmp_path, "optim.epochs=500"), env=environment(anew=True), cwd=ROOT)
     try:
         deadline, records = time.monotonic() + 100, tmp_path / "run" / "metrics.jsonl"
         while not (records.is_file() and records.stat().st_size):

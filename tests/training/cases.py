@@ -105,8 +105,30 @@ def full_weights(trainer: Trainer) -> dict[str, tuple]:
     }
 
 
-def run_world(root: str, half: str) -> dict:
-    """Runs every case of this world and returns what the tests compare. half: What leave_half left in another."""
+# What the rows of equivalence/engine_cases.py have, of every engine: here too with --full.
+LAYOUTS = ("balanced", "shared", "replicated", "odd", "together")
+
+
+def run_layouts(own: Path, world: int) -> dict[str, tuple]:
+    """Runs the cases of LAYOUTS."""
+    replicas = max(1, world // 2)
+    double = "engine.precision=fp64"
+    options = {
+        "balanced": BALANCED,
+        "shared": [double, "model.moe.num_experts=2"],  # on 4 ranks, two of them share an expert
+        "replicated": [double, f"parallel.expert={replicas}"],  # experts twice, on 2 and 4 ranks
+        # 2 experts on one rank, 1 on the other
+        "odd": [double, "model.moe.num_experts=3", f"parallel.expert={min(2, world)}"],
+        "together": [*TOGETHER, "model.moe.group_images=32"],
+    }
+    return {name: _final(train(open_tiny(own / name, *options[name]))) for name in LAYOUTS}
+
+
+def run_world(root: str, half: str, full: bool) -> dict:
+    """Runs every case of this world and returns what the tests compare.
+
+    half: What leave_half left in another world. full: Also those of LAYOUTS.
+    """
     world = torch.distributed.get_world_size()
     own = Path(root) / f"world{world}"
     result: dict[str, Any] = {"resumed elsewhere": resume_elsewhere(str(own / "rest"), half)}
@@ -142,15 +164,8 @@ def run_world(root: str, half: str) -> dict:
             )
         )
     )
-    result["balanced"] = _final(train(open_tiny(own / "balanced", *BALANCED)))
-    replicas = max(1, world // 2)
-    for name, options in {
-        "shared": ["model.moe.num_experts=2"],  # on 4 ranks, two of them share an expert
-        "replicated": [f"parallel.expert={replicas}"],  # experts twice, on 2 and 4 ranks
-        "odd": ["model.moe.num_experts=3", f"parallel.expert={min(2, world)}"],  # 2 experts on one rank, 1 on the other
-    }.items():
-        result[name] = _final(train(open_tiny(own / name, "engine.precision=fp64", *options)))
-    result["together"] = _final(train(open_tiny(own / "together", *TOGETHER, "model.moe.group_images=32")))
+    if full:
+        result |= run_layouts(own, world)
     micro = f"data.micro_batch={8 if world == 1 else 4}"  # the same groups of 8 images: on one rank, or on two
     result["together in parts"] = _final(train(open_tiny(own / "parts8", *TOGETHER, "model.moe.group_images=8", micro)))
     tuned = ("model.moe.tune=measure", f"model.moe.tune_cache={own / 'tuned-choices'}")

@@ -21,6 +21,7 @@ from launcher.env import without_world
 from swin_moe.config.io import load_config
 from swin_moe.models import build_model
 from swin_moe.run.session import run_main
+from tests import preloaded
 from tests.training.cases import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,10 @@ PYTHON = sys.executable
 QUICK = [*TINY, "model.moe.group_images=2", "run.name=run"]
 
 
-def environment() -> dict[str, str]:
-    return without_world(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def environment(*, anew: bool = False) -> dict[str, str]:
+    """Returns variables for a command; it, and its ranks, are forks of tests.preloaded, unless they begin anew."""
+    alone = without_world(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return alone if anew else preloaded.environment(alone)
 
 
 def command(
@@ -41,14 +44,13 @@ def command(
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[list[str]], subprocess.Popen]]:
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts commands in the background, their output in a pipe; none outlives a test that fails before its end."""
     with contextlib.ExitStack() as started:
 
-        def begin(words: list[str]) -> subprocess.Popen:
-            process = subprocess.Popen(
-                words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+        def begin(words: list[str], *, anew: bool = False) -> subprocess.Popen:
+            pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            process = subprocess.Popen(words, env=environment(anew=anew), cwd=ROOT, **pipes)
             started.callback(process.communicate)
             started.callback(process.kill)  # before it: the ranks of a launcher end with it
             return process
@@ -56,8 +58,8 @@ def start() -> Iterator[Callable[[list[str]], subprocess.Popen]]:
         yield begin
 
 
-def run(words: list[str], timeout: float = 180) -> subprocess.CompletedProcess:
-    return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def run(words: list[str], timeout: float = 180, *, anew: bool = False) -> subprocess.CompletedProcess:
+    return subprocess.run(words, env=environment(anew=anew), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def free_port() -> int:
@@ -294,7 +296,7 @@ def test_ctrl_c_twice_ends_at_once_and_keeps_what_was_saved(tmp_path, start, ran
 @pytest.mark.parametrize("victim", ["launcher", "rank"])
 def test_kill_9_leaves_no_orphan_and_the_next_run_resumes(tmp_path, start, capfd, victim):
     words = command(tmp_path, "optim.epochs=500", "checkpoint.every=2", "checkpoint.keep=2", ranks=2)
-    process = start(words)
+    process = start(words, anew=True)
     wait_for_step(process, tmp_path, 5)
     if victim == "launcher":
         process.kill()
@@ -324,7 +326,7 @@ def test_kill_9_at_a_random_moment(tmp_path, seed):
     words = command(tmp_path, *options, ranks=2)
     for _ in range(2):
         with subprocess.Popen(
-            words, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            words, env=environment(anew=True), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as job:
             time.sleep(draw.uniform(0, 12))
             victims = [job.pid, *ranks_of(tmp_path)]

@@ -32,7 +32,9 @@ def train(directory, fault, *options):
     """Returns the finished job of 2 ranks."""
     program = ["-m", "tests.training.faults", fault, "digits_swin_moe", *QUICK, f"run.output={directory}", *options]
     command = [sys.executable, "-m", "launcher", "-n", "2", "--", *program, f"engine.timeout={TIMEOUT}"]
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        command, env=environment(anew=True), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 @pytest.mark.parametrize(

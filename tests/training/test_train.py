@@ -15,13 +15,9 @@ CASES = (
     "accumulated",
     "recomputed",
     "uneven",
-    "shared",
-    "replicated",
-    "odd",
     "tuned",
-    "together",
     "together in parts",
-    "balanced",
+    *(pytest.param(case, marks=pytest.mark.full) for case in cases.LAYOUTS),
 )
 
 
@@ -34,10 +30,10 @@ def half(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, half):
+def runs(request, tmp_path_factory, half):
     """Returns world -> the result of each rank; a world is started once, when it is first asked for."""
     root = tmp_path_factory.mktemp("runs")
-    given = (str(root), str(half))
+    given = (str(root), str(half), request.config.getoption("--full"))
     return functools.cache(lambda world: run_ranks(cases.run_world, world, root, *given, timeout=300))
 
 

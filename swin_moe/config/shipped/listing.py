@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import Parser, print_answer
 from swin_moe.config.io import config_files, config_folder, load_config
 from swin_moe.config.shipped.released import all_of_config
 
@@ -59,11 +59,9 @@ def describe(words: list[str]) -> list[Shipped]:
 
 def run(argv: list[str] | None = None) -> None:
     """Prints the table; ends with exit code 2 where no name holds the words."""
-    try:
-        print(_answer(_parse(argv)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    code = print_answer(lambda: _answer(_parse(argv)))
+    if code:
+        sys.exit(code)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

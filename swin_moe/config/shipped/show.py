@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import Parser, print_answer
 from swin_moe.config.io import config_folder, load_with_origins
 
 DEFAULT = "default"
@@ -31,14 +31,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
-    try:
-        print(_answer(_parse(argv)))
-    except BrokenPipeError:  # the command line ends in silence
-        raise
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return print_answer(lambda: _answer(_parse(argv)))
 
 
 def resolved(config: str, overrides: list[str]) -> Iterator[tuple[str, Any, str]]:

@@ -25,8 +25,12 @@ from swin_moe.data.dense.sample import IGNORED, Annotation, DenseSample
 from swin_moe.data.pixels import BrokenImage, decode, read_image
 
 _log = logging.getLogger(__name__)
-_JSON = ("annotations/instances_{split}2017.json", "annotations/{split}.json", "{split}.json",
-         "{split}/_annotations.coco.json")  # fmt: skip
+_JSON = (
+    "annotations/instances_{split}2017.json",
+    "annotations/{split}.json",
+    "{split}.json",
+    "{split}/_annotations.coco.json",
+)
 _IMAGES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", ".")
 _SHOWN = 3  # bad objects that one sentence names
 
@@ -43,8 +47,11 @@ def read_coco(path: Path) -> dict[str, list[dict]]:
         raise ValueError(f"{path} is no json: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no COCO json: its top level is a {type(tree).__name__}, not an object")
-    for key, needs in (("images", ("id", "file_name", "height", "width")), ("categories", ("id", "name")),
-                       ("annotations", ())):  # fmt: skip
+    for key, needs in (
+        ("images", ("id", "file_name", "height", "width")),
+        ("categories", ("id", "name")),
+        ("annotations", ()),
+    ):
         rows = tree.get(key)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} is no COCO json: it has no list '{key}' of objects")

@@ -14,8 +14,14 @@ Colour = tuple[int, int, int]
 BACKGROUND, INK, FAINT, GRID = (255, 255, 255), (30, 30, 30), (95, 95, 95), (225, 225, 225)
 # Okabe and Ito's colours, which eyes that see red and green alike tell apart.
 PALETTE: tuple[Colour, ...] = (
-    (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (30, 30, 30),
-)  # fmt: skip
+    (0, 114, 178),
+    (213, 94, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (230, 159, 0),
+    (86, 180, 233),
+    (30, 30, 30),
+)
 TEXT, TITLE = 15, 19  # sizes of letters
 _PANEL_WIDTH, _PANEL_HEIGHT = 600, 440
 _MARGINS = (90, 96, 30, 66)  # of a panel: left, top, right, bottom
@@ -139,8 +145,15 @@ def curve(
     for number, (x, y) in enumerate(points if dots else ()):
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
         if texts:
-            draw.text((x, y + 10), texts[number], INK, font=font(TEXT - 1), anchor="mt", stroke_width=3,
-                      stroke_fill=BACKGROUND)  # fmt: skip
+            draw.text(
+                (x, y + 10),
+                texts[number],
+                INK,
+                font=font(TEXT - 1),
+                anchor="mt",
+                stroke_width=3,
+                stroke_fill=BACKGROUND,
+            )
 
 
 def dashes(draw: ImageDraw.ImageDraw, start: Sequence[float], end: Sequence[float], colour: Colour) -> None:

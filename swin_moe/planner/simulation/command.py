@@ -11,7 +11,7 @@ import numpy as np
 
 from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import Parser, print_answer
 from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, load_hardware, shipped_hardware
 from swin_moe.planner.layouts import Layout
@@ -29,33 +29,26 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
-    try:
-        options = parse(argv)
-        config, hardware = load_config(options.config, options.overrides), _machine(options)
-        plan = make_plan(config, hardware, options.gpus)
-        best, workload = plan.layouts[0], plan.workload
-        experts, layers = config.model.moe.num_experts, len(workload.moe)
-        shares = (
-            shares_of_run(Path(options.routing), layers, experts, seed=options.seed)
-            if options.routing and layers
-            else draw_shares(layers, experts, spread=options.spread, seed=options.seed)
-        )
-        chosen = best.layout.apply(config)
-        step = trace_micro_step(
-            chosen, best.layout.degrees, images=_images(best.layout), kernels=hardware.device == "cuda"
-        )
-        segments = step.at(best.layout.micro_batch)
-        simulated = simulate(chosen, hardware, workload, best.layout, segments, shares)
-    except BrokenPipeError:  # the command line ends in silence
-        raise
-    except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
+    return print_answer(lambda: _answer(parse(argv)), describe)
+
+
+def _answer(options: Any) -> str:
+    config, hardware = load_config(options.config, options.overrides), _machine(options)
+    plan = make_plan(config, hardware, options.gpus)
+    best, workload = plan.layouts[0], plan.workload
+    experts, layers = config.model.moe.num_experts, len(workload.moe)
+    shares = (
+        shares_of_run(Path(options.routing), layers, experts, seed=options.seed)
+        if options.routing and layers
+        else draw_shares(layers, experts, spread=options.spread, seed=options.seed)
+    )
+    chosen = best.layout.apply(config)
+    step = trace_micro_step(chosen, best.layout.degrees, images=_images(best.layout), kernels=hardware.device == "cuda")
+    segments = step.at(best.layout.micro_batch)
+    simulated = simulate(chosen, hardware, workload, best.layout, segments, shares)
     if options.json:
-        print(json.dumps(as_json(best, simulated, config, hardware, shares), indent=1))
-    else:
-        print("\n".join(_text(best, simulated, config, hardware, shares)))
-    return 0
+        return json.dumps(as_json(best, simulated, config, hardware, shares), indent=1)
+    return "\n".join(_text(best, simulated, config, hardware, shares))
 
 
 def parse(argv: list[str] | None) -> Any:

@@ -83,8 +83,16 @@ class Network:
                     f"must divide the other"
                 )
 
-    def transfer(self, name: str, inside: np.ndarray, out: np.ndarray, into: np.ndarray, up: np.ndarray,
-                 down: np.ndarray, latency: float) -> Transfer:  # fmt: skip
+    def transfer(
+        self,
+        name: str,
+        inside: np.ndarray,
+        out: np.ndarray,
+        into: np.ndarray,
+        up: np.ndarray,
+        down: np.ndarray,
+        latency: float,
+    ) -> Transfer:
         """Returns a transfer from bytes of every rank: (2, W) inside, out and in; (W,) to and from other nodes; (W,) of
         those to and from other leaves."""
 

@@ -63,9 +63,16 @@ def summarize(tasks: Sequence[Task], timeline: Timeline, rates: tuple[float, ...
     }
     mean = sum(task.mean for task in tasks)
     return Simulated(
-        whole, images / whole, mean, spent["compute"] - mean, whole - spent["compute"], spent["exchange"],
-        spent["reduction"], busiest, len(tasks),
-    )  # fmt: skip
+        whole,
+        images / whole,
+        mean,
+        spent["compute"] - mean,
+        whole - spent["compute"],
+        spent["exchange"],
+        spent["reduction"],
+        busiest,
+        len(tasks),
+    )
 
 
 def lines(simulated: Simulated) -> list[str]:

@@ -23,8 +23,10 @@ def plans(options: dict, size: tuple[int, int], count: int = 300, **data) -> lis
 
 @pytest.mark.parametrize("options", [{}, DETECTION, SEGMENTATION, {"short": (40,), "long": 50}], ids=str)
 def test_a_plan_knows_the_size_it_ends_with(options):
-    small = {k: tuple(v // 10 for v in value) if k in ("short", "crop_short", "crop_sides", "crop") else value
-             for k, value in options.items()}  # fmt: skip
+    small = {
+        k: tuple(v // 10 for v in value) if k in ("short", "crop_short", "crop_sides", "crop") else value
+        for k, value in options.items()
+    }
     planner = build_planner(dense(**small), train=True)
     for index in range(30):
         before = blocks(seed=index % 4)

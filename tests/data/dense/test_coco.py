@@ -136,7 +136,7 @@ NO_COCO = {
         '{"images": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "annotations": []}',
         r"two of 'categories' have the id 1",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text, said", NO_COCO.values(), ids=list(NO_COCO))
@@ -255,9 +255,11 @@ def test_the_digest_tells_other_objects_and_names_but_no_other_place(tmp_path):
 
 
 def test_layouts_of_coco_and_of_exports_are_found(tmp_path):
-    for name, file, folder in (("coco", "annotations/instances_train2017.json", "train2017"),
-                               ("export", "train/_annotations.coco.json", "train"),
-                               ("flat", "annotations/train.json", "images")):  # fmt: skip
+    for name, file, folder in (
+        ("coco", "annotations/instances_train2017.json", "train2017"),
+        ("export", "train/_annotations.coco.json", "train"),
+        ("flat", "annotations/train.json", "images"),
+    ):
         root = tmp_path / name
         write_coco(root)
         (root / "annotations").mkdir()

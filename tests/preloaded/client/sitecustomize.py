@@ -3,7 +3,7 @@
 import os
 import sys
 
-_SERVED = ("launcher.rank", "swin_moe")  # modules, and what lies in them
+_SERVED = ("launcher.rank", "swin_moe", "tests.training")  # modules, and what lies in them
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
 
