@@ -48,6 +48,21 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def parse(arguments: list[str]) -> tuple[int, list[str]]:
+    """Returns (ranks, program) that a script of these arguments starts, for a caller that checks the program's own.
+
+    Raises:
+        ValueError: As `main` says in one sentence; and for a container, which may have other files than this host.
+    """
+    own, program = split_at_dashes(arguments)
+    parser = _parser()
+    add_options(parser)
+    options = parser.parse_args(own)
+    if options.image:
+        raise ValueError("a container has files of its own")
+    return options.nodes * options.ranks_per_node, program
+
+
 def parse_time(text: str) -> int:
     """Returns the seconds of 90 (minutes), 1:30:00, 1-12:00:00 (days), 90m, 36h or 2d. Raises ValueError for others."""
     if re.search(r"\d{10}", text):
@@ -74,6 +89,9 @@ def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.gpus_per_node < 0:
         raise ValueError(f"--gpus-per-node must be at least 0, got {options.gpus_per_node}")
+    for name in ("queue", "account", "image"):
+        if re.search(r"[\s\x00-\x1f\x7f]", getattr(options, name)):
+            raise ValueError(f"--{name} is one word, got {getattr(options, name)[:300]!r}")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.name) or len(options.name) > _LONGEST_NAME:
         raise ValueError(
             f"--name takes at most {_LONGEST_NAME} of a-z, 0-9 and -, a letter first, got {options.name!r}"
