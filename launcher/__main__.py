@@ -75,6 +75,7 @@ def parse(arguments: list[str]) -> tuple[int, list[str]]:
         return script.parse(arguments[1:])
     own, program = split_at_dashes(arguments)
     options = parser().parse_args(own)
+    check(options)
     return options.ranks if options.ranks is not None else ranks_of(options), program
 
 

@@ -29,13 +29,8 @@ _LONGEST_NAME = 63  # of a Kubernetes object; OpenPBS takes 236 characters (pbs_
 
 def main(arguments: list[str]) -> int:
     """Returns 0 having written the script; 2 with one sentence on stderr where there can be none."""
-    own, program = split_at_dashes(arguments)
     try:
-        parser = _parser()
-        passed = add_options(parser)
-        options = parser.parse_args(own)
-        scheduler = next(row for row in SCHEDULERS if row.name == options.scheduler)
-        batch = _batch(options, scheduler, program, _own(passed, options))
+        options, scheduler, batch = _read(arguments)
         text = scheduler.script(batch)
         if not options.output:
             print(text, end="")
@@ -54,13 +49,10 @@ def parse(arguments: list[str]) -> tuple[int, list[str]]:
     Raises:
         ValueError: As `main` says in one sentence; and for a container, which may have other files than this host.
     """
-    own, program = split_at_dashes(arguments)
-    parser = _parser()
-    add_options(parser)
-    options = parser.parse_args(own)
-    if options.image:
+    _, _, batch = _read(arguments)
+    if batch.image:
         raise ValueError("a container has files of its own")
-    return options.nodes * options.ranks_per_node, program
+    return batch.nodes * batch.ranks_per_node, list(batch.program)
 
 
 def parse_time(text: str) -> int:
@@ -79,6 +71,15 @@ def parse_time(text: str) -> int:
         if match[4] is None and match[1] is None:
             raise ValueError(f"--time {text!r} could be minutes or hours; write h:mm:ss, 36h or 90m")
     return seconds
+
+
+def _read(arguments: list[str]) -> tuple[argparse.Namespace, Scheduler, Batch]:
+    own, program = split_at_dashes(arguments)
+    parser = _parser()
+    passed = add_options(parser)
+    options = parser.parse_args(own)
+    scheduler = next(row for row in SCHEDULERS if row.name == options.scheduler)
+    return options, scheduler, _batch(options, scheduler, program, _own(passed, options))
 
 
 def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str], own: dict[str, list[str]]) -> Batch:

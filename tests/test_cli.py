@@ -48,6 +48,15 @@ def test_a_bad_layout_starts_nothing(monkeypatch, capsys, started, ranks, option
     assert not started
 
 
+@pytest.mark.parametrize("options", [["-n", "2", "--grace", "nan"], ["script", "--scheduler", "slurm", "--nodes", "0"]])
+def test_a_bad_option_of_the_launcher_is_said_before_torch_is_imported(monkeypatch, capsys, options):
+    monkeypatch.setattr(cli, "check_before_launch", lambda *_: pytest.fail("reads the config first"))
+    monkeypatch.setattr(sys, "argv", ["swin-moe", "launch", *options, "--", *TRAIN])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("launcher: --")
+
+
 def test_a_bad_config_gets_no_batch_script(monkeypatch, capsys):
     """It would be refused when the job's turn comes, which may be days later. A container has files of its own."""
     shape = ["launch", "script", "--nodes", "2", "--ranks-per-node", "2"]
