@@ -1,11 +1,13 @@
 """What it costs that the launcher takes what ranks write: four ranks that write 25 MB each, against bare mpirun.
 
-    python benchmarks/launcher_output.py [--ranks 4] [--megabytes 25] [--rounds 5]
+    python benchmarks/launcher_output.py [--ranks 4] [--megabytes 25] [--rounds 5] [--rate LINES]
 
 Runs alternate. `write` hands 60 KB of lines of 60 bytes to the system at once, `print` is Python's print of the same
 lines, which waits in a buffer under bare mpirun and is written line by line under the launcher. Every run is read to
 its end and counted: a line that is missing or torn apart is an error. CPU seconds are those of every process; of both,
 what a job costs that writes nothing is taken away.
+
+With --rate every rank prints so many lines a second instead of all that it can.
 
 Prints a markdown table of medians.
 """
@@ -27,10 +29,19 @@ from launcher_start import run_all  # noqa: E402
 from launcher.command import find_mpi  # noqa: E402
 
 PROGRAM = """
-import os, sys
+import os, sys, time
 from mpi4py import MPI
 rank, kind, lines = MPI.COMM_WORLD.rank, sys.argv[1], int(sys.argv[2])
-if kind == "print":
+MPI.COMM_WORLD.Barrier()
+if kind.isdigit():
+    began, done = time.monotonic(), 0
+    while done < lines:
+        due = min(lines, int((time.monotonic() - began) * int(kind)))
+        for number in range(done, due):
+            print(f"rank {rank} step {number:7d} loss 2.3456 lr 1.00e-04 memory 1234 M", flush=True)
+        done = max(done, due)
+        time.sleep(0.01)
+elif kind == "print":
     for number in range(lines):
         print(f"rank {rank} step {number:7d} loss 2.3456 lr 1.00e-04 memory 1234 M")
 else:
@@ -63,6 +74,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--megabytes", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rate", type=int, default=0, metavar="LINES", help="of each rank in a second")
     options = parser.parse_args()
     lines = options.megabytes * 1_000_000 // 60 // 1000 * 1000
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +88,7 @@ def main() -> None:
         }
         print(f"{options.ranks} ranks, {options.megabytes} MB each, medians of {options.rounds}\n")
         print("| output by | how | wall | CPU | lines whole |\n|---|---|---|---|---|")
-        for kind in ("write", "print"):
+        for kind in [str(options.rate)] if options.rate else ["write", "print"]:
             costs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
             for _ in range(options.rounds):
                 for name, command in commands.items():
@@ -84,9 +96,10 @@ def main() -> None:
                     wall, cpu = run(command, kind, lines, options.ranks, check=name != "bare mpirun")
                     costs[name].append((wall - empty, cpu - idle))
             for name, pairs in costs.items():
+                what = f"{kind} lines a second" if options.rate else kind
                 wall, cpu = (statistics.median(pair[number] for pair in pairs) for number in (0, 1))
                 whole = "not looked at" if name == "bare mpirun" else "all"
-                print(f"| {kind} | {name} | {wall:.2f} s | {cpu:.2f} s | {whole} |", flush=True)
+                print(f"| {what} | {name} | {wall:.2f} s | {cpu:.2f} s | {whole} |", flush=True)
 
 
 if __name__ == "__main__":

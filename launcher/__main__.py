@@ -67,12 +67,15 @@ def parse(arguments: list[str]) -> tuple[int, list[str]]:
     """Returns (ranks, program) that the arguments ask for, for a caller that checks the program's own arguments.
 
     Raises:
-        ValueError: As `main` says in one sentence; and for `script`, which starts nothing.
+        ValueError: As `main` says in one sentence; and for a script whose program runs in a container.
     """
+    if arguments[:1] == ["script"]:
+        from launcher import script
+
+        return script.parse(arguments[1:])
     own, program = split_at_dashes(arguments)
-    if own[:1] == ["script"]:
-        raise ValueError("a batch script has its ranks when it runs")
     options = parser().parse_args(own)
+    check(options)
     return options.ranks if options.ranks is not None else ranks_of(options), program
 
 

@@ -29,13 +29,8 @@ _LONGEST_NAME = 63  # of a Kubernetes object; OpenPBS takes 236 characters (pbs_
 
 def main(arguments: list[str]) -> int:
     """Returns 0 having written the script; 2 with one sentence on stderr where there can be none."""
-    own, program = split_at_dashes(arguments)
     try:
-        parser = _parser()
-        passed = add_options(parser)
-        options = parser.parse_args(own)
-        scheduler = next(row for row in SCHEDULERS if row.name == options.scheduler)
-        batch = _batch(options, scheduler, program, _own(passed, options))
+        options, scheduler, batch = _read(arguments)
         text = scheduler.script(batch)
         if not options.output:
             print(text, end="")
@@ -46,6 +41,18 @@ def main(arguments: list[str]) -> int:
         return 2
     print(f"launcher: written; start it with: {scheduler.submit} {options.output}", file=sys.stderr)
     return 0
+
+
+def parse(arguments: list[str]) -> tuple[int, list[str]]:
+    """Returns (ranks, program) that a script of these arguments starts, for a caller that checks the program's own.
+
+    Raises:
+        ValueError: As `main` says in one sentence; and for a container, which may have other files than this host.
+    """
+    _, _, batch = _read(arguments)
+    if batch.image:
+        raise ValueError("a container has files of its own")
+    return batch.nodes * batch.ranks_per_node, list(batch.program)
 
 
 def parse_time(text: str) -> int:
@@ -66,6 +73,15 @@ def parse_time(text: str) -> int:
     return seconds
 
 
+def _read(arguments: list[str]) -> tuple[argparse.Namespace, Scheduler, Batch]:
+    own, program = split_at_dashes(arguments)
+    parser = _parser()
+    passed = add_options(parser)
+    options = parser.parse_args(own)
+    scheduler = next(row for row in SCHEDULERS if row.name == options.scheduler)
+    return options, scheduler, _batch(options, scheduler, program, _own(passed, options))
+
+
 def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str], own: dict[str, list[str]]) -> Batch:
     Job(None, program).check()
     check_program(program, {})
@@ -74,6 +90,9 @@ def _batch(options: argparse.Namespace, scheduler: Scheduler, program: list[str]
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.gpus_per_node < 0:
         raise ValueError(f"--gpus-per-node must be at least 0, got {options.gpus_per_node}")
+    for name in ("queue", "account", "image"):
+        if re.search(r"[\s\x00-\x1f\x7f]", getattr(options, name)):
+            raise ValueError(f"--{name} is one word, got {getattr(options, name)[:300]!r}")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.name) or len(options.name) > _LONGEST_NAME:
         raise ValueError(
             f"--name takes at most {_LONGEST_NAME} of a-z, 0-9 and -, a letter first, got {options.name!r}"

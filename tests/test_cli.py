@@ -48,6 +48,28 @@ def test_a_bad_layout_starts_nothing(monkeypatch, capsys, started, ranks, option
     assert not started
 
 
+@pytest.mark.parametrize("options", [["-n", "2", "--grace", "nan"], ["script", "--scheduler", "slurm", "--nodes", "0"]])
+def test_a_bad_option_of_the_launcher_is_said_before_torch_is_imported(monkeypatch, capsys, options):
+    monkeypatch.setattr(cli, "check_before_launch", lambda *_: pytest.fail("reads the config first"))
+    monkeypatch.setattr(sys, "argv", ["swin-moe", "launch", *options, "--", *TRAIN])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("launcher: --")
+
+
+def test_a_bad_config_gets_no_batch_script(monkeypatch, capsys):
+    """It would be refused when the job's turn comes, which may be days later. A container has files of its own."""
+    shape = ["launch", "script", "--nodes", "2", "--ranks-per-node", "2"]
+    bad = ["--", *TRAIN, "parallel.expert_shard=3"]
+    for scheduler, code in (["slurm"], 2), (["k8s", "--image", "x"], 0):
+        monkeypatch.setattr(sys, "argv", ["swin-moe", *shape, "--scheduler", *scheduler, *bad])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, errors = capsys.readouterr()
+        assert stop.value.code == code and bool(out) != (code == 2)
+        assert ("does not divide the world of 4 ranks" in errors) == (code == 2)
+
+
 def test_a_missing_config_starts_nothing(monkeypatch, capsys, started):
     assert launch(monkeypatch, 2, "-m", "swin_moe.evaluate", "/nowhere.yaml") == 2
     assert "/nowhere.yaml" in capsys.readouterr().err and not started

@@ -30,7 +30,7 @@ class Flavor:
     title: str  # as people write it
     version: re.Pattern[str]  # found in what --version prints
     options: Callable[[Start], list[str]]  # everything between the program and the command of a rank
-    hostfile: Callable[[Sequence[Host]], str] | None  # text of a hostfile; None = hosts stand in the options
+    hostfile: Callable[[Sequence[Host]], str]  # text of a hostfile; "" = hosts stand in the options
     libraries: tuple[str, ...]  # names of its libmpi; () = the starter comes without one
     wheel: str = ""  # distribution on the package index that brings the same library
     environment: Mapping[str, str] = field(default_factory=dict)  # for the program that starts the ranks

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import string
+from collections.abc import Sequence
 
 _RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 _NAME = rf"(?:[\w.:-]|\[{_RANGES}\])+"
@@ -21,6 +23,23 @@ def expand(text: str) -> list[str]:
         choices = [_expand_ranges(part) if number % 2 else [part] for number, part in enumerate(parts)]
         hosts += ["".join(chosen) for chosen in itertools.product(*choices)]
     return hosts
+
+
+def compress(names: Sequence[str]) -> str:
+    """Returns a list that `expand` makes these names of, in this order: n01, n02, n03, x is "n[01-03],x".
+
+    Only numbers that end a name are counted, as Slurm takes no others.
+    """
+    found: list[tuple[str, list[str]]] = []  # (plain, the first and the last number)
+    for name in names:
+        plain = name.rstrip(string.digits)
+        number = name[len(plain) :]
+        before, ends = found[-1] if found else ("", [""])
+        if number and ends[-1] and plain == before and number == str(int(ends[-1]) + 1).zfill(len(ends[0])):
+            ends[1:] = [number]
+        else:
+            found.append((plain, [number]))
+    return ",".join(f"{plain}[{'-'.join(ends)}]" if ends[1:] else plain + ends[0] for plain, ends in found)
 
 
 def expand_counts(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -179,13 +180,14 @@ def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
 def parse_environment(pairs: list[str]) -> dict[str, str]:
     """Returns the variables of --env NAME=VALUE. Raises ValueError for what is no pair."""
     for pair in pairs:
-        if not pair.partition("=")[0] or "=" not in pair:
+        if not re.fullmatch(r"[^=\s]+=.*", pair, re.DOTALL):
             raise ValueError(f"--env takes NAME=VALUE, got {pair!r}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError, one sentence, for options that cannot be or contradict each other."""
+    parse_environment(options.env)
     for name in ("restarts", "backoff", "min_ranks", "grace", "save_after"):
         value = getattr(options, name)
         if value is not None and not value >= 0:

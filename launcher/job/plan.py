@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.hosts.hostfile import Host
+from launcher.hosts.nodelist import compress
 from launcher.machine.binding import gpu_of, split_cores
 from launcher.machine.topology import Machine, short_list
 
 AT_START = "at start"  # what only the ranks themselves can find out, on hosts that are not this one
 LOOPBACK = "lo"
-_MOST_ROWS = 64  # of a table with a row for each rank; beyond, a row for each host
+_MOST_ROWS = 64  # of a table with a row for each rank, then of one with a row for each host
 _HEAD = ("rank", "host", "local", "cores", "numa", "gpu", "interface")
 
 
@@ -76,7 +77,7 @@ def describe_cores(cores: Sequence, gpus: Sequence, gpu: int | None) -> tuple[st
 
 
 def table(ranks: Sequence[RankPlan]) -> list[str]:
-    """Returns the lines of a table: a row for each rank, for each host if there are many."""
+    """Returns the lines of a table: a row for each rank, for each host if there are many, for alike hosts of many."""
     rows = [_row(rank) for rank in ranks] if len(ranks) <= _MOST_ROWS else _rows_of_hosts(ranks)
     return columns([_HEAD, *rows])
 
@@ -92,18 +93,21 @@ def _row(rank: RankPlan) -> tuple[str, ...]:
 
 
 def _rows_of_hosts(ranks: Sequence[RankPlan]) -> list[tuple[str, ...]]:
+    """Returns a row for each host; of many, neighbours share one that differ in their ranks and names only."""
     of_host: dict[str, list[RankPlan]] = {}
     for rank in ranks:
         of_host.setdefault(rank.host, []).append(rank)
-    return [
-        (
-            short_list([rank.rank for rank in members]),
-            host,
-            short_list([rank.local_rank for rank in members]),
-            *(_united(members, name) for name in ("cores", "nodes", "gpu", "interface")),
-        )
-        for host, members in of_host.items()
-    ]
+    rows: list[tuple[list[int], list[str], tuple[str, ...]]] = []
+    for host, members in of_host.items():
+        numbers = [rank.rank for rank in members]
+        local = short_list([rank.local_rank for rank in members])
+        alike = (local, *(_united(members, name) for name in ("cores", "nodes", "gpu", "interface")))
+        if len(of_host) > _MOST_ROWS and rows and rows[-1][2] == alike:
+            rows[-1][0].extend(numbers)
+            rows[-1][1].append(host)
+        else:
+            rows.append((numbers, [host], alike))
+    return [(short_list(numbers), compress(hosts), *alike) for numbers, hosts, alike in rows]
 
 
 def _united(ranks: Sequence[RankPlan], name: str) -> str:

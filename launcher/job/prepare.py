@@ -138,8 +138,7 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
     ranks = sum(host.slots or 0 for host in placed) if placed else job.ranks or 1
     plan = make_plan(placed, ranks, read_machine(os.environ), bind=not options.no_bind)
     hostfile, text = "", ""
-    if placed and mpi.flavor.hostfile:
-        text = mpi.flavor.hostfile(placed)
+    if placed and (text := mpi.flavor.hostfile(placed)):
         hostfile = str(Path(tempfile.gettempdir(), f"launcher-hosts-{os.getpid()}-{os.urandom(4).hex()}"))
     settings = _settings(options, plan)
     elsewhere = any(not is_here(host.name) for host in placed)

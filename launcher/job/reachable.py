@@ -41,10 +41,10 @@ def _why_not(job: Prepared, host: str) -> str:
     """Returns why mpirun cannot start `true` on a host, "" = it can."""
     flavor, hosts = job.mpi.flavor, (Host(host, 1),)
     with tempfile.NamedTemporaryFile("w", prefix="launcher-host-") as file:
-        if flavor.hostfile:
-            file.write(flavor.hostfile(hosts))
-            file.flush()
-        start = Start(job.mpi.mpirun, 1, "/", hosts, file.name if flavor.hostfile else "", pmi=job.mpi.pmi)
+        text = flavor.hostfile(hosts)
+        file.write(text)
+        file.flush()
+        start = Start(job.mpi.mpirun, 1, "/", hosts, file.name if text else "", pmi=job.mpi.pmi)
         try:
             finished = subprocess.run(
                 flavor.command(start, ["true"]),

@@ -28,7 +28,7 @@ _MOST_WAITING = 2**24  # bytes
 _LONGEST_PATH = 100  # of a socket: sun_path has 108 bytes
 _LOOK_SECONDS = 1.0  # between looks at lines that do not end
 _CLOSING_SECONDS = 0.02
-_END_SECONDS = 5.0  # for the last words of ranks whose job has ended
+_END_SECONDS = 5.0  # without a word of ranks whose job has ended
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Console:
         self._selector.register(self._sleeping, selectors.EVENT_READ, self._wake_up)
         self._lines: dict[tuple[str, int], Lines] = {}  # by who writes and stream
         self._sources = 0  # that can still write
-        self._closing = 0.0  # time.monotonic() at which nothing more is awaited
+        self._closing = False  # nothing but last words is awaited
+        self._heard = 0.0  # time.monotonic() of the last of a rank of this host; what moves its output comes to an end
         self._reader = threading.Thread(target=self._read, name="launcher-console", daemon=True)
 
     @property
@@ -86,7 +87,8 @@ class Console:
 
     def close(self) -> None:
         """Returns when all that was written is shown, or at a signal that the caller blocks, if the screen stands."""
-        self._closing = time.monotonic() + _END_SECONDS
+        self._heard = time.monotonic()
+        self._closing = True
         os.write(self._wake, b".")
         while self._reader.is_alive() or not self._screen.is_empty():
             if received := signal.sigtimedwait((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), 0.01):
@@ -94,6 +96,10 @@ class Console:
                 break
         os.close(self._wake)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def heard(self) -> None:
+        """Is told of each word of a rank of this host."""
+        self._heard = time.monotonic()
 
     def take(self, who: str, rank: int, host: str, stream: int, data: bytes) -> None:
         """Shows what can be shown after these bytes of a rank; none of them: it has ended."""
@@ -118,7 +124,7 @@ class Console:
             for key, _ in ready:
                 key.data(key.fileobj)
             now = time.monotonic()
-            if closing and not ready and (not self._sources or now >= closing):
+            if closing and not ready and (not self._sources or now >= self._heard + _END_SECONDS):
                 break
             if now - looked >= _LOOK_SECONDS:
                 looked = now
@@ -160,6 +166,7 @@ class _Rank:
 
     def take(self, data: bytes) -> None:
         """Takes bytes of the socket; none: it was closed."""
+        self._console.heard()
         if not data:
             for stream in (1, 2):
                 self._console.take(self._head, self._rank, self._host, stream, b"")

@@ -144,27 +144,47 @@ class Pump:
             pass
 
     def empty(self) -> None:
-        """Moves what was written so far."""
-        for descriptor in list(self._streams):
-            for _ in range(_PIPEFULS):  # somebody may write without an end
-                if descriptor not in self._streams or not self._take(descriptor):
-                    break
+        """Moves what was written so far, for a second at most."""
+        self._take_all()
         deadline = time.monotonic() + _EMPTY_SECONDS
         while self._waiting and (left := deadline - time.monotonic()) > 0:
             self._turn([], left)
 
     def close(self, *inherited: int) -> None:
-        """Closes what mpirun gave; what has not gone that way by then is in the file alone."""
+        """Closes what mpirun gave; what mpirun has not taken by then, for a second on end, is in the file alone."""
         if self._way.descriptor in inherited:
+            self._take_all()
+            self._send_all(_EMPTY_SECONDS)
             self._lose()
         for descriptor in inherited:
             os.close(descriptor)
 
     def finish(self, seconds: float) -> None:
-        """Moves until nobody is left who could write, at most so long."""
+        """Moves until nobody is left who could write, so long at most, and all is sent that was written before.
+
+        That may take longer on a busy host: it ends when the launcher has taken nothing for so long.
+        """
+        self._take_all()
         deadline = time.monotonic() + seconds
-        while (self._streams or self._waiting) and (left := deadline - time.monotonic()) > 0:
+        while self._streams and (left := deadline - time.monotonic()) > 0:
             self._turn([], left)
+        self._streams.clear()
+        self._send_all(seconds)
+
+    def _take_all(self) -> None:
+        """Takes what the pipes hold."""
+        for descriptor in list(self._streams):
+            for _ in range(_PIPEFULS):  # somebody may write without an end
+                if descriptor not in self._streams or not self._take(descriptor):
+                    break
+
+    def _send_all(self, patience: float) -> None:
+        """Sends what waits, unless nothing of it is taken for so many seconds on end."""
+        poll = select.poll()
+        if self._waiting:
+            poll.register(self._way.descriptor, select.POLLOUT)
+        while self._waiting and poll.poll(patience * 1000):
+            self._send()
 
     def _turn(self, others: list[int], seconds: float | None) -> list[int]:
         """Moves what can be moved; returns what is ready of the others."""

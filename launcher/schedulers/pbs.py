@@ -1,7 +1,8 @@
 """PBS (OpenPBS and PBS Professional): its allocation and its batch script.
 
 Source: OpenPBS 23.06, man pages pbs_resources(7B) (mpiprocs: $PBS_NODEFILE has the host's name so often for each chunk;
-ncpus, walltime) and qsub(1B): -N, -l select, -l walltime, -q, -A, -j oe, -W depend=afterany, PBS_JOBID, and no option
+ncpus, walltime) and qsub(1B): -N, -l select, -l place=scatter (one chunk a host; without it several share one that has
+room), -l walltime, -q, -A, -j oe, -W depend=afterany, PBS_JOBID, and no option
 for a signal before the limit, so the launcher keeps the time itself. qrerun(1B) is a manager's or operator's, so the
 job submits its successor. ngpus, which pbsnodes(8B) shows, is a resource that the site has to define.
 """
@@ -26,7 +27,7 @@ def script(batch: Batch) -> str:
         f"#PBS -N {batch.name}",
         f"#PBS -l {chunk}" + (f":ngpus={batch.gpus_per_node}" if batch.gpus_per_node else ""),
     ]
-    head += [f"#PBS -l walltime={batch.time}", "#PBS -j oe"]
+    head += ["#PBS -l place=scatter", f"#PBS -l walltime={batch.time}", "#PBS -j oe"]
     head += [f"#PBS -q {batch.queue}"] if batch.queue else []
     head += [f"#PBS -A {batch.account}"] if batch.account else []
     return shell_script(

@@ -76,6 +76,7 @@ def test_no_mpirun_anywhere(tmp_path, monkeypatch):
         (["--", "missing.py"], "program 'missing.py' is not a file"),
         (["--hostfile", "missing", "--", *PROGRAM], "--hostfile 'missing' does not exist"),
         (["--env", "A", "--", *PROGRAM], "--env takes NAME=VALUE, got 'A'"),
+        (["--env", "A B=c", "--", *PROGRAM], "--env takes NAME=VALUE, got 'A B=c'"),
         (["--mpi", "missing", "--", *PROGRAM], "--mpi 'missing' is not an executable file"),
         (
             ["--", "-m", "swin_moe.trian", "a.yaml"],

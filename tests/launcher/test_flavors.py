@@ -87,6 +87,7 @@ HOSTFILES = {
     "openmpi4": "a slots=2\nb slots=1\n",
     "openmpi5": "a slots=2\nb slots=1\n",
     "pals": "a\na\nb\n",
+    "srun": "",
 }
 # Variables of the program that starts the ranks: no MPI binds ranks, as they bind themselves.
 ENVIRONMENTS = {
@@ -97,7 +98,7 @@ ENVIRONMENTS = {
 
 def test_every_row_is_in_every_table():
     assert set(BY_NAME) == set(VERSIONS) == set(DOCUMENTED) == set(LINES)
-    assert {name for name, flavor in BY_NAME.items() if flavor.hostfile} == set(HOSTFILES)
+    assert set(BY_NAME) == set(HOSTFILES)
 
 
 @pytest.mark.parametrize("name, said", [*VERSIONS.items(), *FURTHER_VERSIONS])
@@ -155,6 +156,18 @@ def test_srun_deals_equal_nodes_by_their_number(monkeypatch):
     line, _ = command_of("srun", monkeypatch, ranks=4, hosts=hosts)
     assert line[1:5] == ["--ntasks=4", "--nodes=2", "--ntasks-per-node=2", "--nodelist=a,b"]
     assert not any("arbitrary" in word for word in line)
+
+
+def test_srun_takes_more_hosts_than_an_argument_holds(monkeypatch):
+    """Linux takes 128 KiB for one: ranges where hosts are alike, else a file."""
+    hosts = tuple(Host(f"node{number:05d}", 8) for number in range(20_000))
+    line, _ = command_of("srun", monkeypatch, ranks=160_000, hosts=hosts)
+    assert "--nodelist=node[00000-19999]" in line and BY_NAME["srun"].hostfile(hosts) == ""
+    unequal = (*hosts, Host("last", 2))
+    text = BY_NAME["srun"].hostfile(unequal)
+    assert text.splitlines()[:9] == ["node00000"] * 8 + ["node00001"] and text.endswith("9999\nlast\nlast\n")
+    line, _ = command_of("srun", monkeypatch, ranks=160_002, hosts=unequal, hostfile="/t/F")
+    assert "--nodelist=/t/F" in line and max(map(len, line)) < 100
 
 
 def test_pals_deals_equal_hosts_by_their_number(monkeypatch):

@@ -90,6 +90,60 @@ def test_a_line_of_mpirun_that_never_ends_is_shown_piece_by_piece_and_not_kept()
     assert taken == [*said, ("12 n03", b"whole\n"), ("mpirun", b"rest")]
 
 
+class Way:
+    """To a launcher that takes one message of a rank in so many seconds, as one does that hardly gets any time."""
+
+    def __init__(self, seconds):
+        self._seconds, self.taken = seconds, []
+        self.descriptor = os.open(os.devnull, os.O_WRONLY)
+
+    def pack(self, stream, data):
+        return [data]
+
+    def send(self, message):
+        time.sleep(self._seconds)
+        self.taken.append(message)
+        return b""
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.02])
+@pytest.mark.parametrize("ends", ["finish", "close"])
+def test_what_a_rank_wrote_reaches_a_slow_launcher_however_long_it_takes(ends, slow, monkeypatch):
+    """Somebody is left who could write, and is waited for; what is there takes longer than that to send."""
+    monkeypatch.setenv(pump.CONSOLE, "/no/socket")
+    monkeypatch.setattr(pump, "_EMPTY_SECONDS", 0.05)
+    monkeypatch.setattr(pump, "_READ", 1000)
+    pipes = pump.Pipes()
+    taking = pump.Pump(pipes, inherited=os.dup(2))
+    taking._way = way = Way(slow)
+    text = os.urandom(30_000)
+    os.write(pipes._write[0], text)
+    began = time.monotonic()
+    taking.empty()
+    taking.finish(0.1) if ends == "finish" else taking.close(way.descriptor)
+    assert b"".join(way.taken) == text and time.monotonic() - began >= 30 * slow
+    for descriptor in (*pipes.read, *pipes._write):
+        os.close(descriptor)
+
+
+def test_a_launcher_that_takes_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setenv(pump.CONSOLE, "/no/socket")
+    monkeypatch.setattr(pump, "_EMPTY_SECONDS", 0.05)
+    pipes, (read, full) = pump.Pipes(), os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(full, bytes(4096))
+    taking = pump.Pump(pipes, inherited=full)
+    os.write(pipes._write[0], b"x" * 1000)
+    began = time.monotonic()
+    taking.empty()
+    taking.finish(0.1)
+    assert 0.1 < time.monotonic() - began < PATIENCE and taking._waiting
+    for descriptor in (*pipes.read, *pipes._write, read, full):
+        os.close(descriptor)
+
+
 def launch(program, folder, *options, world=2, **pipes):
     command = [sys.executable, "-m", "launcher", "-n", str(world), "--quiet", *options]
     command += ["--", "-m", "tests.launcher.programs", program, str(folder)]

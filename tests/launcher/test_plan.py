@@ -63,6 +63,17 @@ def test_many_ranks_are_a_row_for_each_host():
     ]
 
 
+def test_many_hosts_share_a_row_with_neighbours_that_are_alike():
+    """All of 1,000 hosts, with one of another size among them; up to 64 have a row each."""
+    hosts = [Host(f"n{number:04d}", 4 if number == 500 else 8) for number in range(1000)]
+    assert cells(table(make_plan(hosts, 7996, TWO_NODES).ranks))[1:] == [
+        ["0-3999", "n[0000-0499]", "0-7", *[AT_START] * 4],
+        ["4000-4003", "n0500", "0-3", *[AT_START] * 4],
+        ["4004-7995", "n[0501-0999]", "0-7", *[AT_START] * 4],
+    ]
+    assert [len(table(make_plan(hosts[:count], 8 * count, TWO_NODES).ranks)) for count in (64, 65)] == [65, 2]
+
+
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1", HERE, f"{HERE}.cluster"])
 def test_names_of_this_host(name):
     assert plan.is_here(name)
