@@ -70,6 +70,8 @@ def _run() -> None:
         sys.exit(0 if arguments else 2)
     if name in ("train", "evaluate", "evaluate-features", "throughput"):
         check_config(arguments)
+    if name in ("plan", "calibrate", "simulate", "report"):
+        check_words(name, arguments)
     module = importlib.import_module(COMMANDS[name][0])
     if name == "launch":
         if arguments[:1] in (["-h"], ["--help"]):
@@ -107,6 +109,23 @@ def check_config(arguments: list[str]) -> None:
     try:
         load_config(arguments[0], arguments[1:])
     except (ValueError, OSError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_words(name: str, arguments: list[str]) -> None:
+    """Exits with the help of a command that loads torch, or with one sentence and code 2 for wrong options: reading
+    them twice costs less than the imports, which take seconds. Ranks say it together (session.run_main)."""
+    from launcher.env import detect
+    from swin_moe.usage.parsers import PARSERS
+
+    if os.environ.get("SWIN_MOE_TRACEBACK") or detect(os.environ) != "single":
+        return
+    try:
+        PARSERS[name](arguments)
+    except (ValueError, OSError) as error:
+        from swin_moe.checkpoint.errors import describe  # it loads numpy
+
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
 

@@ -104,6 +104,8 @@ WITHOUT_TORCH = {
     "no config": ("cli.main()", 2, "train", "digits_swin_mo"),
     "an option that is none": ("cli.main()", 2, "evaluate", "digits_swin_moe", "optim.lrr=1"),
     "a value that is none": ("cli.main()", 2, "throughput", "digits_swin_moe", "optim.lr=fast"),
+    "options that are none": ("cli.main()", 2, "plan", "digits_swin_moe", "--gpu", "2", "--jsn"),
+    "options that do not go together": ("cli.main()", 2, "plan", "--check", "here", "--refit", "there"),
     "a checkpoint that is none": ("cli.main()", 2, "checkpoint", "inspect", "/nowhere"),
 }
 

@@ -23,8 +23,8 @@ from swin_moe.usage import completion
 from swin_moe.usage.completion import candidates
 from swin_moe.usage.texts import USAGES
 
-# The rest imports what it plans, simulates or measures with.
-HEAVY = ("report", "plan", "calibrate", "simulate", "doctor")
+# It imports what it measures.
+HEAVY = ("doctor",)
 
 
 def run(words: list[str]) -> tuple[int, str, str]:

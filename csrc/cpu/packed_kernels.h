@@ -7,8 +7,9 @@ namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
 constexpr int64_t kMostRows = 256, kLeastRows = 24;  // of a block
-constexpr int64_t kHiddenPanels = 4;                // computed before the second matrix takes them up
 constexpr int64_t kBlockBytes = 640 << 10;          // of rows and sums of a block, in the second-level cache
+// Computed before the second matrix takes them up: each time its sums are read and written once more.
+constexpr int64_t kHiddenPanels = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 4 : 10;
 
 template <class A>
 SWIN_MOE_INLINE int64_t whole_vectors(int64_t count) {

@@ -1,7 +1,7 @@
 // Matrices packed once for products with few or many rows, and those products.
 //
-// The columns of a matrix are cut into panels of up to four vectors. A panel lies in memory as the product reads it:
-// step by step along the inputs, each step one row of factors.
+// The columns of a matrix are cut into panels of up to kPanelVectors vectors. A panel lies in memory as the product reads
+// it: step by step along the inputs, each step one row of factors.
 #pragma once
 
 #include "product.h"
@@ -9,8 +9,11 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
-constexpr int kPanelVectors = 4;
-constexpr int kDepthBlock = 384;  // factors: a block of a panel is 96 KiB and stays in the second-level cache
+// Where 16 registers hold a tile, three vectors by four rows of sums, a row of factors and a broadcast fill them: two rows
+// of four vectors would load nearly as often as they multiply (AVX2: 6 to 43 % slower by shape).
+constexpr int kPanelVectors = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 4 : 3;
+// Factors: a block of a panel is 96 KiB and stays in the second-level cache, with 16 registers 24 KiB and in the first.
+constexpr int kDepthBlock = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 384 : 256;
 
 // How the columns of a matrix are dealt out; the last panels are those that get one vector more.
 template <class Operand>
@@ -105,9 +108,9 @@ void panel_block(int rows, int width, int depth, Strided<typename Operand::Facto
                  const typename Operand::Factor* b, Rows<typename Operand::Sum> sum, Ahead ahead) {
   switch (width) {
     case 1: return panel_tiles<Operand, 1, kAccumulate>(rows, depth, a, b, sum, ahead);
-    case 2: return panel_tiles<Operand, 2, kAccumulate>(rows, depth, a, b, sum, ahead);
-    case 3: return panel_tiles<Operand, 3, kAccumulate>(rows, depth, a, b, sum, ahead);
-    default: return panel_tiles<Operand, 4, kAccumulate>(rows, depth, a, b, sum, ahead);
+    case 2: return panel_tiles<Operand, std::min(2, kPanelVectors), kAccumulate>(rows, depth, a, b, sum, ahead);
+    case 3: return panel_tiles<Operand, std::min(3, kPanelVectors), kAccumulate>(rows, depth, a, b, sum, ahead);
+    default: return panel_tiles<Operand, kPanelVectors, kAccumulate>(rows, depth, a, b, sum, ahead);
   }
 }
 

@@ -1,6 +1,5 @@
 """`swin-moe plan`: which layouts of a config N ranks can run, what each needs and how long a step takes."""
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -9,19 +8,17 @@ from typing import Any
 
 from swin_moe.checkpoint.errors import describe, naming
 from swin_moe.config import Config
-from swin_moe.config.arguments import Parser, print_answer
+from swin_moe.config.arguments import print_answer
 from swin_moe.config.io import load_config
-from swin_moe.planner.hardware import Hardware, dump_hardware, shipped_hardware
-from swin_moe.planner.plan import MOST_GPUS, Plan, Planned, make_plan
+from swin_moe.planner.hardware import Hardware, dump_hardware
+from swin_moe.planner.plan import Plan, Planned, make_plan
 from swin_moe.planner.report.costs import describe_costs, predict_costs
 from swin_moe.planner.report.plot import draw_plans, plans_by_world
 from swin_moe.planner.report.skew import Skew, default_skew, recorded_skew, step_interval
-from swin_moe.planner.runs.auto import hardware_of, own_hardware
+from swin_moe.planner.runs.auto import hardware_of
 from swin_moe.planner.runs.check import compare, refit, table, trace_run, without_loading
 from swin_moe.planner.runs.records import read_run
-from swin_moe.usage.texts import EXAMPLES
-
-_SHOWN = 12  # layouts on the screen
+from swin_moe.usage import parsers
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -31,7 +28,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
-    return print_answer(lambda: _answer(parse(argv)), describe)
+    return print_answer(lambda: _answer(parsers.plan(argv)), describe)
 
 
 def _answer(options: Any) -> str:
@@ -87,55 +84,6 @@ def of_runs(options: Any) -> str:
         errors = [traced.time(machine).seconds / without_loading(traced.run) - 1 for machine in (hardware, fitted)]
         text.append(f"step of {traced.run.directory}: error {errors[0]:+.1%} -> {errors[1]:+.1%}")
     return "\n".join([*text, f"written: {options.out}"])
-
-
-def parse(argv: list[str] | None) -> Any:
-    """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe plan",
-        description=__doc__.partition("\n\n")[0],
-        epilog=EXAMPLES["plan"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("config", nargs="?", metavar="CONFIG", help="a YAML file or the name of one in configs/")
-    add("overrides", nargs="*", metavar="key=value", help="any option of the config")
-    add("--gpus", type=int, metavar="N", help="ranks, one per device; of a run, where its records do not say them")
-    known = ", ".join(shipped_hardware())
-    add("--hardware", default="", metavar="NAME", help=f"{known}, or a YAML file (default: {own_hardware()})")
-    add("--json", action="store_true", help="all layouts and rejections as JSON")
-    add("--top", type=int, default=_SHOWN, metavar="K", help=f"layouts in the table ({_SHOWN})")
-    add("--images", type=int, default=0, metavar="N", help="training images of an epoch (default: known ones)")
-    add("--skew", default="", metavar="RUN", help="a run whose recorded loads of experts give the interval of a step")
-    add("--plot", default="", metavar="FILE.png", help="draw best layouts over numbers of ranks, and their memory")
-    add("--check", default="", metavar="RUN", help="instead: predicted against measured, of a run's folder")
-    add("--refit", nargs="+", default=[], metavar="RUN", help="instead: fit the machine's *_share to runs, into --out")
-    add("--out", default="", metavar="FILE.yaml", help="where --refit writes the machine")
-    options = parser.parse_intermixed_args(argv)
-    _check(options)
-    return options
-
-
-def _check(options: Any) -> None:
-    """Raises ValueError for options that do not go together."""
-    of_runs = bool(options.check or options.refit)
-    for name, least in (("gpus", 1), ("top", 1), ("images", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"swin-moe plan: --{name} must be >= {least}, got {value}")
-    if options.gpus is not None and options.gpus > MOST_GPUS:
-        raise ValueError(f"swin-moe plan: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
-    if of_runs and options.config is not None:
-        raise ValueError(f"swin-moe plan: --check and --refit read a run's own config, got {options.config} as well")
-    if options.check and options.refit:
-        raise ValueError("swin-moe plan: --check and --refit are two commands; give one of them")
-    if bool(options.refit) != bool(options.out):
-        raise ValueError("swin-moe plan: --refit RUN... and --out FILE.yaml go together")
-    if not of_runs and (options.config is None or options.gpus is None):
-        missing = "CONFIG" if options.config is None else "--gpus N"
-        raise ValueError(f"swin-moe plan: {missing} is needed; swin-moe plan --help says more")
-    if options.plot and Path(options.plot).suffix.lower() != ".png":
-        raise ValueError(f"swin-moe plan: --plot must be a .png file, got {options.plot}")
 
 
 def as_json(plan: Plan, config: Config, hardware: Hardware, ranks: int, skew: Skew, images: int) -> dict[str, Any]:

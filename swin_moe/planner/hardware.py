@@ -12,13 +12,12 @@ from typing import Any
 import yaml
 
 from swin_moe.config.checks import shown
-from swin_moe.config.io import config_folder
+from swin_moe.config.shipped.machines import LINKS, hardware_folder, shipped_hardware
 from swin_moe.config.yaml_files import read_yaml
 from swin_moe.planner.rates import OTHER, Curve, Point, Rate, Rates
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast")  # of collectives
-_LINKS = "links.yaml"  # in the folder of machines; none itself
 _MAY_BE_ZERO = ("nics_per_node", "nodes_per_leaf", "handling_seconds", "recomputing_seconds")
 _LINK = "inside"  # a figure of this form
 
@@ -95,19 +94,9 @@ class Hardware:
         return self.memory_bytes_per_second * self.memory_share
 
 
-def hardware_folder() -> Path:
-    """Returns the folder of the shipped machines."""
-    return config_folder() / "hardware"
-
-
-def shipped_hardware() -> list[str]:
-    """Returns the names of the shipped machines."""
-    return sorted(path.stem for path in hardware_folder().glob("*.yaml") if path.name != _LINKS)
-
-
 def shipped_links() -> dict[str, Link]:
     """Returns the links that a machine can be given, by name."""
-    path = hardware_folder() / _LINKS
+    path = hardware_folder() / LINKS
     return {name: _figure(path, name, value, _LINK) for name, value in read_yaml(path).items()}
 
 

@@ -16,7 +16,6 @@ from swin_moe.planner.step_time import Computation, StepTime, add_communication,
 from swin_moe.planner.trace import Segment
 from swin_moe.planner.workload import Workload, build_workload
 
-MOST_GPUS = 1 << 20  # that commands take: layouts of still more would be looked through for hours
 _EACH = 3  # sizes of micro-batch that are looked at for one layout: the largest that fit
 
 

@@ -120,6 +120,13 @@ EXAMPLES = {
     swin-moe simulate swin_moe_base_patch4_window12_192_32expert_32gpu_22k --gpus 64 --hardware h100 --spread 0.5
   with the loads that a run recorded
     swin-moe simulate digits_swin_moe --gpus 8 --hardware cpu --routing output/digits_swin_moe""",
+    "report": """examples:
+  of one run, into its folder
+    swin-moe report output/digits_swin_moe
+  several side by side, and the pictures as files
+    swin-moe report output/dense output/experts --out compare.html --pictures
+  of a run on another machine's data
+    swin-moe report output/flowers data.path=/data/flowers""",
     "doctor": """examples:
   what is used here, and the times of the attention paths
     swin-moe doctor

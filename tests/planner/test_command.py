@@ -55,14 +55,17 @@ def test_wrong_use_is_one_sentence(capsys, arguments, sentence):
     assert sentence in found.err and found.err.count("\n") == 1 and not found.out
 
 
-@pytest.mark.parametrize("name", ["planner.command", "planner.simulation.command", "weights.command"])
-def test_a_file_that_cannot_be_written_is_named_first(name, monkeypatch, capsys):
-    module = importlib.import_module(f"swin_moe.{name}")
+PARSES = [("planner", "parsers.plan"), ("planner.simulation", "parsers.simulate"), ("weights", "parse")]
+
+
+@pytest.mark.parametrize("name, parse", PARSES)
+def test_a_file_that_cannot_be_written_is_named_first(name, parse, monkeypatch, capsys):
+    module = importlib.import_module(f"swin_moe.{name}.command")
 
     def fail(argv):
         raise OSError(errno.ENOSPC, "No space left on device", "p.png")
 
-    monkeypatch.setattr(module, "parse", fail)
+    monkeypatch.setattr(f"swin_moe.{name}.command.{parse}", fail)
     assert module.main([]) == 2
     assert capsys.readouterr().err == "error: p.png: No space left on device\n"
 

@@ -1,6 +1,5 @@
 """`swin-moe calibrate`: measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`."""
 
-import argparse
 import datetime
 import platform
 import sys
@@ -8,13 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from swin_moe.config.arguments import Parser
 from swin_moe.engine.precision import DTYPES
 from swin_moe.parallel.groups import init_distributed, number_of
 from swin_moe.planner.calibrate.libraries import RECOMPUTED, measure_handling, seconds_of_recomputing
@@ -30,7 +27,7 @@ from swin_moe.planner.calibrate.networks import NETWORKS, Seen, measure_networks
 from swin_moe.planner.hardware import Hardware, Link, dump_hardware, load_hardware, shipped_hardware
 from swin_moe.planner.rates import Curve, Point
 from swin_moe.run.session import pick_device, run_main
-from swin_moe.usage.texts import EXAMPLES
+from swin_moe.usage import parsers
 
 _PRECISIONS = ("fp32", "bf16")
 
@@ -54,7 +51,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str]) -> None:
     """Measures, and writes the file on rank 0. Raises ValueError or OSError for wrong use, before it measures."""
-    options = parse(argv)
+    options = parsers.calibrate(argv)
     links = read_preflight(Path(options.preflight)) if options.preflight else {}
     out = Path(options.out)
     if out.exists() and not options.overwrite:
@@ -84,25 +81,6 @@ def main(argv: list[str]) -> None:
         dump_hardware(hardware, out, _header(device, like, measured=bool(links)))
         say(f"wrote {out}")
         print("\n".join(summary(hardware)))
-
-
-def parse(argv: list[str] | None) -> Any:
-    """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe calibrate",
-        description=__doc__,
-        epilog=EXAMPLES["calibrate"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", default="machine.yaml", metavar="FILE", help="what is written (machine.yaml)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
-    known = ", ".join(shipped_hardware())
-    parser.add_argument("--like", metavar="NAME", help=f"whose price, power and links are taken: {known}, or a file")
-    parser.add_argument("--preflight", metavar="FILE", help="links from what `swin-moe launch --preflight-file` wrote")
-    options = parser.parse_args(argv)
-    if not options.out.endswith((".yaml", ".yml")):
-        raise ValueError(f"--out must be a YAML file, got {options.out!r}")
-    return options
 
 
 def _alike(device: torch.device) -> str:

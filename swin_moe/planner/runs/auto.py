@@ -1,11 +1,11 @@
 """The layout that training takes with parallel.plan=auto, and the machine that a run reckons with."""
 
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from swin_moe.config import Config
+from swin_moe.config.shipped.machines import own_hardware
 from swin_moe.planner.hardware import Hardware, load_hardware
 from swin_moe.planner.plan import Plan, Planned, make_plan
 from swin_moe.planner.runs.check import compare, table, trace_run
@@ -13,12 +13,6 @@ from swin_moe.planner.runs.records import read_run
 from swin_moe.registry import is_outside
 
 _PACKAGES = ("deepspeed", "fairscale")  # engines that are packages of their own
-
-
-def own_hardware() -> Path:
-    """Returns where the machine's own file is looked for: swin_moe/hardware.yaml under XDG_CONFIG_HOME or ~/.config."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "swin_moe" / "hardware.yaml"
 
 
 def hardware_of(name: str) -> tuple[Hardware, str]:

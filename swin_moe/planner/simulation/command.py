@@ -1,6 +1,5 @@
 """`swin-moe simulate`: one optimizer step on a world that is not there, event by event, with uneven experts."""
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -11,15 +10,15 @@ import numpy as np
 
 from swin_moe.checkpoint.errors import describe
 from swin_moe.config import Config
-from swin_moe.config.arguments import Parser, print_answer
+from swin_moe.config.arguments import print_answer
 from swin_moe.config.io import load_config
-from swin_moe.planner.hardware import Hardware, load_hardware, shipped_hardware
+from swin_moe.planner.hardware import Hardware, load_hardware
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.micro_step import trace_micro_step
-from swin_moe.planner.plan import MOST_GPUS, Planned, make_plan
+from swin_moe.planner.plan import Planned, make_plan
 from swin_moe.planner.simulation.loads import draw_shares, shares_of_run
 from swin_moe.planner.simulation.report import Simulated, lines, simulate
-from swin_moe.usage.texts import EXAMPLES
+from swin_moe.usage import parsers
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -29,7 +28,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 after one sentence about what is wrong."""
-    return print_answer(lambda: _answer(parse(argv)), describe)
+    return print_answer(lambda: _answer(parsers.simulate(argv)), describe)
 
 
 def _answer(options: Any) -> str:
@@ -49,45 +48,6 @@ def _answer(options: Any) -> str:
     if options.json:
         return json.dumps(as_json(best, simulated, config, hardware, shares), indent=1)
     return "\n".join(_text(best, simulated, config, hardware, shares))
-
-
-def parse(argv: list[str] | None) -> Any:
-    """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe simulate",
-        description=__doc__.partition("\n\n")[0],
-        epilog=EXAMPLES["simulate"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of one in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option of the config")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks, one per device")
-    known = ", ".join(shipped_hardware())
-    parser.add_argument("--hardware", required=True, metavar="NAME", help=f"{known}, or a YAML file")
-    parser.add_argument(
-        "--spread",
-        type=float,
-        default=0.0,
-        metavar="CV",
-        help="standard deviation over mean of the experts' loads (0 = even)",
-    )
-    parser.add_argument("--routing", metavar="RUN", help="folder of a run, or its metrics.jsonl, to draw loads from")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (0)")
-    parser.add_argument("--oversubscription", type=float, metavar="X", help="in the place of the hardware file's")
-    parser.add_argument("--leaf", type=int, metavar="NODES", help="nodes on a leaf switch, likewise")
-    parser.add_argument("--json", action="store_true", help="layout, plan and simulation as JSON")
-    options = parser.parse_intermixed_args(argv)
-    for name, least in (("gpus", 1), ("leaf", 1), ("oversubscription", 1), ("spread", 0), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and not least <= value < np.inf:
-            raise ValueError(f"swin-moe simulate: --{name} must be >= {least}, got {value}")
-    if options.gpus > MOST_GPUS:
-        raise ValueError(f"swin-moe simulate: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
-    if options.spread and options.routing:
-        raise ValueError("swin-moe simulate: --spread and --routing both say how uneven experts are; give one")
-    if options.routing and not Path(options.routing).exists():
-        raise ValueError(f"swin-moe simulate: --routing {options.routing}: no such file or folder")
-    return options
 
 
 def _machine(options: Any) -> Hardware:
