@@ -95,7 +95,7 @@ def test_an_object_has_boxes_above_mean_and_deviation(seed):
 def test_corners_have_a_cell_on_every_level_and_a_bump_around(seed):
     cells, level, stride = grid()
     boxes, on = objects(seed, seed), usable(seed, len(cells))
-    radius = bump_radius(boxes, 0.7)
+    radius = bump_radius(boxes, 0.7) * 5  # so that cells lie within it
     found = corners_of(cells, level, stride, on, boxes[:, 2:], radius, levels=3)
     bump, step = [0.0] * len(cells), [[0.0, 0.0] for _ in cells]
     for number, corner in enumerate(boxes[:, 2:].tolist()):
