@@ -42,7 +42,7 @@ def _level(head: PointHead, size: Size) -> int:
         if isinstance(child, ConvModule):
             total += conv_module(child, size)
         elif isinstance(child, nn.ModuleList):
-            total += sum(conv_module(conv, size) for conv in child)
+            total += sum(conv_module(conv, size) for conv in child if isinstance(conv, ConvModule))
         elif isinstance(child, nn.Conv2d):
             total += convolution(child, size)
         elif isinstance(child, DeformedConv):
