@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swin_moe.config import Config
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
-from swin_moe.data.pixels import BrokenImage, decode, read_image
+from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
@@ -88,8 +88,7 @@ def _predict_classes(
         counter(done)
     counter.clear()
     if broken and config.data.on_broken != "skip":
-        many = f"{len(broken)} of {len(images)} images cannot be read, the first: " if len(images) > 1 else ""
-        raise ValueError(f"{many}{broken[0]}")
+        raise ValueError(unreadable(broken, len(images)))
 
 
 def _shares_capacity(config: Config) -> bool:
@@ -108,12 +107,8 @@ def _batches(
     transform = build_transform(config.data, config.model.img_size, train=False)
 
     def prepare(name: str) -> Tensor | BrokenImage:
-        try:
-            return transform(decode(read_image(name), name, exif=config.data.exif), 0)
-        except BrokenImage as error:
-            return error
-        except OSError as error:
-            return BrokenImage(name, error.strerror or str(error))
+        image = opened(name, exif=config.data.exif)
+        return image if isinstance(image, BrokenImage) else transform(image, 0)
 
     with ThreadPoolExecutor(_READERS) as readers:
 

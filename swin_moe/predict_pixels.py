@@ -19,7 +19,7 @@ from swin_moe.data.dense.collate import collate, padded_size
 from swin_moe.data.dense.loader import build_dense_dataset
 from swin_moe.data.dense.masks import rle_area, rles_of
 from swin_moe.data.dense.sample import DenseSample
-from swin_moe.data.pixels import decode, read_image
+from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.engine.precision import autocast
 from swin_moe.run.session import Session, build_local_model
 from swin_moe.tasks.base import StepContext, Task
@@ -49,7 +49,7 @@ def predict_pixels(
     """Draws and stores what the task finds in every image file, and prints a line for each.
 
     Raises:
-        ValueError: An image cannot be read.
+        ValueError: Some images cannot be read, after all others were looked at; not with data.on_broken=skip.
     """
     assert isinstance(task, LooksAtImages)
     config = session.config
@@ -58,14 +58,23 @@ def predict_pixels(
     model.eval()
     context = StepContext(config, 0, 1, 0, lambda: autocast(config.engine.precision, session.device))
     out, objects = _Output(options, names, _category_ids(config, names)), 0
+    broken: list[BrokenImage] = []
     for number, name in enumerate(images, 1):
-        image = decode(read_image(name), name, exif=config.data.exif)
+        image = opened(name, exif=config.data.exif)
+        if isinstance(image, BrokenImage):
+            broken.append(image)
+            if len(images) > 1:
+                print(image, file=sys.stderr)
+            continue
         batch = to_device(batch_of(config, image, number), session.device, config.engine.precision)
         with torch.inference_mode():
             (found,) = task.look(model, batch, context)
         objects += out.add(number, name, image, found)
     out.close()
-    print(f"{len(images)} images{f', {objects} objects' if out.has_objects else ''}: {options.out}", file=sys.stderr)
+    seen = len(images) - len(broken)
+    print(f"{seen} images{f', {objects} objects' if out.has_objects else ''}: {options.out}", file=sys.stderr)
+    if broken and config.data.on_broken != "skip":
+        raise ValueError(unreadable(broken, len(images)))
 
 
 def batch_of(config: Config, image: Image.Image, image_id: int) -> Batch:

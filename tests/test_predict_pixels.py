@@ -77,6 +77,19 @@ def test_a_lower_threshold_keeps_more_and_json_says_it_in_lines(trained, tmp_pat
     assert line["objects"][1]["box"] == [0, 0, 70, 50] and sum(line["classes"].values()) == pytest.approx(1)
 
 
+def test_a_broken_image_does_not_stop_the_others(trained, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    words = (str(tmp_path / "a.png"), str(trained / "images/b.png"))
+    with pytest.raises(ValueError, match="1 of 2 images cannot be read, the first: broken image .*a.png: not an image"):
+        run(trained, tmp_path / "out", *words)
+    captured = capsys.readouterr()
+    assert [line.partition(": ")[0] for line in captured.out.splitlines()] == [words[1]]
+    assert "broken image" in captured.err and "1 images, 1 objects" in captured.err
+    tree = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [image["file_name"] for image in tree["images"]] == [words[1]]
+    run(trained, tmp_path / "out", "data.on_broken=skip", *words)
+
+
 def test_a_pattern_names_images(trained, tmp_path, capsys):
     run(trained, tmp_path / "out", str(trained / "images/*.png"))
     assert len(capsys.readouterr().out.splitlines()) == 2

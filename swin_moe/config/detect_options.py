@@ -18,6 +18,7 @@ BoxLoss = Literal["l1", "smooth_l1", "giou"]
 class DetectOptions(TaskOptions):
     section = "detect"
     any_size = True
+    network: Literal["two_stage", "reppoints_v2"] = "two_stage"
     channels: int = 256  # of every level's map
     masks: bool = True  # False: boxes only
     frozen_stages: int = -1  # -1 = none; 0 = patch embedding and positions; n = also the first n stages
@@ -61,6 +62,15 @@ class DetectOptions(TaskOptions):
     semantic_classes: int = 0  # of its semantic branch, which needs label maps; 0 = none
     semantic_weight: float = 0.2
     global_attention: bool = False  # HTC++ as rebuilt: a transformer block over the last map
+
+    # RepPoints V2. Of what stands above it has channels, frozen_stages, crowd_overlap (0 or not) and, as the cells of a
+    # level that enter suppression, the second of proposals_per_level.
+    neck_repeats: int = 2  # passes of its neck, down and up
+    norm_groups: int = 32  # of every group norm
+    point_convs: int = 3  # of the branch of classes, and of that of points
+    point_shared_convs: int = 1  # of what is verified, after those of points
+    corner_channels: int = 64  # that are pooled towards corners
+    point_scale: float = 4.0  # side of an object that begins with the first level, in its strides
 
     # Detections.
     score: float = 0.05  # above which a box counts
@@ -106,6 +116,21 @@ class DetectOptions(TaskOptions):
             "forward (compat.official=true without task.detect.box_norm divides each by its own)"
         )
         check(together, "data.micro_batch", config.data.micro_batch, allowed)
+        if self.network == "reppoints_v2":
+            self._check_points(stages)
+
+    def _check_points(self, stages: int) -> None:
+        """Raises ValueError for what RepPoints V2 has not."""
+        why = "with task.detect.network=reppoints_v2"
+        check(stages > 1, "model.depths", stages, f"two stages or more {why}")
+        for name, value in (("masks", False), ("semantic_classes", 0), ("global_attention", False), ("flip", False)):
+            given = getattr(self, name)
+            check(given == value, f"task.detect.{name}", given, f"{str(value).lower()} {why}")
+        check(self.scales == (1.0,), "task.detect.scales", self.scales, f"[1.0] {why}")
+        for name in ("channels", "corner_channels"):
+            given = getattr(self, name)
+            allowed = f"a multiple of task.detect.norm_groups={self.norm_groups} {why}"
+            check(given % self.norm_groups == 0, f"task.detect.{name}", given, allowed)
 
 
 @dataclass(frozen=True)
@@ -129,6 +154,7 @@ class SoftTeacherOptions(TaskOptions):
         detect.check(config, forwards=forwards)
         why = "with task.name=soft_teacher"
         stages = len(detect.stage_overlaps)
+        check(detect.network == "two_stage", "task.detect.network", detect.network, f"two_stage {why}")
         check(stages == 1, "task.detect.stage_overlaps", detect.stage_overlaps, f"one number {why}")
         for name, none in (("semantic_classes", "0"), ("interleaved", "false"), ("mask_flow", "false")):
             check(not getattr(detect, name), f"task.detect.{name}", getattr(detect, name), f"{none} {why}")

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,22 @@ def decode(data: bytes, path: str, *, exif: bool = False) -> Image.Image:
         known = not isinstance(error, Image.UnidentifiedImageError)
         reason = f"{type(error).__name__}: {error}" if known else "not an image in a known format"
         raise BrokenImage(path, reason) from error
+
+
+def opened(path: str, *, exif: bool = False) -> Image.Image | BrokenImage:
+    """Returns the RGB image of a file, or what is wrong with it; exif: see decode."""
+    try:
+        return decode(read_image(path), path, exif=exif)
+    except BrokenImage as error:
+        return error
+    except OSError as error:
+        return BrokenImage(path, error.strerror or str(error))
+
+
+def unreadable(broken: Sequence[BrokenImage], images: int) -> str:
+    """Returns the sentence about images that cannot be read, of so many."""
+    many = f"{len(broken)} of {images} images cannot be read, the first: " if images > 1 else ""
+    return f"{many}{broken[0]}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -96,8 +96,8 @@ def fit_weights(
         backbone: In a task's network, or the network itself.
         source: Official tensors, or ours of any task ("encoder." before the backbone's names where it has one).
         shapes: Global shapes of the network's parameters by names.official.file_key.
-        own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing, and
-            starts from the seed, or stand in the source alone.
+        own_parts: What belongs to a task (class head, decoder, whatever stands beside the backbone) may be missing or a
+            layer of other outputs, and starts from the seed, or stand in the source alone.
         same_classes: A head of other classes is an error: weights to compute with, not to begin from.
         grid: Height and width in tokens of the source's absolute positions; None = those of a square image.
 
@@ -207,6 +207,10 @@ class _Loading:
             if name not in source:
                 self._missing(name)
                 continue
+            if self._has_other_outputs(name, source[name], want):
+                told = (name.removeprefix(OUTSIDE), "of other classes than the file's: begins from the seed")
+                self.report.reinitialized.append(told)
+                continue
             try:
                 self.new[name], rule = self._fitted(name, source[name], want)
             except ValueError as error:
@@ -227,6 +231,12 @@ class _Loading:
             self.report.reinitialized.append((name.removeprefix(OUTSIDE), "not in the file: begins from the seed"))
         else:
             self._problem(name, "missing in the file", self.report.reinitialized)
+
+    def _has_other_outputs(self, name: str, value: Tensor, want: Tensor) -> bool:
+        """Returns whether a layer beside the backbone, where a task's parts may begin anew, has more or fewer outputs
+        in the file and is the same else."""
+        same = value.ndim == want.ndim and value.shape[1:] == want.shape[1:]
+        return self.own_parts and name.startswith(OUTSIDE) and same and value.shape != want.shape
 
     def _task_parts(self) -> tuple[str, ...]:
         return self.model.task_parts + (("norm",) if self.gives_maps else ())

@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation: boxes, classes and masks, by a two-stage detector on any Swin network.
+"""Object detection and instance segmentation: boxes, classes and masks, by a detector on any Swin network.
 
 A loss is a mean over what it counts (sampled anchors, sampled boxes, masks) on all ranks of a step, so nothing depends
 on which rank has which image; batch norm in heads sees the boxes of all ranks.
@@ -13,24 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swin_moe.config import Config
-from swin_moe.config.detect_options import DetectOptions
 from swin_moe.data.batch import Batch
 from swin_moe.models.dense.norms import move_running, norms_of
-from swin_moe.models.dense.pyramid import PyramidBackbone
-from swin_moe.models.detection.assign import Assigner
 from swin_moe.models.detection.detections import Detections
-from swin_moe.models.detection.detector import Detector, Learned
+from swin_moe.models.detection.detector import Learned
 from swin_moe.models.detection.mask_head import paste_masks
-from swin_moe.models.detection.spec import (
-    BoxHeadSpec,
-    DetectionSpec,
-    DetectorSpec,
-    MaskHeadSpec,
-    ProposalSpec,
-    Selection,
-    SemanticSpec,
-    Stage,
-)
 from swin_moe.models.detection.targets import LossSums, Targets, split_crowd
 from swin_moe.models.network import Network
 from swin_moe.parallel.groups import Groups
@@ -38,6 +25,7 @@ from swin_moe.parallel.rank_exchange import RankExchange
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone, Task, micro_loss
 from swin_moe.tasks.dense import Found, most_forwards
+from swin_moe.tasks.detectors import build_detector
 from swin_moe.tasks.drawing import PictureBook
 from swin_moe.tasks.measures.coco import CocoEvaluation
 
@@ -60,14 +48,7 @@ class Detect(Task):
 
     def build_network(self) -> Network:
         """See Task."""
-        config, options = self.config, self.options
-        dense, recompute = config.data.dense, config.parallel.recompute
-        return Detector(
-            PyramidBackbone(config.model, frozen_stages=options.frozen_stages, recompute=recompute),
-            spec_of(config),
-            image_size=(min(dense.short), dense.long) if dense.short else config.model.img_size,
-            official_groups=config.compat.official,
-        )
+        return build_detector(self.config)
 
     def connect(self, model: nn.Module, groups: Groups) -> None:
         """See Task."""
@@ -189,72 +170,3 @@ def groups_of(size_B2: Tensor, divisor: int) -> Iterator[tuple[list[int], tuple[
         found.setdefault((-(-height // divisor) * divisor, -(-width // divisor) * divisor), []).append(row)
     for padded, rows in found.items():
         yield rows, padded
-
-
-def spec_of(config: Config) -> DetectorSpec:
-    """Returns the network that task.detect describes."""
-    options = config.task.detect
-    stages = zip(options.stage_overlaps, options.stage_stds, options.stage_weights, strict=True)
-    crowd = None if config.compat.official or options.crowd_overlap <= 0 else options.crowd_overlap
-    levels, patch = len(config.model.depths) + 1, config.model.patch_size[0]
-    return DetectorSpec(
-        num_classes=config.model.num_classes,
-        channels=options.channels,
-        proposals=_proposals(options, tuple(patch * 2**level for level in range(levels)), crowd),
-        stages=tuple(
-            Stage(Assigner(overlap, overlap, overlap if options.low_quality else None, crowd), stds, weight)
-            for overlap, stds, weight in stages
-        ),
-        cascade=len(options.stage_overlaps) > 1,
-        box_head=BoxHeadSpec(
-            convs=options.box_convs,
-            conv_channels=options.box_conv_channels,
-            fcs=options.box_fcs,
-            fc_channels=options.box_fc_channels,
-            norm=options.box_norm,
-            agnostic=options.box_agnostic,
-            loss=options.box_loss,
-            beta=options.box_beta,
-            loss_weight=options.box_loss_weight,
-        ),
-        mask_head=MaskHeadSpec(options.mask_convs, options.mask_channels) if options.masks else None,
-        samples=options.boxes,
-        finest_scale=options.finest_scale,
-        interleaved=options.interleaved,
-        mask_flow=options.mask_flow,
-        semantic=_semantic(options),
-        global_attention=options.global_attention,
-        detections=DetectionSpec(
-            options.score,
-            options.overlap,
-            options.soft,
-            options.detections,
-            options.mask_threshold,
-            options.scales,
-            options.flip,
-        ),
-        size_divisor=config.data.dense.divisor,
-    )
-
-
-def _proposals(options: DetectOptions, strides: tuple[int, ...], crowd: float | None) -> ProposalSpec:
-    per_level, per_image = options.proposals_per_level, options.proposals
-    return ProposalSpec(
-        strides=strides,
-        scale=options.anchor_scale,
-        ratios=options.anchor_ratios,
-        border=None if options.anchor_border < 0 else options.anchor_border,
-        assigner=Assigner(0.7, 0.3, low_quality=0.3, crowd=crowd),
-        samples=options.anchors,
-        loss=options.proposal_loss,
-        beta=options.proposal_beta,
-        suppression=options.proposal_overlap,
-        training=Selection(per_level[0], per_image[0]),
-        testing=Selection(per_level[1], per_image[1]),
-    )
-
-
-def _semantic(options: DetectOptions) -> SemanticSpec | None:
-    if not options.semantic_classes:
-        return None
-    return SemanticSpec(options.semantic_classes, loss_weight=options.semantic_weight)

@@ -24,7 +24,8 @@ from swin_moe.names.official import TEACHER
 from swin_moe.parallel.groups import Groups
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone
-from swin_moe.tasks.detect import Detect, spec_of
+from swin_moe.tasks.detect import Detect
+from swin_moe.tasks.detectors import spec_of
 
 
 class SemiSupervised(Detect):

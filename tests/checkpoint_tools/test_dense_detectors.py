@@ -183,3 +183,24 @@ def test_one_of_both_detectors_is_written_alone(network, tmp_path):
         convert(tmp_path / "plain", tmp_path / "x.pth", "dense", extra={"network": network})
     with pytest.raises(CheckpointError, match="--set network must be student or teacher, got 'nobody'"):
         convert(tmp_path / "native", tmp_path / "x.pth", "dense", extra={"network": "nobody"})
+
+
+POINTS = ("data.images_per_class=0", "task.detect.channels=16", "task.detect.corner_channels=8")
+
+
+def test_files_of_reppoints_are_read_and_written_bit_for_bit(tmp_path):
+    """Names are the published network's (tests/models/reppoints); what is loaded to compute with is the file."""
+    session = session_of(tmp_path, "canvas_reppoints", *POINTS)
+    network = build_meta_model(session, build_task(session.config))
+    tensors = {name: fill(name, tuple(p.shape)) for name, p in network.named_parameters()}
+    torch.save({"meta": {"CLASSES": ("a",)}, "state_dict": tensors}, tmp_path / "official.pth")
+    with open_source(tmp_path / "official.pth", Options(**QUIET)) as source:
+        assert source.config["model"]["num_classes"] == session.config.model.num_classes
+    convert(tmp_path / "official.pth", tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "back.pth", "dense")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert all(torch.equal(back[key], value) for key, value in tensors.items())
+    session = session_of(tmp_path, "canvas_reppoints", *POINTS, f"checkpoint.load={tmp_path / 'official.pth'}")
+    model = materialize(build_meta_model(session, build_task(session.config)), session.config, session.device)
+    assert "dense" in load_weights(model, session)
+    assert all(torch.equal(p.cpu(), tensors[name]) for name, p in model.named_parameters())

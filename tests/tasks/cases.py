@@ -126,6 +126,13 @@ HYBRID = (
     "task.detect.global_attention=true",
 )
 
+POINTS = (
+    *DETECT,
+    "task.detect.norm_groups=2",
+    "task.detect.corner_channels=4",
+    "task.detect.neck_repeats=2",
+)
+
 # One image in ten has labels, so that of 4 ranks two have none; the teacher is believed wherever it has a guess.
 SOFT = (
     *DETECT,
@@ -167,6 +174,8 @@ RUNS = {
     "detect cascade zero": ("canvas_mask_rcnn", (*DETECT, *CASCADE, "parallel.zero=3", "parallel.recompute=block")),
     "detect hybrid moe": ("canvas_mask_rcnn", (*DETECT, *HYBRID, *MOE)),
     "detect moe frozen": ("canvas_mask_rcnn", (*DETECT, *MOE, "optim.freeze=moe")),
+    "detect points": ("canvas_reppoints", POINTS),
+    "detect points moe zero": ("canvas_reppoints", (*POINTS, *MOE, "parallel.zero=3", "parallel.recompute=block")),
     "soft teacher": ("canvas_soft_teacher", SOFT),
 }
 REFERENCE = {

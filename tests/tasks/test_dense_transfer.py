@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swin_moe.checkpoint.errors import CheckpointError
 from tests.tasks.transfer import MOE, begun, trained, untouched, weights
 
 DENSE = (
@@ -19,6 +20,7 @@ DENSE = (
     "task.segment.pool_scales=[1,2]",
     "task.segment.pictures=0",
 )
+THIRTEEN = ("model.num_classes=13", "task.segment.class_weights=[]")
 FAMILIES = {"swin": ("model.name=swin",), "swinv2": ("model.name=swinv2",), "moe": MOE}
 
 
@@ -85,3 +87,16 @@ def test_positions_follow_into_a_dense_backbone_and_back(tmp_path):
     back, _ = begun(tmp_path, "digits_dense", dense.session.directory, *ape)
     stored = weights(dense)["backbone.absolute_pos_embed"]
     assert torch.equal(weights(back)["absolute_pos_embed"], stored.flatten(2).transpose(1, 2))
+
+
+def test_a_segmentor_of_other_classes_begins_all_but_its_class_layers(tmp_path):
+    source = trained(tmp_path, "canvas_upernet", *DENSE)
+    new, report = begun(tmp_path, "canvas_upernet", source.session.directory, *DENSE, *THIRTEEN)
+    after, fresh, old = weights(new), untouched(new), weights(source)
+    own = {name for name in after if ".conv_seg." in name}
+    assert len(own) == 4 and all(torch.equal(after[name], fresh[name]) for name in own)
+    assert all(torch.equal(after[name], old[name]) for name in after.keys() - own)
+    (line,) = [line for line in report.splitlines() if "begins from the seed" in line]
+    assert line.startswith("reinitialized 4 (") and "other classes" in line
+    with pytest.raises(CheckpointError, match=r"decode_head.bottleneck.conv.weight: shape"):  # not of classes alone
+        begun(tmp_path, "canvas_upernet", source.session.directory, *DENSE, "task.segment.channels=8")

@@ -13,7 +13,8 @@ from swin_moe.data.batch import Batch
 from swin_moe.models.detection.detector import Detector
 from swin_moe.models.detection.spec import CASCADE, BoxHeadSpec, DetectorSpec, Selection
 from swin_moe.tasks.base import StepContext
-from swin_moe.tasks.detect import Detect, fitted, groups_of, spec_of
+from swin_moe.tasks.detect import Detect, fitted, groups_of
+from swin_moe.tasks.detectors import spec_of
 from tests.tasks.cases import DETECT, HYBRID, NETWORK
 
 PATCH = "_patch4_window7_mstrain_480-800"

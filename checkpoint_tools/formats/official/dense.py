@@ -35,6 +35,7 @@ _CLASSIFIERS = {
     "decode_head.conv_seg.bias": 0,
     "roi_head.bbox_head.fc_cls.bias": 1,
     "roi_head.bbox_head.0.fc_cls.bias": 1,
+    "bbox_head.reppoints_cls_out.bias": 0,
 }
 
 

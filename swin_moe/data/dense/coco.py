@@ -19,7 +19,7 @@ import numpy as np
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import PathTable
 from swin_moe.data.dense.label_maps import read_label_map
-from swin_moe.data.dense.layout import locate
+from swin_moe.data.dense.layout import large_enough, locate
 from swin_moe.data.dense.masks import bitmaps_of, check_segmentation, rle_of_segmentation
 from swin_moe.data.dense.sample import IGNORED, Annotation, DenseSample
 from swin_moe.data.pixels import BrokenImage, decode, read_image
@@ -243,7 +243,7 @@ class Coco:
                 )
             _log.warning("%s: %d of %d images are missing and left out, first %s", self.file, count, len(there), first)
         if self._train:
-            there &= self._all_sizes.min(1) >= config.dense.min_side
+            there &= large_enough(self._all_sizes, config, self.file)
             there &= (np.diff(self._objects.starts) > 0) | config.dense.keep_empty
         return np.flatnonzero(there)
 

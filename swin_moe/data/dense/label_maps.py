@@ -16,7 +16,7 @@ from PIL import Image
 
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import PathTable
-from swin_moe.data.dense.layout import image_names, locate
+from swin_moe.data.dense.layout import image_names, large_enough, locate
 from swin_moe.data.dense.sample import IGNORED, Annotation, DenseSample
 from swin_moe.data.pixels import BrokenImage, decode, read_image
 
@@ -78,9 +78,12 @@ class LabelMaps:
         self._sizes = self._read_sizes(unknown=max(1, config.dense.min_side))
         self._rows = np.arange(len(found))
         if self._train:
-            self._rows = np.flatnonzero(self._sizes.min(1) >= config.dense.min_side)
-        if not len(self._rows):
+            self._rows = np.flatnonzero(large_enough(self._sizes, config, self._images))
+        if not len(found):
             raise ValueError(f"data.path: no image in {self._images} with a label map in {self._maps}")
+        if not len(self._rows):
+            least = config.dense.min_side
+            raise ValueError(f"{self._images}: all {len(found)} images have a side below data.dense.min_side={least}")
 
     @staticmethod
     def _class_names(config: DataConfig, num_classes: int) -> tuple[str, ...]:

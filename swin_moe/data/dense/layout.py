@@ -1,11 +1,16 @@
 """Where the files of dense data lie below data.path: what an option says, or the first usual place that is there."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import IMAGE_SUFFIXES
+
+_log = logging.getLogger(__name__)
 
 
 def locate(
@@ -39,3 +44,19 @@ def image_names(folder: Path) -> list[str]:
         below = os.path.relpath(inner, folder)
         found += [os.path.normpath(os.path.join(below, n)) for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     return sorted(found)
+
+
+def large_enough(sizes: np.ndarray, config: DataConfig, source: Path) -> np.ndarray:
+    """Returns (images,) bool: which have no side below data.dense.min_side; how many have is said.
+
+    Args:
+        sizes: (images, 2) int64, height and width.
+        source: What the images are of.
+    """
+    least = config.dense.min_side
+    kept: np.ndarray = sizes.min(1) >= least
+    small = int((~kept).sum())
+    if small:
+        told = "%s: %d of %d images have a side below data.dense.min_side=%d and are left out of training"
+        _log.warning(told, source, small, len(sizes), least)
+    return kept

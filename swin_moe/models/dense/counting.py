@@ -33,8 +33,10 @@ def convolution(layer: nn.Conv2d, size: Size) -> int:
 
 
 def conv_module(module: ConvModule, size: Size) -> int:
-    """Returns the count of a convolution and what follows it: ReLU counts its elements, batch norm nothing."""
-    return convolution(module.conv, size) + module.activation * math.prod(size) * module.conv.out_channels
+    """Returns the count of a convolution and what follows it: ReLU counts its elements, group norm twice as many, batch
+    norm nothing."""
+    each = module.activation + 2 * (module.gn is not None)
+    return convolution(module.conv, size) + each * math.prod(size) * module.conv.out_channels
 
 
 def backbone(config: ModelConfig, size: Size, out_indices: Sequence[int]) -> tuple[int, int]:

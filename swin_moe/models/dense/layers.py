@@ -20,17 +20,19 @@ Initial = float | Literal["xavier", "he"]  # a standard deviation; Xavier's unif
 L = TypeVar("L", bound=nn.Module)
 
 
-def with_initial(layer: L, initial: Initial) -> L:
-    """Returns the layer, marked with how init_weights fills its weight; its bias begins at 0."""
-    layer.initial = initial  # type: ignore[assignment]  # torch says of no attribute what it is
+def with_initial(layer: L, initial: Initial, *, bias: float = 0.0) -> L:
+    """Returns the layer, marked with how init_weights fills its weight, and with what its bias begins."""
+    layer.initial, layer.initial_bias = initial, bias  # type: ignore[assignment]  # torch says of no attribute what
     return layer
 
 
 class ConvModule(nn.Module):
-    """A convolution that keeps the size, as `conv`, then batch norm, as `bn`, where there is one, and ReLU.
+    """A convolution that keeps the size, as `conv`, then batch norm, as `bn`, or group norm, as `gn`, where there is
+    one, and ReLU.
 
     Args:
         norm: With batch norm, in which case the convolution has no bias.
+        group_norm: With group norm of so many groups, likewise; 0 = without.
         activation: With ReLU at the end.
     """
 
@@ -41,19 +43,23 @@ class ConvModule(nn.Module):
         kernel: int,
         *,
         norm: bool = False,
+        group_norm: int = 0,
         activation: bool = True,
         initial: Initial = "he",
     ) -> None:
         super().__init__()
-        convolution = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=not norm)
+        bias = not (norm or group_norm)
+        convolution = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
         self.conv = with_initial(convolution, initial)
         self.bn = BatchNorm2d(out_channels) if norm else None
+        self.gn = nn.GroupNorm(group_norm, out_channels) if group_norm else None
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (B, out_channels, H, W)."""
         x = self.conv(x)
         x = x if self.bn is None else self.bn(x)
+        x = x if self.gn is None else self.gn(x)
         return F.relu(x, inplace=True) if self.activation else x
 
 
@@ -82,7 +88,7 @@ def init_weights(part: nn.Module, key: int, *, std: float, only: Collection[nn.M
         with torch.no_grad():
             weight.copy_(value)
             if isinstance(bias, Tensor):
-                bias.zero_()
+                bias.fill_(getattr(module, "initial_bias", 0.0))
 
 
 def _he(weight: Tensor) -> float:

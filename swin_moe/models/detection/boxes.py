@@ -39,11 +39,23 @@ def intersection_over_first(a_N4: Tensor, b_M4: Tensor) -> Tensor:
     return _shared(a_N4, b_M4) / areas(a_N4)[:, None].clamp(min=SMALLEST_AREA)
 
 
-def generalized_iou(a_N4: Tensor, b_N4: Tensor) -> Tensor:
-    """Returns (N,) in (-1, 1] of pairs of boxes (arXiv:1902.09630, equation 1), with gradients."""
+def _paired(a_N4: Tensor, b_N4: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (N,) areas that both boxes of a pair cover, and that either does."""
     low, high = torch.maximum(a_N4[:, :2], b_N4[:, :2]), torch.minimum(a_N4[:, 2:], b_N4[:, 2:])
     shared = (high - low).clamp(min=0).prod(dim=1)
-    union = (areas(a_N4) + areas(b_N4) - shared).clamp(min=_GIOU_AREA)
+    return shared, areas(a_N4) + areas(b_N4) - shared
+
+
+def paired_iou(a_N4: Tensor, b_N4: Tensor) -> Tensor:
+    """Returns (N,) in [0, 1], the overlaps of pairs of boxes."""
+    shared, union = _paired(a_N4, b_N4)
+    return (shared / union.clamp(min=SMALLEST_AREA)).clamp(max=1)
+
+
+def generalized_iou(a_N4: Tensor, b_N4: Tensor) -> Tensor:
+    """Returns (N,) in (-1, 1] of pairs of boxes (arXiv:1902.09630, equation 1), with gradients."""
+    shared, union = _paired(a_N4, b_N4)
+    union = union.clamp(min=_GIOU_AREA)
     outer_low, outer_high = torch.minimum(a_N4[:, :2], b_N4[:, :2]), torch.maximum(a_N4[:, 2:], b_N4[:, 2:])
     outer = (outer_high - outer_low).clamp(min=0).prod(dim=1).clamp(min=_GIOU_AREA)
     return shared / union - (outer - union) / outer

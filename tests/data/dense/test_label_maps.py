@@ -97,6 +97,18 @@ def test_wrong_maps_are_named(tmp_path):
     assert len(LabelMaps(skipping, "train", num_classes=11)) == 3
 
 
+def test_small_images_are_left_out_of_training_and_counted(tmp_path, caplog):
+    write_label_maps(tmp_path)
+    for kind, mode in (("images", "RGB"), ("annotations", "L")):
+        Image.new(mode, (40, 31)).save(tmp_path / kind / "training/1.png")
+    assert len(LabelMaps(dense("label_maps", tmp_path), "train", num_classes=11)) == 3
+    told = "1 of 4 images have a side below data.dense.min_side=32 and are left out of training"
+    assert caplog.text.count(told) == 1 and caplog.text.count("WARNING") == 1
+    assert len(LabelMaps(dense("label_maps", tmp_path), "val", num_classes=11)) == 4
+    with pytest.raises(ValueError, match="all 4 images have a side below data.dense.min_side=65"):
+        LabelMaps(dense("label_maps", tmp_path, min_side=65), "train", num_classes=11)
+
+
 def test_what_is_missing_is_said_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"no folder of train images in .*looked for images/training"):
         LabelMaps(dense("label_maps", tmp_path), "train", num_classes=2)

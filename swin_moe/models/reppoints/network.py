@@ -1,0 +1,150 @@
+"""RepPoints V2 over any Swin backbone: neck, head, what its cells learn and what they find.
+
+Facts: arXiv:2007.08508; SwinTransformer/Swin-Transformer-Object-Detection, mmdet/models/dense_heads/
+reppoints_v2_head.py.
+
+Shape legend: B images, N cells of all levels, K classes, G objects of an image, H x W the padded batch.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swin_moe.models.dense.network import DenseNetwork
+from swin_moe.models.dense.pyramid import PyramidBackbone
+from swin_moe.models.detection.anchors import valid_anchors
+from swin_moe.models.detection.detections import Detections, select
+from swin_moe.models.detection.detector import Learned
+from swin_moe.models.detection.targets import LossSums, Targets
+from swin_moe.models.reppoints import counting
+from swin_moe.models.reppoints.assign import bump_radius, by_middle, by_overlap, corners_of, weights_inside
+from swin_moe.models.reppoints.bifpn import BiFPN
+from swin_moe.models.reppoints.head import PointHead, Said
+from swin_moe.models.reppoints.losses import Wanted, losses_of
+from swin_moe.models.reppoints.spec import PointSpec
+from swin_moe.models.reppoints.verify import verified
+from swin_moe.randomness import RandomContext
+
+
+class RepPoints(DenseNetwork):
+    """The network under the official names: backbone, neck, bbox_head. Its first map is of stride 8: a backbone gives
+    all stages but the first."""
+
+    def __init__(
+        self,
+        backbone: PyramidBackbone,
+        spec: PointSpec,
+        *,
+        image_size: tuple[int, int] = (800, 1280),
+        official_groups: bool = False,
+    ) -> None:
+        """See DenseNetwork."""
+        super().__init__(backbone, image_size=image_size, official_groups=official_groups)
+        self.spec = spec
+        levels, repeats = len(spec.strides), spec.neck_repeats
+        self.neck = BiFPN(backbone.channels, spec.channels, levels=levels, repeats=repeats, groups=spec.groups)
+        self.bbox_head = PointHead(spec)
+
+    def forward(
+        self,
+        image: Tensor,
+        size: Tensor,
+        targets: Targets | None = None,
+        original: Tensor | None = None,
+        random: RandomContext | None = None,
+    ) -> Learned | list[Detections]:
+        """Returns losses where there are targets, else the detections of every image; see Detector.forward."""
+        if targets is not None and random is None:
+            random = RandomContext.fresh(len(image), image.device)
+        pyramid = self.backbone(image, None if targets is None else random, size)
+        said = self.bbox_head(self.neck(pyramid.maps))
+        if targets is None:
+            return self.found(said, size, size if original is None else original)
+        return Learned(self.losses(said, targets, size), pyramid.aux)
+
+    def losses(self, said: Said, targets: Targets, size_B2: Tensor) -> LossSums:
+        """Returns the losses of a batch by their official names."""
+        boxes = said.boxes(said.first), said.boxes(said.refined)
+        wanted = self.wanted(said, boxes[0].detach(), targets, size_B2)
+        return losses_of(said.classes, boxes, said.corners, said.steps, said.inside, wanted)
+
+    @torch.no_grad()
+    def wanted(self, said: Said, first_BN4: Tensor, targets: Targets, size_B2: Tensor) -> Wanted:
+        """Returns what every cell learns; first: the boxes of the first sets."""
+        images = range(len(first_BN4))
+        rows = [self._of_image(said, first_BN4[i], targets, i, size_B2[i].tolist()) for i in images]
+        if rows:
+            return Wanted(*map(torch.stack, zip(*rows)))
+        none = first_BN4[..., 0].to(torch.int64)
+        both = said.corners, said.steps, said.inside
+        return Wanted(none.bool(), none, none, first_BN4, first_BN4, none, *(torch.zeros_like(x) for x in both))
+
+    def _of_image(
+        self, said: Said, first_N4: Tensor, targets: Targets, image: int, size: list[int]
+    ) -> tuple[Tensor, ...]:
+        """Returns the fields of Wanted of an image of this (height, width)."""
+        spec, levels = self.spec, len(said.sizes)
+        boxes_G4, label_G = targets.boxes[image].to(first_N4), targets.labels[image]
+        on_image = self._usable(said, size)
+        usable = on_image
+        if spec.ignores_crowd and len(targets.crowd[image]):
+            crowd_C4 = targets.crowd[image].to(first_N4)
+            low, high = said.cells[:, None] - crowd_C4[:, :2], crowd_C4[:, 2:] - said.cells[:, None]
+            usable = usable & ~(torch.cat([low, high], dim=2) >= 0).all(dim=2).any(dim=1)
+        places = (said.cells, said.level)
+        smallest = spec.base_scale
+        first = by_middle(*places, on_image, boxes_G4, smallest=smallest * spec.strides[0], levels=levels)
+        refined = by_overlap(first_N4, said.level, on_image, boxes_G4, nearest=spec.nearest, levels=levels)
+        radius = bump_radius(boxes_G4, spec.corner_overlap)
+        corners = [
+            corners_of(*places, said.stride, on_image, boxes_G4[:, place], radius, levels=levels)
+            for place in (slice(0, 2), slice(2, 4))
+        ]
+        bump, step = (torch.cat(x, dim=1) for x in zip(*((c.bump[:, None], c.step) for c in corners)))
+        taken = (first > 0) | (refined > 0) | (bump == 1).any(dim=1)
+        with_none = torch.cat([boxes_G4.new_zeros(1, 4), boxes_G4])
+        label = torch.cat([label_G.new_zeros(1), label_G])[refined]
+        inside = weights_inside(boxes_G4, label_G, spec.num_classes, said.sizes, spec.strides[0])
+        usable = usable | (taken & on_image)
+        return usable, first, refined, with_none[first], with_none[refined], label, bump, step, inside
+
+    def _usable(self, said: Said, size: list[int]) -> Tensor:
+        """Returns (N,) bool: the cells of an image of this size as padded when it is alone."""
+        divisor = self.spec.size_divisor
+        padded = (-(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor)
+        maps = zip(said.sizes, self.spec.strides)
+        return torch.cat([valid_anchors(*grid, stride, padded, 1) for grid, stride in maps]).to(said.cells.device)
+
+    @torch.no_grad()
+    def found(self, said: Said, size_B2: Tensor, original_B2: Tensor) -> list[Detections]:
+        """Returns the detections of every image, in coordinates of the original images: boxes of the refined sets,
+        their corners moved to verified ones."""
+        boxes, scores = said.boxes(said.refined), said.classes.sigmoid()
+        results = []
+        for image, (size, original) in enumerate(zip(size_B2, original_B2)):
+            rows = self._best(said, scores[image])
+            limits = size.flip(0).repeat(2).to(boxes)
+            own = torch.minimum(boxes[image, rows].clamp(min=0), limits)
+            own = torch.minimum(verified(said, image, rows, own).clamp(min=0), limits)
+            own = torch.cat([own[:, :2], torch.maximum(own[:, :2], own[:, 2:])], dim=1)
+            own_scores = torch.nn.functional.pad(scores[image, rows], (0, 1))  # of background nothing is said
+            results.append(select(own, own_scores, size, original, self.spec.detections))
+        return results
+
+    def _best(self, said: Said, scores_NK: Tensor) -> Tensor:
+        """Returns the cells of every level with the largest scores, level by level."""
+        most_N, rows, start = scores_NK.amax(dim=1), [], 0
+        for height, width in said.sizes:
+            own = most_N[start : start + height * width]
+            rows.append(own.argsort(descending=True, stable=True)[: self.spec.per_level] + start)
+            start += height * width
+        return torch.cat(rows)
+
+    def counted_beside(self, maps: Sequence[tuple[int, int]]) -> int:
+        """See DenseNetwork."""
+        sizes = list(maps)
+        while len(sizes) < len(self.spec.strides):
+            sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
+        return counting.neck(self.neck, sizes) + counting.head(self.bbox_head, sizes)
