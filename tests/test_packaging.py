@@ -98,3 +98,12 @@ def test_the_citation_is_of_this_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert cited["version"] == project["version"] and cited["license"] == project["license"]
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+
+
+def test_every_place_asks_for_the_same_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    asked = ", ".join(oldest.split("."))
+    assert f"v >= ({asked})" in (ROOT / "Makefile").read_text()
+    versions = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    assert min(versions, key=lambda v: int(v.partition(".")[2])) == oldest

@@ -17,7 +17,8 @@ PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 
 # Operators that start nothing on a device: they allocate, or give another view or a size of what is there.
 _NO_KERNEL = frozenset(
-    "empty empty_like new_empty empty_strided new_empty_strided empty_permuted detach alias _unsafe_view lift_fresh "
+    "empty empty_like empty_like_reused new_empty empty_strided new_empty_strided empty_permuted detach alias "
+    "_unsafe_view lift_fresh "
     "is_same_size _has_compatible_shallow_copy_type device".split()
 )
 

@@ -90,6 +90,17 @@ def test_the_window_shrinks_to_the_smaller_side_of_the_nominal_map():
     assert [stage.blocks[0].mixer.window for stage in model.layers] == [4, 2]
 
 
+@pytest.mark.parametrize("family", ["swin", "swinv2"])
+def test_windows_of_one_position_are_finite(family):
+    """The official SwinV2 divides its coordinates by the window less one, and gives NaN."""
+    model = tiny(family, window_size=1)
+    x = image(2, 3, 32, 32).requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    assert out.isfinite().all() and out.std() > 0
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_absolute_positions_are_interpolated_to_other_sizes():
     model = tiny("swin", ape=True).eval()
     out = model(image(1, 3, 40, 24))

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from swin_moe.ops.grouped_linear import grouped_linear
 from swin_moe.ops.reused_memory import empty_like_reused
+from swin_moe.planner.trace import LiveBytes
 
 LARGE = (4, 1024, 2048)  # 32 MiB of float32
 
@@ -63,3 +64,14 @@ def test_tracing_allocates_nothing():
         y = grouped_linear(*inputs, torch.empty(4, dtype=torch.int64))
         (grad,) = torch.autograd.grad(y.sum(), [inputs[1]])
     assert isinstance(grad, FakeTensor) and grad.shape == LARGE
+
+
+def test_who_watches_operators_sees_it():
+    tensor = torch.empty(LARGE)
+    with LiveBytes([tensor]) as seen:
+        made = empty_like_reused(tensor)
+        assert seen.live == tensor.nbytes
+        made.zero_()
+        del made
+        gc.collect()
+        assert seen.live == 0 and seen.peak == tensor.nbytes
