@@ -47,14 +47,14 @@ def build(observer: Observer, title: str) -> Any:
             gr.Markdown(
                 without or "Which expert took which patch, per MoE layer: colour and number; crossed out: dropped."
             )
-            experts = gr.Image(show_label=False, elem_id="experts", interactive=False)
+            experts = gr.Image(label="experts", interactive=False)
         with gr.Tab("Attention"):
             gr.Markdown("Click a patch (framed): how much it takes of each other in its window, mean over heads.")
             block = gr.Dropdown(blocks, value=blocks[-1] if blocks else None, label="block")
-            attention = gr.Image(show_label=False, elem_id="attention", interactive=False, width=448)
+            attention = gr.Image(label="attention", interactive=False, width=448)
         with gr.Tab("Features"):
             gr.Markdown("Length of the features at each position, by stage: dark the least, yellow the most.")
-            features = gr.Image(show_label=False, elem_id="features", interactive=False)
+            features = gr.Image(label="features", interactive=False)
         shown = [classes, experts, attention, features, seen]
 
         def on_image(image: Image.Image | None, chosen: str) -> Any:

@@ -158,7 +158,7 @@ def test_the_page_works_in_a_browser(width, tmp_path):
             before = None
             for tab in ("Experts", "Attention", "Features"):
                 page.get_by_role("tab", name=tab).click()
-                image = page.locator(f"#{tab.lower()} img").first
+                image = page.locator(f"[data-testid=block-label]:has-text('{tab.lower()}') ~ * img").first
                 image.wait_for()
                 assert image.evaluate("i => i.complete && i.naturalWidth") > 100
                 if tab == "Attention":
