@@ -10,8 +10,8 @@ PYTHONPATH.
 
 Balanced rows use a fresh router with capacity factor 1.25. Skewed rows are dropless: tokens lean toward one expert so
 far that it gets 5 times the mean load, or nearly all tokens where 5 times is more than there are. --routing times
-routing alone at 128 experts with batch-prioritized slots. --small takes layers of few tokens and channels, dropless, in
-float32 and bfloat16 (weights too; its results are not compared).
+routing alone at 128 experts with batch-prioritized slots. --small takes layers of few tokens and channels and three of
+4,096 tokens, dropless, in float32 and bfloat16 (weights too; its results are not compared).
 """
 
 import gc
@@ -59,6 +59,7 @@ def shapes(everything: bool, ranks: int) -> list[Shape]:
 def small_shapes() -> list[Shape]:
     """Returns the rows of --small."""
     sizes = [(t, d, e, k) for t in (512, 2048) for d in (48, 96) for e in (8, 32) for k in (1, 2)]
+    sizes += [(4096, 96, 128, 2), (4096, 192, 32, 1), (4096, 192, 128, 1)]
     return [Shape(*size, 0.0, 1.0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16) for size in sizes]
 
 

@@ -24,10 +24,9 @@ from swin_moe.config import Config
 from swin_moe.config.io import load_config
 from swin_moe.moe import experts
 from swin_moe.parallel.groups import build_groups, init_distributed
-from swin_moe.parallel.sharding import Degrees
-from swin_moe.planner.layouts import Layout
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.measured import Measured, measure_step
-from swin_moe.planner.memory import Memory, activations_over_time, predict_states
+from swin_moe.planner.memory import Memory, activations_over_time, predict_memory, predict_states
 from swin_moe.planner.micro_step import trace_micro_step
 from swin_moe.planner.workload import build_workload
 from swin_moe.run.session import Session, check_layout, layout_of
@@ -47,6 +46,7 @@ _MOE = (
 )
 _BF16 = " engine.precision=bf16"
 _BLOCK = " parallel.recompute=block"
+_DEEPSPEED = " engine.name=deepspeed parallel.zero="
 _REFERENCE = " model.attention=reference"
 
 
@@ -80,23 +80,16 @@ CASES = (
     Case("swin_moe, expert 2", 2, _MOE),
     Case("swin_moe bf16, expert 2, 2 micro-batches", 2, _MOE + _BF16 + " data.micro_batch=4"),
     Case("swin_moe ZeRO-1, expert 2, payload bf16", 2, _MOE + " parallel.zero=1 model.moe.payload=bf16"),
+    Case("swin DeepSpeed ZeRO-1", 1, _SWIN + _DEEPSPEED + "1"),
+    Case("swin DeepSpeed ZeRO-1", 2, _SWIN + _DEEPSPEED + "1"),
+    Case("swin DeepSpeed ZeRO-2", 2, _SWIN + _DEEPSPEED + "2"),
+    Case("swin DeepSpeed ZeRO-3", 2, _SWIN + _DEEPSPEED + "3"),
+    Case("swin_moe DeepSpeed ZeRO-2, expert 2", 2, _MOE + _DEEPSPEED + "2"),
     Case("swin_moe, expert 4, recomputed", 4, _MOE + _BLOCK),
     Case("swin_moe, 2 experts over 4 ranks", 4, _MOE + " model.moe.num_experts=2"),
     Case("swin_moe ZeRO-1, expert 2", 4, _MOE + " parallel.expert=2 parallel.zero=1"),
     Case("swin ZeRO-3", 4, _SWIN + " parallel.zero=3"),
 )  # fmt: skip
-
-
-def layout_from(config: Config, world_size: int) -> Layout:
-    """Returns the layout that a config has in this world."""
-    degrees = Degrees.resolve(*layout_of(config), world_size)
-    micro, steps = config.accumulation(world_size)
-    moe = config.model.moe
-    return Layout(
-        world_size, degrees.expert, degrees.expert_shard, degrees.expert_data, config.engine.name, config.parallel.zero,
-        config.parallel.recompute, config.model.attention_chunk, micro, steps, moe.overlap, moe.transport, moe.payload,
-        config.engine.offload,
-    )  # fmt: skip
 
 
 def measure(case: Case, world_size: int) -> tuple[Config, Measured, float]:
@@ -149,9 +142,14 @@ def _watch_rows(model: torch.nn.Module, arrived: list[float]) -> None:
 
 def predict(config: Config, world_size: int, rows: float) -> Memory:
     """Returns what the planner says: all gradients, and the most bytes of activations and gathered parameters."""
-    layout, workload = layout_from(config, world_size), build_workload(config)
+    layout, workload = layout_in(config, world_size), build_workload(config)
     segments = trace_micro_step(config, layout.degrees, rows, images=layout.micro_batch).at(layout.micro_batch)
     states = predict_states(config, workload, layout)
+    if layout.engine == "deepspeed":  # all that comes and goes in a step, with gradients on their way
+        most = predict_memory(config, workload, layout, segments, states)
+        kept = states.gradients + states.workspace if layout.zero == 3 else 0.0  # between steps, too
+        passing = most.activations + most.gathered + most.gradients + most.workspace - kept
+        return replace(states, activations=passing)
     peak = activations_over_time(config, workload, layout, segments).max()
     return replace(states, activations=float(peak))
 

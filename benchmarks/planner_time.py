@@ -19,15 +19,13 @@ import torch
 
 from swin_moe.config import Config
 from swin_moe.config.io import load_config
-from swin_moe.parallel.sharding import Degrees
 from swin_moe.planner.calibrate.command import Steps, measure_rank
 from swin_moe.planner.calibrate.networks import NETWORKS, SmallStep
 from swin_moe.planner.hardware import Hardware, load_hardware
-from swin_moe.planner.layouts import Layout
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.micro_step import trace_micro_step
 from swin_moe.planner.step_time import StepTime, predict_time
 from swin_moe.planner.workload import build_workload
-from swin_moe.run.session import layout_of
 
 _MICRO = (
     "model.img_size=96 model.embed_dim=48 model.depths=[2,2,4,2] model.num_heads=[3,6,12,24] model.window_size=6 "
@@ -79,21 +77,9 @@ class Found:
         return float(np.median([sum(row) for row in self.phases]))
 
 
-def one_rank(config: Config) -> Layout:
-    """Returns the layout of a config on one rank."""
-    degrees = Degrees.resolve(*layout_of(config), 1)
-    micro, steps = config.accumulation(1)
-    moe, parallel = config.model.moe, config.parallel
-    return Layout(
-        1, degrees.expert, degrees.expert_shard, degrees.expert_data, config.engine.name, parallel.zero,
-        parallel.recompute, config.model.attention_chunk, micro, steps, moe.overlap, moe.transport, moe.payload,
-        config.engine.offload,
-    )  # fmt: skip
-
-
 def predict(config: Config, hardware: Hardware) -> StepTime:
     """Returns what the planner says of a step."""
-    layout = one_rank(config)
+    layout = layout_in(config, 1)
     segments = trace_micro_step(config, layout.degrees, images=layout.micro_batch).at(layout.micro_batch)
     return predict_time(config, hardware, build_workload(config), layout, segments)
 

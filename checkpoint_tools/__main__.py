@@ -38,6 +38,7 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 where a verb found differences, else launcher.failure.kinds'."""
+    from launcher.ending import end_unread
     from launcher.env import speaks_first
     from launcher.failure.kinds import CONFIGURATION, INTERRUPTED, MEMORY  # entry points only
 
@@ -64,9 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues what it can", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        end_unread()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         short = out_of_memory(error)
         if short is None and not isinstance(error, ValueError | OSError):

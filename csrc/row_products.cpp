@@ -2,6 +2,9 @@
 // cpu/row_products.h; swin_moe/ops/row_products.py says what each argument means and when they serve.
 #include "row_products.h"
 
+#include "capability.h"
+#include "expert_rows.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -39,6 +42,20 @@ const char* at_row(const void* data, RowElement element, int64_t offset) {
   return static_cast<const char*>(data) + offset * bytes_of(element);
 }
 
+// The kernels of this processor.
+struct RowKernels {
+  void (*product)(const RowProduct&, const RowProductPart&);
+  void (*sum)(const RowSum&);
+};
+
+RowKernels row_kernels() {
+#if defined(SWIN_MOE_ROW_PRODUCTS)
+  if (cpu_capability() == Capability::kAvx512Bf16) return {&row_product_avx512_bf16, &row_sum_avx512_bf16};
+  if (cpu_capability() == Capability::kAvx2) return {&row_product_avx2, &row_sum_avx2};
+#endif
+  TORCH_CHECK(false, "row products have no kernels for this processor");
+}
+
 // Products that are computed together.
 class Work {
  public:
@@ -54,15 +71,12 @@ class Work {
   }
 
   void run() const {
-#if defined(SWIN_MOE_ROW_PRODUCTS)
+    const RowKernels kernels = row_kernels();
     const int64_t count = int64_t(parts_.size());
     const int64_t grain = std::max<int64_t>(1, count * kLeastTask / std::max<int64_t>(multiplications_, 1));
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) row_product_avx512_bf16(products_[parts_[i].product], parts_[i].part);
+      for (int64_t i = begin; i < end; ++i) kernels.product(products_[parts_[i].product], parts_[i].part);
     });
-#else
-    TORCH_CHECK(false, "row products were built for another processor");
-#endif
   }
 
  private:
@@ -104,9 +118,8 @@ RowProduct outer_product(int64_t rows, int64_t columns, int64_t steps, const Mat
 }
 
 void add_row_sums(const std::vector<RowSum>& sums) {
-#if defined(SWIN_MOE_ROW_PRODUCTS)
-  for (const RowSum& sum : sums) row_sum_avx512_bf16(sum);
-#endif
+  const RowKernels kernels = row_kernels();
+  for (const RowSum& sum : sums) kernels.sum(sum);
 }
 
 // Whether the last two dimensions lie in memory in either order, without gaps between experts.
@@ -225,30 +238,12 @@ std::tuple<Tensor, Tensor, Tensor> row_linear_backward_cpu(const Tensor& grad_, 
   return {grad_x, grad_weight, grad_bias};
 }
 
-// Which hidden units are dropped, see swin_moe/ops/random_draws.py; without words none.
-struct UnitDraw {
-  const OptionalTensor &words, &rows;
-  int64_t layer, purpose, site;
-  double drop, scale;
-
-  Tensor apply(const Tensor& x) const {
-    if (!words) return x;
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("swin_moe::random_dropout", "")
-            .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, int64_t, const Tensor&, double, double)>();
-    return op.call(x, *words, layer, purpose, site, *rows, drop, scale);
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor> expert_rows_cpu(const Tensor& x, const Tensor& fc1, const OptionalTensor& bias1,
                                                    const Tensor& fc2, const OptionalTensor& bias2, const Tensor& counts,
                                                    const OptionalTensor& words, const OptionalTensor& rows,
                                                    int64_t layer, int64_t purpose, int64_t site, double drop,
                                                    double scale) {
-  const Tensor product = grouped_rows_cpu(x, fc1.transpose(1, 2), bias1, counts);
-  const Tensor hidden = UnitDraw{words, rows, layer, purpose, site, drop, scale}.apply(at::gelu(product));
-  return {grouped_rows_cpu(hidden, fc2, bias2, counts), product, hidden};
+  return expert_rows(x, {fc1, bias1, fc2, bias2}, counts, {words, rows, layer, purpose, site, drop, scale});
 }
 
 void expert_rows_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& product, const Tensor& hidden,
@@ -257,15 +252,39 @@ void expert_rows_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor&
                               double scale, const OptionalTensor& grad_x, const OptionalTensor& grad_fc1,
                               const OptionalTensor& grad_bias1, const OptionalTensor& grad_fc2,
                               const OptionalTensor& grad_bias2) {
-  Tensor grad_hidden = at::empty_like(hidden);
-  grouped_rows_backward_cpu(grad, hidden, fc2, counts, grad_hidden, grad_fc2, grad_bias2);
-  grad_hidden = UnitDraw{words, rows, layer, purpose, site, drop, scale}.apply(grad_hidden);
-  const OptionalTensor turned = grad_fc1 ? OptionalTensor(grad_fc1->transpose(1, 2)) : std::nullopt;
-  at::gelu_backward_out(grad_hidden, grad_hidden, product);  // in its place: fresh memory costs a fault per page
-  grouped_rows_backward_cpu(grad_hidden, x, fc1.transpose(1, 2), counts, grad_x, turned, grad_bias1);
+  expert_rows_backward(grad, x, product, hidden, fc1, fc2, counts, {words, rows, layer, purpose, site, drop, scale},
+                       {grad_x, grad_fc1, grad_bias1, grad_fc2, grad_bias2});
 }
 
 }  // namespace
+
+Tensor UnitDraw::apply(const Tensor& x) const {
+  if (!words) return x;
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("swin_moe::random_dropout", "")
+          .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, int64_t, const Tensor&, double, double)>();
+  return op.call(x, *words, layer, purpose, site, *rows, drop, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> expert_rows(const Tensor& x, const ExpertWeights& weights, const Tensor& counts,
+                                               const UnitDraw& draw) {
+  const Tensor product = grouped_rows_cpu(x, weights.fc1.transpose(1, 2), weights.bias1, counts);
+  const Tensor hidden = draw.apply(at::gelu(product));
+  return {grouped_rows_cpu(hidden, weights.fc2, weights.bias2, counts), product, hidden};
+}
+
+void expert_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& product, const Tensor& hidden,
+                          const Tensor& fc1, const Tensor& fc2, const Tensor& counts, const UnitDraw& draw,
+                          const ExpertGradients& to) {
+  Tensor grad_hidden = at::empty_like(hidden);
+  grouped_rows_backward_cpu(grad, hidden, fc2, counts, grad_hidden, to.fc2, to.bias2);
+  grad_hidden = draw.apply(grad_hidden);
+  const OptionalTensor turned = to.fc1 ? OptionalTensor(to.fc1->transpose(1, 2)) : std::nullopt;
+  at::gelu_backward_out(grad_hidden, grad_hidden, product);  // in its place: fresh memory costs a fault per page
+  grouped_rows_backward_cpu(grad_hidden, x, fc1.transpose(1, 2), counts, to.x, turned, to.bias1);
+}
+
 }  // namespace swin_moe
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {

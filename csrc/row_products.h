@@ -39,6 +39,8 @@ struct RowSum {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SWIN_MOE_ROW_PRODUCTS 1  // the kernels choose instructions by a pragma of GCC
+void row_product_avx2(const RowProduct& product, const RowProductPart& part);
+void row_sum_avx2(const RowSum& sum);
 void row_product_avx512_bf16(const RowProduct& product, const RowProductPart& part);
 void row_sum_avx512_bf16(const RowSum& sum);
 #endif

@@ -45,8 +45,9 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        from launcher.ending import end_unread
+
+        end_unread()
 
 
 def _run() -> None:

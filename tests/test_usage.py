@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -150,10 +151,18 @@ def test_no_torch_is_loaded_to_be_asked():
     assert done.returncode == 0, done.stderr
 
 
-def test_an_output_that_nobody_reads_on_ends_in_silence():
-    words = f"{sys.executable} -m swin_moe show digits_swin_moe | head -1; echo ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("command", ["show digits_swin_moe", "checkpoint --help", "predict --help"])
+def test_an_output_that_nobody_reads_on_ends_in_silence(command):
+    words = f"{sys.executable} -m swin_moe {command} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
-    assert done.stdout.splitlines()[1] == "0" and not done.stderr
+    assert done.stdout == "141\n" and not done.stderr
+
+
+def test_a_rank_that_nobody_reads_on_ends_in_silence():
+    program = "from swin_moe.run.session import run_main; run_main(lambda _: print('x'), [])"
+    words = f"{sys.executable} -c {shlex.quote(program)} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert done.stdout == "141\n" and not done.stderr
 
 
 def test_the_usage_of_a_module_is_that_of_the_command():

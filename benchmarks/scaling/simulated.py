@@ -66,7 +66,7 @@ def find(place: Place, hardware_name: str) -> dict[str, Any]:
     words = [f"data.global_batch={images * place.ranks}", f"model.moe.num_experts={place.experts}"]
     config = load_config(name, [*words, "engine.precision=bf16", f"parallel.expert={place.experts}"])
     machine = replace(load_hardware(hardware_name), nodes_per_leaf=LEAF, oversubscription=OVERSUBSCRIPTION)
-    traces = Traces(config)
+    traces = Traces(config, kernels=machine.device == "cuda")
     plan = make_plan(config, machine, place.ranks, traces)
     best, work = plan.layouts[0], plan.workload
     shares = draw_shares(len(work.moe), place.experts, spread=SPREAD, seed=0)

@@ -25,10 +25,10 @@ from cells import Cell, Study, main, numbers, say
 
 from swin_moe.config import Config
 from swin_moe.config.io import load_config
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.memory import predict_memory
 from swin_moe.planner.plan import Traces
 from swin_moe.planner.report.chart import Panel, Series, draw_panels
-from swin_moe.planner.runs.check import layout_in
 from swin_moe.planner.runs.records import read_run
 from swin_moe.planner.workload import build_workload
 

@@ -81,21 +81,22 @@ __attribute__((noinline)) void column_of_tiles(int rows, int depth, Strided<type
   }
 }
 
-// sum[rows x vectors] (+)= a[rows x depth] b[depth x vectors]; vectors counts vectors of a row of b and of sum.
-template <class Operand, bool kAccumulate = false>
+// sum[rows x vectors] (+)= a[rows x depth] b[depth x vectors]; vectors counts vectors of a row of b and of sum. A tile
+// takes at most kWidest of them.
+template <class Operand, bool kAccumulate = false, int kWidest = 4>
 SWIN_MOE_INLINE void product(int rows, int vectors, int depth, Strided<typename Operand::Factor> a,
                              Rows<const typename Operand::Factor> b, Rows<typename Operand::Sum> sum) {
   constexpr int n = kLanes<typename Operand::Sum>;
-  int columns = (vectors + 3) / 4;
+  int columns = (vectors + kWidest - 1) / kWidest;
   for (int column = 0, vector = 0; column < columns; ++column) {
     int width = (vectors - vector) / (columns - column);
     Rows<const typename Operand::Factor> b_part{b.data + vector * n, b.stride};
     Rows<typename Operand::Sum> sum_part{sum.data + vector * n, sum.stride};
     switch (width) {
       case 1: column_of_tiles<Operand, 1, kAccumulate>(rows, depth, a, b_part, sum_part); break;
-      case 2: column_of_tiles<Operand, 2, kAccumulate>(rows, depth, a, b_part, sum_part); break;
-      case 3: column_of_tiles<Operand, 3, kAccumulate>(rows, depth, a, b_part, sum_part); break;
-      default: column_of_tiles<Operand, 4, kAccumulate>(rows, depth, a, b_part, sum_part); break;
+      case 2: column_of_tiles<Operand, std::min(2, kWidest), kAccumulate>(rows, depth, a, b_part, sum_part); break;
+      case 3: column_of_tiles<Operand, std::min(3, kWidest), kAccumulate>(rows, depth, a, b_part, sum_part); break;
+      default: column_of_tiles<Operand, kWidest, kAccumulate>(rows, depth, a, b_part, sum_part); break;
     }
     vector += width;
   }

@@ -8,6 +8,7 @@ MEMORY = 71
 PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL, to be tried again
 NOT_STOPPED = 124
 INTERRUPTED = 130
+UNREAD = 141  # as the shell says of SIGPIPE: nobody reads the output on, such as `| head`
 
 KINDS = {
     CONFIGURATION: "configuration",

@@ -94,7 +94,7 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
         unknown = x.is_cuda or torch.compiler.is_compiling()  # to ask would wait for the device, or break a graph
-        order, counts = _order_and_counts(routing, ask=not unknown)
+        order, counts = order_and_counts(routing, ask=not unknown)
         return Dispatched(take_tokens(x, order), counts, None if pair is None else pair.flatten()[order.pair], order)
 
     def combine(self, y: Tensor, dispatched: Dispatched, gate: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def make_padded_order(routing: Routing, rows: int) -> RowOrder:
     return replace(order, vacant=vacant.flatten())
 
 
-def _order_and_counts(routing: Routing, *, ask: bool) -> tuple[RowOrder, Tensor]:
+def order_and_counts(routing: Routing, *, ask: bool) -> tuple[RowOrder, Tensor]:
     """Returns (order without padding, (E,) rows of every expert); `ask`: the host may look how many rows there are."""
     if not moe_plan.available(routing.expert):
         counts = routing.kept.sum(dim=0)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from swin_moe.moe.dispatch import Slices
 from swin_moe.ops.bias_gelu import bias_gelu, is_fused
 from swin_moe.ops.grouped_linear import grouped_linear, row_ends, use_grouped
-from swin_moe.ops.linear import is_ordinary
+from swin_moe.ops.linear import is_ordinary, is_untouched
 from swin_moe.ops.random_draws import UnitDraw
-from swin_moe.ops.row_products import expert_rows, is_few, takes
+from swin_moe.ops.row_products import LayerOrder, expert_layer, expert_rows, is_few, takes
 from swin_moe.randomness import RandomContext, derive_key, truncated_normal_
 
 PARAMETERS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
@@ -63,7 +63,7 @@ def _padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) ->
 
 def _are_few_rows(tokens: Tensor, *weights: Tensor) -> bool:
     """Returns whether the kernels for few rows compute the experts as one operator."""
-    if torch.compiler.is_compiling() or not is_few(tokens.shape[0], len(weights[0])):
+    if torch.compiler.is_compiling() or not is_few(tokens.shape[0], tokens.dtype, len(weights[0])):
         return False
     return is_ordinary(tokens) and all(takes(tokens, weight) and is_ordinary(weight) for weight in weights)
 
@@ -152,13 +152,11 @@ class GroupedExperts(nn.Module):
             counts: Rows of each local expert, in order: (E,) int64 for ragged runs, one number where all have as many.
             slices: Of rows that are still under way (dispatch.py:Dispatched); all with one copy of the weights.
         """
-        dtype = tokens.dtype if isinstance(tokens, Tensor) else tokens[0].dtype
+        first = tokens if isinstance(tokens, Tensor) else tokens[0]
         # grouped_linear converts each expert's matrix when its turn comes; with slices every one of them would again.
         by_expert = slices is None and isinstance(counts, Tensor)
-        whole = [self._whole(name) for name in PARAMETERS]
         # Kernels add the first bias to sums in float32, and round after it.
-        kept = {3: by_expert, 2: is_fused(tokens if isinstance(tokens, Tensor) else tokens[0])}
-        weights = [w if kept[w.ndim] else w.to(dtype) for w in whole]
+        weights = self._weights(first.dtype, keep_matrices=by_expert, keep_biases=is_fused(first))
         if isinstance(tokens, Tensor) and not isinstance(counts, list):
             return _two_layers(tokens, counts, dropout, *weights)
         assert slices is not None and isinstance(counts, list)
@@ -167,6 +165,33 @@ class GroupedExperts(nn.Module):
             rows, own = slices.receive(number, sent), dropout and dropout.of(number)
             results.append(slices.send(number, _two_layers(rows, counts[number], own, *weights)))
         return results
+
+    def take_tokens(self, x: Tensor, gate: Tensor, dtype: torch.dtype) -> bool:
+        """Returns whether `on_tokens` serves: few rows on a processor with kernels, and nothing watches or traces."""
+        if not 0 < gate.numel() or torch.compiler.is_compiling() or not is_untouched(self) or self.gather is not None:
+            return False
+        if dtype not in (x.dtype, torch.bfloat16) or gate.dtype != torch.float32 or not is_ordinary(x):
+            return False
+        if not is_few(gate.numel(), dtype, max(self.num_local_experts, 1)):
+            return False
+        weights = self.fc1_weight, self.fc2_weight
+        return all(takes(x, weight, dtype) and is_ordinary(weight) for weight in weights)
+
+    def on_tokens(
+        self, x: Tensor, gate: Tensor, order: LayerOrder, *, dtype: torch.dtype, dropout: Dropout | None
+    ) -> Tensor:
+        """Returns (T, D) of the dtype of x: tokens brought to their experts, computed in `dtype` and summed by gates.
+
+        What dispatch, forward and combine do one after the other, as one operator, row_products.expert_layer.
+        """
+        weights = self._weights(dtype, keep_matrices=True, keep_biases=False)
+        draw = None if dropout is None else dropout.draw()
+        return expert_layer(x, gate, weights, order, dtype=dtype, draw=draw)
+
+    def _weights(self, dtype: torch.dtype, *, keep_matrices: bool, keep_biases: bool) -> list[Tensor]:
+        """Returns the parameters in the order of PARAMETERS, those that are not kept in this dtype."""
+        kept = {3: keep_matrices, 2: keep_biases}
+        return [w if kept[w.ndim] else w.to(dtype) for w in map(self._whole, PARAMETERS)]
 
     def _whole(self, name: str) -> Tensor:
         parameter = getattr(self, name)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe.choices import RoutingStats, build_choice
-from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher
+from swin_moe.moe.choices import Routed, RoutingStats, build_choice
+from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher, order_and_counts
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.phases import PhaseClock, mark
 from swin_moe.moe.routers import build_router
 from swin_moe.moe.routing import Routing
 from swin_moe.moe.shared import SharedExpert
 from swin_moe.ops.random_draws import with_words
+from swin_moe.ops.row_products import LayerOrder
 from swin_moe.randomness import RandomContext, derive_key
 
 # Stand where experts have their number, so that a router or a shared expert never shares an expert's numbers.
@@ -72,6 +73,8 @@ class MoELayer(nn.Module):
         elif random is None:
             random = RandomContext.fresh(batch, x_BLD.device)
         token = None
+        if random is not None and not self.choice.draws():
+            random = None  # nor words and numbers of tokens, of which nobody asks
         if random is not None:
             random = with_words(random)
             position = torch.arange(num_tokens, device=x_BLD.device)
@@ -120,22 +123,49 @@ class MoELayer(nn.Module):
             routing, self.stats = routed.routing, routed.stats
             if self.observer is not None:
                 self.observer(routing)
-            # Cast before the rows travel: half the bytes between ranks.
-            rows = mark(routed.rows.to(dtype), self.clock, forward="route", backward="dispatch")
-            pair = dropout = None
-            if random is not None and token is not None and self.config.dropout > 0:
-                pair = self.choice.pairs(routing, random, token)
-            dispatched = self.dispatcher.dispatch(rows, routing, pair)
-            tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
-            if random is not None and dispatched.pair is not None:
-                dropout = Dropout(self.config.dropout, random, self.layer, dispatched.pair)
-            y = self.experts(tokens, dispatched.counts, dropout, dispatched.slices)
-            y = mark(y, self.clock, forward="experts", backward="combine")
-            y = routed.restore(self.dispatcher.combine(y, dispatched, routing.gate)).to(x.dtype)
+            if self._is_in_one(routed, dtype):
+                y = self._in_one(routed, dtype, random, token)
+            else:
+                y = self._step_by_step(routed, dtype, random, token).to(x.dtype)
         y = mark(y, self.clock, forward="combine", backward="")
         if self.shared is not None:
             y = y + self.shared(x_TD).to(y.dtype)
         return y, routed.aux
+
+    def _step_by_step(
+        self, routed: Routed, dtype: torch.dtype, random: RandomContext | None, token: Tensor | None
+    ) -> Tensor:
+        """Returns (T, D), what was combined of the rows, restored."""
+        routing, pair, dropout = routed.routing, self._pairs(routed.routing, random, token), None
+        # Cast before the rows travel: half the bytes between ranks.
+        rows = mark(routed.rows.to(dtype), self.clock, forward="route", backward="dispatch")
+        dispatched = self.dispatcher.dispatch(rows, routing, pair)
+        tokens = mark(dispatched.tokens, self.clock, forward="dispatch", backward="experts")
+        if random is not None and dispatched.pair is not None:
+            dropout = Dropout(self.config.dropout, random, self.layer, dispatched.pair)
+        y = self.experts(tokens, dispatched.counts, dropout, dispatched.slices)
+        y = mark(y, self.clock, forward="experts", backward="combine")
+        return routed.restore(self.dispatcher.combine(y, dispatched, routing.gate))
+
+    def _pairs(self, routing: Routing, random: RandomContext | None, token: Tensor | None) -> Tensor | None:
+        """Returns the (T, k) numbers by which hidden units are dropped; None where none are."""
+        if random is None or token is None or self.config.dropout <= 0:
+            return None
+        return self.choice.pairs(routing, random, token)
+
+    def _is_in_one(self, routed: Routed, dtype: torch.dtype) -> bool:
+        """Returns whether dispatch, experts and combine are one operator: few rows, all here, nobody watches."""
+        plain = type(self.dispatcher) is LocalDispatcher and type(routed) is Routed and self.clock is None
+        return plain and self.experts.take_tokens(routed.rows, routed.routing.gate, dtype)
+
+    def _in_one(self, routed: Routed, dtype: torch.dtype, random: RandomContext | None, token: Tensor | None) -> Tensor:
+        """Returns what _step_by_step does, in the dtype of the rows before they were cast."""
+        routing, pair, dropout = routed.routing, self._pairs(routed.routing, random, token), None
+        order, counts = order_and_counts(routing, ask=True)
+        if random is not None and pair is not None:
+            dropout = Dropout(self.config.dropout, random, self.layer, pair.flatten()[order.pair])
+        place = LayerOrder(order.position, order.keep, order.pair, counts)
+        return self.experts.on_tokens(routed.rows, routing.gate, place, dtype=dtype, dropout=dropout)
 
     def init_weights(self, seed: int, name: str) -> None:
         """Fills all weights as a function of (seed, name, global expert number); `name` is the layer's in the net."""

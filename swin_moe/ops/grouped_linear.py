@@ -105,7 +105,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grou
 
 def _is_few(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels for few rows take all products in one call; by the mean of the experts."""
-    return row_products.takes(x, weight) and row_products.is_few(x.shape[0], weight.shape[0])
+    return row_products.takes(x, weight) and row_products.is_few(x.shape[0], x.dtype, weight.shape[0])
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor, grouped: bool) -> Tensor:

@@ -111,7 +111,7 @@ def serves_few(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels for few rows compute the product of x (..., I) and a weight (O, I), and faster."""
     if torch.compiler.is_compiling() or not row_products.takes(x, weight):
         return False
-    if not row_products.is_few(x.numel() // max(x.shape[-1], 1)) or torch.is_autocast_enabled("cpu"):
+    if not row_products.is_few(x.numel() // max(x.shape[-1], 1), x.dtype) or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == weight.dtype and is_ordinary(x) and is_ordinary(weight)
 

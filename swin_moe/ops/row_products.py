@@ -1,15 +1,16 @@
 """Products of few rows by kernels of our own: what a library's product costs beside its arithmetic is left out.
 
 MKL and oneDNN check, choose, pack and hand out work for each product, which takes as long as the product itself where
-an expert has some dozens of rows. The kernels (csrc/cpu/row_products.h, AVX-512 with bfloat16) take the matrices of all
-experts in one call, read factors where they lie or pack them in the cache, convert float32 weights of a bfloat16
-product on the way, and sum in one order: no result depends on the number of threads. The obvious form, and what runs
-elsewhere, is F.linear and a product per expert (linear.py, grouped_linear.py).
+an expert has some dozens of rows. The kernels (csrc/cpu/row_products.h; AVX-512 with bfloat16, or AVX2) take the
+matrices of all experts in one call, read factors where they lie or pack them in the cache, convert float32 weights of a
+bfloat16 product on the way, and sum in one order: no result depends on the number of threads. The obvious form, and
+what runs elsewhere, is F.linear and a product per expert (linear.py, grouped_linear.py).
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +20,22 @@ from swin_moe.ops import extension
 from swin_moe.ops.random_draws import NO_DRAW, UnitDraw
 from swin_moe.ops.reused_memory import empty_like_reused
 
-COMPILED = extension.compiled_for("row_linear", "grouped_rows", "expert_rows")
+COMPILED = extension.compiled_for("row_linear", "grouped_rows", "expert_rows", "expert_layer")
 # One thread of a shared AMD Zen 5, 48 to 3072 channels, our kernels over the better of MKL and oneDNN, forward and both
 # gradients: float32 1.1 to 1.3 from 16 to 512 rows, 1.0 at 2048; bfloat16 1.1 to 4 up to 196 rows, 1.0 to 1.1 at 512
 # and 1024.
 MOST_ROWS = 1024
+MOST_ROWS_AVX2 = 512
 _ELEMENTS = (torch.float32, torch.bfloat16)
 
 
 @cache
 def _has_kernels() -> bool:
-    return "cpu" in COMPILED and extension.cpu_capability() == "avx512_bf16"
+    if "cpu" not in COMPILED:
+        return False
+    if extension.cpu_capability() == "avx2":  # with AVX-512 MKL multiplies vectors twice as long
+        return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return extension.cpu_capability() == "avx512_bf16"
 
 
 @cache
@@ -39,18 +45,41 @@ def _has_tiles() -> bool:
     return tiles is None or tiles()
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Returns whether the kernels compute products of x and a weight at all: by dtype, device and processor."""
+def takes(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Returns whether the kernels compute products of x and a weight at all: by dtype, device and processor.
+
+    dtype: To which x will be converted; None = as it is.
+    """
     if x.device.type != "cpu" or weight.device.type != "cpu" or not _has_kernels():
         return False
     if x.dtype not in _ELEMENTS or weight.dtype not in _ELEMENTS:
         return False
-    return x.dtype == torch.float32 or not _has_tiles()
+    return (dtype or x.dtype) == torch.float32 or not _has_tiles()
 
 
-def is_few(rows: int, products: int = 1) -> bool:
-    """Returns whether so many rows, dealt out to so many products, are few enough for the kernels to be faster."""
-    return 0 < rows <= MOST_ROWS * products
+@cache
+def most_rows(dtype: torch.dtype, *, single: bool) -> float:
+    """Returns up to how many rows of a product the kernels are faster, by dtype and processor.
+
+    With AVX2 bfloat16 is multiplied in float32, 3 to 30 times as fast as by PyTorch, whatever the rows; in float32 MKL
+    is as fast, and what the kernels save is a call for each expert.
+
+    Args:
+        single: One product by itself; else those of all experts in one call.
+    """
+    if extension.cpu_capability() != "avx2":
+        return MOST_ROWS
+    if dtype == torch.bfloat16:
+        return math.inf
+    return 0 if single else MOST_ROWS_AVX2
+
+
+def is_few(rows: int, dtype: torch.dtype, products: int | None = None) -> bool:
+    """Returns whether so many rows are few enough for the kernels to be faster.
+
+    products: Experts to which they are dealt out, all in one call; None = one product by itself.
+    """
+    return 0 < rows <= most_rows(dtype, single=products is None) * (products or 1)
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,6 +168,81 @@ class _ExpertRows(torch.autograd.Function):
         return *found, *[None] * 8
 
 
+class LayerOrder(NamedTuple):
+    """Which rows tokens are for their experts; see swin_moe/moe/dispatch.py:RowOrder."""
+
+    position: Tensor  # (T, k) int64, row of each pair
+    keep: Tensor | None  # (T, k) bool; None = all
+    pair: Tensor  # (N,) int64, token * k + choice of each row
+    counts: Tensor  # (E,) int64, rows of each expert; their sum is N
+
+
+def expert_layer(
+    x: Tensor,
+    gate: Tensor,
+    weights: Sequence[Tensor],
+    order: LayerOrder,
+    *,
+    dtype: torch.dtype,
+    draw: UnitDraw | None,
+) -> Tensor:
+    """Returns (T, D) of the dtype of x, the sum over kept choices of gate times what the expert makes of the token.
+
+    Rounds as gather, expert_rows and the weighted sum one after the other do. First derivatives only.
+
+    Args:
+        x: (T, D), float32 or bfloat16. gate: (T, k) float32.
+        weights: fc1 (E, H, D), bias1 (E, H), fc2 (E, H, D), bias2 (E, D), see expert_rows; biases of `dtype`.
+        dtype: Of the rows and of products; float32 or bfloat16.
+        draw: Which hidden units of the N rows are dropped; None = none.
+    """
+    operands = NO_DRAW if draw is None else draw.operands()
+    return _ExpertLayer.apply(x, gate, *weights, dtype, *order, *operands)
+
+
+class _ExpertLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        fc1: Tensor,
+        bias1: Tensor,
+        fc2: Tensor,
+        bias2: Tensor,
+        dtype: torch.dtype,
+        position: Tensor,
+        keep: Tensor | None,
+        pair: Tensor,
+        counts: Tensor,
+        *draw: Any,
+    ) -> Tensor:
+        order = position, keep, pair, counts
+        verb = torch.ops.swin_moe.expert_layer
+        y, *made = verb(x, gate, fc1, bias1, fc2, bias2, *order, dtype, *draw)
+        ctx.save_for_backward(gate, *made, fc1, fc2, *order, *draw[:2])
+        ctx.draw = draw[2:]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        out, fc1, fc2 = saved[4:7]
+        needs_x, needs_gate, *needs = ctx.needs_input_grad[:6]
+        makers = (
+            lambda: empty_like_reused(fc1),
+            lambda: out.new_empty(fc1.shape[:2]),
+            lambda: empty_like_reused(fc2),
+            lambda: out.new_empty((fc2.shape[0], fc2.shape[2])),
+        )
+        found = [make() if needed else None for make, needed in zip(makers, needs)]
+        grad_x, grad_gate = torch.ops.swin_moe.expert_layer_backward(
+            grad, *saved, *ctx.draw, needs_x, needs_gate, *found
+        )
+        return grad_x if needs_x else None, grad_gate if needs_gate else None, *found, *[None] * 12
+
+
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -159,6 +263,32 @@ def _fake_experts(
     return x.new_empty((x.shape[0], fc2.shape[2])), hidden, torch.empty_like(hidden)
 
 
+def _fake_layer(
+    x: Tensor,
+    gate: Tensor,
+    fc1: Tensor,
+    bias1: Tensor | None,
+    fc2: Tensor,
+    bias2: Tensor | None,
+    position: Tensor,
+    keep: Tensor | None,
+    pair: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype,
+    *draw: Any,
+) -> tuple[Tensor, ...]:
+    rows = x.new_empty((pair.shape[0], x.shape[1]), dtype=dtype)
+    hidden = rows.new_empty((pair.shape[0], fc1.shape[1]))
+    return torch.empty_like(x), rows, hidden, torch.empty_like(hidden), torch.empty_like(rows)
+
+
+def _fake_layer_backward(grad: Tensor, gate: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs_x, needs_gate = rest[-6:-4]
+    return grad.new_empty(grad.shape if needs_x else (0,)), gate.new_empty(gate.shape if needs_gate else (0,))
+
+
+extension.add_fake("expert_layer", _fake_layer)
+extension.add_fake("expert_layer_backward", _fake_layer_backward)
 extension.add_fake("expert_rows", _fake_experts)
 extension.add_fake("expert_rows_backward", lambda *arguments: None)
 extension.add_fake("row_linear", _fake_linear)

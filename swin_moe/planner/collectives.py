@@ -19,7 +19,7 @@ class Collective:
     nothing), and share: how much of that hides it.
     """
 
-    kind: str  # all_to_all, all_reduce, all_gather, reduce_scatter
+    kind: str  # one of hardware.KINDS
     phase: str  # exchange, reduction
     ranks: int
     stride: int
@@ -56,8 +56,10 @@ def collectives_of(config: Config, workload: Workload, layout: Layout) -> Iterat
             kind, hides = ("reduce_scatter", 0.0) if scattered else ("all_reduce", 0.8)
             yield Collective(kind, "reduction", ranks, apart, size, 1, "backward", hides)
             # torch's ZeroRedundancyOptimizer sends one weight after another.
-            calls = workload.tensors(experts=is_expert) if layout.engine == "torch" and layout.zero == 1 else 1
-            yield Collective("all_gather", "reduction", ranks, apart, size / calls, calls)
+            one_by_one = layout.engine == "torch" and layout.zero == 1
+            calls = workload.tensors(experts=is_expert) if one_by_one else 1
+            kind = "broadcast" if one_by_one else "all_gather"
+            yield Collective(kind, "reduction", ranks, apart, size / calls, calls)
 
 
 def tensors_passed(workload: Workload, layout: Layout) -> int:

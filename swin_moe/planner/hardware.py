@@ -17,7 +17,9 @@ from swin_moe.config.yaml_files import read_yaml
 from swin_moe.planner.rates import OTHER, Curve, Point, Rate, Rates
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast")  # of collectives
 _LINKS = "links.yaml"  # in the folder of machines; none itself
+_MAY_BE_ZERO = ("nics_per_node", "nodes_per_leaf", "handling_seconds", "recomputing_seconds")
 _LINK = "inside"  # a figure of this form
 
 
@@ -51,9 +53,14 @@ class Hardware:
     nics_per_node: int = 0  # 0 = one a rank
     nodes_per_leaf: int = 0  # nodes on one switch of the network's lowest level; 0 = all
     oversubscription: float = 1.0  # bytes/s that the nodes of a leaf send over those that its uplinks carry
+    # Of a CPU's host (a device's runs ahead): around a weight that FSDP2 gathers or scatters, beside its message; and
+    # of an operator that is computed again, 0 = launch_seconds.
+    handling_seconds: float = 0.0
+    recomputing_seconds: float = 0.0
     device: str = "cuda"  # whose operators are counted: cuda or cpu
     # What calibration found, by precision: products by shape, and seconds of operators by name (rates.py).
     products: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    collectives: Mapping[str, Link] = field(default_factory=dict)  # by kind, between ranks of a node; others by inside
     operators: Mapping[str, Mapping[str, Rate]] = field(default_factory=dict)
 
     def matrix_rate(self, precision: str) -> float:
@@ -181,6 +188,10 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
         if not isinstance(value, dict) or not value or set(value) - set(PRECISIONS):
             raise ValueError(f"{path}: flops must give FLOP/s of some of {', '.join(PRECISIONS)}, got {shown(value)}")
         return {name: _number(path, f"flops.{name}", rate) for name, rate in value.items()}
+    if form == "collectives":
+        if not isinstance(value, dict) or set(value) - set(KINDS):
+            raise ValueError(f"{path}: collectives must be links of some of {', '.join(KINDS)}, got {shown(value)}")
+        return {name: _figure(path, f"collectives.{name}", link, _LINK) for name, link in value.items()}
     if form in ("inside", "between"):
         wanted = [f.name for f in dataclasses.fields(Link)]
         if not isinstance(value, dict) or set(value) != set(wanted):
@@ -188,7 +199,7 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
         return Link(**{name: _number(path, f"{key}.{name}", value[name]) for name in wanted})
     if form in ("products", "operators"):
         return _by_precision(path, key, value, _points if form == "products" else _rates)
-    number = _number(path, key, value, zero=key in ("nics_per_node", "nodes_per_leaf"))
+    number = _number(path, key, value, zero=key in _MAY_BE_ZERO)
     if key == "oversubscription" and number < 1:
         raise ValueError(f"{path}: oversubscription must be >= 1, got {shown(value)}")
     if key in ("ranks_per_node", "nics_per_node", "nodes_per_leaf"):

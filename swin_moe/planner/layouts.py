@@ -130,6 +130,29 @@ def enumerate_layouts(config: Config, world_size: int, ranks_per_node: int) -> t
     return layouts, rejected
 
 
+def layout_in(config: Config, ranks: int) -> Layout:
+    """Returns the layout that a config says itself, in a world of so many ranks; raises ValueError as training."""
+    degrees = Degrees.resolve(*layout_of(config), ranks)
+    micro, accumulation = config.accumulation(ranks)
+    moe, parallel = config.model.moe, config.parallel
+    return Layout(
+        ranks,
+        degrees.expert,
+        degrees.expert_shard,
+        degrees.expert_data,
+        config.engine.name,
+        parallel.zero,
+        parallel.recompute,
+        config.model.attention_chunk,
+        micro,
+        accumulation,
+        moe.overlap,
+        moe.transport,
+        moe.payload,
+        config.engine.offload,
+    )
+
+
 def check_candidate(config: Config, layout: Layout) -> None:
     """Raises ValueError as training would, for the whole of a candidate."""
     check_layout(layout.apply(config), layout.world_size)

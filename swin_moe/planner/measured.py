@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from swin_moe.data.batch import to_device
 from swin_moe.engine.base import Engine
-from swin_moe.engine.parts import local_tensor
+from swin_moe.engine.parts import Parts, local_tensor
 from swin_moe.planner.trace import LiveBytes
 from swin_moe.run.held import bytes_of, held_tensors
 
@@ -45,11 +45,15 @@ class _LiveAndGathered(LiveBytes):
 def measure_step(engine: Any, task: Any, batches: Iterable[Any], context: Any) -> Measured:
     """Returns what a rank holds in a step, which is taken. Another should have been taken before.
 
-    engine: Of torch's optimizers or FairScale's (engine/parts.py).
+    engine: Of torch's optimizers or FairScale's (engine/parts.py), or DeepSpeed's: there gradients are those that are
+        left when all are reduced, and activations include them and the bucket that they are reduced in, but what stays
+        between steps.
     context: A StepContext.
     """
     batches = list(batches)
     parts = engine.parts
+    if not isinstance(parts, Parts):
+        return _measure_flat(engine, task, batches, context)
     weights, states, averages = held_tensors(engine).values()
     with _LiveAndGathered([local_tensor(t) for t in (*weights, *states, *averages)], engine.model) as seen:
         handles = [_gradients(part.parameter, seen) for part in parts.values() if part.parameter.requires_grad]
@@ -60,9 +64,28 @@ def measure_step(engine: Any, task: Any, batches: Iterable[Any], context: Any) -
         engine.step(context.step)
     for handle in handles:
         handle.remove()
-    # Batches were there before, and one at a time is the step's.
-    inputs = max(bytes_of(v for v in batch.values() if isinstance(v, Tensor)) for batch in batches)
-    return Measured(bytes_of(weights), gradients, bytes_of(states), bytes_of(averages), seen.highest + inputs)
+    activations = seen.highest + _inputs(batches)
+    return Measured(bytes_of(weights), gradients, bytes_of(states), bytes_of(averages), activations)
+
+
+def _measure_flat(engine: Any, task: Any, batches: list[Any], context: Any) -> Measured:
+    parts, model = engine.parts, engine.local_model
+    # Stage 3 leaves a module's parameter empty but while it runs.
+    weights = [*(getattr(p, "ds_tensor", p) for p in model.parameters()), *model.buffers()]
+    states = [t for state in parts.states.values() for t in state.values() if isinstance(t, Tensor)]
+    with LiveBytes([*weights, *parts.buffers, *states]) as seen:
+        _run(engine, task, batches, context)
+        peak = seen.peak
+        gradients = sum(g.numel() * g.element_size() for g in parts.gradients())
+        engine.measure()
+        engine.step(context.step)
+    optimizer = bytes_of([*states, *parts.updated])
+    return Measured(bytes_of(weights), gradients, optimizer, 0, peak + _inputs(batches))
+
+
+def _inputs(batches: list[Any]) -> int:
+    """Returns bytes of a batch: they were there before, and one at a time is the step's."""
+    return max(bytes_of(v for v in batch.values() if isinstance(v, Tensor)) for batch in batches)
 
 
 def _gradients(parameter: Any, seen: LiveBytes) -> Any:

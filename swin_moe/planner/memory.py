@@ -3,7 +3,7 @@ activations from the segments of a micro-step."""
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -18,6 +18,8 @@ from swin_moe.planner.trace import Segment, over_time
 from swin_moe.planner.workload import Parameter, Workload, moments_of, weight_dtype
 
 _BUCKET = 4 * 2**24  # bytes that DeepSpeed reduces together (engine/deepspeed/start.py)
+_REUSED = 4 * 10**9  # bytes of weights that its stage 3 keeps whole from forward to backward
+_ALIGNED = 2  # elements of a rank's part of its flat buffers: a multiple
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,8 @@ def predict_memory(
     states = predict_states(config, workload, layout) if states is None else states
     segments = list(segments)
     live, produced = over_time(segments)
-    whole_gradients = float(produced[-1])
     gathered = _whole(config, workload, layout, segments)
-    gradients = (
-        np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole_gradients)
-    )
-    if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
-        gradients = np.full_like(live, states.gradients)
+    gradients = _gradients_over_time(layout, states, produced, segments)
     peak = int(np.argmax(live + gradients + gathered))
     return Memory(
         parameters=states.parameters,
@@ -64,6 +61,25 @@ def predict_memory(
     )
 
 
+def _gradients_over_time(
+    layout: Layout, states: Memory, produced: np.ndarray, segments: Sequence[Segment]
+) -> np.ndarray:
+    """Returns bytes of gradients after every operator. produced: Of those that this micro-step has made by then."""
+    whole = float(produced[-1])
+    if layout.engine == "deepspeed":
+        # Whole while micro-batches add up and in stage 1, beside the bucket that they are copied to.
+        if layout.accumulation > 1:
+            made = np.full_like(produced, whole)
+        else:
+            made = np.minimum(produced, whole)
+            if layout.zero >= 2:  # let go of with each block
+                made = np.concatenate([np.maximum(s.gradients, 0.0) for s in segments])
+        return made + (states.gradients if layout.zero == 3 else 0.0)
+    if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
+        return np.full_like(produced, states.gradients)
+    return np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole)
+
+
 def activations_over_time(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
     """Returns bytes of activations and of what is gathered or reduced, after every operator of a micro-step."""
     return over_time(segments)[0] + _whole(config, workload, layout, segments)
@@ -74,10 +90,12 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
     item = weight_dtype(config).itemsize
     held = sum(n for _, n in held_elements(workload, layout))
     trained = sum(n for p, n in held_elements(workload, layout) if p.trained)
+    if layout.engine == "deepspeed":
+        return _flat_states(config, workload, layout)
     updated, tensors = max(_updated(workload, layout))
     moments = moments_of(config.optim)
     copies = 0.0
-    if are_kept(layout.apply(config), layout.world_size) and layout.engine != "deepspeed":
+    if are_kept(layout.apply(config), layout.world_size):
         copies = 2.0 * sum(p.numel for p in workload.parameters if p.copied)
     count = 4 * tensors if config.optim.name == "adamw" else 0  # of steps, one each
     return Memory(
@@ -87,7 +105,40 @@ def predict_states(config: Config, workload: Workload, layout: Layout) -> Memory
         averages=item * held if config.optim.ema and layout.offload == "none" else 0.0,
         activations=0.0,
         gathered=0.0,
-        workspace=_BUCKET if layout.engine == "deepspeed" else 0.0,
+        workspace=0.0,
+    )
+
+
+def _flat_states(config: Config, workload: Workload, layout: Layout) -> Memory:
+    """Returns what DeepSpeed's flat buffers hold: of every group of parameters, dense ones and experts apart, whole
+    weights and the own part's masters and moments; in stage 3 parts of weights and gradients, too."""
+    item, moments = weight_dtype(config).itemsize, moments_of(config.optim)
+    whole: dict[tuple[int, bool], int] = {}  # elements of a buffer
+    frozen = part = 0
+    for p, numel in _held_with(workload, layout.degrees, False):
+        spread = p.is_expert and layout.expert * layout.expert_shard > 1
+        ranks = layout.expert_data if spread else layout.world_size
+        if layout.zero == 3:
+            numel = -(-numel // ranks)
+        if p.trained:
+            whole[p.group, spread] = whole.get((p.group, spread), 0) + numel
+        else:
+            frozen += numel
+    for (group, spread), numel in whole.items():
+        ranks = layout.expert_data if spread else layout.world_size
+        if layout.zero < 3:
+            numel = -(-numel // (_ALIGNED * ranks)) * _ALIGNED * ranks
+            whole[group, spread] = numel
+        part += numel if layout.zero == 3 else numel // ranks
+    count = 4 * len(whole) if config.optim.name == "adamw" else 0
+    return Memory(
+        parameters=item * (sum(whole.values()) + frozen),
+        gradients=item * part,
+        optimizer=(0 if layout.offload != "none" else item * (moments + 1) * part) + count,
+        averages=0.0,
+        activations=0.0,
+        gathered=0.0,
+        workspace=_BUCKET,
     )
 
 
@@ -117,10 +168,6 @@ def _updated(workload: Workload, layout: Layout) -> list[tuple[int, int]]:
     held = [(p, n) for p, n in held_elements(workload, layout) if p.trained]
     if layout.zero == 0 or layout.world_size == 1 or layout.cuts_weights:
         return [(sum(n for _, n in held), len(held))]
-    if layout.engine == "deepspeed":  # flat buffers, cut anywhere
-        dense = sum(n for p, n in held if not p.is_expert)
-        experts = sum(n for p, n in held if p.is_expert)
-        return [(-(-dense // layout.world_size) + -(-experts // layout.expert_data), len(held))]
     largest_first = layout.engine == "torch"
     shares = []
     for is_expert, ranks in ((False, layout.world_size), (True, layout.expert_data)):
@@ -195,6 +242,8 @@ def _gathered(config: Config, workload: Workload, layout: Layout, segments: list
     if not layout.cuts_weights or layout.world_size == 1:
         return np.zeros(sum(len(s.live) for s in segments))
     whole = _whole_blocks(config, workload, layout)
+    if layout.engine == "deepspeed":
+        return _gathered_by_deepspeed(whole, segments)
     root, keeps = whole.pop("", 0.0), layout.zero == 2
     before = dict(zip(list(whole)[1:], whole.values()))  # block -> bytes of the one before, which is gathered early
     # Kept: whole from forward to backward. Buffer: of the last gathering, or of the last reduction.
@@ -221,6 +270,20 @@ def _gathered(config: Config, workload: Workload, layout: Layout, segments: list
             root_gradients += float(produced[-1])
         over.append(alive)
     over[-1][-1] += root
+    return np.concatenate(over)
+
+
+def _gathered_by_deepspeed(whole: dict[str, float], segments: list[Segment]) -> np.ndarray:
+    """Returns, after every operator, bytes of parameters that are whole. Stage 3 lets go of what a module gathered only
+    where the next use is far or too much is there (1e9 elements each by default): others stay until their backward."""
+    stays = sum(whole.values()) <= _REUSED
+    kept, over = whole.get("", 0.0), []
+    for segment in segments:
+        own = whole.get(segment.name, 0.0)
+        here = kept + own * (not segment.backward or not stays)
+        over.append(np.full(len(segment.live), here))
+        if own and stays:
+            kept += -own if segment.backward else own
     return np.concatenate(over)
 
 

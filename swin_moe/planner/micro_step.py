@@ -20,6 +20,7 @@ from swin_moe.models.attention import stage_geometry
 from swin_moe.models.network import Network
 from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.moe import MoELayer
+from swin_moe.ops.attention.choice import Measuring
 from swin_moe.optim import frozen_parameters
 from swin_moe.parallel.sharding import Degrees, local_chunk
 from swin_moe.planner.exchange import EvenDispatcher
@@ -66,13 +67,20 @@ class MicroStep:
 
 
 def trace_micro_step(
-    config: Config, degrees: Degrees, rows: float = 1.0, *, images: int = 0, experts_only: bool = False
+    config: Config,
+    degrees: Degrees,
+    rows: float = 1.0,
+    *,
+    images: int = 0,
+    experts_only: bool = False,
+    kernels: bool = False,
 ) -> MicroStep:
     """Returns the micro-step of rank 0, which holds as much as any.
 
     Args:
         rows: Rows that arrive for this rank's experts, in shares of those that it sends; 1 = an even load.
         images: The only micro-batch that will be asked for; 0 = any.
+        kernels: Attention by compiled kernels, as on a GPU, also where this machine has none.
         experts_only: No other blocks than those with experts are wanted (MicroStep.with_experts).
     """
     blocks = _blocks_to_trace(config.model)
@@ -84,12 +92,13 @@ def trace_micro_step(
     elif degrees.world_size == 1 and config.engine.precision in ("bf16", "fp16"):
         # What one rank copies of weights (engine/weight_copies.py) comes together at the end, of all blocks.
         blocks = tuple(tuple(range(depth)) for depth in config.model.depths)
-    traced = {size: trace_exactly(config, degrees, size, rows, blocks) for size in ([images] if images else _TRACED)}
+    sizes = [images] if images else _TRACED
+    traced = {size: trace_exactly(config, degrees, size, rows, blocks, kernels=kernels) for size in sizes}
     return MicroStep(traced, config.model, blocks)
 
 
 def trace_exactly(
-    config: Config, degrees: Degrees, images: int, rows: float = 1.0, blocks: Blocks = ()
+    config: Config, degrees: Degrees, images: int, rows: float = 1.0, blocks: Blocks = (), *, kernels: bool = False
 ) -> list[Segment]:
     """Returns the segments of a micro-step with this many images, every block of the config run, or those given."""
     task = task_to_count(config)
@@ -105,7 +114,7 @@ def trace_exactly(
         if copies is not None:
             known += [*copies.masters.values(), *copies.copies.values()]
         used = nullcontext() if copies is None else copies.used()
-        with LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
+        with _attending(kernels=kernels), LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(config, 1, degrees.world_size, config.data.global_batch,
@@ -120,6 +129,16 @@ def trace_exactly(
                         bytes_alive.is_gradient(master.grad)
             bytes_alive.end()
         return bytes_alive.segments
+
+
+@contextmanager
+def _attending(*, kernels: bool) -> Iterator[None]:
+    """Counts compiled kernels of attention as there, where that is asked for."""
+    before, Measuring.kernels = Measuring.kernels, kernels
+    try:
+        yield
+    finally:
+        Measuring.kernels = before
 
 
 def example_batch(config: Config, images: int, task: Task) -> Batch:

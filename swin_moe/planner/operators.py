@@ -114,6 +114,8 @@ JOINED: dict[str, Callable[[Arguments], list[tuple[str, Shape]]]] = {
     "row_linear_backward": _row_linear_backward,
     "expert_rows": lambda args: [("grouped_linear", shape) for shape in _experts(args)],
     "expert_rows_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 1, 4)[::-1]],
+    "expert_layer": lambda args: [("grouped_linear", shape) for shape in _experts(args, 8, 2)],
+    "expert_layer_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 2, 6)[::-1]],
 }
 # Products of many small matrices, whose rate is no plain product's.
 ATTENTION = frozenset(name for name in PRODUCTS if "attention" in name)

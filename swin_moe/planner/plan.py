@@ -71,7 +71,7 @@ def make_plan(config: Config, hardware: Hardware, ranks: int, traces: "Traces | 
     hardware.matrix_rate(config.engine.precision)
     candidates, rejected = enumerate_layouts(config, ranks, hardware.ranks_per_node)
     workload = build_workload(config)
-    predictions = _Predictions(config, hardware, workload, traces or Traces(config))
+    predictions = _Predictions(config, hardware, workload, traces or Traces(config, kernels=hardware.device == "cuda"))
     found: list[Planned] = []
     too_large: list[tuple[Layout, Memory]] = []
     fitting: Counter[Layout] = Counter()
@@ -143,10 +143,10 @@ def _as_held(layout: Layout) -> Layout:
 
 
 class Traces:
-    """Micro-steps by what they depend on."""
+    """Micro-steps by what they depend on. kernels: Attention runs by compiled kernels wherever the plan is made."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, kernels: bool = False) -> None:
+        self.config, self.kernels = config, kernels
         self._whole: dict[tuple, MicroStep] = {}  # of one layout of the experts each
         self._steps: dict[tuple, MicroStep] = {}
         self._segments: dict[tuple, list[Segment]] = {}
@@ -182,10 +182,10 @@ class Traces:
             (low, high), share = ends
             step = self._step(config, low, kind).between(self._step(config, high, kind), share)
         elif kind in self._whole:
-            experts = trace_micro_step(config, degrees, images=images, experts_only=True)
+            experts = trace_micro_step(config, degrees, images=images, experts_only=True, kernels=self.kernels)
             step = self._whole[kind].with_experts(experts)
         else:
-            step = self._whole[kind] = trace_micro_step(config, degrees, images=images)
+            step = self._whole[kind] = trace_micro_step(config, degrees, images=images, kernels=self.kernels)
         self._steps[key] = step
         return step
 

@@ -24,9 +24,6 @@ from swin_moe.planner.workload import Workload, moments_of, rows_share, weight_d
 
 BOUNDS = ("compute", "memory", "launches", "link", "network")
 _UPDATE_PASSES = {"adamw": 7, "sgd": 5}  # reads and writes of an element: weight, gradient, moments
-# Operators as which the host's work around one weight counts that FSDP2 gathers or scatters; measured, 2.5 to 3.2
-# (benchmarks/results/2026-11-29-planner-layouts.md).
-_HANDLED = 2.8
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,10 @@ def predict_computation(
     """Returns the time of a micro-step's operators; see predict_time."""
     bounds = dict.fromkeys(BOUNDS, 0.0)
     if config.engine.precision in hardware.rates:
+        segments = list(segments)
         forward, backward = _measured(hardware, config.engine.precision, segments, bounds)
+        hooks = _recomputing(hardware, layout, segments)
+        backward, bounds["launches"] = backward + hooks, bounds["launches"] + hooks
     else:
         segments = list(segments)
         macs = macs_of_segments(config, workload, layout, segments) if macs is None else macs
@@ -111,7 +111,7 @@ def add_communication(
     hidden = 0.0
     cover = {"backward": computation.backward, "forward": forward, "experts": experts, "": 0.0}
     for collective in collectives_of(config, workload, layout):
-        seconds, bound = _seconds(collective, hardware, layout)
+        seconds, bound = seconds_of_collective(collective, hardware)
         # CPU ranks carry the bytes with the cores that compute.
         free = min(seconds, cover[collective.beside] * collective.share) if hardware.device != "cpu" else 0.0
         cover[collective.beside] -= free if collective.share else 0.0
@@ -119,7 +119,7 @@ def add_communication(
         exposed[collective.phase] += seconds - free
         bounds[bound] += seconds - free
     if hardware.device == "cpu":  # elsewhere the host runs ahead
-        handling = _HANDLED * hardware.launch_seconds * tensors_passed(workload, layout)
+        handling = hardware.handling_seconds * tensors_passed(workload, layout)
         exposed["reduction"] += handling
         bounds["launches"] += handling
     bounds["memory"] += update
@@ -167,6 +167,14 @@ def _measured(
     return max(seconds[0], launches[0]), max(seconds[1], launches[1])
 
 
+def _recomputing(hardware: Hardware, layout: Layout, segments: Sequence[Segment]) -> float:
+    """Returns what operators of blocks that are computed again take of a CPU's host beyond those that are not."""
+    if layout.recompute != "block" or hardware.device != "cpu" or not hardware.recomputing_seconds:
+        return 0.0
+    again = sum(len(s.operators) for s in segments if not s.backward and s.name and not s.name.endswith("+"))
+    return again * (hardware.recomputing_seconds - hardware.launch_seconds)
+
+
 def expert_seconds(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
     """Returns seconds of the experts' products in a micro-step, beside which slices travel."""
     macs = sum(2.0 * layer.rows * layer.dim * layer.hidden for layer in workload.moe) * layout.micro_batch
@@ -181,7 +189,8 @@ def predict_update(config: Config, hardware: Hardware, workload: Workload, layou
         return _measured_update(config, rates, workload, layout) + 3 * states.averages / hardware.memory_rate
     moments = moments_of(config.optim)
     kept = layout.offload == "none" and moments  # else the state does not tell what this rank updates
-    elements = states.optimizer / moments if kept else sum(update_bytes(config, workload, layout))
+    masters = layout.engine == "deepspeed"  # are part of that state
+    elements = states.optimizer / (moments + masters) if kept else sum(update_bytes(config, workload, layout))
     traffic = elements * _UPDATE_PASSES[config.optim.name] + 3 * states.gradients + 3 * states.averages
     return traffic / hardware.memory_rate + 20 * hardware.launch_seconds
 
@@ -205,19 +214,19 @@ def _measured_update(config: Config, rates: Rates, workload: Workload, layout: L
     return found * _UPDATE_PASSES[config.optim.name] / _UPDATE_PASSES["adamw"]
 
 
-def _seconds(collective: Collective, hardware: Hardware, layout: Layout) -> tuple[float, str]:
+def seconds_of_collective(collective: Collective, hardware: Hardware) -> tuple[float, str]:
     """Returns (seconds of all its calls, link or network: which of them decides)."""
     ranks, stride = collective.ranks, collective.stride
     if ranks <= 1:
         return 0.0, "link"
     here = max(1, min(ranks, hardware.ranks_per_node // stride))  # of the group, on one node
     nodes = math.ceil(ranks / here)
-    inside = _bandwidth(hardware.inside, hardware)
-    between = _bandwidth(hardware.between, hardware)
-    hops = hardware.inside.latency * math.ceil(math.log2(here)) + hardware.between.latency * math.ceil(math.log2(nodes))
+    near = hardware.collectives.get(collective.kind, hardware.inside)
+    inside, between = _bandwidth(near, hardware), _bandwidth(hardware.between, hardware)
+    hops = near.latency * math.ceil(math.log2(here)) + hardware.between.latency * math.ceil(math.log2(nodes))
     size = collective.bytes
     if collective.kind == "all_to_all":
-        hops = (hardware.between if nodes > 1 else hardware.inside).latency
+        hops = (hardware.between if nodes > 1 else near).latency
         staying, leaving = size * (here - 1) / ranks, size * (ranks - here) / ranks
         times = {"link": staying / inside, "network": leaving / between}
     else:

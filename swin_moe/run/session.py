@@ -308,11 +308,14 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
     try:
         main(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _fail("error: interrupted by Ctrl-C; what was saved before is kept", ending.INTERRUPTED)
     except Stopped:
         code = STOPPED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and not dist.is_initialized() and ending.is_unread():
+            ending.end_unread()
         short = out_of_memory(error)
         if short is None and not isinstance(error, ValueError | OSError):
             raise

@@ -32,6 +32,26 @@ def weights(layer):
     return [getattr(layer.experts, n) for n in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")]
 
 
+def test_a_layer_that_draws_nothing_makes_no_words(monkeypatch):
+    def refuse(random):
+        raise AssertionError("words were made")
+
+    after = []
+    for options in ({"gate_noise": 0.0}, {"gate_noise": 1.0}, {"gate_noise": 0.0, "dropout": 0.5}):
+        layer = build(**options).train()
+        torch.manual_seed(0)
+        layer(images())
+        after.append(float(torch.rand(())))  # a fresh context has been drawn in any case
+        with monkeypatch.context() as patch:
+            patch.setattr("swin_moe.moe.layer.with_words", refuse)
+            if options == {"gate_noise": 0.0}:
+                layer(images())
+            else:
+                with pytest.raises(AssertionError, match="words were made"):
+                    layer(images())
+    assert after[0] == after[1] == after[2]
+
+
 CASES = {
     "official": ({}, {"capacity": 3}),
     "gshard": ({"balance_loss": "gshard", "batch_prioritized": False}, {"capacity": 3}),

@@ -1,14 +1,16 @@
 """Products of few rows by our kernels: against float64, for every order in memory, and the same bits on all threads."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.ops import extension, row_products
 from swin_moe.ops import grouped_linear as grouped_module
-from swin_moe.ops import row_products
 from swin_moe.ops.grouped_linear import grouped_linear
-from swin_moe.ops.linear import Linear, linear, serves_few
+from swin_moe.ops.linear import Linear, serves_few
 from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.randomness import RandomContext
 
@@ -116,15 +118,28 @@ def test_strides_of_what_comes_in():
     x, weight, seen = draw(24, 30, seed=0).t(), draw(40, 48, seed=1)[:, ::2], draw(40, 30, seed=2).t()
     exact = [t.double().requires_grad_() for t in (x, weight)]
     mine = [t.detach().requires_grad_() for t in (x, weight)]
-    linear(*mine).backward(seen)
+    row_products.row_linear(*mine, None).backward(seen)
     F.linear(*exact).backward(seen.double())
     assert all(error(a.grad, b.grad) < BOUNDS[torch.float32] for a, b in zip(mine, exact))
 
 
-def test_which_products_they_take():
-    x, weight = torch.zeros(row_products.MOST_ROWS, 32), torch.zeros(8, 32)
-    assert serves_few(x, weight)
-    assert not serves_few(torch.zeros(row_products.MOST_ROWS + 1, 32), weight)
+@pytest.mark.parametrize("capability", ["avx2", "avx512_bf16"])
+def test_how_many_rows_are_few(monkeypatch, capability):
+    monkeypatch.setattr(extension, "cpu_capability", lambda: capability)
+    most, wide = row_products.most_rows.__wrapped__, capability == "avx512_bf16"
+    # MKL multiplies float32 with AVX2 as fast, and bfloat16 goes through float32 by nobody else's kernels.
+    assert most(torch.float32, single=True) == (row_products.MOST_ROWS if wide else 0)
+    assert most(torch.float32, single=False) == (row_products.MOST_ROWS if wide else row_products.MOST_ROWS_AVX2)
+    assert most(torch.bfloat16, single=True) == (row_products.MOST_ROWS if wide else math.inf)
+
+
+@pytest.mark.parametrize("most", [0, 40, math.inf])
+def test_which_products_they_take(monkeypatch, most):
+    monkeypatch.setattr(row_products, "most_rows", lambda dtype, single: most)
+    rows = 40
+    x, weight = torch.zeros(rows, 32), torch.zeros(8, 32)
+    assert serves_few(x, weight) == (most > 0)
+    assert serves_few(torch.zeros(rows + 1, 32), weight) == (most == math.inf)
     assert not serves_few(x[:0], weight)
     assert not serves_few(x.double(), weight.double())
     assert not serves_few(x.to("meta"), weight.to("meta"))

@@ -7,8 +7,8 @@ import pytest
 from swin_moe.config.io import load_config
 from swin_moe.planner.arithmetic import macs_of_segments
 from swin_moe.planner.hardware import load_hardware
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.plan import Traces
-from swin_moe.planner.runs.check import layout_in
 from swin_moe.planner.simulation.program import stretches
 from swin_moe.planner.step_time import predict_time
 from swin_moe.planner.workload import build_workload, moments_of, rows_share, weight_dtype

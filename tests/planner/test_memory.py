@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from swin_moe.config.io import load_config
+from swin_moe.ops import extension
 from swin_moe.parallel.sharding import Degrees
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
@@ -151,6 +152,20 @@ def test_live_bytes_of_a_known_program():
     (segment,) = seen.segments
     assert segment.live[-1] == 0 and segment.gradients[-1] == 4096 and segment.live.max() >= 3 * 4096
     assert isinstance(segment.live, np.ndarray) and segment.launches > 2
+
+
+def test_a_plan_of_gpus_needs_no_compiled_kernels_here(monkeypatch):
+    """A laptop without them once planned attention's scores for them as well."""
+    config = tiny("model.name=swinv2", "model.depths=[1,1]")
+    here = trace_exactly(config, ALONE, 2, kernels=True)
+    monkeypatch.setattr(extension, "COMPILED", frozenset())
+    without, kept = trace_exactly(config, ALONE, 2, kernels=True), trace_exactly(config, ALONE, 2)
+    assert [s.operators for s in without] == [s.operators for s in here]
+    assert over_time(without)[0].max() == over_time(here)[0].max() < over_time(kept)[0].max()
+    traces = Traces(config, kernels=True).of(
+        Layout(1, 1, 1, 1, "torch", 0, "none", 0, 2, 4, 1, "linear", "none", "none")
+    )
+    assert any("window_attention" in name for s in traces for name, _ in s.operators)
 
 
 @pytest.mark.parametrize("name", ["canvas_upernet", "canvas_mask_rcnn"])

@@ -96,6 +96,16 @@ def test_the_product_of_an_operator(name, shapes, product):
             [(10, 3), (10, 3), (10, 7), (10, 7), (4, 7, 3)],
             [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))],
         ),
+        (  # 5 tokens of 3 channels for 2 experts each
+            "expert_layer",
+            [(5, 3), (5, 2), (4, 7, 3), (4, 7), (4, 7, 3), (4, 3), (5, 2), None, (10,)],
+            [("grouped_linear", (10, 3, 7)), ("grouped_linear", (10, 7, 3))],
+        ),
+        (
+            "expert_layer_backward",
+            [(5, 3), (5, 2), (10, 3), (10, 7), (10, 7), (10, 3), (4, 7, 3), (4, 7, 3)],
+            [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))],
+        ),
     ],
 )
 def test_what_is_joined_where_rows_are_few_counts_as_in_a_trace(name, args, parts):

@@ -7,12 +7,12 @@ import pytest
 
 from swin_moe.config.io import apply_overrides, load_config
 from swin_moe.planner.hardware import load_hardware
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.memory import Memory
 from swin_moe.planner.plan import Planned
 from swin_moe.planner.report.costs import checkpoint_bytes, describe_costs, images_of, predict_costs
 from swin_moe.planner.report.plot import _COLOURS, draw_plans
 from swin_moe.planner.report.skew import default_skew, fullest_rank, recorded_skew, step_interval
-from swin_moe.planner.runs.check import layout_in
 from swin_moe.planner.step_time import StepTime
 from swin_moe.planner.workload import build_workload
 

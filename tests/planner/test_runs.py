@@ -12,9 +12,10 @@ from swin_moe import cli
 from swin_moe.config.io import dump_config, load_config
 from swin_moe.planner.command import main
 from swin_moe.planner.hardware import load_hardware, read_hardware
+from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.plan import make_plan
 from swin_moe.planner.runs.auto import choose_layout, hardware_of, own_hardware
-from swin_moe.planner.runs.check import compare, layout_in, refit, trace_run
+from swin_moe.planner.runs.check import compare, refit, trace_run
 from swin_moe.planner.runs.records import read_run
 
 SMALL = ["data.global_batch=16", "model.depths=[1,1]", "model.num_heads=[3,6]", "model.moe.blocks=[[-1],[0]]"]

@@ -82,6 +82,10 @@ class Choice:
         """Returns who goes where. bias: (E,) of each expert, which changes who is chosen; None = 0."""
         raise NotImplementedError
 
+    def draws(self) -> bool:
+        """Returns whether a forward in training draws anything: noise, or which hidden units are dropped."""
+        return True
+
     def pairs(self, routing: Routing, random: RandomContext, token: Tensor) -> Tensor:
         """Returns (R, k) int64, a number for every pair that no layout of the run changes.
 

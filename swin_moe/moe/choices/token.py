@@ -42,6 +42,10 @@ class TokenChoice(Choice):
         ]
         return Assigned(join(routings), parts)
 
+    def draws(self) -> bool:
+        """Returns whether there is noise or dropout; a subclass may draw more."""
+        return self.config.gate_noise > 0 or self.config.dropout > 0 or type(self) is not TokenChoice
+
     def pairs(self, routing: Routing, random: RandomContext, token: Tensor) -> Tensor:
         """Returns (T, k), the number of the token's choice."""
         top_k = self.config.top_k

@@ -5,18 +5,20 @@ import datetime
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from swin_moe.config.arguments import Parser
 from swin_moe.engine.precision import DTYPES
 from swin_moe.parallel.groups import init_distributed, number_of
-from swin_moe.planner.calibrate.links import fit_link, measure_collectives, read_preflight
+from swin_moe.planner.calibrate.libraries import RECOMPUTED, measure_handling, seconds_of_recomputing
+from swin_moe.planner.calibrate.links import fit_links, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.machine import (
     measure_disk,
     measure_launch,
@@ -71,10 +73,9 @@ def main(argv: list[str]) -> None:
     say = Steps(enabled=rank == 0)
     hardware = measure_rank(device, like, out.parent, say, ranks=world)
     if world > 1:
-        say(f"collectives of {world} ranks")
         init_distributed(device)
-        link = fit_link(list(measure_collectives(device)))
-        links = {"inside": link} | links
+        hardware = measure_together(device, hardware, say)
+        links = {"inside": hardware.inside} | links
     found, on_node = _both(links, like), max(world, like.ranks_per_node)
     hardware = replace(
         hardware, name=out.stem, ranks_per_node=on_node, inside=found["inside"], between=found["between"]
@@ -116,16 +117,24 @@ def _alike(device: torch.device) -> str:
     return min(found, key=lambda machine: abs(machine.memory_bytes - size)).name
 
 
-def measure_rank(device: torch.device, like: Hardware, folder: Path, say: Steps, *, ranks: int) -> Hardware:
+def measure_rank(
+    device: torch.device,
+    like: Hardware,
+    folder: Path,
+    say: Steps,
+    *,
+    ranks: int,
+    precisions: Sequence[str] = _PRECISIONS,
+) -> Hardware:
     """Returns what one rank measures alone; the rest is of the machine that is like it."""
-    names = [name for name in _PRECISIONS if name in like.flops]
+    names = [name for name in precisions if name in like.flops]
     products: dict[str, list[Point]] = {}
     for name in names:
         say(f"products in {name}")
         products[name] = list(measure_products(device, DTYPES[name] or torch.float32))
     say("memory, disk")
     memory, (written, _) = measure_memory(device), measure_disk(folder)
-    launch, rates = measure_launch(device), {}
+    launch, recomputing, rates = measure_launch(device), 0.0, {}
     if device.type == "cpu":
         seen: dict[str, list[Seen]] = {}
         for name in names:
@@ -134,6 +143,9 @@ def measure_rank(device: torch.device, like: Hardware, folder: Path, say: Steps,
                 seen[name].append(step)
                 say(f"step of network {number} of {len(NETWORKS)} in {name}: {1e3 * step.micro_step:.0f} ms")
         launch = float(np.median([step.host for steps in seen.values() for step in steps]))
+        say("a network whose blocks are computed again")
+        (again,) = measure_networks(device, names[0], [f"{RECOMPUTED} parallel.recompute=block"])
+        recomputing = seconds_of_recomputing(seen[names[0]][NETWORKS.index(RECOMPUTED)], again)
         rates = rates_of({name: Curve(points) for name, points in products.items()}, seen)
     peaks = {name: max(point[3] for point in points) for name, points in products.items()}
     return replace(
@@ -142,6 +154,7 @@ def measure_rank(device: torch.device, like: Hardware, folder: Path, say: Steps,
         flops={**like.flops, **peaks},
         memory_bytes_per_second=memory,
         launch_seconds=launch,
+        recomputing_seconds=recomputing,
         disk_bytes_per_second=written,
         matrix_share=1.0,
         memory_share=1.0,
@@ -150,6 +163,19 @@ def measure_rank(device: torch.device, like: Hardware, folder: Path, say: Steps,
         products=products,
         operators=rates,
     )
+
+
+def measure_together(device: torch.device, hardware: Hardware, say: Steps) -> Hardware:
+    """Returns the machine of one rank with what all ranks of one host, which have met, measure together."""
+    ranks = dist.get_world_size()
+    say(f"collectives of {ranks} ranks")
+    link, kinds = fit_links(list(measure_collectives(device)))
+    on_node = max(ranks, hardware.ranks_per_node)
+    hardware = replace(hardware, inside=link, collectives=kinds, ranks_per_node=on_node)
+    if device.type != "cpu":
+        return hardware
+    say("what FSDP2 does around weights")
+    return replace(hardware, handling_seconds=measure_handling(device, hardware))
 
 
 def _both(links: Mapping[str, Link], like: Hardware) -> dict[str, Link]:

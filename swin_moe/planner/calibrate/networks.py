@@ -5,7 +5,7 @@ Plans are of other sizes; what is found is fitted by bytes and products (rates.p
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ from swin_moe.config import Config
 from swin_moe.config.io import load_config
 from swin_moe.engine.base import ENGINES
 from swin_moe.optim import build_schedule
-from swin_moe.parallel.groups import build_groups
+from swin_moe.parallel.groups import Groups, single_process_groups
 from swin_moe.planner.calibrate.machine import clock
 from swin_moe.planner.micro_step import example_batch
 from swin_moe.planner.operators import starts_kernel, tensors_of, traced_work_of
 from swin_moe.planner.rates import UPDATE, Curve, Rate, beyond, fit, fit_rates, moved_by_update
 from swin_moe.registry import lookup
-from swin_moe.run.session import Session, build_meta_model, layout_of
+from swin_moe.run.session import Session, build_meta_model
 from swin_moe.tasks.base import StepContext, build_task
 
 _SMALL = "model.num_classes=100 model.num_heads=[3,6,12,24] model.embed_dim="
@@ -87,10 +87,10 @@ class _Timed(TorchDispatchMode):
 
 
 class SmallStep:
-    """A network that is trained on one batch of noise, on one rank."""
+    """A network that is trained on one batch of noise: on this rank alone, or with all of `groups`."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        groups = build_groups(*layout_of(config), device, routing_ranks=config.routing_ranks(1), two_hops=False)
+    def __init__(self, config: Config, device: torch.device, groups: Groups | None = None) -> None:
+        groups = single_process_groups() if groups is None else groups
         session = Session(config, groups, device)
         self.config, self.device, self.task, self.steps = config, device, build_task(config), 0
         engine = lookup(ENGINES, config.engine.name, key="engine.name")
@@ -98,7 +98,8 @@ class SmallStep:
         self.engine = engine(
             build_meta_model(session, self.task), config=config, groups=groups, schedule=schedule, device=device
         )
-        images, self.accumulation = config.accumulation(1)
+        self.world_size = groups.world_size
+        images, self.accumulation = config.accumulation(self.world_size)
         batch: Any = example_batch(config, images, self.task)
         batch["image"].normal_()
         batch["target"].random_(config.model.num_classes)
@@ -109,7 +110,9 @@ class SmallStep:
 
     def micro_steps(self) -> None:
         """Forward and backward of a step."""
-        context = StepContext(self.config, self.steps, 1, self.config.data.global_batch, self.engine.autocast)
+        context = StepContext(
+            self.config, self.steps, self.world_size, self.config.data.global_batch, self.engine.autocast
+        )
         for index in range(self.accumulation):
             with self.engine.micro_step(last=index == self.accumulation - 1):
                 self.engine.backward(self.task.loss(self.engine.model, self.batch, context).total)
@@ -121,11 +124,11 @@ class SmallStep:
         self.steps += 1
 
 
-def measure_networks(device: torch.device, precision: str) -> Iterator[Seen]:
+def measure_networks(device: torch.device, precision: str, networks: Sequence[str] = NETWORKS) -> Iterator[Seen]:
     """Yields what the steps of small networks were."""
     now = clock(device)
     with tempfile.TemporaryDirectory() as directory:
-        for options in NETWORKS:
+        for options in networks:
             words = f"model.moe.blocks=[] {options} engine.precision={precision} run.output={directory}".split()
             yield _measure(SmallStep(load_config("digits_swin_moe", words), device), now)
 

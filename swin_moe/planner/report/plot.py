@@ -48,7 +48,7 @@ def plans_by_world(config: Config, hardware: Hardware, ranks: int, plan: Plan) -
     plan: That of `ranks`, which is made already.
     """
     worlds = [2**power for power in range(int(math.log2(ranks)) + 1) if 2**power < ranks][1 - _MOST :]
-    traces, found = Traces(config), {}
+    traces, found = Traces(config, kernels=hardware.device == "cuda"), {}
     for world in worlds:
         try:
             layouts = make_plan(config, hardware, world, traces).layouts

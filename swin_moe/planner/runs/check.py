@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from swin_moe.config import Config
-from swin_moe.parallel.sharding import Degrees
 from swin_moe.planner.hardware import Hardware
-from swin_moe.planner.layouts import Layout
+from swin_moe.planner.layouts import Layout, layout_in
 from swin_moe.planner.memory import Memory, predict_memory
 from swin_moe.planner.plan import Traces
 from swin_moe.planner.runs.records import Run
 from swin_moe.planner.step_time import StepTime, predict_time
 from swin_moe.planner.trace import Segment
 from swin_moe.planner.workload import Workload, build_workload
-from swin_moe.run.session import layout_of
 
 _PULL = 0.01  # of a share towards the file's, against an error of the same logarithm: what no run tells stays
 _ROUNDS = 40  # of the search, every one over all shares
@@ -54,29 +51,6 @@ class Traced:
     def memory(self) -> Memory:
         """Returns what its fullest rank holds."""
         return predict_memory(self.run.config, self.workload, self.layout, self.segments)
-
-
-def layout_in(config: Config, ranks: int) -> Layout:
-    """Returns the layout that a config says itself, in a world of so many ranks; raises ValueError as training."""
-    degrees = Degrees.resolve(*layout_of(config), ranks)
-    micro, accumulation = config.accumulation(ranks)
-    moe, parallel = config.model.moe, config.parallel
-    return Layout(
-        ranks,
-        degrees.expert,
-        degrees.expert_shard,
-        degrees.expert_data,
-        config.engine.name,
-        parallel.zero,
-        parallel.recompute,
-        config.model.attention_chunk,
-        micro,
-        accumulation,
-        moe.overlap,
-        moe.transport,
-        moe.payload,
-        config.engine.offload,
-    )
 
 
 def trace_run(run: Run) -> Traced:

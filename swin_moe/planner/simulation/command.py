@@ -41,9 +41,10 @@ def main(argv: list[str] | None = None) -> int:
             else draw_shares(layers, experts, spread=options.spread, seed=options.seed)
         )
         chosen = best.layout.apply(config)
-        segments = trace_micro_step(chosen, best.layout.degrees, images=_images(best.layout)).at(
-            best.layout.micro_batch
+        step = trace_micro_step(
+            chosen, best.layout.degrees, images=_images(best.layout), kernels=hardware.device == "cuda"
         )
+        segments = step.at(best.layout.micro_batch)
         simulated = simulate(chosen, hardware, workload, best.layout, segments, shares)
     except BrokenPipeError:  # the command line ends in silence
         raise
