@@ -12,7 +12,7 @@ SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 # Where nothing may be kept of what Python compiled, each of some 500 processes of the tests compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-full lint clean
+.PHONY: setup demo test test-full lint docs clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	@$(BIN)/python -c 'import mkdocs' 2> /dev/null || $(BIN)/pip install -q 'mkdocs>=1.6'
+	$(BIN)/python docs/site/build.py && echo 'the pages: build/site/index.html'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

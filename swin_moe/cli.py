@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
+    "demo": ("swin_moe.demo.command", "a page: upload an image; classes, experts, attention, features"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
     "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),
@@ -85,7 +86,7 @@ def _run() -> None:
         with contextlib.suppress(ValueError):  # the launcher says what is wrong with its own options
             check_before_launch(*module.parse(arguments))
         sys.exit(module.main(arguments))
-    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor", "data", "completion"):
+    if name in ("plan", "simulate", "checkpoint", "weights", "configs", "show", "doctor", "data", "completion", "demo"):
         module.run(arguments)
     else:
         from swin_moe.run.session import run_main

@@ -34,7 +34,7 @@ from swin_moe.run.summary import describe
 from swin_moe.run.training_graphs import check_training
 from swin_moe.tasks.base import StepContext, StepDone, build_task
 from swin_moe.usage.texts import TRAIN
-from swin_moe.weights.load import start_from
+from swin_moe.weights.load import check_sources, start_from
 from swin_moe.weights.teacher import load_teacher
 
 MAX_SKIPPED_STEPS = 10  # in a row, outside fp16: more means that the run is lost, not unlucky
@@ -376,6 +376,7 @@ def _choose(config: Config, world_size: int, overrides: Sequence[str]) -> tuple[
 def train(session: Session) -> None:
     """Trains a run to its end, or continues it."""
     check_training(session.config, session.device.type, session.world_size)
+    check_sources(session)
     trainer = Trainer(with_counted_classes(session))
     warn_of_small_images(session, trainer.loader.dataset)
     for line in describe(trainer.session, trainer.engine):

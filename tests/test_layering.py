@@ -26,7 +26,7 @@ LAYERS = (
     ("weights", "planner", "curate"),
     ("evaluate", "predict_pixels"),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
-    ("doctor", "report"),
+    ("doctor", "report", "demo"),
     ("cli",),
     ("__main__",),
 )
@@ -39,7 +39,7 @@ TOOLS_MAY_ALSO_IMPORT = {"checkpoint_tools.verbs.export_program": ("models", "mo
 ENTRY_POINTS = ("run", "cli", "doctor")
 # What reads files of other programs asks checkpoint_tools, through one module; that imports lower rows only.
 READERS = {"weights": "checkpoint_tools.weights"}
-OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "pycocotools", "launcher"}
+OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", "pycocotools", "gradio", "launcher"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swin_moe.config.arguments import Parser
 
 _EXAMPLES = """examples:
@@ -25,13 +27,16 @@ _CHECK = """examples:
     swin-moe data check photos --labels labels.csv
   for a script: exit code 1 where something spoils training
     swin-moe data check photos --json --sheet ''"""
+_LARGE = 720  # pixels of a shorter side: decoding such photos anew every epoch takes longer than a small network
 _SPLIT = """examples:
   class folders into train.csv and val.csv; nothing is moved
     swin-moe data split photos --out photos_split
   a table of labels, its columns named
     swin-moe data split photos --labels labels.csv --image-column id --class-column breed --out dogs
   a tenth for validation, another draw, as folders of links
-    swin-moe data split photos --val 0.1 --seed 7 --out photos_7 --how links"""
+    swin-moe data split photos --val 0.1 --seed 7 --out photos_7 --how links
+  photos of a camera, once and for all small enough to be read quickly
+    swin-moe data split photos --out photos_split --how copies --shrink 256"""
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -92,11 +97,17 @@ def parse(argv: list[str] | None) -> Any:
     split.add_argument(
         "--how", choices=("lists", "links", "copies"), default="lists", help="tables (default), or folders"
     )
+    split.add_argument("--shrink", type=int, default=0, metavar="PIXELS", help="of copies: their shorter side at most")
     options, unknown = parser.parse_known_args(argv)
     if unknown:  # said by the verb's own parser, which knows what may have been meant
         (check if options.verb == "check" else split).error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.verb == "split" and not 0 < options.val < 1:
         raise ValueError(f"swin-moe data split: --val must be between 0 and 1, got {options.val:g}")
+    if options.verb == "split" and options.shrink and (options.shrink < 16 or options.how != "copies"):
+        raise ValueError(
+            "swin-moe data split: --shrink PIXELS (at least 16) makes smaller copies and goes with --how copies, got "
+            f"--shrink {options.shrink} --how {options.how}"
+        )
     if options.verb == "check" and options.workers < 1:
         raise ValueError(f"swin-moe data check: --workers must be at least 1, got {options.workers}")
     return options
@@ -126,7 +137,11 @@ def _check(options: Any) -> int:
     else:
         print(as_text(report) + (f"\ncontact sheet: {sheet}" if sheet else ""))
         if "" in found.splits:
-            print(f"next: swin-moe data split {_again(options)} --out {options.path.resolve().name}_split")
+            large = len(report.size_N2) and int(np.median(report.size_N2.min(axis=1))) > _LARGE
+            smaller = " --how copies --shrink 256" if large else ""
+            print(f"next: swin-moe data split {_again(options)} --out {options.path.resolve().name}_split{smaller}")
+        elif len(found.splits) == 2:
+            print("\n".join(_next(options.path)))
     return 0 if report.is_clean else 1
 
 
@@ -136,13 +151,23 @@ def _split(options: Any) -> int:
 
     found = _found(options)
     counter = Counter("images placed", sum(map(len, found.splits.values())))
-    counts = split(found, options.out, share=options.val, seed=options.seed, how=options.how, progress=counter)
+    made = {"share": options.val, "seed": options.seed, "how": options.how, "shrink": options.shrink}
+    counts = split(found, options.out, **made, progress=counter)
     counter.clear()
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     said = ", ".join(f"{count:,} {part}" for part, count in counts.items())
     print(f"{options.out}: {said}, {len(found.classes)} classes; train with data.path={options.out}")
+    print("\n".join(_next(options.out)))
     return 0
+
+
+def _next(out: Path) -> list[str]:
+    """Returns the two commands that may follow."""
+    return [
+        f"next: swin-moe train finetune_photos data.path={out}  # from ImageNet weights; says how to get them",
+        f"  or: swin-moe train photos_from_scratch data.path={out}  # without any: a small network, in minutes",
+    ]
 
 
 def _again(options: Any) -> str:

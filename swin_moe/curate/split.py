@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from swin_moe.curate.find import Found
 from swin_moe.data.lists import write_list
@@ -42,12 +43,16 @@ def split(
     share: float,
     seed: int,
     how: How = "lists",
+    shrink: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, int]:
     """Returns split -> its images, after writing them below `out`, whole or not at all; the images stay as they are.
 
     lists are train.csv and val.csv, with paths relative to `out`; links and copies are train/<class>/ and val/<class>/.
     Training reads all of them with data.name=folder data.path=OUT.
+
+    Args:
+        shrink: Pixels, of copies: images with a longer shorter side are written again at that one. 0 = as they are.
 
     Raises:
         ValueError: They are split already, `out` is there, or a class has a name that no folder can have.
@@ -73,7 +78,7 @@ def split(
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write(partial, out, rows, how, progress)
+        _write(partial, out, rows, how, shrink, progress)
         if out.exists():
             out.rmdir()  # it is empty
         partial.rename(out)
@@ -87,8 +92,34 @@ def _number(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def copy_smaller(source: str | Path, target: Path, pixels: int) -> None:
+    """Writes an image with a shorter side of at most so many pixels, in its own format; its EXIF (orientation) and
+    colour profile stay. What is small already, is broken, or has more than one frame or 8 bits is copied as it is.
+
+    A camera's JPEG of 12 megapixels takes a tenth of a second to decode, in every epoch; as 256 pixels 2 ms.
+    """
+    try:
+        with Image.open(source) as image:
+            factor = pixels / min(image.size)
+            if factor < 1 and image.mode in ("L", "RGB", "RGBA") and getattr(image, "n_frames", 1) == 1:
+                size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+                kept = {key: image.info[key] for key in ("exif", "icc_profile") if image.info.get(key)}
+                quality = {"quality": 92} if image.format in ("JPEG", "WEBP") else {}
+                small = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+                small.save(target, format=image.format, **kept, **quality)
+                return
+    except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError):
+        target.unlink(missing_ok=True)  # `data check` says what is wrong with it
+    shutil.copy2(source, target)
+
+
 def _write(
-    partial: Path, out: Path, rows: dict[str, list[tuple[str, str, str]]], how: How, progress: Callable[[int], None]
+    partial: Path,
+    out: Path,
+    rows: dict[str, list[tuple[str, str, str]]],
+    how: How,
+    shrink: int,
+    progress: Callable[[int], None],
 ) -> None:
     done = 0
     for part, images in rows.items():
@@ -100,6 +131,8 @@ def _write(
             flat = name.removeprefix(f"{label}/").replace("/", "__")  # two folders of a class may have one name twice
             if how == "links":
                 (folder / flat).symlink_to(os.path.relpath(path, out / part / label))
+            elif shrink:
+                copy_smaller(path, folder / flat, shrink)
             else:
                 shutil.copy2(path, folder / flat)
             done += 1

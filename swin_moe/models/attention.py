@@ -21,7 +21,7 @@ from swin_moe.ops.attention.choice import choose_path, fused_refusal
 from swin_moe.ops.attention.fused import unsupported, unsupported_shape
 from swin_moe.ops.attention.geometry import gather_bias, made_once, merge_windows, partition_windows
 from swin_moe.ops.attention.half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
-from swin_moe.ops.attention.in_windows import attend_windows
+from swin_moe.ops.attention.in_windows import attend_windows, attention_weights, clamped_factor
 from swin_moe.ops.attention.reference import without_autocast
 from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear
 from swin_moe.randomness import RandomContext
@@ -158,6 +158,22 @@ class WindowAttention(nn.Module):
             path = choose_path(self.path, x_BHWC, tensors, shape)
             x = attention_half(x_BHWC, tensors, shape, path, layers=None if plain else (self._project, self.proj))
         return dropout(x, self.drop, random, layer=self.layer, site=MIXER_OUT)
+
+    def weights(self, x_BHWC: Tensor, *, shift: int = 0) -> tuple[Tensor, Tensor]:
+        """Returns (how much each token takes of each, (W, heads, N, N), window by window; which tokens those are).
+
+        The second is (W, N) int64: the place of a window's token in its image, row by row, -1 for padding.
+        """
+        shape = HalfShape(self.num_heads, (self.window,) * 2, (shift,) * 2, self.scale)
+        windows, full = cut(x_BHWC, shape)
+        bias = self.position_bias()
+        mask = seam_mask(full, shape, bias)
+        added = bias[None] if mask is None else bias[None] + mask[:, None]
+        factor = None if self.logit_scale is None else clamped_factor(self.logit_scale)
+        weights, _ = attention_weights(self._project(windows), added, self.scale, factor)
+        batch, height, width, _ = x_BHWC.shape
+        place = torch.arange(1, height * width + 1, device=x_BHWC.device).view(1, height, width, 1)
+        return weights, cut(place.expand(batch, -1, -1, -1), shape)[0][..., 0] - 1  # padding is 0 before
 
     def _only_hooked(self, x_BHWC: Tensor) -> bool:
         """Returns whether any path may call the layers: linear ones, and nobody needs the projection of padding."""

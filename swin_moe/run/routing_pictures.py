@@ -15,6 +15,7 @@ _BACKGROUND, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (130, 130, 130)
 _MARGIN, _LINE = 12, 18  # pixels
 _TINT = 0.55  # how much of an expert's colour covers a patch
 _HEAT = np.array([(255, 255, 255), (254, 217, 118), (240, 59, 32), (90, 0, 40)], dtype=np.float64)
+_NUMBERED_FROM = 16  # pixels a patch must have before its expert's number is written on it
 _NAMES_FROM = 13  # pixels a column must have before its class is named
 
 
@@ -42,16 +43,19 @@ def expert_colour(expert: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def draw_patches(image: np.ndarray, maps: Sequence[PatchMap], num_experts: int, *, tile: int = 320) -> Image.Image:
+def draw_patches(
+    image: np.ndarray, maps: Sequence[PatchMap], num_experts: int, *, tile: int = 320, numbered: bool = False
+) -> Image.Image:
     """Returns the image and, per layer, the image tinted by expert; a dropped token is crossed out.
 
     Args:
         image: (height, width, 3) uint8, what the network saw.
         tile: Width of one picture in pixels; with up to four of them in a row.
+        numbered: Write each expert's number onto its patches, where there is room: colours alone do not tell everyone.
     """
     height = round(tile * image.shape[0] / image.shape[1])
     base = Image.fromarray(image).resize((tile, height), Image.Resampling.NEAREST)
-    tiles = [("image", base)] + [(_summary(m), _tinted(base, m)) for m in maps]
+    tiles = [("image", base)] + [(_summary(m), _tinted(base, m, numbered=numbered)) for m in maps]
     columns = min(4, len(tiles))
     rows = -(-len(tiles) // columns)
     legend, used = 26, sorted({int(e) for m in maps for e in np.unique(m.expert)})
@@ -83,7 +87,7 @@ def _summary(patch_map: PatchMap) -> str:
     return f"{patch_map.layer}: {experts} experts" + (f", {dropped:.0%} dropped" if dropped else "")
 
 
-def _tinted(base: Image.Image, patch_map: PatchMap) -> Image.Image:
+def _tinted(base: Image.Image, patch_map: PatchMap, *, numbered: bool = False) -> Image.Image:
     rows, columns = patch_map.expert.shape
     colours = np.array([[expert_colour(int(e)) for e in row] for row in patch_map.expert], dtype=np.uint8)
     tint = Image.fromarray(colours).resize(base.size, Image.Resampling.NEAREST)
@@ -96,6 +100,11 @@ def _tinted(base: Image.Image, patch_map: PatchMap) -> Image.Image:
         left, top, right, bottom = (int(v) for v in (xs[column], ys[row], xs[column + 1] - 1, ys[row + 1] - 1))
         draw.line((left, top, right, bottom), fill=(0, 0, 0))
         draw.line((left, bottom, right, top), fill=(0, 0, 0))
+    if numbered and (size := min(base.width // columns, base.height // rows)) >= _NUMBERED_FROM:
+        font = ImageFont.load_default(min(16, size // 2 + 2))
+        for (row, column), expert in np.ndenumerate(patch_map.expert):
+            middle = (int(xs[column] + xs[column + 1]) // 2, int(ys[row] + ys[row + 1]) // 2)
+            draw.text(middle, str(expert), _INK, font=font, anchor="mm")
     return picture
 
 

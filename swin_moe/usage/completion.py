@@ -20,7 +20,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "inspect-routing": ("--out", "--images"),
     "throughput": (),
     "data": ("--labels", "--image-column", "--class-column", "--sheet", "--json", "--workers")
-    + ("--val", "--seed", "--out", "--how"),
+    + ("--val", "--seed", "--out", "--how", "--shrink"),
+    "demo": ("--host", "--port"),
     "report": ("--out", "--pictures", "--images"),
     "plan": ("--gpus", "--hardware", "--json", "--top", "--images", "--skew", "--plot", "--check", "--refit", "--out"),
     "calibrate": ("--out", "--overwrite", "--like", "--preflight"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swin_moe.checkpoint import CheckpointManager, Piece, find_latest, resolve, together
+from swin_moe.checkpoint import CheckpointManager, Piece, find_checkpoint, find_latest, resolve, together
 from swin_moe.config import ModelConfig
 from swin_moe.engine.base import Engine
 from swin_moe.models.attention import stage_geometry
@@ -106,6 +106,29 @@ def open_stored(session: Session) -> Source | None:
     """Returns the checkpoint that load_weights loads, opened; None where the run has none yet."""
     path = session.config.checkpoint.load or find_latest(session.directory / "checkpoints")
     return None if path is None else open_weights(path, key="checkpoint.load")
+
+
+def check_sources(session: Session) -> None:
+    """Raises where training would find, after building its network, that it cannot read what that begins with.
+
+    Rank 0 looks, before anything is allocated: at task.distill.teacher, and at checkpoint.load, or checkpoint.init of a
+    run without checkpoints.
+
+    Raises:
+        CheckpointError: On every rank: it is not there, or is no checkpoint or file of weights.
+    """
+    config = session.config
+    told = config.checkpoint
+
+    def look() -> None:
+        if config.task.name == "distill" and not config.task.distill.teacher_model.startswith("timm:"):
+            open_weights(config.task.distill.teacher, key="task.distill.teacher")
+        if told.load:
+            find_checkpoint(told.load, key="checkpoint.load")
+        elif told.init and find_latest(session.directory / "checkpoints") is None:
+            open_weights(told.init, key="checkpoint.init")
+
+    together(resolve(session.groups.world), look if session.rank == 0 else lambda: None)
 
 
 def start_from(source: str, engine: Engine, session: Session) -> str:

@@ -64,7 +64,7 @@ def load(path: str | Path, **overrides: Any) -> Loaded:
     report = _fill(model, source)
     _tell(path, report)
     model.classes, model.reading = source.classes, source.data_config()
-    return Loaded(model.eval(), source.classes, _preprocess(model.reading, config.img_size))
+    return Loaded(model.eval(), source.classes, preprocess_of(model.reading, config.img_size))
 
 
 def create_model(name: str | Path, *, pretrained: str | Path | bool = "", **overrides: Any) -> SwinTransformer:
@@ -138,7 +138,8 @@ def _tell(path: str | Path, report: LoadReport) -> None:
     _log.log(logging.WARNING if changed else logging.INFO, "%s: %s", path, report)
 
 
-def _preprocess(config: DataConfig, img_size: tuple[int, int]) -> Preprocess:
+def preprocess_of(config: DataConfig, img_size: tuple[int, int]) -> Preprocess:
+    """Returns what makes a file or image the input of a network, as evaluation with that `data` does."""
     transform = build_transform(config, img_size, train=False)
 
     def preprocess(image: str | Path | Image.Image) -> Tensor:

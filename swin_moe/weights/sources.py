@@ -26,6 +26,8 @@ _AVERAGE = "ema/"
 # Momentum networks of MoBY follow the online ones, so a new run's begin where those do (fill_pieces).
 _NO_WEIGHTS = ("optim.", "master/", "momentum_", _AVERAGE)
 _READING = ("interpolation", "eval_crop", "resize", "exif")  # what of config.data makes an image a network's input
+# What else a user can do who cannot fetch the weights of a recipe.
+_WITHOUT = {"checkpoint.init": "; where that cannot be done, the config photos_from_scratch needs none"}
 _TOLD = ("img_size", "window_size")  # what a network is, beside what its tensors tell
 
 
@@ -107,8 +109,9 @@ def _path_of(source: str | Path, key: str) -> Path:
     if row is None or path.exists():
         return path
     if not place(row).is_file():
+        otherwise = _WITHOUT.get(key, "")
         raise CheckpointError(
-            f"{key}={source}: released weights that are not on this disk: swin-moe weights fetch {source}"
+            f"{key}={source}: released weights that are not on this disk: swin-moe weights fetch {source}{otherwise}"
         )
     return fetch(row)
 

@@ -26,6 +26,7 @@ from swin_moe.models import build_model
 from swin_moe.parallel.groups import single_process_groups
 from swin_moe.run.session import Session, run_main
 from swin_moe.train import Trainer
+from swin_moe.train import main as train
 from swin_moe.weights.load import start_from
 
 DENSE = (
@@ -323,3 +324,17 @@ def test_a_command_opens_a_checkpoint_once(command, files, tmp_path, monkeypatch
     words = {"predict": [str(files / "photos")], "inspect_routing": ["--images", "2", "--out", str(tmp_path)]}
     code, _, error = perform(command, "moe-training.pth", files, capfd, *words.get(command, []))
     assert code == 0 and len(opened) == 1, error
+
+
+def test_what_training_begins_with_is_looked_at_before_a_network_is_built(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("swin_moe.train.Trainer", None)  # whoever comes so far is too late
+    teacher = ("task.name=distill", "task.distill.teacher_model=swin_tiny_patch4_window7_224")
+    for words, sentence in (
+        (["checkpoint.init=nowhere.pth"], "checkpoint.init=nowhere.pth: does not exist"),
+        (["checkpoint.load=nowhere"], "checkpoint.load=nowhere: is neither a checkpoint"),
+        ([*teacher, "task.distill.teacher=nowhere.pth"], "task.distill.teacher=nowhere.pth: does not exist"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_main(train, ["digits_dense", *DENSE, f"run.output={tmp_path}", "run.name=early", *words])
+        error = capfd.readouterr().err
+        assert ended.value.code == 2 and sentence in error, error

@@ -120,14 +120,23 @@ def attend_explicitly(
         factor: (H, 1, 1) on cosine scores; None = dot-product scores times `scale`.
         dropout: (W, H, N, N), multiplier of the weights.
     """
+    weights, v = attention_weights(qkv_WNC, bias, scale, factor)
+    if dropout is not None:
+        weights = weights * dropout
+    return weights.to(v.dtype) @ v
+
+
+def attention_weights(qkv_WNC: Tensor, bias: Tensor, scale: float, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (how much each query (dim 2) takes of each key (dim 3), (W, H, N, N), rows that sum to 1; the values).
+
+    Args:
+        bias, factor: See attend_explicitly.
+    """
     q, k, v = _split_heads(qkv_WNC, bias.shape[1]).unbind(0)
     q, k = _scaled(q, k, scale, factor)
     scores = q @ k.transpose(-2, -1)
     shape = scores.shape
-    weights = (scores.view(shape[0] // bias.shape[0], *bias.shape) + bias).view(shape).softmax(dim=-1)
-    if dropout is not None:
-        weights = weights * dropout
-    return weights.to(v.dtype) @ v
+    return (scores.view(shape[0] // bias.shape[0], *bias.shape) + bias).view(shape).softmax(dim=-1), v
 
 
 def _sdpa(qkv: Tensor, bias: Tensor, scale: float, logit_scale: Tensor | None) -> Tensor:
