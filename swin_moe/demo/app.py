@@ -7,7 +7,7 @@ from PIL import Image
 from swin_moe.demo import draw
 from swin_moe.demo.look import Looked, Observer, patch_at
 
-Answer = tuple[dict[str, float], Image.Image | None, Image.Image, Image.Image, Looked]
+Answer = tuple[dict[str, float], Image.Image | None, Image.Image | None, Image.Image, Looked]
 
 
 def answer(observer: Observer, image: Image.Image | None, block: str) -> Answer | None:

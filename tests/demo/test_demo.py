@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOTS = os.environ.get("SWIN_MOE_SCREENSHOTS")  # a folder for them, to be looked at
 SMALL = {"img_size": 32, "patch_size": 2, "num_classes": 3, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]}
 MOE = {"moe": {"blocks": [[1], [1]], "num_experts": 4}, "pretrained_window_sizes": [0, 0]}
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "swin": {"window_size": 4},
     "swinv2": {"window_size": 5, "pretrained_window_sizes": [0, 0]},  # 16 and 8 tokens, padded
     "swin_moe": {"window_size": 4, **MOE},
@@ -37,7 +38,7 @@ NETWORKS = {
 
 def network(name: str) -> SwinTransformer:
     torch.manual_seed(0)
-    model = create_model(name, **SMALL, **NETWORKS[name]).eval()
+    model = create_model(name, **{**SMALL, **NETWORKS[name]}).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

@@ -81,7 +81,7 @@ class BiFPN(nn.Module):
     def __init__(self, in_channels: Sequence[int], channels: int, *, levels: int, repeats: int, groups: int) -> None:
         super().__init__()
         self.levels = levels
-        widths = [*in_channels, *in_channels[-1:] * (levels - len(in_channels))]
+        widths = [*in_channels, *[in_channels[-1]] * (levels - len(in_channels))]
         self.bi_fpn = ModuleList(Pass([channels] * levels if i else widths, channels, groups) for i in range(repeats))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:

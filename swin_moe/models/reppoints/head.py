@@ -8,7 +8,7 @@ Shape legend: B images, C channels, H x W cells of a level, N cells of all level
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ class PointHead(nn.Module):
         channels, classes = spec.channels, spec.num_classes
 
         def conv(kernel: int = 3) -> ConvModule:
-            initial = 0.01 if kernel > 1 else "he"
+            initial: Literal["he"] | float = 0.01 if kernel > 1 else "he"
             return ConvModule(channels, channels, kernel, group_norm=spec.groups, initial=initial)
 
         def out(count: int, kernel: int, bias: float = 0.0) -> nn.Conv2d:
@@ -114,7 +114,8 @@ class PointHead(nn.Module):
         counts = torch.tensor([len(own) for own in cells], device=like.device)
         level = torch.arange(len(cells), device=like.device).repeat_interleave(counts)
         stride = like.new_tensor(self.spec.strides)[level]
-        return Said(*flat, torch.cat(cells), level, stride, sizes)
+        classes, first, refined, corners, steps, inside = flat
+        return Said(classes, first, refined, corners, steps, inside, torch.cat(cells), level, stride, sizes)
 
     def _level(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns the maps of Said's first six fields."""

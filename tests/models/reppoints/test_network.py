@@ -70,7 +70,7 @@ def moved(network: RepPoints) -> RepPoints:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in network.bbox_head.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return network
 
 
