@@ -162,7 +162,8 @@ def _save(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, Tensor]) -> No
 def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * (4 + len(ctx.numbers))
-    inputs, left = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: with recomputation it cannot be asked again
+    inputs, left = saved[:4], saved[4:]
     grads = torch.ops.swin_moe.window_attention_backward(grad_out.contiguous(), *inputs, *ctx.numbers, *left)
     needed = (grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:4]))
     return *needed, *(None for _ in ctx.numbers)
