@@ -9,7 +9,7 @@ import pytest
 from launcher import script
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "docs" / "examples"
 SHAPE = ["--nodes", "2", "--ranks-per-node", "4", "--cores-per-rank", "8", "--gpus-per-node", "4", "--time", "8:00:00"]
 SHAPE += ["--name", "swin", "--python", "/opt/venv/bin/python"]
 PROGRAM = ["--", "-m", "swin_moe.train", "swin_moe_base_patch4_window12_192_32expert_32gpu_22k", "run.name=first"]

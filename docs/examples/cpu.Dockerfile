@@ -1,4 +1,4 @@
-# swin_moe for CPUs: docker build -f examples/cpu.Dockerfile -t registry/swin-moe:cpu .
+# swin_moe for CPUs: docker build -f docs/examples/cpu.Dockerfile -t registry/swin-moe:cpu .
 # The default torch brings CUDA along; --build-arg PIP_INDEX_URL=ADDRESS of an index whose torch is for CPUs does not. Not built by
 # the authors so far.
 FROM python:3.12-slim

@@ -1,4 +1,4 @@
-# swin_moe for NVIDIA GPUs: docker build -f examples/cuda.Dockerfile -t registry/swin-moe:cuda .
+# swin_moe for NVIDIA GPUs: docker build -f docs/examples/cuda.Dockerfile -t registry/swin-moe:cuda .
 # CUDA must be the release that torch of requirements.txt was built with (torch.version.cuda): --build-arg CUDA=13.0.1. The kernels are
 # compiled without a GPU; narrow SWIN_MOE_CUDA_ARCHITECTURES to your own to build faster. Not built or run by the authors so far.
 ARG CUDA=13.0.1
