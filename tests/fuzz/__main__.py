@@ -30,10 +30,10 @@ def main() -> None:
         return serve()
     seed, _, numbers = sys.argv[1].partition(":")
     first, dash, end = numbers.partition("-")
+    chosen = range(int(first), int(end) if dash else int(first) + 1)
     with tempfile.TemporaryDirectory() as name, Runner() as runner:
         folder = Path(name)
         files = make_files(folder / "files")
-        chosen = range(int(first), int(end) if dash else int(first) + 1)
         results = runner.run_cases(int(seed), chosen, files, folder / "work")
         for result in results:
             case = draw_case(int(seed), result.number, files, folder / "work")
