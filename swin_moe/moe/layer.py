@@ -164,7 +164,8 @@ class MoELayer(nn.Module):
         order, counts = order_and_counts(routing, ask=True)
         if random is not None and pair is not None:
             dropout = Dropout(self.config.dropout, random, self.layer, pair.flatten()[order.pair])
-        place = LayerOrder(order.position, order.keep, order.pair, counts)
+        keep = None if order.keep is None else order.keep.contiguous()
+        place = LayerOrder(order.position.contiguous(), keep, order.pair, counts)
         return self.experts.on_tokens(routed.rows, routing.gate, place, dtype=dtype, dropout=dropout)
 
     def init_weights(self, seed: int, name: str) -> None:

@@ -150,7 +150,11 @@ def numbers(section: object, prefix: str = ""):
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             yield from numbers(value, f"{prefix}{name}.")
-        elif any(word in str(kind) for word in ("int", "float")) or prefix + name == "parallel.zero":
+        elif (
+            "Literal" not in str(kind)
+            and any(w in str(kind) for w in ("int", "float"))
+            or prefix + name == "parallel.zero"
+        ):
             yield prefix + name, section, name
 
 

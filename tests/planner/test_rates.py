@@ -223,7 +223,7 @@ def priced(hardware, **changes):
 
 def test_ranks_of_cpus_hide_nothing_and_their_hosts_handle_every_weight():
     gpu = dataclasses.replace(load_hardware("a100_80"), launch_seconds=1e-3)
-    cpu = dataclasses.replace(gpu, device="cpu")
+    cpu = dataclasses.replace(gpu, device="cpu", handling_seconds=2.8e-3)
     hidden, exposed = priced(gpu)[0], priced(cpu)[0]
     assert hidden.hidden > 0 and exposed.hidden == 0
     assert exposed.seconds == pytest.approx(hidden.seconds + hidden.hidden)
