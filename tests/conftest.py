@@ -69,6 +69,21 @@ def _turn(item: pytest.Item) -> int:
     return next((turn for turn, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Leaves each test the variables of this process: packages set some when they are imported.
+
+    Where one of them is what torch reads, no rank of a later test would be a fork (tests/preloaded).
+    """
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def log_as_before() -> Iterator[None]:
     """Leaves no log of a command that a test ran in this process to the next test."""

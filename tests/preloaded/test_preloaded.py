@@ -76,7 +76,7 @@ def test_it_finds_and_says_what_the_process_would(tmp_path, how, code):
 def test_a_signal_reaches_it_and_its_end_is_told(tmp_path, number):
     process = start(preloaded.environment(environ_of()), tmp_path, "wait")
     process.stdin.close()
-    assert wait_for(tmp_path / "facts.json")["process"] != process.pid
+    assert wait_for(tmp_path / "facts.json")["torch"]
     process.send_signal(number)
     assert end(process) == number
 
@@ -84,7 +84,9 @@ def test_a_signal_reaches_it_and_its_end_is_told(tmp_path, number):
 def test_it_ends_with_the_process_that_waits_for_it(tmp_path):
     process = start(preloaded.environment(environ_of()), tmp_path, "wait")
     process.stdin.close()
-    fork = wait_for(tmp_path / "facts.json")["process"]
+    facts = wait_for(tmp_path / "facts.json")
+    assert facts["torch"]
+    fork = facts["process"]
     process.kill()
     end(process)
     deadline = time.monotonic() + 60
