@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.models.detection.boxes import generalized_iou, paired_iou
+from swin_moe.models.detection.boxes import paired_iou
 from swin_moe.models.detection.losses import smooth_l1
 from swin_moe.models.detection.targets import LossSums
 
 REFINED, BUMPS, STEPS, INSIDE = 2.0, 0.25, 1.0, 0.1  # weights; of classes and first sets 1
 STEP_BETA = 1 / 9
+_SMALLEST_AREA = 1e-6  # that is added to areas
 
 
 class Wanted(NamedTuple):
@@ -49,13 +50,22 @@ def bump_focal(logits: Tensor, bump: Tensor) -> Tensor:
 
 
 def set_loss(found_P4: Tensor, target_P4: Tensor) -> Tensor:
-    """Returns (P,): 1 - generalized IoU, and for corners that lie in the wrong order their distance, in the object's
-    sides. (The official loss takes a box both of whose sides are negative for one with area, and falls without bound as
-    it grows.)"""
-    low, high = found_P4[:, :2], found_P4[:, 2:]
-    upright = torch.cat([low, torch.maximum(low, high)], dim=1)
-    side = (target_P4[:, 2:] - target_P4[:, :2]).clamp(min=1e-6)
-    return 1 - generalized_iou(upright, target_P4) + ((low - high).clamp(min=0) / side).sum(dim=1)
+    """Returns (P,): 1 - generalized IoU (arXiv:1902.09630) of boxes whose sides are taken one unit longer, as the
+    official code takes pixels for cells that a box holds, though its units are those of a level.
+
+    Of a box that has no side left even so the side is 0, and the loss grows with what is missing. (The official loss
+    takes a box both of whose sides are negative for one with area, and falls without bound as it grows.)
+
+    Both (P, 4), in units of the smallest object of each cell's level.
+    """
+    low, high = found_P4[:, :2], found_P4[:, 2:] + 1
+    target_low, target_high = target_P4[:, :2], target_P4[:, 2:] + 1
+    missing = (low - high).clamp(min=0)
+    high = torch.maximum(low, high)
+    shared = (torch.minimum(high, target_high) - torch.maximum(low, target_low)).clamp(min=0).prod(dim=1)
+    union = (high - low).prod(dim=1) + (target_high - target_low).prod(dim=1) - shared + _SMALLEST_AREA
+    outer = (torch.maximum(high, target_high) - torch.minimum(low, target_low)).prod(dim=1) + _SMALLEST_AREA
+    return 1 - shared / union + (outer - union) / outer + missing.sum(dim=1)
 
 
 def _per_image(flags_BN: Tensor) -> float:
@@ -70,12 +80,14 @@ def losses_of(
     steps: Tensor,
     inside: Tensor,
     wanted: Wanted,
+    unit_N: Tensor,
 ) -> LossSums:
     """Returns the losses, weighted; loss_heatmap, loss_offset and loss_sem in two parts that have counts of their own.
 
     Args:
         classes, corners, steps, inside: As Said has them.
         boxes: (B, N, 4) of the first and of the refined sets, pixels.
+        unit: Pixels, the side of the smallest object of each cell's level.
     """
     sums, counts = {}, {}
     for name, weight, found, assigned, target in (
@@ -83,7 +95,8 @@ def losses_of(
         ("loss_pts_refine", REFINED, boxes[1], wanted.refined, wanted.refined_box),
     ):
         rows = assigned > 0
-        sums[name] = set_loss(found[rows], target[rows]).sum() * weight
+        unit_P1 = unit_N.expand(rows.shape)[rows][:, None]
+        sums[name] = set_loss(found[rows] / unit_P1, target[rows] / unit_P1).sum() * weight
         counts[name] = _per_image(rows)
     quality = torch.zeros_like(classes)
     image, cell = (wanted.refined > 0).nonzero().unbind(1)

@@ -68,7 +68,8 @@ class RepPoints(DenseNetwork):
         """Returns the losses of a batch by their official names."""
         boxes = said.boxes(said.first), said.boxes(said.refined)
         wanted = self.wanted(said, boxes[0].detach(), targets, size_B2)
-        return losses_of(said.classes, boxes, said.corners, said.steps, said.inside, wanted)
+        unit = said.stride * self.spec.base_scale
+        return losses_of(said.classes, boxes, said.corners, said.steps, said.inside, wanted, unit)
 
     @torch.no_grad()
     def wanted(self, said: Said, first_BN4: Tensor, targets: Targets, size_B2: Tensor) -> Wanted:

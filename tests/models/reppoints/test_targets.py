@@ -150,15 +150,22 @@ def test_focal_losses_by_hand():
 
 
 def test_corners_in_the_wrong_order_are_no_box_and_find_back():
-    """Both wrong: by the formula alone a box of 4 x the object's area would have a loss of -2."""
+    """Both wrong: by the formula alone a box of sides -16 would have a loss of about -2."""
     target = torch.tensor([[0.0, 0.0, 8.0, 8.0]]).double()
     for found, loss in (([0.0, 0.0, 8.0, 8.0], 0.0), ([12.0, 12.0, -4.0, -4.0], 5.0), ([6.0, 0.0, 2.0, 8.0], 1.5)):
         box = torch.tensor([found]).double().requires_grad_()
         value = set_loss(box, target)
-        assert value.item() > loss - 1e-9 and (loss != 0.0 or value.item() == pytest.approx(0.0))
+        assert value.item() > loss - 1e-9 and (loss != 0.0 or value.item() == pytest.approx(0.0, abs=1e-7))
         if loss:
             (slope,) = torch.autograd.grad(value.sum(), box)
             assert slope[0, 0] > 0 > slope[0, 2]  # the left side moves left, the right one right
+
+
+def test_sides_of_boxes_are_a_unit_longer():
+    found, target = torch.tensor([[0.0, 1.0, 3.0, 2.0]]).double(), torch.tensor([[1.0, 0.0, 2.0, 4.0]]).double()
+    shared, union, outer = 2 * 2, 4 * 2 + 2 * 5 - 2 * 2, 4 * 5
+    expected = 1 - shared / union + (outer - union) / outer
+    assert set_loss(found, target).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_losses_count_what_they_are_means_over():
@@ -177,12 +184,12 @@ def test_losses_count_what_they_are_means_over():
     target = box.expand(2, 4, 4)
     wanted = Wanted(on, first, refined, target, target, torch.zeros_like(first), bump, step, inside)
     losses = losses_of(
-        zeros, (boxes, boxes), torch.zeros(2, 4, 2).double(), torch.zeros(2, 4, 4).double(), zeros, wanted
+        zeros, (boxes, boxes), torch.zeros(2, 4, 2).double(), torch.zeros(2, 4, 4).double(), zeros, wanted, box[2:3]
     )
     log2 = math.log(2)
     expected = {
         "loss_pts_init": (0.0, 2),  # its one cell has the object's box
-        "loss_pts_refine": (2 * 0.75, 3),  # an overlap of a quarter, and of all
+        "loss_pts_refine": (2 * (1 - 1.5**2 / 2**2), 3),  # sides of a half and one unit and one more, and all
         "loss_cls": (log2 * (0.25**2 + 0.5**2 + 5 * 0.5**2), 3),  # qualities 0.25 and 1, five others
         "loss_heatmap_tl": (0.25 / 2 * log2 * 0.25 * 7, 2),
         "loss_offset_br": (0.5 * 2 * (0.5 - 1 / 18), 2),
@@ -190,5 +197,5 @@ def test_losses_count_what_they_are_means_over():
         "loss_sem_outside": (0.1 * log2 * 0.25 * 0.75 * 5, 2.0),
     }
     for name, (total, count) in expected.items():
-        assert losses.sums[name].item() == pytest.approx(total), name
+        assert losses.sums[name].item() == pytest.approx(total, abs=1e-6), name
         assert losses.counts[name] == count, name
