@@ -64,7 +64,7 @@ class DetectOptions(TaskOptions):
     global_attention: bool = False  # HTC++ as rebuilt: a transformer block over the last map
 
     # RepPoints V2. Of what stands above it has channels, frozen_stages, crowd_overlap (0 or not) and, as the cells of a
-    # level that enter suppression, the second of proposals_per_level.
+    # level that enter suppression, the second of proposals_per_level; with masks also mask_convs and mask_channels.
     neck_repeats: int = 2  # passes of its neck, down and up
     norm_groups: int = 32  # of every group norm
     point_convs: int = 3  # of the branch of classes, and of that of points
@@ -123,7 +123,7 @@ class DetectOptions(TaskOptions):
         """Raises ValueError for what RepPoints V2 has not."""
         why = "with task.detect.network=reppoints_v2"
         check(stages > 1, "model.depths", stages, f"two stages or more {why}")
-        for name, value in (("masks", False), ("semantic_classes", 0), ("global_attention", False), ("flip", False)):
+        for name, value in (("semantic_classes", 0), ("global_attention", False), ("flip", False)):
             given = getattr(self, name)
             check(given == value, f"task.detect.{name}", given, f"{str(value).lower()} {why}")
         check(self.scales == (1.0,), "task.detect.scales", self.scales, f"[1.0] {why}")

@@ -19,6 +19,7 @@ DROPPED = (
     (r"\b(relative_position_index|relative_coords_table|attn_mask)$", "computed by the model"),
     (r"\b_num_global_experts$", "checked against the model"),
     (r"\.bn\.num_batches_tracked$", "nothing reads it"),
+    (r"\.mask_head\.head\.sizes_of_interest$", "follows from the strides"),
 )
 # Of a backbone whose outputs others normalize: of maps (`norm0`, ...), or of the last tokens (`norm`).
 OTHER_MAPS = ((r"^norm\d*\.(weight|bias)$", "a norm of outputs that the network does not give"),)

@@ -124,7 +124,7 @@ class Detect(Task):
             with context.autocast():
                 found = model(fitted(image[rows], height, width), size[rows], original=original[rows])
             for row, one in zip(rows, found):
-                masks = None
+                masks = one.drawn
                 if one.masks is not None:
                     stored = (int(original[row, 0]), int(original[row, 1]))
                     masks = paste_masks(one.masks, one.boxes, stored, self.options.mask_threshold)

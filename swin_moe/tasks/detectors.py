@@ -20,7 +20,7 @@ from swin_moe.models.detection.spec import (
     Stage,
 )
 from swin_moe.models.reppoints.network import RepPoints
-from swin_moe.models.reppoints.spec import PointSpec
+from swin_moe.models.reppoints.spec import PointMaskSpec, PointSpec
 
 S = TypeVar("S")
 
@@ -58,6 +58,7 @@ def point_spec_of(config: Config) -> PointSpec:
         ignores_crowd=options.crowd_overlap > 0 and not config.compat.official,
         per_level=options.proposals_per_level[1],
         detections=_detections(options),
+        masks=PointMaskSpec(options.mask_convs, options.mask_channels) if options.masks else None,
         size_divisor=config.data.dense.divisor,
     )
 

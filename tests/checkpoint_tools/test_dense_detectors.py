@@ -188,19 +188,23 @@ def test_one_of_both_detectors_is_written_alone(network, tmp_path):
 POINTS = ("data.images_per_class=0", "task.detect.channels=16", "task.detect.corner_channels=8")
 
 
-def test_files_of_reppoints_are_read_and_written_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("masks", [(), ("task.detect.masks=true", "task.detect.mask_channels=8")])
+def test_files_of_reppoints_are_read_and_written_bit_for_bit(tmp_path, masks):
     """Names are the published network's (tests/models/reppoints); what is loaded to compute with is the file."""
-    session = session_of(tmp_path, "canvas_reppoints", *POINTS)
+    session = session_of(tmp_path, "canvas_reppoints", *POINTS, *masks)
     network = build_meta_model(session, build_task(session.config))
     tensors = {name: fill(name, tuple(p.shape)) for name, p in network.named_parameters()}
-    torch.save({"meta": {"CLASSES": ("a",)}, "state_dict": tensors}, tmp_path / "official.pth")
+    beside = {}
+    if masks:
+        beside["bbox_head.mask_head.head.sizes_of_interest"] = torch.tensor([64, 128, 256, 512, 1024])
+    torch.save({"meta": {"CLASSES": ("a",)}, "state_dict": tensors | beside}, tmp_path / "official.pth")
     with open_source(tmp_path / "official.pth", Options(**QUIET)) as source:
         assert source.config["model"]["num_classes"] == session.config.model.num_classes
     convert(tmp_path / "official.pth", tmp_path / "native")
     convert(tmp_path / "native", tmp_path / "back.pth", "dense")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
-    assert all(torch.equal(back[key], value) for key, value in tensors.items())
-    session = session_of(tmp_path, "canvas_reppoints", *POINTS, f"checkpoint.load={tmp_path / 'official.pth'}")
+    assert all(torch.equal(back[key], value) for key, value in (tensors | beside).items())
+    session = session_of(tmp_path, "canvas_reppoints", *POINTS, *masks, f"checkpoint.load={tmp_path / 'official.pth'}")
     model = materialize(build_meta_model(session, build_task(session.config)), session.config, session.device)
     assert "dense" in load_weights(model, session)
     assert all(torch.equal(p.cpu(), tensors[name]) for name, p in model.named_parameters())

@@ -175,6 +175,7 @@ RUNS = {
     "detect hybrid moe": ("canvas_mask_rcnn", (*DETECT, *HYBRID, *MOE)),
     "detect moe frozen": ("canvas_mask_rcnn", (*DETECT, *MOE, "optim.freeze=moe")),
     "detect points": ("canvas_reppoints", POINTS),
+    "detect points masks": ("canvas_reppoints", (*POINTS, "task.detect.masks=true", "task.detect.mask_channels=8")),
     "detect points moe zero": ("canvas_reppoints", (*POINTS, *MOE, "parallel.zero=3", "parallel.recompute=block")),
     "soft teacher": ("canvas_soft_teacher", SOFT),
 }

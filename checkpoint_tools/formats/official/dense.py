@@ -31,6 +31,8 @@ from swin_moe.names.official import DENSE, TEACHER, inner_name
 
 _TABLE, _VARIANCE = "relative_position_bias_table", ".bn.running_var"
 # The last layer of each kind of head, and its outputs that are no class.
+_CONTROLLER = "bbox_head.controller.weight"  # of RepPoints V2 with masks
+_REACH = (64, 128, 256, 512, 1024)  # pixels, of its levels: swin_moe/models/reppoints/masks.py, LARGEST
 _CLASSIFIERS = {
     "decode_head.conv_seg.bias": 0,
     "roi_head.bbox_head.fc_cls.bias": 1,
@@ -114,6 +116,9 @@ def write_dense(source: Source, path: Path, options: Options) -> None:
         elif name.endswith(_VARIANCE):
             count = constant(np.array(0, np.int64), "I64")
             tensors[official.removesuffix("running_var") + "num_batches_tracked"] = count
+        elif name.endswith(_CONTROLLER):
+            reach = constant(np.array(_REACH, np.int64), "I64")
+            tensors[official.removesuffix("controller.weight") + "mask_head.head.sizes_of_interest"] = reach
     classes = source.state.get(CLASSES)
     content = {"meta": {"CLASSES": list(classes)} if classes else {}, "state_dict": tensors}
 

@@ -19,10 +19,18 @@ class Detections(NamedTuple):
     scores: Tensor  # (D,)
     labels: Tensor  # (D,) int64, from 0
     masks: Tensor | None = None  # (D, M, M), probabilities in the box (mask_head.py: paste_masks)
+    drawn: Tensor | None = None  # (D, height, width) bool, masks that are of the whole original image already
 
 
 def select(boxes: Tensor, scores: Tensor, size: Tensor, original: Tensor, spec: DetectionSpec) -> Detections:
-    """Returns the best boxes of every class after suppression, in coordinates of the original image.
+    """Returns the best boxes of every class after suppression, in coordinates of the original image."""
+    return selected(boxes, scores, size, original, spec)[0]
+
+
+def selected(
+    boxes: Tensor, scores: Tensor, size: Tensor, original: Tensor, spec: DetectionSpec
+) -> tuple[Detections, Tensor]:
+    """Returns (what `select` does, (D,) int64 which candidate each is).
 
     Args:
         boxes: (R, 4 K), or (R, 4) for all classes, in the batch's image.
@@ -40,4 +48,4 @@ def select(boxes: Tensor, scores: Tensor, size: Tensor, original: Tensor, spec: 
         kept = nms(boxes, scores, spec.suppression, labels)
         scores = scores[kept]
     kept, scores = kept[: spec.per_image], scores[: spec.per_image]
-    return Detections(boxes[kept], scores, labels[kept])
+    return Detections(boxes[kept], scores, labels[kept]), rows[kept]

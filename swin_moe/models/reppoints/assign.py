@@ -32,17 +32,26 @@ def _best_object(value_GN: Tensor, candidate_GN: Tensor) -> Tensor:
 
 
 def by_middle(
-    cells_N2: Tensor, level_N: Tensor, usable_N: Tensor, boxes_G4: Tensor, *, smallest: float, levels: int
+    cells_N2: Tensor,
+    level_N: Tensor,
+    usable_N: Tensor,
+    boxes_G4: Tensor,
+    *,
+    smallest: float,
+    levels: int,
+    middle_G2: Tensor | None = None,
 ) -> Tensor:
     """Returns (N,) int64, 1 + the object or 0: an object has the usable cell of its level that is nearest to its
     middle, in its sides; a cell that is so to several has the nearest.
 
     Args:
         smallest: Side of an object that begins with the first level, pixels; one of twice that has the next.
+        middle: Of the objects' masks; None = of their boxes.
     """
+    middle_G2 = _middles(boxes_G4) if middle_G2 is None else middle_G2
     side_G2 = (boxes_G4[:, 2:] - boxes_G4[:, :2]).clamp(min=_SMALLEST_SIDE)
     wanted_G = ((side_G2 / smallest).log2().sum(dim=1) / 2).trunc().clamp(0, levels - 1)
-    distance_GN = ((cells_N2 - _middles(boxes_G4)[:, None]) / side_G2[:, None]).norm(dim=2)
+    distance_GN = ((cells_N2 - middle_G2[:, None]) / side_G2[:, None]).norm(dim=2)
     own_GN = (level_N == wanted_G[:, None]) & usable_N
     nearest_G1 = distance_GN.masked_fill(~own_GN, torch.inf).argmin(dim=1, keepdim=True)
     candidate_GN = torch.zeros_like(own_GN).scatter(1, nearest_G1, True) & own_GN
@@ -50,14 +59,24 @@ def by_middle(
 
 
 def by_overlap(
-    found_N4: Tensor, level_N: Tensor, usable_N: Tensor, boxes_G4: Tensor, *, nearest: int, levels: int
+    found_N4: Tensor,
+    level_N: Tensor,
+    usable_N: Tensor,
+    boxes_G4: Tensor,
+    *,
+    nearest: int,
+    levels: int,
+    middle_G2: Tensor | None = None,
 ) -> Tensor:
     """Returns (N,) int64, 1 + the object or 0. Candidates of an object are the usable boxes whose middles are nearest
     to its own, `nearest` of each level; it has those that overlap it at least as much as the mean of all candidates and
-    a standard deviation more, with their middle inside. A box of several objects has that of the largest overlap."""
+    a standard deviation more, with their middle inside. A box of several objects has that of the largest overlap.
+
+    middle: Of the objects' masks; None = of their boxes.
+    """
     overlap_GN = intersection_over_union(boxes_G4, found_N4)
     middle_N2 = _middles(found_N4)
-    distance_GN = (middle_N2 - _middles(boxes_G4)[:, None]).norm(dim=2)
+    distance_GN = (middle_N2 - (_middles(boxes_G4) if middle_G2 is None else middle_G2)[:, None]).norm(dim=2)
     candidate_GN = torch.zeros_like(overlap_GN, dtype=torch.bool)
     for level in range(levels):
         rows = ((level_N == level) & usable_N).nonzero().flatten()

@@ -17,6 +17,7 @@ from swin_moe.models.dense.layers import ConvModule
 from swin_moe.models.reppoints.bifpn import BiFPN
 from swin_moe.models.reppoints.corners import CornerPool
 from swin_moe.models.reppoints.head import DeformedConv, PointHead
+from swin_moe.models.reppoints.masks import PointMasks
 
 
 def neck(bifpn: BiFPN, sizes: Sequence[Size]) -> int:
@@ -45,6 +46,8 @@ def _level(head: PointHead, size: Size) -> int:
             total += sum(conv_module(conv, size) for conv in child if isinstance(conv, ConvModule))
         elif isinstance(child, nn.Conv2d):
             total += convolution(child, size)
+        elif isinstance(child, PointMasks):
+            continue  # it stands beside what the official counter runs; `branch` counts it
         elif isinstance(child, DeformedConv):
             total += cells * child.weight.numel()
         else:

@@ -3,7 +3,8 @@
 Facts: arXiv:2007.08508; SwinTransformer/Swin-Transformer-Object-Detection, mmdet/models/dense_heads/
 reppoints_v2_head.py; names are those of its checkpoints.
 
-Shape legend: B images, C channels, H x W cells of a level, N cells of all levels, K classes, P points of a set.
+Shape legend: B images, C channels, H x W cells of a level, N cells of all levels, K classes, P points of a set; X, S
+as in masks.py.
 """
 
 import math
@@ -18,6 +19,7 @@ from swin_moe.models.dense.layers import ConvModule, with_initial
 from swin_moe.models.detection.anchors import grid_anchors
 from swin_moe.models.layers import ModuleList, widened
 from swin_moe.models.reppoints.corners import CornerPool
+from swin_moe.models.reppoints.masks import SAID, PointMasks
 from swin_moe.models.reppoints.spec import POINTS, PointSpec
 from swin_moe.ops.detection.deform_conv import deform_conv2d
 
@@ -39,6 +41,8 @@ class Said(NamedTuple):
     level: Tensor  # (N,) int64
     stride: Tensor  # (N,), pixels
     sizes: list[tuple[int, int]]  # height and width of every level's map
+    masks: Tensor | None = None  # (B, N, X), what draws the mask of the cell's object (masks.py)
+    features: Tensor | None = None  # (B, S, H, W), from which masks are drawn
 
     def boxes(self, points: Tensor) -> Tensor:
         """Returns (B, N, 4) in pixels: the first two points of a set are the corners of its box.
@@ -47,6 +51,11 @@ class Said(NamedTuple):
         """
         corners = points[..., [1, 0, 3, 2]] * self.stride[:, None]
         return corners + self.cells.repeat(1, 2)
+
+    def middles(self) -> Tensor:
+        """Returns (B, N, 2) in pixels, x and y of the mean of the first set's points."""
+        points = self.first.unflatten(2, (POINTS, 2)).mean(dim=2).flip(2)
+        return self.cells + points * self.stride[:, None]
 
 
 class DeformedConv(nn.Module):
@@ -101,6 +110,9 @@ class PointHead(nn.Module):
         self.reppoints_hem_br_offset_out = out(2, 3)
         self.reppoints_sem_out = out(classes, 1, RARE)
         self.reppoints_sem_embedding = conv(1)
+        if spec.masks is not None:
+            self.mask_head = PointMasks(channels, spec.masks)
+            self.controller = out(SAID, 3)
 
     def forward(self, maps: Sequence[Tensor]) -> Said:
         """Returns what is said of every cell; maps: (B, C, H, W) of every level."""
@@ -114,11 +126,13 @@ class PointHead(nn.Module):
         counts = torch.tensor([len(own) for own in cells], device=like.device)
         level = torch.arange(len(cells), device=like.device).repeat_interleave(counts)
         stride = like.new_tensor(self.spec.strides)[level]
-        classes, first, refined, corners, steps, inside = flat
-        return Said(classes, first, refined, corners, steps, inside, torch.cat(cells), level, stride, sizes)
+        said = Said(*flat[:6], torch.cat(cells), level, stride, sizes)
+        if self.spec.masks is None:
+            return said
+        return said._replace(masks=flat[6], features=self.mask_head.branch(maps))
 
     def _level(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Returns the maps of Said's first six fields."""
+        """Returns the maps of Said's first six fields, and of its masks where there are any."""
         seen = points = x
         for conv in self.cls_convs:
             seen = conv(seen)
@@ -136,6 +150,7 @@ class PointHead(nn.Module):
         places = widened(first)
         places = (1 - GRADIENT) * places.detach() + GRADIENT * places
         seen, points = torch.cat([seen, corners, steps], dim=1), torch.cat([points, corners, steps], dim=1)
-        classes = self.reppoints_cls_out(F.relu(self.reppoints_cls_conv(seen, places)))
+        seen = F.relu(self.reppoints_cls_conv(seen, places))
         refined = self.reppoints_pts_refine_out(F.relu(self.reppoints_pts_refine_conv(points, places)))
-        return classes, first, refined + first.detach(), corners, steps, inside
+        masks = () if self.spec.masks is None else (self.controller(seen),)
+        return self.reppoints_cls_out(seen), first, refined + first.detach(), corners, steps, inside, *masks

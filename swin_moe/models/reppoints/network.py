@@ -10,20 +10,31 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe.models.dense.network import DenseNetwork
 from swin_moe.models.dense.pyramid import PyramidBackbone
 from swin_moe.models.detection.anchors import valid_anchors
-from swin_moe.models.detection.detections import Detections, select
+from swin_moe.models.detection.detections import Detections, selected
 from swin_moe.models.detection.detector import Learned
+from swin_moe.models.detection.sample import draw
 from swin_moe.models.detection.targets import LossSums, Targets
 from swin_moe.models.reppoints import counting
 from swin_moe.models.reppoints.assign import bump_radius, by_middle, by_overlap, corners_of, weights_inside
 from swin_moe.models.reppoints.bifpn import BiFPN
 from swin_moe.models.reppoints.head import PointHead, Said
 from swin_moe.models.reppoints.losses import Wanted, losses_of
-from swin_moe.models.reppoints.spec import PointSpec
+from swin_moe.models.reppoints.masks import (
+    LARGEST,
+    chances,
+    dice_loss,
+    guesses,
+    in_original,
+    middles,
+    seen_coarsely,
+)
+from swin_moe.models.reppoints.spec import PointMaskSpec, PointSpec
 from swin_moe.models.reppoints.verify import verified
 from swin_moe.randomness import RandomContext
 
@@ -62,14 +73,45 @@ class RepPoints(DenseNetwork):
         said = self.bbox_head(self.neck(pyramid.maps))
         if targets is None:
             return self.found(said, size, size if original is None else original)
-        return Learned(self.losses(said, targets, size), pyramid.aux)
+        assert random is not None, "made above"
+        return Learned(self.losses(said, targets, size, random), pyramid.aux)
 
-    def losses(self, said: Said, targets: Targets, size_B2: Tensor) -> LossSums:
+    def losses(self, said: Said, targets: Targets, size_B2: Tensor, random: RandomContext) -> LossSums:
         """Returns the losses of a batch by their official names."""
         boxes = said.boxes(said.first), said.boxes(said.refined)
         wanted = self.wanted(said, boxes[0].detach(), targets, size_B2)
         unit = said.stride * self.spec.base_scale
-        return losses_of(said.classes, boxes, said.corners, said.steps, said.inside, wanted, unit)
+        losses = losses_of(said.classes, boxes, said.corners, said.steps, said.inside, wanted, unit)
+        if self.spec.masks is None:
+            return losses
+        return losses | self._mask_losses(self.spec.masks, said, targets, wanted.refined, random)
+
+    def _mask_losses(
+        self, spec: PointMaskSpec, said: Said, targets: Targets, refined_BN: Tensor, random: RandomContext
+    ) -> LossSums:
+        """Returns the losses of the masks of cells that have an object; refined: as in Wanted."""
+        assert targets.masks is not None and said.features is not None, "a batch with masks"
+        taken = [_among(own > 0, random, image, spec.most) for image, own in enumerate(refined_BN)]
+        counts = torch.tensor([len(cells) for cells in taken], dtype=torch.int64, device=refined_BN.device)
+        image = torch.arange(len(taken), device=refined_BN.device).repeat_interleave(counts)
+        cell = torch.cat([refined_BN.new_zeros(0), *taken])
+        shown = [said.features.new_zeros(0, *(2 * side for side in said.sizes[0]))]
+        for masks, own, cells in zip(targets.masks, refined_BN, taken):
+            seen = seen_coarsely(masks, self.spec.strides[0] // 2)[own[cells] - 1].to(shown[0])
+            height, width = (2 * side for side in said.sizes[0])
+            shown.append(F.pad(seen, (0, width - seen.shape[2], 0, height - seen.shape[1])))
+        target, sums = torch.cat(shown), {}
+        for number, (weight, logits) in enumerate(zip(spec.weights, self._guesses(said, image, cell)), start=1):
+            sums[f"loss_mask_{number}"] = dice_loss(chances(logits), target).sum() * weight
+        return LossSums(sums, dict.fromkeys(sums, float(len(cell))))
+
+    def _guesses(self, said: Said, image_R: Tensor, cell_R: Tensor) -> list[Tensor]:
+        """Returns the logits (R, H, W) of cells' masks, twice; see masks.guesses."""
+        assert said.features is not None and said.masks is not None, "a network with masks"
+        stride_R = said.stride[cell_R]
+        place_R2 = said.middles()[image_R, cell_R] + (stride_R // 2)[:, None]
+        own = said.masks[image_R, cell_R]
+        return guesses(said.features, image_R, own, place_R2, LARGEST * stride_R, self.spec.strides[0])
 
     @torch.no_grad()
     def wanted(self, said: Said, first_BN4: Tensor, targets: Targets, size_B2: Tensor) -> Wanted:
@@ -94,10 +136,14 @@ class RepPoints(DenseNetwork):
             crowd_C4 = targets.crowd[image].to(first_N4)
             low, high = said.cells[:, None] - crowd_C4[:, :2], crowd_C4[:, 2:] - said.cells[:, None]
             usable = usable & ~(torch.cat([low, high], dim=2) >= 0).all(dim=2).any(dim=1)
-        places = (said.cells, said.level)
-        smallest = spec.base_scale
-        first = by_middle(*places, on_image, boxes_G4, smallest=smallest * spec.strides[0], levels=levels)
-        refined = by_overlap(first_N4, said.level, on_image, boxes_G4, nearest=spec.nearest, levels=levels)
+        places, middle = (said.cells, said.level), None
+        if spec.masks is not None and targets.masks is not None:
+            middle = middles(targets.masks[image]).to(boxes_G4)
+        smallest = spec.base_scale * spec.strides[0]
+        first = by_middle(*places, on_image, boxes_G4, smallest=smallest, levels=levels, middle_G2=middle)
+        refined = by_overlap(
+            first_N4, said.level, on_image, boxes_G4, nearest=spec.nearest, levels=levels, middle_G2=middle
+        )
         radius = bump_radius(boxes_G4, spec.corner_overlap)
         corners = [
             corners_of(*places, said.stride, on_image, boxes_G4[:, place], radius, levels=levels)
@@ -130,9 +176,18 @@ class RepPoints(DenseNetwork):
             own = torch.minimum(boxes[image, rows].clamp(min=0), limits)
             own = torch.minimum(verified(said, image, rows, own).clamp(min=0), limits)
             own = torch.cat([own[:, :2], torch.maximum(own[:, :2], own[:, 2:])], dim=1)
-            own_scores = torch.nn.functional.pad(scores[image, rows], (0, 1))  # of background nothing is said
-            results.append(select(own, own_scores, size, original, self.spec.detections))
+            own_scores = F.pad(scores[image, rows], (0, 1))  # of background nothing is said
+            found, kept = selected(own, own_scores, size, original, self.spec.detections)
+            if self.spec.masks is not None:
+                found = found._replace(drawn=self._drawn(said, image, rows[kept], size.tolist(), original.tolist()))
+            results.append(found)
         return results
+
+    def _drawn(self, said: Said, image: int, cell_R: Tensor, size: list[int], original: list[int]) -> Tensor:
+        """Returns (R, height, width) bool, the masks of cells' objects in the original image."""
+        _, logits = self._guesses(said, torch.full_like(cell_R, image), cell_R)
+        sizes, step = ((size[0], size[1]), (original[0], original[1])), self.spec.strides[0] // 2
+        return in_original(chances(logits), step, *sizes, self.spec.detections.mask_threshold)
 
     def _best(self, said: Said, scores_NK: Tensor) -> Tensor:
         """Returns the cells of every level with the largest scores, level by level."""
@@ -149,3 +204,12 @@ class RepPoints(DenseNetwork):
         while len(sizes) < len(self.spec.strides):
             sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
         return counting.neck(self.neck, sizes) + counting.head(self.bbox_head, sizes)
+
+
+def _among(candidate_N: Tensor, random: RandomContext, image: int, most: int) -> Tensor:
+    """Returns the cells that are candidates, rising; of more than `most` those with the smallest draws."""
+    cells = candidate_N.nonzero().flatten()
+    if len(cells) <= most:
+        return cells
+    order = draw(random, image, 0, len(candidate_N))[cells].argsort(stable=True)
+    return cells[order[:most]].sort().values

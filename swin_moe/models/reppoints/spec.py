@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 from swin_moe.models.detection.spec import DetectionSpec
 
+FEATURES = 8  # of a pixel, from which masks are drawn, and channels of what draws them
 POINTS = 9  # of a set: the taps of a 3 x 3 convolution; the first two are the corners of the box
+
+
+@dataclass(frozen=True)
+class PointMaskSpec:
+    """What draws masks. Numbers of layers and channels that a cell speaks of are fixed: FEATURES, and three."""
+
+    convs: int = 4  # over the sum of the finest maps
+    channels: int = 128  # of these
+    most: int = 500  # cells of an image that learn a mask in a step
+    weights: tuple[float, float] = (0.6, 1.0)  # of the losses of both guesses
 
 
 @dataclass(frozen=True)
@@ -29,4 +40,5 @@ class PointSpec:
     ignores_crowd: bool = True  # background cells in a crowd region train nothing
     per_level: int = 1000  # cells of a level that enter suppression
     detections: DetectionSpec = DetectionSpec(suppression=0.6)
+    masks: PointMaskSpec | None = None  # None = boxes only
     size_divisor: int = 32  # pixels; images are padded to multiples

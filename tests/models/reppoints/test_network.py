@@ -12,7 +12,7 @@ from swin_moe.models.detection.boxes import clip
 from swin_moe.models.detection.targets import Targets
 from swin_moe.models.reppoints.head import Said
 from swin_moe.models.reppoints.network import RepPoints
-from swin_moe.models.reppoints.spec import PointSpec
+from swin_moe.models.reppoints.spec import PointMaskSpec, PointSpec
 from swin_moe.models.reppoints.verify import verified
 from tests.models.dense.golden import FOLDER
 
@@ -20,10 +20,10 @@ KEYS = json.loads((FOLDER / "detectors.json").read_text())["keys"]["reppoints_v2
 SMALL = PointSpec(3, channels=8, groups=2, corner_channels=4, neck_repeats=2, convs=1, size_divisor=16)
 
 
-def published() -> RepPoints:
+def published(masks: PointMaskSpec | None = None) -> RepPoints:
     config = ModelConfig(name="swin", window_size=7, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
     with torch.device("meta"):
-        return RepPoints(PyramidBackbone(config, out_indices=(1, 2, 3)), PointSpec(80))
+        return RepPoints(PyramidBackbone(config, out_indices=(1, 2, 3)), PointSpec(80, masks=masks))
 
 
 def small(spec: PointSpec = SMALL) -> RepPoints:
@@ -44,6 +44,13 @@ def test_names_parameters_and_operations_are_the_published_ones():
         assert sum(network.counted(size)) / 1e9 == pytest.approx(282.46, abs=0.005)  # the table's 283 rounds another
 
 
+def test_masks_add_the_published_parameters_and_operations():
+    """The official counter runs what says the masks, and not what draws them."""
+    network = published(PointMaskSpec())
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 46_829_231
+    assert sum(network.counted((800, 1280))) / 1e9 == pytest.approx(291.76, abs=0.005)
+
+
 def test_logits_begin_rare_and_shares_equal():
     network = small()
     for layer in (network.bbox_head.reppoints_cls_out, network.bbox_head.reppoints_hem_tl_score_out):
@@ -62,7 +69,9 @@ def scene(images: int) -> tuple[torch.Tensor, torch.Tensor, Targets]:
     labels = [torch.tensor([0, 2]), torch.zeros(0, dtype=torch.int64)][:images]
     image = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(1)).double()[:images]
     image[0, :, 27:], image[0, :, :, 30:] = 0, 0
-    return image, size, Targets(boxes, labels, [none] * images)
+    masks = [torch.zeros(2, 48, 64).bool(), torch.zeros(0, 48, 64).bool()][:images]
+    masks[0][0, 3:25, 2:18], masks[0][1, 4:16, 12:28] = True, True
+    return image, size, Targets(boxes, labels, [none] * images, masks)
 
 
 def moved(network: RepPoints) -> RepPoints:
@@ -74,8 +83,9 @@ def moved(network: RepPoints) -> RepPoints:
     return network
 
 
-def test_every_parameter_learns():
-    network = moved(small()).train()
+@pytest.mark.parametrize("masks", [None, PointMaskSpec(convs=1, channels=4)])
+def test_every_parameter_learns(masks):
+    network = moved(small(replace(SMALL, masks=masks))).train()
     image, size, targets = scene(2)
     losses = network(image, size, targets).losses
     total = torch.stack([value / max(losses.counts[name], 1) for name, value in losses.sums.items()]).sum()
@@ -114,10 +124,11 @@ def test_background_in_a_crowd_region_trains_nothing_unless_asked():
     assert (ignored.usable | ~taken)[plain.usable].all()
 
 
-def test_a_rank_without_images_gives_zeros_to_every_parameter():
-    network = small().train()
+@pytest.mark.parametrize("masks", [None, PointMaskSpec(convs=1, channels=4)])
+def test_a_rank_without_images_gives_zeros_to_every_parameter(masks):
+    network = small(replace(SMALL, masks=masks)).train()
     image, size = torch.zeros(0, 3, 32, 32).double(), torch.zeros(0, 2, dtype=torch.int64)
-    losses = network(image, size, Targets([], [], [])).losses
+    losses = network(image, size, Targets([], [], [], [])).losses
     torch.stack(list(losses.sums.values())).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in network.parameters() if p.requires_grad)
     assert not any(losses.counts.values())
