@@ -126,10 +126,11 @@ class PointHead(nn.Module):
         counts = torch.tensor([len(own) for own in cells], device=like.device)
         level = torch.arange(len(cells), device=like.device).repeat_interleave(counts)
         stride = like.new_tensor(self.spec.strides)[level]
-        said = Said(*flat[:6], torch.cat(cells), level, stride, sizes)
+        classes, first, refined, corners, steps, inside, *masks = flat
+        said = Said(classes, first, refined, corners, steps, inside, torch.cat(cells), level, stride, sizes)
         if self.spec.masks is None:
             return said
-        return said._replace(masks=flat[6], features=self.mask_head.branch(maps))
+        return said._replace(masks=masks[0], features=self.mask_head.branch(maps))
 
     def _level(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns the maps of Said's first six fields, and of its masks where there are any."""

@@ -43,8 +43,8 @@ class MaskBranch(nn.Module):
         """Returns (B, S, H, W) in at least float32; maps: (B, C, H_i, W_i) of every level, each half of the last."""
         total = self.refine[0](maps[0])
         height, width = total.shape[2:]
-        for level, (conv, x) in enumerate(zip(self.refine[1:], maps[1:]), start=1):
-            total = total + enlarged(conv(x), 2**level)[:, :, :height, :width]
+        for level in range(1, LEVELS):
+            total = total + enlarged(self.refine[level](maps[level]), 2**level)[:, :, :height, :width]
         for layer in self.tower:
             total = layer(total)
         return widened(total)
