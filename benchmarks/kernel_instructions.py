@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("window_forward_bf16.cu", "window_backward_bf16.cu")
+SOURCES = ("window_forward_bf16.cu", "window_backward_bf16.cu")  # in a folder of --source
 # Products of scores that a kernel computes, loop by loop; further loops are copies of the last.
 PRODUCTS = {
     "window_forward": (2,),
@@ -75,10 +75,12 @@ def find_tool(name: str) -> str:
     raise SystemExit(f"needs {name}: set CUDA_HOME, or pip install nvidia-cuda-{name} and put it on PATH")
 
 
-def compile_source(source: Path, arch: str, directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Returns the disassembly, and by kernel its registers and bytes spilled."""
+def compile_source(source: Path, csrc: Path, arch: str, directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Returns the disassembly of a file that includes files of `csrc`, and by kernel its registers and bytes
+    spilled."""
     cubin = directory / f"{source.stem}.cubin"
     command = [find_tool("nvcc"), "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-cubin"]
+    command.append(f"-I{csrc}")
     report = subprocess.run([*command, "-Xptxas", "-v", "-o", cubin, source], capture_output=True, text=True)
     if report.returncode != 0:
         raise SystemExit(report.stderr)
@@ -186,11 +188,14 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=ROOT / "csrc" / "cuda", help="folder of the kernels")
     parser.add_argument("--all", action="store_true", help="also head dimensions and windows read at run time")
     arguments = parser.parse_args()
+    sources = [path for name in SOURCES for path in sorted(arguments.source.rglob(name))]
+    if len(sources) != len(SOURCES):
+        parser.error(f"--source {arguments.source}: has not one each of {', '.join(SOURCES)}")
     print("| kernel | head dim, window, threads | registers | bytes spilled | no seam | seam |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
-        for source in SOURCES:
-            sass, resources = compile_source(arguments.source / source, arguments.arch, Path(directory))
+        for source in sources:
+            sass, resources = compile_source(source, arguments.source.resolve().parent, arguments.arch, Path(directory))
             print("\n".join(rows(sass, resources, arguments.all)))
 
 

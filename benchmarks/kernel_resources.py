@@ -39,13 +39,14 @@ def resources(report: str) -> list[Kernel]:
     ]
 
 
-def compile_file(source: Path, arch: str, cubin: Path) -> list[Kernel]:
-    """Returns the kernels of a file, and leaves their code in `cubin`.
+def compile_file(source: Path, csrc: Path, arch: str, cubin: Path) -> list[Kernel]:
+    """Returns the kernels of a file that includes files of `csrc`, and leaves their code in `cubin`.
 
     Raises:
         SystemExit: It does not compile; with what nvcc said.
     """
     command = [find_tool("nvcc"), "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{arch}", "-cubin"]
+    command.append(f"-I{csrc}")
     done = subprocess.run([*command, "-Xptxas", "-v", "-o", cubin, source], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
@@ -68,14 +69,17 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", default=[], help="names without .cu; all without")
     parser.add_argument("--source", type=Path, default=ROOT / "csrc" / "cuda", help="folder of the kernels")
     options = parser.parse_args()
-    names = options.files or sorted(path.stem for path in options.source.glob("*.cu"))
+    files = {path.stem: path for path in sorted(options.source.rglob("*.cu"))}
+    names = options.files or sorted(files)
+    if unknown := [name for name in names if name not in files]:
+        parser.error(f"--files {' '.join(unknown)}: not in {options.source}, which has {', '.join(sorted(files))}")
     print("| file | arch | kernels | bytes of code | most registers | with a stack | spilling |\n" + "|---" * 7 + "|")
     odd: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
         for name in names:
             for arch in options.arch:
                 cubin = Path(directory, "kernels.cubin")
-                found = compile_file(options.source / f"{name}.cu", arch, cubin)
+                found = compile_file(files[name], options.source.resolve().parent, arch, cubin)
                 most = max((k.registers for k in found), default=0)
                 counts = sum(k.stack > 0 for k in found), sum(k.spilled > 0 for k in found)
                 numbers = (arch, len(found), cubin.stat().st_size, most, *counts)

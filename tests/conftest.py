@@ -27,7 +27,7 @@ LONGEST = (
     "equivalence/test_backend_vs_backend.py",
     "equivalence/test_expert_parallel.py",
     "planner/test_runs.py",
-    "csrc/test_window_kernels.py",
+    "csrc/window/test_window_kernels.py",
     "launcher/test_preflight_ranks.py",
     "tasks/test_transfer.py",
     "tasks/test_layouts.py",

@@ -1,7 +1,8 @@
 """The balance loss and the z-loss of one rank's tokens as one operator each way.
 
-Compiled kernels are in csrc/cpu/moe_balance.cpp and csrc/cuda/moe_balance.cu; swin_moe/moe/losses.py is the reference,
-and what runs where there are none. On the CPU losses and gradients are the reference's to the bit, on CUDA to rounding.
+Compiled kernels are in csrc/cpu/moe/moe_balance.cpp and csrc/cuda/moe/moe_balance.cu; swin_moe/moe/losses.py is the
+reference, and what runs where there are none. On the CPU losses and gradients are the reference's to the bit, on CUDA
+to rounding.
 
 Shape legend: T tokens, E experts, k choices per token, G routing groups.
 """
@@ -17,7 +18,7 @@ from swin_moe.ops.moe_route import MAX_EXPERTS_CUDA
 from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_balance", "moe_balance_backward")
-KINDS = {"none": 0, "gshard": 1, "gshard of shares": 2, "load_importance": 3}  # BalanceKind in csrc/moe_balance.h
+KINDS = {"none": 0, "gshard": 1, "gshard of shares": 2, "load_importance": 3}  # BalanceKind in csrc/moe/moe_balance.h
 
 
 def available(scores: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Rows of tokens for experts and back: gather, gate, and sum over choices.
 
-On CUDA with compiled kernels (csrc/cuda/moe_permute.cu) each is one pass over memory; elsewhere it is a few of
+On CUDA with compiled kernels (csrc/cuda/moe/moe_permute.cu) each is one pass over memory; elsewhere it is a few of
 PyTorch's operators, which torch.compile fuses. None has a gradient of its own: each is part of another's
 (swin_moe/moe/dispatch.py).
 

@@ -1,7 +1,7 @@
 """The order of rows for experts, from a routing, as one operator.
 
-Compiled kernels are in csrc/moe_plan.cpp and csrc/cuda/moe_plan.cu; swin_moe/moe/dispatch.py has the reference, which
-runs where there are none.
+Compiled kernels are in csrc/moe/moe_plan.cpp and csrc/cuda/moe/moe_plan.cu; swin_moe/moe/dispatch.py has the reference,
+which runs where there are none.
 
 Shape legend: T tokens, E experts, k choices per token, G routing groups, N rows for experts.
 """

@@ -1,6 +1,6 @@
 """Token-choice routing of one rank's tokens as one operator: scores, choices, gates, slots, counts, statistics.
 
-Compiled kernels are in csrc/cpu/moe_route.cpp and csrc/cuda/moe_route.cu; swin_moe/moe/routing.py:route is the
+Compiled kernels are in csrc/cpu/moe/moe_route.cpp and csrc/cuda/moe/moe_route.cu; swin_moe/moe/routing.py:route is the
 reference, and what runs where there are none. Integers are the reference's, and on the CPU so is every bit of the other
 numbers and of their gradients.
 
@@ -17,7 +17,7 @@ from swin_moe.ops import extension
 from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_route", "moe_route_backward")
-MAX_EXPERTS_CUDA = 2048  # kMaxRoutedExperts in csrc/cuda/route_launch.h
+MAX_EXPERTS_CUDA = 2048  # kMaxRoutedExperts in csrc/cuda/moe/route_launch.h
 
 
 class Routed(NamedTuple):
