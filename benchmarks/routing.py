@@ -18,7 +18,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe.choices import Choice, build_choice
 from swin_moe.moe.dispatch import make_order
 from swin_moe.moe.routers import build_router
-from swin_moe.ops import moe_plan, moe_route
+from swin_moe.ops.moe import moe_plan, moe_route
 
 TOKENS_PER_IMAGE = 64
 # Name -> images, experts, choices, options.

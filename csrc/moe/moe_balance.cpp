@@ -1,5 +1,5 @@
 // Balance losses and the z-loss: the schemas. The kernels are in cpu/moe/moe_balance.cpp and cuda/moe/moe_balance.cu;
-// swin_moe/ops/moe_balance.py says what each argument means, swin_moe/moe/losses.py is the reference.
+// swin_moe/ops/moe/moe_balance.py says what each argument means, swin_moe/moe/losses.py is the reference.
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {

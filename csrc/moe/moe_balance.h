@@ -1,4 +1,4 @@
-// What a balance loss balances, by the numbers of KINDS in swin_moe/ops/moe_balance.py.
+// What a balance loss balances, by the numbers of KINDS in swin_moe/ops/moe/moe_balance.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Rows of tokens for experts and back: the schemas. CUDA kernels are in cuda/moe/moe_permute.cu; elsewhere the Python
-// operators of swin_moe/ops/moe_permute.py serve, which say what each argument means.
+// operators of swin_moe/ops/moe/moe_permute.py serve, which say what each argument means.
 #include <torch/library.h>
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {

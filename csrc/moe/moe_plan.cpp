@@ -1,5 +1,5 @@
 // The order of rows for experts from a routing: schema and CPU kernel. The CUDA kernels are in cuda/moe/moe_plan.cu;
-// swin_moe/ops/moe_plan.py says what each argument means, swin_moe/moe/dispatch.py has the reference.
+// swin_moe/ops/moe/moe_plan.py says what each argument means, swin_moe/moe/dispatch.py has the reference.
 #include "moe_plan.h"
 
 #include <ATen/Parallel.h>

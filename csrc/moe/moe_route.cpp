@@ -1,5 +1,5 @@
 // Token-choice routing of one rank's tokens: the schemas. The kernels are in cpu/moe/moe_route.cpp and
-// cuda/moe/moe_route.cu; swin_moe/ops/moe_route.py says what each argument means, swin_moe/moe/routing.py is the
+// cuda/moe/moe_route.cu; swin_moe/ops/moe/moe_route.py says what each argument means, swin_moe/moe/routing.py is the
 // reference.
 #include <torch/library.h>
 

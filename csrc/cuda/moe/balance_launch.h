@@ -13,7 +13,7 @@ namespace swin_moe {
 
 constexpr int64_t kBalanceRows = 128;  // tokens of a chunk, which belong to one group
 
-// See swin_moe/ops/moe_balance.py. Elements are float64 where `wide`, else float32; a token's group is its number
+// See swin_moe/ops/moe/moe_balance.py. Elements are float64 where `wide`, else float32; a token's group is its number
 // divided by group_size, which is at most the number of tokens.
 struct BalanceLaunch {
   const void *scores, *threshold, *logits;      // (tokens, experts), (tokens), (tokens, experts); null: not used

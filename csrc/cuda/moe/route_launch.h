@@ -14,7 +14,7 @@ namespace swin_moe {
 constexpr int64_t kMaxRoutedExperts = 2048;  // a lane marks up to 64 experts as taken
 constexpr int kSlotPairs = 256;              // of one chunk, which belong to one group
 
-// See swin_moe/ops/moe_route.py. `wide`: elements are float64, else float32. `entropies`: (tokens,), of each token;
+// See swin_moe/ops/moe/moe_route.py. `wide`: elements are float64, else float32. `entropies`: (tokens,), of each token;
 // `confidence`: (tokens,), or null. `order`: (tokens,), which token of its group takes slots when; null: in token order.
 // `before`: (groups * chunks, experts), zero before swin_moe_route_slots; chunks of a group are choice-major, kSlotPairs
 // pairs each.

@@ -5,10 +5,10 @@ import ctypes
 import pytest
 import torch
 
-from swin_moe.ops.moe_balance import KINDS
-from swin_moe.ops.moe_route import MAX_EXPERTS_CUDA
+from swin_moe.ops.moe.moe_balance import KINDS
+from swin_moe.ops.moe.moe_route import MAX_EXPERTS_CUDA
 from tests.csrc.emulation import Guarded, build
-from tests.ops.test_moe_balance import slowly
+from tests.ops.moe.test_moe_balance import slowly
 
 TENSORS = (
     "scores",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from swin_moe.moe.dispatch import padded_rows
-from swin_moe.ops import moe_plan
+from swin_moe.ops.moe import moe_plan
 from tests.csrc.emulation import build
-from tests.ops.test_moe_plan import ROUTINGS, make_order, make_padded_order
+from tests.ops.moe.test_moe_plan import ROUTINGS, make_order, make_padded_order
 
 POINTERS = ("expert", "slot", "keep", "kept", "position", "pair", "vacant", "counts", "first")
 NUMBERS = ("pairs", "top_k", "groups", "experts", "group_size", "rows", "padded_rows")

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from swin_moe.ops.moe_permute import _gate_gradient, _permute, _unpermute
+from swin_moe.ops.moe.moe_permute import _gate_gradient, _permute, _unpermute
 from swin_moe.ops.window_shift import _partition
 from tests.csrc.emulation import Geometry, Guarded, MoeLaunch, build
-from tests.ops.test_moe_permute import CASES, DTYPES, order_of, random_tensor
+from tests.ops.moe.test_moe_permute import CASES, DTYPES, order_of, random_tensor
 
 ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # swin_moe::RowElement
 

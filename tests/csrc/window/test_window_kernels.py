@@ -11,7 +11,7 @@ import torch
 
 from swin_moe.ops.attention.reference import attend_map
 from tests.csrc.emulation import ELEMENTS, Geometry, WindowLaunch, build, window_attention
-from tests.ops.window_attention_cases import (
+from tests.ops.attention.window_attention_cases import (
     FLOORS,
     MANY,
     Case,

@@ -10,7 +10,7 @@ import torch
 from swin_moe.ops.attention.fused import HEAD_DIMS, MAX_WINDOW_TOKENS
 from tests.csrc.emulation import ELEMENTS, Geometry, WindowLaunch, build, window_attention
 from tests.csrc.window.test_window_kernels import DTYPES, SHARED, VARIANTS, check, launch_of
-from tests.ops.window_attention_cases import Case, value_and_gradients
+from tests.ops.attention.window_attention_cases import Case, value_and_gradients
 
 # The largest of each class of kernels, and the smallest; 32 alone has kernels whose window is a constant.
 DIMS = (HEAD_DIMS[0], 16, 31, 32, 48, HEAD_DIMS[1])

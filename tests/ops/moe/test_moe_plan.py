@@ -6,8 +6,8 @@ import torch
 from swin_moe.moe.choices.expert import route_by_expert
 from swin_moe.moe.dispatch import make_order, make_padded_order, padded_rows
 from swin_moe.moe.routing import join, route
-from swin_moe.ops import moe_plan
-from swin_moe.ops.moe_plan import order_rows
+from swin_moe.ops.moe import moe_plan
+from swin_moe.ops.moe.moe_plan import order_rows
 
 compiled = pytest.mark.skipif("cpu" not in moe_plan.COMPILED, reason="the compiled kernels are not built")
 

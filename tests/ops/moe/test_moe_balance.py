@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from swin_moe.moe import losses
-from swin_moe.ops import moe_balance
-from swin_moe.ops.moe_balance import KINDS, auxiliary_loss
+from swin_moe.ops.moe import moe_balance
+from swin_moe.ops.moe.moe_balance import KINDS, auxiliary_loss
 
 compiled = pytest.mark.skipif("cpu" not in moe_balance.COMPILED, reason="the compiled kernels are not built")
 EXPERTS = 6

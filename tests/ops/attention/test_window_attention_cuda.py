@@ -6,7 +6,7 @@ import torch
 from swin_moe.ops import extension
 from swin_moe.ops.attention.fused import fused_window_attention
 from tests.csrc.window.test_window_kernels import DTYPES, VARIANTS, check
-from tests.ops.window_attention_cases import Case, check_against_eager
+from tests.ops.attention.window_attention_cases import Case, check_against_eager
 
 pytestmark = [
     pytest.mark.gpu,

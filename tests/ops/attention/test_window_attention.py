@@ -11,7 +11,7 @@ from swin_moe.ops import extension
 from swin_moe.ops.attention import fused as window_attention
 from swin_moe.ops.attention.fused import SCHEMAS, fused_window_attention, unsupported
 from swin_moe.ops.attention.reference import attend_map
-from tests.ops.window_attention_cases import (
+from tests.ops.attention.window_attention_cases import (
     Case,
     check_against_eager,
     formula,
@@ -290,7 +290,7 @@ def test_what_compiled_kernels_do_not_compute(monkeypatch):
 PROGRAM = """
 import torch
 from swin_moe.ops import extension
-from tests.ops.window_attention_cases import check_against_eager
+from tests.ops.attention.window_attention_cases import check_against_eager
 assert not extension.available("cpu") and extension.why_not("cpu") == "SWIN_MOE_NO_EXT=1 is set"
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     check_against_eager(range(8), dtype)

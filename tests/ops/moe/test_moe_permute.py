@@ -5,7 +5,7 @@ import torch
 
 from swin_moe.moe import route
 from swin_moe.moe.dispatch import combine_tokens, make_order, make_padded_order, padded_rows, take_tokens
-from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.moe.moe_permute import gate_gradient, permute, unpermute
 
 GPU = pytest.mark.gpu
 DTYPES = [  # of rows and of gates

@@ -9,7 +9,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe.choices import build_choice
 from swin_moe.moe.routers import build_router
 from swin_moe.moe.routing import choose_experts
-from swin_moe.ops import moe_balance, moe_route
+from swin_moe.ops.moe import moe_balance, moe_route
 from swin_moe.randomness import RandomContext
 from tests.moe.reference import route_slowly
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.ops import extension
-from swin_moe.ops.moe_route import MAX_EXPERTS_CUDA
+from swin_moe.ops.moe.moe_route import MAX_EXPERTS_CUDA
 from swin_moe.ops.transforms import apply
 
 COMPILED = extension.compiled_for("moe_balance", "moe_balance_backward")
