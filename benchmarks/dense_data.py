@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from swin_moe.config import DataConfig
-from swin_moe.config.dense_data import DenseDataConfig
+from swin_moe.config.options.dense_data import DenseDataConfig
 from swin_moe.data.loader import TrainLoader
 
 OBJECTS, CORNERS, CLASSES = 7, 40, 80  # of an image, as COCO has on average

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from swin_moe.config.checks import NOT_STATE, check
-from swin_moe.config.task_options import TaskOptions
+from swin_moe.config.options.task_options import TaskOptions
 
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
 
