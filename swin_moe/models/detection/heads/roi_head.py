@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_moe.models.detection.box_head import BoxHead
 from swin_moe.models.detection.boxes import areas, rois_of
 from swin_moe.models.detection.detections import Detections, select
-from swin_moe.models.detection.htc import SemanticHead
+from swin_moe.models.detection.heads.box_head import BoxHead
+from swin_moe.models.detection.heads.htc import SemanticHead
+from swin_moe.models.detection.heads.mask_head import MaskHead, mask_targets
 from swin_moe.models.detection.losses import mask_loss
-from swin_moe.models.detection.mask_head import MaskHead, mask_targets
 from swin_moe.models.detection.sample import Sampled, sample_boxes
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import LossSums, Targets
