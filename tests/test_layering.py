@@ -24,7 +24,7 @@ LAYERS = (
     ("engine", "tasks"),
     ("run",),
     ("weights", "planner", "curate"),
-    ("evaluate", "predict_pixels"),
+    ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor", "report", "demo"),
     ("cli",),

@@ -14,7 +14,7 @@ from PIL import Image
 import swin_moe
 from swin_moe import predict, train
 from swin_moe.config.io import load_config
-from swin_moe.predict import _shares_capacity
+from swin_moe.predict.command import _shares_capacity
 from swin_moe.run.session import run_main
 from tests.run.test_data_fit import SMALL
 

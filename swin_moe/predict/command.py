@@ -21,9 +21,9 @@ from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
-from swin_moe.predict_pixels import PixelOptions, predict_pixels
+from swin_moe.predict.pixels import PixelOptions, predict_pixels
 from swin_moe.run.counter import Counter
-from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
+from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments
 from swin_moe.tasks.base import build_task
 from swin_moe.tasks.dense import LooksAtImages
 from swin_moe.usage.texts import PREDICT
@@ -231,7 +231,3 @@ def _class_names(config: Config, file: str, names: Sequence[str]) -> Sequence[st
         with contextlib.suppress(ValueError):  # a checkpoint of an older version, away from its data: numbers
             names = build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=outputs).classes
     return tuple(names) + tuple(str(label) for label in range(len(names), outputs))
-
-
-if __name__ == "__main__":
-    run_main(main)
