@@ -16,7 +16,7 @@ from tests.data.dense.files import dense
 
 pytest.importorskip("pycocotools")
 CONFIG = """
-task: {name: 'tests.tasks.seeing:Bright'}
+task: {name: 'tests.tasks.dense.seeing:Bright'}
 data: {name: canvases, global_batch: 4, dense: {canvases: 4, val_canvases: 3, eval_short: 80, eval_long: 120}}
 model: {name: swin, img_size: 64, embed_dim: 12, depths: [1, 1], num_heads: [1, 2], window_size: 4, num_classes: 11}
 optim: {epochs: 1, warmup_epochs: 0}

@@ -32,7 +32,7 @@ from tests.gathered import NETWORK, gathered
 from tests.ranks import run_ranks
 from tests.tasks import cases
 from tests.tasks.cases import MOE, SOFT
-from tests.tasks.test_detect import batch_of, context_of
+from tests.tasks.dense.test_detect import batch_of, context_of
 from tests.tasks.transfer import begun, session_of, trained, weights
 
 NORM = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.link_cases import run_world
+from tests.parallel.exchange.link_cases import run_world
 from tests.ranks import TWO_AND_FOUR, run_ranks
 
 pytestmark = pytest.mark.mpi

@@ -7,7 +7,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe.dispatch import make_order
 from swin_moe.parallel.exchange.tune import candidates, choose, even_routing, tune
 from swin_moe.parallel.groups import Degrees, Groups
-from tests.parallel.tune_cases import run_world
+from tests.parallel.exchange.tune_cases import run_world
 from tests.ranks import TWO_AND_FOUR, run_ranks
 
 

@@ -19,7 +19,7 @@ from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.exchange.tutel import CHANGES_NUMERICS, tutel, tutel_verbs
 from swin_moe.parallel.groups import single_process_groups
 from swin_moe.randomness import RandomContext
-from tests.parallel import tutel_stand_in
+from tests.parallel.exchange import tutel_stand_in
 
 EXPERTS, DIM = 5, 6
 ROUTINGS = {
@@ -169,14 +169,15 @@ def test_a_failed_process_exits_with_its_own_status():
     """Under Tutel's system module it exits with 0."""
     program = f"""
 import sys
-from tests.parallel import test_tutel, tutel_stand_in
+from tests.parallel.exchange import test_tutel
+from tests.parallel.exchange import tutel_stand_in
 tutel_stand_in.install_if_missing()
 layer = test_tutel.build_layer()
 test_tutel.parallelize(layer, test_tutel.ParallelConfig(), test_tutel.single_process_groups())
 layer(test_tutel.numbers(1, 8, {DIM})[None])[0].sum().backward()
 sys.exit(3)
 """
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     assert subprocess.run([sys.executable, "-c", program], cwd=root, stderr=subprocess.DEVNULL).returncode == 3
 
 
