@@ -17,7 +17,7 @@ from swin_moe import create_model
 from swin_moe.checkpoint import CheckpointError, Piece, load
 from swin_moe.checkpoint.index import Index
 from swin_moe.config.variants import VARIANTS
-from tests.checkpoint_tools.official_files import FILES, FORMS, convert, identity, tensors_of
+from tests.checkpoint_tools.formats.official_files import FILES, FORMS, convert, identity, tensors_of
 from tests.models.reference import GOLDEN, normal
 
 SMALL = {"num_classes": 5, "embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}

@@ -12,7 +12,7 @@ from swin_moe import create_model
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.manager import save
 from swin_moe.checkpoint.pieces import Piece
-from tests.checkpoint_tools.official_files import convert
+from tests.checkpoint_tools.formats.official_files import convert
 
 SIZES = [(24, 24), (32, 32), (40, 40), (48, 48), (64, 64), (32, 64), (128, 64)]
 WINDOWS = (4, 5, 7, 16)

@@ -14,7 +14,7 @@ from swin_moe.checkpoint import Piece, load, save
 from swin_moe.checkpoint.index import Index
 from swin_moe.config.io import config_from_tree
 from swin_moe.models import build_model
-from tests.checkpoint_tools.official_files import FILES, FORMS, convert, tensors_of
+from tests.checkpoint_tools.formats.official_files import FILES, FORMS, convert, tensors_of
 
 SIZES = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 8, "depths": (1, 2, 2), "num_heads": (1, 2, 4)}
 IMAGE = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

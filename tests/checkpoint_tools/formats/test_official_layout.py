@@ -14,7 +14,7 @@ from launcher.env import without_world
 from swin_moe import create_model
 from swin_moe.checkpoint import CheckpointError
 from swin_moe.checkpoint.index import Index
-from tests.checkpoint_tools.official_files import FILES, FORMS, NAMES, convert, identity, torch_load
+from tests.checkpoint_tools.formats.official_files import FILES, FORMS, NAMES, convert, identity, torch_load
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.usefixtures("yacs")

@@ -20,8 +20,8 @@ from swin_moe.models.layers import PatchMerging
 from swin_moe.run.session import build_meta_model
 from swin_moe.tasks.base import build_task
 from swin_moe.weights.load import load_weights
-from tests.checkpoint_tools.official_files import QUIET, convert, tensors_of
-from tests.checkpoint_tools.test_dense import MICRO
+from tests.checkpoint_tools.formats.official_files import QUIET, convert, tensors_of
+from tests.checkpoint_tools.formats.test_dense import MICRO
 from tests.models.dense.golden import error, fill, image, load
 from tests.tasks.transfer import begun, session_of, weights
 

@@ -8,7 +8,7 @@ from checkpoint_tools.formats.official.state import steps_of_schedule
 from swin_moe import create_model
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
-from tests.checkpoint_tools.official_files import convert
+from tests.checkpoint_tools.formats.official_files import convert
 
 SIZES = {"img_size": "32", "window_size": "4"}
 

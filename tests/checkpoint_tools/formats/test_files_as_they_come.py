@@ -19,7 +19,7 @@ from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.manager import CheckpointManager, find_checkpoint, load
 from swin_moe.checkpoint.pieces import Piece
-from tests.checkpoint_tools.official_files import convert, tensors_of
+from tests.checkpoint_tools.formats.official_files import convert, tensors_of
 
 SMALL = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 3}
 SIZES = {"img_size": "32", "window_size": "4"}

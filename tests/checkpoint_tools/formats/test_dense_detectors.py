@@ -15,7 +15,7 @@ from swin_moe.run.session import build_meta_model
 from swin_moe.tasks.base import StepContext, build_task
 from swin_moe.tasks.detect import Detect
 from swin_moe.weights.load import load_weights
-from tests.checkpoint_tools.official_files import QUIET, convert, tensors_of
+from tests.checkpoint_tools.formats.official_files import QUIET, convert, tensors_of
 from tests.models.dense.golden import fill, load
 from tests.models.detection.official import scene
 from tests.tasks.transfer import session_of

@@ -11,8 +11,8 @@ from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.index import Index
 from swin_moe.config import DataConfig
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
-from tests.checkpoint_tools.official_files import convert
-from tests.checkpoint_tools.test_geometry import written
+from tests.checkpoint_tools.formats.official_files import convert
+from tests.checkpoint_tools.formats.test_geometry import written
 
 
 class Named:

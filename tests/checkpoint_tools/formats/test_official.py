@@ -16,7 +16,7 @@ from swin_moe.config import ParallelConfig
 from swin_moe.layout import Chunk
 from swin_moe.parallel.apply import parallelize, parameter_layout
 from swin_moe.parallel.groups import build_groups
-from tests.checkpoint_tools.official_files import FILES, FORMS, QUIET, convert, identity, tensors_of, torch_load
+from tests.checkpoint_tools.formats.official_files import FILES, FORMS, QUIET, convert, identity, tensors_of, torch_load
 from tests.models.reference import normal, relative_error
 from tests.ranks import TWO_AND_FOUR, run_ranks
 

@@ -9,8 +9,8 @@ import torch
 from checkpoint_tools.formats import find_format
 from swin_moe.checkpoint import CheckpointError
 from swin_moe.checkpoint.index import Index
-from tests.checkpoint_tools.deepspeed_cases import save_both
-from tests.checkpoint_tools.official_files import convert, tensors_of
+from tests.checkpoint_tools.formats.deepspeed_cases import save_both
+from tests.checkpoint_tools.formats.official_files import convert, tensors_of
 from tests.equivalence.engine_cases import Case
 from tests.ranks import run_ranks
 
