@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.env import without_world
-from tests.launcher.starters import pmix_works, starters
+from tests.launcher.flavors.starters import pmix_works, starters
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.mpi

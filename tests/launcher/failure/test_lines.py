@@ -8,7 +8,7 @@ import pytest
 from launcher.failure import line, reports
 from launcher.failure.reports import Failure
 from launcher.failure.switchboard import Switchboard
-from tests.launcher.test_faults import wait_for
+from tests.launcher.failure.test_faults import wait_for
 
 TOKEN = "a" * 32
 

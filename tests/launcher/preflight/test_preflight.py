@@ -13,8 +13,8 @@ from launcher.preflight import judge, report, start
 from launcher.preflight.collectives import TRANSPORTS
 from launcher.restart import Lost
 from launcher.supervise import Outcome
-from tests.launcher.test_preflight_verdicts import document
-from tests.launcher.test_restart import job_on
+from tests.launcher.job.test_restart import job_on
+from tests.launcher.preflight.test_preflight_verdicts import document
 
 
 def checked(document, tmp_path, monkeypatch, *options, outcome=None):

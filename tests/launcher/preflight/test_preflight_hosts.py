@@ -8,7 +8,7 @@ import pytest
 from launcher.preflight import gpu, resources
 from launcher.preflight.gpu import FIELDS, OTHERS, complaints, read_gpus
 from launcher.preflight.resources import CHECKS, free_memory, free_space, read_checks, read_paces
-from tests.launcher.machines import write
+from tests.launcher.machine.machines import write
 
 MIB = 1 << 20
 MEMINFO = {"proc/meminfo": "MemTotal:  1000000 kB\nMemFree:  100 kB\nMemAvailable:  524288 kB"}

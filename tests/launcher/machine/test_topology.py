@@ -10,7 +10,7 @@ import pytest
 
 from launcher.machine import topology
 from launcher.machine.topology import cpu_quota, parse_list, read_machine, short_list
-from tests.launcher import machines
+from tests.launcher.machine import machines
 from tests.ranks import ROOT
 
 

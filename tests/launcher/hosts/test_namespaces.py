@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 
 from launcher.failure import kinds
-from tests.launcher.namespaces import Cluster, why_not
-from tests.launcher.test_faults import MPIS, wait_for
+from tests.launcher.failure.test_faults import MPIS, wait_for
+from tests.launcher.hosts.namespaces import Cluster, why_not
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 PATIENCE = 120.0  # seconds; tests wait for conditions, and a busy machine is slow

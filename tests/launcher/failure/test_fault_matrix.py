@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.launcher.fault_cells import FAULTS, STARTERS, Cell, cells, problems, table, training_cells
-from tests.launcher.fault_cells import Result as Came
-from tests.launcher.fault_matrix import checkpoints, run_cell, why_not_here
-from tests.launcher.fault_program import PHASES
+from tests.launcher.failure.fault_cells import FAULTS, STARTERS, Cell, cells, problems, table, training_cells
+from tests.launcher.failure.fault_cells import Result as Came
+from tests.launcher.failure.fault_matrix import checkpoints, run_cell, why_not_here
+from tests.launcher.failure.fault_program import PHASES
 
 # Every fault once, and every phase and MPI; those that were wrong once, where one fault has several to choose from.
 COVERING = {

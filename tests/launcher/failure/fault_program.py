@@ -1,4 +1,4 @@
-"""The program of the fault matrix: `python -m tests.launcher.fault_program` as a rank, told by the environment.
+"""The program of the fault matrix: `python -m tests.launcher.failure.fault_program` as a rank, told by the environment.
 
 Ranks meet over MPI in every step and rank 0 saves after it, atomically. In the phase that the environment names they
 leave word that they are there, and then one of them fails, or all wait there for somebody to end them.

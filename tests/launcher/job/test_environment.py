@@ -10,7 +10,7 @@ import pytest
 
 from launcher.env import without_world
 from launcher.job.environment import travelling, unmatched, withheld
-from tests.launcher.starters import starters
+from tests.launcher.flavors.starters import starters
 from tests.ranks import ROOT
 
 ENVIRON = {

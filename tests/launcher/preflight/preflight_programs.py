@@ -1,4 +1,4 @@
-"""Ranks with something wrong, for the preflight to name: `python -m tests.launcher.preflight_programs NAME`."""
+"""Ranks with something wrong, for the preflight to name: `-m tests.launcher.preflight.preflight_programs NAME`."""
 
 import os
 import signal

@@ -4,7 +4,7 @@ import signal
 from dataclasses import dataclass, field
 
 from launcher.failure import kinds
-from tests.launcher.fault_program import PHASES, culprit_of
+from tests.launcher.failure.fault_program import PHASES, culprit_of
 
 STALL_SECONDS = 3
 STARTERS = ("mpich", "openmpi", "srun")

@@ -12,7 +12,7 @@ from launcher.job.options import check, lost_seconds, parser
 from launcher.job.prepare import prepare
 from launcher.restart import Lost, Policy, choose_ranks, step_of
 from launcher.supervise import Outcome
-from tests.launcher.test_faults import MPIS, assert_nothing_left, start
+from tests.launcher.failure.test_faults import MPIS, assert_nothing_left, start
 
 PATIENCE = 120.0  # seconds
 

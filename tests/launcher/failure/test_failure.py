@@ -16,7 +16,7 @@ from launcher.failure import kinds, line, memory, orphans, reports, stacks
 from launcher.failure.reports import Failure, State
 from launcher.failure.starting import find_late
 from launcher.supervise import Outcome, _explain
-from tests.launcher.test_faults import MPIS, pid_of, start, wait_for
+from tests.launcher.failure.test_faults import MPIS, pid_of, start, wait_for
 from tests.ranks import ROOT
 
 PATIENCE = 60.0  # seconds; tests wait for conditions, and a busy machine is slow

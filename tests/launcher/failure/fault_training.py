@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher import guard
-from tests.launcher import fault_program
+from tests.launcher.failure import fault_program
 
 _STEPS = {"first step": 0, "steady state": 4}  # of six, counted from 0
 _SAVED_STEP = 4

@@ -16,7 +16,7 @@ from launcher.failure.kinds import HOST
 from launcher.preflight import pairs
 from launcher.preflight.hub import Hub, Member
 from launcher.preflight.pairs import Listener, Target, cause_of, measure, reach
-from tests.launcher.test_preflight_hosts import fake_nvidia_smi, gpu
+from tests.launcher.preflight.test_preflight_hosts import fake_nvidia_smi, gpu
 from tests.ranks import ROOT
 
 SECONDS = 120.0
@@ -88,7 +88,7 @@ def test_then_the_program_starts(tmp_path):
     ],
 )
 def test_a_rank_with_something_wrong_is_named(name, world, code, sentence, tmp_path):
-    found, said = launch("--", "-m", "tests.launcher.preflight_programs", name, world=world)
+    found, said = launch("--", "-m", "tests.launcher.preflight.preflight_programs", name, world=world)
     assert re.search(sentence, said), said
     if name != "gone":  # of that one, MPI knows first
         assert found == code, said

@@ -1,7 +1,7 @@
 """Runs cells of the fault matrix (fault_cells.py) with real processes, and measures what they come to.
 
-`python -m tests.launcher.fault_matrix --table` runs all of them and prints the table of docs/launcher.md; names after
-it choose: `--only "SIGKILL of mpirun" saving openmpi`.
+`python -m tests.launcher.failure.fault_matrix --table` runs all of them and prints the table of docs/launcher.md; names
+after it choose: `--only "SIGKILL of mpirun" saving openmpi`.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from pathlib import Path
 from launcher import watch
 from launcher.env import without_world
 from launcher.failure import kinds
-from tests.launcher import fault_program
-from tests.launcher.fault_cells import FAULTS, STALL_SECONDS, STARTERS, Cell, Result, cells, problems, table
-from tests.launcher.fault_program import PHASES, culprit_of
-from tests.launcher.slurm_cluster import SlurmCluster, why_not
+from tests.launcher.failure import fault_program
+from tests.launcher.failure.fault_cells import FAULTS, STALL_SECONDS, STARTERS, Cell, Result, cells, problems, table
+from tests.launcher.failure.fault_program import PHASES, culprit_of
+from tests.launcher.schedulers.slurm_cluster import SlurmCluster, why_not
 from tests.ranks import ROOT
 
 _START_SECONDS, _PATIENCE = 300.0, 60.0  # until the fault, on a busy machine; until a cell that fails is given up
@@ -148,14 +148,14 @@ def _start(
         fault_program.FOLDER: str(folder),
         fault_program.PHASE: cell.phase,
         fault_program.FAULT: cell.fault.name,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/launcher/faults"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/launcher/failure/faults"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
     }
     environ = environ | told  # for daemons; --env for ranks on other hosts
     own = [word for name, value in told.items() for word in ("--env", f"{name}={value}")]
     command = [sys.executable, "-m", "launcher", "-n", "2", *options, *own]
     name = "fault_program" if cell.program == "light" else "fault_training"
-    command += ["--", str(ROOT / f"tests/launcher/{name}.py")]
+    command += ["--", str(ROOT / f"tests/launcher/failure/{name}.py")]
     if cell.program == "training":
         command += ["digits_swin_moe", *_training(), f"run.output={folder}"]
     pipes = {"stdout": (folder / "output").open("w"), "stderr": subprocess.STDOUT}
@@ -274,7 +274,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m tests.launcher.fault_matrix")
+    made = argparse.ArgumentParser(prog="python -m tests.launcher.failure.fault_matrix")
     made.add_argument("--table", action="store_true", help="print the table of docs/launcher.md at the end")
     made.add_argument("--only", nargs="*", default=[], metavar="NAME", help="faults, phases and starters to run")
     return made

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from tests.launcher import fault_program
+from tests.launcher.failure import fault_program
 
 if sys.orig_argv[1:3] == ["-m", "launcher.rank"]:
     fault_program.prepare(os.environ)

@@ -26,7 +26,7 @@ from launcher.meeting.rendezvous import (
     settle,
     without_route,
 )
-from tests.launcher.test_network import DOCKER, FAST, SIX, SLOW, hosts
+from tests.launcher.machine.test_network import DOCKER, FAST, SIX, SLOW, hosts
 from tests.ranks import ROOT
 
 

@@ -13,7 +13,7 @@ from launcher.failure.lookout import Lookout
 from launcher.failure.page import Page
 from launcher.failure.reports import Failure
 from launcher.supervise import Outcome, _explain
-from tests.launcher.test_faults import wait_for
+from tests.launcher.failure.test_faults import wait_for
 
 
 @pytest.fixture
