@@ -11,7 +11,7 @@ from swin_moe import train
 from swin_moe.run.session import run_main
 from tests.training.test_commands import QUICK
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = [page for page in sorted(DOCS.glob("adding_*.md")) if "    $ " in page.read_text()]
 TINY = [word for word in QUICK if not word.startswith(("model.moe", "run.name"))]
 

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import script
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 SHAPE = ["--nodes", "2", "--ranks-per-node", "4", "--cores-per-rank", "8", "--gpus-per-node", "4", "--time", "8:00:00"]
 SHAPE += ["--name", "swin", "--python", "/opt/venv/bin/python"]

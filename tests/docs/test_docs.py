@@ -13,7 +13,7 @@ from checkpoint_tools.__main__ import VERBS
 from swin_moe.cli import COMMANDS
 from swin_moe.config import Config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 OUTSIDE = re.compile(r"(microsoft|torch|timm|huggingface|tutel|caffe2|models|docker|site-packages)/")
 FILE = re.compile(r"(?<![\w/.*<>-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|cpp|cu|cuh|h|toml|txt))\b(?![\w*<])")

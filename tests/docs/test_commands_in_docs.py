@@ -14,10 +14,10 @@ from swin_moe.config import Config
 from swin_moe.config.coerce import schema_keys
 from swin_moe.config.io import config_files, load_config
 from swin_moe.usage import completion
+from tests.commands.test_usage import run
 from tests.curate.test_curate import folders
-from tests.test_usage import run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 START = re.compile(r"(?:swin-moe|(?:\.venv/bin/)?python -m (?:swin_moe|launcher))\b")
 NAMES = {path.stem for path in config_files()}
