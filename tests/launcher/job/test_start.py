@@ -41,7 +41,7 @@ def test_the_launcher_imports_nothing_heavy():
 @pytest.mark.mpi
 @pytest.mark.full
 def test_the_benchmark_compares_starts():
-    command = [sys.executable, "benchmarks/launcher_start.py", "--rounds", "1"]
+    command = [sys.executable, "benchmarks/launching/launcher_start.py", "--rounds", "1"]
     done = subprocess.run(command, cwd=ROOT, env=without_world(os.environ), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if " s |" in line]
