@@ -40,7 +40,7 @@ clean:
 
 # An installation that was interrupted is thrown away and redone. torch comes first and alone, so that no other package
 # chooses its build.
-$(INSTALLED): requirements.txt pyproject.toml setup.py swin_moe/data/torchvision_site.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*)
+$(INSTALLED): requirements.txt pyproject.toml setup.py swin_moe/data/torchvision_site.py $(shell find csrc -name '*.h' -o -name '*.cpp')
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 		sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % v)'
 	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi

@@ -16,6 +16,7 @@ from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
+CUDA = os.path.join("csrc", "cuda", "")
 FACTS = runpy.run_path(str(HERE / "csrc" / "build_facts.py"))
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 # What runs on machines that do not have the newest GPU: two generations by name, the newest also as PTX for later ones.
@@ -80,10 +81,10 @@ def extension_arguments() -> dict:
     cpp_extension.CUDA_HOME = FACTS["cuda_home"]([os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), chosen])
     with_cuda = bool(torch.version.cuda and cpp_extension.CUDA_HOME)
     kind, flags = CppExtension, {"cxx": CXX_FLAGS}
-    files = sources("*.cpp", "cpu/*.cpp")
+    files = [path for path in sources("**/*.cpp") if not path.startswith(CUDA)]
     if with_cuda:
         kind, flags = CUDAExtension, {"cxx": CXX_FLAGS, "nvcc": nvcc_flags()}
-        files += sources("cuda/*.cpp", "cuda/*.cu")
+        files += sources("cuda/**/*.cpp", "cuda/**/*.cu")
         print(f"swin_moe: CUDA of {cpp_extension.CUDA_HOME}", file=sys.stderr)
     elif torch.version.cuda:
         where = f"CUDA_HOME or torch's {chosen}" if chosen else "CUDA_HOME"
@@ -93,7 +94,7 @@ def extension_arguments() -> dict:
     library = kind(
         "swin_moe._C",
         files,
-        depends=sources("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+        depends=sources("**/*.h", "**/*.cuh"),
         include_dirs=[str(HERE / "csrc"), str(write_source_mark())],
         extra_compile_args=flags,
         py_limited_api=True,  # registered through torch alone: no symbol of Python is used

@@ -125,11 +125,11 @@ runs() {
 runs kernels smoke "$PYTHON" benchmarks/gpu_smoke.py "${smoke[@]}"
 # shellcheck disable=SC2046
 runs pytest kernels "${tests[@]}" $(processes 8) --junitxml="$OUT/kernels.xml" tests/ops tests/moe tests/data tests/checkpoint
-runs kernels roofline "$PYTHON" benchmarks/roofline.py "${roofline[@]}"
+runs kernels roofline "$PYTHON" benchmarks/kernels/roofline.py "${roofline[@]}"
 runs - profile "$PYTHON" benchmarks/gpu_profile.py "${profile[@]}"
 runs timm timm "$PYTHON" benchmarks/train_step.py --precision bf16 --only swin_tiny "${timm[@]}"
 runs timm timm_base "$PYTHON" benchmarks/train_step.py --precision bf16 "${base[@]}"
-runs - moe "$PYTHON" benchmarks/moe_rate.py "${moe[@]}"
+runs - moe "$PYTHON" benchmarks/kernels/moe_rate.py "${moe[@]}"
 runs '>ncu' ncu ncu --clock-control none --section SpeedOfLight --section WarpStateStats --section Occupancy \
     --section MemoryWorkloadAnalysis -k regex:window_ -c 6 --csv --log-file "$OUT/ncu.csv" \
     "$PYTHON" benchmarks/gpu_smoke.py "${large[@]}" --only "window 16, bf16, dot; window 7, bf16, dot"
@@ -143,9 +143,9 @@ runs - train "${train[@]}" configs/debug/digits_swin_moe.yaml "${data[@]}" "${di
 # Ends with what the planner said beside what was measured, max_memory_allocated among it (docs/planner.md).
 runs - memory "${train[@]}" "${memory[@]}" "${data[@]}"
 runs timm compiled "$PYTHON" benchmarks/train_step.py --precision bf16 --only swin_tiny "${compiled[@]}"
-runs kernels peers "$PYTHON" benchmarks/roofline.py "${peers[@]}"
+runs kernels peers "$PYTHON" benchmarks/kernels/roofline.py "${peers[@]}"
 runs - simmim "${train[@]}" "${simmim[@]}" "${data[@]}"
-runs '>nvidia-smi' giant "$PYTHON" benchmarks/large_step.py swinv2_giant_3b_patch4_window12_192_simmim \
+runs '>nvidia-smi' giant "$PYTHON" benchmarks/training/large_step.py swinv2_giant_3b_patch4_window12_192_simmim \
     engine.device=cuda parallel.zero=0 data.global_batch=1 data.micro_batch=1
 rm -rf "$scratch"
 finish

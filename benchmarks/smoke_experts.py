@@ -15,11 +15,11 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe import losses
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import Routing, route
-from swin_moe.ops import moe_balance
 from swin_moe.ops.bias_gelu import add_expert_bias_, bias_gelu, expert_bias_gradient
 from swin_moe.ops.grouped_linear import grouped_linear
-from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
-from swin_moe.ops.moe_route import Routed, route_tokens
+from swin_moe.ops.moe import moe_balance
+from swin_moe.ops.moe.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.moe.moe_route import Routed, route_tokens
 from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.randomness import RandomContext, keep_mask
 

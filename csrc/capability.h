@@ -1,7 +1,7 @@
 // The instruction sets that CPU kernels are compiled for, and the one that runs here.
 #pragma once
 
-#include "window_attention.h"
+#include "window/window_attention.h"
 
 namespace swin_moe {
 

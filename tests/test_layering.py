@@ -3,8 +3,10 @@
 import ast
 import functools
 import re
+import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ LAYERS = (
     ("engine", "tasks"),
     ("run",),
     ("weights", "planner", "curate"),
-    ("evaluate", "predict_pixels"),
+    ("evaluate",),
     ("train", "throughput", "predict", "inspect_routing", "evaluate_features"),
     ("doctor", "report", "demo"),
     ("cli",),
@@ -43,7 +45,9 @@ OPTIONAL = {"tutel", "deepspeed", "fairscale", "mpi4py", "tensorboard", "timm", 
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_FILES = 16  # of a folder
+MAX_FILES = 16  # loose in a folder
+CODE = ("swin_moe", "launcher", "checkpoint_tools", "csrc", "benchmarks", "tests")
+DATA = ("benchmarks/results/", "tests/golden/")  # below CODE: what was measured, what others computed
 MAX_COMPLEXITY = 14  # cyclomatic, of a function; ruff counts it (make lint)
 ROOMS = ("files", "sources", "formats", "verbs")  # of checkpoint_tools, lowest first
 # What mypy checks without an error (pyproject.toml); the list may only grow.
@@ -193,10 +197,41 @@ def test_rooms_of_checkpoint_tools_import_only_lower_ones():
             assert not above, f"{name} imports {above}"
 
 
+def loose_files() -> Counter[str]:
+    """Returns how many files lie loose in every folder of code, committed or not, as git or the disk knows them."""
+    listed = ["git", "ls-files", "-co", "--exclude-standard", "--", *CODE]
+    found = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode == 0:
+        names = [name for name in found.stdout.splitlines() if (ROOT / name).exists()]
+    else:  # a source archive
+        paths = (path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix not in (".pyc", ".so"))
+        names = [path.relative_to(ROOT).as_posix() for path in paths if path.is_file()]
+    return Counter(name.rpartition("/")[0] for name in names if not name.startswith(DATA))
+
+
 def test_folders_stay_small():
-    for folder in {path.parent for path in sources(*PACKAGES)}:
-        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
-        assert len(files) <= MAX_FILES, f"{folder} has {len(files)} files"
+    found = loose_files()
+    assert all(found[folder] for folder in CODE)
+    large = {folder: files for folder, files in found.items() if files > MAX_FILES}
+    assert not large, f"more than {MAX_FILES} loose files, __init__.py too: {large}; make rooms that mean something"
+
+
+@pytest.mark.parametrize("in_git", [True, False])
+def test_a_seventeenth_file_is_seen(tmp_path, monkeypatch, in_git):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for folder in (*CODE, "csrc/cuda/moe", *DATA):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "a.cu").touch()
+    if in_git:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    else:
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for number in range(15):
+        (tmp_path / "csrc/cuda/moe" / f"{number}.h").touch()
+    test_folders_stay_small()
+    (tmp_path / "csrc/cuda/moe/__init__.py").touch()
+    with pytest.raises(AssertionError, match="csrc/cuda/moe': 17"):
+        test_folders_stay_small()
 
 
 @pytest.mark.parametrize("path", [p for p in sources(*PACKAGES) if p.name == "__init__.py"], ids=name_of)

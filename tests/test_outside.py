@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from checkpoint_tools.sources.base import SourceTensor
-from swin_moe.data.digits import Digits
+from swin_moe.data.sets.digits import Digits
 from swin_moe.engine.base import Serves
 from swin_moe.engine.replicated import ReplicatedEngine
 from swin_moe.moe.dispatch import LocalDispatcher

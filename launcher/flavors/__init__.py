@@ -1,7 +1,7 @@
 """Every MPI that can start ranks, one row each: how it is recognized, and its words for what the launcher needs.
 
 A row is a `Flavor` in a file of this folder, named in FLAVORS here; a new one needs nothing else but its line in
-tests/launcher/test_flavors.py. The first row whose pattern stands in what `PROGRAM --version` says is the MPI.
+tests/launcher/flavors/test_flavors.py. The first row whose pattern stands in what `PROGRAM --version` says is the MPI.
 """
 
 import subprocess

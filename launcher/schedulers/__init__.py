@@ -1,7 +1,7 @@
 """Every scheduler whose allocations are found and whose batch scripts are written, one row each.
 
 A row is a `Scheduler` in a file of this folder, named in SCHEDULERS here; a new one needs nothing else but its lines in
-tests/launcher/test_schedulers.py and tests/launcher/test_script.py.
+tests/launcher/schedulers/test_schedulers.py and tests/launcher/schedulers/test_script.py.
 """
 
 from collections.abc import Mapping

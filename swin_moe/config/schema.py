@@ -12,7 +12,7 @@ from swin_moe.config.checks import NOT_STATE, check_routing, check_run, check_ta
 from swin_moe.config.checks import check as _check
 from swin_moe.config.checks import check_choices as _check_choices
 from swin_moe.config.choices import facts_of
-from swin_moe.config.dense_data import DenseDataConfig
+from swin_moe.config.options.dense_data import DenseDataConfig
 from swin_moe.config.tasks import TaskConfig
 
 Family = Literal["swin", "swinv2", "swin_mlp", "swin_moe"]

@@ -1,6 +1,6 @@
 """What other programs call our options: words of timm's, transformers', Lightning's, mmpretrain's and torchtitan's."""
 
-# Word -> our key, and what it means where that is not the same thing. Keys exist: tests/test_usage.py.
+# Word -> our key, and what it means where that is not the same thing. Keys exist: tests/commands/test_usage.py.
 WORDS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         ("batch_size", "batch", "bs", "b", "train_batch_size", "global_batch_size", "per_device_train_batch_size"),

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from swin_moe.config.checks import NOT_STATE, check, check_choices, shown
-from swin_moe.config.detect_options import DetectOptions, SoftTeacherOptions
-from swin_moe.config.task_options import TaskOptions
+from swin_moe.config.options.detect_options import DetectOptions, SoftTeacherOptions
+from swin_moe.config.options.task_options import TaskOptions
 from swin_moe.registry import is_outside, lookup
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from swin_moe.curate.find import Found
-from swin_moe.data.lists import write_list
+from swin_moe.data.sets.lists import write_list
 
 How = Literal["lists", "links", "copies"]
 

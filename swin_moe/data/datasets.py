@@ -20,17 +20,17 @@ from PIL import Image
 from swin_moe.config import DataConfig
 from swin_moe.data.base import Dataset
 from swin_moe.data.pixels import BrokenImage, decode, read_image
-from swin_moe.data.subset import ClassSubset
+from swin_moe.data.sets.subset import ClassSubset
 from swin_moe.randomness import derive_key
 from swin_moe.registry import lookup
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DATASETS = {
-    "digits": "swin_moe.data.digits:Digits",
+    "digits": "swin_moe.data.sets.digits:Digits",
     "folder": "swin_moe.data.datasets:ImageFolder",
     "zip": "swin_moe.data.datasets:ZipArchive",
     "imagenet22k": "swin_moe.data.datasets:ImageNet22k",
-    "lists": "swin_moe.data.lists:ImageLists",
+    "lists": "swin_moe.data.sets.lists:ImageLists",
     "synthetic": "swin_moe.data.datasets:Synthetic",
 }
 DENSE = ("canvases", "coco", "label_maps")  # rows of data/dense/loader.py: DENSE_DATASETS
@@ -61,7 +61,7 @@ def build_dataset(config: DataConfig, split: str, *, img_size: tuple[int, int], 
 
 
 def has_lists(root: Path) -> bool:
-    """Returns whether a folder holds tables instead of folders of images (lists.py)."""
+    """Returns whether a folder holds tables instead of folders of images (sets/lists.py)."""
     return (root / "train.csv").is_file() and not (root / "train").is_dir()
 
 

@@ -22,7 +22,7 @@ from swin_moe.data.base import Listed
 from swin_moe.data.batch import Batch
 from swin_moe.data.datasets import BrokenImage, build_dataset
 from swin_moe.data.dense.loader import DenseSource, build_dense_dataset
-from swin_moe.data.listing import Relabeled
+from swin_moe.data.sets.listing import Relabeled
 from swin_moe.data.source import ImageSource, Request
 from swin_moe.data.transforms import Transform, build_transform
 from swin_moe.data.views import ViewTransform

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swin_moe.moe.routing import Routing
-from swin_moe.ops import moe_plan
-from swin_moe.ops.moe_permute import gate_gradient, permute, unpermute
+from swin_moe.ops.moe import moe_plan
+from swin_moe.ops.moe.moe_permute import gate_gradient, permute, unpermute
 from swin_moe.ops.transforms import apply
 
 

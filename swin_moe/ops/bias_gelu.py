@@ -1,7 +1,7 @@
 """The bias of each row's expert, GELU and dropout as one operator: one kernel instead of two to eight.
 
-The kernels are CUDA's (csrc/cuda/bias_gelu.cu). The CPU keeps to the product's own bias, GELU and random_dropout, which
-are as fast there; whoever has the choice asks `is_fused`. Any other device runs the Python form.
+The kernels are CUDA's (csrc/cuda/rows/bias_gelu.cu). The CPU keeps to the product's own bias, GELU and random_dropout,
+which are as fast there; whoever has the choice asks `is_fused`. Any other device runs the Python form.
 
 What is kept for backward is the product before its bias, of which the backward makes GELU's slope and the draws again.
 

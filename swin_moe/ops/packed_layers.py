@@ -1,8 +1,8 @@
 """Linear layers for inference on the CPU: weights packed once, and all that stands around a product done with it.
 
-One call of the operator (csrc/packed_layers.cpp) takes rows, normalizes them, multiplies them by one packed matrix, or
-by two with exact GELU between, normalizes the result and adds the residual: block of rows by block, in the cache. The
-packing depends on the processor's instruction set, so a packed tensor is never saved. No gradients.
+One call of the operator (csrc/products/packed_layers.cpp) takes rows, normalizes them, multiplies them by one packed
+matrix, or by two with exact GELU between, normalizes the result and adds the residual: block of rows by block, in the
+cache. The packing depends on the processor's instruction set, so a packed tensor is never saved. No gradients.
 
 Shape legend: E experts (1 of a plain layer), I inputs, H hidden channels, O outputs.
 """

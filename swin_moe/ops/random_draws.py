@@ -1,8 +1,8 @@
 """Random draws of a network as operators: which images drop a branch, which units are dropped, the noise of a router.
 
 Every draw is the pure function of swin_moe/randomness.py, bit for bit; here it is one kernel that hashes in registers
-(csrc/random_draws.cpp, csrc/cuda/random_draws.cu) instead of some thirty passes over memory. Seed and step come as a
-tensor, so that a graph that was captured or compiled serves every step.
+(csrc/draws/random_draws.cpp, csrc/cuda/draws/random_draws.cu) instead of some thirty passes over memory. Seed and step
+come as a tensor, so that a graph that was captured or compiled serves every step.
 
 Shape legend: B images, L blocks, N rows, U units.
 """

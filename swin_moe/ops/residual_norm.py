@@ -2,8 +2,8 @@
 
 `residual_norm` serves pre-norm blocks, which normalize the sum, `norm_residual` SwinV2's, which normalize the branch.
 
-The kernels are CUDA's (csrc/cuda/residual_norm.cu); any other device runs the Python form, which is what the network
-computes without them.
+The kernels are CUDA's (csrc/cuda/rows/residual_norm.cu); any other device runs the Python form, which is what the
+network computes without them.
 
 Shape legend: B images, C channels, N rows (B times the tokens of an image).
 """

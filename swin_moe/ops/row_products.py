@@ -1,10 +1,10 @@
 """Products of few rows by kernels of our own: what a library's product costs beside its arithmetic is left out.
 
 MKL and oneDNN check, choose, pack and hand out work for each product, which takes as long as the product itself where
-an expert has some dozens of rows. The kernels (csrc/cpu/row_products.h; AVX-512 with bfloat16, or AVX2) take the
-matrices of all experts in one call, read factors where they lie or pack them in the cache, convert float32 weights of a
-bfloat16 product on the way, and sum in one order: no result depends on the number of threads. The obvious form, and
-what runs elsewhere, is F.linear and a product per expert (linear.py, grouped_linear.py).
+an expert has some dozens of rows. The kernels (csrc/cpu/products/row_products.h; AVX-512 with bfloat16, or AVX2) take
+the matrices of all experts in one call, read factors where they lie or pack them in the cache, convert float32 weights
+of a bfloat16 product on the way, and sum in one order: no result depends on the number of threads. The obvious form,
+and what runs elsewhere, is F.linear and a product per expert (linear.py, grouped_linear.py).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Roll and partition into windows, and merge and roll back, each as one operator that copies whole tokens.
 
-Compiled kernels are in csrc/window_shift.cpp and csrc/cuda/window_shift.cu; elsewhere the operators run PyTorch's roll
-and reshape. Each is the other's gradient.
+Compiled kernels are in csrc/window/window_shift.cpp and csrc/cuda/window/window_shift.cu; elsewhere the operators run
+PyTorch's roll and reshape. Each is the other's gradient.
 
 Shape legend: B images, H x W tokens, C channels, M windows of one image, N tokens of a window.
 """

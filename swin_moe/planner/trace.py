@@ -1,8 +1,8 @@
 """One micro-step of a network on tensors without memory: bytes that are alive after every operator, and its work.
 
 The network itself runs, forward and backward, on fake tensors, so what is counted is what it does. The same counter
-follows real steps (benchmarks/planner_memory.py), and both see tensors that PyTorch's operators return, not what a
-kernel keeps for itself while it runs.
+follows real steps (benchmarks/planner/planner_memory.py), and both see tensors that PyTorch's operators return, not
+what a kernel keeps for itself while it runs.
 
 Blocks of one kind do the same: a network is traced with as many blocks of each stage as have all kinds in them, and
 the others are repeated. Bytes grow evenly with the images of a micro-batch, so two traces give all sizes.

@@ -10,8 +10,8 @@ from swin_moe.config import Config
 from swin_moe.config.tasks import nested
 from swin_moe.config.variants import VARIANTS
 from swin_moe.data.base import Listed
-from swin_moe.data.listing import listing_digest
 from swin_moe.data.loader import steps_in_epoch
+from swin_moe.data.sets.listing import listing_digest
 from swin_moe.run.state import Progressed
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _ENGINE = ("engine.precision",)  # stands beside the checkpoint only, as its byt
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-    """The facts; classes in the order of the network's outputs, digests of data/listing.py."""
+    """The facts; classes in the order of the network's outputs, digests of data/sets/listing.py."""
 
     config: Config
     classes: tuple[str, ...]

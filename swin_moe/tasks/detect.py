@@ -17,7 +17,7 @@ from swin_moe.data.batch import Batch
 from swin_moe.models.dense.norms import move_running, norms_of
 from swin_moe.models.detection.detections import Detections
 from swin_moe.models.detection.detector import Learned
-from swin_moe.models.detection.mask_head import paste_masks
+from swin_moe.models.detection.heads.mask_head import paste_masks
 from swin_moe.models.detection.targets import LossSums, Targets, split_crowd
 from swin_moe.models.network import Network
 from swin_moe.parallel.groups import Groups

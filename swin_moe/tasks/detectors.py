@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import TypeVar
 
 from swin_moe.config import Config
-from swin_moe.config.detect_options import DetectOptions
+from swin_moe.config.options.detect_options import DetectOptions
 from swin_moe.models.dense.network import DenseNetwork
 from swin_moe.models.dense.pyramid import PyramidBackbone
 from swin_moe.models.detection.assign import Assigner

@@ -11,7 +11,7 @@ from smoke_problem import Case, Problem
 
 from swin_moe.ops import extension
 from swin_moe.ops.attention import fused
-from tests.csrc.test_window_kernels import VARIANTS
+from tests.csrc.window.test_window_kernels import VARIANTS
 
 CPU = torch.device("cpu")
 QUICK = (

@@ -8,7 +8,7 @@ import torch
 
 from swin_moe.config.io import load_config
 from swin_moe.data.loader import TrainLoader
-from swin_moe.models.detection.mask_head import paste_masks
+from swin_moe.models.detection.heads.mask_head import paste_masks
 from swin_moe.tasks.base import StepContext
 from swin_moe.tasks.detect import Detect
 

@@ -13,7 +13,7 @@ from swin_moe.checkpoint.index import Index
 from swin_moe.checkpoint.load import verify
 from tests.checkpoint.samples import directory_bytes
 from tests.checkpoint_tools.samples import save
-from tests.checkpoint_tools.test_stream import BIG
+from tests.checkpoint_tools.sources.test_stream import BIG
 from tests.ranks import ROOT, TWO_AND_FOUR
 
 PROGRAM = """

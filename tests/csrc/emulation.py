@@ -30,6 +30,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",
     "-DSWIN_MOE_EMULATION",
     f"-I{HERE}",
+    f"-I{CUDA.parent}",
 ]
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # swin_moe::CudaElement
 GUARD = 64  # elements before and after every tensor; not-a-number, and nobody may write them
@@ -39,9 +40,10 @@ def build() -> ctypes.CDLL:
     """Returns the library of all launchers, built if its sources have changed; skips the test without g++."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    sources = sorted(CUDA.glob("*.cu"))
-    digest = hashlib.sha256(" ".join(FLAGS[:-1]).encode())
-    for path in sorted([*sources, *CUDA.glob("*.h"), *CUDA.glob("*.cuh"), *CUDA.parent.glob("*.h"), *HERE.glob("*.h")]):
+    sources = sorted(CUDA.rglob("*.cu"))
+    digest = hashlib.sha256(" ".join(FLAGS[:-2]).encode())
+    headers = [*CUDA.rglob("*.cuh"), *CUDA.parent.rglob("*.h"), *HERE.glob("*.h")]
+    for path in sorted([*sources, *headers]):
         digest.update(path.read_bytes())
     directory = ROOT / "build" / "emulation"
     library = directory / f"{digest.hexdigest()[:16]}.so"

@@ -86,7 +86,7 @@ def library(request, monkeypatch):
 
 
 def suppress(library, boxes, scores, groups, threshold):
-    """Returns the rows that stay, as csrc/cuda/nms_binding.cpp finds them."""
+    """Returns the rows that stay, as csrc/cuda/detection/nms_binding.cpp finds them."""
     by_score = scores.argsort(descending=True, stable=True)
     order = by_score if groups is None else by_score[groups[by_score].argsort(stable=True)]
     group = None if groups is None else groups[order]
@@ -183,7 +183,8 @@ def pairs(numbers):
 
 
 def deform(library, x, offsets, mask, flat, grad=None):
-    """Returns the columns, or of a gradient of them those of x, offsets and mask, as csrc/cuda/deform_binding.cpp."""
+    """Returns the columns, or of a gradient of them those of x, offsets and mask, as
+    csrc/cuda/detection/deform_binding.cpp."""
     batch, channels, height, width = x.shape
     taps, outputs = flat[0] * flat[1], offsets.shape[2] * offsets.shape[3]
     groups = offsets.shape[1] // (2 * taps)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+CSRC = ROOT / "csrc"
+SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
+FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{CSRC}", "-Xptxas", "-v"]
 # One small source per kind of kernel in `make test`; every one for every architecture with --full.
 QUICK = ("window_attention", "window_forward_bf16", "window_shift")
 # Bytes of a thread: a few registers around a loop, never inside of it; 176 measured at most (bfloat16, sm_100). float32

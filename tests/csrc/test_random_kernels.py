@@ -7,7 +7,7 @@ import torch
 
 from swin_moe.ops import random_draws
 from tests.csrc.emulation import Guarded, build
-from tests.csrc.test_row_kernels import ELEMENTS
+from tests.csrc.rows.test_row_kernels import ELEMENTS
 from tests.ops.test_random_draws import ROWS, equal_bits
 
 BLOCKS_OF_LAUNCH = 128  # swin_moe::kBlocksOfLaunch

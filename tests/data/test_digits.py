@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from swin_moe.config import DataConfig
-from swin_moe.data.digits import Digits, stratified_split
+from swin_moe.data.sets.digits import Digits, stratified_split
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import build_dataset
-from swin_moe.data.subset import ClassSubset
+from swin_moe.data.sets.subset import ClassSubset
 
 SYNTHETIC = DataConfig(name="synthetic", synthetic_samples=60)
 

@@ -23,7 +23,7 @@ from tests.equivalence.expert_parallel_cases import (
     together,
     transport_of,
 )
-from tests.parallel import tutel_stand_in
+from tests.parallel.exchange import tutel_stand_in
 
 CONFIDENT: dict[str, Any] = {"batch_prioritized": True, "top_k": 2, **NOISY}
 SLOW = ("group on 2 ranks: ",)  # 32 options of the router, which backends do not see; some of them stand for all

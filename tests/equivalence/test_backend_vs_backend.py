@@ -7,7 +7,7 @@ stand-in where the real one is not importable.
 import pytest
 
 from tests.equivalence.backend_cases import cases_of
-from tests.parallel.tutel_stand_in import is_importable
+from tests.parallel.exchange.tutel_stand_in import is_importable
 
 pytestmark = pytest.mark.mpi
 

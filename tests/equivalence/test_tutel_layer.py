@@ -25,7 +25,7 @@ from swin_moe.parallel.apply import parallelize
 from swin_moe.parallel.groups import build_groups
 from swin_moe.randomness import RandomContext, normal
 from tests.equivalence.backend_cases import difference
-from tests.parallel.tutel_stand_in import is_importable
+from tests.parallel.exchange.tutel_stand_in import is_importable
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(not is_importable(), reason="Tutel is not importable")]

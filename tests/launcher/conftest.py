@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launcher.slurm_cluster import SlurmCluster, why_not
+from tests.launcher.schedulers.slurm_cluster import SlurmCluster, why_not
 
 
 @pytest.fixture(scope="session")

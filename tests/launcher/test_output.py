@@ -16,7 +16,7 @@ from launcher.env import without_world
 from launcher.failure.line import TOKEN
 from launcher.output import console, lines, pump
 from launcher.output.lines import Lines, frame, unframe
-from tests.launcher.test_faults import MPIS, wait_for
+from tests.launcher.failure.test_faults import MPIS, wait_for
 from tests.ranks import ROOT
 
 PATIENCE = 120.0  # seconds

@@ -54,7 +54,7 @@ def test_why_not(monkeypatch):
 PROGRAM = """
 import hashlib, sys, torch
 from swin_moe.ops import extension
-from tests.ops.window_attention_cases import check_against_eager, random_case, value_and_gradients
+from tests.ops.attention.window_attention_cases import check_against_eager, random_case, value_and_gradients
 assert extension.cpu_capability() == sys.argv[1]
 for dtype in (torch.float32, torch.bfloat16):
     check_against_eager(range(int(sys.argv[2])), dtype)

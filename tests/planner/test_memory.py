@@ -18,7 +18,7 @@ from swin_moe.planner.trace import LiveBytes, over_time
 from swin_moe.planner.workload import build_workload
 from tests.ranks import run_ranks
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "planner"))
 
 ALONE = Degrees(1, 1, 1)
 TINY = (

@@ -17,7 +17,7 @@ from swin_moe.checkpoint import Index
 from swin_moe.config import Config, DataConfig, ModelConfig, MoEConfig
 from swin_moe.config.io import load_config
 from swin_moe.data.datasets import build_dataset
-from swin_moe.data.listing import Relabeled, listing_digest
+from swin_moe.data.sets.listing import Relabeled, listing_digest
 from swin_moe.run.identity import RunIdentity, place_in_data
 from swin_moe.run.session import run_main
 from tests.ranks import run_ranks

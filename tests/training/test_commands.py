@@ -355,7 +355,7 @@ def test_corrupt_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, ca
     assert "0000000005" in out and "resumed from step 4" in out
 
 
-# A program that finds its world under plain mpirun: tests/launcher/test_faults.py.
+# A program that finds its world under plain mpirun: tests/launcher/failure/test_faults.py.
 @pytest.mark.parametrize("start", [pytest.param("mpirun", marks=pytest.mark.full), "torchrun"])
 def test_other_launchers(tmp_path, start):
     program = ["-m", "swin_moe.train", "digits_swin_moe", *QUICK, f"run.output={tmp_path}"]

@@ -1,8 +1,9 @@
 """scikit-learn's digits pasted on noise: boxes, masks and label maps exact by construction, without a download.
 
-A canvas is a function of (data.dense.canvas_seed, split, index). Digits of the training split (data/digits.py) stand on
-training canvases, the 360 others on validation ones. Each is brought bilinearly to a square of a drawn side; where its
-value is above 0.3 of full scale is its mask; canvas and digit join by their maximum; boxes are the masks' tight bounds.
+A canvas is a function of (data.dense.canvas_seed, split, index). Digits of the training split (data/sets/digits.py)
+stand on training canvases, the 360 others on validation ones. Each is brought bilinearly to a square of a drawn side;
+where its value is above 0.3 of full scale is its mask; canvas and digit join by their maximum; boxes are the masks'
+tight bounds.
 
 Shape legend: N digits of a canvas, H height, W width, S side of a digit.
 """
@@ -15,7 +16,7 @@ from PIL import Image
 from swin_moe.config import DataConfig
 from swin_moe.data.dense.masks import rle_area, rle_of
 from swin_moe.data.dense.sample import Annotation, DenseSample
-from swin_moe.data.digits import Digits
+from swin_moe.data.sets.digits import Digits
 from swin_moe.randomness import derive_key
 
 _NOISE = 0.25  # of full scale: most that the background has

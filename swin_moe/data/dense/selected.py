@@ -7,7 +7,7 @@ import numpy as np
 
 from swin_moe.config import DataConfig
 from swin_moe.data.dense.sample import IGNORED, Annotation, DenseDataset, DenseSample
-from swin_moe.data.subset import Rows
+from swin_moe.data.sets.subset import Rows
 from swin_moe.randomness import PURPOSES, derive_key
 
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from swin_moe.config.dense_data import DenseDataConfig
+from swin_moe.config.options.dense_data import DenseDataConfig
 from swin_moe.data.dense.geometry import Affine, Move, affine
 from swin_moe.data.dense.sample import DenseSample
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from swin_moe.models.dense import FPN
 from swin_moe.models.dense.counting import Size, conv_module, convolution
-from swin_moe.models.detection.box_head import BoxHead
-from swin_moe.models.detection.htc import SemanticHead
-from swin_moe.models.detection.mask_head import MaskHead
-from swin_moe.models.detection.roi_head import RoIHead
-from swin_moe.models.detection.rpn import RegionProposals
+from swin_moe.models.detection.heads.box_head import BoxHead
+from swin_moe.models.detection.heads.htc import SemanticHead
+from swin_moe.models.detection.heads.mask_head import MaskHead
+from swin_moe.models.detection.heads.roi_head import RoIHead
+from swin_moe.models.detection.heads.rpn import RegionProposals
 
 BOXES, MASKS = 1000, 100
 

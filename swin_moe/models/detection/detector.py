@@ -12,9 +12,9 @@ from swin_moe.models.dense.counting import map_sizes
 from swin_moe.models.dense.network import DenseNetwork
 from swin_moe.models.detection import counting
 from swin_moe.models.detection.detections import Detections
-from swin_moe.models.detection.htc import GlobalBlock
-from swin_moe.models.detection.roi_head import RoIHead
-from swin_moe.models.detection.rpn import RegionProposals
+from swin_moe.models.detection.heads.htc import GlobalBlock
+from swin_moe.models.detection.heads.roi_head import RoIHead
+from swin_moe.models.detection.heads.rpn import RegionProposals
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import LossSums, Targets
 from swin_moe.models.detection.views import detect_over, views_of

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.config.detect_options import BoxLoss
+from swin_moe.config.options.detect_options import BoxLoss
 from swin_moe.models.detection.boxes import generalized_iou
 
 

@@ -5,7 +5,7 @@ Facts: SwinTransformer/Swin-Transformer-Object-Detection, configs/_base_/models 
 
 from dataclasses import dataclass, field
 
-from swin_moe.config.detect_options import BoxLoss
+from swin_moe.config.options.detect_options import BoxLoss
 from swin_moe.models.detection.assign import Assigner
 
 

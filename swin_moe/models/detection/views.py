@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe.models.detection.detections import Detections, select
-from swin_moe.models.detection.roi_head import RoIHead
-from swin_moe.models.detection.rpn import RegionProposals
+from swin_moe.models.detection.heads.roi_head import RoIHead
+from swin_moe.models.detection.heads.rpn import RegionProposals
 from swin_moe.ops.detection.nms import nms
 
 

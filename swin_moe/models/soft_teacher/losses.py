@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.models.detection.box_head import BoxHead
 from swin_moe.models.detection.detector import Detector
-from swin_moe.models.detection.roi_head import Features
-from swin_moe.models.detection.rpn import Scored
+from swin_moe.models.detection.heads.box_head import BoxHead
+from swin_moe.models.detection.heads.roi_head import Features
+from swin_moe.models.detection.heads.rpn import Scored
 from swin_moe.models.detection.sample import Sampled, sample_boxes
 from swin_moe.models.detection.targets import LossSums, Targets
 from swin_moe.models.layers import widened

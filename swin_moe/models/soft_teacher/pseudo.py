@@ -15,7 +15,7 @@ from torch import Tensor
 from swin_moe.models.detection.boxes import clip, rois_of
 from swin_moe.models.detection.detections import select
 from swin_moe.models.detection.detector import Detector
-from swin_moe.models.detection.roi_head import Features
+from swin_moe.models.detection.heads.roi_head import Features
 from swin_moe.randomness import RandomContext, normal
 
 

@@ -13,7 +13,7 @@ from swin_moe.moe.choices.base import Assigned, Batch, Choice, Routed, RoutingSt
 from swin_moe.moe.routing import Routing, join, route
 from swin_moe.moe.routing_groups import route_across
 from swin_moe.moe.scored import Scored
-from swin_moe.ops import moe_balance, moe_route
+from swin_moe.ops.moe import moe_balance, moe_route
 from swin_moe.randomness import RandomContext
 
 

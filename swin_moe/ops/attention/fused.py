@@ -28,10 +28,11 @@ SCHEMAS = {
         "(Tensor, Tensor, Tensor, Tensor)"
     ),
 }
-# Limits of the compiled kernels, csrc/window_geometry.h.
+# Limits of the compiled kernels, csrc/window/window_geometry.h.
 HEAD_DIMS = (8, 64)
 MAX_WINDOW_TOKENS = 1024
-# Of the CUDA kernels whose backward reads what the forward left, csrc/cuda/window_backward_variants.cuh.
+# Of the CUDA kernels whose backward reads what the forward left,
+# csrc/cuda/window/backward/window_backward_variants.cuh.
 _READS_SUMS = {"head_dims": (32,), "windows": ((12, 12), (16, 16)), "dtypes": (torch.bfloat16, torch.float16)}
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),

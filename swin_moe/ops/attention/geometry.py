@@ -1,6 +1,6 @@
 """Where the tokens of a window lie, which row of the bias table a pair has, and what a cyclic shift separates.
 
-The Python twin of csrc/window_geometry.h, in the official order of operations (microsoft/Swin-Transformer,
+The Python twin of csrc/window/window_geometry.h, in the official order of operations (microsoft/Swin-Transformer,
 models/swin_transformer.py). Windows and shifts are (height, width) pairs in tokens.
 
 Shape legend: B images, H x W tokens of a map, C channels, M windows of one image, N tokens of a window, A heads.

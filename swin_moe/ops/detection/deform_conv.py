@@ -1,7 +1,8 @@
 """Convolution that reads at places moved by offsets (arXiv:1703.06211), also modulated by a mask (arXiv:1811.11168).
 
 The operator makes columns, what every tap of the kernel reads; the rest is a product with the weight. Compiled kernels
-are in csrc/deform_conv.cpp and csrc/cuda/deform_conv.cu; elsewhere the operator runs the plain form of this file.
+are in csrc/detection/deform_conv.cpp and csrc/cuda/detection/deform_conv.cu; elsewhere the operator runs the plain form
+of this file.
 
 Shape legend: B images, C channels read, O channels made, H x W of the map, h x w of the kernel, K = h * w taps, Y x X
 of the result, N = Y * X, G groups of channels that share offsets.

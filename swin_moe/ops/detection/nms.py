@@ -1,6 +1,7 @@
 """Non-maximum suppression: of boxes that overlap, the one with the largest score stays.
 
-Compiled kernels are in csrc/nms.cpp and csrc/cuda/nms.cu; elsewhere the operator runs the plain form of this file.
+Compiled kernels are in csrc/detection/nms.cpp and csrc/cuda/detection/nms.cu; elsewhere the operator runs the plain
+form of this file.
 
 Shape legend: N boxes, K that stay.
 """

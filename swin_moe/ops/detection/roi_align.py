@@ -1,7 +1,8 @@
 """Features of boxes by bilinear samples (arXiv:1703.06870, section 3).
 
-Compiled kernels are in csrc/roi_align.cpp and csrc/cuda/roi_align.cu; elsewhere the operators run the plain form of
-this file. Sampling is separable: a box has one matrix of its bins over rows and one over columns of the map.
+Compiled kernels are in csrc/detection/roi_align.cpp and csrc/cuda/detection/roi_align.cu; elsewhere the operators run
+the plain form of this file. Sampling is separable: a box has one matrix of its bins over rows and one over columns of
+the map.
 
 Shape legend: B images, C channels, H x W of the map, R boxes, S bins per side.
 """

@@ -1,7 +1,8 @@
 """Soft non-maximum suppression: boxes lose score to better ones that they overlap (arXiv:1704.04503).
 
-Compiled kernels are in csrc/soft_nms.cpp and csrc/cuda/soft_nms.cu; elsewhere the operator runs the plain form of this
-file. The operator gives every box its new score; which boxes stay, and in what order, follows from these.
+Compiled kernels are in csrc/detection/soft_nms.cpp and csrc/cuda/detection/soft_nms.cu; elsewhere the operator runs the
+plain form of this file. The operator gives every box its new score; which boxes stay, and in what order, follows from
+these.
 
 Shape legend: N boxes, K that stay.
 """

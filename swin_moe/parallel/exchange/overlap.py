@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.moe.dispatch import Dispatched, RowOrder
-from swin_moe.ops.moe_permute import pick_rows
+from swin_moe.ops.moe.moe_permute import pick_rows
 from swin_moe.parallel.exchange.link import Link, RowExchange, receive_rows, send_and_receive, send_rows
 from swin_moe.parallel.exchange.transport import ExchangePlan, block_permutation
 

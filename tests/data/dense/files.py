@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from swin_moe.config import DataConfig, DatasetName
-from swin_moe.config.dense_data import DenseDataConfig
+from swin_moe.config.options.dense_data import DenseDataConfig
 from swin_moe.data.dense.canvases import Canvases
 
 

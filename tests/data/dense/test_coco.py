@@ -10,8 +10,8 @@ from PIL import Image
 from swin_moe.data.dense.canvases import Canvases
 from swin_moe.data.dense.coco import Coco
 from swin_moe.data.dense.masks import bitmaps_of, check_segmentation, rle_of, rle_of_segmentation
-from swin_moe.data.listing import listing_digest
 from swin_moe.data.pixels import BrokenImage
+from swin_moe.data.sets.listing import listing_digest
 from tests.data.dense.files import dense, save, write_coco
 
 pytest.importorskip("pycocotools")

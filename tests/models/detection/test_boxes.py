@@ -16,8 +16,8 @@ from swin_moe.models.detection.boxes import (
     intersection_over_first,
     intersection_over_union,
 )
+from swin_moe.models.detection.heads.mask_head import mask_targets, paste_masks
 from swin_moe.models.detection.losses import box_loss
-from swin_moe.models.detection.mask_head import mask_targets, paste_masks
 from swin_moe.models.detection.sample import Sampled, draw, sample
 from swin_moe.randomness import RandomContext
 from tests.models.dense.golden import image, load

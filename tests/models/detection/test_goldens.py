@@ -11,7 +11,7 @@ from torch import Tensor
 from swin_moe.config import ModelConfig
 from swin_moe.models.dense import PyramidBackbone
 from swin_moe.models.detection.detector import Detector
-from swin_moe.models.detection.mask_head import paste_masks
+from swin_moe.models.detection.heads.mask_head import paste_masks
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import LossSums
 from swin_moe.randomness import RandomContext

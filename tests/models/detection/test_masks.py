@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from swin_moe.models.detection import mask_head
-from swin_moe.models.detection.mask_head import paste_masks
+from swin_moe.models.detection.heads import mask_head
+from swin_moe.models.detection.heads.mask_head import paste_masks
 
 
 @pytest.mark.parametrize("sides", [(2.0, 12.0), (5.0, 90.0)], ids=["small", "mixed"])

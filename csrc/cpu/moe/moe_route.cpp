@@ -1,0 +1,308 @@
+// Token-choice routing on the CPU. Exponentials and sums are PyTorch's, so every number is that of the Python form, bit
+// for bit; choices, slots and counts are loops over tokens, in which no value depends on the number of threads.
+#include "moe/moe_route.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/_softmax.h>
+#include <ATen/ops/_softmax_backward_data.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/clamp_min.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gather.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace swin_moe {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBlockElements = 1 << 16;  // as moe/routing.py:row_blocks, or sums would round differently
+constexpr int64_t kLeastElements = 1 << 14;  // of a task
+
+// The index of the first largest of n numbers. Not-a-number is larger than all, as for torch.max.
+template <class T>
+int64_t first_largest(const T* v, int64_t n) {
+  constexpr int64_t kLanes = 8;
+  if (n >= kLanes) {
+    T best[kLanes], odd[kLanes] = {};  // odd: how many are not-a-number
+    std::copy(v, v + kLanes, best);
+    for (int64_t e = 0; e + kLanes <= n; e += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        best[lane] = v[e + lane] > best[lane] ? v[e + lane] : best[lane];
+        odd[lane] += v[e + lane] == v[e + lane] ? T(0) : T(1);
+      }
+    T largest = best[0], sum = T(0);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      largest = std::max(largest, best[lane]);
+      sum += odd[lane];
+    }
+    for (int64_t e = n / kLanes * kLanes; e < n; ++e) {
+      largest = std::max(largest, v[e]);
+      sum += v[e] == v[e] ? T(0) : T(1);
+    }
+    if (sum == T(0)) return std::find(v, v + n, largest) - v;
+  }
+  int64_t best = 0;
+  for (int64_t e = 1; e < n; ++e)
+    if (v[e] > v[best] || (std::isnan(v[e]) && !std::isnan(v[best]))) best = e;
+  return best;
+}
+
+// What a token's choices are read from and written to.
+template <class T>
+struct Choices {
+  const T *scores, *noisy, *bias;  // bias may be null
+  int64_t experts, top_k;
+  int64_t* expert;
+  T *gate, *threshold;
+};
+
+template <class T>
+void choose(const Choices<T>& c, int64_t begin, int64_t end) {
+  std::vector<T> rest(c.experts);
+  const bool plain = c.top_k == 1 && !c.bias;
+  for (int64_t t = begin; t < end; ++t) {
+    const T* row = c.scores + t * c.experts;
+    int64_t* chosen = c.expert + t * c.top_k;
+    if (plain) {
+      chosen[0] = first_largest(row, c.experts);
+    } else {
+      for (int64_t e = 0; e < c.experts; ++e) rest[e] = c.bias ? row[e] + c.bias[e] : row[e];
+      for (int64_t k = 0; k < c.top_k; ++k) {
+        chosen[k] = first_largest(rest.data(), c.experts);
+        rest[chosen[k]] = -std::numeric_limits<T>::infinity();
+      }
+    }
+    for (int64_t k = 0; k < c.top_k; ++k) c.gate[t * c.top_k + k] = row[chosen[k]];
+    c.threshold[t] = c.noisy[t * c.experts + chosen[c.top_k - 1]];
+  }
+}
+
+// Ascending keys are descending numbers, not-a-number first; both zeros are one key.
+template <class T>
+auto sort_key(T value) {
+  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  if (std::isnan(value)) return Key(0);
+  value += T(0);
+  Key bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  constexpr Key kSign = Key(1) << (8 * sizeof(Key) - 1);
+  return Key(~(bits & kSign ? ~bits : bits | kSign));
+}
+
+// The stable order of n keys, by radix: bytes from the lowest up, those that are equal in all keys left out.
+template <class Key>
+void sort_stably(std::vector<Key>& keys, std::vector<int64_t>& order) {
+  const size_t n = keys.size();
+  order.resize(n);
+  std::iota(order.begin(), order.end(), int64_t(0));
+  std::vector<std::array<int64_t, 256>> counts(sizeof(Key), std::array<int64_t, 256>{});
+  for (const Key key : keys)
+    for (size_t byte = 0; byte < sizeof(Key); ++byte) ++counts[byte][key >> (8 * byte) & 255];
+  std::vector<Key> other_keys(n);
+  std::vector<int64_t> other(n);
+  for (size_t byte = 0; byte < sizeof(Key); ++byte) {
+    auto& count = counts[byte];
+    if (n == 0 || count[keys[0] >> (8 * byte) & 255] == int64_t(n)) continue;
+    int64_t first = 0;
+    for (int64_t& value : count) first += std::exchange(value, first);
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t to = count[keys[i] >> (8 * byte) & 255]++;
+      other_keys[to] = keys[i];
+      other[to] = order[i];
+    }
+    keys.swap(other_keys);
+    order.swap(other);
+  }
+}
+
+struct Slots {
+  int64_t *slot, *demand, *kept;
+  bool* keep;
+};
+
+// Slots of one group, choice-major: in token order, or where tokens have priority, the most confident first.
+template <class T>
+void take_slots(const Choices<T>& c, const RoutingGroups& groups, int64_t group, bool prioritized, const Slots& to) {
+  const int64_t begin = groups.begin(group), count = groups.end(group) - begin, limit = groups.limit(group);
+  std::vector<int64_t> order;
+  if (prioritized) {
+    std::vector<decltype(sort_key(T()))> keys(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = begin + i;
+      keys[i] = sort_key(c.scores[t * c.experts + c.expert[t * c.top_k]]);
+    }
+    sort_stably(keys, order);
+  }
+  int64_t* taken = to.demand + group * c.experts;
+  std::fill_n(taken, c.experts, int64_t(0));
+  for (int64_t k = 0; k < c.top_k; ++k)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t pair = (begin + (prioritized ? order[i] : i)) * c.top_k + k;
+      const int64_t slot = taken[c.expert[pair]]++;
+      to.slot[pair] = slot;
+      to.keep[pair] = limit < 0 || slot < limit;
+    }
+  for (int64_t e = 0; e < c.experts; ++e)
+    to.kept[group * c.experts + e] = limit < 0 ? taken[e] : std::min(taken[e], limit);
+}
+
+// (2 E + 1): demand and kept summed over groups, and the pairs without a slot.
+Tensor totals_of(const Tensor& demand, const Tensor& kept) {
+  const int64_t experts = demand.size(1);
+  Tensor totals = at::zeros({2 * experts + 1}, demand.options());
+  int64_t* sums = totals.mutable_data_ptr<int64_t>();
+  const int64_t *wanted = demand.const_data_ptr<int64_t>(), *got = kept.const_data_ptr<int64_t>();
+  for (int64_t cell = 0; cell < demand.numel(); ++cell) {
+    sums[cell % experts] += wanted[cell];
+    sums[experts + cell % experts] += got[cell];
+    sums[2 * experts] += wanted[cell] - got[cell];
+  }
+  return totals;
+}
+
+double least_normal(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : double(std::numeric_limits<float>::min());
+}
+
+double machine_epsilon(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                        : double(std::numeric_limits<float>::epsilon());
+}
+
+// As moe/losses.py:mean_entropy, block by block. `values`: probabilities, or logits whose sigmoids are shares.
+Tensor mean_entropy(const Tensor& values, bool logits) {
+  const double tiny = least_normal(values);
+  const int64_t rows = std::max<int64_t>(kBlockElements / values.size(1), 1);
+  Tensor total = at::zeros({}, values.options());
+  for (int64_t start = 0; start < values.size(0); start += rows) {
+    Tensor part = values.slice(0, start, start + rows);
+    if (logits) {
+      part = at::sigmoid(part);
+      part.div_(part.sum(1, true).clamp_min_(tiny));
+    }
+    total.sub_(at::clamp_min(part, tiny).log_().mul_(part).sum());
+  }
+  return total.div_(double(std::max<int64_t>(values.size(0), 1)));
+}
+
+using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+void route_tokens(const Tensor& scores, const Tensor& noisy, const OptionalTensor& bias, const RoutingGroups& groups,
+                  bool prioritized, const Tensor& expert, const Tensor& gate, const Tensor& threshold,
+                  const Slots& slots) {
+  const Choices<T> choices{scores.const_data_ptr<T>(),
+                           noisy.const_data_ptr<T>(),
+                           bias ? bias->const_data_ptr<T>() : nullptr,
+                           scores.size(1),
+                           expert.size(1),
+                           expert.mutable_data_ptr<int64_t>(),
+                           gate.mutable_data_ptr<T>(),
+                           threshold.mutable_data_ptr<T>()};
+  at::parallel_for(0, groups.tokens, std::max<int64_t>(kLeastElements / scores.size(1), 1),
+                   [&](int64_t begin, int64_t end) { choose(choices, begin, end); });
+  at::parallel_for(0, groups.count(), std::max<int64_t>(kLeastElements / groups.size, 1),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t group = begin; group < end; ++group)
+                       take_slots(choices, groups, group, prioritized, slots);
+                   });
+}
+
+Routed moe_route_cpu(const Tensor& clean_, const OptionalTensor& noise, const OptionalTensor& bias_, int64_t top_k,
+                     int64_t group_size, int64_t capacity, int64_t last_capacity, bool sigmoid, bool normalize,
+                     bool prioritized, bool with_probabilities) {
+  const Tensor& noisy_ = noise ? *noise : clean_;
+  const RoutingGroups groups = check_route(clean_, noisy_, bias_, top_k, group_size, capacity, last_capacity);
+  const Tensor clean = clean_.contiguous(), noisy = noisy_.contiguous();
+  OptionalTensor bias;
+  if (bias_) bias = bias_->to(clean.scalar_type()).contiguous();
+  const Tensor scores = sigmoid ? at::sigmoid(noisy) : at::_softmax(noisy, 1, false);
+  Tensor probabilities = at::empty({0}, clean.options());
+  if (!sigmoid && (with_probabilities || noise)) probabilities = at::_softmax(clean, 1, false);
+  const auto whole = clean.options().dtype(at::kLong);
+  const Tensor expert = at::empty({groups.tokens, top_k}, whole), slot = at::empty_like(expert);
+  const Tensor keep = at::empty(expert.sizes(), whole.dtype(at::kBool));
+  const Tensor demand = at::empty({groups.count(), clean.size(1)}, whole), kept = at::empty_like(demand);
+  Tensor gate = at::empty(expert.sizes(), clean.options()), threshold = at::empty({groups.tokens}, clean.options());
+  const Slots slots{slot.mutable_data_ptr<int64_t>(), demand.mutable_data_ptr<int64_t>(),
+                    kept.mutable_data_ptr<int64_t>(), keep.mutable_data_ptr<bool>()};
+  if (clean.scalar_type() == at::kDouble)
+    route_tokens<double>(scores, noisy, bias, groups, prioritized, expert, gate, threshold, slots);
+  else
+    route_tokens<float>(scores, noisy, bias, groups, prioritized, expert, gate, threshold, slots);
+  if (normalize && top_k > 1) gate.div_(gate.sum(1, true).clamp_min_(machine_epsilon(gate)));
+  const Tensor& known = sigmoid ? clean : probabilities.dim() == 2 ? probabilities : scores;
+  Tensor entropy = mean_entropy(known, sigmoid);
+  if (!with_probabilities) probabilities = at::empty({0}, clean.options());
+  return {scores, probabilities, gate, threshold, expert, slot, keep, demand, kept, totals_of(demand, kept), entropy};
+}
+
+// The gradient of the chosen scores before they were made to sum to 1.
+Tensor unnormalized(const Tensor& grad, const Tensor& scores, const Tensor& expert) {
+  const double eps = machine_epsilon(scores);
+  const Tensor chosen = scores.gather(1, expert), sum = chosen.sum(1, true), divisor = at::clamp_min(sum, eps);
+  const Tensor of_sum = chosen.div(divisor).div_(divisor).mul_(grad).neg_().sum(1, true).mul_(sum.ge(eps));
+  return grad.div(divisor).add_(of_sum);
+}
+
+template <class T>
+void add_at(const Tensor& to, const Tensor& index, const Tensor& values, int64_t column) {
+  const int64_t experts = to.size(1), top_k = index.size(1), width = values.numel() / std::max<int64_t>(to.size(0), 1);
+  T* sums = to.mutable_data_ptr<T>();
+  const T* value = values.const_data_ptr<T>();
+  const int64_t* expert = index.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < to.size(0); ++t)
+    for (int64_t k = 0; k < width; ++k) sums[t * experts + expert[t * top_k + column + k]] += value[t * width + k];
+}
+
+void add_at(const Tensor& to, const Tensor& index, const Tensor& values, int64_t column) {
+  const Tensor plain = values.contiguous();
+  if (to.scalar_type() == at::kDouble)
+    add_at<double>(to, index, plain, column);
+  else
+    add_at<float>(to, index, plain, column);
+}
+
+std::tuple<Tensor, Tensor> moe_route_backward_cpu(const OptionalTensor& grad_scores,
+                                                  const OptionalTensor& grad_probabilities,
+                                                  const OptionalTensor& grad_gate, const OptionalTensor& grad_threshold,
+                                                  const Tensor& scores, const OptionalTensor& probabilities,
+                                                  const Tensor& expert, bool sigmoid, bool normalize) {
+  Tensor clean = at::empty({0}, scores.options());
+  if (grad_probabilities && probabilities)
+    clean = at::_softmax_backward_data(*grad_probabilities, *probabilities, 1, scores.scalar_type());
+  Tensor grad = grad_scores ? grad_scores->clone(at::MemoryFormat::Contiguous) : at::zeros_like(scores);
+  if (grad_gate)
+    add_at(grad, expert, normalize && expert.size(1) > 1 ? unnormalized(*grad_gate, scores, expert) : *grad_gate, 0);
+  Tensor noisy = sigmoid ? at::sigmoid_backward(grad, scores)
+                         : at::_softmax_backward_data(grad, scores, 1, scores.scalar_type());
+  if (grad_threshold) add_at(noisy, expert, *grad_threshold, expert.size(1) - 1);
+  return {clean, noisy};
+}
+
+}  // namespace
+}  // namespace swin_moe
+
+TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
+  m.impl("moe_route", &swin_moe::moe_route_cpu);
+  m.impl("moe_route_backward", &swin_moe::moe_route_backward_cpu);
+}

@@ -1,0 +1,233 @@
+"""Prediction: `swin-moe predict CONFIG [key=value ...] IMAGE ...` prints what is in each image."""
+
+import argparse
+import contextlib
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swin_moe.config import Config
+from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
+from swin_moe.data.pixels import BrokenImage, opened, unreadable
+from swin_moe.data.transforms import build_transform
+from swin_moe.engine.graphs import check_graphs, with_graphs
+from swin_moe.engine.precision import autocast
+from swin_moe.predict.pixels import PixelOptions, predict_pixels
+from swin_moe.run.counter import Counter
+from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments
+from swin_moe.tasks.base import build_task
+from swin_moe.tasks.dense import LooksAtImages
+from swin_moe.usage.texts import PREDICT
+from swin_moe.weights.load import load_weights, open_stored
+from swin_moe.weights.sources import Source, is_own
+
+OPTIONS = ("--top", "--json", "--csv", "--batch", "--names", "--out", "--score")
+_BATCH = 16
+_READERS = 4  # threads that read and decode; Pillow lets others run meanwhile
+
+
+def main(argv: list[str]) -> None:
+    """Prints class probabilities for image files, or draws what is found in them."""
+    path, rest = parse_arguments(argv, PREDICT, OPTIONS)
+    words, options = _parse_options(rest)
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
+    images = _image_files([word for word in words if word not in overrides])
+    session = open_session(path, overrides)
+    if session.world_size > 1:
+        raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
+    check_graphs(session.config, session.device.type, session.world_size)
+    stored = open_stored(session)
+    if session.config.data.count_classes and stored is not None and stored.classes:
+        model = replace(session.config.model, num_classes=len(stored.classes))
+        session = replace(session, config=replace(session.config, model=model))
+    classes = _class_names(session.config, options.names, () if stored is None else stored.classes)
+    task = build_task(session.config)
+    if not isinstance(task, LooksAtImages):
+        _predict_classes(session, images, classes, options, stored)
+        return
+    if options.csv or options.batch:
+        raise ValueError("predict: --csv and --batch are for networks that classify; objects are in predictions.json")
+    pixels = PixelOptions(Path(options.out), options.score, options.json)
+    predict_pixels(session, task, images, classes, pixels, stored)
+
+
+def _predict_classes(
+    session: Session, images: Sequence[str], classes: Sequence[str], options: argparse.Namespace, stored: Source | None
+) -> None:
+    """Prints the most likely classes of every image.
+
+    Raises:
+        ValueError: Some images cannot be read, after all others were printed; not with data.on_broken=skip.
+    """
+    config = session.config
+    model = build_classifier(session)
+    print(f"weights: {load_weights(model, session, stored)}", file=sys.stderr)
+    dtype = next(model.parameters()).dtype
+    graphed = with_graphs(model.eval(), config)
+    write, counter = _writer(options), Counter("images", len(images))
+    broken: list[BrokenImage] = []
+    batch = options.batch or (1 if _shares_capacity(config) else _BATCH)
+    for done, names, pixels in _batches(config, images, batch, broken):
+        if names:
+            with torch.inference_mode(), autocast(config.engine.precision, session.device):
+                output = graphed(torch.stack(pixels).to(session.device, dtype))
+            logits = output[0] if isinstance(output, tuple) else output
+            best = logits.float().softmax(1).topk(min(options.top, logits.shape[1]))
+            counter.clear()
+            for name, shares, labels in zip(names, best.values.tolist(), best.indices.tolist()):
+                write(name, [(classes[label], share) for label, share in zip(labels, shares)])
+        counter(done)
+    counter.clear()
+    if broken and config.data.on_broken != "skip":
+        raise ValueError(unreadable(broken, len(images)))
+
+
+def _shares_capacity(config: Config) -> bool:
+    """Returns whether what is said of an image may depend on others of its batch: they compete for experts."""
+    moe = config.model.moe
+    return moe.has_blocks and (moe.choice != "token" or moe.eval_factor != 0)
+
+
+def _batches(
+    config: Config, images: Sequence[str], size: int, broken: list[BrokenImage]
+) -> Iterator[tuple[int, list[str], list[Tensor]]]:
+    """Yields (images done after it, names, pixels) of up to `size` images that can be read; others go to `broken`.
+
+    The next batch is read while one is computed.
+    """
+    transform = build_transform(config.data, config.model.img_size, train=False)
+
+    def prepare(name: str) -> Tensor | BrokenImage:
+        image = opened(name, exif=config.data.exif)
+        return image if isinstance(image, BrokenImage) else transform(image, 0)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+
+        def submit(start: int) -> list[Future[Tensor | BrokenImage]]:
+            return [readers.submit(prepare, name) for name in images[start : start + size]]
+
+        ahead = submit(0)
+        for start in range(0, len(images), size):
+            results = [future.result() for future in ahead]
+            ahead = submit(start + size)
+            names, pixels = [], []
+            for name, result in zip(images[start : start + size], results):
+                if isinstance(result, BrokenImage):
+                    broken.append(result)
+                    if len(images) > 1:
+                        print(result, file=sys.stderr)
+                else:
+                    names.append(name)
+                    pixels.append(result)
+            yield start + len(results), names, pixels
+
+
+def _writer(options: argparse.Namespace) -> Callable[[str, list[tuple[str, float]]], None]:
+    """Returns what prints the classes of an image, as the options ask for."""
+    if options.csv:
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(("image", "rank", "class", "probability"))
+        return lambda name, found: table.writerows((name, k, c, f"{p:.6g}") for k, (c, p) in enumerate(found, 1))
+    if options.json:
+        return lambda name, found: print(
+            json.dumps({"image": name, "classes": [{"name": c, "probability": p} for c, p in found]}), flush=True
+        )
+    return lambda name, found: print(f"{name}: {', '.join(f'{c} {p:.1%}' for c, p in found)}", flush=True)
+
+
+def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
+    """Returns (the other words, options)."""
+    parser = argparse.ArgumentParser("swin-moe predict", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--csv", action="store_true")
+    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--names", default="")
+    parser.add_argument("--out", default="predictions")
+    parser.add_argument("--score", type=float, default=0.3)
+    try:
+        options, others = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"predict: {error}") from None
+    if options.json and options.csv:
+        raise ValueError("predict: --json and --csv are two ways to print it; give one")
+    if options.batch < 0:
+        raise ValueError(f"predict: --batch must be >= 1, got {options.batch}")
+    if options.top < 1:
+        raise ValueError(f"predict: --top must be >= 1, got {options.top}")
+    if not 0 <= options.score <= 1:
+        raise ValueError(f"predict: --score must be in [0, 1], got {options.score}")
+    return others, options
+
+
+def _image_files(words: list[str]) -> list[str]:
+    """Returns the files named, and those with an image's suffix below the folders named or that a pattern fits.
+
+    Raises:
+        ValueError: There is none, or a name is neither a file nor a folder with images.
+    """
+    found: list[str] = []
+    named = [name for word in words for name in (_listed_on_input() if word == "-" else [word])]
+    for word in named:
+        if word and Path(word).is_dir():  # Path("") would be the folder we are in
+            below = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(word)) for name in sorted(names))
+            inside = [name for name in below if name.lower().endswith(IMAGE_SUFFIXES)]
+            if not inside:
+                raise ValueError(f"no image below the folder {word} ({', '.join(IMAGE_SUFFIXES)})")
+            found += inside
+        elif Path(word).is_file():
+            found.append(word)
+        elif matches := sorted(name for name in glob.glob(word, recursive=True) if _is_image(name)):
+            found += matches
+        else:
+            raise ValueError(f"no such image file: {word or repr(word)}")
+    if not found:
+        raise ValueError("predict needs at least one image file, or a folder of them, after the config")
+    return found
+
+
+def _listed_on_input() -> list[str]:
+    """Returns the paths on standard input, one a line, or with NUL between them as `find -print0` writes."""
+    text = sys.stdin.read()
+    found = [name for name in (text.split("\0") if "\0" in text else text.splitlines()) if name]
+    if not found:
+        raise ValueError("predict -: standard input has no path; one a line is read")
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(name)
+
+
+def _class_names(config: Config, file: str, names: Sequence[str]) -> Sequence[str]:
+    """Returns a name per output: of the file, the checkpoint, the data set if an older one has none, or numbers.
+
+    names: The checkpoint's; () where it has none.
+
+    Raises:
+        ValueError: The file has another number of names than the network has outputs.
+    """
+    outputs = config.model.num_classes
+    if file:
+        if not Path(file).is_file():
+            raise ValueError(f"--names {file}: no such file")
+        try:
+            names = tuple(Path(file).read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError:
+            raise ValueError(f"--names {file}: is no text of UTF-8, a name a line") from None
+        if len(names) != outputs:
+            raise ValueError(f"--names {file} has {len(names)} names, the network {outputs} outputs")
+        return names
+    if not names and (not config.checkpoint.load or is_own(Path(config.checkpoint.load))):
+        with contextlib.suppress(ValueError):  # a checkpoint of an older version, away from its data: numbers
+            names = build_dataset(config.data, "val", img_size=config.model.img_size, num_classes=outputs).classes
+    return tuple(names) + tuple(str(label) for label in range(len(names), outputs))
