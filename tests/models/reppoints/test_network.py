@@ -28,7 +28,13 @@ def published(masks: PointMaskSpec | None = None) -> RepPoints:
 
 def small(spec: PointSpec = SMALL) -> RepPoints:
     config = ModelConfig(
-        name="swin", window_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 2, 4), img_size=(32, 32)
+        name="swin",
+        window_size=4,
+        embed_dim=8,
+        depths=(1, 1, 1),
+        num_heads=(1, 2, 4),
+        img_size=(32, 32),
+        drop_path_rate=0,
     )
     network = RepPoints(PyramidBackbone(config, out_indices=(1, 2)), spec)
     network.init_weights(0)
