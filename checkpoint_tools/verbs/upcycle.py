@@ -30,7 +30,7 @@ from checkpoint_tools.formats import open_source
 from checkpoint_tools.formats.infer import infer_model, merge_model
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from checkpoint_tools.sources.derived import Derived, DerivedSource, copied, from_array, scale, zeros
-from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments, add_settings_argument
 from checkpoint_tools.verbs.convert import write_or_plan
 from checkpoint_tools.verbs.same_function import report_difference
 from swin_moe.checkpoint.errors import CheckpointError
@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of everything drawn here (default 0)")
     add("--no-check", action="store_true", help="do not run both networks on random images")
     add_format_argument(parser)
-    add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
+    add_settings_argument(parser)
     add_output_arguments(parser)
 
 
