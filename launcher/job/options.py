@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register("type", int, _whole_number)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes all of it: argparse's own drops the error of a pipe that nobody reads, as if all had been read."""
+        (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{' '.join(message.split())[:300]}; {self.prog} --help says more")

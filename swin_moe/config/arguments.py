@@ -23,6 +23,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         self.register("type", int, _whole_number)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes all of it: argparse's own drops the error of a pipe that nobody reads, as if all had been read."""
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's words and where to read more."""
         words = " ".join(message.split())
