@@ -36,6 +36,7 @@ from checkpoint_tools.verbs.same_function import report_difference
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 from swin_moe.layout import Chunk
+from swin_moe.names.official import is_dense_task
 
 _MLP = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)")
 POLICIES = ("zero", "copy", "none")
@@ -90,6 +91,11 @@ class Upcycling:
         self.dense, self.arguments = dense, arguments
         check(arguments)
         shapes = {name: tensor.shape for name, tensor in dense.tensors.items() if split_kind(name)[0] == "weight"}
+        if is_dense_task(shapes):
+            raise CheckpointError(
+                f"{dense.path}: is of a detector or segmentor; upcycle the classifier, and begin with that "
+                f"(checkpoint.init)"
+            )
         if any(is_expert_tensor(name) for name in shapes):
             raise CheckpointError(f"{dense.path}: has experts already; `experts` changes their number")
         self.dense_config = merge_model(dense.config, infer_model(dense.path, shapes))
