@@ -191,6 +191,17 @@ def test_an_output_that_nobody_reads_on_ends_in_silence(module, command, buffere
     assert "Error" not in errors.read_text() and "Traceback" not in errors.read_text()
 
 
+@pytest.mark.parametrize("command", ["-m swin_moe --help", "-m swin_moe configs", "-m checkpoint_tools --help"])
+def test_a_full_disk_behind_the_output_is_one_sentence(command):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {command} > /dev/full"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+def test_without_a_standard_output_a_command_does_its_work():
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m swin_moe --version >&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_rank_that_nobody_reads_on_ends_in_silence():
     program = "from swin_moe.run.session import run_main; run_main(lambda _: print('x'), [])"
     words = f"{sys.executable} -c {shlex.quote(program)} | true; echo ${{PIPESTATUS[0]}}"

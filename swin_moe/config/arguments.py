@@ -44,12 +44,13 @@ def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], 
         describe: How an error is said.
     """
     try:
-        print(answer())
-    except BrokenPipeError:  # the command line ends in silence
+        text = answer()
+    except BrokenPipeError:  # of its --help: the command line ends in silence
         raise
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 2
+    print(text)
     return 0
 
 
