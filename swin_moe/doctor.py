@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from launcher.unread import until_unread
 from swin_moe.config.arguments import Parser
 from swin_moe.usage.texts import EXAMPLES
 
@@ -41,6 +40,8 @@ Line = tuple[bool | None, str, str]  # works (None: optional and absent), part, 
 
 def run(argv: list[str] | None = None) -> None:
     """Runs the command line."""
+    from launcher.unread import until_unread
+
     sys.exit(until_unread(lambda: main(argv)))
 
 
