@@ -142,12 +142,19 @@ class FileDataset:
 
 
 def _is_no_data(member: zipfile.ZipInfo) -> bool:
-    return member.is_dir() or "__MACOSX" in member.filename.split("/")  # resource forks that macOS adds
+    *folders, name = member.filename.split("/")
+    return member.is_dir() or name.startswith("._") or any(map(is_hidden, folders))
+
+
+def is_hidden(folder: str) -> bool:
+    """Returns whether a folder is no data by its name: hidden (.ipynb_checkpoints), or what macOS adds to archives."""
+    return folder == "__MACOSX" or (folder.startswith(".") and folder not in (".", ".."))
 
 
 def walk_folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yields what os.walk does, behind links too; raises ValueError for one that leads back to a folder above it."""
+    """Yields what os.walk does, behind links too, no hidden folders; raises ValueError for a link to a folder above."""
     for folder, inner, names in os.walk(directory, followlinks=True):
+        inner[:] = [name for name in inner if not is_hidden(name)]
         for name in inner:
             path = os.path.join(folder, name)
             real = os.path.realpath(path) if os.path.islink(path) else ""
@@ -157,8 +164,8 @@ def walk_folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def is_image(name: str) -> bool:
-    """Returns whether a file has an image's suffix."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    """Returns whether a file has an image's suffix; those of macOS that begin with ._ hold something else."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._")
 
 
 def require_directory(path: Path, what: str) -> None:
@@ -206,7 +213,7 @@ class ImageFolder(FileDataset):
     @staticmethod
     def _class_names(directory: Path) -> list[str]:
         with os.scandir(directory) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
         if not names:
             raise ValueError(f"data.path: no class directory in {directory}")
         return names

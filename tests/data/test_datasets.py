@@ -197,6 +197,25 @@ BAD_LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("name", ["folder", "zip"])
+def test_what_other_programs_leave_in_folders_is_no_data(image_root, name):
+    """A notebook's checkpoints, and what macOS puts beside files and into archives."""
+
+    def listed():
+        write_zip(image_root, "train")
+        data = build(name, image_root, "train")
+        return data.classes, len(data)
+
+    before = listed()
+    some = (image_root / "train/cat/0.png").read_bytes()
+    for path in ("__MACOSX/._0.png", ".ipynb_checkpoints/0.png", "cat/._0.png", "cat/.ipynb_checkpoints/0.png"):
+        (image_root / "train" / path).parent.mkdir(exist_ok=True)
+        (image_root / "train" / path).write_bytes(some)
+    (image_root / "train/__MACOSX/cat").mkdir()
+    (image_root / "train/__MACOSX/cat/0.png").write_bytes(some)
+    assert listed() == before
+
+
 def test_a_map_of_another_encoding_is_read_as_names_of_files_are(image_root):
     write_zip(image_root, "train")
     (image_root / "train_map.txt").write_bytes(b"caf\xe9/0.png\t0\n")
