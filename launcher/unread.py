@@ -16,8 +16,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def until_unread(command: Callable[[], T]) -> T:
     """Returns what a command returns, once all it printed is written; ends where that cannot be."""
-    if sys.stdout is None:  # it was started without one (`>&-`): what it prints goes nowhere, as print itself has it
-        return command()
+    open_streams()
     try:
         try:
             return command()
@@ -35,6 +34,13 @@ def until_unread(command: Callable[[], T]) -> T:
         sys.exit(CONFIGURATION)
 
 
+def open_streams() -> None:
+    """Gives a process that was started without output or errors (`>&-`) somewhere to write them: to nobody."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+
+
 def _write_no_more() -> None:
     """Gives what is still to be written to nobody: Python writes it at its end, and would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,8 +54,6 @@ def end_unread() -> NoReturn:
 
 def is_unread() -> bool:
     """Returns whether nobody can read this process's output any more: a BrokenPipeError may be of another pipe."""
-    if sys.stdout is None:
-        return False
     asked = select.poll()
     asked.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in asked.poll(0))

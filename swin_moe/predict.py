@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.config import Config
+from swin_moe.config.arguments import shortened
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
 from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
@@ -167,7 +168,7 @@ def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     try:
         options, others = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise ValueError(f"predict: {error}") from None
+        raise ValueError(f"predict: {shortened(str(error))}") from None
     if options.json and options.csv:
         raise ValueError("predict: --json and --csv are two ways to print it; give one")
     if options.batch is not None and options.batch < 1:

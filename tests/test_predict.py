@@ -103,6 +103,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(run, capfd, tmp_path)
     [
         (["--json", "--csv"], "--json and --csv are two ways"),
         (["--batch", "-3"], "--batch must be >= 1, got -3"),
+        (["--top", "x" * 5000], f"argument --top: invalid int value: '{'x' * 200}"),
         (["--batch", "0"], "--batch must be >= 1, got 0"),
         (["--out", ""], "--out must name a folder, got ''"),
         (["--csvv"], "did you mean --csv?"),
@@ -112,6 +113,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(run, capfd, tmp_path)
 def test_wrong_words_are_one_sentence(words, said, run, capfd):
     code, out, error = say(capfd, run, *words, "x.png")
     assert code == 2 and not out and error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert len(error) < 500
 
 
 @pytest.mark.parametrize(

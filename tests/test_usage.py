@@ -197,9 +197,17 @@ def test_a_full_disk_behind_the_output_is_one_sentence(command):
     assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
-def test_without_a_standard_output_a_command_does_its_work():
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m swin_moe --version >&-"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_without_a_stream_a_command_does_its_work(closed, tmp_path):
+    program = "import csv, sys; from pathlib import Path; from swin_moe.run.session import run_main; "
+    program += (
+        f"run_main(lambda _: (csv.writer(sys.stdout), sys.stderr.flush(), Path({str(tmp_path / 'x')!r}).touch()), [])"
+    )
+    for command in ("-m swin_moe --version", f"-c {shlex.quote(program)}"):
+        words = ["bash", "-c", f"{sys.executable} {command} {closed}"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
+    assert (tmp_path / "x").exists()
 
 
 def test_a_rank_that_nobody_reads_on_ends_in_silence():

@@ -29,12 +29,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's words and where to read more."""
-        words = " ".join(message.split())
-        words = words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."
+        words = shortened(message)
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", words):
             near = nearest(unknown[1], self._option_string_actions)
             words += f"; did you mean {near}?" if near else ""
         raise ValueError(f"{self.prog}: {words}; {self.prog} --help says more")
+
+
+def shortened(message: str) -> str:
+    """Returns what argparse says in one line, which repeats what was typed, however long that was."""
+    words = " ".join(message.split())
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."
 
 
 def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], str] = str) -> int:

@@ -306,6 +306,7 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     from launcher import ending, unread
     from launcher.failure.kinds import CONFIGURATION, MEMORY
 
+    unread.open_streams()
     try:
         main(argv)
         sys.stdout.flush()
