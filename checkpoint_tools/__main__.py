@@ -38,7 +38,6 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 where a verb found differences, else launcher.failure.kinds'."""
-    from launcher.ending import end_unread
     from launcher.env import speaks_first
     from launcher.failure.kinds import CONFIGURATION, INTERRUPTED, MEMORY  # entry points only
 
@@ -65,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues what it can", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        end_unread()
+    except BrokenPipeError:  # the command line ends in silence
+        raise
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         short = out_of_memory(error)
         if short is None and not isinstance(error, ValueError | OSError):
@@ -84,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None = None) -> None:
     """Runs the command line on this rank: alone, or as one of mpirun's."""
     from launcher import mpi
+    from launcher.unread import until_unread
 
-    mpi.call(lambda: sys.exit(main(argv)))
+    mpi.call(lambda: sys.exit(until_unread(lambda: main(argv))))
 
 
 if __name__ == "__main__":

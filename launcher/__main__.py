@@ -8,6 +8,7 @@ from launcher import restart
 from launcher.failure.kinds import HOST
 from launcher.job.options import check, check_ranks, make_log_folder, parser, split_at_dashes
 from launcher.job.prepare import Prepared, prepare, ranks_of
+from launcher.unread import until_unread
 
 CHECKS = ("-m", "launcher.preflight")  # stands for a program where there is only --preflight
 
@@ -80,4 +81,4 @@ def parse(arguments: list[str]) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_unread(main))

@@ -8,7 +8,6 @@ second they leave together, without an abort and its messages. Otherwise the ran
 import ctypes
 import fcntl
 import os
-import select
 import struct
 import sys
 import termios
@@ -20,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 from launcher import guard
 from launcher.failure import reports, stacks
-from launcher.failure.kinds import INTERRUPTED, PROGRAM, STALL, UNREAD
+from launcher.failure.kinds import INTERRUPTED, PROGRAM, STALL
 
 _LAST_WORDS_SECONDS = 1.0
 _STARTERS = (f"{Path(__file__).parent}/", "<frozen runpy>")  # files whose functions call a program
@@ -71,19 +70,6 @@ def end_all_ranks(code: int, words: str = "", *, culprit: int | None = None) -> 
             _say(line)
         _wait_until_read(_errors())
     _leave_together(MPI, endings)
-
-
-def end_unread() -> NoReturn:
-    """Ends this process in silence, with the shell's code: whoever read its output (`| head`) has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(UNREAD)
-
-
-def is_unread() -> bool:
-    """Returns whether nobody can read this process's output any more: a BrokenPipeError may be of another pipe."""
-    asked = select.poll()
-    asked.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def end_stalled(culprit: int, words: str) -> str:

@@ -39,15 +39,9 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command named by the first argument; an output that nobody reads on (`| head`) ends it in silence."""
-    try:
-        try:
-            _run()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        from launcher.ending import end_unread
+    from launcher.unread import until_unread
 
-        end_unread()
+    until_unread(_run)
 
 
 def _run() -> None:
@@ -124,6 +118,8 @@ def check_words(name: str, arguments: list[str]) -> None:
         return
     try:
         PARSERS[name](arguments)
+    except BrokenPipeError:  # of its help; `until_unread` ends it
+        raise
     except (ValueError, OSError) as error:
         from swin_moe.checkpoint.errors import describe  # it loads numpy
 

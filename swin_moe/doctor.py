@@ -40,7 +40,9 @@ Line = tuple[bool | None, str, str]  # works (None: optional and absent), part, 
 
 def run(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    sys.exit(main(argv))
+    from launcher.unread import until_unread
+
+    sys.exit(until_unread(lambda: main(argv)))
 
 
 def main(argv: list[str] | None = None) -> int:

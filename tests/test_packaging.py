@@ -1,4 +1,4 @@
-"""The wheel and the source archive: what is in them, and that the one is built from the other without a compiler."""
+"""The wheel and the source archive: what is in them, and that one is built from the other, with and without kernels."""
 
 import os
 import subprocess
@@ -19,13 +19,13 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 """
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
-    """Returns the archive that setuptools makes of a source tree, without compiling."""
+def build(kind: str, source: Path, out: Path, **variables: str) -> Path:
+    """Returns the archive that setuptools makes of a source tree, without compiling where nothing else is said."""
     out.mkdir(exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", BUILD, kind, str(out)],
         cwd=source,
-        env=os.environ | {"SWIN_MOE_NO_EXT": "1"},
+        env=os.environ | (variables or {"SWIN_MOE_NO_EXT": "1"}),
         capture_output=True,
         text=True,
     )
@@ -91,6 +91,63 @@ def test_the_wheel_works_where_nothing_else_of_it_is(archives, tmp_path):
         text=True,
     )
     assert str(tmp_path / "site") in done.stdout and "digits_swin_moe" in done.stdout, done.stderr
+
+
+# What one kernel computes, beside what PyTorch does.
+KERNELS = """
+import torch
+import swin_moe
+from swin_moe.ops import extension
+print(swin_moe.__file__, [extension.why_not("cpu")])
+boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]])
+print(torch.ops.swin_moe.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), None, 0.5).tolist())
+"""
+# A build in a process that has no torch, as pip's isolated ones.
+NO_TORCH = "import sys\nsys.modules['torch'] = None\n"
+
+
+def run_installed(wheel: Path, site: Path, code: str) -> str:
+    """Returns what Python code prints where the package is what a wheel holds, in an empty folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site / "site")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=site,
+        env=os.environ | {"PYTHONPATH": str(site / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.full
+def test_the_wheel_of_a_clean_archive_has_kernels_that_compute(archives, tmp_path):
+    """As README's `pip install --no-build-isolation .`: the archive is unpacked elsewhere, nothing was built in it."""
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert not list(unpacked.rglob("*.so"))
+    wheel = build("build_wheel", unpacked, tmp_path / "dist", SWIN_MOE_REQUIRE_EXT="1", MAX_JOBS="1")
+    assert "swin_moe/_C.so" in zipfile.ZipFile(wheel).namelist() and "none-any" not in wheel.name
+    said = run_installed(wheel, tmp_path, KERNELS)
+    assert said == f"{tmp_path / 'site' / 'swin_moe' / '__init__.py'} ['']\n[0, 2]\n"
+
+
+def test_a_build_without_torch_says_so_and_so_does_the_first_use(archives, tmp_path):
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    command = [sys.executable, "-c", NO_TORCH + BUILD, "build_wheel"]
+    own = {key: value for key, value in os.environ.items() if not key.startswith("SWIN_MOE_")}
+    done = subprocess.run([*command, str(tmp_path)], cwd=unpacked, env=own, capture_output=True, text=True)
+    assert "built without its compiled kernels" in done.stderr and "--no-build-isolation" in done.stderr
+    code = "from swin_moe.ops import extension; print(extension.EXTENSION.problem)"
+    said = run_installed(tmp_path / done.stdout.split()[-1], tmp_path, code)
+    assert "they were not built" in said and "--no-build-isolation" in said
+    required = own | {"SWIN_MOE_REQUIRE_EXT": "1"}
+    done = subprocess.run([*command, str(tmp_path)], cwd=unpacked, env=required, capture_output=True, text=True)
+    assert done.returncode and "the compiled kernels cannot be built: torch cannot be imported" in done.stderr
 
 
 def test_the_citation_is_of_this_version():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint_tools.files.publish import finish_publishing
+from checkpoint_tools.formats.settings import check_heeded, check_settings
 from checkpoint_tools.formats.state_dict import taken_off, why_unknown
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
@@ -92,17 +93,6 @@ FORMATS: dict[str, Format] = {
         "checkpoint_tools.formats.official.single:plan_official",
     ),
 }
-
-
-# What --set may say; each format's module tells what it means there.
-SETTINGS = ("counts", "encoder", "form", "img_size", "network", "step", "window_size")
-
-
-def check_settings(options: Options) -> None:
-    """Raises ValueError for a --set that no format knows: a typo would have no effect."""
-    unknown = sorted(options.extra.keys() - set(SETTINGS))
-    if unknown:
-        raise ValueError(f"--set {unknown[0]} is unknown; allowed: {', '.join(SETTINGS)}")
 
 
 def find_format(path: Path, *, advice: bool = True) -> str:
@@ -200,6 +190,7 @@ def open_source(path: Path, options: Options, name: str = "") -> Source:
 
 def plan_output(source: Source, path: Path, options: Options, name: str = "native") -> dict[str, int] | None:
     """Returns the files that write_checkpoint would make, with their bytes; None where the format cannot tell."""
+    check_heeded(source, name, options, tuple(FORMATS))
     row = FORMATS[name].plan
     return lookup({name: row}, name, key="--to")(source, path, options) if row else None
 
@@ -208,4 +199,5 @@ def write_checkpoint(source: Source, path: Path, options: Options, name: str = "
     """Writes any source as a new checkpoint of the format `name`; nothing may be at `path` yet."""
     _check_options(options)
     write = _look_up({key: row.write for key, row in FORMATS.items() if row.write}, name, "--to")
+    check_heeded(source, name, options, tuple(FORMATS))
     write(source, as_path(path), options)

@@ -84,7 +84,7 @@ def open_dcp(path: Path, options: Options) -> Source:
     inferred = infer_model(path, shapes)
     config = {"model": inferred | given_sizes(options.extra)} if inferred else {}
     moments = any(name.startswith("optim.") for name in parts)
-    step, unknown = known_step(max(steps) if steps else None if moments else 0, options)
+    step, unknown = known_step(path, max(steps) if steps else None if moments else 0, options)
     source = AssembledSource(
         "dcp", path, parts, options, step=step, config=config, provenance={"source": {"format": "dcp"}}
     )

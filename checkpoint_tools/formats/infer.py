@@ -176,11 +176,17 @@ def _is_stated(model: Mapping[str, Any], found: list[int]) -> bool:
     return isinstance(stated, list | tuple) and len(stated) == 2 and math.prod(stated) == math.prod(found)
 
 
-def known_step(step: int | None, options: Options) -> tuple[int, bool]:
-    """Returns (optimizer steps: those given with --set, else those found; whether nobody knows them)."""
+def known_step(path: Path, step: int | None, options: Options) -> tuple[int, bool]:
+    """Returns (optimizer steps: those found, else those given with --set; whether nobody knows them).
+
+    Raises:
+        CheckpointError: What is given is no number, or not what was found.
+    """
     given = options.extra.get("step")
     if given is not None and not given.isdecimal():
         raise CheckpointError(f"--set step must be a number of optimizer steps, got {given!r}")
+    if given is not None and step and int(given) != step:
+        raise CheckpointError(f"{path}: --set step={given} is for files that do not tell it; this one is of {step}")
     if given is not None:
         return int(given), False
     return step or 0, step is None

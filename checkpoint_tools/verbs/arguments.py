@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from checkpoint_tools.formats import FORMATS
+from checkpoint_tools.formats.settings import SETTINGS
 from checkpoint_tools.sources.base import MAX_MEMORY, Options
 from checkpoint_tools.verbs.text import parse_bytes
 from swin_moe.checkpoint.communicator import Communicator
@@ -40,6 +41,12 @@ class _FormatAction(argparse.Action):
             sentence = f"invalid choice: {value!r} (choose from {allowed}, or package.module:Name)"
             raise argparse.ArgumentError(self, sentence)
         setattr(namespace, self.dest, value)
+
+
+def add_settings_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for what single formats ask."""
+    keys = ", ".join(SETTINGS)
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help=f"{keys} (docs/formats.md); repeatable")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

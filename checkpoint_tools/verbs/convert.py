@@ -6,8 +6,9 @@ from pathlib import Path
 
 from checkpoint_tools.files.publish import tell_new_parent
 from checkpoint_tools.formats import FORMATS, open_source, write_checkpoint
+from checkpoint_tools.formats.settings import check_world
 from checkpoint_tools.sources.base import Options, Source
-from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments, add_settings_argument
 from checkpoint_tools.verbs.plan import describe_plan
 from checkpoint_tools.verbs.text import format_bytes, progress_of
 from swin_moe.checkpoint.communicator import SingleProcess
@@ -22,12 +23,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_format_argument(parser)
     add("--to", required=True, choices=sorted(name for name, row in FORMATS.items() if row.write))
     add("--world", type=int, default=0, help="rank files to write, for formats that have them")
-    add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
+    add_settings_argument(parser)
     add_output_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:
     """Converts, or says what that would do."""
+    check_world(arguments.to, arguments.world)
     with open_source(arguments.source, options, arguments.format) as source:
         write_or_plan(source, arguments.destination, options, arguments.to, dry_run=arguments.dry_run)
     return 0

@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace, options: Options) -> int:
         raise ValueError("export writes one file; run it without a launcher")
     if arguments.batch is not None and arguments.batch < 1:
         raise ValueError(f"--batch must be >= 1, got {arguments.batch}")
+    if arguments.batch is not None and arguments.to == "safetensors":
+        raise ValueError(f"--batch {arguments.batch} has no effect on --to safetensors, which holds weights alone")
     with open_source(arguments.source, options, arguments.format) as source:
         stored = exported_names(source, last=arguments.last)
         tell_new_parent(arguments.destination, options.report)

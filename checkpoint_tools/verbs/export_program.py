@@ -32,6 +32,7 @@ from swin_moe.moe.dispatch import Dispatched
 from swin_moe.moe.experts import GroupedExperts
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import Routing
+from swin_moe.names.official import is_dense_task
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_TOKENS = 2**17  # of an expert in one call, up to which capacities are compared
@@ -96,6 +97,11 @@ def build_network(source: Source, stored: dict[str, str], options: Options) -> t
     """
     if "model" not in source.config:
         raise CheckpointError(f"{source.path}: does not say which network it holds (no config); convert it with one")
+    if is_dense_task(stored):
+        raise CheckpointError(
+            f"{source.path}: is of a detector or segmentor, and only classifiers are exported as programs; --to "
+            f"safetensors writes its weights"
+        )
     described = {"model": source.config["model"]}  # other sections need what checkpoints leave out, as data.path
     config = config_from_tree(described, source=str(source.path)).model
     if config.moe.has_blocks:

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from checkpoint_tools.formats import FORMATS, open_source, plan_output
+from checkpoint_tools.formats.settings import check_world
 from checkpoint_tools.sources.base import Options, Source
 from checkpoint_tools.sources.stream import plan_job, split_units
-from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments, add_settings_argument
 from checkpoint_tools.verbs.text import format_bytes, table
 
 
@@ -18,11 +19,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_format_argument(parser)
     add("--to", default="native", choices=sorted(n for n in FORMATS if FORMATS[n].write), help="default: native")
     add("--world", type=int, default=0, help="rank files to write, for formats that have them")
+    add_settings_argument(parser)
     add_output_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:
     """Prints the plan on rank 0."""
+    check_world(arguments.to, arguments.world)
     with open_source(arguments.source, options, arguments.format) as source:
         options.report(describe_plan(source, arguments.destination, options, arguments.to))
     return 0

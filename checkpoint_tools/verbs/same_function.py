@@ -9,6 +9,7 @@ from checkpoint_tools.formats import open_source
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from checkpoint_tools.verbs.text import format_bytes
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.names.official import is_dense_task
 
 IMAGES = 2
 TOLERANCE = 1e-4  # of the largest logit: rounding of float32 through a network
@@ -17,8 +18,8 @@ TOLERANCE = 1e-4  # of the largest logit: rounding of float32 through a network
 def report_difference(before: Source, path: Path, options: Options, *, exact: bool, config: Mapping[str, Any]) -> None:
     """Says how much the logits of the new checkpoint at `path` differ from those of the old one, on random images.
 
-    Networks that do not fit Options.max_memory together, or whose configuration is not complete, are not run, and that
-    is said.
+    Networks that do not fit Options.max_memory together, whose configuration is not complete, or that find objects or
+    label maps, are not run, and that is said.
 
     Args:
         exact: Whether they should be equal.
@@ -32,8 +33,10 @@ def report_difference(before: Source, path: Path, options: Options, *, exact: bo
         weights = (t.num_bytes for s in (before, after) for n, t in s.tensors.items() if split_kind(n)[0] == "weight")
         total = sum(weights)
         missing = [key for key in ("img_size", "window_size") if key not in config.get("model", {})]
-        if total > options.max_memory or missing:
+        other = is_dense_task(before.tensors)
+        if total > options.max_memory or missing or other:
             why = f"{' and '.join(missing)} are unknown" if missing else f"they take {format_bytes(total)}"
+            why = "they are detectors or segmentors, of which none is run here" if other else why
             options.report(f"{path}: not compared with the network it came from: {why}")
             return
         difference, largest = compare(before, after, config, options)

@@ -30,12 +30,13 @@ from checkpoint_tools.formats import open_source
 from checkpoint_tools.formats.infer import infer_model, merge_model
 from checkpoint_tools.sources.base import Options, Source, split_kind
 from checkpoint_tools.sources.derived import Derived, DerivedSource, copied, from_array, scale, zeros
-from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments
+from checkpoint_tools.verbs.arguments import add_format_argument, add_output_arguments, add_settings_argument
 from checkpoint_tools.verbs.convert import write_or_plan
 from checkpoint_tools.verbs.same_function import report_difference
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.checkpoint.pieces import is_expert_tensor
 from swin_moe.layout import Chunk
+from swin_moe.names.official import is_dense_task
 
 _MLP = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)")
 POLICIES = ("zero", "copy", "none")
@@ -62,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of everything drawn here (default 0)")
     add("--no-check", action="store_true", help="do not run both networks on random images")
     add_format_argument(parser)
-    add("--set", action="append", metavar="KEY=VALUE", help="for single formats; may be repeated")
+    add_settings_argument(parser)
     add_output_arguments(parser)
 
 
@@ -90,6 +91,11 @@ class Upcycling:
         self.dense, self.arguments = dense, arguments
         check(arguments)
         shapes = {name: tensor.shape for name, tensor in dense.tensors.items() if split_kind(name)[0] == "weight"}
+        if is_dense_task(shapes):
+            raise CheckpointError(
+                f"{dense.path}: is of a detector or segmentor; upcycle the classifier, and begin with that "
+                f"(checkpoint.init)"
+            )
         if any(is_expert_tensor(name) for name in shapes):
             raise CheckpointError(f"{dense.path}: has experts already; `experts` changes their number")
         self.dense_config = merge_model(dense.config, infer_model(dense.path, shapes))

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register("type", int, _whole_number)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Returns the value of an option's words: an empty one, as of a variable that is not set, asks for nothing."""
+        if action.option_strings and not all(map(str.strip, arg_strings)):
+            raise argparse.ArgumentError(action, "needs a value, got ''")
+        return super()._get_values(action, arg_strings)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes all of it: argparse's own drops the error of a pipe that nobody reads, as if all had been read."""
+        (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{' '.join(message.split())[:300]}; {self.prog} --help says more")

@@ -214,16 +214,21 @@ def plan_copies(index: Index, wanted: Iterable[Piece], *, convert: bool = False)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"{index.path}: holds no tensor {', '.join(missing[:3])}{more}")
-    return [_plan_piece(index, piece, convert) for piece in wanted]
+    advice = "; `swin-moe checkpoint experts` makes another number of experts" if _other_experts(index, wanted) else ""
+    return [_plan_piece(index, piece, convert, advice) for piece in wanted]
 
 
-def _plan_piece(index: Index, piece: Piece, convert: bool) -> list[Copy]:
+def _other_experts(index: Index, wanted: list[Piece]) -> bool:
+    """Returns whether tensors of experts differ in their number; routers, which are read first, differ as well."""
+    experts = [(index.tensors[piece.name].shape, piece.shape) for piece in wanted if is_expert_tensor(piece.name)]
+    return any(stored != shape and stored[1:] == shape[1:] for stored, shape in experts)
+
+
+def _plan_piece(index: Index, piece: Piece, convert: bool, advice: str) -> list[Copy]:
     piece.check()
     stored = index.tensors[piece.name]
     where = f"{index.path}: tensor {piece.name}"
     if stored.shape != piece.shape:
-        other = is_expert_tensor(piece.name) and stored.shape[1:] == piece.shape[1:]
-        advice = "; `swin-moe checkpoint experts` makes another number of experts" if other else ""
         raise CheckpointError(f"{where}: has shape {stored.shape}, {piece.shape} is wanted{advice}")
     floats = stored.dtype in FLOATS and piece.dtype in FLOATS
     if stored.dtype != piece.dtype and not (convert and floats):

@@ -23,14 +23,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         self.register("type", int, _whole_number)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes all of it: argparse's own drops the error of a pipe that nobody reads, as if all had been read."""
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's words and where to read more."""
-        words = " ".join(message.split())
-        words = words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."
+        words = shortened(message)
         if unknown := re.match(r"unrecognized arguments: (-[^\s=]+)", words):
             near = nearest(unknown[1], self._option_string_actions)
             words += f"; did you mean {near}?" if near else ""
         raise ValueError(f"{self.prog}: {words}; {self.prog} --help says more")
+
+
+def shortened(message: str) -> str:
+    """Returns what argparse says in one line, which repeats what was typed, however long that was."""
+    words = " ".join(message.split())
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."
 
 
 def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], str] = str) -> int:
@@ -40,12 +49,13 @@ def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], 
         describe: How an error is said.
     """
     try:
-        print(answer())
-    except BrokenPipeError:  # the command line ends in silence
+        text = answer()
+    except BrokenPipeError:  # of its --help: the command line ends in silence
         raise
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 2
+    print(text)
     return 0
 
 

@@ -270,10 +270,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+_PART_BYTES = 255  # NAME_MAX of Linux's file systems
+
+
 def check_run(run: Any) -> None:
     """Raises ValueError for a run directory that lies outside of run.output, or is that folder itself."""
     for key, text in (("run.name", run.name), ("run.output", run.output)):
         check(bool(text.strip()) and "\0" not in text, key, text, "a name without NUL, and not empty")
+        short = all(len(part.encode(errors="surrogatepass")) <= _PART_BYTES for part in PurePath(text).parts)
+        check(short, key, text, f"of parts of at most {_PART_BYTES} bytes, as file systems take them")
     parts = PurePath(run.name).parts
     inside = ".." not in parts and not PurePath(run.name).is_absolute() and run.name.strip(". /") != ""
     check(inside, "run.name", run.name, "a folder below run.output: no '..', no absolute path")

@@ -28,6 +28,7 @@ _CHECK = """examples:
   for a script: exit code 1 where something spoils training
     swin-moe data check photos --json --sheet ''"""
 _LARGE = 720  # pixels of a shorter side: decoding such photos anew every epoch takes longer than a small network
+_SHEETS = (".png", ".jpg", ".jpeg", ".webp")
 _SPLIT = """examples:
   class folders into train.csv and val.csv; nothing is moved
     swin-moe data split photos --out photos_split
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the command line ends in silence
         raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from swin_moe.checkpoint.errors import describe  # it loads numpy, which --help needs not
+
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted by Ctrl-C; nothing was written", file=sys.stderr)
@@ -110,7 +113,18 @@ def parse(argv: list[str] | None) -> Any:
         )
     if options.verb == "check" and options.workers < 1:
         raise ValueError(f"swin-moe data check: --workers must be at least 1, got {options.workers}")
+    if options.verb == "check" and options.sheet:
+        _check_sheet(Path(options.sheet))
     return options
+
+
+def _check_sheet(path: Path) -> None:
+    """Raises ValueError for a contact sheet that could not be written, before every image is looked at."""
+    if path.suffix.lower() not in _SHEETS:
+        raise ValueError(f"swin-moe data check: --sheet must end in {', '.join(_SHEETS)}, got {str(path)!r}")
+    if not path.parent.is_dir() or path.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"swin-moe data check: --sheet {path}: {what}")
 
 
 def _found(options: Any) -> Any:

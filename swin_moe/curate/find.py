@@ -8,7 +8,7 @@ from pathlib import Path
 from swin_moe.config import DataConfig
 from swin_moe.config.arguments import nearest
 from swin_moe.config.schema import DatasetName
-from swin_moe.data.datasets import FileDataset, build_dataset, has_lists, is_image, walk_folders
+from swin_moe.data.datasets import FileDataset, build_dataset, has_lists, is_hidden, is_image, walk_folders
 
 SPLITS = ("train", "val")
 _OTHER_NAMES = ("valid", "validation", "test", "dev", "eval", "testing", "training")  # of a split, elsewhere
@@ -59,7 +59,7 @@ def find(path: Path, *, labels: Path | None = None, columns: tuple[str, str] = (
         return _as_trained(path, "zip", "zip files")
     if any(path.glob("ILSVRC2011fall_whole_map_*.txt")):
         return _as_trained(path, "imagenet22k", "lists of ImageNet-22K")
-    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if any(name in SPLITS for name in folders):
         return _by_split(path, folders)
     images = {name: _images_below(path / name) for name in folders if name != "__MACOSX"}
@@ -106,7 +106,7 @@ def _by_split(path: Path, folders: list[str]) -> Found:
     of: dict[str, dict[str, list[str]]] = {}
     for split in SPLITS:
         if split in folders:
-            inner = [entry.name for entry in (path / split).iterdir() if entry.is_dir() and entry.name[0] != "."]
+            inner = [entry.name for entry in (path / split).iterdir() if entry.is_dir() and not is_hidden(entry.name)]
             of[split] = {name: _images_below(path / split / name) for name in sorted(inner)}
             notes += [f"{path / split / name} has no image" for name, images in of[split].items() if not images]
     train = of.get("train", {})

@@ -55,11 +55,15 @@ def split(
         shrink: Pixels, of copies: images with a longer shorter side are written again at that one. 0 = as they are.
 
     Raises:
-        ValueError: They are split already, `out` is there, or a class has a name that no folder can have.
+        ValueError: They are split already, `out` is there or among them, or a class has a name that no folder can have.
         OSError: It cannot be written.
     """
     if list(found.splits) != [""]:
         raise ValueError(f"{found.path} is split already ({found.layout}); give the folder of one part, such as train")
+    if out.resolve().is_relative_to(Path(found.path).resolve()):
+        raise ValueError(
+            f"--out {out} lies in {found.path}, where it would be a class of its own; choose another place"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already; choose another, or remove it")
     if how != "lists":

@@ -9,6 +9,7 @@ of 14 million strings would copy every page of them into every process.
 import io
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from swin_moe.config import DataConfig
+from swin_moe.config.checks import shown
 from swin_moe.data.base import Dataset
 from swin_moe.data.pixels import BrokenImage, decode, read_image
 from swin_moe.data.sets.subset import ClassSubset
@@ -33,6 +35,7 @@ DATASETS = {
     "lists": "swin_moe.data.sets.lists:ImageLists",
     "synthetic": "swin_moe.data.datasets:Synthetic",
 }
+_MOST_CLASSES = 1_000_000
 DENSE = ("canvases", "coco", "label_maps")  # rows of data/dense/loader.py: DENSE_DATASETS
 
 
@@ -139,12 +142,19 @@ class FileDataset:
 
 
 def _is_no_data(member: zipfile.ZipInfo) -> bool:
-    return member.is_dir() or "__MACOSX" in member.filename.split("/")  # resource forks that macOS adds
+    *folders, name = member.filename.split("/")
+    return member.is_dir() or name.startswith("._") or any(map(is_hidden, folders))
+
+
+def is_hidden(folder: str) -> bool:
+    """Returns whether a folder is no data by its name: hidden (.ipynb_checkpoints), or what macOS adds to archives."""
+    return folder == "__MACOSX" or (folder.startswith(".") and folder not in (".", ".."))
 
 
 def walk_folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yields what os.walk does, behind links too; raises ValueError for one that leads back to a folder above it."""
+    """Yields what os.walk does, behind links too, no hidden folders; raises ValueError for a link to a folder above."""
     for folder, inner, names in os.walk(directory, followlinks=True):
+        inner[:] = [name for name in inner if not is_hidden(name)]
         for name in inner:
             path = os.path.join(folder, name)
             real = os.path.realpath(path) if os.path.islink(path) else ""
@@ -154,8 +164,8 @@ def walk_folders(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def is_image(name: str) -> bool:
-    """Returns whether a file has an image's suffix."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    """Returns whether a file has an image's suffix; those of macOS that begin with ._ hold something else."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._")
 
 
 def require_directory(path: Path, what: str) -> None:
@@ -203,7 +213,7 @@ class ImageFolder(FileDataset):
     @staticmethod
     def _class_names(directory: Path) -> list[str]:
         with os.scandir(directory) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
         if not names:
             raise ValueError(f"data.path: no class directory in {directory}")
         return names
@@ -217,19 +227,22 @@ class ImageFolder(FileDataset):
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     """Returns (paths, labels) of a map file with lines "path<tab>label"."""
     paths, labels = [], []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8", errors="surrogateescape") as lines:  # names of files may be of another encoding
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             name, tab, label = line.rstrip("\n").rpartition("\t")
-            if not tab or not label.strip().isdigit():
-                raise ValueError(f"data.path: line {number} of {path} must be 'path<tab>label', got {line.strip()!r}")
+            if not tab or not re.fullmatch(r"\s*[0-9]{1,9}\s*", label):
+                got = shown(line.strip())
+                raise ValueError(f"data.path: line {number} of {path} must be 'path<tab>label', got {got}")
             paths.append(name)
             labels.append(int(label))
     return paths, labels
 
 
-def _number_names(labels: Sequence[int]) -> tuple[str, ...]:
+def _number_names(labels: Sequence[int], file: Path) -> tuple[str, ...]:
+    if max(labels, default=0) >= _MOST_CLASSES:  # a name each: a wrong column would take all memory
+        raise ValueError(f"data.path: {file} has label {shown(max(labels))}; labels are below {_MOST_CLASSES:,}")
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))
 
 
@@ -266,7 +279,8 @@ class ZipArchive(FileDataset):
         absent = next((path for path in paths if path not in members), None)
         if absent is not None:
             raise ValueError(f"data.path: {map_file} lists {absent!r}, which is not in {self._archive}")
-        classes = _number_names(_read_map(train_map)[1] if train_map.is_file() else labels)
+        listing = train_map if train_map.is_file() else map_file
+        classes = _number_names(_read_map(listing)[1], listing)
         if max(labels, default=0) >= len(classes) > 0:
             raise ValueError(
                 f"data.path: {map_file} has label {max(labels)}, but {train_map} only {len(classes)} classes"
@@ -343,11 +357,11 @@ class ImageNet22k(FileDataset):
         try:
             rows = json.loads(file.read_bytes())
             paths, labels = [str(row[0]) for row in rows], [int(row[1]) for row in rows]
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise ValueError(f"data.path: {file} must be a JSON list [[path, label], ...]: {error}") from error
         if not rows or min(labels) < 0:
             raise ValueError(f"data.path: {file} must list at least one image, with labels >= 0")
-        super().__init__(paths, labels, _number_names(labels))
+        super().__init__(paths, labels, _number_names(labels, file))
 
     def path(self, index: int) -> str:
         """Returns the path of the file."""

@@ -22,6 +22,8 @@ def run(argv: list[str] | None = None) -> None:
 
     try:
         _serve(parse(argv))
+    except BrokenPipeError:  # the command line ends in silence
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)

@@ -44,6 +44,11 @@ def is_wrapped(names: Iterable[str]) -> bool:
     return any(name.startswith(BACKBONE) for name in names)
 
 
+def is_dense_task(names: Iterable[str]) -> bool:
+    """Returns whether parameters of these names are of a detector or segmentor, or of Soft Teacher's two."""
+    return any(name.startswith(DENSE) or f".{DENSE}" in name for name in names)
+
+
 def file_key(name: str, *, wrapped: bool) -> str:
     """Returns a name in the backbone, or OUTSIDE and the name for what stands beside one and is a task's.
 

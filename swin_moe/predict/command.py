@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.config import Config
+from swin_moe.config.arguments import shortened
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
 from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
@@ -31,7 +32,7 @@ from swin_moe.weights.load import load_weights, open_stored
 from swin_moe.weights.sources import Source, is_own
 
 OPTIONS = ("--top", "--json", "--csv", "--batch", "--names", "--out", "--score")
-_BATCH = 16
+_BATCH, _TOP, _SCORE = 16, 5, 0.3  # where the options say nothing
 _READERS = 4  # threads that read and decode; Pillow lets others run meanwhile
 
 
@@ -52,12 +53,22 @@ def main(argv: list[str]) -> None:
     classes = _class_names(session.config, options.names, () if stored is None else stored.classes)
     task = build_task(session.config)
     if not isinstance(task, LooksAtImages):
+        _refuse(options, "out", "score", of="networks that find objects or label maps, and this one classifies")
         _predict_classes(session, images, classes, options, stored)
         return
-    if options.csv or options.batch:
-        raise ValueError("predict: --csv and --batch are for networks that classify; objects are in predictions.json")
-    pixels = PixelOptions(Path(options.out), options.score, options.json)
+    _refuse(options, "csv", "batch", "top", of="networks that classify; objects are in predictions.json")
+    if session.config.task.name == "segment":
+        _refuse(options, "score", of="detectors, and this network gives every pixel a class")
+    score = _SCORE if options.score is None else options.score
+    pixels = PixelOptions(Path(options.out or "predictions"), score, options.json)
     predict_pixels(session, task, images, classes, pixels, stored)
+
+
+def _refuse(options: argparse.Namespace, *names: str, of: str) -> None:
+    """Raises ValueError for options that were given and would have no effect."""
+    given = [f"--{name}" for name in names if getattr(options, name) not in (None, False)]
+    if given:
+        raise ValueError(f"predict: {' and '.join(given)} {'is' if len(given) == 1 else 'are'} for {of}")
 
 
 def _predict_classes(
@@ -75,13 +86,13 @@ def _predict_classes(
     graphed = with_graphs(model.eval(), config)
     write, counter = _writer(options), Counter("images", len(images))
     broken: list[BrokenImage] = []
-    batch = options.batch or (1 if _shares_capacity(config) else _BATCH)
+    top, batch = options.top or _TOP, options.batch or (1 if _shares_capacity(config) else _BATCH)
     for done, names, pixels in _batches(config, images, batch, broken):
         if names:
             with torch.inference_mode(), autocast(config.engine.precision, session.device):
                 output = graphed(torch.stack(pixels).to(session.device, dtype))
             logits = output[0] if isinstance(output, tuple) else output
-            best = logits.float().softmax(1).topk(min(options.top, logits.shape[1]))
+            best = logits.float().softmax(1).topk(min(top, logits.shape[1]))
             counter.clear()
             for name, shares, labels in zip(names, best.values.tolist(), best.indices.tolist()):
                 write(name, [(classes[label], share) for label, share in zip(labels, shares)])
@@ -147,24 +158,26 @@ def _writer(options: argparse.Namespace) -> Callable[[str, list[tuple[str, float
 def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     """Returns (the other words, options)."""
     parser = argparse.ArgumentParser("swin-moe predict", add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--top", type=int)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--csv", action="store_true")
-    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--names", default="")
-    parser.add_argument("--out", default="predictions")
-    parser.add_argument("--score", type=float, default=0.3)
+    parser.add_argument("--out")
+    parser.add_argument("--score", type=float)
     try:
         options, others = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise ValueError(f"predict: {error}") from None
+        raise ValueError(f"predict: {shortened(str(error))}") from None
     if options.json and options.csv:
         raise ValueError("predict: --json and --csv are two ways to print it; give one")
-    if options.batch < 0:
+    if options.batch is not None and options.batch < 1:
         raise ValueError(f"predict: --batch must be >= 1, got {options.batch}")
-    if options.top < 1:
+    if options.top is not None and options.top < 1:
         raise ValueError(f"predict: --top must be >= 1, got {options.top}")
-    if not 0 <= options.score <= 1:
+    if options.out == "":
+        raise ValueError("predict: --out must name a folder, got ''")
+    if options.score is not None and not 0 <= options.score <= 1:
         raise ValueError(f"predict: --score must be in [0, 1], got {options.score}")
     return others, options
 
@@ -197,7 +210,10 @@ def _image_files(words: list[str]) -> list[str]:
 
 def _listed_on_input() -> list[str]:
     """Returns the paths on standard input, one a line, or with NUL between them as `find -print0` writes."""
-    text = sys.stdin.read()
+    try:
+        text = sys.stdin.read() if sys.stdin is not None else ""  # closed by `<&-`
+    except UnicodeDecodeError:
+        raise ValueError("predict -: standard input is no text; one path a line is read") from None
     found = [name for name in (text.split("\0") if "\0" in text else text.splitlines()) if name]
     if not found:
         raise ValueError("predict -: standard input has no path; one a line is read")

@@ -68,7 +68,7 @@ def read_runs(paths: list[str]) -> list[Run]:
 def _read_records(path: Path) -> dict[str, Series]:
     """Returns every quantity of the records; a line that a kill cut, and values that are no number, are left out."""
     found: dict[str, tuple[list[int], list[Any]]] = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 record = json.loads(line)

@@ -25,6 +25,15 @@ _OF_MOE = (
     "aux_loss_weight z_loss_weight gate_noise bias_rate dropout backend transport payload overlap tune tune_cache"
 ).split()
 _COURSE = frozenset([*(f"model.{name}" for name in _OF_MODEL), *(f"model.moe.{name}" for name in _OF_MOE)])
+# Options of tasks without which the weights of their heads mean something else: what boxes are relative to, where
+# features are taken, which parts there are.
+_OF_DETECT = (
+    "network channels masks anchor_scale anchor_ratios stage_stds finest_scale box_convs box_conv_channels box_fcs "
+    "box_fc_channels box_norm box_agnostic mask_convs mask_channels mask_flow semantic_classes global_attention "
+    "neck_repeats norm_groups point_convs point_shared_convs corner_channels point_scale"
+).split()
+_OF_SEGMENT = "channels pool_scales auxiliary_channels auxiliary_index".split()
+_OF_TASK = (*(f"task.detect.{name}" for name in _OF_DETECT), *(f"task.segment.{name}" for name in _OF_SEGMENT))
 _MEANING = ("model.", "task.name", "data.name", "data.images_per_class", "data.subset", "run.seed")
 _FREE = (
     *("data.path", "data.workers", "data.cache", "data.on_broken"),
@@ -89,7 +98,7 @@ class RunIdentity:
         for key, old in stored.items():
             if key not in now or now[key] == old or key.startswith(_FREE) or key in idle:
                 continue
-            deep = key.startswith(_MEANING) and key not in _COURSE
+            deep = key in _OF_TASK or (key.startswith(_MEANING) and key not in _COURSE)
             (meaning if deep else course).append(f"{key}: {_word(old)} -> {_word(now[key])}")
         if meaning and not self.config.checkpoint.accept_changes:
             raise ValueError(

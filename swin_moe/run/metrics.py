@@ -163,7 +163,8 @@ class MetricsWriter:
         self.path, self._folder = directory / "metrics.jsonl", directory.stat()
         with naming(self.path):
             if self.path.exists():
-                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resume_step]
+                text = self.path.read_text(encoding="utf-8", errors="replace")  # of a disk that lost some of it
+                kept = [line for line in text.splitlines() if _step_of(line) <= resume_step]
                 temporary = self.path.with_suffix(".tmp")
                 temporary.write_text("".join(line + "\n" for line in kept))
                 temporary.replace(self.path)
@@ -285,6 +286,6 @@ def _silence_threads() -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut by a kill
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut by a kill, or none of ours
         return float("inf")

@@ -303,9 +303,10 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
 
 
 def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    from launcher import ending
+    from launcher import ending, unread
     from launcher.failure.kinds import CONFIGURATION, MEMORY
 
+    unread.open_streams()
     try:
         main(argv)
         sys.stdout.flush()
@@ -314,8 +315,8 @@ def _run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except Stopped:
         code = STOPPED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and not dist.is_initialized() and ending.is_unread():
-            ending.end_unread()
+        if isinstance(error, BrokenPipeError) and not dist.is_initialized() and unread.is_unread():
+            unread.end_unread()
         short = out_of_memory(error)
         if short is None and not isinstance(error, ValueError | OSError):
             raise

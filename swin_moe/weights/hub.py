@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def save_pretrained(
     """
     from checkpoint_tools.weights import metadata_of, write_folder
 
+    if not isinstance(folder, str | os.PathLike) or not Path(folder).name:
+        raise ValueError(f"save_pretrained: folder must name a new folder, as text or a Path, got {folder!r}")
     folder = Path(folder).expanduser()
     names, reading = list(classes) or list(model.classes), data or model.reading
     if names and len(names) != model.num_classes:

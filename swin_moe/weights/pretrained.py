@@ -18,6 +18,7 @@ from swin_moe.models import build
 from swin_moe.models.official import LoadReport
 from swin_moe.models.official import load_official as load_state_dict
 from swin_moe.models.swin import SwinTransformer
+from swin_moe.names.official import is_dense_task
 from swin_moe.weights.fetch import Progress, fetch
 from swin_moe.weights.load import fill_pieces, trained_grid
 from swin_moe.weights.sources import Source, open_weights
@@ -44,10 +45,15 @@ def load(path: str | Path, **overrides: Any) -> Loaded:
             otherwise (img_size=384, attention="reference"); moe={...} gives some of MoEConfig's.
 
     Raises:
-        ValueError: It is no checkpoint, does not tell its network, or does not fit it.
+        ValueError: It is no checkpoint, of no classifier, does not tell its network, or does not fit it.
     """
     source = open_weights(path, key="path")
     told = source.config.get("model", {})
+    if is_dense_task(source.names):
+        raise ValueError(
+            f"{path}: holds a detector or segmentor, and swin_moe.load gives classifiers; for its objects or label "
+            f"maps: swin-moe predict; its backbone alone: swin_moe.create_model(name, pretrained=path)"
+        )
     if not told.get("name"):
         raise ValueError(f"{path}: does not tell its network; name it: swin_moe.create_model(name, pretrained=path)")
     missing = [f"{key}=..." for key in ("img_size", "window_size") if key not in told and key not in overrides]

@@ -5,6 +5,7 @@ what it holds, except of tensors that have to be changed to fit.
 """
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,8 +103,12 @@ def _path_of(source: str | Path, key: str) -> Path:
     """Returns the path of a source: itself, or where released weights of that name lie.
 
     Raises:
-        CheckpointError: They are not on this disk; says how to get them.
+        TypeError, CheckpointError: It is no path, or of weights that are not on this disk; says how to get them.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"{key} must be the path of weights, as text or a Path, got {source!r}")
+    if not str(source).strip():
+        raise CheckpointError(f"{key} must name a file or folder of weights, got {str(source)!r}")
     path = Path(source)
     row = released().get(str(source))
     if row is None or path.exists():

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -167,11 +168,46 @@ def test_no_torch_is_loaded_to_be_asked():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["show digits_swin_moe", "checkpoint --help", "predict --help"])
-def test_an_output_that_nobody_reads_on_ends_in_silence(command):
-    words = f"{sys.executable} -m swin_moe {command} | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+UNREAD = {
+    "swin_moe": ["show digits_swin_moe", "checkpoint --help", "predict --help", "plan --help", "data check --help"],
+    "checkpoint_tools": ["--help", "inspect --help"],
+    "launcher": ["--help", "-n 2 --dry-run -- -m swin_moe.train digits_swin_moe"],
+    "swin_moe.doctor": ["--help"],
+}
+
+
+@pytest.mark.parametrize(("module", "command"), [(module, words) for module in UNREAD for words in UNREAD[module]])
+@pytest.mark.parametrize(
+    "buffered", [pytest.param(True, marks=pytest.mark.full, id="buffered"), pytest.param(False, id="unbuffered")]
+)
+def test_an_output_that_nobody_reads_on_ends_in_silence(module, command, buffered, tmp_path):
+    """Unbuffered, argparse itself meets the closed pipe, and would swallow that."""
+    errors = tmp_path / "errors"
+    words = f"{sys.executable} -m {module} {command} 2>{errors} | true; echo ${{PIPESTATUS[0]}}"
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    own |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=own)
     assert done.stdout == "141\n" and not done.stderr
+    assert "Error" not in errors.read_text() and "Traceback" not in errors.read_text()
+
+
+@pytest.mark.parametrize("command", ["-m swin_moe --help", "-m swin_moe configs", "-m checkpoint_tools --help"])
+def test_a_full_disk_behind_the_output_is_one_sentence(command):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {command} > /dev/full"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_without_a_stream_a_command_does_its_work(closed, tmp_path):
+    program = "import csv, sys; from pathlib import Path; from swin_moe.run.session import run_main; "
+    program += (
+        f"run_main(lambda _: (csv.writer(sys.stdout), sys.stderr.flush(), Path({str(tmp_path / 'x')!r}).touch()), [])"
+    )
+    for command in ("-m swin_moe --version", f"-c {shlex.quote(program)}"):
+        words = ["bash", "-c", f"{sys.executable} {command} {closed}"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
+    assert (tmp_path / "x").exists()
 
 
 def test_a_rank_that_nobody_reads_on_ends_in_silence():

@@ -189,7 +189,8 @@ def test_numbers_out_of_range_are_refused_by_name(key):
         "engine.threads=-1 engine.threads=99999999 checkpoint.file_size=0 model.drop_rate=1.0 model.drop_rate=-0.5 "
         "optim.weight_decay=-1 model.extra_norm_every=-1 model.depths=[2,-1,2,2] model.init_std=-1 run.name=../../x "
         "run.name= run.name=. run.name=/tmp/x run.name=a/../../b run.name=a\0b run.output= optim.betas=[0.9,1.0] "
-        "data.synthetic_samples=0 log.eval_every=-1"
+        "data.synthetic_samples=0 log.eval_every=-1 "
+        f"run.name={'x' * 256} run.name=a/{'é' * 128} run.output=/tmp/{'x' * 256}"
     ).split(),
 )
 def test_what_was_accepted_once(option):
@@ -213,6 +214,8 @@ def test_a_tilde_after_the_equals_sign_is_the_home_folder(monkeypatch):
         "/home/me/a.pth",
     )
     assert apply_overrides(config, ["run.name=sweep/lr1"]).run.name == "sweep/lr1"
+    longest = f"{'x' * 255}/{'é' * 127}"
+    assert apply_overrides(config, [f"run.name={longest}"]).run.name == longest
 
 
 def test_the_only_near_batch_is_said_once():

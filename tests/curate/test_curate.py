@@ -189,6 +189,12 @@ def test_layouts_are_told_apart(tmp_path):
 
 
 WRONG = {
+    "sheet of no kind": (("check", "{root}/photos", "--sheet", "x.txt"), "--sheet must end in .png, .*got 'x.txt'"),
+    "inside": (
+        ("split", "{root}/photos", "--out", "{root}/photos/x"),
+        "--out .* lies in .*photos, where it would be a",
+    ),
+    "sheet nowhere": (("check", "{root}/photos", "--sheet", "{root}/no/x.png"), "--sheet .*there is no folder .*no"),
     "nowhere": (("check", "{root}/photo"), "no folder .*photo; did you mean .*photos?"),
     "file": (("check", "{root}/photos/cat/0.png"), "is a file; give the folder"),
     "empty": (("check", "{root}/empty"), "has no image; a folder for each class is needed"),

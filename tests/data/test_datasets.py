@@ -182,6 +182,11 @@ BAD_LAYOUTS = {
     "no_zip": ("zip", "train", lambda root: None, r"no file .*train\.zip"),
     "bad_zip": ("zip", "train", make("train.zip", "PK but no zip"), r"train\.zip is not a complete zip file"),
     "bad_map_line": ("zip", "train", train_map("cat/0.png\t0\ncat/1.jpg 0\n"), r"line 2 of .*train_map\.txt must be"),
+    "odd_map_label": ("zip", "train", train_map("cat/0.png\t\u00b2\n"), r"line 1 of .*train_map\.txt must be"),
+    "far_map_label": ("zip", "train", train_map("cat/0.png\t99999999\n"), r"train_map\.txt has label 99999999; labels"),
+    "far_label": ("imagenet22k", "train", make(LIST, '[["a", 1e9]]'), f"{LIST} has label 1000000000; labels are below"),
+    "deep_json": ("imagenet22k", "train", make(LIST, "[" * 99999), f"{LIST} must be a JSON list"),
+    "endless_label": ("imagenet22k", "train", make(LIST, '[["a", Infinity]]'), f"{LIST} must be a JSON list"),
     "absent_member": ("zip", "train", train_map("cat/77.png\t0\n"), r"train_map\.txt lists 'cat/77\.png'"),
     "empty_map": ("zip", "train", train_map(""), r"no image in .*train\.zip"),
     "one_map": ("zip", "val", mixed_maps, "map file for both"),
@@ -190,6 +195,32 @@ BAD_LAYOUTS = {
     "bad_rows": ("imagenet22k", "train", make(LIST, '["a.png"]'), f"{LIST} must be a JSON list"),
     "empty_list": ("imagenet22k", "train", make(LIST, "[]"), f"{LIST} must list at least one image"),
 }
+
+
+@pytest.mark.parametrize("name", ["folder", "zip"])
+def test_what_other_programs_leave_in_folders_is_no_data(image_root, name):
+    """A notebook's checkpoints, and what macOS puts beside files and into archives."""
+
+    def listed():
+        write_zip(image_root, "train")
+        data = build(name, image_root, "train")
+        return data.classes, len(data)
+
+    before = listed()
+    some = (image_root / "train/cat/0.png").read_bytes()
+    for path in ("__MACOSX/._0.png", ".ipynb_checkpoints/0.png", "cat/._0.png", "cat/.ipynb_checkpoints/0.png"):
+        (image_root / "train" / path).parent.mkdir(exist_ok=True)
+        (image_root / "train" / path).write_bytes(some)
+    (image_root / "train/__MACOSX/cat").mkdir()
+    (image_root / "train/__MACOSX/cat/0.png").write_bytes(some)
+    assert listed() == before
+
+
+def test_a_map_of_another_encoding_is_read_as_names_of_files_are(image_root):
+    write_zip(image_root, "train")
+    (image_root / "train_map.txt").write_bytes(b"caf\xe9/0.png\t0\n")
+    with pytest.raises(ValueError, match=r"train_map\.txt lists 'caf\\udce9/0\.png', which is not in"):
+        build("zip", image_root, "train")
 
 
 @pytest.mark.parametrize("case", BAD_LAYOUTS)

@@ -1,6 +1,7 @@
 """The simulator of large worlds against a list of all messages, and against what must hold."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -179,6 +180,22 @@ def test_loads_have_the_stated_spread_and_those_of_a_run_its_own(tmp_path):
     assert set(np.round(many / many.min(), 6)) == {1.0, 3.0}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="no record has the load of experts"):
+        shares_of_run(tmp_path, 1, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"moe/0/load": ["x", 1]}', r"line 1: moe/0/load must be a list of numbers >= 0, got \['x', 1\]"),
+        (b'{"moe/0/load": 3}', "line 1: moe/0/load must be a list of numbers"),
+        (b'{"moe/0/load": [-1, 3]}', "line 1: moe/0/load must be a list of numbers"),
+        (b"[1]", "no record has the load of experts"),
+        (b"\xff\x98", "line 1 is no record of a run"),
+    ],
+)
+def test_loads_that_are_none_are_refused(line, sentence, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(line)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}/metrics.jsonl: {sentence}"):
         shares_of_run(tmp_path, 1, 2, seed=0)
 
 

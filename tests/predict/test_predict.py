@@ -103,6 +103,9 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(run, capfd, tmp_path)
     [
         (["--json", "--csv"], "--json and --csv are two ways"),
         (["--batch", "-3"], "--batch must be >= 1, got -3"),
+        (["--top", "x" * 5000], f"argument --top: invalid int value: '{'x' * 200}"),
+        (["--batch", "0"], "--batch must be >= 1, got 0"),
+        (["--out", ""], "--out must name a folder, got ''"),
         (["--csvv"], "did you mean --csv?"),
         ([""], "no such image file: ''"),
     ],
@@ -110,6 +113,28 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(run, capfd, tmp_path)
 def test_wrong_words_are_one_sentence(words, said, run, capfd):
     code, out, error = say(capfd, run, *words, "x.png")
     assert code == 2 and not out and error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert len(error) < 500
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--out", "drawn"], "--out is for networks that find objects or label maps"),
+        (["--score", "0.3", "--out", "drawn"], "--out and --score are for networks"),
+    ],
+)
+def test_options_without_an_effect_are_refused(words, said, run, capfd):
+    code, out, error = say(capfd, run, *words, run.parent / "photos/val/cat/0.png")
+    assert code == 2 and not out and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "given", [None, io.TextIOWrapper(io.BytesIO(b"\x89PNG\xff"), encoding="utf-8")], ids=["closed", "binary"]
+)
+def test_a_standard_input_without_paths_is_said(given, run, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", given)
+    code, _, error = say(capfd, run, "-")
+    assert code == 2 and error.startswith("error: predict -: standard input ") and error.count("\n") == 1
 
 
 def test_empty_standard_input_is_said(run, capfd, monkeypatch):

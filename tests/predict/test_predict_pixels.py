@@ -43,6 +43,14 @@ def run(trained: Path, out: Path, *words: str) -> None:
     main([str(trained / "see.yaml"), f"run.output={trained}", "--out", str(out), *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [(("--top", "2"), "--top is"), (("--csv", "--batch", "4"), "--csv and --batch are")]
+)
+def test_options_of_classifiers_are_refused(words, said, trained, tmp_path):
+    with pytest.raises(ValueError, match=f"{said} for networks that classify"):
+        run(trained, tmp_path / "out", *words, str(trained / "images"))
+
+
 def test_pictures_of_validation_stand_beside_the_run(trained):
     pictures = sorted((trained / "see/pictures").glob("validation_*.png"))
     assert [path.name.partition("-")[0] for path in pictures] == ["validation_0", "validation_1"]

@@ -168,6 +168,8 @@ def test_the_curve_goes_through_its_values():
 
 def test_records_that_a_kill_cut_or_that_are_no_numbers_are_left_out(run, tmp_path):
     broken = shutil.copytree(run, tmp_path / "broken")
+    with open(broken / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\0\x98\n")
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "train/loss": NaN, "train/lr": "x", "train/aux": true}\n[1]\n{"step": 8, "train/lo')
     assert len(read_run(broken).series["train/loss"].steps) == len(read_run(run).series["train/loss"].steps)

@@ -344,6 +344,30 @@ def test_options_without_an_effect_are_not_compared(tmp_path, old, new):
 
 
 @pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("canvas_mask_rcnn", "task.detect.anchor_scale=9.0"),
+        ("canvas_mask_rcnn", "task.detect.finest_scale=28.0"),
+        ("canvas_mask_rcnn", "task.detect.stage_stds=[[0.2,0.2,0.2,0.2]]"),
+        ("canvas_reppoints", "task.detect.point_scale=2.0"),
+        ("canvas_soft_teacher", "task.detect.anchor_ratios=[1.0,2.0,3.0]"),
+        ("canvas_upernet", "task.segment.pool_scales=[1,2]"),
+    ],
+)
+def test_what_the_weights_of_a_dense_head_mean_is_compared(name, option, tmp_path):
+    def continued(*more: str) -> list[str]:
+        stored = dataclasses.asdict(load_config(name))
+        index = SimpleNamespace(path=tmp_path, state={}, config=stored)
+        return RunIdentity(load_config(name, [*more]), (), {}).check_resume(cast(Index, index))
+
+    with pytest.raises(ValueError, match=rf"cannot be continued.*{option.partition('=')[0]}: "):
+        continued(option)
+    assert continued(option, "checkpoint.accept_changes=true")[0].startswith(f"{option.partition('=')[0]}: ")
+    section = option.partition("=")[0].rpartition(".")[0]
+    assert [said.partition(": ")[0] for said in continued(f"{section}.scales=[1.0,2.0]")] == [f"{section}.scales"]
+
+
+@pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ({"name": "swin"}, {"moe": MoEConfig(blocks=((0,),))}, r"model\.moe\.blocks: \[\] -> \[\[0\]\]"),

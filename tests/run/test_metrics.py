@@ -160,3 +160,10 @@ def test_a_log_line_takes_the_place_of_the_bar(tmp_path):
     # What stands on a line when all is over: text after the last "erase this line".
     lines = [line.rpartition("\r\x1b[K")[2] for line in shown.split("\n")]
     assert lines == ["before", "said", "more", "end", ""] and "1/4 | one" in shown and "2/4 | two" in shown
+
+
+def test_records_that_are_none_do_not_stop_a_run_that_goes_on(tmp_path):
+    good = '{"step": 3}'
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\x98\n[1]\n7\n"x"\n{"step": null}\n' + good.encode() + b"\n\0\0\0")
+    MetricsWriter(tmp_path, enabled=True, tensorboard=False, resume_step=5).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == f"{good}\n"

@@ -242,3 +242,32 @@ def test_a_native_checkpoint_keeps_its_step(tmp_path, capsys):
         target = str(tmp_path / step)
         assert tools(["convert", str(native), target, "--to", "native", "--set", f"step={step}"]) == code
     assert "--set step=8 is for files that do not tell it; this one is of 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [3, None, b"x.pth", ["x.pth"], "", " "])
+def test_what_is_no_path_is_refused_by_the_name_of_the_argument(wrong, tmp_path):
+    model = swin_moe.create_model("swin", **SMALL)
+    calls = {"path": lambda: swin_moe.load(wrong), "folder": lambda: model.save_pretrained(wrong)}
+    if wrong:  # nothing else is "no weights" there
+        calls["pretrained"] = lambda: swin_moe.create_model("swin", pretrained=wrong, **SMALL)
+    if wrong == " ":
+        del calls["folder"]  # a name like any other
+    for name, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=rf"{name} must (be|name) .*got {re.escape(repr(wrong))}"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["backbone.", "teacher.backbone."])
+def test_a_detector_is_no_classifier(kind, tmp_path):
+    """It said that head.bias was missing in the file; its backbone alone is a beginning as any other."""
+    model = swin_moe.create_model("swin", **SMALL)
+    with torch.no_grad():
+        model.layers[0].blocks[0].mlp.fc1.bias.fill_(3.0)
+    pieces = [Piece.of(f"{kind}{n}", p.detach()) for n, p in model.named_parameters() if not n.startswith("head")]
+    config = json.loads(json.dumps({"model": dataclasses.asdict(model.config), "task": {"name": "detect"}}))
+    path = CheckpointManager(tmp_path).save(1, pieces, state={}, config=config)
+    with pytest.raises(ValueError, match=rf"{path}: holds a detector or segmentor, .*: swin-moe predict; its backbone"):
+        swin_moe.load(path)
+    if kind == "backbone.":
+        begun = swin_moe.create_model("swin", pretrained=path, **SMALL)
+        assert (begun.layers[0].blocks[0].mlp.fc1.bias == 3.0).all()

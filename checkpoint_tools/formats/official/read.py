@@ -61,7 +61,7 @@ def assemble(
     averages = [_averages(weights) for weights in found]
     parts |= _parts(path, _gather(ranks, averages, shared, _averages(shared_weights), rules), layers)
     newest = max(moments, key=lambda found: found.step or 0, default=None)
-    step, unknown = known_step(newest.step if newest else 0, options)
+    step, unknown = known_step(path, newest.step if newest else 0, options)
     if newest:
         newest = newest._replace(step=step)
     first = ranks[0]

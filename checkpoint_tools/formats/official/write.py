@@ -83,7 +83,10 @@ class OfficialContent:
                     f"{source.path}: {prefix_}: {hidden} hidden channels of an expert cannot be shared evenly by "
                     f"{spread.shards} ranks, as Tutel needs"
                 )
-        self.has_counts = options.extra.get("counts", "yes") != "no"
+        counts = options.extra.get("counts", "yes") if buffers else "no"
+        if counts not in ("yes", "no"):
+            raise CheckpointError(f"--set counts must be yes or no, got {counts!r}")
+        self.has_counts = counts == "yes"
         self.buffers = self._buffers() if buffers else {}
 
     def _buffers(self) -> dict[str, NewTensor]:

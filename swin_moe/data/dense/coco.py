@@ -6,6 +6,7 @@ and both numbers, and left out or refused (data.dense.on_bad); a json that is no
 Shape legend: N objects of an image, M objects of the file, H height, W width.
 """
 
+import collections
 import json
 import logging
 import math
@@ -63,7 +64,7 @@ def read_coco(path: Path) -> dict[str, list[dict]]:
         if not all(isinstance(number, int) for number in numbers):
             raise ValueError(f"{path}: an id in '{key}' is no whole number")
         if len(set(numbers)) < len(numbers):
-            twice = next(number for number in numbers if numbers.count(number) > 1)
+            twice = collections.Counter(numbers).most_common(1)[0][0]
             raise ValueError(f"{path}: two of '{key}' have the id {twice}")
     for image in tree["images"]:
         sides = image["height"], image["width"]

@@ -27,8 +27,15 @@ _CLASS_FILES = ("classes.txt", "objectInfo150.txt")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Returns the names in a file, one a line; of ADE20K's objectInfo150.txt the last column, up to its first comma."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Returns the names in a file, one a line; of ADE20K's objectInfo150.txt the last column, up to its first comma.
+
+    Raises:
+        ValueError: It is no text; names the file.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"data.path: {path} is no text of UTF-8, a class a line") from None
     if path.name == "objectInfo150.txt":
         return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines[1:])
     return tuple(line.strip() for line in lines)

@@ -4,9 +4,12 @@ Shape legend: L layers, E experts.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+
+from swin_moe.config.checks import shown
 
 
 def draw_shares(layers: int, experts: int, *, spread: float, seed: int) -> np.ndarray:
@@ -34,18 +37,26 @@ def shares_of_run(path: Path, layers: int, experts: int, *, seed: int) -> np.nda
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     recorded: list[list[int]] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{file}: line {number} is no record of a run ({error})") from None
-        keys = [key for key in record if key.startswith("moe/") and key.endswith("/load")]
-        recorded = [record[key] for key in keys if sum(record[key])] or recorded
+        found = record.items() if isinstance(record, dict) else ()
+        loads = {key: load for key, load in found if key.startswith("moe/") and key.endswith("/load")}
+        for key, load in loads.items():
+            if not isinstance(load, list) or not all(map(_is_count, load)):
+                raise ValueError(f"{file}: line {number}: {key} must be a list of numbers >= 0, got {shown(load)}")
+        recorded = [load for load in loads.values() if sum(load)] or recorded
     if not recorded:
         raise ValueError(f"{file}: no record has the load of experts (moe/<layer>/load), which runs of MoE write")
     generator, drawn = np.random.default_rng(seed), np.empty((layers, experts))
     for layer in range(layers):
-        loads = np.array(recorded[layer % len(recorded)], dtype=np.float64)
-        one = loads if len(loads) == experts else generator.choice(loads, size=experts)
+        load_E = np.array(recorded[layer % len(recorded)], dtype=np.float64)
+        one = load_E if len(load_E) == experts else generator.choice(load_E, size=experts)
         drawn[layer] = one if one.sum() else 1.0
     return drawn / drawn.sum(1, keepdims=True)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -187,12 +187,16 @@ def test_paths_that_are_not_what_a_verb_takes_say_which_is(weights, tmp_path, ru
 
 
 def test_another_number_of_experts_is_told_the_verb_that_makes_it(tmp_path):
-    name = "layers.0.blocks.1.mlp.experts.fc1_bias"
-    path = CheckpointManager(tmp_path).save(1, [Piece.of(name, torch.ones(4, 2))], state={}, config={})
-    with pytest.raises(CheckpointError, match="`swin-moe checkpoint experts` makes another number of experts"):
-        load(path, [Piece.of(name, torch.ones(8, 2))])
-    with pytest.raises(CheckpointError, match=r"\(4, 3\) is wanted$"):
-        load(path, [Piece.of(name, torch.ones(4, 3))])
+    """Whichever tensor is looked at first: the router has a row for each expert."""
+    name, router = "layers.0.blocks.1.mlp.experts.fc1_bias", "layers.0.blocks.1.mlp.router.weight"
+    stored = [Piece.of(name, torch.ones(4, 2)), Piece.of(router, torch.ones(4, 8))]
+    path = CheckpointManager(tmp_path).save(1, stored, state={}, config={})
+    for wanted in ([router, name], [name, router]):
+        pieces = [Piece.of(n, torch.ones(8, 8 if n == router else 2)) for n in wanted]
+        with pytest.raises(CheckpointError, match=f"{wanted[0]}.*`swin-moe checkpoint experts` makes another number"):
+            load(path, pieces)
+    with pytest.raises(CheckpointError, match=r"\(4, 8\), \(4, 9\) is wanted$"):
+        load(path, [Piece.of(router, torch.ones(4, 9)), Piece.of(name, torch.ones(4, 2))])
 
 
 def test_an_optimizer_in_another_order_is_left_out_and_told(weights, tmp_path):

@@ -115,5 +115,8 @@ def test_what_is_missing_is_said_before_anything_is_read(tmp_path):
     write_label_maps(tmp_path)
     with pytest.raises(ValueError, match=r"no classes.txt or objectInfo150.txt in .*, and model.num_classes=0"):
         LabelMaps(dense("label_maps", tmp_path), "train")
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfec\0a\0t\0")
+    with pytest.raises(ValueError, match=r"data.path: .*classes.txt is no text of UTF-8, a class a line"):
+        LabelMaps(dense("label_maps", tmp_path), "train")
     with pytest.raises(ValueError, match="data.name=label_maps has no boxes"):
         LabelMaps(dense("label_maps", tmp_path), "train", boxes=True, num_classes=2)

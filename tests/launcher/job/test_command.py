@@ -11,6 +11,7 @@ from launcher.__main__ import main
 from launcher.command import Mpi, find_mpi
 from launcher.flavors.hydra import MPICH
 from launcher.flavors.openmpi import OPEN_MPI_4
+from launcher.job.options import parser
 from launcher.job.program import check_program
 from tests.ranks import ROOT
 
@@ -144,3 +145,11 @@ def test_dry_run_prints_a_command_and_starts_nothing():
     assert finished.returncode == 0
     assert re.match(r"env (-u \w+ )*'A=b c' ", finished.stdout) and " -n 2 " in finished.stdout
     assert finished.stdout.endswith("-m launcher.rank -m does.not.exist\n")
+
+
+@pytest.mark.parametrize("option", ["--log-dir", "--mpi", "--env", "--hostfile", "--allowed-ranks", "-n", "--grace"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_word_is_refused_by_its_option(option, value):
+    """As of a variable that is not set: it asked for a log folder, and there was none."""
+    with pytest.raises(ValueError, match=f"{option}.*: needs a value, got ''"):
+        parser().parse_args([option, value])
