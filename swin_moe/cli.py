@@ -22,7 +22,7 @@ COMMANDS = {
     "predict": ("swin_moe.predict", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
-    "demo": ("swin_moe.demo.command", "a page: upload an image; classes, experts, attention, features"),
+    "demo": ("swin_moe.demo.command", "a page: upload an image; classes or objects, experts, attention, features"),
     "throughput": ("swin_moe.throughput", "images per second and memory of a model"),
     "plan": ("swin_moe.planner.command", "which layouts N devices can run: memory, time, and why others fail"),
     "calibrate": ("swin_moe.planner.calibrate.command", "measure this machine for `plan --hardware FILE`"),

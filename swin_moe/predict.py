@@ -45,11 +45,7 @@ def main(argv: list[str]) -> None:
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
     check_graphs(session.config, session.device.type, session.world_size)
-    stored = open_stored(session)
-    if session.config.data.count_classes and stored is not None and stored.classes:
-        model = replace(session.config.model, num_classes=len(stored.classes))
-        session = replace(session, config=replace(session.config, model=model))
-    classes = _class_names(session.config, options.names, () if stored is None else stored.classes)
+    session, stored, classes = with_classes(session, options.names)
     task = build_task(session.config)
     if not isinstance(task, LooksAtImages):
         _predict_classes(session, images, classes, options, stored)
@@ -58,6 +54,22 @@ def main(argv: list[str]) -> None:
         raise ValueError("predict: --csv and --batch are for networks that classify; objects are in predictions.json")
     pixels = PixelOptions(Path(options.out), options.score, options.json)
     predict_pixels(session, task, images, classes, pixels, stored)
+
+
+def with_classes(session: Session, names: str = "") -> tuple[Session, Source | None, Sequence[str]]:
+    """Returns (the session with as many classes as its checkpoint, the checkpoint or None, a name per output).
+
+    Args:
+        names: A file of class names that count instead of the checkpoint's; "" = none.
+
+    Raises:
+        ValueError: No checkpoint where one is named, or names that do not fit.
+    """
+    stored = open_stored(session)
+    if session.config.data.count_classes and stored is not None and stored.classes:
+        model = replace(session.config.model, num_classes=len(stored.classes))
+        session = replace(session, config=replace(session.config, model=model))
+    return session, stored, _class_names(session.config, names, () if stored is None else stored.classes)
 
 
 def _predict_classes(
