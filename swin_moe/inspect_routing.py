@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.checkpoint.errors import naming
+from swin_moe.config.arguments import near_path
 from swin_moe.config.choices import refuse_choice
 from swin_moe.data.batch import to_device
 from swin_moe.data.datasets import build_dataset
@@ -112,7 +113,9 @@ def main(argv: list[str]) -> None:
     images = [word for word in rest if word not in overrides]
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
-        raise ValueError(f"no such image file: {', '.join(name or repr(name) for name in missing)}")
+        raise ValueError(
+            f"no such image file: {', '.join(name or repr(name) for name in missing)}{near_path(missing[0])}"
+        )
     if not images and count == "0":
         raise ValueError("nothing to draw: give image files, or --images above 0")
     session = open_session(path, overrides)

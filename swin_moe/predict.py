@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.config import Config
+from swin_moe.config.arguments import near_path
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
 from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
@@ -201,7 +202,7 @@ def _image_files(words: list[str]) -> list[str]:
         elif matches := sorted(name for name in glob.glob(word, recursive=True) if _is_image(name)):
             found += matches
         else:
-            raise ValueError(f"no such image file: {word or repr(word)}")
+            raise ValueError(f"no such image file: {word or repr(word)}{near_path(word)}")
     if not found:
         raise ValueError("predict needs at least one image file, or a folder of them, after the config")
     return found

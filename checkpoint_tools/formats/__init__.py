@@ -18,6 +18,7 @@ from checkpoint_tools.files.publish import finish_publishing
 from checkpoint_tools.formats.state_dict import taken_off, why_unknown
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.config.arguments import near_path
 from swin_moe.registry import check_members, lookup
 
 
@@ -123,7 +124,7 @@ def find_format(path: Path, *, advice: bool = True) -> str:
         others = sorted(
             other.name for other in path.parent.glob(f"{glob.escape(path.name)}.*") if _RANK_FILE.fullmatch(other.name)
         )
-        found = f", but there is {others[0]}: .rank0 is missing" if others else ""
+        found = f", but there is {others[0]}: .rank0 is missing" if others else near_path(path)
         raise CheckpointError(f"{path}: does not exist{found}")
     kind = why_unknown(path) if path.is_file() else "is no checkpoint of a known format"
     remedy = f"; name one with --from ({', '.join(FORMATS)})" if advice else ""
