@@ -171,7 +171,7 @@ def _draw_images(
         _forward(session, model, pixels[None])
         maps = recorder.patch_maps(0)
         with naming(target):
-            draw_patches(to_rgb(pixels), maps, recorder.num_experts).save(target)
+            draw_patches(to_rgb(pixels), maps, recorder.num_experts, numbered=True).save(target)
         LOGGER.info("%s", target)
         numbers[name] = {m.layer: {"expert": m.expert.tolist(), "kept": m.kept.tolist()} for m in maps}
     return numbers

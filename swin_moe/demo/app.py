@@ -70,13 +70,19 @@ def build(observer: Observer, title: str) -> Any:
             found = answer(observer, image, chosen, score)
             if found is None:
                 return (None,) * len(shown)
-            return found.said, found.experts, found.attention, found.features, found.looked
+            said = labelled(found.looked, found.said, score) if finds else found.said
+            return said, found.experts, found.attention, found.features, found.looked
+
+        def labelled(looked: Looked, picture: Any, score: float) -> Any:
+            return gr.Image(value=picture, label=draw.count(looked, score))
 
         def on_block(chosen: str, looked: Looked | None) -> Any:
             return None if looked is None else clicked(observer, looked, chosen)
 
         def on_score(score: float, looked: Looked | None) -> Any:
-            return None if looked is None else draw.found(looked, observer.network.names, score)
+            return (
+                None if looked is None else labelled(looked, draw.found(looked, observer.network.names, score), score)
+            )
 
         def on_click(chosen: str, looked: Looked | None, event: gr.SelectData) -> Any:
             if looked is None:

@@ -41,6 +41,16 @@ def found(looked: Looked, names: Sequence[str], lowest: float) -> Image.Image | 
     return Image.fromarray(drawing.draw(said.stored, said.found, names, threshold=lowest))
 
 
+def count(looked: Looked, lowest: float) -> str:
+    """Returns in words how much was found, so that a picture without boxes explains itself."""
+    found = looked.said.found
+    if found is None or found.scores is None:
+        return "found: the class of every pixel"
+    scores = found.scores.tolist()
+    best = f", the surest {max(scores):.2f}" if scores else ""
+    return f"found: {sum(score >= lowest for score in scores)} of {len(scores)} objects{best}"
+
+
 def attention(looked: Looked, weights: np.ndarray, row: int, column: int) -> Image.Image:
     """Returns the image under the attention of one patch, which is framed; weights as Observer.attention_of gives them.
 

@@ -138,7 +138,7 @@ def _results(found: Results, name: str, of: str, figures: list[Figure]) -> list[
     parts += [_class_table(found), _confusion_table(found)]
     routed = []
     for number, (seen, maps) in enumerate(found.routed):
-        picture = draw_patches(to_rgb(seen.image), maps, found.num_experts)
+        picture = draw_patches(to_rgb(seen.image), maps, found.num_experts, numbered=True)
         title = f"Which expert took which patch of an image of {found.classes[seen.label]}"
         routed.append(Figure(f"{name}-routing-{number}", title, picture, f"{len(maps)} MoE layers, first choices"))
     return parts + _section(f"Routing{of}", routed, figures, wide=True)

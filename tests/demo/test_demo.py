@@ -166,6 +166,7 @@ def test_a_detector_shows_what_predict_finds(tmp_path):
         assert (maps[0][:20, :24] >= 0).all() and (maps[0] >= 0).sum() == 20 * 24  # what pads the image goes nowhere
         assert one.experts is not None and one.attention is not None and one.features is not None
     best = max(row["score"] for row in stored)
+    assert draw.count(shown[0].looked, best) == f"found: 1 of {len(stored)} objects, the surest {best:.2f}"
     assert draw.found(shown[0].looked, watchers[0].network.names, 0.0) != draw.found(
         shown[0].looked, watchers[0].network.names, best + 0.01
     )
@@ -180,6 +181,7 @@ def test_a_segmentor_shows_its_label_map_and_the_crop_that_it_saw_last(tmp_path)
     assert shown.looked.said.found.label_map is not None and shown.looked.said.found.label_map.shape == (40, 48)
     assert shown.looked.pixels.shape == (64, 64, 3) and shown.looked.strength[0].shape == (16, 16)
     assert shown.experts is None and shown.attention is not None
+    assert draw.count(shown.looked, 0.3) == "found: the class of every pixel"
 
 
 def test_a_config_takes_weights_by_name_and_networks_that_say_nothing_are_refused(tmp_path):
