@@ -29,7 +29,7 @@ from swin_moe.tasks.drawing import pixels_of
 from swin_moe.weights.fetch import Progress, fetch
 from swin_moe.weights.load import backbone_of, load_weights
 from swin_moe.weights.pretrained import Loaded, load, preprocess_of
-from swin_moe.weights.sources import OwnCheckpoint, is_own, open_weights
+from swin_moe.weights.sources import OwnCheckpoint, open_weights
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,14 @@ def open_network(source: str, overrides: Sequence[str] = ()) -> Shown:
             raise ValueError(f"{source}: released weights that no config of ours is for; swin-moe weights list has all")
         fetch(row, show=Progress(row.name))
         return _of_session(row.config, [f"checkpoint.load={source}"])
-    if is_own(Path(source)):
-        checkpoint = open_weights(source, key="RUN")
-        assert isinstance(checkpoint, OwnCheckpoint)
-        if checkpoint.config.get("task", {}).get("name", "classify") != "classify":
-            return _of_session(str(_run_of(checkpoint.path)), [f"checkpoint.load={source}"])
+    stored = open_weights(source, key="RUN")
+    if isinstance(stored, OwnCheckpoint) and stored.config.get("task", {}).get("name", "classify") != "classify":
+        return _of_session(str(_run_of(stored.path)), [f"checkpoint.load={source}"])
+    if stored.model_config() is None:
+        raise ValueError(
+            f"{source}: does not tell all of its network; name its config: "
+            f"swin-moe demo CONFIG checkpoint.load={source}"
+        )
     loaded = load(source)
     if not loaded.model.config.num_classes:
         raise ValueError(f"{source}: the network has no classes to show; the demo is for networks that say something")

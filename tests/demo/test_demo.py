@@ -194,6 +194,9 @@ def test_a_config_takes_weights_by_name_and_networks_that_say_nothing_are_refuse
     assert newest is not None
     with pytest.raises(ValueError, match="task.name=simmim says nothing of an image"):
         open_network("digits_simmim", [weights])
+    torch.save({"model": network("swin").state_dict()}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match=r"does not tell all of its network; name its config: swin-moe demo CONFIG "):
+        open_network(str(tmp_path / "official.pth"))
     alone = shutil.move(newest, tmp_path / "alone")
     with pytest.raises(ValueError, match=r"stands without its run, .*swin-moe demo CONFIG checkpoint.load="):
         open_network(str(alone))
