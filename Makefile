@@ -45,9 +45,12 @@ $(INSTALLED): requirements.txt pyproject.toml setup.py swin_moe/data/torchvision
 		sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % v)'
 	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && touch $(UNFINISHED)
+	@echo 'installing into $(VENV), 1 of 3: torch, a download of 200 MB or more'
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/pip install "$$(grep '^torch==' requirements.txt)"
+	@echo 'installing into $(VENV), 2 of 3: the other packages'
+	$(BIN)/pip install -r requirements.txt
+	@echo 'installing into $(VENV), 3 of 3: this package; compiling its kernels takes minutes'
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
 	$(BIN)/python -m swin_moe.data.torchvision_site
 	@rm $(UNFINISHED) && touch $@

@@ -1,5 +1,6 @@
 """`swin-moe inspect-routing CONFIG IMAGE ...`: which expert took which patch, and which experts serve which classes."""
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.checkpoint.errors import naming
+from swin_moe.config.arguments import near_path
 from swin_moe.config.choices import refuse_choice
 from swin_moe.data.batch import to_device
 from swin_moe.data.datasets import build_dataset
@@ -22,7 +24,7 @@ from swin_moe.models.swin import Block
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.routing import Routing
 from swin_moe.run.metrics import LOGGER, start_logging
-from swin_moe.run.routing_pictures import ClassLoad, PatchMap, draw_classes, draw_patches
+from swin_moe.run.routing_pictures import NOWHERE, ClassLoad, PatchMap, draw_classes, draw_patches
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments, run_main
 from swin_moe.usage.texts import INSPECT_ROUTING
 from swin_moe.weights.load import load_weights, open_stored
@@ -35,6 +37,7 @@ class RoutingRecorder:
         blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, Block)]
         self.blocks = [(name, block, block.mlp) for name, block in blocks if isinstance(block.mlp, MoELayer)]
         self.grids: dict[str, tuple[int, int]] = {}
+        self.valid: dict[str, Tensor | None] = {}  # (B, H * W) bool, which tokens are routed; None = all
         self.routings: dict[str, Routing] = {}
 
     @property
@@ -47,7 +50,7 @@ class RoutingRecorder:
         """Within it, forwards are remembered."""
         handles = []
         for name, block, layer in self.blocks:
-            handles.append(block.register_forward_pre_hook(self._note_grid(name)))
+            handles.append(block.register_forward_pre_hook(self._note_grid(name), with_kwargs=True))
             layer.observer = self._note_routing(name)
         try:
             yield
@@ -58,8 +61,10 @@ class RoutingRecorder:
                 layer.observer = None
 
     def _note_grid(self, name: str):
-        def hook(_, arguments: tuple) -> None:
-            self.grids[name] = tuple(arguments[0].shape[1:3])
+        def hook(block: Block, arguments: tuple, options: dict) -> None:
+            given = inspect.signature(block.forward).bind(*arguments, **options).arguments
+            self.grids[name] = tuple(given["x_BHWC"].shape[1:3])
+            self.valid[name] = given.get("valid_BL")
 
         return hook
 
@@ -70,13 +75,19 @@ class RoutingRecorder:
         return observe
 
     def patch_maps(self, image: int) -> list[PatchMap]:
-        """Returns, per layer, what happened to the image of that place in the last batch."""
+        """Returns, per layer, what happened to the image of that place in the last batch; padding went nowhere."""
         maps = []
         for name, routing in self.routings.items():
-            height, width = self.grids[name]
-            rows = slice(image * height * width, (image + 1) * height * width)
-            expert = routing.expert[rows, 0].view(height, width).cpu().numpy()
-            maps.append(PatchMap(name, expert, routing.keep[rows, 0].view(height, width).cpu().numpy()))
+            tokens = self.grids[name][0] * self.grids[name][1]
+            valid = self.valid[name]
+            if valid is None:
+                valid = torch.ones(image + 1, tokens, dtype=torch.bool, device=routing.expert.device)
+            before, own = int(valid[:image].sum()), valid[image]
+            rows = slice(before, before + int(own.sum()))
+            expert, kept = torch.full((tokens,), NOWHERE, device=own.device), torch.zeros_like(own)
+            expert[own], kept[own] = routing.expert[rows, 0].to(expert.dtype), routing.keep[rows, 0]
+            grid = self.grids[name]
+            maps.append(PatchMap(name, expert.view(grid).cpu().numpy(), kept.view(grid).cpu().numpy()))
         return maps
 
     def load_by_class(self, target: Tensor, num_classes: int) -> dict[str, np.ndarray]:
@@ -102,7 +113,9 @@ def main(argv: list[str]) -> None:
     images = [word for word in rest if word not in overrides]
     missing = [name for name in images if not Path(name).is_file()]
     if missing:
-        raise ValueError(f"no such image file: {', '.join(name or repr(name) for name in missing)}")
+        raise ValueError(
+            f"no such image file: {', '.join(name or repr(name) for name in missing)}{near_path(missing[0])}"
+        )
     if not images and count == "0":
         raise ValueError("nothing to draw: give image files, or --images above 0")
     session = open_session(path, overrides)
@@ -158,7 +171,7 @@ def _draw_images(
         _forward(session, model, pixels[None])
         maps = recorder.patch_maps(0)
         with naming(target):
-            draw_patches(to_rgb(pixels), maps, recorder.num_experts).save(target)
+            draw_patches(to_rgb(pixels), maps, recorder.num_experts, numbered=True).save(target)
         LOGGER.info("%s", target)
         numbers[name] = {m.layer: {"expert": m.expert.tolist(), "kept": m.kept.tolist()} for m in maps}
     return numbers

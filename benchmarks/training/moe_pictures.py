@@ -12,7 +12,8 @@ from PIL import Image
 from swin_moe.config import DataConfig
 from swin_moe.data.datasets import build_dataset
 from swin_moe.demo.draw import experts
-from swin_moe.demo.look import Observer, open_network
+from swin_moe.demo.look import Observer
+from swin_moe.demo.networks import open_network
 from swin_moe.report.charts import layer_figures
 from swin_moe.report.records import read_runs
 
@@ -32,7 +33,7 @@ def stacked(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
 def patches(run: Path) -> Image.Image:
     """Returns a row per digit: the image, and which expert took which patch in each MoE layer."""
     observer = Observer(open_network(str(run)))
-    size = observer.model.config.img_size
+    size = observer.network.backbone.config.img_size
     digits = build_dataset(DataConfig(name="digits"), "val", img_size=size, num_classes=10)
     rows = []
     for place in DIGITS:

@@ -19,6 +19,7 @@ from checkpoint_tools.formats.settings import check_heeded, check_settings
 from checkpoint_tools.formats.state_dict import taken_off, why_unknown
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
+from swin_moe.config.arguments import near_path
 from swin_moe.registry import check_members, lookup
 
 
@@ -113,7 +114,7 @@ def find_format(path: Path, *, advice: bool = True) -> str:
         others = sorted(
             other.name for other in path.parent.glob(f"{glob.escape(path.name)}.*") if _RANK_FILE.fullmatch(other.name)
         )
-        found = f", but there is {others[0]}: .rank0 is missing" if others else ""
+        found = f", but there is {others[0]}: .rank0 is missing" if others else near_path(path)
         raise CheckpointError(f"{path}: does not exist{found}")
     kind = why_unknown(path) if path.is_file() else "is no checkpoint of a known format"
     remedy = f"; name one with --from ({', '.join(FORMATS)})" if advice else ""

@@ -47,7 +47,10 @@ class Parser(argparse.ArgumentParser):
         (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{' '.join(message.split())[:300]}; {self.prog} --help says more")
+        words = " ".join(message.split())[:300]
+        if re.match(r"unrecognized arguments: [^-]", words):  # words of the program
+            words += "; the program and its words stand after --, as in: -- -m swin_moe.train CONFIG"
+        raise ValueError(f"{words}; {self.prog} --help says more")
 
 
 def _whole_number(text: str) -> int:

@@ -6,6 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 from swin_moe.config import synonyms
@@ -13,6 +15,7 @@ from swin_moe.config import synonyms
 _SHOWN = 300  # characters of what argparse says, which repeats what was typed
 
 
+_LOOKED_AT = 4096  # entries of a folder, whose names are compared with a word
 _MOST = (1 << 63) - 1  # of a whole number, as everywhere outside of Python
 
 
@@ -73,6 +76,18 @@ _whole_number.__name__ = "int"  # argparse says "invalid int value"
 def nearest(word: str, options: Iterable[str]) -> str:
     """Returns the option that a word is near to, or ""."""
     return next(iter(difflib.get_close_matches(word, list(options), n=1)), "")
+
+
+def near_path(path: str | Path) -> str:
+    """Returns "; did you mean PATH?" of what lies beside a path that is not there and is called nearly so, or ""."""
+    path = Path(path)
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, _LOOKED_AT)]
+    except (OSError, ValueError):  # no such folder; a NUL in it
+        return ""
+    near = nearest(path.name, names)
+    return f"; did you mean {path.parent / near}?" if near else ""
 
 
 def refuse_options(command: str, words: Iterable[str], options: Iterable[str] = ()) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from swin_moe.config.arguments import near_path
 from swin_moe.config.checks import field_types, shown
 from swin_moe.config.coerce import Word, coerce_tree, read_word, type_of
 from swin_moe.config.official import convert_official, is_official, nest
@@ -131,7 +132,7 @@ def find_config(name: str) -> Path:
     if found:
         raise ValueError(f"config {name!r} is ambiguous: {', '.join(str(f.relative_to(folder)) for f in found)}")
     near = difflib.get_close_matches(wanted.name, [f.stem for f in files], n=3)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    hint = f"; did you mean {', '.join(near)}?" if near else near_path(name)
     raise ValueError(f"no config file or config name {shown(name)} (looked in {folder}){hint}")
 
 

@@ -102,7 +102,12 @@ def read_yaml(path: Path) -> dict:
         if len(text) == _MOST:
             raise ValueError(f"{path} is no config: it holds {_MOST} characters or more")
         tree = yaml.load(text, ConfigLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path} is not a YAML file but a binary one; a config or a run comes first, then images, and weights as "
+            f"checkpoint.load={path}"
+        ) from None
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swin_moe.config import DataConfig
-from swin_moe.config.arguments import nearest
+from swin_moe.config.arguments import near_path
 from swin_moe.config.schema import DatasetName
 from swin_moe.data.datasets import FileDataset, build_dataset, has_lists, is_hidden, is_image, walk_folders
 
@@ -47,8 +47,7 @@ def find(path: Path, *, labels: Path | None = None, columns: tuple[str, str] = (
     if path.is_file():
         raise ValueError(f"{path} is a file; give the folder of images, or of train.zip and val.zip, that it lies in")
     if not path.is_dir():
-        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise ValueError(f"no folder {path}{f'; did you mean {path.parent / near}?' if near else ''}")
+        raise ValueError(f"no folder {path}{near_path(path)}")
     if labels is not None:
         if not labels.is_file():
             raise ValueError(f"--labels: no file {labels}")

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from swin_moe.config import DataConfig
+from swin_moe.config.arguments import near_path
 from swin_moe.config.checks import shown
 from swin_moe.data.base import Dataset
 from swin_moe.data.pixels import BrokenImage, decode, read_image
@@ -168,10 +169,10 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._")
 
 
-def require_directory(path: Path, what: str) -> None:
-    """Raises ValueError where there is no such directory."""
+def require_directory(path: Path, what: str, *, hint: str = "") -> None:
+    """Raises ValueError where there is no such directory; says what is called nearly so, or `hint`."""
     if not path.is_dir():
-        raise ValueError(f"data.path: no {what} at {path}")
+        raise ValueError(f"data.path: no {what} at {path}{hint or near_path(path)}")
 
 
 def class_labels(classes: Sequence[str], known: Sequence[str], *, where: object, train: object) -> dict[str, int]:
@@ -194,7 +195,8 @@ class ImageFolder(FileDataset):
         root = Path(config.path)
         require_directory(root, "directory")
         directory, train = root / split, root / "train"
-        require_directory(directory, "directory")
+        split_it = f"; `swin-moe data split {root} --out {root}_split` makes train and val of class folders"
+        require_directory(directory, "directory", hint="" if train.is_dir() else split_it)
         found = self._class_names(directory)
         classes = self._class_names(train) if train.is_dir() else found
         labels_of = class_labels(found, classes, where=directory, train=train)

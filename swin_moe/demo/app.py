@@ -1,5 +1,7 @@
-"""The page: an image comes in; classes, experts, attention of the patch that is clicked, features."""
+"""The page: an image comes in; what the network says, experts, attention of the patch that is clicked, features."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -7,15 +9,27 @@ from PIL import Image
 from swin_moe.demo import draw
 from swin_moe.demo.look import Looked, Observer, patch_at
 
-Answer = tuple[dict[str, float], Image.Image | None, Image.Image | None, Image.Image, Looked]
+LOWEST = 0.3  # score of an object that is drawn at first, as in `swin-moe predict`
 
 
-def answer(observer: Observer, image: Image.Image | None, block: str) -> Answer | None:
+@dataclass(frozen=True)
+class Answer:
+    """What the page shows of an image."""
+
+    said: dict[str, float] | Image.Image | None  # probability by class, or what was found, drawn
+    experts: Image.Image | None
+    attention: Image.Image | None
+    features: Image.Image | None
+    looked: Looked
+
+
+def answer(observer: Observer, image: Image.Image | None, block: str, lowest: float = LOWEST) -> Answer | None:
     """Returns what the page shows of a new image; None of none."""
     if image is None:
         return None
     looked = observer.look(image)
-    return dict(looked.classes), draw.experts(looked), clicked(observer, looked, block), draw.features(looked), looked
+    said = draw.found(looked, observer.network.names, lowest) if observer.network.finds else dict(looked.said.classes)
+    return Answer(said, draw.experts(looked), clicked(observer, looked, block), draw.features(looked), looked)
 
 
 def clicked(
@@ -36,32 +50,39 @@ def build(observer: Observer, title: str) -> Any:
     import gradio as gr
 
     blocks = list(observer.attention)
+    finds = observer.network.finds
+    fitted = "resized and padded" if finds else "resized and cropped"
     with gr.Blocks(title=f"swin-moe: {title}", analytics_enabled=False) as page:
-        gr.Markdown(f"## {title}\nUpload an image. What is shown is what the network saw: resized and cropped.")
+        gr.Markdown(f"## {title}\nUpload an image. What the tabs show is what the network saw: {fitted}.")
         seen = gr.State(None)
         with gr.Row():
             given = gr.Image(type="pil", label="image", height=320, sources=["upload", "clipboard"])
-            classes = gr.Label(label="classes", num_top_classes=5)
-        with gr.Tab("Experts"):
-            without = "" if observer.recorder is not None else "This network has no layer where a patch has one expert."
-            gr.Markdown(
-                without or "Which expert took which patch, per MoE layer: colour and number; crossed out: dropped."
-            )
-            experts = gr.Image(label="experts", interactive=False)
-        with gr.Tab("Attention"):
-            gr.Markdown("Click a patch (framed): how much it takes of each other in its window, mean over heads.")
-            block = gr.Dropdown(blocks, value=blocks[-1] if blocks else None, label="block")
-            attention = gr.Image(label="attention", interactive=False, width=448)
-        with gr.Tab("Features"):
-            gr.Markdown("Length of the features at each position, by stage: dark the least, yellow the most.")
-            features = gr.Image(label="features", interactive=False)
-        shown = [classes, experts, attention, features, seen]
+            with gr.Column():
+                if finds:
+                    said = gr.Image(label="found", interactive=False)
+                else:
+                    said = gr.Label(label="classes", num_top_classes=5)
+                lowest = gr.Slider(0, 1, LOWEST, step=0.05, label="lowest score of an object", visible=finds)
+        experts, block, attention, features = _tabs(gr, blocks, has_experts=observer.recorder is not None)
+        shown = [said, experts, attention, features, seen]
 
-        def on_image(image: Image.Image | None, chosen: str) -> Any:
-            return answer(observer, image, chosen) or (None,) * len(shown)
+        def on_image(image: Image.Image | None, chosen: str, score: float) -> Sequence[Any]:
+            found = answer(observer, image, chosen, score)
+            if found is None:
+                return (None,) * len(shown)
+            said = labelled(found.looked, found.said, score) if finds else found.said
+            return said, found.experts, found.attention, found.features, found.looked
+
+        def labelled(looked: Looked, picture: Any, score: float) -> Any:
+            return gr.Image(value=picture, label=draw.count(looked, score))
 
         def on_block(chosen: str, looked: Looked | None) -> Any:
             return None if looked is None else clicked(observer, looked, chosen)
+
+        def on_score(score: float, looked: Looked | None) -> Any:
+            return (
+                None if looked is None else labelled(looked, draw.found(looked, observer.network.names, score), score)
+            )
 
         def on_click(chosen: str, looked: Looked | None, event: gr.SelectData) -> Any:
             if looked is None:
@@ -69,7 +90,28 @@ def build(observer: Observer, title: str) -> Any:
             height = round(draw.SIDE * looked.pixels.shape[0] / looked.pixels.shape[1])
             return clicked(observer, looked, chosen, (event.index[0] / draw.SIDE, event.index[1] / height))
 
-        given.change(on_image, [given, block], shown)
+        given.change(on_image, [given, block, lowest], shown)
         block.change(on_block, [block, seen], attention)
         attention.select(on_click, [block, seen], attention)
+        if finds:
+            lowest.release(on_score, [lowest, seen], said)
     return page
+
+
+def _tabs(gr: Any, blocks: Sequence[str], *, has_experts: bool) -> tuple[Any, Any, Any, Any]:
+    """Returns the components of the tabs: experts, the block that is chosen, attention, features."""
+    with gr.Tab("Experts"):
+        gr.Markdown(
+            "Which expert took which patch, per MoE layer: colour and number; crossed out: dropped."
+            if has_experts
+            else "This network has no layer where a patch has one expert."
+        )
+        experts = gr.Image(label="experts", interactive=False)
+    with gr.Tab("Attention"):
+        gr.Markdown("Click a patch (framed): how much it takes of each other in its window, mean over heads.")
+        block = gr.Dropdown(blocks, value=blocks[-1] if blocks else None, label="block")
+        attention = gr.Image(label="attention", interactive=False, width=448)
+    with gr.Tab("Features"):
+        gr.Markdown("Length of the features at each position, by stage: dark the least, yellow the most.")
+        features = gr.Image(label="features", interactive=False)
+    return experts, block, attention, features

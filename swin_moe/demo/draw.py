@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from swin_moe.demo.look import Looked
 from swin_moe.run.routing_pictures import draw_patches
+from swin_moe.tasks import drawing
 
 # Five points of cividis (Nunez et al., 2018): brightness grows evenly, and any colour vision reads it alike.
 _RAMP = np.array([(0, 34, 78), (66, 78, 108), (124, 123, 120), (187, 173, 108), (254, 232, 56)], dtype=np.float64)
@@ -27,6 +28,27 @@ def experts(looked: Looked) -> Image.Image | None:
     if not looked.routing:
         return None
     return draw_patches(looked.pixels, looked.routing, looked.num_experts, tile=288, numbered=True)
+
+
+def found(looked: Looked, names: Sequence[str], lowest: float) -> Image.Image | None:
+    """Returns the image with boxes, masks or classes of pixels over it; None of a network that classifies.
+
+    lowest: Objects of a lower score are left out.
+    """
+    said = looked.said
+    if said.found is None or said.stored is None:
+        return None
+    return Image.fromarray(drawing.draw(said.stored, said.found, names, threshold=lowest))
+
+
+def count(looked: Looked, lowest: float) -> str:
+    """Returns in words how much was found, so that a picture without boxes explains itself."""
+    found = looked.said.found
+    if found is None or found.scores is None:
+        return "found: the class of every pixel"
+    scores = found.scores.tolist()
+    best = f", the surest {max(scores):.2f}" if scores else ""
+    return f"found: {sum(score >= lowest for score in scores)} of {len(scores)} objects{best}"
 
 
 def attention(looked: Looked, weights: np.ndarray, row: int, column: int) -> Image.Image:
@@ -50,8 +72,13 @@ def attention(looked: Looked, weights: np.ndarray, row: int, column: int) -> Ima
     return picture
 
 
-def features(looked: Looked) -> Image.Image:
-    """Returns, per stage, how long the features of each position are: dark the least of the stage, yellow the most."""
+def features(looked: Looked) -> Image.Image | None:
+    """Returns, per stage, how long the features of each position are: dark the least of the stage, yellow the most.
+
+    None of a task of somebody's own that looks without the backbone.
+    """
+    if not looked.strength:
+        return None
     height = round(SIDE // 2 * looked.pixels.shape[0] / looked.pixels.shape[1])
     tiles = []
     for stage, values in enumerate(looked.strength):

@@ -1,65 +1,48 @@
-"""What a network does with one image: classes, experts of patches, attention of a patch, strength of features.
+"""What a network does with one image: what it says, experts of patches, attention of a patch, strength of features.
 
 Shape legend: H, W rows and columns of a block's tokens, C channels, K classes.
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from swin_moe.config.choices import refuse_choice
-from swin_moe.config.io import load_config
-from swin_moe.config.shipped.released import released
-from swin_moe.data.transforms import to_rgb
+from swin_moe.demo.networks import Said, Shown
 from swin_moe.inspect_routing import RoutingRecorder
 from swin_moe.models.attention import WindowAttention
 from swin_moe.run.routing_pictures import PatchMap
-from swin_moe.weights.pretrained import Loaded, create_model, load, preprocess_of
 
 
 @dataclass(frozen=True)
 class Looked:
     """What was seen of one image."""
 
-    pixels: np.ndarray  # (height, width, 3) uint8, what the network saw
-    classes: list[tuple[str, float]]  # name and probability, the likeliest first
+    said: Said
     routing: list[PatchMap]  # of every MoE layer; empty where nothing is routed by tokens
     num_experts: int
     blocks: dict[str, tuple[Tensor, int]]  # name of a block -> (what its attention gets (1, H, W, C), shift of windows)
     strength: list[np.ndarray]  # of every stage (H, W) float32, the length of each position's features
 
-
-def open_network(source: str) -> Loaded:
-    """Returns a network with its classes and preprocessing: a run, a checkpoint, a file, or released weights by name.
-
-    Raises:
-        ValueError: It is none of them, or no network that classifies.
-    """
-    if Path(source).exists() or source not in released():
-        loaded = load(source)
-    else:
-        config = load_config(source)
-        model = create_model(source, pretrained=True).eval()
-        loaded = Loaded(model, (), preprocess_of(config.data, config.model.img_size))
-    if not loaded.model.config.num_classes:
-        raise ValueError(f"{source}: the network has no classes to show; the demo is for networks that classify")
-    return loaded
+    @property
+    def pixels(self) -> np.ndarray:
+        """(height, width, 3) uint8, what the network saw."""
+        return self.said.pixels
 
 
 class Observer:
     """Looks at images with one network; keeps nothing of one image for the next."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.model, self.names, self.preprocess = loaded.model, loaded.classes, loaded.preprocess
-        named = self.model.named_modules()
+    def __init__(self, network: Shown) -> None:
+        self.network = network
+        named = network.backbone.named_modules()
         self.attention = {name: module for name, module in named if isinstance(module, WindowAttention)}
-        self.recorder: RoutingRecorder | None = RoutingRecorder(self.model)
+        self.recorder: RoutingRecorder | None = RoutingRecorder(network.backbone)
         try:
-            refuse_choice(self.model.config.moe, "inspect-routing")
+            refuse_choice(network.backbone.config.moe, "inspect-routing")
         except ValueError:  # experts choose tokens, or take all of them a little: no patch has one expert
             self.recorder = None
         if self.recorder is not None and not self.recorder.blocks:
@@ -70,10 +53,9 @@ class Observer:
         """Returns what the network does with an image.
 
         Args:
-            image: What the preprocessing takes: a path, or an image of Pillow's.
+            image: What the network takes: a path, or an image of Pillow's.
             top: Classes at most.
         """
-        pixels = self.preprocess(image)  # type: ignore[arg-type]
         seen: dict[str, tuple[Tensor, int]] = {}
         with ExitStack() as stack:
             for name, module in self.attention.items():
@@ -81,18 +63,13 @@ class Observer:
                 stack.callback(handle.remove)
             if self.recorder is not None:
                 stack.enter_context(self.recorder.recording())
-            output = self.model(pixels[None])
-        logits = output[0] if isinstance(output, tuple) else output
-        probability = logits[0].double().softmax(dim=-1)
-        best = probability.topk(min(top, len(probability)))
-        maps = self.model.forward_features(pixels[None])
+            said = self.network.say(image, top=top)
         return Looked(
-            pixels=to_rgb(pixels),
-            classes=[(self._name(int(k)), float(p)) for p, k in zip(best.values, best.indices)],
+            said=said,
             routing=[] if self.recorder is None else self.recorder.patch_maps(0),
             num_experts=0 if self.recorder is None else self.recorder.num_experts,
             blocks=seen,
-            strength=[m[0].float().norm(dim=0).numpy() for m in maps],
+            strength=[m.float().norm(dim=0).cpu().numpy() for m in said.maps],
         )
 
     @torch.inference_mode()
@@ -107,15 +84,14 @@ class Observer:
         """
         x, shift = looked.blocks[block]
         height, width = x.shape[1:3]
-        weights, places = self.attention[block].weights(x, shift=shift)
+        module = self.attention[block]
+        dtype = next(module.parameters()).dtype  # in place of what autocast made of the input
+        weights, places = module.weights(x.to(dtype), shift=shift)
         window, token = (places == row * width + column).nonzero()[0].tolist()
         there = places[window] >= 0
-        found = torch.zeros(height * width)
+        found = torch.zeros(height * width, device=x.device)
         found[places[window][there]] = weights[window, :, token].float().mean(dim=0)[there]
-        return found.view(height, width).numpy()
-
-    def _name(self, number: int) -> str:
-        return self.names[number] if number < len(self.names) else f"class {number}"
+        return found.view(height, width).cpu().numpy()
 
 
 def _keep(name: str, seen: dict[str, tuple[Tensor, int]]):  # type: ignore[no-untyped-def]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from swin_moe.config import Config
-from swin_moe.config.arguments import shortened
+from swin_moe.config.arguments import near_path, shortened
 from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
 from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
-from swin_moe.predict.pixels import PixelOptions, predict_pixels
+from swin_moe.predict.command.pixels import PixelOptions, predict_pixels
 from swin_moe.run.counter import Counter
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments
 from swin_moe.tasks.base import build_task
@@ -46,11 +46,7 @@ def main(argv: list[str]) -> None:
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
     check_graphs(session.config, session.device.type, session.world_size)
-    stored = open_stored(session)
-    if session.config.data.count_classes and stored is not None and stored.classes:
-        model = replace(session.config.model, num_classes=len(stored.classes))
-        session = replace(session, config=replace(session.config, model=model))
-    classes = _class_names(session.config, options.names, () if stored is None else stored.classes)
+    session, stored, classes = with_classes(session, options.names)
     task = build_task(session.config)
     if not isinstance(task, LooksAtImages):
         _refuse(options, "out", "score", of="networks that find objects or label maps, and this one classifies")
@@ -69,6 +65,22 @@ def _refuse(options: argparse.Namespace, *names: str, of: str) -> None:
     given = [f"--{name}" for name in names if getattr(options, name) not in (None, False)]
     if given:
         raise ValueError(f"predict: {' and '.join(given)} {'is' if len(given) == 1 else 'are'} for {of}")
+
+
+def with_classes(session: Session, names: str = "") -> tuple[Session, Source | None, Sequence[str]]:
+    """Returns (the session with as many classes as its checkpoint, the checkpoint or None, a name per output).
+
+    Args:
+        names: A file of class names that count instead of the checkpoint's; "" = none.
+
+    Raises:
+        ValueError: No checkpoint where one is named, or names that do not fit.
+    """
+    stored = open_stored(session)
+    if session.config.data.count_classes and stored is not None and stored.classes:
+        model = replace(session.config.model, num_classes=len(stored.classes))
+        session = replace(session, config=replace(session.config, model=model))
+    return session, stored, _class_names(session.config, names, () if stored is None else stored.classes)
 
 
 def _predict_classes(
@@ -202,7 +214,7 @@ def _image_files(words: list[str]) -> list[str]:
         elif matches := sorted(name for name in glob.glob(word, recursive=True) if _is_image(name)):
             found += matches
         else:
-            raise ValueError(f"no such image file: {word or repr(word)}")
+            raise ValueError(f"no such image file: {word or repr(word)}{near_path(word)}")
     if not found:
         raise ValueError("predict needs at least one image file, or a folder of them, after the config")
     return found

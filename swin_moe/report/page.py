@@ -138,7 +138,7 @@ def _results(found: Results, name: str, of: str, figures: list[Figure]) -> list[
     parts += [_class_table(found), _confusion_table(found)]
     routed = []
     for number, (seen, maps) in enumerate(found.routed):
-        picture = draw_patches(to_rgb(seen.image), maps, found.num_experts)
+        picture = draw_patches(to_rgb(seen.image), maps, found.num_experts, numbered=True)
         title = f"Which expert took which patch of an image of {found.classes[seen.label]}"
         routed.append(Figure(f"{name}-routing-{number}", title, picture, f"{len(maps)} MoE layers, first choices"))
     return parts + _section(f"Routing{of}", routed, figures, wide=True)
@@ -158,7 +158,8 @@ def _class_table(found: Results) -> str:
     order = [int(k) for k in np.argsort(accuracy, kind="stable") if sums[k]]
     rows = "".join(
         f'<tr><td>{escape(found.classes[k])}</td><td class="n">{accuracy[k]:.1f} %</td>'
-        f'<td class="n">{sums[k]}</td><td><span class="bar" style="width:{accuracy[k] * 2:.0f}px"></span></td></tr>'
+        f'<td class="n">{sums[k]}</td><td><span class="bar" '
+        f'style="width:min({accuracy[k] * 2:.0f}px,{accuracy[k] * 0.4:.1f}vw)"></span></td></tr>'
         for k in order[:_MOST_CLASSES]
     )
     left = f", the {_MOST_CLASSES} worst of {len(order)}" if len(order) > _MOST_CLASSES else ""

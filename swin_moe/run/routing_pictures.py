@@ -16,6 +16,7 @@ _MARGIN, _LINE = 12, 18  # pixels
 _TINT = 0.55  # how much of an expert's colour covers a patch
 _HEAT = np.array([(255, 255, 255), (254, 217, 118), (240, 59, 32), (90, 0, 40)], dtype=np.float64)
 _NUMBERED_FROM = 16  # pixels a patch must have before its expert's number is written on it
+NOWHERE = -1  # in place of an expert: a token that is not routed, as of what pads an image
 _NAMES_FROM = 13  # pixels a column must have before its class is named
 
 
@@ -24,7 +25,7 @@ class PatchMap:
     """What one MoE layer did with one image."""
 
     layer: str
-    expert: np.ndarray  # (H, W) int, the first choice of every token
+    expert: np.ndarray  # (H, W) int, the first choice of every token, or NOWHERE
     kept: np.ndarray  # (H, W) bool, whether that choice got a slot
 
 
@@ -58,7 +59,7 @@ def draw_patches(
     tiles = [("image", base)] + [(_summary(m), _tinted(base, m, numbered=numbered)) for m in maps]
     columns = min(4, len(tiles))
     rows = -(-len(tiles) // columns)
-    legend, used = 26, sorted({int(e) for m in maps for e in np.unique(m.expert)})
+    legend, used = 26, sorted({int(e) for m in maps for e in np.unique(m.expert)} - {NOWHERE})
     per_row = max(1, columns * (tile + _MARGIN) // 44)
     legend_rows = -(-len(used) // per_row)
     size = (
@@ -82,8 +83,9 @@ def draw_patches(
 
 
 def _summary(patch_map: PatchMap) -> str:
-    dropped = 1 - patch_map.kept.mean()
-    experts = len(np.unique(patch_map.expert))
+    routed = patch_map.expert != NOWHERE
+    dropped = 1 - patch_map.kept[routed].mean() if routed.any() else 0.0
+    experts = len(np.unique(patch_map.expert[routed]))
     return f"{patch_map.layer}: {experts} experts" + (f", {dropped:.0%} dropped" if dropped else "")
 
 
@@ -93,18 +95,22 @@ def _tinted(base: Image.Image, patch_map: PatchMap, *, numbered: bool = False) -
     tint = Image.fromarray(colours).resize(base.size, Image.Resampling.NEAREST)
     grey = base.convert("L").point(lambda v: 80 + v * 0.6).convert("RGB")  # or a colour is not known again on black
     picture = Image.blend(grey, tint, _TINT)
+    routed = patch_map.expert != NOWHERE
+    if not routed.all():
+        cover = Image.fromarray(routed.astype(np.uint8) * 255).resize(base.size, Image.Resampling.NEAREST)
+        picture = Image.composite(picture, grey, cover)
     draw = ImageDraw.Draw(picture)
     xs = np.linspace(0, base.width, columns + 1).round().astype(int)
     ys = np.linspace(0, base.height, rows + 1).round().astype(int)
-    for row, column in np.argwhere(~patch_map.kept):
+    for row, column in np.argwhere(~patch_map.kept & routed):
         left, top, right, bottom = (int(v) for v in (xs[column], ys[row], xs[column + 1] - 1, ys[row + 1] - 1))
         draw.line((left, top, right, bottom), fill=(0, 0, 0))
         draw.line((left, bottom, right, top), fill=(0, 0, 0))
     if numbered and (size := min(base.width // columns, base.height // rows)) >= _NUMBERED_FROM:
         font = ImageFont.load_default(min(16, size // 2 + 2))
-        for (row, column), expert in np.ndenumerate(patch_map.expert):
+        for row, column in np.argwhere(routed):
             middle = (int(xs[column] + xs[column + 1]) // 2, int(ys[row] + ys[row + 1]) // 2)
-            draw.text(middle, str(expert), _INK, font=font, anchor="mm")
+            draw.text(middle, str(patch_map.expert[row, column]), _INK, font=font, anchor="mm")
     return picture
 
 

@@ -53,7 +53,7 @@ VERBS = {
 }
 CONFIGURED = (
     *("train", "evaluate", "evaluate-features", "predict", "inspect-routing", "throughput"),
-    *("plan", "simulate", "show"),
+    *("plan", "simulate", "show", "demo"),
 )
 # A word that ends in "=" is gone on with; the others end with a space, which the shell adds nothing to.
 _SCRIPTS = {

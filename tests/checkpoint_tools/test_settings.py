@@ -11,7 +11,7 @@ from checkpoint_tools.formats.settings import SETTINGS
 from checkpoint_tools.sources.base import Options
 from swin_moe import create_model
 from swin_moe.checkpoint.errors import CheckpointError
-from tests.checkpoint_tools.official_files import QUIET, convert
+from tests.checkpoint_tools.formats.official_files import QUIET, convert
 
 SMALL = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 3}
 SIZES = ["--set", "img_size=32", "--set", "window_size=4"]
@@ -129,7 +129,7 @@ def test_the_table_of_writers_is_what_they_ask(key, to, files, tmp_path):
 
 
 def test_steps_that_contradict_the_file_are_refused(tmp_path):
-    from tests.checkpoint_tools.test_steps import official_file
+    from tests.checkpoint_tools.formats.test_steps import official_file
 
     path = official_file(tmp_path / "x.pth", name="adamw")  # Adam counted two
     sizes = {"img_size": "32", "window_size": "4"}

@@ -170,7 +170,12 @@ def mixed_maps(root):
 LIST = "ILSVRC2011fall_whole_map_train.txt"
 BAD_LAYOUTS = {
     "no_root": ("folder", "train", remove("."), r"data\.path: no directory at .*images"),
-    "no_split": ("folder", "train", remove("train"), r"data\.path: no directory at .*train"),
+    "no_split": (
+        "folder",
+        "train",
+        remove("train"),
+        r"no directory at .*train; `swin-moe data split .* makes train and val",
+    ),
     "no_classes": (
         "folder",
         "train",

@@ -1,6 +1,7 @@
 """`swin-moe demo`: what it shows is what the network computes; the page works in a browser (--full)."""
 
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -16,12 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
+from swin_moe.checkpoint import find_latest
 from swin_moe.config import DataConfig
 from swin_moe.demo import app, command, draw
 from swin_moe.demo.look import Observer, patch_at
+from swin_moe.demo.networks import Classifier, Finder, open_network
 from swin_moe.models import create_model
 from swin_moe.models.attention import WindowAttention
 from swin_moe.models.swin import SwinTransformer
+from swin_moe.predict.command import main as predict
+from swin_moe.train import main as train
 from swin_moe.weights.pretrained import Loaded, preprocess_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +51,7 @@ def network(name: str) -> SwinTransformer:
 
 def observer(name: str) -> Observer:
     model = network(name)
-    return Observer(Loaded(model, ("cat", "dog"), preprocess_of(DataConfig(), model.config.img_size)))
+    return Observer(Classifier(Loaded(model, ("cat", "dog"), preprocess_of(DataConfig(), model.config.img_size))))
 
 
 def picture() -> Image.Image:
@@ -83,19 +88,21 @@ def test_weights_are_those_that_the_layer_attends_with(name):
 def test_what_is_shown_is_what_the_network_does(name):
     watcher = observer(name)
     with torch.no_grad():
-        output = watcher.model(watcher.preprocess(picture())[None])
+        network = watcher.network
+        assert isinstance(network, Classifier)
+        output = network.backbone(network.preprocess(picture())[None])
     logits = output[0] if isinstance(output, tuple) else output
     looked = watcher.look(picture())
     names = [("cat", "dog", "class 2")[k] for k in logits[0].argsort(descending=True)]
-    assert [name for name, _ in looked.classes] == names
-    assert math.isclose(sum(p for _, p in looked.classes), 1.0, abs_tol=1e-9)
+    assert [name for name, _ in looked.said.classes] == names
+    assert math.isclose(sum(p for _, p in looked.said.classes), 1.0, abs_tol=1e-9)
     assert [m.expert.shape for m in looked.routing] == ([(16, 16), (8, 8)] if name == "swin_moe" else [])
     assert [s.shape for s in looked.strength] == [(16, 16), (8, 8)]
     block = "layers.1.blocks.1.attn"
     shown = app.answer(watcher, picture(), block)
-    assert shown is not None and (shown[1] is not None) == (name == "swin_moe")
+    assert shown is not None and (shown.experts is not None) == (name == "swin_moe")
     if name == "swin_mlp":
-        assert looked.blocks == {} and shown[2] is None
+        assert looked.blocks == {} and shown.attention is None
         return
     row, column = patch_at(looked, block, 0.99, 0.3)
     assert (row, column) == (2, 7)
@@ -104,6 +111,95 @@ def test_what_is_shown_is_what_the_network_does(name):
     drawn = np.asarray(draw.attention(looked, weights, row, column))
     assert tuple(drawn[2 * 56, 7 * 56 + 20]) == draw._MARK  # the frame of the patch
     assert app.answer(watcher, None, block) is None
+
+
+DETECTOR = """
+task:
+  name: detect
+  detect: {channels: 16, anchor_scale: 5.0, proposals_per_level: [40, 40], proposals: [20, 20], boxes: 8, score: 0.0,
+    box_fc_channels: 16, mask_convs: 1, mask_channels: 8, finest_scale: 14.0}
+data: {name: canvases, global_batch: 4, dense: {canvases: 4, val_canvases: 2, eval_short: 80, eval_long: 120}}
+model:
+  {name: swin_moe, img_size: 64, embed_dim: 12, depths: [2, 2, 1, 1], num_heads: [1, 1, 1, 1], window_size: 4,
+   num_classes: 10, pretrained_window_sizes: [0, 0, 0, 0], moe: {blocks: [[1], [1], [], []], num_experts: 3}}
+optim: {epochs: 1, warmup_epochs: 0}
+log: {tensorboard: false}
+engine: {device: cpu}
+"""
+SEGMENTOR = """
+task:
+  name: segment
+  segment: {channels: 16, pool_scales: [1, 2], inference: slide, slide_crop: [64, 64], slide_stride: [32, 32]}
+data: {name: canvases, global_batch: 4, dense: {canvases: 4, val_canvases: 2, eval_short: 80, eval_long: 120}}
+model: {name: swin, img_size: 64, embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1], window_size: 4,
+  num_classes: 11}
+optim: {epochs: 1, warmup_epochs: 0}
+log: {tensorboard: false}
+engine: {device: cpu}
+"""
+
+
+def trained(config: str, name: str, root: Path) -> Path:
+    """Returns the folder of a run of one step."""
+    (root / f"{name}.yaml").write_text(config)
+    train([str(root / f"{name}.yaml"), f"run.output={root}", f"run.name={name}"])
+    return root / name
+
+
+def test_a_detector_shows_what_predict_finds(tmp_path):
+    pytest.importorskip("pycocotools")
+    run = trained(DETECTOR, "finds", tmp_path)
+    picture().save(tmp_path / "a.png")
+    predict([str(run), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--score", "0"])
+    stored = json.loads((tmp_path / "out/predictions.json").read_text())["annotations"]
+    newest = find_latest(run / "checkpoints")
+    watchers = [Observer(open_network(str(source))) for source in (run, newest)]
+    shown = [app.answer(watcher, picture(), "layers.1.blocks.1.attn", 0.0) for watcher in watchers]
+    for one in shown:
+        assert one is not None and one.looked.said.found is not None and one.looked.said.found.scores is not None
+        assert one.looked.said.found.scores.tolist() == [row["score"] for row in stored] and len(stored) > 3
+        assert np.array_equal(np.asarray(one.said), np.asarray(Image.open(tmp_path / "out/a.png")))
+        seen = one.looked.pixels.shape[:2]
+        assert seen == (96, 96)  # 80 x 96 pixels, in whole strides of 32
+        maps = [m.expert for m in one.looked.routing]
+        assert [m.shape for m in maps] == [(seen[0] // 4, seen[1] // 4), (seen[0] // 8, seen[1] // 8)]
+        assert (maps[0][:20, :24] >= 0).all() and (maps[0] >= 0).sum() == 20 * 24  # what pads the image goes nowhere
+        assert one.experts is not None and one.attention is not None and one.features is not None
+    best = max(row["score"] for row in stored)
+    assert draw.count(shown[0].looked, best) == f"found: 1 of {len(stored)} objects, the surest {best:.2f}"
+    assert draw.found(shown[0].looked, watchers[0].network.names, 0.0) != draw.found(
+        shown[0].looked, watchers[0].network.names, best + 0.01
+    )
+
+
+def test_a_segmentor_shows_its_label_map_and_the_crop_that_it_saw_last(tmp_path):
+    run = trained(SEGMENTOR, "parts", tmp_path)
+    watcher = Observer(open_network(str(run)))
+    assert isinstance(watcher.network, Finder)
+    shown = app.answer(watcher, picture(), "layers.3.blocks.0.attn")
+    assert shown is not None and shown.looked.said.found is not None
+    assert shown.looked.said.found.label_map is not None and shown.looked.said.found.label_map.shape == (40, 48)
+    assert shown.looked.pixels.shape == (64, 64, 3) and shown.looked.strength[0].shape == (16, 16)
+    assert shown.experts is None and shown.attention is not None
+    assert draw.count(shown.looked, 0.3) == "found: the class of every pixel"
+
+
+def test_a_config_takes_weights_by_name_and_networks_that_say_nothing_are_refused(tmp_path):
+    run = trained(SEGMENTOR, "parts", tmp_path)
+    config, weights = str(tmp_path / "parts.yaml"), f"checkpoint.load={run}"
+    found = [open_network(*given).say(picture(), top=5).found for given in ((config, [weights]), (str(run),))]
+    assert all(f is not None and f.label_map is not None for f in found)
+    assert torch.equal(found[0].label_map, found[1].label_map)
+    newest = find_latest(run / "checkpoints")
+    assert newest is not None
+    with pytest.raises(ValueError, match="task.name=simmim says nothing of an image"):
+        open_network("digits_simmim", [weights])
+    torch.save({"model": network("swin").state_dict()}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match=r"does not tell all of its network; name its config: swin-moe demo CONFIG "):
+        open_network(str(tmp_path / "official.pth"))
+    alone = shutil.move(newest, tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"stands without its run, .*swin-moe demo CONFIG checkpoint.load="):
+        open_network(str(alone))
 
 
 def test_brightness_grows_along_the_ramp():
@@ -117,6 +213,7 @@ def test_missing_gradio_and_wrong_sources_are_one_sentence(capsys, monkeypatch):
     for words, said in (
         (["x"], "pip install 'swin-moe[demo]'"),
         (["x", "--port", "0"], "--port must be in [1, 65535]"),
+        (["x", "y.png"], "takes one RUN and options as key=value, got also y.png"),
     ):
         with pytest.raises(SystemExit) as ended:
             command.run(words)

@@ -10,7 +10,7 @@ from PIL import Image
 from swin_moe.data.dense.canvases import tight_box
 from swin_moe.data.dense.coco import Coco
 from swin_moe.data.dense.masks import bitmaps_of
-from swin_moe.predict import main
+from swin_moe.predict.command import main
 from swin_moe.train import main as train
 from tests.data.dense.files import dense
 

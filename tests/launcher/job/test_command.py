@@ -72,6 +72,7 @@ def test_no_mpirun_anywhere(tmp_path, monkeypatch):
         (["-n", str((1 << 20) + 1), "--", *PROGRAM], "-n must be at most 1048576, got 1048577"),
         (["-n", "1" * 400, "--", *PROGRAM], "argument -n/--ranks: must be at most 2147483647, got 111"),
         (["-n", "two", "--", *PROGRAM], "argument -n/--ranks: invalid int value: 'two'"),
+        (["-n", "2", "train.py", "x"], "unrecognized arguments: train.py x; the program and its words stand after --"),
         (["-n", "2"], "nothing to run"),
         (["-n", "2", "--"], "nothing to run"),
         (["--", "missing.py"], "program 'missing.py' is not a file"),
