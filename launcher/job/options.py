@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.register("type", int, _whole_number)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns what argparse's does. Raises ValueError for an empty word: an unset variable of a shell script."""
+        words = sys.argv[1:] if args is None else args
+        for number, word in enumerate(words):
+            if re.fullmatch("--[^=]+=", word):
+                self.error(f"{word} has no value; give one, or leave it out")
+            if not word:
+                before = words[number - 1] if number else "the command"
+                self.error(f"{before} is followed by an empty word; give a value, or leave it out")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{' '.join(message.split())[:300]}; {self.prog} --help says more")
