@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -238,12 +239,14 @@ def check_ranks(options: argparse.Namespace, ranks: int) -> None:
 
 
 def make_log_folder(options: argparse.Namespace) -> None:
-    """Makes the folder of --log-dir. Raises ValueError where it cannot."""
+    """Makes the folder of --log-dir. Raises ValueError where it cannot, or nothing can be written there."""
     if options.log_dir:
         try:
             Path(options.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
+        if not os.access(options.log_dir, os.W_OK | os.X_OK):
+            raise ValueError(f"--log-dir {options.log_dir!r} cannot be written to; name a folder of your own")
 
 
 def allowed_ranks(options: argparse.Namespace) -> list[int] | None:
