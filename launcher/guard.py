@@ -19,6 +19,7 @@ from launcher.env import rank_of, world_size_of_mpi
 from launcher.failure import line, memory, orphans, reports, stacks
 from launcher.failure.kinds import HOST, MEMORY, STALL
 from launcher.failure.page import Page
+from launcher.job.environment import take_back
 from launcher.machine import shared_memory
 
 STALL_SECONDS = "LAUNCHER_STALL"  # for how long a rank may be stopped
@@ -37,6 +38,7 @@ def run(program: Callable[[], None]) -> None:
     """Runs `program` in a child; returns there when it has ended. The guard itself exits with the child's code."""
     global _page
     watch.die_with_parent(os.getppid())
+    take_back(os.environ)
     page, guard, killed = Page(), os.getpid(), memory.kills()
     pipe = orphans.start_reaper(page)
     child = os.fork()

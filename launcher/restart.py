@@ -6,6 +6,7 @@ number of ranks, and LAUNCHER_RESTART, how often the job was started again.
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import select
@@ -49,7 +50,7 @@ def run(job: Prepared, options: argparse.Namespace) -> int:
     whole = len(job.plan.ranks)
     while True:
         gone = time.monotonic() - began if policy.starts else 0.0
-        logs = _log_folder(options)
+        logs = log_folder(options)
         outcome = _once(job, options, options.save_after - gone, logs)
         dead = dead_hosts(job) if outcome.doubtful else {}
         if dead:
@@ -173,13 +174,20 @@ def choose_ranks(ranks: int, room: int | None, allowed: Sequence[int] | None, le
     return found
 
 
-def _log_folder(options: argparse.Namespace) -> Path | None:
-    """Returns the folder of the next start: after those that are there, which may be another job's."""
+def log_folder(options: argparse.Namespace) -> Path | None:
+    """Returns the folder of the next start, made: after those that are there, which may be another job's.
+
+    Jobs that begin at one time (a scheduler's array) share no folder: only one of them can make it.
+    """
     if not options.log_dir:
         return None
     place = Path(options.log_dir).absolute()
     numbers = [int(path.name[6:]) for path in place.glob("start-*") if path.name[6:].isdigit()]
-    return place / f"start-{max(numbers, default=-1) + 1}"
+    for number in itertools.count(max(numbers, default=-1) + 1):
+        with contextlib.suppress(FileExistsError):
+            (folder := place / f"start-{number}").mkdir(parents=True)
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def _show(job: Prepared, options: argparse.Namespace) -> Show | None:

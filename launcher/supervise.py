@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -45,8 +44,8 @@ class World:
 
     ranks: int = 0  # 0 = unknown
     others: Sequence[str] = ()  # the other hosts that ranks run on, which leave word over TCP
-    # A folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of this host,
-    # without what they write.
+    # An empty folder that all hosts see, where ranks leave word, stacks and what they write remain; None = one of this
+    # host, without what they write.
     shared: Path | None = None
     local: bool = False  # some run on this host, and mpirun, unlike srun, starts them without waiting for anything
 
@@ -166,8 +165,6 @@ def _reports(shared: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="launcher-") as name:
             yield Path(name)
         return
-    shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir(parents=True)
     yield shared
 
 

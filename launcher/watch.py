@@ -30,13 +30,13 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 def announce(environ: MutableMapping[str, str]) -> None:
     """Writes this process into the environment as the one that ranks must not outlive."""
-    environ[WATCHED] = f"{_host()} {os.getpid()} {start_time(os.getpid())}"
+    environ[WATCHED] = f"{this_host()} {os.getpid()} {start_time(os.getpid())}"
 
 
 def start_watching(watched: str) -> None:
     """Starts a thread that ends this process at once when the announced one is gone; does nothing on another host."""
     host, pid, began = watched.split()
-    if host != _host():
+    if host != this_host():
         return
 
     def watch() -> None:
@@ -47,7 +47,7 @@ def start_watching(watched: str) -> None:
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
-def _host() -> str:
+def this_host() -> str:
     """Returns what process ids are relative to: this boot of this machine, in this container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": ("swin_moe.evaluate", "exact metrics of a checkpoint"),
     "evaluate-features": ("swin_moe.evaluate_features", "k nearest neighbours and few-shot accuracy of a checkpoint"),
     "data": ("swin_moe.curate.command", "own images: what is in a folder and wrong with it; train and val"),
-    "predict": ("swin_moe.predict.command.command", "classes of image files"),
+    "predict": ("swin_moe.predict.command", "classes of image files"),
     "inspect-routing": ("swin_moe.inspect_routing", "pictures: which expert took which patch"),
     "report": ("swin_moe.report.command", "one HTML page of runs: records, experts, validation images"),
     "demo": ("swin_moe.demo.command", "a page: upload an image; classes or objects, experts, attention, features"),

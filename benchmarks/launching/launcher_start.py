@@ -4,7 +4,8 @@
 
 The program is the same: it imports mpi4py (and torch, in the second row) and has all ranks meet in one all-reduce. Runs
 alternate, bare and launched. Wall seconds end at the collective; CPU seconds are those of the whole job, end included,
-of every process: on a busy machine only they can be compared.
+of every process: on a busy machine only they can be compared. Modules are compiled before, by a start of each that is
+not counted, as an installation's are: without (PYTHONDONTWRITEBYTECODE) every start compiles the launcher three times.
 
 Prints a markdown table of medians.
 """
@@ -55,6 +56,7 @@ def run_all(command: list[str], stdout: int | None = None) -> float:
     """Returns the CPU seconds of a command and of all that it started, also of what outlived its own parent."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     environ = without_world(os.environ) | {"PYTHONPATH": str(ROOT)}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, env=environ, cwd=ROOT, stdout=stdout, check=True)
     with contextlib.suppress(ChildProcessError):
@@ -90,6 +92,8 @@ def main() -> None:
         program = Path(folder, "program.py")
         program.write_text(PROGRAM)
         for imports in ("mpi4py", "torch"):
+            for command in (bare, [*ours, "--"]):
+                start(command, program, imports)
             costs = [
                 (start(bare, program, imports), start([*ours, "--"], program, imports)) for _ in range(options.rounds)
             ]

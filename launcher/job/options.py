@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,17 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """Writes all of it: argparse's own drops the error of a pipe that nobody reads, as if all had been read."""
         (file or sys.stderr).write(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns what argparse's does. Raises ValueError for an empty word: an unset variable of a shell script."""
+        words = sys.argv[1:] if args is None else args
+        for number, word in enumerate(words):
+            if re.fullmatch("--[^=]+=", word):
+                self.error(f"{word} has no value; give one, or leave it out")
+            if not word:
+                before = words[number - 1] if number else "the command"
+                self.error(f"{before} is followed by an empty word; give a value, or leave it out")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         words = " ".join(message.split())[:300]
@@ -240,12 +252,14 @@ def check_ranks(options: argparse.Namespace, ranks: int) -> None:
 
 
 def make_log_folder(options: argparse.Namespace) -> None:
-    """Makes the folder of --log-dir. Raises ValueError where it cannot."""
+    """Makes the folder of --log-dir. Raises ValueError where it cannot, or nothing can be written there."""
     if options.log_dir:
         try:
             Path(options.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--log-dir {options.log_dir!r} cannot be made: {error.strerror}") from error
+        if not os.access(options.log_dir, os.W_OK | os.X_OK):
+            raise ValueError(f"--log-dir {options.log_dir!r} cannot be written to; name a folder of your own")
 
 
 def allowed_ranks(options: argparse.Namespace) -> list[int] | None:

@@ -15,7 +15,7 @@ from launcher.env import without_world
 from launcher.flavors.base import Start
 from launcher.hosts.hostfile import Host, check_names, exclude, read_hostfile
 from launcher.hosts.place import place
-from launcher.job.environment import travelling, unmatched, withheld
+from launcher.job.environment import KEPT, kept, pack, travelling, unmatched, withheld
 from launcher.job.options import parse_environment
 from launcher.job.plan import Plan, is_here, make_plan, table, title
 from launcher.job.program import check_program
@@ -40,11 +40,12 @@ class Prepared:
     withheld: list[str]  # variables of the environment that no rank gets
     hostfile: str = ""  # a file that the command names
     hostfile_text: str = ""
+    kept: tuple[str, ...] = ()  # variables that only ranks on this host get
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Returns what the command runs in."""
-        kept = {name: value for name, value in environ.items() if name not in self.withheld}
-        return without_world(kept) | self.additions
+        passed = {name: value for name, value in environ.items() if name not in (*self.withheld, *self.kept)}
+        return without_world(passed) | self.additions
 
     def write_hostfile(self) -> None:
         """Writes the file that the command names, if it names one; raises ValueError where it cannot."""
@@ -72,6 +73,8 @@ class Prepared:
             )
             count = len(self.withheld)
             lines.append(f"launcher: withheld from the ranks: {count} {what}; --forward NAME passes one on")
+        for name in self.kept:
+            lines.append(f"launcher: {name} counts on this host alone; --forward {name} passes it on")
         return lines
 
     def shell_lines(self) -> list[str]:
@@ -80,7 +83,7 @@ class Prepared:
         if self.hostfile:
             words = shlex.join(["printf", "%s\\n", *self.hostfile_text.splitlines()])
             lines.append(f"{words} > {shlex.quote(self.hostfile)}")
-        changes = [word for name in self.withheld for word in ("-u", name)]
+        changes = [word for name in (*self.withheld, *self.kept) for word in ("-u", name)]
         changes += [f"{name}={value}" for name, value in self.additions.items()]
         return [*lines, shlex.join(["env", *changes, *self.command] if changes else self.command)]
 
@@ -142,6 +145,8 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
         hostfile = str(Path(tempfile.gettempdir(), f"launcher-hosts-{os.getpid()}-{os.urandom(4).hex()}"))
     settings = _settings(options, plan)
     elsewhere = any(not is_here(host.name) for host in placed)
+    own = [name for name in kept(os.environ, options.forward) if elsewhere and name not in job.environment]
+    settings |= {KEPT: pack(os.environ, own)} if own else {}
     names = travelling(os.environ, options.forward) if elsewhere else []
     variables = tuple(dict.fromkeys([*names, *settings]))
     tagged = options.tag and options.dry_run  # else the launcher does it
@@ -155,7 +160,7 @@ def arrange(job: Job, mpi: Mpi, placed: Sequence[Host], options: argparse.Namesp
         # mpirun starts its daemons through srun, as one task on each node, which Slurm may bind to one core.
         additions["SLURM_CPU_BIND"] = "none"
     secrets = [name for name in withheld(os.environ, options.forward) if name not in additions]
-    return Prepared(job, mpi, plan, command, additions, secrets, hostfile, text)
+    return Prepared(job, mpi, plan, command, additions, secrets, hostfile, text, tuple(own))
 
 
 def check_ipv4(hosts: Sequence[Host], title: str) -> None:

@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,12 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """Writes all of it: argparse's own drops the error of a pipe that nobody reads, as if all had been read."""
         (file or sys.stderr).write(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns what argparse's does. Raises ValueError for an empty word."""
+        if empty := empty_word(sys.argv[1:] if args is None else args):
+            self.error(empty)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's words and where to read more."""
@@ -62,6 +68,20 @@ def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], 
     return 0
 
 
+def empty_word(words: Sequence[str]) -> str:
+    """Returns what is wrong with words of which one is empty, "" = none is.
+
+    It is an unset variable of a shell script, and would mean the folder we are in, or that the option was not given.
+    """
+    for number, word in enumerate(words):
+        if re.fullmatch("--[^=]+=", word):
+            return f"{word} has no value; give one, or leave it out"
+        if not word:
+            before = words[number - 1] if number else "the command"
+            return f"{before} is followed by an empty word; give a value, or leave it out"
+    return ""
+
+
 def _whole_number(text: str) -> int:
     """Returns an option's number; raises ValueError, as int does, for one that no tensor or file could hold."""
     number = int(text)
@@ -91,10 +111,15 @@ def near_path(path: str | Path) -> str:
 
 
 def refuse_options(command: str, words: Iterable[str], options: Iterable[str] = ()) -> None:
-    """Raises ValueError for an option that a command does not have; a file of such a name and a number are none."""
-    known = list(options)
-    for word in words:
+    """Raises ValueError for an option that a command does not have, or that has an empty value.
+
+    A file of an option's name is none, and neither is a number.
+    """
+    known, words = list(options), list(words)
+    for number, word in enumerate(words):
         name = word.partition("=")[0]
+        if name in known and (empty := empty_word(words[number : number + 2])):
+            raise ValueError(f"{command}: {empty}")
         if not re.match(r"-+[^\W\d]", word) or name in known or os.path.exists(word):
             continue
         near = nearest(name, known)

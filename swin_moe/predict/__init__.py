@@ -4,6 +4,6 @@ There is no table: a task of classes gets lines, and one that looks at images (t
 What a new kind of answer needs is a function of pixels.py and its words in command.py.
 """
 
-from swin_moe.predict.command.command import main
+from swin_moe.predict.command import main
 
 __all__ = ["main"]

@@ -1,6 +1,6 @@
-"""`python -m swin_moe.predict.command`, as other entry points are started."""
+"""`python -m swin_moe.predict`, as other entry points are started."""
 
-from swin_moe.predict.command.command import main
+from swin_moe.predict.command import main
 from swin_moe.run.session import run_main
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
-from swin_moe.predict.command.pixels import PixelOptions, predict_pixels
+from swin_moe.predict.pixels import PixelOptions, predict_pixels
 from swin_moe.run.counter import Counter
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments
 from swin_moe.tasks.base import build_task

@@ -1,10 +1,12 @@
 """Options that a command does not have are refused before anything starts, with the one that was meant."""
 
 import importlib
+import sys
 
 import pytest
 
 from checkpoint_tools.__main__ import main as tools
+from swin_moe import cli
 from swin_moe.config.arguments import refuse_options
 
 WRONG = {
@@ -51,3 +53,55 @@ def test_a_verb_says_which_option_was_meant(words, meant, capsys):
     assert tools(words) == 2
     error = capsys.readouterr().err
     assert f"unrecognized arguments: {words[-1]}; did you mean {meant}?" in error and error.count("\n") == 1
+
+
+EMPTY = {
+    "predict": (["--out", ""], "predict: --out is followed by an empty word"),
+    "inspect_routing": (["--out", ""], "inspect-routing: --out is followed by an empty word"),
+    "evaluate_features": (["--shots="], "evaluate-features: --shots= has no value"),
+}
+
+
+@pytest.mark.parametrize("command", EMPTY)
+def test_an_empty_value_is_refused(command):
+    words, said = EMPTY[command]
+    with pytest.raises(ValueError, match=said):
+        importlib.import_module(f"swin_moe.{command}").main(["digits_dense", *words])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["inspect", ""], "the command is followed by an empty word; give a value, or leave it out"),
+        (["convert", "a", "", "--to", "native"], "a is followed by an empty word"),
+        (["experts", "a", "b", "--load", ""], "--load is followed by an empty word"),
+        (["average", "a", "b", "--weights="], "--weights= has no value; give one, or leave it out"),
+    ],
+)
+def test_a_verb_refuses_an_empty_word(words, said, tmp_path, monkeypatch, capsys):
+    """An unset variable of a script: as a path it would be the folder we are in."""
+    monkeypatch.chdir(tmp_path)
+    assert tools(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["plan", "digits_dense", "--gpus", "2", "--plot", ""], "--plot is followed by an empty word"),
+        (["report", "run", "--out="], "--out= has no value"),
+        (["show", ""], "the command is followed by an empty word"),
+        (["weights", "list", "--folder", ""], "--folder is followed by an empty word"),
+        (
+            ["launch", "-n", "2", "--log-dir", "", "--", "-m", "swin_moe.train", "x"],
+            "--log-dir is followed by an empty",
+        ),
+    ],
+)
+def test_a_command_refuses_an_empty_word(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["swin-moe", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from swin_moe.predict.command.command import _shares_capacity
 
 import swin_moe
 from swin_moe import predict, train
 from swin_moe.config.io import load_config
+from swin_moe.predict.command import _shares_capacity
 from swin_moe.run.session import run_main
 from tests.run.test_data_fit import SMALL
 

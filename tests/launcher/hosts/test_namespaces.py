@@ -261,6 +261,22 @@ def test_strange_words_reach_every_host(mpi, tmp_path):
         assert found["COLOUR"] == STRANGE["OMP_STRANGE"]
 
 
+@pytest.mark.parametrize("mpi", MPIS)
+def test_gpus_that_were_given_on_one_host_are_not_another_ones(mpi, tmp_path):
+    """MPICH hands its whole environment to every host."""
+    told = {"CUDA_VISIBLE_DEVICES": "2,3"}
+    with Cluster(hosts(2, DOCKER, SLOW), [tmp_path]) as cluster:
+        code, output, _ = run(cluster, tmp_path, "write_variables", "n1 n2", *mpi, **told)
+        assert code == 0, output
+        found = [json.loads((tmp_path / f"variables-{rank}").read_text()) for rank in (0, 1)]
+        assert [rank.get("CUDA_VISIBLE_DEVICES") for rank in found] == ["2,3", None]
+        options = ["--forward", "CUDA_VISIBLE_DEVICES", *mpi]
+        code, output, _ = run(cluster, tmp_path, "write_variables", "n1 n2", *options, **told)
+    assert code == 0, output
+    found = [json.loads((tmp_path / f"variables-{rank}").read_text()) for rank in (0, 1)]
+    assert [rank.get("CUDA_VISIBLE_DEVICES") for rank in found] == ["2,3", "2,3"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("mpi", MPIS)
 def test_a_host_that_hangs_at_the_start_is_named(mpi, tmp_path):

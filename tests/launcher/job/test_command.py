@@ -79,6 +79,11 @@ def test_no_mpirun_anywhere(tmp_path, monkeypatch):
         (["--hostfile", "missing", "--", *PROGRAM], "--hostfile 'missing' does not exist"),
         (["--env", "A", "--", *PROGRAM], "--env takes NAME=VALUE, got 'A'"),
         (["--env", "A B=c", "--", *PROGRAM], "--env takes NAME=VALUE, got 'A B=c'"),
+        (["--log-dir", "", "--", *PROGRAM], "--log-dir is followed by an empty word; give a value, or leave it out"),
+        (["--preflight-file=", "--", *PROGRAM], "--preflight-file= has no value; give one, or leave it out"),
+        (["--hostfile", "", "-n", "2", "--", *PROGRAM], "--hostfile is followed by an empty word"),
+        (["--exclude", "", "--", *PROGRAM], "--exclude is followed by an empty word"),
+        (["", "--", *PROGRAM], "the command is followed by an empty word"),
         (["--mpi", "missing", "--", *PROGRAM], "--mpi 'missing' is not an executable file"),
         (
             ["--", "-m", "swin_moe.trian", "a.yaml"],

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher import watch
+from launcher.__main__ import main
 from launcher.env import without_world
-from launcher.job.environment import travelling, unmatched, withheld
+from launcher.job.environment import KEPT, kept, pack, take_back, travelling, unmatched, withheld
 from tests.launcher.flavors.starters import starters
 from tests.ranks import ROOT
 
@@ -43,6 +45,36 @@ def test_what_the_user_names_travels():
     }
     assert withheld(ENVIRON, named) == [name for name in SECRETS if name != "HF_TOKEN"]
     assert unmatched(ENVIRON, [*named, "WANDB_*", "NOPE*"]) == ["NOPE*"]
+
+
+def test_what_is_a_hosts_own_comes_back_there_only(monkeypatch):
+    assert kept(ENVIRON, []) == ["CUDA_VISIBLE_DEVICES"] and kept(ENVIRON, ["CUDA_*"]) == []
+    packed = pack(ENVIRON, kept(ENVIRON, []))
+    here, given, plain = {KEPT: packed}, {KEPT: packed, "CUDA_VISIBLE_DEVICES": "7"}, {"COLOUR": "blue"}
+    for environ in (here, given, plain):
+        take_back(environ)
+    assert here == {"CUDA_VISIBLE_DEVICES": ENVIRON["CUDA_VISIBLE_DEVICES"]}
+    assert given == {"CUDA_VISIBLE_DEVICES": "7"}  # of what started the rank: Slurm's daemon knows better
+    assert plain == {"COLOUR": "blue"}
+    monkeypatch.setattr(watch, "this_host", lambda: "another one")
+    there = {KEPT: packed}
+    take_back(there)
+    assert there == {}
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [([], True), (["--forward", "CUDA_*"], False), (["--env", "CUDA_VISIBLE_DEVICES=0"], False)],
+)
+def test_the_plan_says_what_counts_on_this_host_alone(options, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hosts").write_text("n1\nn2\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    for hosts in (["--hostfile", str(tmp_path / "hosts")], []):
+        assert main(["--dry-run", *hosts, *options, "--", "-m", "json.tool"]) == 0
+        out, err = capsys.readouterr()
+        line = "launcher: CUDA_VISIBLE_DEVICES counts on this host alone; --forward CUDA_VISIBLE_DEVICES passes it on\n"
+        told_now = told and bool(hosts)
+        assert (line in err, "-u CUDA_VISIBLE_DEVICES" in out, KEPT in out) == (told_now,) * 3
 
 
 def launch(*options, environ, folder, program="write_variables"):

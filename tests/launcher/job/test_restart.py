@@ -1,5 +1,8 @@
 """When a job is started again, with what, and that it goes on where it was."""
 
+import os
+import threading
+
 import pytest
 
 from launcher import restart
@@ -183,6 +186,34 @@ def test_one_sentence_before_anything_starts(words, sentence, capsys):
 def test_a_dry_run_makes_no_folder(tmp_path, capsys):
     assert main(["-n", "2", "--dry-run", "--log-dir", str(tmp_path / "logs"), "--", "-m", "json.tool"]) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_jobs_that_begin_at_one_time_share_no_folder(tmp_path):
+    """As those of a scheduler's array do, with one --log-dir; they kept each other's files, or removed them."""
+    options, found = parser().parse_args(["--log-dir", str(tmp_path / "logs")]), []
+    (tmp_path / "logs" / "start-4").mkdir(parents=True)
+    together = threading.Barrier(8)
+
+    def begin():
+        together.wait()
+        found.append(restart.log_folder(options))
+
+    for _ in range(20):
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(int(folder.name[6:]) for folder in found) == list(range(5, 165))
+    assert all(folder.is_dir() for folder in found)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, capsys):
+    """Root may write everywhere but where a file system is read-only, which the system's answer stands for here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    assert main(["--log-dir", str(tmp_path), "--", "-m", "json.tool"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"launcher: --log-dir '{tmp_path}' cannot be written to; name a folder of your own\n"
 
 
 @pytest.mark.mpi

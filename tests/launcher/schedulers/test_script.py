@@ -108,6 +108,8 @@ def test_times(text, seconds):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (["--output", ""], "--output is followed by an empty word; give a value, or leave it out"),
+        (["--python="], "--python= has no value; give one, or leave it out"),
         (["--scheduler", "sge"], "argument --scheduler: invalid choice: 'sge'"),
         (["--scheduler", "slurm", "--time", "1:30"], "--time '1:30' could be minutes or hours; write h:mm:ss"),
         (
