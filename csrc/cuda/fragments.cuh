@@ -147,6 +147,9 @@ struct Fragments<float> {
   template <class Right>
   static __device__ __forceinline__ void multiply(float (&sums)[kTileSums], const Left& a, const Right& b, bool = true) {
     const Lane lane;
+    float products[kTileSums];  // 16 at a time, so that a sum of many is rounded once for them
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) products[e] = 0.f;
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {
       const int owner = (lane.id & ~3) | (k % 8 / 2), e = k % 2 + k / 8 * 4;
@@ -154,12 +157,14 @@ struct Fragments<float> {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float b0 = b(k, lane.column + half * 8), b1 = b(k, lane.column + half * 8 + 1);
-        sums[half * 4] = fmaf(upper, b0, sums[half * 4]);
-        sums[half * 4 + 1] = fmaf(upper, b1, sums[half * 4 + 1]);
-        sums[half * 4 + 2] = fmaf(lower, b0, sums[half * 4 + 2]);
-        sums[half * 4 + 3] = fmaf(lower, b1, sums[half * 4 + 3]);
+        products[half * 4] = fmaf(upper, b0, products[half * 4]);
+        products[half * 4 + 1] = fmaf(upper, b1, products[half * 4 + 1]);
+        products[half * 4 + 2] = fmaf(lower, b0, products[half * 4 + 2]);
+        products[half * 4 + 3] = fmaf(lower, b1, products[half * 4 + 3]);
       }
     }
+#pragma unroll
+    for (int e = 0; e < kTileSums; ++e) sums[e] += products[e];
   }
 };
 

@@ -75,7 +75,8 @@ void spread_columns(const DeformTensors<T>& t, T* grad_x) {
           T* cells = grad_x + (image * g.channels + c) * g.area();
           for (int64_t n = 0; n < g.outputs(); ++n)
             for (int corner = 0; corner < 4; ++corner)
-              cells[places[n].cell[corner]] += places[n].weight[corner] * grad[n] * (mask ? mask[n] : T(1));
+              if (places[n].inside[corner])
+                cells[places[n].cell[corner]] += places[n].weight[corner] * grad[n] * (mask ? mask[n] : T(1));
         }
       }
     }

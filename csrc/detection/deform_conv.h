@@ -3,11 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "deform_geometry.h"
 
 namespace swin_moe {
+
+constexpr int64_t kMostDeform = 32767;  // whose products, as that of both sides of a kernel, are an int
 
 struct DeformNumbers {
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
@@ -22,6 +25,10 @@ inline DeformGeometry check_deform(const char* name, const at::Tensor& x, const 
   TORCH_CHECK_VALUE(n.kernel_h > 0 && n.kernel_w > 0 && n.stride_h > 0 && n.stride_w > 0 && n.padding_h >= 0 &&
                         n.padding_w >= 0 && n.dilation_h > 0 && n.dilation_w > 0,
                     name, ": kernel, stride and dilation must be above 0 and the padding at least 0");
+  const int64_t most = std::max({n.kernel_h, n.kernel_w, n.stride_h, n.stride_w, n.padding_h, n.padding_w,
+                                 n.dilation_h, n.dilation_w});
+  TORCH_CHECK_VALUE(most <= kMostDeform, name, ": kernel, stride, padding and dilation must be at most ", kMostDeform,
+                    ", got ", most);
   const int64_t taps = n.kernel_h * n.kernel_w;
   const int64_t out_h = (x.size(2) + 2 * n.padding_h - n.dilation_h * (n.kernel_h - 1) - 1) / n.stride_h + 1;
   const int64_t out_w = (x.size(3) + 2 * n.padding_w - n.dilation_w * (n.kernel_w - 1) - 1) / n.stride_w + 1;

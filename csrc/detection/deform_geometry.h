@@ -1,7 +1,7 @@
 // Where a deformable convolution (arXiv:1703.06211, arXiv:1811.11168) reads: shared by the CPU and the CUDA kernels.
 //
 // Tap k of the kernel at an output reads the map at its usual place plus an offset (y, x), linear between cells; cells
-// outside the map are 0. Columns are (B, C, taps, outputs).
+// outside the map are 0, whatever its own cells hold. Columns are (B, C, taps, outputs).
 #pragma once
 
 #include <cmath>
@@ -56,8 +56,10 @@ SWIN_MOE_BOTH_SIDES DeformPlace<T> deform_place(const DeformGeometry& g, const T
 
 template <class T>
 SWIN_MOE_BOTH_SIDES T deform_value(const DeformPlace<T>& p, const T* cells) {
-  return p.weight[0] * cells[p.cell[0]] + p.weight[1] * cells[p.cell[1]] + p.weight[2] * cells[p.cell[2]] +
-         p.weight[3] * cells[p.cell[3]];
+  T sum = T(0);  // not a product with the weight 0 outside, which is no number where the first cell is infinite
+  for (int corner = 0; corner < 4; ++corner)
+    if (p.inside[corner]) sum += p.weight[corner] * cells[p.cell[corner]];
+  return sum;
 }
 
 // The slope of deform_value along y and x.

@@ -1,6 +1,7 @@
 // Features of boxes by bilinear samples, and their gradient: schemas and the CPU kernels. Arguments:
 // swin_moe/ops/detection/roi_align.py. A box has a short list of weights for each of its bins and axes; a channel's map
-// stays in the cache while all boxes of its image pass over it, and has one owner, so no result depends on threads.
+// stays in the cache while all boxes of its image pass over it, and has one owner, so no result depends on threads. A
+// cell of weight 0, as between two samples far apart, takes no part, whatever it holds.
 #include "roi_align.h"
 
 #include <ATen/Dispatch.h>
@@ -88,12 +89,13 @@ SWIN_MOE_INLINED void align_box(const BoxBins<T>& bins, int64_t r, const T* cell
     for (int k = 0; k < y[i].count; ++k) {
       const T* from = cells + (y[i].first + k) * width + columns.first;
       const T w = weight[k];
+      if (w == T(0)) continue;
       for (int c = 0; c < wide; ++c) sums[c] += w * from[c];
     }
     for (int j = 0; j < size; ++j) {
       const T *w = bins.weights.data() + x[j].weights, *from = sums + (x[j].first - columns.first);
       T sum = T(0);
-      for (int k = 0; k < x[j].count; ++k) sum += w[k] * from[k];
+      for (int k = 0; k < x[j].count; ++k) sum += w[k] != T(0) ? w[k] * from[k] : T(0);
       out[j] = sum;
     }
   }
@@ -112,12 +114,13 @@ SWIN_MOE_INLINED void spread_box(const BoxBins<T>& bins, int64_t r, const T* gra
     for (int j = 0; j < size; ++j) {
       const T *w = bins.weights.data() + x[j].weights, g = grad[j];
       T* to = sums + (x[j].first - columns.first);
-      for (int k = 0; k < x[j].count; ++k) to[k] += w[k] * g;
+      for (int k = 0; k < x[j].count; ++k) to[k] += w[k] != T(0) ? w[k] * g : T(0);
     }
     const T* weight = bins.weights.data() + y[i].weights;
     for (int k = 0; k < y[i].count; ++k) {
       T* to = cells + (y[i].first + k) * width + columns.first;
       const T w = weight[k];
+      if (w == T(0)) continue;
       for (int c = 0; c < wide; ++c) to[c] += w * sums[c];
     }
   }

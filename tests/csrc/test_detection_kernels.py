@@ -10,8 +10,8 @@ from swin_moe.ops.detection.roi_align import _backward, _forward, box_dtype
 from swin_moe.ops.detection.soft_nms import _soft_nms
 from tests.csrc.emulation import Guarded, build
 from tests.ops.detection import slow
-from tests.ops.detection.test_deform_conv import CASES, make
-from tests.ops.detection.test_roi_align import random_case
+from tests.ops.detection.test_deform_conv import CASES, beside_an_infinity, make
+from tests.ops.detection.test_roi_align import between_samples, random_case
 
 ROI_POINTERS = ("source", "rois", "rows", "columns", "row_spans", "column_spans", "image", "out")
 ROI_COUNTS = ("boxes", "batch", "channels", "height", "width")
@@ -176,6 +176,33 @@ def test_boxes_of_no_image_and_boxes_that_are_not_finite(library):
     torch.testing.assert_close(found, _backward(grad[:1], rois[:1], 2, 18, 20, *numbers[1:]))
 
 
+def test_what_no_sample_reads_takes_no_part(library):
+    features, rois, numbers, read = between_samples()
+    found = run_roi(library, features, rois, (1, 2, 1, 1), (1, 9, 9), numbers, backward=False)
+    torch.testing.assert_close(found.flatten(), features[0][:, read].mean(1))
+    grad = torch.full((1, 2, 1, 1), float("inf"))
+    found = run_roi(library, grad, rois, (1, 2, 9, 9), (1, 9, 9), numbers, backward=True)[0]
+    assert found[:, read].isinf().all() and not found[:, ~read].any()
+
+
+def test_gradients_of_more_boxes_than_a_block_has_threads(library):
+    """A tile sums the boxes near it, of several rounds of threads, in their order: the same bits in other rounds."""
+    g = torch.Generator().manual_seed(4)
+    low = torch.rand(600, 2, generator=g) * torch.tensor([37.0, 20])
+    high = low + 1 + torch.rand(600, 2, generator=g) * 9
+    rois = torch.cat([torch.randint(0, 2, (600, 1), generator=g), low, high], dim=1)
+    grad, numbers, shape, map_size = (
+        torch.randn(600, 3, 2, 2, generator=g),
+        (2, 1.0, 0, True),
+        (2, 3, 20, 37),
+        (2, 20, 37),
+    )
+    found = run_roi(library, grad, rois, shape, map_size, numbers, backward=True)
+    torch.testing.assert_close(found, _backward(grad, rois, *map_size, *numbers[1:]), rtol=1e-4, atol=1e-5)
+    order = rois[:, 0].argsort(stable=True)
+    assert torch.equal(found, run_roi(library, grad[order], rois[order], shape, map_size, numbers, backward=True))
+
+
 def pairs(numbers):
     """Returns stride, padding and dilation, down and along each, as deform_columns takes them."""
     found = [numbers.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
@@ -238,3 +265,13 @@ def test_places_that_are_not_finite_take_nothing(library):
     assert not deform(library, x, offsets, None, flat)[0].any()
     found = deform(library, x, offsets, None, flat, torch.ones(1, 3, 9, 30))
     assert not any(gradient.any() for gradient in found)
+
+
+def test_cells_outside_are_zero_whatever_the_first_cell_holds(library):
+    x, offsets, grad = beside_an_infinity()
+    flat = [1, 1, 1, 1, 0, 0, 1, 1]
+    (columns,) = deform(library, x, offsets, None, flat)
+    torch.testing.assert_close(columns, _columns(x, offsets, None, *flat))
+    assert columns.isfinite().sum() == 28
+    grad_x = deform(library, x, offsets, None, flat, grad)[0]
+    assert grad_x.isfinite().sum() == 28 and bool((grad_x[0, :, 0, 0] == 0.25).all())

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kWarps > 8 ? 2 : S::kWindow > 
     }
     // The queries of this warp are in registers by now, so its rows of them take the result.
     __syncwarp();
-    write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0), softmax.inverse_total(1));
+    write_sums<S>(shared.queries, warp_row, out, softmax.inverse_total(0).high, softmax.inverse_total(1).high);
     __syncwarp();
     store_rows<S, kTile, 32>(shared.queries + warp_row * S::kPitch, out_rows<T>(p, p.out, image, task.head),
                              row_source + warp_row);

@@ -4,6 +4,7 @@
 #include <climits>
 #include <type_traits>
 
+#include "row_sum.cuh"
 #include "window_block.cuh"
 
 namespace swin_moe {
@@ -152,38 +153,51 @@ struct QuadRow {
     }
   }
 
-  __device__ __forceinline__ float product(const QuadRow& other) const {
-    float sum = 0.f;
+  __device__ __forceinline__ RowSum<T> product(const QuadRow& other) const {
+    RowSum<T> sum;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i)
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) sum = fmaf(x[i][c], other.x[i][c], sum);
+      for (int c = 0; c < kVector; ++c) sum.add_product(x[i][c], other.x[i][c]);
     return quad_sum(sum);
   }
 
   // Writes it times a factor.
-  __device__ __forceinline__ void store(T* row, float factor) const {
+  __device__ __forceinline__ void store(T* row, const RowNumber<T>& factor) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i)
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) x[i][c] = factor.times(x[i][c]);
+    }
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i)
-      if (has(i)) store_vector(row + column(i), x[i], factor);
+      if (has(i)) store_vector(row + column(i), x[i], sizeof(T) == 4 ? 1.f : factor.high);
   }
 };
 
-// One over the length of a row, kLargestInverse where the length is clamped.
+// One over the length of a row, kLargestInverse where the length is clamped. In float32 by one step of Newton's from
+// the rounded one, with which a row of cosines would be too large or too small.
 template <class T>
-__device__ __forceinline__ float inverse_length(float squares) {
-  if constexpr (sizeof(T) == 2) return fminf(reciprocal_root_fast(squares), kLargestInverse);
-  return 1.f / fmaxf(sqrtf(squares), kShortest);
+__device__ __forceinline__ RowNumber<T> inverse_length(const RowSum<T>& squares) {
+  if constexpr (sizeof(T) == 2) {
+    return {fminf(reciprocal_root_fast(squares.high), kLargestInverse)};
+  } else {
+    const float high = 1.f / fmaxf(sqrtf(squares.high), kShortest), square = rounded_product(high, high);
+    const float lost = fmaf(squares.high, fmaf(high, high, -square), squares.low * square);
+    const float left = fmaf(-squares.high, square, 1.f) - lost;
+    return with_remainder(high, high < kLargestInverse ? 0.5f * high * left : 0.f);
+  }
 }
 
 // Divides `Rows` rows by their lengths; keeps the inverse lengths, where they are wanted.
 template <class S, int Rows>
 __device__ __forceinline__ void normalize_rows(typename S::T* tile, float* inverse) {
   for (int row = fresh_thread() / 4; row < Rows; row += S::kThreads / 4) {
-    const QuadRow<S> x(tile + row * S::kPitch);
-    const float scale = inverse_length<typename S::T>(x.product(x));
+    QuadRow<S> x(tile + row * S::kPitch);
+    const RowNumber<typename S::T> scale = inverse_length<typename S::T>(x.product(x));
     x.store(tile + row * S::kPitch, scale);
-    if (inverse && threadIdx.x % 4 == 0) inverse[row] = scale;
+    if (inverse && threadIdx.x % 4 == 0) inverse[row] = scale.high;
   }
 }
 

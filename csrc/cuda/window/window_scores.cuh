@@ -11,13 +11,11 @@ template <class T>
 struct ScoreUnit {
   static constexpr float kUnit = 1.4426950408889634f;  // log2 e
   static __device__ __forceinline__ float exponential(float score) { return exp2_fast(score); }
-  static __device__ __forceinline__ float reciprocal(float sum) { return reciprocal_fast(sum); }
 };
 template <>
 struct ScoreUnit<float> {
   static constexpr float kUnit = 1.f;
   static __device__ __forceinline__ float exponential(float score) { return expf(score); }
-  static __device__ __forceinline__ float reciprocal(float sum) { return 1.f / sum; }
 };
 
 // Factors nearer to zero count as this one: their products vanish beside any bias, and the bias can be divided by it.
@@ -155,7 +153,7 @@ struct RunningSoftmax {
   using T = typename S::T;
   float factor;                       // of sums to scores
   float largest[2];                   // sum, not score
-  float sum[2];                       // of exponentials, of this lane only
+  RowSum<T> sum[2];                   // of exponentials, of this lane only
 
   __device__ __forceinline__ explicit RunningSoftmax(const ScoreRule& rule) : factor(rule.factor) {}
 
@@ -174,7 +172,10 @@ struct RunningSoftmax {
       most = quad_max(most);
       shrink[h] = first ? 0.f : ScoreUnit<T>::exponential((largest[h] - most) * factor);
       largest[h] = most;
-      sum[h] = first ? 0.f : sum[h] * shrink[h];
+      if (first)
+        sum[h] = {};
+      else
+        sum[h].shrink(shrink[h]);
       const float less = -most * factor;
 #pragma unroll
       for (int u = 0; u < Tiles; ++u)
@@ -182,7 +183,7 @@ struct RunningSoftmax {
         for (int e = 0; e < kTileSums; ++e)
           if (e / 2 % 2 == h) {
             scores[u][e] = used(u, e) ? ScoreUnit<T>::exponential(fmaf(scores[u][e], factor, less)) : 0.f;
-            if (used(u, e)) sum[h] += scores[u][e];
+            if (used(u, e)) sum[h].add(scores[u][e]);
           }
     }
   }
@@ -190,10 +191,10 @@ struct RunningSoftmax {
   static __device__ constexpr bool used(int tile, int e) {
     return TableColumns<S>::used(tile * kTile + e / 4 * 8);
   }
-  __device__ __forceinline__ float inverse_total(int h) const { return ScoreUnit<T>::reciprocal(quad_sum(sum[h])); }
+  __device__ __forceinline__ RowNumber<T> inverse_total(int h) const { return reciprocal(quad_sum(sum[h])); }
   __device__ __forceinline__ float largest_score(int h) const { return largest[h] * factor; }
   // Of the sum of exponentials of whole scores, to the base in whose units they are; 16-bit elements only.
-  __device__ __forceinline__ float log_total(int h) const { return largest_score(h) + log2f(quad_sum(sum[h])); }
+  __device__ __forceinline__ float log_total(int h) const { return largest_score(h) + log2f(quad_sum(sum[h]).value()); }
 };
 
 // Where the products of 16 rows with columns begin, of `Tiles` tiles of a block: the bias and the mask.

@@ -18,6 +18,7 @@ from swin_moe.ops import extension
 from swin_moe.ops.transforms import call_operator
 
 Pair = tuple[int, int]
+MOST = 32767  # whose products, as that of both sides of a kernel, are a 32-bit number in the compiled kernels
 _NUMBERS = (
     "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, "
     "int dilation_w"
@@ -44,8 +45,8 @@ def deform_conv2d(
 ) -> Tensor:
     """Returns (B, O, Y, X), with gradients to every tensor.
 
-    Cells outside the map are 0. Places, columns and their gradients are float64 for float64 maps and float32 for all
-    others; the product is in the dtype of the map.
+    Cells outside the map are 0, whatever its own cells hold. Places, columns and their gradients are float64 for
+    float64 maps and float32 for all others; the product is in the dtype of the map.
 
     Args:
         x: (B, C, H, W).
@@ -82,6 +83,10 @@ def _check(x: Tensor, offsets: Tensor, mask: Tensor | None, numbers: tuple[int, 
         raise ValueError(f"deform_columns: offsets must have four dimensions, got {tuple(offsets.shape)}")
     if min(*kernel, *stride, *dilation) <= 0 or min(padding) < 0:
         raise ValueError("deform_columns: kernel, stride and dilation must be above 0 and the padding at least 0")
+    if max(numbers) > MOST:
+        raise ValueError(
+            f"deform_columns: kernel, stride, padding and dilation must be at most {MOST}, got {max(numbers)}"
+        )
     sides = zip(x.shape[2:], kernel, stride, padding, dilation)
     out_h, out_w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
     if min(*x.shape[2:], out_h, out_w) <= 0:
@@ -121,7 +126,9 @@ def _columns(x: Tensor, offsets: Tensor, mask: Tensor | None, *numbers: int) -> 
             share_x = x_place - left if right else 1 - (x_place - left)
             share = torch.where(inside, share_y * share_x, torch.zeros_like(y)).flatten(2)[:, :, None]
             place = torch.where(inside, i * width + j, torch.zeros_like(i)).to(torch.int64).flatten(2)[:, :, None]
-            total = total + share * cells.gather(3, place.expand(-1, -1, channels // groups, -1))
+            held = cells.gather(3, place.expand(-1, -1, channels // groups, -1))
+            # Not a product with a share of 0 outside, which is no number where the first cell is infinite.
+            total = total + share * held.where(inside.flatten(2)[:, :, None], 0.0)
     if mask is not None:
         total = total * mask.view(batch, groups, 1, taps * out_h * out_w)
     return total.reshape(batch, channels, taps, out_h * out_w)

@@ -33,8 +33,9 @@ def roi_align(
     """Returns (R, C, S, S), means of each bin's samples, with gradients to the features (not to the boxes).
 
     Places are computed in float64 for float64 features and in float32 for all others, sums likewise. Samples farther
-    than a cell outside the map count as 0. A box with a coordinate that is not finite gives not-a-number, and so does
-    on CUDA a box of an image that is not there, which the CPU refuses.
+    than a cell outside the map count as 0; a cell of weight 0 takes no part, whatever it holds. A box with a coordinate
+    that is not finite gives not-a-number, and so does on CUDA a box of an image that is not there, which the CPU
+    refuses.
 
     Args:
         features: (B, C, H, W).
@@ -115,6 +116,14 @@ def _axis(low_R: Tensor, side_R: Tensor, bins: int, cells: int, sampling: int) -
     return weights / count_R.clamp(min=1)[:, None, None]
 
 
+def _weighted(weights_RSN: Tensor, values: Tensor) -> Tensor:
+    """Returns (R, ..., S): sums of values (R, ..., N) by weights; what has weight 0 takes no part, whatever it is."""
+    if bool(values.isfinite().all()):
+        return torch.einsum("r...n,rsn->r...s", values, weights_RSN)
+    weights = weights_RSN.view(len(weights_RSN), *[1] * (values.dim() - 2), *weights_RSN.shape[1:])
+    return (weights * values[..., None, :]).where(weights != 0, 0.0).sum(-1)
+
+
 def _forward(features: Tensor, rois: Tensor, size: int, scale: float, sampling: int, aligned: bool) -> Tensor:
     if features.dim() != 4:
         raise ValueError(f"roi_align: features must be (B, C, H, W), got {tuple(features.shape)}")
@@ -124,8 +133,8 @@ def _forward(features: Tensor, rois: Tensor, size: int, scale: float, sampling: 
     parts = [features.new_zeros(0, features.shape[1], size, size)]
     for start in range(0, len(rois), AT_ONCE):
         rows = slice(start, start + AT_ONCE)
-        across = torch.einsum("rchw,rsw->rchs", features[image[rows]].to(x.dtype), x[rows])
-        parts.append(torch.einsum("rth,rchs->rcts", y[rows], across).to(features.dtype))
+        across = _weighted(x[rows], features[image[rows]].to(x.dtype))
+        parts.append(_weighted(y[rows], across.transpose(2, 3)).transpose(2, 3).to(features.dtype))
     return torch.cat(parts)
 
 
@@ -138,7 +147,8 @@ def _backward(
     image = rois[:, 0].to(torch.int64)
     found = x.new_zeros(batch, grad.shape[1], height, width)
     for r in range(len(rois)):
-        found[image[r]] += torch.einsum("th,cts,sw->chw", y[r], grad[r].to(x.dtype), x[r])
+        down = _weighted(x[r : r + 1].transpose(1, 2), grad[r : r + 1].to(x.dtype)).transpose(2, 3)
+        found[image[r]] += _weighted(y[r : r + 1].transpose(1, 2), down)[0].transpose(1, 2)
     return found.to(grad.dtype)
 
 

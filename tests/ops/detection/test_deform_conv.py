@@ -118,6 +118,31 @@ def test_what_is_not_finite_reads_zero():
     assert torch.equal(deform_conv2d(x, torch.full_like(offsets, 1e30), weight), torch.zeros_like(found))
 
 
+def beside_an_infinity(dtype=torch.float64):
+    """Returns a map whose first cell is infinite, offsets by half a cell, so that the last row and column of a kernel
+    of one tap read outside too, and a gradient that is infinite for the very last output."""
+    x = torch.randn(1, 2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, :, 0, 0] = math.inf
+    grad = torch.ones(1, 2, 1, 15, dtype=dtype)
+    grad[..., -1] = math.inf
+    return x, torch.full((1, 2, 3, 5), 0.5, dtype=dtype), grad
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["", "plain"])
+def test_cells_outside_are_zero_whatever_the_first_cell_holds(compiled):
+    x, offsets, grad = beside_an_infinity()
+    verbs = torch.ops.swin_moe.deform_columns, torch.ops.swin_moe.deform_columns_backward
+    forward, backward = verbs if compiled else (_columns, _columns_backward)
+    flat = [1, 1, 1, 1, 0, 0, 1, 1]
+    found = forward(x, offsets, None, *flat).view(2, 3, 5)
+    expected = torch.stack([read(x[0], i + 0.5, j + 0.5) for i in range(3) for j in range(5)], dim=1).view(2, 3, 5)
+    assert expected[:, 0, 0].isinf().all() and expected.isfinite().sum() == 28
+    torch.testing.assert_close(found, expected)
+    grad_x = backward(grad, x, offsets, None, *flat)[0][0]
+    assert grad_x[:, 2, 4].isinf().all() and grad_x.isfinite().sum() == 28
+    assert torch.equal(grad_x[:, 0, 0], torch.full((2,), 0.25, dtype=x.dtype))
+
+
 def test_half_precision_reads_in_float32():
     x, offsets, weight, mask, bias, numbers = make(CASES["plain"], torch.bfloat16)
     found = deform_conv2d(x, offsets, weight, mask, bias, **numbers)
@@ -157,6 +182,8 @@ def test_contracts_of_an_operator(device):
         (lambda t: t.update(offsets=torch.zeros(2, 17, 7, 8)), "offsets must be"),
         (lambda t: t.update(mask=torch.zeros(2, 8, 7, 8)), "mask must be"),
         (lambda t: t.update(stride=0), "above 0"),
+        (lambda t: t.update(stride=(1 << 32) + 1), "at most 32767, got 4294967297"),
+        (lambda t: t.update(padding=(0, 1 << 32)), "at most 32767, got 4294967296"),
         (lambda t: t.update(x=torch.zeros(2, 4, 0, 8)), "less than the kernel"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swin_moe.ops import extension
-from swin_moe.ops.detection.roi_align import _backward, _forward, roi_align
+from swin_moe.ops.detection.roi_align import _backward, _forward, box_dtype, roi_align
 from tests.models.dense.golden import error, image, load
 from tests.ops.detection import slow
 
@@ -81,6 +81,28 @@ def test_a_box_that_is_not_finite_gives_no_number_and_no_gradient(value):
     assert _forward(features.detach(), rois, 2, 1.0, 0, True)[1].isnan().all()
     out.sum().backward()
     assert torch.equal(features.grad, torch.autograd.grad(roi_align(features, rois[:1], 2, 1.0).sum(), features)[0])
+
+
+def between_samples(dtype=torch.float32):
+    """Returns features, a box of one bin, its numbers and the cells that its two samples a side read: two and two."""
+    features = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    read = torch.zeros(9, 9, dtype=torch.bool)
+    read[torch.tensor([1, 2, 5, 6])[:, None], torch.tensor([1, 2, 5, 6])] = True
+    features[:, :, ~read] = torch.tensor([float("inf"), float("nan")], dtype=dtype)[torch.arange(65) % 2]
+    return features, torch.tensor([[0.0, 0, 0, 8, 8]]).to(box_dtype(features)), (1, 1.0, 2, True), read
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_no_sample_reads_takes_no_part(dtype, compiled):
+    features, rois, numbers, read = between_samples(dtype)
+    verbs = torch.ops.swin_moe.roi_align, torch.ops.swin_moe.roi_align_backward
+    forward, backward = verbs if compiled else (_forward, _backward)
+    found = forward(features, rois, *numbers).flatten()
+    torch.testing.assert_close(found, features[0][:, read].float().mean(1).to(dtype))
+    grad = torch.full((1, 2, 1, 1), float("inf"), dtype=dtype)
+    found = backward(grad, rois, 1, 9, 9, *numbers[1:])[0]
+    assert found[:, read].isinf().all() and not found[:, ~read].any()
 
 
 def test_without_boxes_there_is_a_gradient_of_zeros():

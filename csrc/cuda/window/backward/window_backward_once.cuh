@@ -58,7 +58,7 @@ struct OnceShared : WindowRows<S> {
   __device__ __forceinline__ void compute_deltas() {
     for (int row = fresh_thread() / 4; row < S::kRows; row += S::kThreads / 4) {
       const QuadRow<S> out(grad_scores + row * S::kPitch), gradient(this->grad_out + row * S::kPitch);
-      const float sum = out.product(gradient);
+      const float sum = out.product(gradient).value();
       if (threadIdx.x % 4 < 2) deltas[row / 2 * 4 + row % 2 + threadIdx.x % 4 * 2] = -sum;
     }
   }
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   Shared shared;
   ScoreRule rule = start_window_block<S>(shared, p, g, task.head);
   PairSums<S>::clear(shared);
-  float grad_factor = 0.f;
+  RowSum<typename S::T> grad_factor;
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, S::kRows);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           leave_scores<S>(shared, left, row, block + u * kTile);
         }
       __syncthreads();  // the gradients of the scores of these queries are all there
-      grad_factor += differentiate_queries<S>(p, shared, task.head, first);
+      grad_factor.add(differentiate_queries<S>(p, shared, task.head, first));
       if constexpr (!Shared::kRowTiles && S::kRows > S::kOthers) __syncthreads();  // PairSums::add has one otherwise
     }
     float factor[2], along[2];

@@ -35,11 +35,12 @@ struct QueriesShared {
 // 16 queries of a warp on their way through the keys.
 template <class S>
 struct QueryRows {
-  using Left = typename Fragments<typename S::T>::Left;
+  using T = typename S::T;
+  using Left = typename Fragments<T>::Left;
   Left queries[S::kSlices], grad_out[S::kSlices];
   RunningSoftmax<S> softmax;
-  float products[2] = {0.f, 0.f};    // sums of exponentials times the gradient of the weight, of this lane
-  float inverse_sum[2], delta[2];
+  RowSum<T> products[2];             // of exponentials and the gradient of the weight, of this lane
+  RowNumber<T> inverse_sum[2], delta[2];
 
   __device__ __forceinline__ explicit QueryRows(const ScoreRule& rule) : softmax(rule) {}
 
@@ -57,18 +58,18 @@ struct QueryRows {
     float shrink[2];
     softmax.update(scores, shrink, first);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) products[h] *= shrink[h];
+    for (int h = 0; h < 2; ++h) products[h].shrink(shrink[h]);
 #pragma unroll
     for (int u = 0; u < S::kTiles; ++u)
 #pragma unroll
-      for (int e = 0; e < kTileSums; ++e) products[e / 2 % 2] += scores[u][e] * grad_weights[u][e];
+      for (int e = 0; e < kTileSums; ++e) products[e / 2 % 2].add_product(scores[u][e], grad_weights[u][e]);
   }
 
   __device__ __forceinline__ void finish_statistics() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       inverse_sum[h] = softmax.inverse_total(h);
-      delta[h] = quad_sum(products[h]) * inverse_sum[h];
+      delta[h] = product(quad_sum(products[h]), inverse_sum[h]);
     }
   }
 
@@ -79,9 +80,9 @@ struct QueryRows {
 #pragma unroll
       for (int e = 0; e < kTileSums; ++e) {
         const int h = e / 2 % 2;
-        const float weight = ScoreUnit<typename S::T>::exponential(fmaf(scores[u][e], softmax.factor, -softmax.largest_score(h))) *
-                             inverse_sum[h];
-        scores[u][e] = weight * (grad_weights[u][e] - delta[h]);
+        const float weight = inverse_sum[h].times(
+            ScoreUnit<T>::exponential(fmaf(scores[u][e], softmax.factor, -softmax.largest_score(h))));
+        scores[u][e] = weight * delta[h].taken_from(grad_weights[u][e]);
       }
   }
 };
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 16 ? 4 : 0) window
   ScoreRule rule = start_block(shared, p, g, task.head, padded);
   const int warp_row = threadIdx.x / 32 * kTile, first_row = task.row_block * S::kRows;
   const int* row_source = shared.table.source + first_row;
-  float grad_factor = 0.f;
+  RowSum<T> grad_factor;
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, padded);
@@ -139,10 +140,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim == 16 ? 4 : 0) window
       }
     }
     const RowNumbers numbers = {{row.softmax.largest_score(0), row.softmax.largest_score(1)},
-                                {row.inverse_sum[0], row.inverse_sum[1]},
-                                {row.delta[0], row.delta[1]}};
-    grad_factor += leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,
-                                    row_source, window, image, task.head, first_row, tokens);
+                                {row.inverse_sum[0].high, row.inverse_sum[1].high},
+                                {row.delta[0].high, row.delta[1].high}};
+    grad_factor.add(leave_queries<S>(p, statistics, numbers, grad_queries, shared.queries, shared.inverse_queries,
+                                     row_source, window, image, task.head, first_row, tokens));
   }
   write_factor<S>(p, partials, grad_factor, shared.scratch, task.chunk * row_blocks + task.row_block, task.head);
 }

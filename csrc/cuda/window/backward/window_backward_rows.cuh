@@ -73,7 +73,7 @@ __device__ __forceinline__ ScoreRule start_window_block(Shared& shared, const Wi
 template <class S>
 __device__ __forceinline__ float* end_window_block(const WindowRows<S>& rows, const WindowLaunch& p,
                                                    const Partials& partials, const WindowGeometry& g,
-                                                   const BlockTask& task, float grad_factor) {
+                                                   const BlockTask& task, const RowSum<typename S::T>& grad_factor) {
   write_factor<S>(p, partials, grad_factor, rows.scratch, task.chunk, task.head);
   if (partials.pad) write_padding<S>(p, partials, rows.pad, task.chunk, task.head);
   return partials.bias + (int64_t(task.chunk) * p.num_heads + task.head) * g.table_rows();

@@ -56,7 +56,8 @@ template <class S>
 __device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kTileSums],
                                             float (&grad_bias)[S::kTiles][kTileSums], const WholeShared<S>& shared,
                                             const ScoreRule& rule, int row) {
-  using F = Fragments<typename S::T>;
+  using T = typename S::T;
+  using F = Fragments<T>;
   const Lane lane;
   float weights[S::kTiles][kTileSums], grad_weights[S::kTiles][kTileSums], unused[2];
   {
@@ -73,23 +74,23 @@ __device__ __forceinline__ void query_phase(float (&grad_queries)[S::kSlices][kT
   softmax.update(weights, unused, true);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float inverse_total = softmax.inverse_total(h);
-    const float inverse = row + lane.row + 8 * h < rule.tokens ? inverse_total : 0.f;
-    float delta = 0.f;
+    const RowNumber<T> inverse_total = softmax.inverse_total(h);
+    const RowNumber<T> inverse = row + lane.row + 8 * h < rule.tokens ? inverse_total : RowNumber<T>{};
+    RowSum<T> products;
 #pragma unroll
     for (int u = 0; u < S::kTiles; ++u)
 #pragma unroll
       for (int e = 0; e < kTileSums; ++e)
         if (e / 2 % 2 == h) {
-          weights[u][e] *= inverse;
-          delta += weights[u][e] * grad_weights[u][e];
+          weights[u][e] = inverse.times(weights[u][e]);
+          products.add_product(weights[u][e], grad_weights[u][e]);
         }
-    delta = quad_sum(delta);
+    const RowNumber<T> delta = number(quad_sum(products));
 #pragma unroll
     for (int u = 0; u < S::kTiles; ++u)
 #pragma unroll
       for (int e = 0; e < kTileSums; ++e)
-        if (e / 2 % 2 == h) grad_weights[u][e] = weights[u][e] * (grad_weights[u][e] - delta);
+        if (e / 2 % 2 == h) grad_weights[u][e] = weights[u][e] * delta.taken_from(grad_weights[u][e]);
   }
   leave_pairs<S>(shared.weights, row, weights);
   leave_pairs<S>(shared.grad_scores, row, grad_weights);
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim > 32 ? 2 : S::kWindow
   ScoreRule rule = start_window_block<S>(shared, p, g, task.head);
   const int row = threadIdx.x / 32 * kTile;
   const Lane lane;
-  float grad_bias[S::kTiles][kTileSums], grad_factor = 0.f;
+  RowSum<typename S::T> grad_factor;
+  float grad_bias[S::kTiles][kTileSums];
   set_zero(grad_bias);
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kHeadDim > 32 ? 2 : S::kWindow
     set_zero(grad_queries);
     query_phase(grad_queries, grad_bias, shared, rule, row);
     finish_rows<S>(grad_queries, query_factor, along, p, task.head, shared.queries, shared.inverse_queries, row);
-    if (lane.column == 0) grad_factor += along[0] + along[1];
+    if (lane.column == 0) grad_factor.add(along[0] + along[1]);
     __syncthreads();  // the weights of all queries are there, and their gradients
 
     const int own_row = S::kWindow == 7 ? fresh_thread() / 32 * kTile : row;  // kept, it would spill

@@ -41,14 +41,15 @@ template <class S, int Slices>
 __device__ __forceinline__ float product_with_row(const float (&sums)[Slices][kTileSums], const typename S::T* unit,
                                                   int h) {
   const Lane lane;
-  float product = 0.f;
+  RowSum<typename S::T> product;
 #pragma unroll
   for (int s = 0; s < Slices; ++s)
 #pragma unroll
     for (int e = 0; e < kTileSums; ++e)
       if (e / 2 % 2 == h)
-        product += sums[s][e] * to_float(unit[(lane.row + 8 * h) * S::kPitch + s * kTile + lane.column_of(e)]);
-  return quad_sum(product);
+        product.add_product(sums[s][e],
+                            to_float(unit[(lane.row + 8 * h) * S::kPitch + s * kTile + lane.column_of(e)]));
+  return quad_sum(product).value();
 }
 
 // Takes `removed` times that row away from the sums.
@@ -172,19 +173,19 @@ __device__ __forceinline__ void write_padding(const WindowLaunch& p, const Parti
 
 // Sums over the threads of a block in a fixed order; the result is that of thread 0. One float per warp of scratch.
 template <class S>
-__device__ __forceinline__ float block_sum(float x, float* scratch) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+__device__ __forceinline__ float block_sum(const RowSum<typename S::T>& share, float* scratch) {
+  const float of_warp = warp_sum(share).value();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = of_warp;
   __syncthreads();
-  float sum = 0.f;
-  for (int warp = 0; warp < S::kWarps; ++warp) sum += scratch[warp];
-  return sum;
+  RowSum<typename S::T> sum;
+  for (int warp = 0; warp < S::kWarps; ++warp) sum.add(scratch[warp]);
+  return sum.value();
 }
 
 // The gradient of the factor of a block's rows, from the shares of its threads.
 template <class S>
-__device__ __forceinline__ void write_factor(const WindowLaunch& p, const Partials& partials, float share,
+__device__ __forceinline__ void write_factor(const WindowLaunch& p, const Partials& partials,
+                                             const RowSum<typename S::T>& share,
                                              float* scratch, int64_t partial, int head) {
   if (!p.logit_scale) return;
   const float sum = block_sum<S>(share, scratch);
