@@ -3,8 +3,8 @@
 // roundings vanish beside those of the elements.
 #pragma once
 
-#include "../rounded.h"
-#include "warp.cuh"
+#include "detection/rounded.h"
+#include "cuda/warp.cuh"
 
 namespace swin_moe {
 
