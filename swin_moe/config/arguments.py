@@ -33,14 +33,29 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog}: {words}; {self.prog} --help says more")
 
 
+def command_parser(command: str, description: str, examples: str) -> Parser:
+    """Returns the parser of `swin-moe COMMAND`; the lines of both texts stay as they are."""
+    return Parser(
+        prog=f"swin-moe {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], str] = str) -> int:
-    """Prints what a command answers; returns its exit code: 0, or 2 after one sentence about what is wrong.
+    """Prints what a command answers; returns its exit code, see exit_code."""
+    return exit_code(lambda: print(answer()), describe)
+
+
+def exit_code(work: Callable[[], object], describe: Callable[[BaseException], str] = str) -> int:
+    """Does a command's work; returns its exit code: 0, or 2 after one sentence about what is wrong.
 
     Args:
         describe: How an error is said.
     """
     try:
-        print(answer())
+        work()
     except BrokenPipeError:  # the command line ends in silence
         raise
     except (ValueError, OSError) as error:
