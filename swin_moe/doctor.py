@@ -6,7 +6,6 @@ Started on many ranks (`swin-moe launch -n 4 -- -m swin_moe.doctor`), rank 0 say
 each other, the links between them and their hosts (launcher/preflight): 69 where a rank cannot be used.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import os
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import command_parser
 from swin_moe.usage.texts import EXAMPLES
 
 if TYPE_CHECKING:
@@ -47,12 +46,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something required is broken; 69 where one of many ranks cannot be used."""
-    parser = Parser(
-        prog="swin-moe doctor",
-        description=__doc__.partition("\n\n")[0],
-        epilog=EXAMPLES["doctor"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("doctor", __doc__.partition("\n\n")[0], EXAMPLES["doctor"])
     parser.add_argument("--no-measure", action="store_true", help="leave out the times of the attention paths")
     try:
         options = parser.parse_args(argv)

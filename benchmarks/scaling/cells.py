@@ -4,6 +4,7 @@ A folder holds cells/NAME.json (what a finished run gave), logs/NAME.txt (what i
 A cell counts as finished where its file was made by the same ranks, words and program; everything else runs again.
 """
 
+import argparse
 import fcntl
 import json
 import os
@@ -165,6 +166,24 @@ def main(work: Callable[[], list[str]]) -> None:
         say("stopped; the same command goes on")
         sys.exit(130)
     sys.exit(1 if failures else 0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that studies of runs end with."""
+    parser.add_argument("--launch", default="", metavar="WORDS", help="for the launcher, such as '--hostfile hosts'")
+    parser.add_argument("--draw-only", action="store_true", help="draw what is finished and run nothing")
+
+
+def check_numbers(options: Any, **least: int) -> None:
+    """Raises ValueError for an option below the least that it may be."""
+    for name, smallest in least.items():
+        if getattr(options, name) < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {smallest}, got {getattr(options, name)}")
+
+
+def study_of(options: Any, read: Callable[[str], dict[str, Any]]) -> "Study":
+    """Returns the study in the folder of the options; read: what a finished run's folder says."""
+    return Study(Path(options.out).resolve(), read, tuple(options.launch.split()))
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, Study, main, numbers, say
+from cells import Cell, Study, add_arguments, check_numbers, main, numbers, say, study_of
 
 from swin_moe.config.io import load_config
 from swin_moe.planner.report.chart import PALETTE, Panel, Series, draw_panels
@@ -159,8 +159,7 @@ def parse(argv: list[str] | None = None) -> Any:
     parser.add_argument("--widths", default="", help="model.embed_dim; default: half and all of the config's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1, help="of a run (1)")
-    parser.add_argument("--launch", default="", metavar="WORDS", help="for the launcher, such as '--hostfile hosts'")
-    parser.add_argument("--draw-only", action="store_true", help="draw what is finished and run nothing")
+    add_arguments(parser)
     options = parser.parse_intermixed_args(argv)
     config = load_config(options.config, options.overrides)
     if not config.model.moe.has_blocks:
@@ -168,9 +167,7 @@ def parse(argv: list[str] | None = None) -> Any:
     width = config.model.embed_dim
     options.experts = numbers(options.experts)
     options.widths = numbers(options.widths) if options.widths else (width // 2, width)
-    for name in ("seeds", "ranks"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be >= 1, got {getattr(options, name)}")
+    check_numbers(options, seeds=1, ranks=1)
     for width in options.widths:
         for experts in (DENSE, *options.experts):
             chosen, *words = words_of(options, width, experts)
@@ -181,7 +178,7 @@ def parse(argv: list[str] | None = None) -> Any:
 def work() -> list[str]:
     """Runs the study and writes its table and picture; returns failures."""
     options = parse()
-    study = Study(Path(options.out).resolve(), accuracy, tuple(options.launch.split()))
+    study = study_of(options, accuracy)
     cells = cells_of(options)
     failures = [] if options.draw_only else study.run(list(cells.values()))
     points = points_of(options, study, cells)

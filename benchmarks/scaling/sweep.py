@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cell, Study, main, numbers, say
+from cells import Cell, Study, add_arguments, check_numbers, main, numbers, say, study_of
 
 from swin_moe.config import Config
 from swin_moe.config.io import load_config
@@ -243,8 +243,7 @@ def parse(argv: list[str] | None = None) -> Any:
     add("--largest", default=MODELS[-1], choices=MODELS, metavar="CONFIG", help="where models end (the largest)")
     add("--steps", type=int, default=12, help="of a cell (12)")
     add("--repeats", type=int, default=3)
-    add("--launch", default="", metavar="WORDS", help="for the launcher, such as '--hostfile hosts'")
-    add("--draw-only", action="store_true", help="draw what is finished and run nothing")
+    add_arguments(parser)
     options = parser.parse_intermixed_args(argv)
     options.overrides = [word for word in options.words if "=" in word]
     options.kinds = [word for word in options.words if "=" not in word] or list(KINDS)
@@ -260,9 +259,7 @@ def parse(argv: list[str] | None = None) -> Any:
     options.ranks = tuple(sorted(set(numbers(options.ranks)))) if options.ranks else tuple(powers)
     options.experts = numbers(options.experts)
     options.models = MODELS[: MODELS.index(options.largest) + 1]
-    for name, least in (("batch", 1), ("model_batch", 1), ("steps", 4), ("repeats", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {getattr(options, name)}")
+    check_numbers(options, batch=1, model_batch=1, steps=4, repeats=1)
     for wanted in cells_of(options):
         config, *words = wanted.cell.words
         load_config(config, words).check(wanted.ranks)
@@ -272,7 +269,7 @@ def parse(argv: list[str] | None = None) -> Any:
 def work() -> list[str]:
     """Runs the sweeps and writes their table and picture; returns failures."""
     options = parse()
-    study = Study(Path(options.out).resolve(), speed, tuple(options.launch.split()))
+    study = study_of(options, speed)
     wanted = cells_of(options)
     failures = [] if options.draw_only else run(study, wanted)
     speeds = speeds_of(study, wanted)

@@ -6,6 +6,7 @@ from typing import Any
 from checkpoint_tools.files.pickle_reader import BUILDERS, Global
 from checkpoint_tools.files.record_file import Storage, TensorRecord
 from swin_moe.checkpoint.index import MAX_DIMS
+from swin_moe.checkpoint.pieces import LIBRARY_NAMES
 
 MAX_COUNT = 1 << 62
 STORAGES = {
@@ -21,29 +22,7 @@ STORAGES = {
     "BoolStorage": "BOOL",
     "UntypedStorage": "U8",
 }
-DTYPES = {
-    "float64": "F64",
-    "double": "F64",
-    "float32": "F32",
-    "float": "F32",
-    "float16": "F16",
-    "half": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "long": "I64",
-    "int32": "I32",
-    "int": "I32",
-    "int16": "I16",
-    "short": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+DTYPES = LIBRARY_NAMES | {"double": "F64", "float": "F32", "half": "F16", "long": "I64", "int": "I32", "short": "I16"}
 
 
 def named_records(content: Any) -> list[tuple[str, TensorRecord]]:

@@ -12,7 +12,7 @@ DTYPE_BYTES = dict(
     F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, I64=8, I32=4, I16=2, I8=1, U64=8, U32=4, U16=2, U8=1, BOOL=1
 )
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_LIBRARY_NAMES = {
+LIBRARY_NAMES = {  # of torch and numpy
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -43,9 +43,9 @@ def dtype_name(dtype: object) -> str:
     text = str(dtype).removeprefix("torch.")
     if text in DTYPE_BYTES:
         return text
-    if text not in _LIBRARY_NAMES:
+    if text not in LIBRARY_NAMES:
         raise ValueError(f"checkpoints hold no dtype {text}; allowed: {', '.join(DTYPE_BYTES)}")
-    return _LIBRARY_NAMES[text]
+    return LIBRARY_NAMES[text]
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,20 +51,39 @@ def shortened(message: str) -> str:
     return words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."
 
 
+def command_parser(command: str, description: str, examples: str) -> Parser:
+    """Returns the parser of `swin-moe COMMAND`; the lines of both texts stay as they are."""
+    return Parser(
+        prog=f"swin-moe {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def print_answer(answer: Callable[[], str], describe: Callable[[BaseException], str] = str) -> int:
-    """Prints what a command answers; returns its exit code: 0, or 2 after one sentence about what is wrong.
+    """Prints what a command answers; returns its exit code, see exit_code. What is wrong with the output is not the
+    command's to say."""
+    text: list[str] = []
+    code = exit_code(lambda: text.append(answer()), describe)
+    if code == 0:
+        print(*text)
+    return code
+
+
+def exit_code(work: Callable[[], object], describe: Callable[[BaseException], str] = str) -> int:
+    """Does a command's work; returns its exit code: 0, or 2 after one sentence about what is wrong.
 
     Args:
         describe: How an error is said.
     """
     try:
-        text = answer()
-    except BrokenPipeError:  # of its --help: the command line ends in silence
+        work()
+    except BrokenPipeError:  # the command line ends in silence
         raise
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 2
-    print(text)
     return 0
 
 

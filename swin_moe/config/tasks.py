@@ -5,7 +5,7 @@ under task.own. All options stood beside task.name once (task.mask_ratio): MOVED
 words and keywords of Python that know the old places are still read.
 """
 
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from swin_moe.config.checks import NOT_STATE, check, check_choices, shown
@@ -139,15 +139,6 @@ class SegmentOptions(TaskOptions):
         check(seen, "data.micro_batch", config.data.micro_batch, allowed)
 
 
-SECTIONS = (
-    ClassifyOptions,
-    SimMIMOptions,
-    DistillOptions,
-    MoBYOptions,
-    DetectOptions,
-    SegmentOptions,
-    SoftTeacherOptions,
-)
 # Options that stood beside task.name once -> their section. What comes new has one place only.
 MOVED = {
     **dict.fromkeys(("label_smoothing", "mixup", "cutmix", "mix_prob", "mix_switch_prob"), "classify"),
@@ -172,7 +163,7 @@ class TaskConfig:
     def __init__(self, name: str = "classify", **given: Any) -> None:
         """Takes the fields, and single options by the names of MOVED, which change a section: TaskConfig(mixup=0.0)."""
         moved = {key: given.pop(key) for key in MOVED if key in given}
-        values = {"name": name, "own": TaskOptions()} | {kind.section: kind() for kind in SECTIONS}
+        values = {"name": name, "own": TaskOptions()} | {key: kind() for key, kind in SECTIONS.items()}
         if unknown := given.keys() - values.keys():
             raise TypeError(f"TaskConfig has no option {', '.join(sorted(unknown))}")
         for key, value in (values | given).items():
@@ -192,8 +183,14 @@ class TaskConfig:
     @property
     def options(self) -> TaskOptions:
         """Those of the task that task.name says."""
-        found = {kind.section for kind in SECTIONS} & {self.name}
-        return getattr(self, self.name) if found else self.own
+        return getattr(self, self.name) if self.name in SECTIONS else self.own
+
+
+# Section -> its dataclass: a field of TaskConfig is all that a new one needs.
+_KINDS: dict[str, Any] = {entry.name: entry.default_factory for entry in fields(TaskConfig)}
+SECTIONS: dict[str, type[TaskOptions]] = {
+    name: kind for name, kind in _KINDS.items() if isinstance(kind, type) and kind is not TaskOptions
+}
 
 
 def own_options(name: str, *, needed: bool) -> type[TaskOptions]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import command_parser
 
 _EXAMPLES = """examples:
   what is in a folder of photos, and what is wrong with it
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
     raw: Any = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="swin-moe data", description="Images before training.", epilog=_EXAMPLES, formatter_class=raw)
+    parser = command_parser("data", "Images before training.", _EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", metavar="check | split", required=True)
     check = verbs.add_parser(
         "check",

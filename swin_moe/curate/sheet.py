@@ -7,13 +7,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from swin_moe.data.datasets import FileDataset
 from swin_moe.data.pixels import BrokenImage, decode
+from swin_moe.names.colours import BACKGROUND, FAINT, INK
 
 _FEW = 24  # classes that get a row each; more are one image each
 _ROW = 8  # images of a row
 _SIDE, _GAP, _TEXT = 112, 8, 15
 _SMALL = 72  # side of an image where there are many classes
 MOST_CLASSES = 1000  # drawn, of a data set with more
-_PAPER, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (95, 95, 95)
 
 
 def contact_sheet(dataset: FileDataset, broken: set[int]) -> Image.Image:
@@ -34,14 +34,14 @@ def contact_sheet(dataset: FileDataset, broken: set[int]) -> Image.Image:
 
 def _rows(dataset: FileDataset, of_class: Sequence[np.ndarray], counts: np.ndarray) -> Image.Image:
     height = _SIDE + _TEXT + 3 * _GAP
-    page = Image.new("RGB", (_GAP + _ROW * (_SIDE + _GAP), len(of_class) * height + _GAP), _PAPER)
+    page = Image.new("RGB", (_GAP + _ROW * (_SIDE + _GAP), len(of_class) * height + _GAP), BACKGROUND)
     draw = ImageDraw.Draw(page)
     for row, images in enumerate(of_class):
         top = _GAP + row * height
         said = f", {counts[row]:,} images"
         name = _fitted(dataset.classes[row], page.width - 2 * _GAP - _font().getlength(said))
-        draw.text((_GAP, top), name, _INK, font=_font())
-        draw.text((_GAP + _font().getlength(name), top), said, _FAINT, font=_font())
+        draw.text((_GAP, top), name, INK, font=_font())
+        draw.text((_GAP + _font().getlength(name), top), said, FAINT, font=_font())
         chosen = images[np.linspace(0, len(images) - 1, min(_ROW, len(images))).round().astype(int)]
         for column, index in enumerate(chosen):
             page.paste(_tile(dataset, int(index), _SIDE), (_GAP + column * (_SIDE + _GAP), top + _TEXT + _GAP))
@@ -51,13 +51,13 @@ def _rows(dataset: FileDataset, of_class: Sequence[np.ndarray], counts: np.ndarr
 def _grid(dataset: FileDataset, of_class: Sequence[np.ndarray]) -> Image.Image:
     columns = min(25, int(np.ceil(np.sqrt(len(of_class)))))
     width, height = _SMALL + _GAP, _SMALL + _TEXT + _GAP
-    page = Image.new("RGB", (_GAP + columns * width, -(-len(of_class) // columns) * height + _GAP), _PAPER)
+    page = Image.new("RGB", (_GAP + columns * width, -(-len(of_class) // columns) * height + _GAP), BACKGROUND)
     draw = ImageDraw.Draw(page)
     for place, images in enumerate(of_class):
         left, top = _GAP + place % columns * width, _GAP + place // columns * height
         if len(images):
             page.paste(_tile(dataset, int(images[0]), _SMALL), (left, top))
-        draw.text((left, top + _SMALL), _fitted(dataset.classes[place], _SMALL, 12), _INK, font=_font(12))
+        draw.text((left, top + _SMALL), _fitted(dataset.classes[place], _SMALL, 12), INK, font=_font(12))
     return page
 
 

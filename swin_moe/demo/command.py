@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from typing import Any
 
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import command_parser, exit_code
 
 _EXAMPLES = """examples:
   a run of yours, at http://127.0.0.1:7860
@@ -22,14 +22,7 @@ def run(argv: list[str] | None = None) -> None:
     """Serves the page until Ctrl-C; ends with exit code 2 after one sentence about what is wrong."""
     from swin_moe.checkpoint.errors import describe
 
-    try:
-        _serve(parse(argv))
-    except BrokenPipeError:  # the command line ends in silence
-        raise
-    except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+    sys.exit(exit_code(lambda: _serve(parse(argv)), describe))
 
 
 main = run
@@ -37,11 +30,10 @@ main = run
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Returns the options; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe demo",
-        description="A page on this machine: upload an image; its classes or objects, experts, attention and features.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "demo",
+        "A page on this machine: upload an image; its classes or objects, experts, attention and features.",
+        _EXAMPLES,
     )
     add = parser.add_argument
     add("source", metavar="RUN", help="a run, a checkpoint, a file of weights, the name of released ones, or a config")

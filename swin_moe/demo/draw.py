@@ -6,13 +6,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from swin_moe.demo.look import Looked
+from swin_moe.names.colours import BACKGROUND, INK
 from swin_moe.run.routing_pictures import draw_patches
 from swin_moe.tasks import drawing
 
 # Five points of cividis (Nunez et al., 2018): brightness grows evenly, and any colour vision reads it alike.
 _RAMP = np.array([(0, 34, 78), (66, 78, 108), (124, 123, 120), (187, 173, 108), (254, 232, 56)], dtype=np.float64)
 SIDE = 448  # pixels of a picture's width
-_INK, _PAPER, _MARK = (30, 30, 30), (255, 255, 255), (230, 60, 0)
+_MARK = (230, 60, 0)
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
@@ -93,10 +94,10 @@ def _side_by_side(tiles: Sequence[tuple[str, Image.Image]], columns: int = 2) ->
     width, height = tiles[0][1].size
     rows, line, gap = -(-len(tiles) // columns), 18, 10
     used = min(columns, len(tiles))
-    canvas = Image.new("RGB", (used * (width + gap) + gap, rows * (height + line + gap) + gap), _PAPER)
+    canvas = Image.new("RGB", (used * (width + gap) + gap, rows * (height + line + gap) + gap), BACKGROUND)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for number, (title, picture) in enumerate(tiles):
         x, y = gap + number % columns * (width + gap), gap + number // columns * (height + line + gap)
-        draw.text((x, y), title, _INK, font=font)
+        draw.text((x, y), title, INK, font=font)
         canvas.paste(picture, (x, y + line))
     return canvas

@@ -1,6 +1,7 @@
 """Pictures of numbers: curves, heat maps, tables of counts, rows of images. Pixels only; charts.py says what to draw.
 
-Colours are Okabe and Ito's, and viridis for amounts: told apart by eyes that see red and green alike, and in grey.
+Colours are Okabe and Ito's (names/colours.py), and viridis for amounts: told apart by eyes that see red and green
+alike, and in grey.
 """
 
 import math
@@ -10,19 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+from swin_moe.names.colours import BACKGROUND, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Colour
+
 WIDTH, HEIGHT = 1120, 560  # pixels of a chart, shown at half that
-BACKGROUND, INK, FAINT, GRID = (255, 255, 255), (30, 30, 30), (95, 95, 95), (228, 228, 228)
-COLOURS: tuple[Colour, ...] = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (230, 159, 0),
-    (86, 180, 233),
-    (120, 94, 240),
-    (30, 30, 30),
-)
+GRID = (228, 228, 228)
+COLOURS: tuple[Colour, ...] = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, (120, 94, 240), INK)
 _TEXT = 22
 _VIRIDIS = np.array(  # every eighth of the map of that name (S. van der Walt and N. Smith, matplotlib 1.5)
     [

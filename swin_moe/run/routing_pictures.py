@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from swin_moe.names.colours import BACKGROUND, INK
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the second where Pillow was built without FreeType
-_BACKGROUND, _INK, _FAINT = (255, 255, 255), (30, 30, 30), (130, 130, 130)
+_FAINT = (130, 130, 130)
 _MARGIN, _LINE = 12, 18  # pixels
 _TINT = 0.55  # how much of an expert's colour covers a patch
 _HEAT = np.array([(255, 255, 255), (254, 217, 118), (240, 59, 32), (90, 0, 40)], dtype=np.float64)
@@ -66,19 +68,19 @@ def draw_patches(
         columns * (tile + _MARGIN) + _MARGIN,
         rows * (height + _LINE + _MARGIN) + _MARGIN + legend_rows * legend + _LINE,
     )
-    canvas, font = Image.new("RGB", size, _BACKGROUND), ImageFont.load_default(12)
+    canvas, font = Image.new("RGB", size, BACKGROUND), ImageFont.load_default(12)
     draw = ImageDraw.Draw(canvas)
     for number, (title, picture) in enumerate(tiles):
         x = _MARGIN + number % columns * (tile + _MARGIN)
         y = _MARGIN + number // columns * (height + _LINE + _MARGIN)
-        draw.text((x, y), title, _INK, font=font)
+        draw.text((x, y), title, INK, font=font)
         canvas.paste(picture, (x, y + _LINE))
     y = size[1] - legend_rows * legend - _LINE
     draw.text((_MARGIN, y), f"experts seen here, of {num_experts}; crossed out: dropped by capacity", _FAINT, font=font)
     for place, expert in enumerate(used):
         x, top = _MARGIN + place % per_row * 44, y + _LINE + place // per_row * legend
         draw.rectangle((x, top, x + 16, top + 16), fill=expert_colour(expert))
-        draw.text((x + 20, top + 1), str(expert), _INK, font=font)
+        draw.text((x + 20, top + 1), str(expert), INK, font=font)
     return canvas
 
 
@@ -110,7 +112,7 @@ def _tinted(base: Image.Image, patch_map: PatchMap, *, numbered: bool = False) -
         font = ImageFont.load_default(min(16, size // 2 + 2))
         for row, column in np.argwhere(routed):
             middle = (int(xs[column] + xs[column + 1]) // 2, int(ys[row] + ys[row + 1]) // 2)
-            draw.text(middle, str(patch_map.expert[row, column]), _INK, font=font, anchor="mm")
+            draw.text(middle, str(patch_map.expert[row, column]), INK, font=font, anchor="mm")
     return picture
 
 
@@ -129,12 +131,12 @@ def draw_classes(loads: Sequence[ClassLoad], classes: Sequence[str], *, width: i
     block = _LINE + num_experts * cell_height + foot + _MARGIN
     left = 60
     size = (max(left + cell_width * len(classes) + _MARGIN, 420), _MARGIN + _LINE + block * len(loads))
-    canvas = Image.new("RGB", size, _BACKGROUND)
+    canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, 4), "row expert, column class: share of its tokens, white 0 to dark 100 %", _FAINT, font=font)
     for number, load in enumerate(loads):
         top = _MARGIN + _LINE + number * block
-        draw.text((_MARGIN, top), load.layer, _INK, font=font)
+        draw.text((_MARGIN, top), load.layer, INK, font=font)
         top += _LINE
         totals = load.tokens.sum(axis=0)
         shares = load.tokens / np.maximum(totals, 1)
@@ -144,7 +146,7 @@ def draw_classes(loads: Sequence[ClassLoad], classes: Sequence[str], *, width: i
         canvas.paste(grid, (left, top))
         step = max(1, -(-14 // cell_height))
         for expert in range(0, len(cells), step):
-            draw.text((_MARGIN, top + expert * cell_height), f"{expert}", _INK, font=font)
+            draw.text((_MARGIN, top + expert * cell_height), f"{expert}", INK, font=font)
         bottom = top + len(cells) * cell_height + 4
         if named:
             for column, name in enumerate(names):
@@ -163,6 +165,6 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 
 def _vertical_text(canvas: Image.Image, text: str, corner: tuple[int, int], font: Font) -> None:
-    strip = Image.new("RGB", (max(1, round(font.getlength(text)) + 2), 15), _BACKGROUND)
-    ImageDraw.Draw(strip).text((0, 0), text, _INK, font=font)
+    strip = Image.new("RGB", (max(1, round(font.getlength(text)) + 2), 15), BACKGROUND)
+    ImageDraw.Draw(strip).text((0, 0), text, INK, font=font)
     canvas.paste(strip.rotate(-90, expand=True), corner)

@@ -132,7 +132,7 @@ class Task(Protocol):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], context: StepContext) -> dict[str, float]:
-        """Returns metrics over every sample of `batches` on all ranks, weighted by true counts."""
+        """Returns metrics over every image of `batches` on all ranks, weighted by true counts; `samples`: how many."""
 
     def after_step(self, parts: Parts, done: StepDone) -> None:
         """Changes, after an update, what no gradient moves. Every rank calls it; parts are this rank's, and views."""

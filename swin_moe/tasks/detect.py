@@ -16,8 +16,8 @@ from swin_moe.config import Config
 from swin_moe.data.batch import Batch
 from swin_moe.models.dense.norms import move_running, norms_of
 from swin_moe.models.detection.detections import Detections
-from swin_moe.models.detection.detector import Learned
 from swin_moe.models.detection.heads.mask_head import paste_masks
+from swin_moe.models.detection.network import Learned
 from swin_moe.models.detection.targets import LossSums, Targets, split_crowd
 from swin_moe.models.network import Network
 from swin_moe.parallel.groups import Groups
@@ -29,7 +29,7 @@ from swin_moe.tasks.detectors import build_detector
 from swin_moe.tasks.drawing import PictureBook
 from swin_moe.tasks.measures.coco import CocoEvaluation
 
-Detects = Callable[..., list[Detections]]  # (image, size, original=) as Detector.forward without targets
+Detects = Callable[..., list[Detections]]  # (image, size, original=) as ObjectNetwork.forward without targets
 
 
 class Detect(Task):

@@ -1,5 +1,6 @@
 """The networks that task.detect describes: two-stage detectors, and RepPoints V2."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TypeVar
 
@@ -27,19 +28,27 @@ S = TypeVar("S")
 
 def build_detector(config: Config) -> DenseNetwork:
     """Returns the detector, without meaningful weights."""
-    options, dense = config.task.detect, config.data.dense
-    points = options.network == "reppoints_v2"
-    backbone = PyramidBackbone(
-        config.model,
-        out_indices=range(1, len(config.model.depths)) if points else None,
-        frozen_stages=options.frozen_stages,
-        recompute=config.parallel.recompute,
-    )
-    size = (min(dense.short), dense.long) if dense.short else config.model.img_size
-    official = config.compat.official
-    if points:
+    size, official = image_size_of(config), config.compat.official
+    if config.task.detect.network == "reppoints_v2":
+        backbone = build_backbone(config, out_indices=range(1, len(config.model.depths)))
         return RepPoints(backbone, point_spec_of(config), image_size=size, official_groups=official)
-    return Detector(backbone, spec_of(config), image_size=size, official_groups=official)
+    return Detector(build_backbone(config), spec_of(config), image_size=size, official_groups=official)
+
+
+def build_backbone(config: Config, *, out_indices: Sequence[int] | None = None, learns: bool = True) -> PyramidBackbone:
+    """Returns the backbone of a detector. learns: Whether it ever keeps a graph, and so recomputes as the run does."""
+    return PyramidBackbone(
+        config.model,
+        out_indices=out_indices,
+        frozen_stages=config.task.detect.frozen_stages,
+        recompute=config.parallel.recompute if learns else "none",
+    )
+
+
+def image_size_of(config: Config) -> tuple[int, int]:
+    """Returns the (height, width) that operations are counted for: of the smallest images, where they are resized."""
+    dense = config.data.dense
+    return (min(dense.short), dense.long) if dense.short else config.model.img_size
 
 
 def point_spec_of(config: Config) -> PointSpec:

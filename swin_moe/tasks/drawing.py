@@ -15,10 +15,10 @@ from swin_moe.data.batch import Batch
 from swin_moe.data.dense.masks import bitmaps_of
 from swin_moe.data.dense.sample import IGNORED
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from swin_moe.names.colours import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW
 from swin_moe.tasks.dense import Found
 
-# M. Okabe and K. Ito, "Color Universal Design", 2008, without its black; brighter than the background of most images.
-_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)  # brighter than the background of most images
 _SHADES = (1.0, 0.65, 1.35)  # of further classes
 _SIDE = 480  # pixels that the longer side of a drawing has at least: small images are enlarged
 _FILL = 0.45  # of a mask's colour, the rest is the image

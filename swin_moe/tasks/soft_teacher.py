@@ -15,7 +15,6 @@ from torch import nn
 
 from swin_moe.config import Config
 from swin_moe.data.batch import Batch
-from swin_moe.models.dense.pyramid import PyramidBackbone
 from swin_moe.models.detection.detector import Detector
 from swin_moe.models.network import Network
 from swin_moe.models.soft_teacher.network import SoftTeacher
@@ -25,7 +24,7 @@ from swin_moe.parallel.groups import Groups
 from swin_moe.randomness import RandomContext
 from swin_moe.tasks.base import MicroLoss, Parts, StepContext, StepDone
 from swin_moe.tasks.detect import Detect
-from swin_moe.tasks.detectors import spec_of
+from swin_moe.tasks.detectors import build_backbone, image_size_of, spec_of
 
 
 class SemiSupervised(Detect):
@@ -39,9 +38,8 @@ class SemiSupervised(Detect):
 
     def build_network(self) -> Network:
         """See Task. The teacher drops no path and keeps no graph."""
-        config, detect, soft = self.config, self.options, self.config.task.soft_teacher
-        dense, spec, frozen = config.data.dense, spec_of(config), detect.frozen_stages
-        size = (min(dense.short), dense.long) if dense.short else config.model.img_size
+        config, soft = self.config, self.config.task.soft_teacher
+        spec, size = spec_of(config), image_size_of(config)
         rules = Rules(
             found=soft.found_score,
             proposals=soft.proposal_score,
@@ -52,8 +50,8 @@ class SemiSupervised(Detect):
             weight=soft.weight,
         )
         return SoftTeacher(
-            PyramidBackbone(config.model, frozen_stages=frozen, recompute=config.parallel.recompute),
-            Detector(PyramidBackbone(config.model, frozen_stages=frozen), spec, image_size=size),
+            build_backbone(config),
+            Detector(build_backbone(config, learns=False), spec, image_size=size),
             spec,
             rules,
             image_size=size,

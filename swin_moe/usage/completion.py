@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from swin_moe.config import Config
-from swin_moe.config.arguments import Parser, print_answer
+from swin_moe.config.arguments import command_parser, print_answer
 from swin_moe.config.coerce import schema_keys
 from swin_moe.config.io import config_files, config_folder
 from swin_moe.config.shipped.released import released
@@ -130,11 +130,10 @@ def _keys() -> list[str]:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="swin-moe completion",
-        description="Prints a script that completes commands, configs, options and their keys.",
-        epilog=EXAMPLES["completion"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "completion",
+        "Prints a script that completes commands, configs, options and their keys.",
+        EXAMPLES["completion"],
     )
     parser.add_argument("shell", choices=tuple(_SCRIPTS))
     return parser.parse_args(words)

@@ -3,13 +3,12 @@
 PARSERS is the table: a new command of this kind is a row, and its command.py takes its options from here.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swin_moe.config.arguments import Parser
+from swin_moe.config.arguments import command_parser
 from swin_moe.config.shipped.machines import own_hardware, shipped_hardware
 from swin_moe.usage.texts import EXAMPLES
 
@@ -20,11 +19,10 @@ _IMAGES = 2000  # of validation
 
 def plan(argv: list[str] | None) -> Any:
     """Returns the options of `swin-moe plan`; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe plan",
-        description="Which layouts of a config N ranks can run, what each needs and how long a step takes.",
-        epilog=EXAMPLES["plan"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "plan",
+        "Which layouts of a config N ranks can run, what each needs and how long a step takes.",
+        EXAMPLES["plan"],
     )
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG", help="a YAML file or the name of one in configs/")
@@ -48,12 +46,7 @@ def plan(argv: list[str] | None) -> Any:
 def _check_plan(options: Any) -> None:
     """Raises ValueError for options that do not go together."""
     of_runs = bool(options.check or options.refit)
-    for name, least in (("gpus", 1), ("top", 1), ("images", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"swin-moe plan: --{name} must be >= {least}, got {value}")
-    if options.gpus is not None and options.gpus > MOST_GPUS:
-        raise ValueError(f"swin-moe plan: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
+    _check_numbers("plan", options, gpus=1, top=1, images=0)
     if of_runs and options.config is not None:
         raise ValueError(f"swin-moe plan: --check and --refit read a run's own config, got {options.config} as well")
     if options.check and options.refit:
@@ -69,11 +62,10 @@ def _check_plan(options: Any) -> None:
 
 def calibrate(argv: list[str] | None) -> Any:
     """Returns the options of `swin-moe calibrate`; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe calibrate",
-        description="Measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`.",
-        epilog=EXAMPLES["calibrate"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "calibrate",
+        "Measures the machine at hand and writes a hardware file for `swin-moe plan --hardware FILE`.",
+        EXAMPLES["calibrate"],
     )
     parser.add_argument("--out", default="machine.yaml", metavar="FILE", help="what is written (machine.yaml)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
@@ -88,11 +80,10 @@ def calibrate(argv: list[str] | None) -> Any:
 
 def simulate(argv: list[str] | None) -> Any:
     """Returns the options of `swin-moe simulate`; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe simulate",
-        description="One optimizer step on a world that is not there, event by event, with uneven experts.",
-        epilog=EXAMPLES["simulate"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "simulate",
+        "One optimizer step on a world that is not there, event by event, with uneven experts.",
+        EXAMPLES["simulate"],
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file or the name of one in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option of the config")
@@ -112,12 +103,7 @@ def simulate(argv: list[str] | None) -> Any:
     parser.add_argument("--leaf", type=int, metavar="NODES", help="nodes on a leaf switch, likewise")
     parser.add_argument("--json", action="store_true", help="layout, plan and simulation as JSON")
     options = parser.parse_intermixed_args(argv)
-    for name, least in (("gpus", 1), ("leaf", 1), ("oversubscription", 1), ("spread", 0), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"swin-moe simulate: --{name} must be >= {least}, got {value}")
-    if options.gpus > MOST_GPUS:
-        raise ValueError(f"swin-moe simulate: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
+    _check_numbers("simulate", options, gpus=1, leaf=1, oversubscription=1, spread=0, seed=0)
     if options.spread and options.routing:
         raise ValueError("swin-moe simulate: --spread and --routing both say how uneven experts are; give one")
     if options.routing and not Path(options.routing).exists():
@@ -127,11 +113,8 @@ def simulate(argv: list[str] | None) -> Any:
 
 def report(argv: list[str] | None) -> Any:
     """Returns the options of `swin-moe report`; raises ValueError for wrong ones."""
-    parser = Parser(
-        prog="swin-moe report",
-        description="One HTML page of runs: their records, experts, validation images, configuration.",
-        epilog=EXAMPLES["report"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "report", "One HTML page of runs: their records, experts, validation images, configuration.", EXAMPLES["report"]
     )
     add = parser.add_argument
     add("words", nargs="+", metavar="RUN", help="folder of a run; key=value: an option for its validation images")
@@ -139,9 +122,18 @@ def report(argv: list[str] | None) -> Any:
     add("--pictures", action="store_true", help="also write every picture as a PNG, into a folder beside the page")
     add("--images", type=int, default=_IMAGES, metavar="N", help=f"validation images at most ({_IMAGES}); 0 = none")
     options = parser.parse_intermixed_args(argv)
-    if options.images < 0:
-        raise ValueError(f"swin-moe report: --images must be >= 0, got {options.images}")
+    _check_numbers("report", options, images=0)
     return options
+
+
+def _check_numbers(command: str, options: Any, **least: int) -> None:
+    """Raises ValueError for a given number below the least of its option, an infinite one, or too many --gpus."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and not smallest <= value < math.inf:
+            raise ValueError(f"swin-moe {command}: --{name} must be >= {smallest}, got {value}")
+    if (getattr(options, "gpus", None) or 0) > MOST_GPUS:
+        raise ValueError(f"swin-moe {command}: --gpus must be at most {MOST_GPUS}, got {options.gpus}")
 
 
 PARSERS: dict[str, Callable[[list[str] | None], Any]] = {

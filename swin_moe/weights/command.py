@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swin_moe.checkpoint.errors import describe
-from swin_moe.config.arguments import Parser, print_answer
+from swin_moe.config.arguments import command_parser, print_answer
 from swin_moe.config.shipped.released import Released, find, of_config, released
 from swin_moe.weights.fetch import Progress, check, default_folder, fetch, place
 
@@ -40,14 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
-    import argparse
-
-    parser = Parser(
-        prog="swin-moe weights",
-        description="The released official files of weights.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("weights", "The released official files of weights.", _EXAMPLES)
     add = parser.add_argument
     add("verb", choices=("list", "fetch", "path"), help="show them; fetch some; where one lies, for other commands")
     add("names", nargs="*", metavar="NAME", help="of weights, or of a config they were released for; list: any words")

@@ -101,6 +101,11 @@ def test_the_architecture_page_keeps_its_limits():
     assert max(map(len, lines)) <= 120
 
 
+def test_the_architecture_page_names_every_command():
+    named = re.search(r"`swin-moe \{([^}]*)\}`", (ROOT / "docs" / "architecture.md").read_text())
+    assert named and set(re.sub(r"\s", "", named[1]).split(",")) == set(COMMANDS)
+
+
 def test_the_checks_see_what_is_not_there():
     assert missing_files("see swin_moe/nowhere.py and layout.py and models/swin.py") == ["swin_moe/nowhere.py"]
     assert missing_symbols("swin_moe.layout.Chunk, swin_moe.layout.Box, swin_moe.nowhere") == [

@@ -34,6 +34,22 @@ Tensor order_of(const Tensor& confidence, const RoutingGroups& groups) {
   return order;
 }
 
+// What a launch says of sizes. A group is no larger than the tokens are, whatever its size is called.
+RouteLaunch launch_of(const RoutingGroups& groups, int64_t experts, int64_t top_k, int64_t group_size,
+                      int64_t capacity, int64_t last_capacity) {
+  RouteLaunch p{};
+  p.tokens = groups.tokens;
+  p.experts = experts;
+  p.top_k = top_k;
+  p.group_size = std::max<int64_t>(std::min(group_size, groups.tokens), 1);
+  p.groups = groups.count();
+  // A group smaller than its size by name has the capacity of the last one.
+  p.capacity = group_size > p.group_size ? last_capacity : capacity;
+  p.last_capacity = last_capacity;
+  p.chunks = (p.group_size * top_k + kSlotPairs - 1) / kSlotPairs;
+  return p;
+}
+
 Routed moe_route_cuda(const Tensor& clean_, const OptionalTensor& noise, const OptionalTensor& bias_, int64_t top_k,
                       int64_t group_size, int64_t capacity, int64_t last_capacity, bool sigmoid, bool normalize,
                       bool prioritized, bool with_probabilities) {
@@ -55,11 +71,8 @@ Routed moe_route_cuda(const Tensor& clean_, const OptionalTensor& noise, const O
   Tensor keep = at::empty({tokens, top_k}, whole.dtype(at::kBool));
   Tensor demand = at::empty({count, experts}, whole), kept = at::empty_like(demand);
   Tensor totals = at::empty({2 * experts + 1}, whole);
-  // A group is no larger than the tokens are, whatever its size is called.
-  const int64_t size = std::max<int64_t>(std::min(group_size, tokens), 1);
-  const int64_t chunks = (size * top_k + kSlotPairs - 1) / kSlotPairs;
-  Tensor before = at::zeros({count * chunks, experts}, whole);
-  RouteLaunch p{};
+  RouteLaunch p = launch_of(groups, experts, top_k, group_size, capacity, last_capacity);
+  Tensor before = at::zeros({count * p.chunks, experts}, whole);
   p.clean = clean.const_data_ptr();
   p.noisy = noisy.const_data_ptr();
   p.bias = bias_ ? bias.const_data_ptr() : nullptr;
@@ -77,15 +90,6 @@ Routed moe_route_cuda(const Tensor& clean_, const OptionalTensor& noise, const O
   p.totals = totals.mutable_data_ptr<int64_t>();
   p.before = before.mutable_data_ptr<int64_t>();
   p.keep = keep.mutable_data_ptr<bool>();
-  p.tokens = tokens;
-  p.experts = experts;
-  p.top_k = top_k;
-  p.group_size = size;
-  p.groups = count;
-  // A group smaller than its size by name has the capacity of the last one.
-  p.capacity = group_size > size ? last_capacity : capacity;
-  p.last_capacity = last_capacity;
-  p.chunks = chunks;
   p.sigmoid = sigmoid;
   p.normalize = normalize;
   p.wide = clean.scalar_type() == at::kDouble;

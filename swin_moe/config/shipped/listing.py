@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from swin_moe.config.arguments import Parser, print_answer
+from swin_moe.config.arguments import command_parser, print_answer
 from swin_moe.config.io import config_files, config_folder, load_config
 from swin_moe.config.shipped.released import all_of_config
 
@@ -65,12 +65,7 @@ def run(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="swin-moe configs",
-        description="The shipped configs whose names contain every word.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("configs", "The shipped configs whose names contain every word.", _EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="WORD", help="part of a name or folder")
     parser.add_argument("--json", action="store_true", help="as a list")
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from swin_moe.config.arguments import Parser, print_answer
+from swin_moe.config.arguments import command_parser, print_answer
 from swin_moe.config.io import config_folder, load_with_origins
 
 DEFAULT = "default"
@@ -42,12 +42,7 @@ def resolved(config: str, overrides: list[str]) -> Iterator[tuple[str, Any, str]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="swin-moe show",
-        description=__doc__.partition(": ")[2],
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("show", __doc__.partition(": ")[2], _EXAMPLES)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a YAML file or the name of one in configs/")
     add("overrides", nargs="*", metavar="key=value", help="any option of the config")

@@ -3,82 +3,52 @@
 Shape legend: B images, C channels, H x W pixels of the padded batch, H_i x W_i of level i.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from swin_moe.models.dense import FPN, PyramidBackbone
 from swin_moe.models.dense.counting import map_sizes
-from swin_moe.models.dense.network import DenseNetwork
 from swin_moe.models.detection import counting
 from swin_moe.models.detection.detections import Detections
 from swin_moe.models.detection.heads.htc import GlobalBlock
 from swin_moe.models.detection.heads.roi_head import RoIHead
 from swin_moe.models.detection.heads.rpn import RegionProposals
+from swin_moe.models.detection.network import Learned, ObjectNetwork
 from swin_moe.models.detection.spec import DetectorSpec
-from swin_moe.models.detection.targets import LossSums, Targets
+from swin_moe.models.detection.targets import Targets
 from swin_moe.models.detection.views import detect_over, views_of
 from swin_moe.randomness import RandomContext
 
 
-class Learned(NamedTuple):
-    """What a training forward gives."""
-
-    losses: LossSums
-    aux: Tensor | None  # the backbone's auxiliary loss; None without MoE blocks
-
-
-class Detector(DenseNetwork):
+class Detector(ObjectNetwork[DetectorSpec]):
     """The network under the official names: backbone, neck, rpn_head, roi_head."""
 
-    def __init__(
-        self,
-        backbone: PyramidBackbone,
-        spec: DetectorSpec,
-        *,
-        image_size: tuple[int, int] = (800, 1280),
-        official_groups: bool = False,
-    ) -> None:
-        """See DenseNetwork."""
-        super().__init__(backbone, image_size=image_size, official_groups=official_groups)
-        self.spec = spec
+    def __init__(self, backbone: PyramidBackbone, spec: DetectorSpec, **given: Any) -> None:
+        """See ObjectNetwork."""
+        super().__init__(backbone, spec, **given)
         if spec.global_attention:
             self.global_block = GlobalBlock(backbone.channels[-1], backbone.config.num_heads[-1])
         self.neck = FPN(backbone.channels, spec.channels, levels=len(spec.proposals.strides))
         self.rpn_head = RegionProposals(spec.proposals, spec.channels)
         self.roi_head = RoIHead(spec)
 
-    def forward(
-        self,
-        image: Tensor,
-        size: Tensor,
-        targets: Targets | None = None,
-        original: Tensor | None = None,
-        random: RandomContext | None = None,
-    ) -> Learned | list[Detections]:
-        """Returns losses where there are targets, else the detections of every image.
-
-        Args:
-            image: (B, 3, H, W), zero beyond each image; B may be 0.
-            size: (B, 2) int64, height and width of each image in it.
-            original: (B, 2) int64, the sizes before resizing, in which detections are given; None = `size`.
-                With several views (DetectionSpec) a forward is of one image, or of none.
-            random: What training draws from; None = a fresh context from torch's generator.
-        """
-        if targets is None and self.spec.detections.several:
-            return self._over_views(image, size, size if original is None else original)
-        if targets is None:
-            maps, _ = self.maps(image, None, size)
-            found = self.rpn_head.proposals(self.rpn_head.scored(maps), size, self.spec.proposals.testing)
-            boxes = [boxes for boxes, _ in found]
-            return self.roi_head.detect(maps, boxes, size, size if original is None else original)
-        random = RandomContext.fresh(len(image), image.device) if random is None else random
+    def learn(self, image: Tensor, size: Tensor, targets: Targets, random: RandomContext) -> Learned:
+        """See ObjectNetwork."""
         maps, aux = self.maps(image, random, size)
         scored = self.rpn_head.scored(maps)
         losses = self.rpn_head.losses(scored, targets, size, self.spec.size_divisor, random)
         found = self.rpn_head.proposals(scored, size, self.spec.proposals.training)
         losses |= self.roi_head.losses(maps, [boxes for boxes, _ in found], targets, size, random)
         return Learned(losses, aux)
+
+    def detect(self, image: Tensor, size: Tensor, original: Tensor) -> list[Detections]:
+        """See ObjectNetwork."""
+        if self.spec.detections.several:
+            return self._over_views(image, size, original)
+        maps, _ = self.maps(image, None, size)
+        found = self.rpn_head.proposals(self.rpn_head.scored(maps), size, self.spec.proposals.testing)
+        return self.roi_head.detect(maps, [boxes for boxes, _ in found], size, original)
 
     def _over_views(self, image: Tensor, size: Tensor, original: Tensor) -> list[Detections]:
         assert len(image) <= 1, "several views are of one image"

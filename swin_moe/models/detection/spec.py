@@ -1,11 +1,12 @@
-"""Detectors as data. The defaults are those of the official Mask R-CNN.
+"""Detectors as data. The defaults are those of task.detect, the official Mask R-CNN's.
 
 Facts: SwinTransformer/Swin-Transformer-Object-Detection, configs/_base_/models and configs/swin.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from swin_moe.config.options.detect_options import BoxLoss
+from swin_moe.config.options.detect_options import DetectOptions as Given
 from swin_moe.models.detection.assign import Assigner
 
 
@@ -22,39 +23,39 @@ class ProposalSpec:
     """The region proposal network."""
 
     strides: tuple[int, ...] = (4, 8, 16, 32, 64)  # pixels between anchors, of every level
-    scale: float = 8.0  # side of an anchor of ratio 1, in strides
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height over width
+    scale: float = Given.anchor_scale  # side of an anchor of ratio 1, in strides
+    ratios: tuple[float, ...] = Given.anchor_ratios  # height over width
     border: float | None = None  # pixels that training anchors may reach beyond the image; None = all train
     assigner: Assigner = Assigner(0.7, 0.3, low_quality=0.3)
-    samples: int = 256  # anchors of an image that train
+    samples: int = Given.anchors  # anchors of an image that train
     positive_share: float = 0.5  # of them, at most
-    loss: BoxLoss = "l1"
-    beta: float = 1 / 9  # of smooth_l1
-    suppression: float = 0.7  # overlap of boxes of one level beyond which the worse one goes
-    training: Selection = Selection(2000, 1000)
-    testing: Selection = Selection(1000, 1000)
+    loss: BoxLoss = Given.proposal_loss
+    beta: float = 1 / 9  # of smooth_l1; the option has its decimals
+    suppression: float = Given.proposal_overlap  # of boxes of one level beyond which the worse one goes
+    training: Selection = Selection(Given.proposals_per_level[0], Given.proposals[0])
+    testing: Selection = Selection(Given.proposals_per_level[1], Given.proposals[1])
 
 
 @dataclass(frozen=True)
 class BoxHeadSpec:
     """What classifies and refines boxes: convolutions, then linear layers, then two outputs."""
 
-    convs: int = 0
-    conv_channels: int = 256
-    fcs: int = 2
-    fc_channels: int = 1024
-    norm: bool = False  # batch norm after the convolutions
-    agnostic: bool = False  # one code for all classes
+    convs: int = Given.box_convs
+    conv_channels: int = Given.box_conv_channels
+    fcs: int = Given.box_fcs
+    fc_channels: int = Given.box_fc_channels
+    norm: bool = Given.box_norm  # batch norm after the convolutions
+    agnostic: bool = Given.box_agnostic  # one code for all classes
     size: int = 7  # bins per side of a box's features
-    loss: BoxLoss = "l1"
-    beta: float = 1.0  # of smooth_l1
-    loss_weight: float = 1.0  # of the box loss; 10 with giou
+    loss: BoxLoss = Given.box_loss
+    beta: float = Given.box_beta  # of smooth_l1
+    loss_weight: float = Given.box_loss_weight  # of the box loss; 10 with giou
 
 
 @dataclass(frozen=True)
 class MaskHeadSpec:
-    convs: int = 4
-    channels: int = 256
+    convs: int = Given.mask_convs
+    channels: int = Given.mask_channels
     size: int = 14  # bins per side of a box's features; masks have twice as many
 
 
@@ -81,20 +82,20 @@ class SemanticSpec:
     num_classes: int = 183
     convs: int = 4
     level: int = 1  # whose size its map has
-    loss_weight: float = 0.2
+    loss_weight: float = Given.semantic_weight
 
 
 @dataclass(frozen=True)
 class DetectionSpec:
     """What becomes a detection."""
 
-    score: float = 0.05  # above it
-    suppression: float = 0.5  # overlap of boxes of one class beyond which the worse one goes
-    soft: bool = False  # it loses score instead (soft NMS, linear)
-    per_image: int = 100
-    mask_threshold: float = 0.5
-    scales: tuple[float, ...] = (1.0,)  # of an image's size, at which it is looked at
-    mirror: bool = False  # and at each mirrored too
+    score: float = Given.score  # above it
+    suppression: float = Given.overlap  # of boxes of one class beyond which the worse one goes
+    soft: bool = Given.soft  # it loses score instead (soft NMS, linear)
+    per_image: int = Given.detections
+    mask_threshold: float = Given.mask_threshold
+    scales: tuple[float, ...] = Given.scales  # of an image's size, at which it is looked at
+    mirror: bool = Given.flip  # and at each mirrored too
 
     @property
     def several(self) -> bool:
@@ -107,21 +108,23 @@ class DetectorSpec:
     """A two-stage detector over a backbone."""
 
     num_classes: int
-    channels: int = 256  # of every level
+    channels: int = Given.channels  # of every level
     proposals: ProposalSpec = ProposalSpec()
     stages: tuple[Stage, ...] = (Stage(),)
     cascade: bool = False  # parameters of stages are numbered, also of one
     box_head: BoxHeadSpec = BoxHeadSpec()
     mask_head: MaskHeadSpec | None = MaskHeadSpec()  # None = boxes only
-    samples: int = 512  # boxes of an image that a stage learns from
+    samples: int = Given.boxes  # boxes of an image that a stage learns from
     positive_share: float = 0.25  # of them, at most
-    finest_scale: float = 56.0  # boxes of sides below twice this are looked up in the finest level
-    interleaved: bool = False  # HTC: masks learn from the boxes as the stage refined them
-    mask_flow: bool = False  # HTC: a stage's mask features enter the next stage's
+    finest_scale: float = Given.finest_scale  # boxes of sides below twice this are looked up in the finest level
+    interleaved: bool = Given.interleaved  # HTC: masks learn from the boxes as the stage refined them
+    mask_flow: bool = Given.mask_flow  # HTC: a stage's mask features enter the next stage's
     semantic: SemanticSpec | None = None
-    global_attention: bool = False  # HTC++, rebuilt: a transformer block over the last map of the backbone
+    global_attention: bool = (
+        Given.global_attention
+    )  # HTC++, rebuilt: a transformer block over the last map of the backbone
     detections: DetectionSpec = DetectionSpec()
-    size_divisor: int = field(default=32)  # pixels; images are padded to multiples
+    size_divisor: int = 32  # pixels; images are padded to multiples
 
 
 def mask_rcnn(num_classes: int = 80, **changes: object) -> DetectorSpec:

@@ -8,16 +8,16 @@ Shape legend: B images, N cells of all levels, K classes, G objects of an image,
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.models.dense.network import DenseNetwork
 from swin_moe.models.dense.pyramid import PyramidBackbone
 from swin_moe.models.detection.anchors import valid_anchors
 from swin_moe.models.detection.detections import Detections, selected
-from swin_moe.models.detection.detector import Learned
+from swin_moe.models.detection.network import Learned, ObjectNetwork
 from swin_moe.models.detection.sample import draw
 from swin_moe.models.detection.targets import LossSums, Targets
 from swin_moe.models.reppoints import counting
@@ -39,42 +39,26 @@ from swin_moe.models.reppoints.verify import verified
 from swin_moe.randomness import RandomContext
 
 
-class RepPoints(DenseNetwork):
+class RepPoints(ObjectNetwork[PointSpec]):
     """The network under the official names: backbone, neck, bbox_head. Its first map is of stride 8: a backbone gives
     all stages but the first."""
 
-    def __init__(
-        self,
-        backbone: PyramidBackbone,
-        spec: PointSpec,
-        *,
-        image_size: tuple[int, int] = (800, 1280),
-        official_groups: bool = False,
-    ) -> None:
-        """See DenseNetwork."""
-        super().__init__(backbone, image_size=image_size, official_groups=official_groups)
-        self.spec = spec
+    def __init__(self, backbone: PyramidBackbone, spec: PointSpec, **given: Any) -> None:
+        """See ObjectNetwork."""
+        super().__init__(backbone, spec, **given)
         levels, repeats = len(spec.strides), spec.neck_repeats
         self.neck = BiFPN(backbone.channels, spec.channels, levels=levels, repeats=repeats, groups=spec.groups)
         self.bbox_head = PointHead(spec)
 
-    def forward(
-        self,
-        image: Tensor,
-        size: Tensor,
-        targets: Targets | None = None,
-        original: Tensor | None = None,
-        random: RandomContext | None = None,
-    ) -> Learned | list[Detections]:
-        """Returns losses where there are targets, else the detections of every image; see Detector.forward."""
-        if targets is not None and random is None:
-            random = RandomContext.fresh(len(image), image.device)
-        pyramid = self.backbone(image, None if targets is None else random, size)
-        said = self.bbox_head(self.neck(pyramid.maps))
-        if targets is None:
-            return self.found(said, size, size if original is None else original)
-        assert random is not None, "made above"
-        return Learned(self.losses(said, targets, size, random), pyramid.aux)
+    def learn(self, image: Tensor, size: Tensor, targets: Targets, random: RandomContext) -> Learned:
+        """See ObjectNetwork."""
+        pyramid = self.backbone(image, random, size)
+        return Learned(self.losses(self.bbox_head(self.neck(pyramid.maps)), targets, size, random), pyramid.aux)
+
+    def detect(self, image: Tensor, size: Tensor, original: Tensor) -> list[Detections]:
+        """See ObjectNetwork."""
+        pyramid = self.backbone(image, None, size)
+        return self.found(self.bbox_head(self.neck(pyramid.maps)), size, original)
 
     def losses(self, said: Said, targets: Targets, size_B2: Tensor, random: RandomContext) -> LossSums:
         """Returns the losses of a batch by their official names."""

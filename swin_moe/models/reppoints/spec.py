@@ -1,4 +1,4 @@
-"""RepPoints V2 as data. The defaults are those of the official configuration with Swin-T.
+"""RepPoints V2 as data. The defaults are those of task.detect, the official configuration's with Swin-T.
 
 Facts: SwinTransformer/Swin-Transformer-Object-Detection, configs/_base_/models/reppointsv2_swin_bifpn.py and
 mask_reppointsv2_swin_bifpn.py.
@@ -6,6 +6,7 @@ mask_reppointsv2_swin_bifpn.py.
 
 from dataclasses import dataclass
 
+from swin_moe.config.detect_options import DetectOptions as Given
 from swin_moe.models.detection.spec import DetectionSpec
 
 FEATURES = 8  # of a pixel, from which masks are drawn, and channels of what draws them
@@ -27,18 +28,18 @@ class PointSpec:
     """A detector over maps of strides 8 to 128."""
 
     num_classes: int
-    channels: int = 256  # of every map
+    channels: int = Given.channels  # of every map
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)  # pixels between cells, of every level
-    neck_repeats: int = 2  # passes of the neck, down and up
-    groups: int = 32  # of every group norm
-    convs: int = 3  # of the branch of classes, and of that of points
-    shared_convs: int = 1  # of what is verified, after those of points
-    corner_channels: int = 64  # that are pooled towards a corner
-    base_scale: float = 4.0  # side of an object that begins with the first level, in its strides
+    neck_repeats: int = Given.neck_repeats  # passes of the neck, down and up
+    groups: int = Given.norm_groups  # of every group norm
+    convs: int = Given.point_convs  # of the branch of classes, and of that of points
+    shared_convs: int = Given.point_shared_convs  # of what is verified, after those of points
+    corner_channels: int = Given.corner_channels  # that are pooled towards a corner
+    base_scale: float = Given.point_scale  # side of an object that begins with the first level, in its strides
     nearest: int = 9  # candidates of a level that an object may be assigned to
     corner_overlap: float = 0.7  # that a box keeps whose corner moves by the radius of its bump
     ignores_crowd: bool = True  # background cells in a crowd region train nothing
-    per_level: int = 1000  # cells of a level that enter suppression
+    per_level: int = Given.proposals_per_level[1]  # cells of a level that enter suppression
     detections: DetectionSpec = DetectionSpec(suppression=0.6)
     masks: PointMaskSpec | None = None  # None = boxes only
     size_divisor: int = 32  # pixels; images are padded to multiples

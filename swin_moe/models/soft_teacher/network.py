@@ -6,14 +6,15 @@ detector, so that whatever begins a detector begins both; the teacher has its na
 Shape legend: B images, U of them without labels, H x W pixels of the padded batch.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from swin_moe.models.dense import PyramidBackbone
 from swin_moe.models.detection.detections import Detections
-from swin_moe.models.detection.detector import Detector, Learned
+from swin_moe.models.detection.detector import Detector
+from swin_moe.models.detection.network import Learned, drawn
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import Targets
 from swin_moe.models.soft_teacher.losses import Part, Teaching, box_losses, part_of, proposal_losses
@@ -26,20 +27,13 @@ class SoftTeacher(Detector):
     """A student with one stage of boxes, and its teacher, which never trains: neither drops nor moves a statistic."""
 
     def __init__(
-        self,
-        backbone: PyramidBackbone,
-        teacher: Detector,
-        spec: DetectorSpec,
-        rules: Rules,
-        *,
-        image_size: tuple[int, int] = (800, 1280),
-        official_groups: bool = False,
+        self, backbone: PyramidBackbone, teacher: Detector, spec: DetectorSpec, rules: Rules, **given: Any
     ) -> None:
-        """See Detector.
+        """See ObjectNetwork.
 
         teacher: A detector of the same spec; its weights begin, and follow, as momentum_pairs says.
         """
-        super().__init__(backbone, spec, image_size=image_size, official_groups=official_groups)
+        super().__init__(backbone, spec, **given)
         assert len(spec.stages) == 1 and spec.semantic is None and not spec.mask_flow and not spec.interleaved
         self.rules = rules
         self.teacher = teacher.requires_grad_(False).eval()
@@ -71,7 +65,7 @@ class SoftTeacher(Detector):
         """Returns losses where there are targets, else what the teacher detects, or the student.
 
         Args:
-            image, size, original, random: See Detector.
+            image, size, original, random: See ObjectNetwork.
             targets: The objects of all images; those of images without labels are not looked at.
             labelled: (B,) bool. matrix: (B, 3, 3) float64, pixels of the stored image -> of this one.
             view: The teacher's view of the images without labels.
@@ -81,7 +75,7 @@ class SoftTeacher(Detector):
             network = super().forward if student else self.teacher
             return network(image, size, original=original)
         assert labelled is not None and matrix is not None and view is not None, "training has both views"
-        random = RandomContext.fresh(len(image), image.device) if random is None else random
+        random = drawn(image, random)
         own = part_of(labelled.nonzero().flatten().tolist(), size, random)
         bare = part_of((~labelled).nonzero().flatten().tolist(), size, random)
         taught = self._taught(view, bare, matrix[bare.rows])

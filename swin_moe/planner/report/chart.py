@@ -9,19 +9,11 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from swin_moe.names.colours import BACKGROUND, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Colour
+
 Box = tuple[int, int, int, int]
-Colour = tuple[int, int, int]
-BACKGROUND, INK, FAINT, GRID = (255, 255, 255), (30, 30, 30), (95, 95, 95), (225, 225, 225)
-# Okabe and Ito's colours, which eyes that see red and green alike tell apart.
-PALETTE: tuple[Colour, ...] = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (230, 159, 0),
-    (86, 180, 233),
-    (30, 30, 30),
-)
+GRID = (225, 225, 225)
+PALETTE: tuple[Colour, ...] = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
 TEXT, TITLE = 15, 19  # sizes of letters
 _PANEL_WIDTH, _PANEL_HEIGHT = 600, 440
 _MARGINS = (90, 96, 30, 66)  # of a panel: left, top, right, bottom

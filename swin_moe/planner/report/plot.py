@@ -7,16 +7,25 @@ from dataclasses import asdict
 from PIL import Image, ImageDraw
 
 from swin_moe.config import Config
+from swin_moe.names.colours import (
+    BACKGROUND,
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    Colour,
+)
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.plan import Plan, Planned, Traces, make_plan
 from swin_moe.planner.report.chart import (
-    BACKGROUND,
-    FAINT,
-    INK,
     TEXT,
     TITLE,
     Box,
-    Colour,
     curve,
     dashes,
     decades,
@@ -28,15 +37,15 @@ from swin_moe.planner.report.chart import (
 )
 
 _WIDTH, _HEIGHT = 1200, 1000
-# chart.py's colours and two more of theirs, in the order of Memory's classes.
+# In the order of Memory's classes.
 _COLOURS: dict[str, Colour] = {
-    "parameters": (0, 114, 178),
-    "gradients": (230, 159, 0),
-    "optimizer": (0, 158, 115),
-    "averages": (240, 228, 66),
-    "activations": (86, 180, 233),
-    "gathered": (213, 94, 0),
-    "workspace": (204, 121, 167),
+    "parameters": BLUE,
+    "gradients": ORANGE,
+    "optimizer": GREEN,
+    "averages": YELLOW,
+    "activations": SKY,
+    "gathered": VERMILION,
+    "workspace": PURPLE,
 }
 _MOST = 10  # worlds in a picture
 

@@ -68,33 +68,45 @@ struct Expected {
   std::vector<double> out, grad_qkv, grad_table, grad_scale, grad_pad;
 };
 
-// One window and head as the formulas read: scores, softmax, values, and back.
-void reference_window(const WindowAttention& p, const Buffer& qkv, const Buffer& pad, const Buffer& table,
-                      const Buffer* logit_scale, const Buffer& grad, int64_t image, int64_t window, int head,
-                      Expected& e) {
-  const WindowGeometry& g = p.geometry;
-  const int n = g.tokens(), d = p.head_dim;
-  const int64_t c = p.channels;
-  std::vector<int64_t> token(n);
-  std::vector<double> x[3], unit[2], length[2], go(n * d, 0.0);
-  for (int t = 0; t < n; ++t) {
-    int64_t source = source_token(g, window, t);
-    token[t] = source == kPadding ? -1 : image * g.height * g.width + source;
+// One window and head: its rows of queries, keys and values, and what attention makes of them.
+struct ReferenceWindow {
+  const WindowAttention& p;
+  const int64_t window;
+  const int head, n, d;
+  std::vector<int64_t> token = {};                              // of the image's batch; -1: padding
+  std::vector<double> x[3] = {}, unit[2] = {}, length[2] = {};  // queries, keys, values; of length 1 if scaled
+  std::vector<double> go = {}, dx[3] = {};                      // gradients of the output, and of x
+  double factor = 1;
+  bool scaled = false;
+
+  int64_t channel(int part, int i) const { return int64_t(part) * p.channels + head * d + i; }
+
+  void read(const Buffer& qkv, const Buffer& pad, const Buffer* logit_scale, const Buffer& grad, int64_t image) {
+    token.resize(n);
+    go.resize(n * d);
+    for (int t = 0; t < n; ++t) {
+      int64_t source = source_token(p.geometry, window, t);
+      token[t] = source == kPadding ? -1 : image * p.geometry.height * p.geometry.width + source;
+    }
+    for (int part = 0; part < 3; ++part) {
+      x[part].resize(n * d);
+      dx[part].resize(n * d);
+      for (int t = 0; t < n; ++t)
+        for (int i = 0; i < d; ++i) {
+          int64_t at = channel(part, i);
+          x[part][t * d + i] = token[t] < 0 ? pad.get(at) : qkv.get(token[t] * 3 * p.channels + at);
+          if (part == 0 && token[t] >= 0) go[t * d + i] = grad.get(token[t] * p.channels + at);
+        }
+    }
+    scaled = logit_scale != nullptr;
+    factor = scaled ? logit_scale->get(head) : p.scale;
+    for (int part = 0; part < 2; ++part) normalize(part);
   }
-  for (int part = 0; part < 3; ++part) {
-    x[part].resize(n * d);
-    for (int t = 0; t < n; ++t)
-      for (int i = 0; i < d; ++i) {
-        int64_t channel = part * c + head * d + i;
-        x[part][t * d + i] = token[t] < 0 ? pad.get(channel) : qkv.get(token[t] * 3 * c + channel);
-        if (part == 0 && token[t] >= 0) go[t * d + i] = grad.get(token[t] * c + head * d + i);
-      }
-  }
-  const double factor = logit_scale ? logit_scale->get(head) : p.scale;
-  for (int part = 0; part < 2; ++part) {
+
+  void normalize(int part) {
     unit[part] = x[part];
     length[part].assign(n, 1.0);
-    if (!logit_scale) continue;
+    if (!scaled) return;
     for (int t = 0; t < n; ++t) {
       double square = 0;
       for (int i = 0; i < d; ++i) square += x[part][t * d + i] * x[part][t * d + i];
@@ -102,10 +114,12 @@ void reference_window(const WindowAttention& p, const Buffer& qkv, const Buffer&
       for (int i = 0; i < d; ++i) unit[part][t * d + i] /= length[part][t];
     }
   }
-  std::vector<double> dq(n * d), dk(n * d), dv(n * d), weight(n), dw(n);
-  for (int i = 0; i < n; ++i) {
+
+  // Row i: scores, softmax, values, and back to what scores, values and the position bias get.
+  void attend(int i, const Buffer& table, Expected& e) {
+    const WindowGeometry& g = p.geometry;
     double most = -1e300, sum = 0, mean = 0;
-    std::vector<double> dot(n);
+    std::vector<double> dot(n), weight(n), dw(n);
     for (int j = 0; j < n; ++j) {
       for (int k = 0; k < d; ++k) dot[j] += unit[0][i * d + k] * unit[1][j * d + k];
       weight[j] = factor * dot[j] + table.get(head * g.table_rows() + bias_row(g, i, j));
@@ -115,38 +129,50 @@ void reference_window(const WindowAttention& p, const Buffer& qkv, const Buffer&
     for (int j = 0; j < n; ++j) sum += weight[j] = std::exp(weight[j] - most);
     for (int j = 0; j < n; ++j) {
       weight[j] /= sum;
-      dw[j] = 0;
       for (int k = 0; k < d; ++k) {
-        if (token[i] >= 0) e.out[token[i] * c + head * d + k] += weight[j] * x[2][j * d + k];
+        if (token[i] >= 0) e.out[token[i] * p.channels + head * d + k] += weight[j] * x[2][j * d + k];
         dw[j] += go[i * d + k] * x[2][j * d + k];
-        dv[j * d + k] += weight[j] * go[i * d + k];
+        dx[2][j * d + k] += weight[j] * go[i * d + k];
       }
       mean += weight[j] * dw[j];
     }
     for (int j = 0; j < n; ++j) {
       double ds = weight[j] * (dw[j] - mean);
       e.grad_table[head * g.table_rows() + bias_row(g, i, j)] += ds;
-      if (logit_scale) e.grad_scale[head] += ds * dot[j];
+      if (scaled) e.grad_scale[head] += ds * dot[j];
       for (int k = 0; k < d; ++k) {
-        dq[i * d + k] += factor * ds * unit[1][j * d + k];
-        dk[j * d + k] += factor * ds * unit[0][i * d + k];
+        dx[0][i * d + k] += factor * ds * unit[1][j * d + k];
+        dx[1][j * d + k] += factor * ds * unit[0][i * d + k];
       }
     }
   }
-  for (int part = 0; part < 3; ++part) {
-    std::vector<double>& dx = part == 0 ? dq : part == 1 ? dk : dv;
+
+  // Through the unit lengths, to the rows that were read.
+  void give_back(int part, Expected& e) const {
+    const bool unscaled = part == 2 || !scaled;
     for (int t = 0; t < n; ++t) {
       double along = 0;
-      if (part < 2 && logit_scale && length[part][t] > 1e-12)
-        for (int i = 0; i < d; ++i) along += dx[t * d + i] * unit[part][t * d + i];
+      if (!unscaled && length[part][t] > 1e-12)
+        for (int i = 0; i < d; ++i) along += dx[part][t * d + i] * unit[part][t * d + i];
       for (int i = 0; i < d; ++i) {
-        double value = dx[t * d + i];
-        if (part < 2 && logit_scale) value = (value - along * unit[part][t * d + i]) / length[part][t];
-        int64_t channel = part * c + head * d + i;
-        (token[t] < 0 ? e.grad_pad[channel] : e.grad_qkv[token[t] * 3 * c + channel]) += value;
+        double value = dx[part][t * d + i];
+        if (!unscaled) value = (value - along * unit[part][t * d + i]) / length[part][t];
+        int64_t at = channel(part, i);
+        (token[t] < 0 ? e.grad_pad[at] : e.grad_qkv[token[t] * 3 * p.channels + at]) += value;
       }
     }
   }
+};
+
+// One window and head as the formulas read: scores, softmax, values, and back.
+void reference_window(const WindowAttention& p, const Buffer& qkv, const Buffer& pad, const Buffer& table,
+                      const Buffer* logit_scale, const Buffer& grad, int64_t image, int64_t window, int head,
+                      Expected& e) {
+  const int n = p.geometry.tokens(), d = p.head_dim;
+  ReferenceWindow w{p, window, head, n, d};
+  w.read(qkv, pad, logit_scale, grad, image);
+  for (int i = 0; i < n; ++i) w.attend(i, table, e);
+  for (int part = 0; part < 3; ++part) w.give_back(part, e);
 }
 
 // ||a - b|| / ||b||, NaN if anything is.

@@ -13,8 +13,9 @@ from swin_moe.config import ModelConfig
 from swin_moe.models.dense import PyramidBackbone
 from swin_moe.models.detection.assign import IGNORED, Assigner
 from swin_moe.models.detection.detections import select
-from swin_moe.models.detection.detector import Detector, Learned
+from swin_moe.models.detection.detector import Detector
 from swin_moe.models.detection.heads.mask_head import paste_masks
+from swin_moe.models.detection.network import Learned
 from swin_moe.models.detection.spec import (
     CASCADE,
     BoxHeadSpec,
