@@ -20,7 +20,8 @@ from swin_moe.run.routing_pictures import draw_patches
 _MOST_CLASSES = 60  # rows of the table of classes
 _MOST_CONFUSED = 20
 _STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1e1e1e;margin:0 auto;max-width:1180px;padding:0 16px 48px}
+body{font:16px/1.5 system-ui,sans-serif;color:#1e1e1e;margin:0 auto;max-width:1180px;padding:0 16px 48px;
+overflow-wrap:break-word}
 h1{font-size:1.6rem;margin:1.2rem 0 .2rem}h2{font-size:1.25rem;margin:2rem 0 .6rem;border-bottom:1px solid #ddd}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr));gap:20px}
 figure{margin:0}figure img{width:100%;height:auto;max-width:560px}figure.wide img{max-width:100%;width:auto}
