@@ -1,4 +1,4 @@
-"""Data sets by name: images on disk in the layouts of the official code, and made-up ones for benchmarks.
+"""Data sets by name: images on disk in the layouts of the official code.
 
 A data set has `__len__`, `num_classes`, `classes` (names), `path(index)` and `sample(index) -> (RGB image, label)`.
 It never draws random numbers and never replaces an image: one that cannot be decoded raises BrokenImage. All of them
@@ -24,7 +24,6 @@ from swin_moe.config.checks import shown
 from swin_moe.data.base import Dataset
 from swin_moe.data.pixels import BrokenImage, decode, read_image
 from swin_moe.data.sets.subset import ClassSubset
-from swin_moe.randomness import derive_key
 from swin_moe.registry import lookup
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -34,7 +33,7 @@ DATASETS = {
     "zip": "swin_moe.data.datasets:ZipArchive",
     "imagenet22k": "swin_moe.data.datasets:ImageNet22k",
     "lists": "swin_moe.data.sets.lists:ImageLists",
-    "synthetic": "swin_moe.data.datasets:Synthetic",
+    "synthetic": "swin_moe.data.sets.synthetic:Synthetic",
 }
 _MOST_CLASSES = 1_000_000
 DENSE = ("canvases", "coco", "label_maps")  # rows of data/dense/loader.py: DENSE_DATASETS
@@ -368,35 +367,3 @@ class ImageNet22k(FileDataset):
     def path(self, index: int) -> str:
         """Returns the path of the file."""
         return os.path.join(self._root, self._paths[index])
-
-
-class Synthetic:
-    """Uniform noise of the model's image size, a pure function of (split, index): for benchmarks only."""
-
-    NUM_VAL = 1000
-
-    def __init__(self, config: DataConfig, split: str, *, img_size: tuple[int, int], num_classes: int) -> None:
-        self._length = config.synthetic_samples if split == "train" else min(self.NUM_VAL, config.synthetic_samples)
-        self._stream = 0 if split == "train" else 1
-        self._img_size = img_size
-        self.num_classes = num_classes
-        self.classes = tuple(str(label) for label in range(num_classes))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def path(self, index: int) -> str:
-        """Returns a name for messages."""
-        return f"synthetic[{index}]"
-
-    def sample(self, index: int) -> tuple[Image.Image, int]:
-        """Returns (RGB image, label)."""
-        key = derive_key(self._stream, index)
-        height, width = self._img_size
-        words = np.random.Philox(key).random_raw(-(-height * width * 3 // 8))
-        pixels = words.view(np.uint8)[: height * width * 3].reshape(height, width, 3)
-        return Image.fromarray(pixels), key % self.num_classes
-
-    def labels(self) -> np.ndarray:
-        """Returns (N,) the label of every image."""
-        return np.asarray([derive_key(self._stream, index) % self.num_classes for index in range(self._length)])

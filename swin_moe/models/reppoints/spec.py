@@ -6,7 +6,7 @@ mask_reppointsv2_swin_bifpn.py.
 
 from dataclasses import dataclass
 
-from swin_moe.config.detect_options import DetectOptions as Given
+from swin_moe.config.options.detect_options import DetectOptions as Given
 from swin_moe.models.detection.spec import DetectionSpec
 
 FEATURES = 8  # of a pixel, from which masks are drawn, and channels of what draws them
