@@ -30,6 +30,20 @@ struct KeysShared {
     return pieces.used > after.used ? pieces.used : after.used;
   }
 
+  // Starts to bring in a block's keys and values.
+  __device__ __forceinline__ void load_keys(const WindowLaunch& p, int64_t image, int head, const int* row_source) {
+    T* const tiles[] = {keys, values};
+    load_rows<S, S::kRows>(tiles, qkv_rows<const T>(p, p.qkv, image, head, 1), row_source);
+  }
+
+  // Reads the keys and values of a warp.
+  using Left = typename Fragments<T>::Left;
+  __device__ __forceinline__ void read_own(Left (&own_keys)[S::kSlices], Left (&own_values)[S::kSlices], int warp_row,
+                                           const ScoreRule& rule) const {
+    load_left<S>(own_keys, keys, warp_row, rule);
+    load_left<S>(own_values, values, warp_row);
+  }
+
   // Starts to bring in the queries from `first` on, and their statistics.
   __device__ __forceinline__ void load_queries(const WindowLaunch& p, const RowStatistics& all, int stage,
                                                int64_t window, int64_t image, int head, int tokens, int first) {
@@ -47,6 +61,42 @@ struct KeysShared {
   }
 };
 
+// Has the queries of a block ready, and of a window's first block its keys and values too: waits for what was on its way,
+// starts to bring in the block after, normalizes.
+template <class S, int PairTiles>
+__device__ __forceinline__ void arrive(KeysShared<S, PairTiles>& shared, const WindowLaunch& p,
+                                       const RowStatistics& statistics, int64_t window, int64_t image, int head,
+                                       int tokens, int query, int block, int query_blocks) {
+  const int stage = block % 2;
+  wait_for_copies();
+  __syncthreads();  // this block of queries is here, and the one before is no longer read
+  if (block + 1 < query_blocks)
+    shared.load_queries(p, statistics, 1 - stage, window, image, head, tokens, query + S::kOthers);
+  if (p.logit_scale) {
+    if (block == 0) normalize_rows<S, S::kRows>(shared.keys, shared.inverse_keys);
+    normalize_rows<S, S::kOthers>(shared.queries + stage * S::kStage, nullptr);
+    __syncthreads();
+  }
+}
+
+// Writes the gradients of a window's keys and values; adds those of padding.
+template <class S, int PairTiles>
+__device__ __forceinline__ void leave(KeysShared<S, PairTiles>& shared, const WindowLaunch& p, bool has_padding,
+                                      float (&grad_keys)[S::kSlices][kTileSums],
+                                      float (&grad_values)[S::kSlices][kTileSums], int64_t image, int head,
+                                      const int* row_source, int warp_row) {
+  float factor[2], along[2];
+  finish_rows<S>(grad_keys, factor, along, p, head, shared.keys, shared.inverse_keys, warp_row);
+  __syncwarp();
+  write_sums<S>(shared.keys, warp_row, grad_keys, factor[0], factor[1]);
+  write_sums<S>(shared.values, warp_row, grad_values, 1.f, 1.f);
+  if (has_padding) add_key_padding<S>(shared.pad, grad_keys, factor, grad_values, row_source, warp_row);
+  __syncthreads();
+  using T = typename S::T;
+  store_rows<S, S::kRows, S::kThreads>(shared.keys, qkv_rows<T>(p, p.grad_qkv, image, head, 1), row_source);
+  store_rows<S, S::kRows, S::kThreads>(shared.values, qkv_rows<T>(p, p.grad_qkv, image, head, 2), row_source);
+}
+
 // What a launch of the kernel computes. PairTiles: tiles of queries whose gradients with every key stay in registers
 // from window to window, for the bias; 0 = none, and then any number of queries is streamed. Gradients: of keys and
 // values. 12 warps fit a multiprocessor with the 168 registers that a thread needs, but for pairs of long heads.
@@ -54,7 +104,6 @@ template <class S, int PairTiles, bool Gradients>
 __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2 : 12 / S::kWarps)
     window_backward_keys_kernel(const WindowLaunch p, const Partials partials, const RowStatistics statistics,
                                 int query_ranges, int64_t chunks) {
-  using T = typename S::T;
   constexpr int kUnrolled = PairTiles / S::kTiles;
   static_assert(PairTiles % S::kTiles == 0, "whole blocks of queries");
   const WindowGeometry g = known_geometry<S>(p.geometry);
@@ -72,30 +121,17 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2
 
   for (uint32_t window = task.begin; window < task.end; ++window) {
     const uint32_t image = enter_window(shared.table, rule, g, window, padded);
-    T* const tiles[] = {shared.keys, shared.values};
-    load_rows<S, S::kRows>(tiles, qkv_rows<const T>(p, p.qkv, image, task.head, 1), row_source);
+    shared.load_keys(p, image, task.head, row_source);
     shared.load_queries(p, statistics, 0, window, image, task.head, tokens, first_query);
-
     const ScoreRows<S, true> rows(shared.table, rule, first_row + warp_row);
-    typename Fragments<T>::Left keys[S::kSlices], values[S::kSlices];
+    typename KeysShared<S, PairTiles>::Left keys[S::kSlices], values[S::kSlices];
     float grad_keys[S::kSlices][kTileSums], grad_values[S::kSlices][kTileSums];
     set_zero(grad_keys);
     set_zero(grad_values);
     const auto step = [&](int block, auto add_pairs) {
       const int stage = block % 2, query = first_query + block * S::kOthers;
-      wait_for_copies();
-      __syncthreads();  // this block of queries is here, and the one before is no longer read
-      if (block + 1 < query_blocks)
-        shared.load_queries(p, statistics, 1 - stage, window, image, task.head, tokens, query + S::kOthers);
-      if (p.logit_scale) {
-        if (block == 0) normalize_rows<S, S::kRows>(shared.keys, shared.inverse_keys);
-        normalize_rows<S, S::kOthers>(shared.queries + stage * S::kStage, nullptr);
-        __syncthreads();
-      }
-      if (block == 0) {
-        load_left<S>(keys, shared.keys, warp_row, rule);
-        load_left<S>(values, shared.values, warp_row);
-      }
+      arrive(shared, p, statistics, window, image, task.head, tokens, query, block, query_blocks);
+      if (block == 0) shared.read_own(keys, values, warp_row, rule);
 #pragma unroll
       for (int u = 0; u < S::kTiles; ++u) {
         float grad_scores[kTileSums];
@@ -116,17 +152,8 @@ __global__ void __launch_bounds__(S::kThreads, PairTiles && S::kHeadDim > 32 ? 2
     } else {
       for (int block = 0; block < query_blocks; ++block) step(block, [](int, const float(&)[kTileSums]) {});
     }
-    if constexpr (Gradients) {
-      float factor[2], along[2];
-      finish_rows<S>(grad_keys, factor, along, p, task.head, shared.keys, shared.inverse_keys, warp_row);
-      __syncwarp();
-      write_sums<S>(shared.keys, warp_row, grad_keys, factor[0], factor[1]);
-      write_sums<S>(shared.values, warp_row, grad_values, 1.f, 1.f);
-      if (partials.pad) add_key_padding<S>(shared.pad, grad_keys, factor, grad_values, row_source, warp_row);
-      __syncthreads();
-      store_rows<S, S::kRows, S::kThreads>(shared.keys, qkv_rows<T>(p, p.grad_qkv, image, task.head, 1), row_source);
-      store_rows<S, S::kRows, S::kThreads>(shared.values, qkv_rows<T>(p, p.grad_qkv, image, task.head, 2), row_source);
-    }
+    if constexpr (Gradients)
+      leave<S>(shared, p, partials.pad, grad_keys, grad_values, image, task.head, row_source, warp_row);
   }
   const int64_t partial = task.chunk * row_blocks * query_ranges + task.row_block;
   if (Gradients && partials.pad) write_padding<S>(p, partials, shared.pad, partial, task.head);
