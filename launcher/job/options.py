@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Returns the value of an option's words: an empty one, as of a variable that is not set, asks for nothing."""
         if action.option_strings and not all(map(str.strip, arg_strings)):
-            raise argparse.ArgumentError(action, "needs a value, got ''")
+            raise argparse.ArgumentError(action, f"needs a value, got {' '.join(arg_strings)!r}")
         return super()._get_values(action, arg_strings)
 
     def _print_message(self, message: str, file: Any = None) -> None:

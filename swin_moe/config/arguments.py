@@ -125,8 +125,11 @@ def near_path(path: str | Path) -> str:
             names = [entry.name for entry in islice(entries, _LOOKED_AT)]
     except (OSError, ValueError):  # no such folder; a NUL in it
         return ""
-    near = nearest(path.name, names)
-    return f"; did you mean {path.parent / near}?" if near else ""
+    near = nearest(path.stem, [Path(name).stem for name in names])  # not by an ending that all may have
+    alike = [name for name in names if near and Path(name).stem == near]
+    if not alike:
+        return ""
+    return f"; did you mean {path.parent / difflib.get_close_matches(path.name, alike, n=1, cutoff=0)[0]}?"
 
 
 def refuse_options(command: str, words: Iterable[str], options: Iterable[str] = ()) -> None:

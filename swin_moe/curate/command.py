@@ -26,7 +26,7 @@ _CHECK = """examples:
   class folders, or a folder of files with a table of labels
     swin-moe data check photos --labels labels.csv
   for a script: exit code 1 where something spoils training
-    swin-moe data check photos --json --sheet ''"""
+    swin-moe data check photos --json --sheet none"""
 _LARGE = 720  # pixels of a shorter side: decoding such photos anew every epoch takes longer than a small network
 _SHEETS = (".png", ".jpg", ".jpeg", ".webp")
 _SPLIT = """examples:
@@ -89,7 +89,10 @@ def parse(argv: list[str] | None) -> Any:
         add("--image-column", default="", metavar="NAME", help="its column of file names (default: found by its name)")
         add("--class-column", default="", metavar="NAME", help="its column of classes (default: found by its name)")
     check.add_argument(
-        "--sheet", default=None, metavar="FILE.png", help="the contact sheet; '' = none (default: PATH_sheet.png here)"
+        "--sheet",
+        default=None,
+        metavar="FILE.png",
+        help="the contact sheet; none = without (PATH_sheet.png here)",
     )
     check.add_argument("--json", action="store_true", help="everything found, as JSON")
     cores = len(os.sched_getaffinity(0))
@@ -113,7 +116,9 @@ def parse(argv: list[str] | None) -> Any:
         )
     if options.verb == "check" and options.workers < 1:
         raise ValueError(f"swin-moe data check: --workers must be at least 1, got {options.workers}")
-    if options.verb == "check" and options.sheet:
+    if options.verb == "check" and options.sheet == "none":
+        options.sheet = ""
+    elif options.verb == "check" and options.sheet:
         _check_sheet(Path(options.sheet))
     return options
 

@@ -54,7 +54,7 @@ def test_help_names_options_and_three_examples(name):
 
 
 EXAMPLE = re.compile(
-    r"(?:swin-moe (?!launch|checkpoint|data|weights|report|configs)\S+|-m swin_moe\.\w+) ([a-z]\w+)\b(?![./=])"
+    r"(?:swin-moe (?!launch|checkpoint|data|weights|report|configs)\S+|-m swin_moe\.\w+) ([a-z][\w-]+)\b(?![./=])"
 )
 
 

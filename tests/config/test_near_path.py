@@ -22,6 +22,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_nearest_name_beside_it(folder):
     assert near_path(folder / "mien") == f"; did you mean {folder / 'mine'}?"
+    assert near_path(folder / "weights.pt") == f"; did you mean {folder / 'weights.pth'}?"
+    assert near_path(folder / "w.pth") == ""  # an ending that all may have is no likeness
     assert near_path(folder / "elsewhere") == near_path(folder / "gone" / "mine") == near_path("a\0b") == ""
 
 

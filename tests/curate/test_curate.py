@@ -284,7 +284,7 @@ def test_everything_wrong_is_found(tmp_path, capsys):
     assert cases["broken"][0][0].endswith("val/eel/broken.png") and name["shape"] == [["long.png", "300x40"]]
     assert any("fox has no image" in finding["sentence"] for finding in tree["findings"])
     assert tree["classes"]["eel"] == {"train": 8, "val": 6} and tree["width"] == [60, 300]
-    code, out, _ = say(capsys, "check", root, "--sheet", "")
+    code, out, _ = say(capsys, "check", root, "--sheet", "none")
     assert code == 1 and "problem: 1 image of val have the same pixels" in out.replace("images of", "image of")
     assert out.index("problem:") < out.index("note:")
 

@@ -105,7 +105,7 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(run, capfd, tmp_path)
         (["--batch", "-3"], "--batch must be >= 1, got -3"),
         (["--top", "x" * 5000], f"argument --top: invalid int value: '{'x' * 200}"),
         (["--batch", "0"], "--batch must be >= 1, got 0"),
-        (["--out", ""], "--out must name a folder, got ''"),
+        (["--out", ""], "--out is followed by an empty word"),
         (["--csvv"], "did you mean --csv?"),
         ([""], "no such image file: ''"),
     ],

@@ -268,7 +268,7 @@ def test_options_that_are_none_are_kept_as_they_are(tmp_path, options, capsys):
 
 def test_a_setting_that_no_format_knows_is_refused(tmp_path, capsys):
     assert main(["convert", str(tmp_path), str(tmp_path / "out"), "--to", "native", "--set", "image_size=3"]) == 2
-    assert "--set image_size is unknown; allowed: counts, encoder" in capsys.readouterr().err
+    assert "--set image_size is unknown; did you mean img_size? allowed: counts, encoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.full)])

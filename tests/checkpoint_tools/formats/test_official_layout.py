@@ -77,7 +77,8 @@ from launcher import mpi
 def run():
     source, work = sys.argv[1:]
     for to in ("official-moe", "official", "dcp", "native"):
-        assert main(["convert", source, f"{work}/{to}", "--to", to, "--set", "form=epoch"]) == 0
+        form = ["--set", "form=epoch"] if to == "official-moe" else []
+        assert main(["convert", source, f"{work}/{to}", "--to", to, *form]) == 0
     assert "torch" not in sys.modules
 mpi.call(run)
 """

@@ -157,6 +157,6 @@ def test_dry_run_prints_a_command_and_starts_nothing():
 @pytest.mark.parametrize("value", ["", " "])
 def test_an_empty_word_is_refused_by_its_option(option, value):
     """As of a variable that is not set: it asked for a log folder, and there was none."""
-    said = "is followed by an empty word" if not value else ".*: needs a value, got ''"
+    said = "is followed by an empty word" if not value else ".*: needs a value, got ' '"
     with pytest.raises(ValueError, match=f"{option}{' ' if not value else ''}{said}"):
         parser().parse_args([option, value])

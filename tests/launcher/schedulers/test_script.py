@@ -123,7 +123,7 @@ def test_times(text, seconds):
         (["--scheduler", "slurm", "--name", "my job"], "--name takes at most 63 of a-z, 0-9 and -"),
         (["--scheduler", "pbs", "--queue", "a b"], "--queue is one word, got 'a b'"),
         (["--scheduler", "slurm", "--account", "x\n#SBATCH -x"], "--account is one word, got 'x\\n#SBATCH -x'"),
-        (["--scheduler", "k8s", "--image", " "], "--image is one word, got ' '"),
+        (["--scheduler", "k8s", "--image", " "], "argument --image: needs a value, got ' '"),
         (["--scheduler", "slurm", "--kind", "mpijob"], "--kind 'mpijob' is none of Slurm's kinds: none"),
         (["--scheduler", "k8s"], "--image names the container of --scheduler k8s, and is needed there"),
         (["--scheduler", "slurm", "-o", "/no/such/folder/x"], "--output '/no/such/folder/x' cannot be written"),
