@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, _whole_number)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Returns the value of an option's words: an empty one, as of a variable that is not set, asks for nothing."""
+        """Returns the value of an option's words; raises for blank ones (empty ones: parse_known_args)."""
         if action.option_strings and not all(map(str.strip, arg_strings)):
             raise argparse.ArgumentError(action, f"needs a value, got {' '.join(arg_strings)!r}")
         return super()._get_values(action, arg_strings)

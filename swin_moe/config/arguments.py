@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 from swin_moe.config import synonyms
 
 _SHOWN = 300  # characters of what argparse says, which repeats what was typed
-
-
 _LOOKED_AT = 4096  # entries of a folder, whose names are compared with a word
 _MOST = (1 << 63) - 1  # of a whole number, as everywhere outside of Python
 

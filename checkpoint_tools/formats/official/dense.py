@@ -30,9 +30,9 @@ from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.names.official import DENSE, TEACHER, inner_name
 
 _TABLE, _VARIANCE = "relative_position_bias_table", ".bn.running_var"
-# The last layer of each kind of head, and its outputs that are no class.
 _CONTROLLER = "bbox_head.controller.weight"  # of RepPoints V2 with masks
 _REACH = (64, 128, 256, 512, 1024)  # pixels, of its levels: swin_moe/models/reppoints/masks.py, LARGEST
+# The last layer of each kind of head, and its outputs that are no class.
 _CLASSIFIERS = {
     "decode_head.conv_seg.bias": 0,
     "roi_head.bbox_head.fc_cls.bias": 1,

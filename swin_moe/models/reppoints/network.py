@@ -79,10 +79,10 @@ class RepPoints(ObjectNetwork[PointSpec]):
         counts = torch.tensor([len(cells) for cells in taken], dtype=torch.int64, device=refined_BN.device)
         image = torch.arange(len(taken), device=refined_BN.device).repeat_interleave(counts)
         cell = torch.cat([refined_BN.new_zeros(0), *taken])
-        shown = [said.features.new_zeros(0, *(2 * side for side in said.sizes[0]))]
+        height, width = (2 * side for side in said.sizes[0])
+        shown = [said.features.new_zeros(0, height, width)]
         for masks, own, cells in zip(targets.masks, refined_BN, taken):
             seen = seen_coarsely(masks, self.spec.strides[0] // 2)[own[cells] - 1].to(shown[0])
-            height, width = (2 * side for side in said.sizes[0])
             shown.append(F.pad(seen, (0, width - seen.shape[2], 0, height - seen.shape[1])))
         target, sums = torch.cat(shown), {}
         for number, (weight, logits) in enumerate(zip(spec.weights, self._guesses(said, image, cell)), start=1):
