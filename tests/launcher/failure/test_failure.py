@@ -124,6 +124,15 @@ def lives(pid):
     return watch.start_time(pid) != "gone"
 
 
+def rests(pid):
+    """Whether the process's first thread is asleep at ten looks within 0.2 s."""
+    for _ in range(10):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def test_a_sweep_ends_a_job_s_processes_and_no_others(tmp_path):
     def sleeper(**variables):
         return subprocess.Popen(["sleep", "600"], env=variables, start_new_session=True)
@@ -219,6 +228,7 @@ def test_a_stopped_rank_is_named_with_its_line(mpi, tmp_path):
     process = start("sleep", tmp_path, "--stall", "3", "--log-dir", str(tmp_path / "logs"), *mpi)
     wait_for(lambda: len(list(tmp_path.glob("pid-*"))) == 2, "start of both ranks", PATIENCE)
     pid = int((tmp_path / "pid-1").read_text())
+    wait_for(lambda: rests(pid), "rank 1's sleep", PATIENCE)  # its file is there a moment before it sleeps
     os.kill(pid, signal.SIGSTOP)
     output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == kinds.STALL, output
