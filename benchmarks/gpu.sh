@@ -139,12 +139,12 @@ runs '>compute-sanitizer' sanitizer compute-sanitizer --tool memcheck --error-ex
 runs pytest networks "${tests[@]}" $(processes 4) --junitxml="$OUT/networks.xml" -k "not layouts" tests/test_gpu.py
 # Second call. Only where it was asked for: `wanted` holds it.
 runs pytest layouts "${tests[@]}" --junitxml="$OUT/layouts.xml" -k layouts tests/test_gpu.py
-runs - train "${train[@]}" configs/debug/digits_swin_moe.yaml "${data[@]}" "${digits[@]}"
+runs - train "${train[@]}" configs/debug/digits_swin_moe.yaml "${data[@]}" "${digits[@]}" run.name=train
 # Ends with what the planner said beside what was measured, max_memory_allocated among it (docs/planner.md).
-runs - memory "${train[@]}" "${memory[@]}" "${data[@]}"
+runs - memory "${train[@]}" "${memory[@]}" "${data[@]}" run.name=memory
 runs timm compiled "$PYTHON" benchmarks/train_step.py --precision bf16 --only swin_tiny "${compiled[@]}"
 runs kernels peers "$PYTHON" benchmarks/kernels/roofline.py "${peers[@]}"
-runs - simmim "${train[@]}" "${simmim[@]}" "${data[@]}"
+runs - simmim "${train[@]}" "${simmim[@]}" "${data[@]}" run.name=simmim
 runs '>nvidia-smi' giant "$PYTHON" benchmarks/training/large_step.py swinv2_giant_3b_patch4_window12_192_simmim \
     engine.device=cuda parallel.zero=0 data.global_batch=1 data.micro_batch=1
 rm -rf "$scratch"

@@ -2,6 +2,7 @@
 failure by name, whatever a part does; and the options of gpu.sh, with a Python that is a list of answers."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -263,6 +264,13 @@ def test_a_rehearsal_asks_for_no_device(tmp_path, programs):
     found = summary(output)
     assert code == 0 and {name for name, state in found.items() if state == "skipped"} == set(OF_DEVICES)
     assert "cuda" not in "".join(line for line in output.splitlines() if line.startswith("ran: benchmarks"))
+
+
+def test_no_run_of_a_rehearsal_continues_another_s(tmp_path, programs):
+    """On a device they train different networks, in a rehearsal the same one on other data."""
+    code, output = gpu(tmp_path, programs, "--rehearse", "second", tools=("nvidia-smi",))
+    names = re.findall(r"^ran: .*swin_moe\.train .*run\.name=(\w+)$", output, re.MULTILINE)
+    assert code == 0 and names == ["train", "memory", "simmim"] and output.count("swin_moe.train ") == len(names)
 
 
 def test_a_part_that_does_not_exist(tmp_path, programs):
