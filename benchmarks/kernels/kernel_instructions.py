@@ -7,7 +7,8 @@ bytes spilled, and the instructions of its main loops per 1024 scores of a warp,
 code around tensor-core instructions: the innermost loop that holds them, or, where that holds other loops (copies of
 rows), from the last barrier or loop before the first of them to the last. Scores follow from the number of these
 instructions: 16 per product and 1024 scores at head dimension 32. Two counts: on the shortest way through it (no seam
-in the window, most windows) and on the longest (a seam).
+in the window, most windows) and on the longest (a seam). `others at a time`: queries or keys that a block holds beside
+its own; of two kernels that differ in it alone, a device takes the one with more if its shared memory suffices.
 """
 
 import argparse
@@ -86,8 +87,11 @@ def compile_source(source: Path, csrc: Path, arch: str, directory: Path) -> tupl
         raise SystemExit(report.stderr)
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) regis"
     kernels = re.findall(pattern, report.stderr, re.DOTALL)
-    sass = subprocess.run([find_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    return sass, {name: (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in kernels}
+    sass = subprocess.run([find_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True)
+    if sass.returncode != 0:
+        find_tool("nvdisasm")  # which cuobjdump starts
+        raise SystemExit(sass.stderr)
+    return sass.stdout, {name: (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in kernels}
 
 
 def functions(sass: str) -> dict[str, list[Instruction]]:
@@ -176,7 +180,7 @@ def rows(sass: str, resources: dict[str, tuple[int, int]], everything: bool) -> 
             continue
         shortest, longest = per_1024_scores(code, PRODUCTS[name], numbers[0])
         registers, spilled = resources[mangled]
-        shape = f"{numbers[0]}, {numbers[1] or 'any'}, {numbers[2] * 32}"
+        shape = f"{numbers[0]}, {numbers[1] or 'any'}, {numbers[2] * 32}, {numbers[3]}"
         lines.append(f"| {name} | {shape} | {registers} | {spilled} | {shortest:.0f} | {longest:.0f} |")
     return sorted(lines)
 
@@ -191,7 +195,7 @@ def main() -> None:
     sources = [path for name in SOURCES for path in sorted(arguments.source.rglob(name))]
     if len(sources) != len(SOURCES):
         parser.error(f"--source {arguments.source}: has not one each of {', '.join(SOURCES)}")
-    print("| kernel | head dim, window, threads | registers | bytes spilled | no seam | seam |")
+    print("| kernel | head dim, window, threads, others at a time | registers | bytes spilled | no seam | seam |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         for source in sources:
