@@ -11,6 +11,7 @@ from torch import Tensor
 from swin_moe.config import ModelConfig
 from swin_moe.models.dense import PyramidBackbone
 from swin_moe.models.detection.detector import Detector
+from swin_moe.models.detection.heads import roi_head
 from swin_moe.models.detection.heads.mask_head import paste_masks
 from swin_moe.models.detection.spec import DetectorSpec
 from swin_moe.models.detection.targets import LossSums
@@ -202,3 +203,24 @@ def test_the_network_of_full_size_gives_the_official_outputs():
         assert [error(a, b) for a, b in zip(reference, got, strict=True)] == pytest.approx([0] * 5, abs=OUTPUT)
     for key, got in (("cls_score", scores), ("bbox_pred", boxes), ("mask_pred", masks)):
         assert error(golden[key], got) < OUTPUT
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_masks_a_few_at_a_time_are_those_of_all_at_once(name, monkeypatch):
+    _, network, _, _, maps = opened(name)
+    head = network.roi_head
+    corners = torch.rand(23, 2, generator=torch.Generator().manual_seed(1)) * 40
+    rois = torch.cat([torch.arange(23)[:, None] % len(maps[0]), corners, corners + 17], dim=1)
+    calls = []
+    hook = head.mask_heads[0].convs[0].register_forward_hook(lambda *given: calls.append(len(given[1][0])))
+    with torch.no_grad():
+        features = head.features(maps)
+        monkeypatch.setattr(roi_head, "_BYTES_AT_A_TIME", 1 << 30)
+        expected, whole = head.mask_logits(features, rois), list(calls)
+        monkeypatch.setattr(roi_head, "_BYTES_AT_A_TIME", 1)
+        calls.clear()
+        for found, wanted in zip(head.mask_logits(features, rois), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert [wanted.shape for wanted in head.mask_logits(features, rois[:0])] == [w[:0].shape for w in expected]
+    hook.remove()
+    assert whole == [23] and calls[:6] == [4, 4, 4, 4, 4, 3]
