@@ -87,25 +87,21 @@ MORE = ("model", "block", "block, dense, recomputed")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.full] * (c in MORE)) for c in CASES])
-def test_trains_as_eager_does(case, tmp_path, monkeypatch):
+def test_trains_as_eager_does_and_the_log_says_what_it_took(case, tmp_path, monkeypatch, caplog):
     what, *options = CASES[case]
     eager = run(tmp_path / "eager", tuple(options))
     counter, graphs = use(monkeypatch, "aot_eager"), []
-    compiled = run(
-        tmp_path / "compiled", (f"parallel.compile={what}", *options), lambda: graphs.append(counter.frame_count)
-    )
+    with caplog.at_level("INFO", logger="swin_moe"):
+        compiled = run(
+            tmp_path / "compiled", (f"parallel.compile={what}", *options), lambda: graphs.append(counter.frame_count)
+        )
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
+    assert len(lines) == 1 and lines[0].startswith("compiled ") and "in the first two steps" in lines[0], lines
+    assert what == "block" or f"compiled {counter.frame_count} graphs" in lines[0]
     assert graphs[0] >= 1 and len(graphs) >= 5 and len(set(graphs[1:])) == 1, f"graphs after every step: {graphs}"
     assert what == "block" or graphs[-1] <= 2
     assert_close(compiled, eager)
     assert [p.name for p in compiled.engine.pieces()] == [p.name for p in eager.engine.pieces()]
-
-
-def test_the_log_says_what_it_took(tmp_path, monkeypatch, caplog):
-    counter = use(monkeypatch, "aot_eager")
-    with caplog.at_level("INFO", logger="swin_moe"):
-        run(tmp_path, ("parallel.compile=model", *DENSE))
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("compiled ")]
-    assert len(lines) == 1 and lines[0].startswith(f"compiled {counter.frame_count} graphs, in the first two steps")
 
 
 def test_a_skipped_step_is_explained(tmp_path, monkeypatch, caplog):
