@@ -53,7 +53,7 @@ def _run() -> None:
         sys.exit(0 if arguments else 2)
     name = arguments.pop(0)
     if name in ("-V", "--version"):
-        print(f"swin-moe {importlib.metadata.version('swin-moe')}")
+        print(f"swin-moe {_version()}")
         sys.exit(0)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -106,6 +106,13 @@ def check_config(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("swin-moe")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the import path
+        return "of a checkout that is not installed (pip install -e . gives it a version)"
 
 
 def check_words(name: str, arguments: list[str]) -> None:

@@ -96,6 +96,17 @@ def test_the_version_and_the_module_are_the_command():
     assert finished.stdout == f"swin-moe {importlib.metadata.version('swin-moe')}\n" and finished.returncode == 0
 
 
+def test_a_checkout_that_is_not_installed_has_no_version_and_says_so(monkeypatch, capsys):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sys, "argv", ["swin-moe", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and "pip install -e ." in capsys.readouterr().out
+
+
 WITHOUT_TORCH = {
     "import": ("import swin_moe", 0),
     "help": ("cli.main()", 0, "--help"),
