@@ -18,7 +18,15 @@ from swin_moe.planner.rates import OTHER, Curve, Point, Rate, Rates
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 KINDS = ("all_to_all", "all_reduce", "all_gather", "reduce_scatter", "broadcast")  # of collectives
-_MAY_BE_ZERO = ("nics_per_node", "nodes_per_leaf", "handling_seconds", "recomputing_seconds")
+_MAY_BE_ZERO = (
+    "nics_per_node",
+    "nodes_per_leaf",
+    "handling_seconds",
+    "handling_bytes_per_second",
+    "replicating_seconds",
+    "exchanging_seconds",
+    "recomputing_seconds",
+)
 _LINK = "inside"  # a figure of this form
 
 
@@ -52,9 +60,14 @@ class Hardware:
     nics_per_node: int = 0  # 0 = one a rank
     nodes_per_leaf: int = 0  # nodes on one switch of the network's lowest level; 0 = all
     oversubscription: float = 1.0  # bytes/s that the nodes of a leaf send over those that its uplinks carry
-    # Of a CPU's host (a device's runs ahead): around a weight that FSDP2 gathers or scatters, beside its message; and
-    # of an operator that is computed again, 0 = launch_seconds.
+    # Of a CPU's host (a device's runs ahead): around a weight that FSDP2 gathers or scatters, beside its message, and
+    # bytes of such weights that it copies, 0 = at once; around a weight whose gradient DDP reduces; around rows that
+    # go to the experts of a layer and back, in forward or backward; and of an operator that is computed again, 0 =
+    # launch_seconds.
     handling_seconds: float = 0.0
+    handling_bytes_per_second: float = 0.0
+    replicating_seconds: float = 0.0
+    exchanging_seconds: float = 0.0
     recomputing_seconds: float = 0.0
     device: str = "cuda"  # whose operators are counted: cuda or cpu
     # What calibration found, by precision: products by shape, and seconds of operators by name (rates.py).

@@ -3,7 +3,7 @@ activations from the segments of a micro-step."""
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -48,7 +48,7 @@ def predict_memory(
     segments = list(segments)
     live, produced = over_time(segments)
     gathered = _whole(config, workload, layout, segments)
-    gradients = _gradients_over_time(layout, states, produced, segments)
+    gradients = _gradients_over_time(layout, states, produced)
     peak = int(np.argmax(live + gradients + gathered))
     return Memory(
         parameters=states.parameters,
@@ -61,9 +61,7 @@ def predict_memory(
     )
 
 
-def _gradients_over_time(
-    layout: Layout, states: Memory, produced: np.ndarray, segments: Sequence[Segment]
-) -> np.ndarray:
+def _gradients_over_time(layout: Layout, states: Memory, produced: np.ndarray) -> np.ndarray:
     """Returns bytes of gradients after every operator. produced: Of those that this micro-step has made by then."""
     whole = float(produced[-1])
     if layout.engine == "deepspeed":
@@ -71,9 +69,8 @@ def _gradients_over_time(
         if layout.accumulation > 1:
             made = np.full_like(produced, whole)
         else:
-            made = np.minimum(produced, whole)
-            if layout.zero >= 2:  # let go of with each block
-                made = np.concatenate([np.maximum(s.gradients, 0.0) for s in segments])
+            # From stage 2 on each is let go of as soon as it lies in the bucket.
+            made = np.zeros_like(produced) if layout.zero >= 2 else np.minimum(produced, whole)
         return made + (states.gradients if layout.zero == 3 else 0.0)
     if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
         return np.full_like(produced, states.gradients)
@@ -279,7 +276,7 @@ def _gathered_by_deepspeed(whole: dict[str, float], segments: list[Segment]) -> 
     stays = sum(whole.values()) <= _REUSED
     kept, over = whole.get("", 0.0), []
     for segment in segments:
-        own = whole.get(segment.name, 0.0)
+        own = whole.get(segment.name, 0.0) if segment.name else 0.0  # "": what `kept` starts with
         here = kept + own * (not segment.backward or not stays)
         over.append(np.full(len(segment.live), here))
         if own and stays:
@@ -289,12 +286,12 @@ def _gathered_by_deepspeed(whole: dict[str, float], segments: list[Segment]) -> 
 
 @lru_cache(maxsize=32)
 def _blocks_of(workload: Workload, key: tuple) -> tuple[tuple[str, int], ...]:
-    expert, shard, data = key
+    expert, shard, data, is_deepspeed = key
     coordinates = {"expert": (0, expert), "expert_shard": (0, shard), "expert_data": (0, data)}
     found: dict[str, int] = {}
     for p in workload.parameters:
-        if p.is_expert and data == 1:
-            continue  # cut over nobody
+        if p.is_expert and data == 1 and not is_deepspeed:
+            continue  # cut over nobody; DeepSpeed copies what it gathers also from one rank
         block = _block_of(p.name)
         found[block] = found.get(block, 0) + local_chunk(p.name, p.shape, coordinates).numel
     return tuple(found.items())
@@ -303,5 +300,5 @@ def _blocks_of(workload: Workload, key: tuple) -> tuple[tuple[str, int], ...]:
 def _whole_blocks(config: Config, workload: Workload, layout: Layout) -> dict[str, float]:
     """Returns block -> bytes of its parameters once they are gathered; "" = those outside of blocks."""
     item = weight_dtype(config).itemsize
-    key = layout.expert, layout.expert_shard, layout.expert_data
+    key = layout.expert, layout.expert_shard, layout.expert_data, layout.engine == "deepspeed"
     return {name: float(item * numel) for name, numel in _blocks_of(workload, key)}

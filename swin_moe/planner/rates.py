@@ -2,7 +2,8 @@
 
 An operator takes call + byte * bytes + far * beyond + work * w: beyond is what it moves over CACHE bytes, w what the
 curve says of its product in seconds, or its multiply-accumulates where it multiplies many small matrices (attention),
-or 0 where it multiplies none. The update of weights is such a sum over tensors.
+or 0 where it multiplies none. The update of weights is such a sum over tensors, and what the host takes between
+operators, where it also lets go of memory, one over operators.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 from swin_moe.planner.operators import ATTENTION, BYTES, MACS, PRODUCTS, ROWS
 
 Point = tuple[float, float, float, float]  # rows, inner, columns, FLOP/s
-OTHER, UPDATE = "other", "update"  # rates of no single operator
+OTHER, UPDATE, HOST = "other", "update", "host"  # rates of no single operator
 CACHE = 2.0**20  # bytes that a core has near by, so that they come quicker than others
 _PASSED = 4  # tensors as large as a weight that its update reads: weight, gradient, moments
 _NEAREST = 8  # points that the curve looks at

@@ -5,6 +5,7 @@ host that starts its operators. Where the hardware file has what calibration fou
 its operators by their measured rates instead. Figures are the hardware file's; nothing is fitted here.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,19 @@ import numpy as np
 
 from swin_moe.config import Config
 from swin_moe.planner.arithmetic import macs_of_segments
-from swin_moe.planner.collectives import Collective, collectives_of, tensors_passed
+from swin_moe.planner.collectives import (
+    Collective,
+    collectives_of,
+    exchanges,
+    small_collectives_of,
+    weights_handled,
+    weights_replicated,
+)
 from swin_moe.planner.hardware import Hardware, Link
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.memory import Memory, held_elements, predict_states
-from swin_moe.planner.operators import PRODUCTS
-from swin_moe.planner.rates import UPDATE, Rates, moved_by_update
+from swin_moe.planner.operators import BYTES, PRODUCTS
+from swin_moe.planner.rates import HOST, UPDATE, Rates, moved_by_update
 from swin_moe.planner.trace import Segment
 from swin_moe.planner.workload import Workload, moments_of, rows_share, weight_dtype
 
@@ -35,7 +43,7 @@ class StepTime:
     exchange: float  # of rows, that computation does not hide
     reduction: float  # of gradients, and gathering of parameters, that computation does not hide
     hidden: float  # communication beside computation
-    update: float
+    update: float  # with the norm of gradients over all ranks
     bounds: dict[str, float]  # one of BOUNDS -> seconds that it decides
 
     @property
@@ -107,10 +115,11 @@ def add_communication(
     forward, backward = computation.forward * micro_steps, computation.backward * micro_steps
     bounds = {name: seconds * micro_steps for name, seconds in computation.bounds.items()}
     experts = expert_seconds(config, hardware, workload, layout) * micro_steps
-    exposed = {"exchange": 0.0, "reduction": 0.0}
+    exposed = {"exchange": 0.0, "reduction": 0.0, "update": 0.0}
     hidden = 0.0
     cover = {"backward": computation.backward, "forward": forward, "experts": experts, "": 0.0}
-    for collective in collectives_of(config, workload, layout):
+    sent = itertools.chain(collectives_of(config, workload, layout), small_collectives_of(config, workload, layout))
+    for collective in sent:
         seconds, bound = seconds_of_collective(collective, hardware)
         # CPU ranks carry the bytes with the cores that compute.
         free = min(seconds, cover[collective.beside] * collective.share) if hardware.device != "cpu" else 0.0
@@ -119,11 +128,22 @@ def add_communication(
         exposed[collective.phase] += seconds - free
         bounds[bound] += seconds - free
     if hardware.device == "cpu":  # elsewhere the host runs ahead
-        handling = hardware.handling_seconds * tensors_passed(workload, layout)
+        handling = handling_seconds(config, hardware, workload, layout)
+        exchanging = hardware.exchanging_seconds * exchanges(workload, layout)
         exposed["reduction"] += handling
-        bounds["launches"] += handling
+        exposed["exchange"] += exchanging
+        bounds["launches"] += handling + exchanging
     bounds["memory"] += update
+    update += exposed["update"]
     return StepTime(forward, backward, exposed["exchange"], exposed["reduction"], hidden, update, bounds)
+
+
+def handling_seconds(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
+    """Returns what FSDP2 or DDP takes of a CPU's host around weights in a step, beside what is sent."""
+    weights, size = weights_handled(workload, layout, weight_dtype(config).itemsize)
+    rate = hardware.handling_bytes_per_second
+    replicated = hardware.replicating_seconds * weights_replicated(workload, layout)
+    return hardware.handling_seconds * weights + (size / rate if rate else 0.0) + replicated
 
 
 def _computation(
@@ -159,12 +179,36 @@ def _measured(
         taken = float(rates.seconds(name, np.array(rows)).sum())
         bounds["compute" if name in PRODUCTS else "memory"] += taken
         seconds[backward] += taken
-        launches[backward] += hardware.launch_seconds * len(rows)
+        launches[backward] += host_seconds(hardware, precision, np.array(rows))
     if hardware.device == "cpu":
         bounds["launches"] += sum(launches)
         return seconds[0] + launches[0], seconds[1] + launches[1]
     bounds["launches"] += sum(max(0.0, b - a) for a, b in zip(seconds, launches))
     return max(seconds[0], launches[0]), max(seconds[1], launches[1])
+
+
+def operator_seconds(
+    hardware: Hardware, precision: str, operators: Sequence[tuple[str, str]], work: np.ndarray
+) -> float:
+    """Returns seconds of operators by the rates that calibration found, with the host's around them.
+
+    Args:
+        operators: (name, precision) of each.
+        work: (operators, 5), see operators.py.
+    """
+    by_operator: dict[tuple[str, str], list[np.ndarray]] = {}
+    for operator, row in zip(operators, work):
+        by_operator.setdefault(operator, []).append(row)
+    seconds = host_seconds(hardware, precision, work)
+    for (name, kind), rows in by_operator.items():
+        seconds += float(hardware.rates.get(kind, hardware.rates[precision]).seconds(name, np.array(rows)).sum())
+    return seconds
+
+
+def host_seconds(hardware: Hardware, precision: str, work: np.ndarray) -> float:
+    """Returns what the host takes around operators. work: (operators, 5), see operators.py."""
+    rate = hardware.rates[precision].operators.get(HOST)
+    return hardware.launch_seconds * len(work) if rate is None else float(rate.seconds(work[:, BYTES]).sum())
 
 
 def _recomputing(hardware: Hardware, layout: Layout, segments: Sequence[Segment]) -> float:

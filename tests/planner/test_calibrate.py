@@ -1,6 +1,7 @@
 """`swin-moe calibrate` on a few small figures, its links, and what it refuses before it measures."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -9,14 +10,14 @@ import pytest
 import torch
 
 from swin_moe.moe import experts
-from swin_moe.planner.calibrate import command, machine, networks
-from swin_moe.planner.calibrate.libraries import measure_handling, seconds_of_recomputing
+from swin_moe.planner.calibrate import command, libraries, machine, networks
+from swin_moe.planner.calibrate.libraries import Handled, fit_handling, measure_handling, seconds_of_recomputing
 from swin_moe.planner.calibrate.links import Timed, fit_link, fit_links, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.networks import Seen, SmallStep
 from swin_moe.planner.collectives import Collective
 from swin_moe.planner.hardware import KINDS, Link, load_hardware, read_hardware
 from swin_moe.planner.operators import MACS, PRODUCTS
-from swin_moe.planner.rates import OTHER, UPDATE
+from swin_moe.planner.rates import HOST, OTHER, UPDATE
 from swin_moe.planner.step_time import seconds_of_collective
 from tests.ranks import run_ranks
 
@@ -28,7 +29,8 @@ def quick(monkeypatch):
     few = networks.NETWORKS[-1].replace("img_size=96", "img_size=48").replace("window_size=6", "window_size=3")
     monkeypatch.setattr(networks, "NETWORKS", (few,))
     monkeypatch.setattr(command, "NETWORKS", (few,))
-    monkeypatch.setattr(command, "RECOMPUTED", few)
+    monkeypatch.setattr(libraries, "RECOMPUTED", (few,))
+    monkeypatch.setattr(libraries, "_ROUNDS", 1)
     monkeypatch.setattr(networks, "_ROUNDS", 1)
 
 
@@ -42,7 +44,7 @@ def test_it_writes_a_machine_that_plans_take(quick, tmp_path, capsys):
     assert [len(found.products[name]) for name in ("fp32", "bf16")] == [3, 3]
     for name in ("fp32", "bf16"):
         rates = found.rates[name].operators
-        assert {OTHER, UPDATE, "window_attention", "native_layer_norm", "gelu"} <= set(rates)
+        assert {OTHER, UPDATE, HOST, "window_attention", "native_layer_norm", "gelu"} <= set(rates)
     assert 1e-7 < found.launch_seconds < 1e-2
     assert found.watts == load_hardware("cpu").watts  # not measured
     text = path.read_text()
@@ -74,10 +76,29 @@ def test_a_timed_step_has_the_operators_of_the_traced_one(quick, tmp_path, monke
 
 
 def test_what_a_checkpoint_takes_of_the_host_is_that_of_the_operators_computed_again():
-    work, weights = np.zeros((0, 5)), np.zeros(1)
-    plain = Seen([("add", "fp32")] * 10, work, np.full(10, 1e-3), 1e-2 + 10 * 2e-5, 0.0, weights)
-    again = Seen([("add", "fp32")] * 15, work, np.full(15, 1e-3), 1.5e-2 + 10 * 2e-5 + 5 * 7e-5, 0.0, weights)
-    assert seconds_of_recomputing(plain, again) == pytest.approx(7e-5)
+    assert seconds_of_recomputing(2e-5, 5 * 5e-5, 5) == pytest.approx(7e-5)
+    assert seconds_of_recomputing(2e-5, -1.0, 5) == 2e-5  # disturbed: as others
+
+
+def test_the_host_takes_longer_where_operators_move_more_and_a_disturbed_step_says_nothing():
+    def seen(moved, host):
+        work = np.zeros((len(moved), 5))
+        work[:, 0] = moved
+        seconds = np.full(len(moved), 1e-3)
+        return Seen([("add", "fp32")] * len(moved), work, seconds, seconds.sum() + host, 0.0, np.ones(1))
+
+    sizes = (np.full(100, 1e3), np.full(100, 1e6), np.full(300, 5e5))
+    steps = [seen(moved, (2e-5 + 1e-11 * moved).sum()) for moved in sizes] + [seen(np.full(100, 1e7), -1e-2)]
+    rate = networks._host_rates(steps)[HOST]
+    assert (rate.call, rate.byte) == pytest.approx((2e-5, 1e-11), rel=1e-6)
+    assert networks._host_rates(steps[-1:]) == {}
+
+
+def test_what_libraries_take_of_the_host_is_by_weights_and_by_bytes():
+    whole = [Handled(2e-3, 100), Handled(1e-3, 100), Handled(-1e-3, 50)]
+    cut = [Handled(300 * 2e-5 + size / 4e9, 300, size) for size in (1e6, 4e7, 9e7)]
+    assert fit_handling(whole, cut) == pytest.approx((2e-3 / 250, 2e-5, 4e9))
+    assert fit_handling(whole, [Handled(-1.0, 300, 1e6)]) == (pytest.approx(8e-6), 0.0, 0.0)
 
 
 def test_a_link_is_found_from_what_the_planner_says_of_it():
@@ -103,13 +124,19 @@ def test_a_kind_of_collective_has_its_own_link():
 
 
 def _collectives():
-    timed = list(measure_collectives(torch.device("cpu")))
+    device = torch.device("cpu")
+    now, share = machine.clock_of_ranks(device)
+    assert 0 < share < 1.01 and now is (time.perf_counter if share > 0.95 else time.process_time)
+    timed = list(measure_collectives(device, now))
     assert {row.kind for row in timed} == set(KINDS) and all(row.seconds > 0 for row in timed)
     link, kinds = fit_links(timed)
     assert set(kinds) == set(KINDS) and all(found.bytes_per_second > 1e6 for found in (link, *kinds.values()))
-    # What FSDP2 does around a weight is found beside its messages: without them it would hold these as well.
+    # What is done around weights and rows is found beside operators and messages: without them it would hold these too.
     hardware = replace(load_hardware("cpu"), ranks_per_node=2, link_share=1.0, inside=link, collectives=kinds)
-    assert 0 < measure_handling(torch.device("cpu"), hardware) < 0.1
+    hardware = replace(hardware, exchanging_seconds=1.0)  # of an older file
+    found = measure_handling(device, hardware, now)
+    each = found.handling_seconds, found.replicating_seconds, found.exchanging_seconds
+    assert all(0 <= seconds < 0.1 for seconds in each) and max(found.handling_seconds, found.handling_bytes_per_second)
 
 
 def test_ranks_time_their_collectives(tmp_path):

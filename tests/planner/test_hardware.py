@@ -59,6 +59,17 @@ def test_machines_are_no_configs_of_runs():
         ({"ranks_per_node": 2.5}, "ranks_per_node must be a whole number, got 2.5"),
         ({"matrix_share": 1.5}, "matrix_share must be in"),
         ({"memory_byte": 1.0}, "did you mean memory_bytes?"),
+        ({"handling_seconds": -1e-5}, "handling_seconds must be a number >= 0, got -1e-05"),
+        ({"handling_bytes_per_second": "fast"}, "handling_bytes_per_second must be a number >= 0, got 'fast'"),
+        ({"replicating_seconds": -1e-5}, "replicating_seconds must be a number >= 0, got -1e-05"),
+        ({"exchanging_seconds": -1e-5}, "exchanging_seconds must be a number >= 0, got -1e-05"),
+        ({"recomputing_seconds": -1e-5}, "recomputing_seconds must be a number >= 0, got -1e-05"),
+        ({"collectives": {"gather": {}}}, "collectives must be links of some of all_to_all"),
+        ({"collectives": {"broadcast": {"latency": 1e-5}}}, "collectives.broadcast must give latency and bytes_per_s"),
+        (
+            {"collectives": {"broadcast": {"latency": -1e-5, "bytes_per_second": 1e9}}},
+            "collectives.broadcast.latency must be a number > 0, got -1e-05",
+        ),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
     ],
 )

@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-MORE = {1: (), 2: ("swinv2 bf16",)}  # with --full: others are of it, and others in it
+MORE = {1: (), 2: ("swinv2 bf16", "swin_moe DeepSpeed ZeRO-2, expert 2")}  # with --full
 
 
 def tiny(*options):

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from swin_moe.engine.precision import DTYPES
 from swin_moe.parallel.groups import init_distributed, number_of
-from swin_moe.planner.calibrate.libraries import RECOMPUTED, measure_handling, seconds_of_recomputing
+from swin_moe.planner.calibrate.libraries import measure_handling, measure_recomputing
 from swin_moe.planner.calibrate.links import fit_links, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.machine import (
+    clock_of_ranks,
     measure_disk,
     measure_launch,
     measure_memory,
@@ -112,7 +113,7 @@ def measure_rank(
         products[name] = list(measure_products(device, DTYPES[name] or torch.float32))
     say("memory, disk")
     memory, (written, _) = measure_memory(device), measure_disk(folder)
-    launch, recomputing, rates = measure_launch(device), 0.0, {}
+    launch, rates = measure_launch(device), {}
     if device.type == "cpu":
         seen: dict[str, list[Seen]] = {}
         for name in names:
@@ -120,19 +121,16 @@ def measure_rank(
             for number, step in enumerate(measure_networks(device, name), 1):
                 seen[name].append(step)
                 say(f"step of network {number} of {len(NETWORKS)} in {name}: {1e3 * step.micro_step:.0f} ms")
-        launch = float(np.median([step.host for steps in seen.values() for step in steps]))
-        say("a network whose blocks are computed again")
-        (again,) = measure_networks(device, names[0], [f"{RECOMPUTED} parallel.recompute=block"])
-        recomputing = seconds_of_recomputing(seen[names[0]][NETWORKS.index(RECOMPUTED)], again)
+        launch = float(np.median([step.host / len(step.operators) for steps in seen.values() for step in steps]))
         rates = rates_of({name: Curve(points) for name, points in products.items()}, seen)
     peaks = {name: max(point[3] for point in points) for name, points in products.items()}
-    return replace(
+    hardware = replace(
         like,
         memory_bytes=memory_of(device, max(ranks, like.ranks_per_node)),
         flops={**like.flops, **peaks},
         memory_bytes_per_second=memory,
         launch_seconds=launch,
-        recomputing_seconds=recomputing,
+        recomputing_seconds=0.0,
         disk_bytes_per_second=written,
         matrix_share=1.0,
         memory_share=1.0,
@@ -141,19 +139,25 @@ def measure_rank(
         products=products,
         operators=rates,
     )
+    if device.type != "cpu":
+        return hardware
+    say("a network whose blocks are computed again")
+    return replace(hardware, recomputing_seconds=measure_recomputing(device, hardware, names[0]))
 
 
 def measure_together(device: torch.device, hardware: Hardware, say: Steps) -> Hardware:
     """Returns the machine of one rank with what all ranks of one host, which have met, measure together."""
     ranks = dist.get_world_size()
-    say(f"collectives of {ranks} ranks")
-    link, kinds = fit_links(list(measure_collectives(device)))
+    now, share = clock_of_ranks(device)
+    busy = "" if now is not time.process_time else f"; a rank has {100 * share:.0f} % of a core: CPU time is counted"
+    say(f"collectives of {ranks} ranks{busy}")
+    link, kinds = fit_links(list(measure_collectives(device, now)))
     on_node = max(ranks, hardware.ranks_per_node)
     hardware = replace(hardware, inside=link, collectives=kinds, ranks_per_node=on_node)
     if device.type != "cpu":
         return hardware
-    say("what FSDP2 does around weights")
-    return replace(hardware, handling_seconds=measure_handling(device, hardware))
+    say("what DDP and FSDP2 do around weights, and the exchange around rows")
+    return measure_handling(device, hardware, now)
 
 
 def _both(links: Mapping[str, Link], like: Hardware) -> dict[str, Link]:

@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.config.checks import shown
-from swin_moe.planner.calibrate.machine import clock
+from swin_moe.planner.calibrate.machine import Clock
 from swin_moe.planner.hardware import KINDS, Link
 from swin_moe.planner.rates import fit
 
 SIZES = tuple((kind, size) for kind in KINDS for size in (2**12, 2**16, 2**19, 2**22, 2**24))
 _OF_LINK = ("all_to_all", "all_reduce")  # that all links are fitted to
-_REPEATS = 7
+_REPEATS = {"cpu": 40, "cuda": 7}
+_LARGE, _OF_LARGE = 2**22, 10  # bytes from where fewer repeats do
+# Broadcasts that are started before one is waited for, as ZeroRedundancyOptimizer starts them: so many bytes together.
+_TOGETHER, _MOST, _LEAST = 2**25, 64, 4
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name, or before
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -35,12 +38,14 @@ class Timed:
     seconds: float
 
 
-def measure_collectives(device: torch.device) -> Iterator[Timed]:
-    """Yields the median seconds of each collective: each repeat is as long as its slowest rank.
+def measure_collectives(device: torch.device, now: Clock) -> Iterator[Timed]:
+    """Yields the seconds of each collective: each repeat is as long as its slowest rank. now: machine.clock_of_ranks.
 
-    On the CPU, seconds of the process, as those of operators: ranks carry the bytes themselves.
+    Of a device, their median. Of a CPU their mean: where a rank has one core, gloo's thread now and then spins through
+    its whole turn of 3 to 4 ms, while it waits for a lock of the thread that it took the core from. A step has dozens
+    of collectives, so it has its share of these.
     """
-    ranks, now = dist.get_world_size(), clock(device)
+    ranks, average = dist.get_world_size(), statistics.median if device.type == "cuda" else statistics.fmean
     for kind, size in SIZES:
         count = size // 4 // ranks * ranks
         source, target = torch.ones(count, device=device), torch.empty(count, device=device)
@@ -50,17 +55,29 @@ def measure_collectives(device: torch.device) -> Iterator[Timed]:
             "all_reduce": partial(dist.all_reduce, source),
             "all_gather": partial(_all_gather, target, part),
             "reduce_scatter": partial(_reduce_scatter, part, source),
-            "broadcast": partial(dist.broadcast, source, 0),
+            "broadcast": partial(_broadcasts, source),
         }
         found = []
-        for _ in range(_REPEATS + 1):
+        repeats = _REPEATS[device.type] if size < _LARGE else min(_OF_LARGE, _REPEATS[device.type])
+        for _ in range(repeats + 1):
             dist.barrier()
             start = now()
             calls[kind]()
             slowest = torch.tensor(now() - start, dtype=torch.float64, device=device)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             found.append(float(slowest))
-        yield Timed(kind, ranks, 4.0 * count, statistics.median(found[1:]))
+        yield Timed(kind, ranks, 4.0 * count, average(found[1:]) / (_burst(source) if kind == "broadcast" else 1))
+
+
+def _burst(source: torch.Tensor) -> int:
+    return min(_MOST, max(_LEAST, _TOGETHER // (source.numel() * source.element_size())))
+
+
+def _broadcasts(source: torch.Tensor) -> None:
+    numbers = range(_burst(source))
+    works = [dist.broadcast(source, number % dist.get_world_size(), async_op=True) for number in numbers]
+    for work in works:
+        work.wait()
 
 
 def fit_links(timed: list[Timed]) -> tuple[Link, dict[str, Link]]:

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from swin_moe.planner.rates import Point
+
+Clock = Callable[[], float]
 
 # Rows x inner x columns. Those of one block of a network are in it, from the first stage to the last.
 _SIZES, _ROWS = (32, 128, 512, 2048), (64, 512, 4096, 32768)
@@ -18,9 +21,10 @@ _MOST_FLOPS = {"cpu": 1.2e9, "cuda": 1e13}  # of one product: 10 ms of a core
 _MOST_ELEMENTS = 2**25
 SHAPES = tuple((rows, inner, columns) for inner in _SIZES for columns in _SIZES for rows in _ROWS)
 _REPEATS = 3
+_LOOKED_AT, _ALONE = 0.3, 0.95  # seconds; share of a core of a rank that nothing disturbs
 
 
-def clock(device: torch.device) -> Callable[[], float]:
+def clock(device: torch.device) -> Clock:
     """Returns a clock of work that was done: CPU time of the process, which other processes do not take from; of a
     device, time on the wall after what was started has ended."""
     if device.type != "cuda":
@@ -31,6 +35,22 @@ def clock(device: torch.device) -> Callable[[], float]:
         return time.perf_counter()
 
     return after_all
+
+
+def clock_of_ranks(device: torch.device) -> tuple[Clock, float]:
+    """Returns (a clock of what ranks do together, the least share of a core that a rank has while all compute).
+
+    On CPUs that have nothing else to do that is time on the wall, in which ranks wait for each other; on others CPU
+    time of the process, of which other processes take less.
+    """
+    if device.type == "cuda":
+        return clock(device), 1.0
+    wall, start = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < _LOOKED_AT:
+        sum(range(10000))
+    share = torch.tensor((time.process_time() - start) / (time.perf_counter() - wall), dtype=torch.float64)
+    dist.all_reduce(share, op=dist.ReduceOp.MIN)
+    return (time.perf_counter if share > _ALONE else time.process_time), float(share)
 
 
 def seconds_of(work: Callable[[], object], now: Callable[[], float], repeats: int = _REPEATS) -> float:

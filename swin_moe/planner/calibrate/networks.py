@@ -20,8 +20,8 @@ from swin_moe.optim import build_schedule
 from swin_moe.parallel.groups import Groups, single_process_groups
 from swin_moe.planner.calibrate.machine import clock
 from swin_moe.planner.micro_step import example_batch
-from swin_moe.planner.operators import starts_kernel, tensors_of, traced_work_of
-from swin_moe.planner.rates import UPDATE, Curve, Rate, beyond, fit, fit_rates, moved_by_update
+from swin_moe.planner.operators import BYTES, starts_kernel, tensors_of, traced_work_of
+from swin_moe.planner.rates import HOST, UPDATE, Curve, Rate, beyond, fit, fit_rates, moved_by_update
 from swin_moe.registry import lookup
 from swin_moe.run.session import Session, build_meta_model
 from swin_moe.tasks.base import StepContext, build_task
@@ -45,7 +45,8 @@ NETWORKS = (
     + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=2 "
     + _EXPERTS,
 )
-_ROUNDS = 3  # of a step as it is and one whose operators are timed
+_FREED = 31 * 2**20  # bytes
+_ROUNDS, _WARMING = 5, 2  # of a step as it is and one whose operators are timed
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Seen:
 
     @property
     def host(self) -> float:
-        """Seconds that the host takes around one operator."""
-        return max(0.0, self.micro_step - float(self.seconds.sum())) / len(self.operators)
+        """Seconds that the host takes around all operators."""
+        return max(0.0, self.micro_step - float(self.seconds.sum()))
 
 
 class _Timed(TorchDispatchMode):
@@ -127,6 +128,9 @@ class SmallStep:
 def measure_networks(device: torch.device, precision: str, networks: Sequence[str] = NETWORKS) -> Iterator[Seen]:
     """Yields what the steps of small networks were."""
     now = clock(device)
+    # A block of nearly 32 MiB that was let go of: from then on glibc keeps what is freed at the top of its heap up to
+    # twice that, as in any process that once held large tensors. Else small networks' steps now and then fault all in.
+    torch.ones(_FREED // 4)
     with tempfile.TemporaryDirectory() as directory:
         for options in networks:
             words = f"model.moe.blocks=[] {options} engine.precision={precision} run.output={directory}".split()
@@ -134,8 +138,9 @@ def measure_networks(device: torch.device, precision: str, networks: Sequence[st
 
 
 def _measure(step: SmallStep, now: Any) -> Seen:
-    step.micro_steps()
-    step.update()
+    for _ in range(_WARMING):
+        step.micro_steps()
+        step.update()
     plain, timed = [], []
     for _ in range(_ROUNDS):
         start = now()
@@ -155,8 +160,16 @@ def _measure(step: SmallStep, now: Any) -> Seen:
     return Seen(first.operators, np.array(first.work), seconds, float(micro_step), float(update), sizes)
 
 
+def operators_of(step: SmallStep, now: Any) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Returns (name and precision, work) of every operator of a step, which is taken."""
+    with _Timed(now) as seen:
+        step.micro_steps()
+    step.update()
+    return seen.operators, np.array(seen.work)
+
+
 def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str, dict[str, Rate]]:
-    """Returns precision -> rate by operator, and of the update. seen: By engine.precision.
+    """Returns precision -> rate by operator, of the update and of the host. seen: By engine.precision.
 
     In bf16 parts of a step run in fp32: operators count by what they read, in whatever network.
     """
@@ -168,7 +181,8 @@ def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str,
     found = {}
     for precision, by_name in calls.items():
         tables = {n: (np.array([w for w, _ in c]), np.array([s for _, s in c])) for n, c in by_name.items()}
-        found[precision] = fit_rates(curves[precision], tables) | _update_rates(seen[precision])
+        of_steps = _update_rates(seen[precision]) | _host_rates(seen[precision])
+        found[precision] = fit_rates(curves[precision], tables) | of_steps
     return found
 
 
@@ -177,3 +191,15 @@ def _update_rates(steps: list[Seen]) -> dict[str, Rate]:
     features = np.array([[len(m), m.sum(), beyond(m).sum()] for m in moved])
     call, byte, far = (float(v) for v in fit(features, np.array([step.update for step in steps])))
     return {UPDATE: Rate(call, byte, 0.0, far)}
+
+
+def _host_rates(steps: list[Seen]) -> dict[str, Rate]:
+    """Memory that operators filled is given back between them, so that the host takes longer where they move more. A
+    step that was disturbed while its operators were timed says nothing of it."""
+    steps = [step for step in steps if step.host > 0]
+    if not steps:
+        return {}
+    moved = [step.work[:, BYTES] for step in steps]
+    features = np.array([[len(m), m.sum(), beyond(m).sum()] for m in moved])
+    call, byte, far = (float(v) for v in fit(features, np.array([step.host for step in steps])))
+    return {HOST: Rate(call, byte, 0.0, far)}
