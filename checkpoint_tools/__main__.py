@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else CONFIGURATION
     if argv[0] not in VERBS:
         near = nearest(argv[0], VERBS)
-        meant = f"did you mean {near}? " if near else ""
+        there = not near and os.path.exists(argv[0])
+        meant = f"did you mean {PROGRAM} inspect {argv[0]}? " if there else f"did you mean {near}? " if near else ""
         print(f"error: unknown verb {argv[0][:80]!r}; {meant}allowed: {', '.join(VERBS)}", file=sys.stderr)
         return CONFIGURATION
     try:

@@ -73,6 +73,7 @@ def _run() -> None:
             print(launch_help(), end="")
             sys.exit(0)
         try:
+            refuse_words_of_others(arguments)
             arguments = with_plan(arguments)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -132,6 +133,48 @@ def check_words(name: str, arguments: list[str]) -> None:
 
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+# What other launchers call it -> what to type here.
+_RANKS = "-n N is the number of all ranks"
+_LAUNCHERS = {
+    **dict.fromkeys(("-np", "--np", "--nproc", "--nproc_per_node", "--num_processes", "--gpus", "--num_gpus"), _RANKS),
+    **dict.fromkeys(
+        ("--nodes", "--nnodes", "--num_nodes", "--num_machines"),
+        f"{_RANKS}, and --hostfile FILE names the nodes; an allocation of a scheduler needs neither (swin-moe launch "
+        f"script writes its batch script)",
+    ),
+}
+
+
+def refuse_words_of_others(arguments: list[str]) -> None:
+    """Raises ValueError for options of other launchers, and for a command or config where a program has to stand."""
+    from launcher.job.options import split_at_dashes
+
+    before, program = split_at_dashes(arguments)
+    for number, word in enumerate(before):
+        if (name := word.partition("=")[0]) in _LAUNCHERS and arguments[:1] != ["script"]:
+            raise ValueError(f"swin-moe launch has no option {name}: {_LAUNCHERS[name]}")
+        if word == "-m":
+            said = " ".join([*before[:number], "--", *before[number:]])
+            raise ValueError(f"swin-moe launch: the program stands after --: swin-moe launch {said}")
+    if not program or program[0].startswith("-") or os.path.isfile(program[0]):
+        return
+    words = program[1:] if program[0] in ("swin-moe", "python", "python3") else program
+    if words[:1] == ["-m"]:
+        raise ValueError(f"swin-moe launch: Python is started by it: -- {' '.join(words)}")
+    if words[:1] == ["train"] or words and _is_config(words[0]):
+        said = " ".join(words[1:] if words[0] == "train" else words) or "CONFIG"
+        raise ValueError(f"swin-moe launch: after -- stands a module: -- -m swin_moe.train {said}")
+
+
+def _is_config(word: str) -> bool:
+    from swin_moe.config.io import find_config
+
+    try:
+        return find_config(word).is_file()
+    except ValueError:
+        return False
 
 
 def with_plan(arguments: list[str]) -> list[str]:

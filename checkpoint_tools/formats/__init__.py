@@ -20,6 +20,7 @@ from checkpoint_tools.formats.state_dict import taken_off, why_unknown
 from checkpoint_tools.sources.base import Options, Source
 from swin_moe.checkpoint.errors import CheckpointError
 from swin_moe.config.arguments import near_path
+from swin_moe.config.mistaken import belongs
 from swin_moe.registry import check_members, lookup
 
 
@@ -116,8 +117,11 @@ def find_format(path: Path, *, advice: bool = True) -> str:
         )
         found = f", but there is {others[0]}: .rank0 is missing" if others else near_path(path)
         raise CheckpointError(f"{path}: does not exist{found}")
+    clause = belongs(path)
+    if path.is_file() and clause:
+        raise CheckpointError(f"{path}: is neither a file of torch.save nor a safetensors file{clause}")
     kind = why_unknown(path) if path.is_file() else "is no checkpoint of a known format"
-    remedy = f"; name one with --from ({', '.join(FORMATS)})" if advice else ""
+    remedy = clause or (f"; name one with --from ({', '.join(FORMATS)})" if advice else "")
     raise CheckpointError(f"{path}: {kind}{remedy}")
 
 

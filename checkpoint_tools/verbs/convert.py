@@ -21,10 +21,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, help="a checkpoint; for rank files the path without .rank0")
     add("destination", type=Path, help="what to write; nothing may be there yet")
     add_format_argument(parser)
-    add("--to", required=True, choices=sorted(name for name, row in FORMATS.items() if row.write))
+    add("--to", required=True, type=_to, choices=sorted(name for name, row in FORMATS.items() if row.write))
     add("--world", type=int, default=0, help="rank files to write, for formats that have them")
     add_settings_argument(parser)
     add_output_arguments(parser)
+
+
+def _to(name: str) -> str:
+    """Returns the name of a format; raises argparse.ArgumentTypeError for what another verb writes."""
+    from checkpoint_tools.verbs.export import KINDS
+
+    if name in KINDS and name not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{name} is of another verb: swin-moe checkpoint export SRC DST --to {name}")
+    return name
 
 
 def run(arguments: argparse.Namespace, options: Options) -> int:

@@ -24,6 +24,7 @@ from swin_moe.checkpoint.plan import plan_copies
 from swin_moe.checkpoint.save import write_checkpoint
 from swin_moe.checkpoint.shards import ShardReader
 from swin_moe.config.arguments import near_path
+from swin_moe.config.mistaken import belongs
 from swin_moe.config.state import canonical_config
 
 T = TypeVar("T")
@@ -287,7 +288,7 @@ def _kind_of(path: Path, key: str = "checkpoint.load") -> str:
             f"{key}={path}: is a file, and a run goes on from a checkpoint of this system; `swin-moe checkpoint "
             f"convert {whole} DIR --to native` makes one, checkpoint.init={whole} takes the weights alone"
         )
-    hint = "" if path.exists() else near_path(path)
+    hint = belongs(path) or near_path(path)
     raise CheckpointError(f"{key}={path}: is neither a checkpoint (no {INDEX_NAME}) nor a run that holds one{hint}")
 
 

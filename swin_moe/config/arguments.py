@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from swin_moe.config import synonyms
+from swin_moe.names.files import RUN_CONFIG
 
 _SHOWN = 300  # characters of what argparse says, which repeats what was typed
 _LOOKED_AT = 4096  # entries of a folder, whose names are compared with a word
+_ALIKE = 0.7  # of two names, as difflib counts it
+_RUNS = Path("output")  # where run.output has them
 _MOST = (1 << 63) - 1  # of a whole number, as everywhere outside of Python
 
 
@@ -116,14 +119,20 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 
 def near_path(path: str | Path) -> str:
-    """Returns "; did you mean PATH?" of what lies beside a path that is not there and is called nearly so, or ""."""
+    """Returns "; did you mean PATH?" of a path that is not there: the run of that name, or what lies beside it and is
+    called nearly so; else ""."""
     path = Path(path)
     try:
+        if path.exists():
+            return ""
+        if (_RUNS / path / RUN_CONFIG).is_file():
+            return f"; did you mean {_RUNS / path}?"
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in islice(entries, _LOOKED_AT)]
     except (OSError, ValueError):  # no such folder; a NUL in it
         return ""
-    near = nearest(path.stem, [Path(name).stem for name in names])  # not by an ending that all may have
+    stems = [Path(name).stem for name in names]  # not by an ending that all may have
+    near = next(iter(difflib.get_close_matches(path.stem, stems, n=1, cutoff=_ALIKE)), "")
     alike = [name for name in names if near and Path(name).stem == near]
     if not alike:
         return ""
@@ -147,5 +156,5 @@ def refuse_options(command: str, words: Iterable[str], options: Iterable[str] = 
         other = synonyms.meant(name, given="=...")
         has = f"{meant}it has {', '.join(known)}" if known else "options are given as section.key=value"
         if other and not near:
-            has = f"{other} Options are given as section.key=value"
+            has = f"{other} Options are given as section.key=value" if other.endswith("?") else other
         raise ValueError(f"{command} has no option {name[:_SHOWN]}; {has}")

@@ -17,15 +17,16 @@ import yaml
 from swin_moe.config.arguments import near_path
 from swin_moe.config.checks import field_types, shown
 from swin_moe.config.coerce import Word, coerce_tree, read_word, type_of
+from swin_moe.config.mistaken import belongs, is_run
 from swin_moe.config.official import convert_official, is_official, nest
 from swin_moe.config.official_options import refusal
 from swin_moe.config.schema import Config
 from swin_moe.config.tasks import TaskConfig, TaskOptions, moved_key, nested, own_options, said_twice
 from swin_moe.config.yaml_files import read_yaml, write_whole
+from swin_moe.names.files import RUN_CONFIG
 
 logger = logging.getLogger(__name__)
 
-_OF_RUN = "config.yaml"  # what training writes into the directory of a run
 _COMMAND_LINE = "command line"  # the source of overrides, for errors
 
 
@@ -53,7 +54,7 @@ def load_with_origins(
     """Returns (what load_config does, which file set an option, or that the command line did, by dotted key); options
     that nobody set, and have their defaults, are not there."""
     run = _run_directory(path_or_name)
-    path = _resolve(path_or_name) if run is None else run / _OF_RUN
+    path = _resolve(path_or_name) if run is None else run / RUN_CONFIG
     given = _parse_overrides(overrides)
     context = _Context(world_size, frozenset(_flatten(given)), [], {})
     own = _read_tree(path, (), context)
@@ -131,6 +132,10 @@ def find_config(name: str) -> Path:
         return found[0]
     if found:
         raise ValueError(f"config {name!r} is ambiguous: {', '.join(str(f.relative_to(folder)) for f in found)}")
+    if re.match(r"[a-z_]+\.[a-z_.]+=", name):
+        raise ValueError(f"a config or a run comes first, and words such as {shown(name)} after it")
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is no config and no run{belongs(name)}")
     near = difflib.get_close_matches(wanted.name, [f.stem for f in files], n=3)
     hint = f"; did you mean {', '.join(near)}?" if near else near_path(name)
     raise ValueError(f"no config file or config name {shown(name)} (looked in {folder}){hint}")
@@ -196,7 +201,7 @@ def _run_directory(path_or_name: str | Path) -> Path | None:
     """Returns the run directory that a word is the path of, or None."""
     _check_name(path_or_name)
     path = Path(path_or_name).expanduser()
-    if not str(path_or_name) or not (path / _OF_RUN).is_file():
+    if not str(path_or_name) or not (path / RUN_CONFIG).is_file():
         return None
     return path if path.name not in ("", "..") else path.resolve()
 
@@ -275,7 +280,7 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
         if word.startswith("-"):
             raise ValueError(refusal(word))
         if not equals:
-            raise ValueError(f"override {shown(word)} must have the form section.key=value")
+            raise ValueError(f"override {shown(word)} must have the form section.key=value{_key_of(word)}")
         written = written.strip()
         key = "parallel.plan" if (written, text.strip()) == ("parallel", "auto") else moved_key(written)
         kind = type_of(key, source=_COMMAND_LINE)
@@ -287,6 +292,15 @@ def _parse_overrides(overrides: Iterable[str]) -> dict:
         branch = nest({key: value})
         tree = merge(tree, _typed(branch, source=_COMMAND_LINE))
     return tree
+
+
+def _key_of(word: str) -> str:
+    """Returns "; did you mean data.path=WORD?" of what is there as a folder, a file or a run; else ""."""
+    path = Path(word)
+    if "\0" in word or not path.exists():
+        return ""
+    key = "data.path" if path.is_dir() and not is_run(path) else "checkpoint.load"
+    return f"; did you mean {key}={shown(word)[1:-1]}?"
 
 
 def _typed(tree: dict, *, source: str) -> dict:

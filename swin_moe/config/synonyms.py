@@ -59,7 +59,7 @@ WORDS: dict[str, tuple[str, str]] = {
 }
 # What is no option of a config, but of the command around it.
 ELSEWHERE = dict.fromkeys(
-    ("gpus", "devices", "num_gpus", "nproc_per_node", "world_size", "num_processes", "ranks", "nnodes", "num_nodes"),
+    "gpus devices num_gpus nproc_per_node world_size num_processes ranks nnodes num_nodes n np".split(),
     "ranks are the launcher's: swin-moe launch -n N -- -m swin_moe.train CONFIG",
 )
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import yaml
 
 from swin_moe.config.checks import shown
+from swin_moe.config.mistaken import belongs
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -103,6 +104,8 @@ def read_yaml(path: Path) -> dict:
             raise ValueError(f"{path} is no config: it holds {_MOST} characters or more")
         tree = yaml.load(text, ConfigLoader)
     except UnicodeDecodeError:
+        if clause := belongs(path):
+            raise ValueError(f"{path} is no config and no run{clause}") from None
         raise ValueError(
             f"{path} is not a YAML file but a binary one; a config or a run comes first, then images, and weights as "
             f"checkpoint.load={path}"

@@ -62,8 +62,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _refuse_path(words: list[str]) -> None:
+    """Raises ValueError where images stand in the place of the verb."""
+    if words and words[0] not in ("check", "split") and Path(words[0]).exists():
+        raise ValueError(f"swin-moe data: what to do with {words[0]}? swin-moe data check {words[0]}, or split")
+
+
 def parse(argv: list[str] | None) -> Any:
     """Returns the options; raises ValueError for wrong ones."""
+    _refuse_path(sys.argv[1:] if argv is None else argv)
     raw: Any = argparse.RawDescriptionHelpFormatter
     parser = command_parser("data", "Images before training.", _EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", metavar="check | split", required=True)

@@ -24,9 +24,9 @@ from swin_moe.config.checks import shown
 from swin_moe.data.base import Dataset
 from swin_moe.data.pixels import BrokenImage, decode, read_image
 from swin_moe.data.sets.subset import ClassSubset
+from swin_moe.names.files import IMAGE_SUFFIXES
 from swin_moe.registry import lookup
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DATASETS = {
     "digits": "swin_moe.data.sets.digits:Digits",
     "folder": "swin_moe.data.datasets:ImageFolder",
@@ -170,6 +170,8 @@ def is_image(name: str) -> bool:
 
 def require_directory(path: Path, what: str, *, hint: str = "") -> None:
     """Raises ValueError where there is no such directory; says what is called nearly so, or `hint`."""
+    if path.is_file():
+        raise ValueError(f"data.path: {path} is a file; give the folder that holds the images")
     if not path.is_dir():
         raise ValueError(f"data.path: no {what} at {path}{hint or near_path(path)}")
 
@@ -195,6 +197,8 @@ class ImageFolder(FileDataset):
         require_directory(root, "directory")
         directory, train = root / split, root / "train"
         split_it = f"; `swin-moe data split {root} --out {root}_split` makes train and val of class folders"
+        if not any(entry.is_dir() for entry in root.iterdir()):
+            split_it = f"; a folder for each class is needed, and `swin-moe data check {root}` says what is there"
         require_directory(directory, "directory", hint="" if train.is_dir() else split_it)
         found = self._class_names(directory)
         classes = self._class_names(train) if train.is_dir() else found

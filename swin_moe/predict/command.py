@@ -17,11 +17,13 @@ from torch import Tensor
 
 from swin_moe.config import Config
 from swin_moe.config.arguments import near_path, shortened
-from swin_moe.data.datasets import IMAGE_SUFFIXES, build_dataset
+from swin_moe.config.mistaken import belongs, is_run
+from swin_moe.data.datasets import build_dataset
 from swin_moe.data.pixels import BrokenImage, opened, unreadable
 from swin_moe.data.transforms import build_transform
 from swin_moe.engine.graphs import check_graphs, with_graphs
 from swin_moe.engine.precision import autocast
+from swin_moe.names.files import IMAGE_SUFFIXES
 from swin_moe.predict.pixels import PixelOptions, predict_pixels
 from swin_moe.run.counter import Counter
 from swin_moe.run.session import Session, build_classifier, open_session, parse_arguments
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> None:
     path, rest = parse_arguments(argv, PREDICT, OPTIONS)
     words, options = _parse_options(rest)
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
-    images = _image_files([word for word in words if word not in overrides])
+    images = _image_files([word for word in words if word not in overrides], path)
     session = open_session(path, overrides)
     if session.world_size > 1:
         raise ValueError(f"predict runs in one process, got {session.world_size} ranks; start it without a launcher")
@@ -194,8 +196,10 @@ def _parse_options(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     return others, options
 
 
-def _image_files(words: list[str]) -> list[str]:
+def _image_files(words: list[str], network: str) -> list[str]:
     """Returns the files named, and those with an image's suffix below the folders named or that a pattern fits.
+
+    network: What stands before them, for errors.
 
     Raises:
         ValueError: There is none, or a name is neither a file nor a folder with images.
@@ -206,6 +210,8 @@ def _image_files(words: list[str]) -> list[str]:
         if word and Path(word).is_dir():  # Path("") would be the folder we are in
             below = (os.path.join(folder, name) for folder, _, names in sorted(os.walk(word)) for name in sorted(names))
             inside = [name for name in below if name.lower().endswith(IMAGE_SUFFIXES)]
+            if is_run(Path(word)) and not is_run(Path(network)) and belongs(network):
+                raise ValueError(f"{word} is a run and comes first: swin-moe predict {word} {network}")
             if not inside:
                 raise ValueError(f"no image below the folder {word} ({', '.join(IMAGE_SUFFIXES)})")
             found += inside
@@ -216,7 +222,11 @@ def _image_files(words: list[str]) -> list[str]:
         else:
             raise ValueError(f"no such image file: {word or repr(word)}{near_path(word)}")
     if not found:
-        raise ValueError("predict needs at least one image file, or a folder of them, after the config")
+        if clause := "" if is_run(Path(network)) else belongs(network):
+            raise ValueError(f"predict needs a run or a config before the images: {network}{clause}")
+        raise ValueError(
+            f"predict needs at least one image file, or a folder of them: swin-moe predict {network} IMAGE"
+        )
     return found
 
 

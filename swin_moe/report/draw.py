@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from swin_moe.names.colours import BACKGROUND, BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Colour
+from swin_moe.names.colours import BACKGROUND, BLUE, BROWN, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, Colour
 
 WIDTH, HEIGHT = 1120, 560  # pixels of a chart, shown at half that
 GRID = (228, 228, 228)
-COLOURS: tuple[Colour, ...] = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, (120, 94, 240), INK)
+COLOURS: tuple[Colour, ...] = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN, INK)
 _TEXT = 22
 _VIRIDIS = np.array(  # every eighth of the map of that name (S. van der Walt and N. Smith, matplotlib 1.5)
     [

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from swin_moe.config.arguments import near_path
+from swin_moe.config.mistaken import belongs
 from swin_moe.config.shipped.show import resolved
-
-RECORDS, CONFIG = "metrics.jsonl", "config.yaml"  # of a run's folder
+from swin_moe.names.files import RECORDS, RUN_CONFIG
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def read_run(path: str | Path, name: str = "") -> Run:
         ValueError: It is no run's folder, or has no record yet; names the file.
     """
     directory = Path(path)
-    hint = "" if directory.exists() else near_path(directory)
-    for file in (CONFIG, RECORDS):
+    hint = belongs(directory) or near_path(directory)
+    for file in (RUN_CONFIG, RECORDS):
         if not (directory / file).is_file():
             raise ValueError(f"{directory} is no folder of a run: it has no {file}{hint}")
-    config = {key: value for key, value, _ in resolved(str(directory / CONFIG), [])}
+    config = {key: value for key, value, _ in resolved(str(directory / RUN_CONFIG), [])}
     series = _read_records(directory / RECORDS)
     if not series:
         raise ValueError(f"{directory / RECORDS} holds no record yet; a run writes one every log.every steps")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from swin_moe.names.colours import BACKGROUND, INK
+from swin_moe.names.colours import BACKGROUND, INK, MANY
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the second where Pillow was built without FreeType
 _FAINT = (130, 130, 130)
@@ -40,7 +40,12 @@ class ClassLoad:
 
 
 def expert_colour(expert: int) -> tuple[int, int, int]:
-    """Returns a colour far from those of neighbouring numbers: a golden section of hue apart, in two brightnesses."""
+    """Returns the colour of an expert: of the first 16 one that any colour vision tells from the others'.
+
+    Further ones are a golden section of hue after the number before, in two brightnesses; their numbers tell them.
+    """
+    if expert < len(MANY):
+        return MANY[expert]
     hue, value = expert * 0.61803398875 % 1.0, (0.95, 0.65)[expert // 12 % 2]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.8, value))
     return red, green, blue

@@ -15,19 +15,18 @@ from swin_moe.data.batch import Batch
 from swin_moe.data.dense.masks import bitmaps_of
 from swin_moe.data.dense.sample import IGNORED
 from swin_moe.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from swin_moe.names.colours import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from swin_moe.names.colours import MANY
 from swin_moe.tasks.dense import Found
 
-_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)  # brighter than the background of most images
-_SHADES = (1.0, 0.65, 1.35)  # of further classes
+_SHADES = (1.0, 0.65, 1.35)  # of classes after those that have a colour of their own
 _SIDE = 480  # pixels that the longer side of a drawing has at least: small images are enlarged
 _FILL = 0.45  # of a mask's colour, the rest is the image
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """Returns the (red, green, blue) of a class: one of seven, in three shades, then the same again."""
-    shade = _SHADES[label // len(_COLOURS) % len(_SHADES)]
-    red, green, blue = (min(255, round(shade * part)) for part in _COLOURS[label % len(_COLOURS)])
+    """Returns the (red, green, blue) of a class: one of 16, in three shades, then the same again."""
+    shade = _SHADES[label // len(MANY) % len(_SHADES)]
+    red, green, blue = (min(255, round(shade * part)) for part in MANY[label % len(MANY)])
     return red, green, blue
 
 

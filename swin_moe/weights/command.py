@@ -1,6 +1,7 @@
 """`swin-moe weights list | fetch | path`: the released official files, on this disk or not."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,14 @@ def parse(argv: list[str] | None) -> Any:
     add("--folder", type=Path, default=None, metavar="DIR", help=f"where they lie (default: {default_folder()})")
     add("--json", action="store_true", help="list: as JSON")
     add("--task", choices=tuple(_SCORES), help="list: only those of a task")
+    words = sys.argv[1:] if argv is None else argv
+    if words and (words[0] in released() or any(row.config == words[0] for row in released().values())):
+        raise ValueError(f"swin-moe weights: fetch, path or list comes first: swin-moe weights fetch {words[0]}")
     options = parser.parse_args(argv)
+    if (there := _no_folder(options.folder)) is not None:
+        raise ValueError(
+            f"--folder {options.folder}: {there} is a file; give a folder, which is made where it is not there"
+        )
     if options.verb != "list" and not options.names:
         raise ValueError(f"swin-moe weights {options.verb} needs the name of weights; `swin-moe weights list` has them")
     if options.verb == "path" and len(options.names) > 1:
@@ -55,6 +63,12 @@ def parse(argv: list[str] | None) -> Any:
     if (options.json or options.task) and options.verb != "list":
         raise ValueError("--json and --task are for list")
     return options
+
+
+def _no_folder(folder: Path | None) -> Path | None:
+    """Returns what stands in the way of a folder: itself or a part of its path that is there and none; else None."""
+    parts = [] if folder is None else [folder, *folder.parents]
+    return next((part for part in parts if os.path.lexists(part) and not part.is_dir()), None)
 
 
 def by_name(name: str) -> Released:
@@ -89,7 +103,10 @@ def _list(words: list[str], folder: Path | None, as_json: bool, task: str | None
     rows = [row for row in rows if task in (None, row.task)]
     if not rows:
         of = f" of {task}" if task else ""
-        raise ValueError(f"no released weights{of} have {' and '.join(map(repr, words))} in their name")
+        raise ValueError(
+            f"no released weights{of} have {' and '.join(map(repr, words))} in their name; `swin-moe weights list` "
+            f"has all"
+        )
     if as_json:
         return json.dumps([vars(row) | {"here": place(row, folder).is_file()} for row in rows], indent=1)
     width, lines = max(len(row.name) for row in rows), []

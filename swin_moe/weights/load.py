@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from swin_moe.checkpoint import CheckpointManager, Piece, find_checkpoint, find_latest, resolve, together
-from swin_moe.config import ModelConfig
+from swin_moe.config import Config, ModelConfig
+from swin_moe.config.mistaken import is_run
 from swin_moe.engine.base import Engine
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.network import Network
@@ -25,9 +26,13 @@ from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import file_key, is_wrapped
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.run.session import Session
+from swin_moe.tasks.base import TASKS
 from swin_moe.weights.sources import ForeignCheckpoint, OwnCheckpoint, Source, is_own, open_weights
 
 _AVERAGE = "ema/"
+# Tasks whose networks have parts that no other's has.
+_WITH_PARTS = ("classify", "detect", "segment", "soft_teacher")
+_SHAPING = ("embed_dim", "depths", "num_heads")  # options of a model that nearly all of its tensors depend on
 _NAMES_SHOWN = 160  # characters
 
 
@@ -105,7 +110,42 @@ def _check_followers(stored: Source, model: Network) -> None:
 def open_stored(session: Session) -> Source | None:
     """Returns the checkpoint that load_weights loads, opened; None where the run has none yet."""
     path = session.config.checkpoint.load or find_latest(session.directory / "checkpoints")
-    return None if path is None else open_weights(path, key="checkpoint.load")
+    if path is None:
+        return None
+    stored = open_weights(path, key="checkpoint.load")
+    if session.config.checkpoint.load and isinstance(stored, OwnCheckpoint):
+        _check_kind(stored, session.config)
+    return stored
+
+
+def _check_kind(stored: OwnCheckpoint, config: Config) -> None:
+    """Raises ValueError where a checkpoint of this system is of another task or network; says where to find its own."""
+    told, here = stored.config.get("task", {}).get("name", ""), config.task.name
+    other = ""
+    if told in _WITH_PARTS and here in _WITH_PARTS and told != here:
+        other = f"was trained with task.name={told}, not {here}"
+    elif {told, here} <= TASKS.keys():
+        other = other_network(stored.config.get("model", {}), config.model)
+    if other:
+        run = stored.path.parent.parent
+        its = run if is_run(run) else "the run that it is of"
+        raise ValueError(
+            f"checkpoint.load={stored.path}: {other}; name {its} in the place of the config, or begin a run of this "
+            f"one with what fits of it (checkpoint.init)"
+        )
+
+
+def other_network(told: Mapping[str, Any], model: ModelConfig) -> str:
+    """Returns in words what makes a network another than the model's, of which no tensor would fit; "" = nothing.
+
+    told: Its options as JSON, as far as they are known.
+    """
+    own = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(model).items()}
+    differ = [key for key in _SHAPING if key in told and told[key] != own[key]]
+    if not differ:
+        return ""
+    theirs, ours = (", ".join(f"model.{key}={tree[key]}" for key in differ).replace(" ", "") for tree in (told, own))
+    return f"is of another network: {theirs}, not {ours}".replace(",model", ", model")
 
 
 def check_sources(session: Session) -> None:
@@ -185,6 +225,11 @@ def fill_pieces(
             backbone, tensors, key_shapes, own_parts=own_parts, same_classes=same_classes, grid=grid
         )
     except ValueError as error:
+        if other := other_network(source.config.get("model", {}), backbone.config):
+            raise ValueError(
+                f"{source.description}: weights do not fit the model: the file {other}; a config of its network takes "
+                f"it: `swin-moe configs WORD ...` lists them"
+            ) from None
         raise ValueError(f"{source.description}: {error}") from None
     direct = []
     for piece in pieces:

@@ -12,7 +12,7 @@ from swin_moe.config.arguments import refuse_options
 WRONG = {
     "train": ("--eval", "train has no option --eval; options are given as section.key=value"),
     "evaluate": ("--last", "evaluate has no option --last; options are given as section.key=value"),
-    "throughput": ("-n", "throughput has no option -n; options are given as section.key=value"),
+    "throughput": ("-n", "throughput has no option -n; ranks are the launcher's: swin-moe launch -n N"),
     "predict": ("--eval", "predict has no option --eval; it has --top, --json, --csv, --batch, --names"),
     "inspect_routing": (
         "--imges=3",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from swin_moe.config import DataConfig
-from swin_moe.data.datasets import IMAGE_SUFFIXES
+from swin_moe.names.files import IMAGE_SUFFIXES
 
 _log = logging.getLogger(__name__)
 
