@@ -2,6 +2,8 @@
 // swin_moe/ops/moe/moe_plan.py says what each argument means, swin_moe/moe/dispatch.py has the reference.
 #include "moe_plan.h"
 
+#include "moe_kernels.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,7 +15,6 @@
 #include <vector>
 
 namespace swin_moe {
-namespace {
 
 using at::Tensor;
 
@@ -63,7 +64,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_plan_cpu(const Tensor& expert_, c
   return {position, pair, vacant, counts};
 }
 
-}  // namespace
 }  // namespace swin_moe
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {

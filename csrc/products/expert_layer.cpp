@@ -13,11 +13,13 @@
 #include <tuple>
 #include <vector>
 
+#include "expert_layer.h"
 #include "expert_rows.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// Where PyTorch multiplies and adds in one rounding, so do these.
-#define SWIN_MOE_FMA_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// Where PyTorch multiplies and adds in one rounding, so do these. By features: "arch=" asks for a maker's processor too,
+// and every other maker's would run the default, which calls fmaf for each number.
+#define SWIN_MOE_FMA_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
 #else
 #define SWIN_MOE_FMA_CLONES
 #endif
@@ -147,7 +149,9 @@ const float* gates_of(const Tensor& gate, const Tensor& position) {
   return gate.const_data_ptr<float>();  // refuses another dtype
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_layer_cpu(
+}  // namespace
+
+ExpertLayer expert_layer_cpu(
     const Tensor& x_, const Tensor& gate, const Tensor& fc1, const OptionalTensor& bias1, const Tensor& fc2,
     const OptionalTensor& bias2, const Tensor& position, const OptionalTensor& keep, const Tensor& pair,
     const Tensor& counts, at::ScalarType dtype, const OptionalTensor& words, const OptionalTensor& numbers,
@@ -185,6 +189,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_layer_cpu(
   return {y, rows, product, hidden, out};
 }
 
+namespace {
+
 // (tokens, choices): the products of each pair's row and its token's gradient, summed as PyTorch sums.
 Tensor gate_gradient(const Tensor& out, const Tensor& grad, const Order& order) {
   const int64_t width = out.size(1);
@@ -201,6 +207,8 @@ Tensor gate_gradient(const Tensor& out, const Tensor& grad, const Order& order) 
     cells[cell] = order.has(cell) ? sum[order.position[cell]] : 0.0f;
   return found;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> expert_layer_backward_cpu(
     const Tensor& grad_, const Tensor& gate, const Tensor& rows, const Tensor& product, const Tensor& hidden,
@@ -241,7 +249,6 @@ std::tuple<Tensor, Tensor> expert_layer_backward_cpu(
   return {grad_x, grad_gate};
 }
 
-}  // namespace
 }  // namespace swin_moe
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {

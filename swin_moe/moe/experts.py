@@ -166,13 +166,16 @@ class GroupedExperts(nn.Module):
             results.append(slices.send(number, _two_layers(rows, counts[number], own, *weights)))
         return results
 
-    def take_tokens(self, x: Tensor, gate: Tensor, dtype: torch.dtype) -> bool:
-        """Returns whether `on_tokens` serves: few rows on a processor with kernels, and nothing watches or traces."""
-        if not 0 < gate.numel() or torch.compiler.is_compiling() or not is_untouched(self) or self.gather is not None:
+    def take_tokens(self, x: Tensor, pairs: int, dtype: torch.dtype) -> bool:
+        """Returns whether `on_tokens` serves: few rows on a processor with kernels, and nothing watches or traces.
+
+        pairs: Of a token and a choice, T * k.
+        """
+        if pairs == 0 or torch.compiler.is_compiling() or not is_untouched(self) or self.gather is not None:
             return False
-        if dtype not in (x.dtype, torch.bfloat16) or gate.dtype != torch.float32 or not is_ordinary(x):
+        if dtype not in (x.dtype, torch.bfloat16) or not is_ordinary(x):
             return False
-        if not is_few(gate.numel(), dtype, max(self.num_local_experts, 1)):
+        if not is_few(pairs, dtype, max(self.num_local_experts, 1)):
             return False
         weights = self.fc1_weight, self.fc2_weight
         return all(takes(x, weight, dtype) and is_ordinary(weight) for weight in weights)
@@ -187,6 +190,10 @@ class GroupedExperts(nn.Module):
         weights = self._weights(dtype, keep_matrices=True, keep_biases=False)
         draw = None if dropout is None else dropout.draw()
         return expert_layer(x, gate, weights, order, dtype=dtype, draw=draw)
+
+    def parameters_in_order(self) -> list[Tensor]:
+        """Returns the parameters in the order of PARAMETERS."""
+        return [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
 
     def _weights(self, dtype: torch.dtype, *, keep_matrices: bool, keep_biases: bool) -> list[Tensor]:
         """Returns the parameters in the order of PARAMETERS, those that are not kept in this dtype."""

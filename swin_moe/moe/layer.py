@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe.choices import Routed, RoutingStats, build_choice
+from swin_moe.moe.choices.token import TokenChoice
 from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher, order_and_counts
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.phases import PhaseClock, mark
-from swin_moe.moe.routers import build_router
+from swin_moe.moe.routers import LinearRouter, build_router
 from swin_moe.moe.routing import Routing
 from swin_moe.moe.shared import SharedExpert
+from swin_moe.ops.linear import is_ordinary, is_untouched
+from swin_moe.ops.moe import moe_layer
 from swin_moe.ops.random_draws import with_words
 from swin_moe.ops.row_products import LayerOrder
 from swin_moe.randomness import RandomContext, derive_key
@@ -111,26 +114,83 @@ class MoELayer(nn.Module):
         dtype = torch.get_autocast_dtype(device_type) if is_mixed else x.dtype
         # Only where there is something to switch off: torch.export cannot hold a region with these results.
         with torch.autocast(device_type, enabled=False) if is_mixed else nullcontext():
-            routed = self.choice.route(
-                x,
-                self.router,
-                tokens_per_image=tokens_per_image,
-                counts=counts,
-                training=self.training,
-                random=random,
-                token=token,
-            )
-            routing, self.stats = routed.routing, routed.stats
-            if self.observer is not None:
-                self.observer(routing)
-            if self._is_in_one(routed, dtype):
-                y = self._in_one(routed, dtype, random, token)
+            plan = None if counts is not None else self._plan(x, dtype, tokens_per_image, draws=random is not None)
+            if plan is not None:
+                y, aux = self._at_once(x, plan, dtype, random, token)
             else:
-                y = self._step_by_step(routed, dtype, random, token).to(x.dtype)
+                routed = self._route(x, random, token, tokens_per_image, counts)
+                in_one = self._is_in_one(routed, dtype)
+                y = (self._in_one if in_one else self._step_by_step)(routed, dtype, random, token).to(x.dtype)
+                aux = routed.aux
         y = mark(y, self.clock, forward="combine", backward="")
         if self.shared is not None:
             y = y + self.shared(x_TD).to(y.dtype)
-        return y, routed.aux
+        return y, aux
+
+    def _route(
+        self,
+        x: Tensor,
+        random: RandomContext | None,
+        token: Tensor | None,
+        tokens_per_image: int,
+        counts: tuple[int, ...] | None,
+    ) -> Routed:
+        """Returns what to do with the tokens; remembers what came of it, and shows it to who observes."""
+        routed = self.choice.route(
+            x,
+            self.router,
+            tokens_per_image=tokens_per_image,
+            counts=counts,
+            training=self.training,
+            random=random,
+            token=token,
+        )
+        self.stats = routed.stats
+        if self.observer is not None:
+            self.observer(routed.routing)
+        return routed
+
+    def _plan(
+        self, x: Tensor, dtype: torch.dtype, tokens_per_image: int, *, draws: bool
+    ) -> tuple[moe_layer.Slots, moe_layer.Options] | None:
+        """Returns how routing, experts and what is between them are one operator; None where they are not: it covers
+        linear routers and token choice, few rows, all here, and nobody watches."""
+        if self.clock is not None or self.observer is not None or type(self.dispatcher) is not LocalDispatcher:
+            return None
+        if not isinstance(self.choice, TokenChoice) or type(self.router) is not LinearRouter:
+            return None
+        if "cpu" not in moe_layer.COMPILED or not is_untouched(self.router) or not is_ordinary(self.router.weight):
+            return None
+        if not self.experts.take_tokens(x, x.shape[0] * self.config.top_k, dtype):
+            return None
+        return self.choice.at_once(x, tokens_per_image=tokens_per_image, training=self.training, draws=draws)
+
+    def _at_once(
+        self,
+        x: Tensor,
+        plan: tuple[moe_layer.Slots, moe_layer.Options],
+        dtype: torch.dtype,
+        random: RandomContext | None,
+        token: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what choice.route and _in_one do one after the other."""
+        router = self.router
+        assert isinstance(router, LinearRouter), "a plan is made for no other"
+        balance = router.balance
+        found = moe_layer.moe_layer(
+            x,
+            router.weight,
+            self.experts.parameters_in_order(),
+            *plan,
+            bias=None if balance is None else balance(),
+            words=None if random is None else random.words,
+            token=token,
+            dtype=dtype,
+        )
+        experts = self.config.num_experts
+        demand, kept, dropped = found.totals.split([experts, experts, 1])
+        self.stats = RoutingStats(demand, kept, dropped.view(()), found.entropy, found.balance)
+        return found.y, found.aux
 
     def _step_by_step(
         self, routed: Routed, dtype: torch.dtype, random: RandomContext | None, token: Tensor | None
@@ -156,7 +216,8 @@ class MoELayer(nn.Module):
     def _is_in_one(self, routed: Routed, dtype: torch.dtype) -> bool:
         """Returns whether dispatch, experts and combine are one operator: few rows, all here, nobody watches."""
         plain = type(self.dispatcher) is LocalDispatcher and type(routed) is Routed and self.clock is None
-        return plain and self.experts.take_tokens(routed.rows, routed.routing.gate, dtype)
+        gate = routed.routing.gate
+        return plain and gate.dtype == torch.float32 and self.experts.take_tokens(routed.rows, gate.numel(), dtype)
 
     def _in_one(self, routed: Routed, dtype: torch.dtype, random: RandomContext | None, token: Tensor | None) -> Tensor:
         """Returns what _step_by_step does, in the dtype of the rows before they were cast."""

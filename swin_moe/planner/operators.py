@@ -22,6 +22,8 @@ _NO_KERNEL = frozenset(
     "is_same_size _has_compatible_shallow_copy_type device".split()
 )
 
+_LAYER_ROWS = 11  # among what moe_layer keeps for its backward
+
 Shape = tuple[float, float, float]
 Arguments = Sequence[Any]
 
@@ -89,6 +91,29 @@ def _scaled_dot(args: Arguments, query: int = 0) -> Shape:
     return math.prod(q[:-1]), k[-2], 2 * q[-1]
 
 
+def _layer(args: Arguments) -> list[tuple[str, Shape]]:
+    """Returns the products of the router and of both layers of the experts."""
+    (tokens, width), router, fc1, top_k = args[0].shape, args[1], args[3], args[9]
+    rows, hidden = tokens * top_k, fc1.shape[1]
+    return [
+        ("mm", (tokens, width, router.shape[0])),
+        ("grouped_linear", (rows, width, hidden)),
+        ("grouped_linear", (rows, hidden, width)),
+    ]
+
+
+def _layer_backward(args: Arguments) -> list[tuple[str, Shape]]:
+    """Returns the products of both layers of the experts and the router's two."""
+    (tokens, width), experts, fc1, kept = args[2].shape, args[3].shape[0], args[4], args[7]
+    rows, hidden = kept[_LAYER_ROWS].shape[0], fc1.shape[1]
+    return [
+        ("grouped_linear_backward", (rows, hidden, width)),
+        ("grouped_linear_backward", (rows, width, hidden)),
+        ("mm", (experts, tokens, width)),
+        ("mm", (tokens, experts, width)),
+    ]
+
+
 # Operators that multiply matrices -> the shape of their product. Backward of two factors counts once: its rate knows.
 PRODUCTS: dict[str, Callable[[Arguments], Shape]] = {
     "mm": _mm,
@@ -114,6 +139,8 @@ JOINED: dict[str, Callable[[Arguments], list[tuple[str, Shape]]]] = {
     "row_linear_backward": _row_linear_backward,
     "expert_rows": lambda args: [("grouped_linear", shape) for shape in _experts(args)],
     "expert_rows_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 1, 4)[::-1]],
+    "moe_layer": _layer,
+    "moe_layer_backward": _layer_backward,
     "expert_layer": lambda args: [("grouped_linear", shape) for shape in _experts(args, 8, 2)],
     "expert_layer_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 2, 6)[::-1]],
 }

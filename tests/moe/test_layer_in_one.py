@@ -1,4 +1,5 @@
-"""Dispatch, experts and combine as one operator: the bits of the steps one after the other, and when it is taken."""
+"""A layer, or dispatch, experts and combine, as one operator: the bits of the steps one after the other, and when they
+are taken."""
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from swin_moe.moe.dispatch import PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.phases import PhaseClock
 from swin_moe.ops import row_products
+from swin_moe.ops.moe import moe_layer
 
 pytestmark = pytest.mark.skipif(not row_products._has_kernels(), reason="this build or processor has no such kernels")
 # dtype of tokens and weights, whether products are in bfloat16 by autocast
@@ -31,7 +33,7 @@ def results(layer: MoELayer, dtype: torch.dtype, mixed: bool) -> list[Tensor]:
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         y, aux = layer(x)
-    leaves = [x, *layer.parameters()]
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
     return [y.detach(), aux.detach(), *torch.autograd.grad([y, aux], leaves, [grad, torch.tensor(0.5)])]
 
 
@@ -40,6 +42,7 @@ def results(layer: MoELayer, dtype: torch.dtype, mixed: bool) -> list[Tensor]:
 @pytest.mark.parametrize(("dtype", "mixed"), PRECISIONS)
 def test_one_operator_has_the_bits_of_its_steps(monkeypatch, dtype, mixed, top_k, factor, dropout):
     layer = make(dtype, top_k=top_k, capacity_factor=factor, dropout=dropout)
+    monkeypatch.setattr(MoELayer, "_plan", lambda self, *a, **k: None)
     taken: list[int] = []
     real = MoELayer._in_one
     monkeypatch.setattr(MoELayer, "_in_one", lambda self, *a: taken.append(1) or real(self, *a))
@@ -49,6 +52,128 @@ def test_one_operator_has_the_bits_of_its_steps(monkeypatch, dtype, mixed, top_k
     assert taken == [1] and (factor == 0 or int(layer.stats.dropped) > 0)
     for mine, wanted in zip(found, expected):
         assert mine.dtype == wanted.dtype and torch.equal(mine, wanted)
+
+
+LAYERS = {
+    "official": {"top_k": 1, "capacity_factor": 1.25, "batch_prioritized": True, "balance_loss": "load_importance"},
+    "two choices, dropped": {"top_k": 2, "capacity_factor": 0.6, "normalize_gate": True},
+    "no slots": {"capacity_factor": 0.01},
+    "dropout": {"top_k": 2, "dropout": 0.2, "capacity_factor": 0.0},
+    "no noise": {"gate_noise": 0.0, "balance_loss": "gshard", "capacity_factor": 0.0},
+    "no loss": {"balance_loss": "none", "capacity_factor": 0.0},
+    "sigmoid": {"scores": "sigmoid", "balance_loss": "gshard", "top_k": 2, "normalize_gate": True},
+    "biased": {"scores": "sigmoid", "balance_loss": "none", "bias_rate": 0.1, "top_k": 3},
+    "z-loss": {"z_loss_weight": 0.1, "balance_loss": "gshard"},
+    "z-loss alone": {"z_loss_weight": 0.1, "balance_loss": "none"},
+    "z-loss, load": {"z_loss_weight": 0.1, "balance_loss": "load_importance"},
+    "groups of images": {"capacity_scope": "images", "group_images": 2, "top_k": 2, "capacity_factor": 0.8},
+    "balanced together": {"capacity_scope": "images", "group_images": 2, "balance_scope": "global"},
+    "experts without tokens": {"num_experts": 150, "capacity_factor": 0.0},
+    "a shared expert": {"shared_experts": 1},
+}
+STATS = ("demand", "kept", "dropped", "entropy", "aux")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("dtype", "mixed"), PRECISIONS)
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_a_layer_as_one_operator_has_the_bits_of_its_steps(monkeypatch, options, dtype, mixed, training):
+    layer = make(dtype, **options).train(training)
+    if layer.router.balance is not None:
+        layer.router.balance.bias.data.copy_(torch.linspace(-0.2, 0.2, layer.config.num_experts))
+    taken: list[int] = []
+    real = MoELayer._at_once
+    monkeypatch.setattr(MoELayer, "_at_once", lambda self, *a: taken.append(1) or real(self, *a))
+    found, stats = results(layer, dtype, mixed), layer.stats
+    monkeypatch.setattr(MoELayer, "_plan", lambda self, *a, **k: None)
+    monkeypatch.setattr(MoELayer, "_is_in_one", lambda self, *a: False)
+    expected = results(layer, dtype, mixed)
+    assert taken == [1]
+    for mine, wanted in zip(found, expected):
+        assert mine.dtype == wanted.dtype and mine.stride() == wanted.stride()
+        # Where three gradients meet, in the logits in evaluation or in tokens, autograd adds them in another order.
+        exact = training and "shared_experts" not in options
+        close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(mine, wanted, **({"rtol": 0, "atol": 0} if exact else close))
+    for name in STATS:
+        mine, wanted = getattr(stats, name), getattr(layer.stats, name)
+        assert torch.equal(mine, wanted) and mine.shape == wanted.shape and not mine.requires_grad, name
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_a_layer_as_one_operator_is_that_of_float64(options):
+    layer = make(**{**options, "gate_noise": 0.0})  # without noise, as it is drawn in float32
+    exact = make(**{**options, "gate_noise": 0.0}).double()
+    found, expected = results(layer, torch.float32, False), results(exact, torch.float64, False)
+    assert torch.equal(layer.stats.demand, exact.stats.demand)
+    for mine, wanted in zip(found, expected):
+        assert float((mine - wanted).norm() / wanted.norm().clamp(min=1e-3)) < 2e-5
+
+
+def test_a_layer_without_tokens_and_one_of_which_nothing_is_asked():
+    layer = make(capacity_factor=0.0)
+    y, aux = layer(torch.zeros(0, 50, 20))
+    assert y.shape == (0, 50, 20) and float(aux.detach()) == 0
+    y, aux = layer(draw(3, 50, 20, seed=3, dtype=torch.float32))  # of x no gradient, and of y none at all
+    assert not layer.router.weight.grad and aux.requires_grad
+    aux.backward()
+    assert layer.router.weight.grad.any() and not layer.experts.fc1_weight.grad.any()
+    layer.router.weight.requires_grad_(False)
+    x = draw(3, 50, 20, seed=3, dtype=torch.float32).requires_grad_()
+    layer(x)[0].sum().backward()
+    assert x.grad.any() and layer.experts.fc1_weight.grad.any()
+
+
+def test_a_layer_as_one_operator_has_the_same_bits_on_every_number_of_threads():
+    layer, threads, found = make(top_k=2, capacity_factor=0.8, batch_prioritized=True), torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(results(layer, torch.float32, False))
+    finally:
+        torch.set_num_threads(threads)
+    of_router = (2, 3)  # gradients of tokens and of the router: its products are PyTorch's, whose sums threads share
+    for other in found[1:]:
+        for number, (a, b) in enumerate(zip(found[0], other)):
+            torch.testing.assert_close(a, b, **({} if number in of_router else {"rtol": 0, "atol": 0}))
+
+
+def test_when_a_layer_is_one_operator():
+    x = draw(50, 20, seed=3, dtype=torch.float32)
+
+    def takes(layer: MoELayer, x: Tensor = x, dtype: torch.dtype = torch.float32) -> bool:
+        return layer._plan(x, dtype, 50, draws=False) is not None
+
+    assert takes(make()) and takes(make(), dtype=torch.bfloat16)
+    assert not takes(make(torch.float64), x.double(), torch.float64)
+    assert not takes(make(router="cosine"))
+    assert not takes(make(choice="expert", balance_loss="none", capacity_factor=1.0))
+    assert not takes(make(num_experts=6, expert_groups=3, group_limit=2, balance_loss="gshard"))
+    observed = make()
+    observed.observer = lambda routing: None
+    assert not takes(observed)
+    hooked = make()
+    hooked.router.register_forward_hook(lambda *a: None)
+    assert not takes(hooked)
+
+
+def test_a_layer_keeps_the_contract_of_an_operator():
+    weights = [draw(*s, seed=n, dtype=torch.float32) for n, s in enumerate([(2, 5, 4), (2, 5), (2, 5, 4), (2, 4)])]
+    x, router = draw(6, 4, seed=5, dtype=torch.float32), draw(2, 4, seed=6, dtype=torch.float32)
+    slots = moe_layer.Slots(1, 6, None, None, False)
+    options = moe_layer.Options(0, 0.0, 0.0, False, False, "gshard", 0.0, 6, 1.0, 0.1)
+    arguments = x, router, None, *weights, None, None, *slots.numbers(), torch.float32, *options.numbers()
+    torch.library.opcheck(torch.ops.swin_moe.moe_layer, arguments)
+    y, *_, kept = torch.ops.swin_moe.moe_layer(*arguments)
+    backward = y, None, x, router, weights[0], weights[2], None, kept, *options.numbers(), True, True, *[None] * 4
+    torch.library.opcheck(torch.ops.swin_moe.moe_layer_backward, backward)
+    noisy = options._replace(noise=0.5)
+    with pytest.raises(ValueError, match="noise and dropout need words and the number of each of 6 tokens"):
+        moe_layer.moe_layer(x, router, weights, slots, noisy, bias=None, words=None, token=None, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"x must be \(tokens, channels\) and the router .* got \[6, 4\] and \[2, 3\]"):
+        moe_layer.moe_layer(
+            x, router[:, :3], weights, slots, options, bias=None, words=None, token=None, dtype=torch.float32
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

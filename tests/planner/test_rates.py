@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from swin_moe.config.io import load_config
+from swin_moe.ops import row_products
+from swin_moe.ops.moe import moe_layer
 from swin_moe.parallel.sharding import Degrees
 from swin_moe.planner.hardware import Link, dump_hardware, load_hardware, read_hardware
 from swin_moe.planner.layouts import Layout
@@ -116,6 +118,24 @@ def test_what_is_joined_where_rows_are_few_counts_as_in_a_trace(name, args, part
     assert [share for *_, share in found] == pytest.approx([m / sum(macs) for m in macs])
     moved = work_of(name, given, [])[1][BYTES]
     assert [work[BYTES] for _, work, _ in found] == pytest.approx([moved * m / sum(macs) for m in macs])
+
+
+def test_a_layer_counts_as_the_products_of_its_trace():
+    x, router, fc1, bias = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(4, 7, 3), torch.zeros(4, 7)
+    found = traced_work_of("moe_layer", [x, router, None, fc1, bias, fc1, x, None, None, 2], [])
+    parts = [("mm", (5, 3, 4)), ("grouped_linear", (10, 3, 7)), ("grouped_linear", (10, 7, 3))]
+    assert [(operator[0], tuple(work[2:])) for operator, work, _ in found] == parts
+    options = moe_layer.Options(0, 0.0, 0.0, False, False, "gshard", 0.0, 5, 1.0, 0.0)
+    slots = moe_layer.Slots(2, 5, None, None, False)
+    weights = fc1, bias, fc1, torch.zeros(4, 3)
+    arguments = x, router, None, *weights, None, None, *slots.numbers(), torch.float32, *options.numbers()
+    if "cpu" not in moe_layer.COMPILED or not row_products.takes(x, fc1):
+        pytest.skip("this build or processor has no such kernels")
+    kept = torch.ops.swin_moe.moe_layer(*arguments)[-1]
+    found = traced_work_of("moe_layer_backward", [x, None, x, router, fc1, fc1, None, kept], [])
+    parts = [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))]
+    parts += [("mm", (4, 5, 3)), ("mm", (5, 4, 3))]
+    assert [(operator[0], tuple(work[2:])) for operator, work, _ in found] == parts
 
 
 def test_what_is_joined_of_no_rows_and_what_is_not_joined_counts_as_it_is():

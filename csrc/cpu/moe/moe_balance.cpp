@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "moe/moe_balance_checks.h"
+#include "moe/moe_kernels.h"
 
 namespace swin_moe {
 namespace {
@@ -152,9 +153,9 @@ Tensor loss_of(const Part& part, const Sums& all, Kind kind) {
   return scores.mul(load).sum(1).div_(squared_size(scores, part)).mean().mul_(double(scores.size(1)));
 }
 
-using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-Loss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& threshold, const Tensor& expert,
+BalanceLoss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& threshold, const Tensor& expert,
                      const OptionalTensor& logits, int64_t kind, double noise_std, int64_t group_size, double weight,
                      double z_weight) {
   check_balance(scores_, threshold, expert, kind);
@@ -178,6 +179,8 @@ Loss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& threshold, con
   }
   return {aux, balance, sums.scores, sums.load, log_sum};
 }
+
+namespace {
 
 // (groups, experts) of a part: what a token's score and its load add to the loss, times grad.
 std::tuple<Tensor, Tensor> gradient_of_sums(const Part& part, const Tensor& sums, const Tensor& load, Kind kind,
@@ -214,6 +217,8 @@ void spread(const Part& part, const Tensor& scores, const OptionalTensor& thresh
     }
   });
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> moe_balance_backward_cpu(const Tensor& grad_, const Tensor& scores_,
                                                             const OptionalTensor& threshold,
@@ -252,7 +257,6 @@ std::tuple<Tensor, Tensor, Tensor> moe_balance_backward_cpu(const Tensor& grad_,
   return {of_scores, of_threshold, of_logits};
 }
 
-}  // namespace
 }  // namespace swin_moe
 
 TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {

@@ -2,6 +2,8 @@
 // for bit; choices, slots and counts are loops over tokens, in which no value depends on the number of threads.
 #include "moe/moe_route.h"
 
+#include "moe/moe_kernels.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/_softmax.h>
 #include <ATen/ops/_softmax_backward_data.h>
@@ -204,8 +206,6 @@ Tensor mean_entropy(const Tensor& values, bool logits) {
   return total.div_(double(std::max<int64_t>(values.size(0), 1)));
 }
 
-using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class T>
 void route_tokens(const Tensor& scores, const Tensor& noisy, const OptionalTensor& bias, const RoutingGroups& groups,
                   bool prioritized, const Tensor& expert, const Tensor& gate, const Tensor& threshold,
@@ -227,7 +227,9 @@ void route_tokens(const Tensor& scores, const Tensor& noisy, const OptionalTenso
                    });
 }
 
-Routed moe_route_cpu(const Tensor& clean_, const OptionalTensor& noise, const OptionalTensor& bias_, int64_t top_k,
+}  // namespace
+
+RoutedTokens moe_route_cpu(const Tensor& clean_, const OptionalTensor& noise, const OptionalTensor& bias_, int64_t top_k,
                      int64_t group_size, int64_t capacity, int64_t last_capacity, bool sigmoid, bool normalize,
                      bool prioritized, bool with_probabilities) {
   const Tensor& noisy_ = noise ? *noise : clean_;
@@ -256,6 +258,8 @@ Routed moe_route_cpu(const Tensor& clean_, const OptionalTensor& noise, const Op
   return {scores, probabilities, gate, threshold, expert, slot, keep, demand, kept, totals_of(demand, kept), entropy};
 }
 
+namespace {
+
 // The gradient of the chosen scores before they were made to sum to 1.
 Tensor unnormalized(const Tensor& grad, const Tensor& scores, const Tensor& expert) {
   const double eps = machine_epsilon(scores);
@@ -282,6 +286,8 @@ void add_at(const Tensor& to, const Tensor& index, const Tensor& values, int64_t
     add_at<float>(to, index, plain, column);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> moe_route_backward_cpu(const OptionalTensor& grad_scores,
                                                   const OptionalTensor& grad_probabilities,
                                                   const OptionalTensor& grad_gate, const OptionalTensor& grad_threshold,
@@ -299,7 +305,6 @@ std::tuple<Tensor, Tensor> moe_route_backward_cpu(const OptionalTensor& grad_sco
   return {clean, noisy};
 }
 
-}  // namespace
 }  // namespace swin_moe
 
 TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {

@@ -13,7 +13,7 @@ from swin_moe.moe.choices.base import Assigned, Batch, Choice, Routed, RoutingSt
 from swin_moe.moe.routing import Routing, join, route
 from swin_moe.moe.routing_groups import route_across
 from swin_moe.moe.scored import Scored
-from swin_moe.ops.moe import moe_balance, moe_route
+from swin_moe.ops.moe import moe_balance, moe_layer, moe_route
 from swin_moe.randomness import RandomContext
 
 
@@ -70,10 +70,42 @@ class TokenChoice(Choice):
 
     def _is_fused(self, clean: Tensor, training: bool) -> bool:
         """Returns whether the compiled operator covers the options; if not, the Python form does what it would."""
+        return self._covers(training) and moe_route.available(clean)
+
+    def _covers(self, training: bool) -> bool:
         config = self.config
         limited = 0 < config.group_limit < config.expert_groups
-        across = training and (self.exchange is not None or self.balance_exchange is not None)
-        return not limited and not across and moe_route.available(clean)
+        return not limited and not (training and (self.exchange is not None or self.balance_exchange is not None))
+
+    def at_once(
+        self, x: Tensor, *, tokens_per_image: int, training: bool, draws: bool
+    ) -> tuple[moe_layer.Slots, moe_layer.Options] | None:
+        """Returns how x (T, D) is routed by moe_layer.moe_layer; None where that does not cover the options."""
+        if type(self) is not TokenChoice or not self._covers(training):
+            return None
+        config, parts = self.config, self.parts(Batch(x, tokens_per_image, training))
+        capacities = [self.capacity(size, training=training) for _, size in parts]
+        size = max(parts[0][1], 1)
+        slots = moe_layer.Slots(config.top_k, size, capacities[0], capacities[-1], config.batch_prioritized)
+        std = config.gate_noise / config.num_experts
+        options = moe_layer.Options(
+            layer=self.layer,
+            noise=std if draws else 0.0,
+            drop=config.dropout if draws else 0.0,
+            sigmoid=config.scores == "sigmoid",
+            normalize=config.normalize_gate,
+            kind=self._balanced(),
+            noise_std=std,
+            balance_group=max(x.shape[0], 1) if config.balance_scope == "global" else size,
+            weight=config.aux_loss_weight,
+            z_weight=config.z_loss_weight,
+        )
+        return slots, options
+
+    def _balanced(self) -> str:
+        """Returns what the balance loss is of, a key of moe_balance.KINDS."""
+        of_shares = self.config.balance_loss == "gshard" and self.config.scores == "sigmoid"
+        return "gshard of shares" if of_shares else self.config.balance_loss
 
     def _finish_fused(self, batch: Batch, clean: Tensor, noisy: Tensor, bias: Tensor | None) -> Routed:
         config, num_experts = self.config, clean.shape[1]
@@ -110,14 +142,12 @@ class TokenChoice(Choice):
         if not moe_balance.available(scored.clean):
             balance, aux = self.losses(scored, assigned, training=False)
             return aux, balance.detach()
-        of_shares = config.balance_loss == "gshard" and config.scores == "sigmoid"
-        kind = "gshard of shares" if of_shares else config.balance_loss
         size = max(scored.clean.shape[0], 1) if config.balance_scope == "global" else max(parts[0][1], 1)
         return moe_balance.auxiliary_loss(
             scored.softmax,
             threshold,
             assigned.routing.expert,
-            kind=kind,
+            kind=self._balanced(),
             noise_std=config.gate_noise / config.num_experts,
             weight=config.aux_loss_weight,
             group_size=size,

@@ -118,7 +118,7 @@ def measure_rank(
         seen: dict[str, list[Seen]] = {}
         for name in names:
             seen[name] = []
-            for number, step in enumerate(measure_networks(device, name), 1):
+            for number, step in enumerate(measure_networks(device, name, NETWORKS), 1):
                 seen[name].append(step)
                 say(f"step of network {number} of {len(NETWORKS)} in {name}: {1e3 * step.micro_step:.0f} ms")
         launch = float(np.median([step.host / len(step.operators) for steps in seen.values() for step in steps]))
