@@ -33,6 +33,7 @@ struct Numbers {
   }
   // Writes a vector of sums into a row, as vector number `index` of it.
   SWIN_MOE_INLINE void put(A* row, int index, Vector<A> x) { store(row + index * kLanes<A>, x); }
+  SWIN_MOE_INLINE void put_weight(A* row, int index, Vector<A> x) { put(row, index, x); }
   // Returns a row as numbers, in `space` if it has to be converted.
   SWIN_MOE_INLINE const A* numbers(const A* row, A*, int) { return row; }
   // Returns the stacked form of num_rows rows of `columns` numbers, in `space` if it differs.
@@ -61,6 +62,11 @@ struct Pairs {
 
   SWIN_MOE_INLINE void put(uint32_t* row, int index, Vector<float> x) {
     store_narrow(reinterpret_cast<BFloat16*>(row) + index * kLanes<float>, x);
+  }
+  // The same of numbers none of which is denormal, which the processor's instruction takes for zero.
+  SWIN_MOE_INLINE void put_weight(uint32_t* row, int index, Vector<float> x) {
+    auto* to = reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(row) + index * kLanes<float>);
+    _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
   }
 
   SWIN_MOE_INLINE const float* numbers(const uint32_t* row, float* space, int count) {

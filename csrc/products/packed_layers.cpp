@@ -120,9 +120,10 @@ std::vector<PackedTask> divide(const std::vector<int64_t>& counts) {
     const int64_t fewest = std::min<int64_t>(at::get_num_threads(), (rows + kFewestRows - 1) / kFewestRows);
     const int64_t parts = std::max((rows + kRowsOfTask - 1) / kRowsOfTask, fewest);
     for (int64_t part = 0; part < parts; ++part)
-      tasks.push_back({expert, begin + rows * part / parts, begin + rows * (part + 1) / parts});
+      tasks.push_back({expert, begin + rows * part / parts, begin + rows * (part + 1) / parts, -1});
     begin += rows;
   }
+  for (size_t number = 0; number + 1 < tasks.size(); ++number) tasks[number].next_expert = tasks[number + 1].expert;
   return tasks;
 }
 

@@ -42,6 +42,7 @@ struct PackedLayers {
 
 struct PackedTask {
   int64_t expert, row_begin, row_end;
+  int64_t next_expert;        // whose rows come after these, -1: none
 };
 
 struct PackedKernels {

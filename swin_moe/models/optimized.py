@@ -273,7 +273,8 @@ class _Attention:
         self.qkv = PackedLinear.of(attn.qkv.weight, bias, dtype)
         self.proj = PackedLinear.of(attn.proj.weight, attn.proj.bias, dtype)
         self.pad = None if bias is None else bias.detach().to(dtype)  # a padded token is zero before the projection
-        self.table = attn.bias_table().detach().to(wide, copy=True)
+        # In the order in which the kernel reads it, which would transpose it in every forward.
+        self.table = attn.bias_table().detach().to(wide).t().clone(memory_format=torch.contiguous_format).t()
         logit = attn.logit_scale
         self.factor = None if logit is None else clamped_factor(logit).detach().flatten().to(wide, copy=True)
         self.heads, self.window, self.scale = attn.num_heads, (attn.window,) * 2, attn.scale

@@ -46,12 +46,14 @@ struct PackedMemory {
   }
 };
 
-// Writes the factors of a block's rows, normalized.
+// Writes the factors of a block's rows, normalized. next: what is read then.
 template <class S, class Operand>
-void read_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t begin, int rows) {
+void read_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t begin, int rows, Next next) {
   using A = typename Operand::Sum;
   const int64_t inputs = p.first.inputs;
+  Ahead ahead(next, rows);
   for (int i = 0; i < rows; ++i) {
+    Ahead::ask(ahead);
     auto* to = m.a + i * m.row;
     if (p.source == RowSource::kRows && !p.before.weight && !p.accumulated_in) {
       Operand::read(static_cast<const S*>(p.x) + (begin + i) * inputs, to, int(inputs));
@@ -75,10 +77,20 @@ const typename Operand::Factor* matrix_of(const PackedMatrix& matrix, int64_t ex
   return reinterpret_cast<const typename Operand::Factor*>(static_cast<const char*>(matrix.data) + expert * bytes);
 }
 
-// Writes gelu(a W1 + bias) of panels [first, last) as factors, side by side.
+// What is read first of panel `number` of an expert's matrix, or of its part from `step` on; nothing of no expert.
+template <class Operand>
+Next start_of(const PackedMatrix& matrix, int64_t expert, int64_t number, int64_t step = 0) {
+  if (expert < 0) return {};
+  const Panels<Operand> panels(matrix.outputs);
+  const int64_t depth = depth_of<Operand>(matrix.inputs);
+  return start_of_panel(panel_of(matrix_of<Operand>(matrix, expert), panels, depth, number), panels, number, step,
+                        depth - step);
+}
+
+// Writes gelu(a W1 + bias) of panels [first, last) as factors, side by side. next: what is read after them.
 template <class Operand>
 void hidden_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int rows, int64_t first,
-                  int64_t last) {
+                  int64_t last, Next next) {
   using A = typename Operand::Sum;
   const Panels<Operand> panels(p.first.outputs);
   const int64_t depth = depth_of<Operand>(p.first.inputs);
@@ -87,8 +99,8 @@ void hidden_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
   for (int64_t number = first; number < last; ++number) {
     const int width = panels.width(number), stride = width * kLanes<A>;
     auto* panel = panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number);
-    auto* next = number + 1 < panels.count ? panel + depth * stride : nullptr;
-    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, {m.panel, stride}, false, next);
+    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, {m.panel, stride}, false,
+                           number + 1 < last ? start_of<Operand>(p.first, expert, number + 1) : next);
     auto* of_panel = bias ? bias + panels.first(number) * kLanes<A> : nullptr;
     for (int i = 0; i < rows; ++i)
       for (int v = 0; v < width; ++v) {
@@ -100,26 +112,33 @@ void hidden_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
   }
 }
 
-// Adds the products of a block's hidden rows with the second matrix to its sums.
+// Adds the products of a block's hidden rows with the second matrix to its sums. next: whose first matrix is read then.
 template <class Operand>
-void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int rows) {
+void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int rows, int64_t next) {
   using A = typename Operand::Sum;
   const Panels<Operand> hidden(p.first.outputs), panels(p.second.outputs);
   const int64_t depth = depth_of<Operand>(p.second.inputs);
   for (int64_t first = 0; first < hidden.count; first += kHiddenPanels) {
     const int64_t last = std::min(first + kHiddenPanels, hidden.count);
-    hidden_block(p, m, expert, rows, first, last);
     const int64_t begin = hidden.first(first) * kLanes<A> / Operand::kPerFactor;
     const int64_t steps = std::min(hidden.first(last) * kLanes<A> / Operand::kPerFactor, depth) - begin;
+    const auto part = [&](int64_t number) {
+      auto* panel = panel_of(matrix_of<Operand>(p.second, expert), panels, depth, number);
+      return start_of_panel(panel, panels, number, begin, steps);
+    };
+    hidden_block(p, m, expert, rows, first, last, part(0));
     for (int64_t number = 0; number < panels.count; ++number) {
       const int width = panels.width(number);
-      auto* matrix = matrix_of<Operand>(p.second, expert);
-      auto* panel = panel_of(matrix, panels, depth, number) + begin * width * kLanes<A>;
-      auto* next = number + 1 < panels.count
-                       ? panel_of(matrix, panels, depth, number + 1) + begin * panels.width(number + 1) * kLanes<A>
-                       : nullptr;
+      auto* panel = static_cast<const typename Operand::Factor*>(part(number).from);
+      Next then;
+      if (number + 1 < panels.count)
+        then = part(number + 1);
+      else if (last < hidden.count)
+        then = start_of<Operand>(p.first, expert, last);
+      else
+        then = start_of<Operand>(p.first, next, 0);
       panel_product<Operand>(rows, width, steps, {m.hidden, m.hidden_row, 1}, panel,
-                             {m.sums + panels.first(number) * kLanes<A>, m.sums_row}, first > 0, next);
+                             {m.sums + panels.first(number) * kLanes<A>, m.sums_row}, first > 0, then);
     }
   }
 }
@@ -144,7 +163,8 @@ void write_rows(const PackedLayers& p, const PackedMemory<Operand>& m, const typ
 
 // Multiplies a block's rows by the first matrix and writes each panel as it comes, or keeps them all for a norm.
 template <class T, class Operand>
-void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int64_t begin, int rows) {
+void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int64_t begin, int rows,
+                 int64_t next) {
   using A = typename Operand::Sum;
   const int64_t outputs = p.first.outputs, depth = depth_of<Operand>(p.first.inputs);
   const Panels<Operand> panels(outputs);
@@ -154,8 +174,9 @@ void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t 
     const int64_t column = panels.first(number) * kLanes<A>, end = std::min(column + width * kLanes<A>, outputs);
     Rows<A> sums = p.after.weight ? Rows<A>{m.sums + column, m.sums_row} : Rows<A>{m.panel, width * kLanes<A>};
     auto* panel = panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number);
-    auto* next = number + 1 < panels.count ? panel + depth * width * kLanes<A> : nullptr;
-    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, sums, false, next);
+    const Next then = number + 1 < panels.count ? start_of<Operand>(p.first, expert, number + 1)
+                                                : start_of<Operand>(p.first, next, 0);
+    panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, sums, false, then);
     if (p.after.weight) continue;
     for (int i = 0; i < rows; ++i) {
       const int64_t row = (begin + i) * outputs;
@@ -176,12 +197,13 @@ void run_blocks(const PackedLayers& p, const PackedTask& task) {
   int64_t begin = task.row_begin;
   for (int64_t block = 0; block < blocks; ++block) {
     const int rows = int((task.row_end - begin) / (blocks - block));
-    read_block<S>(p, memory, begin, rows);
+    const int64_t next = block + 1 < blocks ? task.expert : task.next_expert;
+    read_block<S>(p, memory, begin, rows, start_of<Operand>(p.first, task.expert, 0));
     if (p.second.data) {
-      two_products(p, memory, task.expert, rows);
+      two_products(p, memory, task.expert, rows, next);
       write_rows<T>(p, memory, bias_of<typename Operand::Sum>(p.second, task.expert), p.second.outputs, begin, rows);
     } else {
-      one_product<T>(p, memory, task.expert, begin, rows);
+      one_product<T>(p, memory, task.expert, begin, rows, next);
     }
     begin += rows;
   }

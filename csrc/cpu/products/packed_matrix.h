@@ -71,68 +71,129 @@ const typename Operand::Factor* panel_of(const typename Operand::Factor* packed,
   return packed + panels.first(panel) * panels.kColumns * depth;
 }
 
-// What the next product reads is asked for between the tiles of this one: a large layer's weights come from memory, for
-// which the first rows would wait.
+// Memory that is read next.
+struct Next {
+  const void* from = nullptr;
+  int64_t bytes = 0;
+};
+
+// Asks for what is read next in small equal portions: weights come from memory, and a portion of hundreds of lines would
+// hold the processor up as long as reading them does, with nothing computed meanwhile.
 class Ahead {
  public:
-  Ahead(const void* from, int64_t bytes) : from_(static_cast<const char*>(from)), lines_(from ? (bytes + 63) / 64 : 0) {}
-  SWIN_MOE_INLINE void ask(Ahead& ahead, int tile, int tiles) {
-    for (int64_t end = ahead.lines_ * (tile + 1) / tiles; ahead.line_ < end; ++ahead.line_)
-      __builtin_prefetch(ahead.from_ + 64 * ahead.line_, 0, 2);
+  Ahead(Next next, int64_t portions) : line_(static_cast<const char*>(next.from)), end_(line_ + next.bytes) {
+    portion_ = next.from ? 64 * ((next.bytes / 64 + portions) / std::max<int64_t>(portions, 1)) : 0;
+  }
+  SWIN_MOE_INLINE void ask(Ahead& ahead) {
+    const char* end = std::min(ahead.line_ + ahead.portion_, ahead.end_);
+    for (; ahead.line_ < end; ahead.line_ += 64) __builtin_prefetch(ahead.line_, 0, 2);
   }
 
  private:
-  const char* from_;
-  int64_t lines_, line_ = 0;
+  const char *line_, *end_;
+  int64_t portion_;
 };
+
+constexpr int kSteps = 8;  // between two portions: some 100 cycles
+
+// As tile_product (product.h), with something asked for; the steps of b follow each other.
+template <class Operand, int kRows, int kVectors, bool kAccumulate>
+SWIN_MOE_INLINE void panel_tile(int depth, Strided<typename Operand::Factor> a, const typename Operand::Factor* b,
+                                Rows<typename Operand::Sum> sum, Ahead& ahead) {
+  using F = typename Operand::Factor;
+  using A = typename Operand::Sum;
+  Vector<A> sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+    for (int n = 0; n < kVectors; ++n)
+      sums[m][n] = kAccumulate ? load(sum.data + m * sum.stride + n * kLanes<A>) : Vector<A>{};
+  const F* factor = a.data;
+  for (int start = 0; start < depth; start += kSteps) {
+    Ahead::ask(ahead);
+    const int steps = std::min(kSteps, depth - start);
+    for (int k = 0; k < steps; ++k, factor += a.step_stride, b += kVectors * kLanes<F>) {
+      Vector<F> factors[kVectors];
+#pragma GCC unroll 16
+      for (int n = 0; n < kVectors; ++n) factors[n] = load(b + n * kLanes<F>);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < kVectors; ++n)
+          sums[m][n] = Operand::multiply_add(factor[m * a.row_stride], factors[n], sums[m][n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+    for (int n = 0; n < kVectors; ++n) store(sum.data + m * sum.stride + n * kLanes<A>, sums[m][n]);
+}
+
+// The tile of `rows` <= kRows rows.
+template <class Operand, int kRows, int kVectors, bool kAccumulate>
+SWIN_MOE_INLINE void panel_tile_of(int rows, int depth, Strided<typename Operand::Factor> a,
+                                   const typename Operand::Factor* b, Rows<typename Operand::Sum> sum, Ahead& ahead) {
+  if (rows == kRows)
+    panel_tile<Operand, kRows, kVectors, kAccumulate>(depth, a, b, sum, ahead);
+  else if constexpr (kRows > 1)
+    panel_tile_of<Operand, kRows - 1, kVectors, kAccumulate>(rows, depth, a, b, sum, ahead);
+}
 
 // As column_of_tiles (product.h), with something asked for.
 template <class Operand, int kVectors, bool kAccumulate>
 __attribute__((noinline)) void panel_tiles(int rows, int depth, Strided<typename Operand::Factor> a,
                                            const typename Operand::Factor* b, Rows<typename Operand::Sum> sum,
-                                           Ahead ahead) {
+                                           Next next) {
   constexpr int kMost = kTileRows<kVectors>;
   const int tiles = (rows + kMost - 1) / kMost;
+  Ahead ahead(next, int64_t(tiles) * ((depth + kSteps - 1) / kSteps));
   for (int tile = 0, row = 0; tile < tiles; ++tile) {
     const int height = (rows - row) / (tiles - tile);
-    Ahead::ask(ahead, tile, tiles);
-    tile_of_rows<Operand, kMost, kVectors, kAccumulate>(
-        height, depth, a.data + row * a.row_stride, a.row_stride, a.step_stride, b,
-        int64_t(kVectors) * Panels<Operand>::kColumns, sum.data + row * sum.stride, sum.stride);
+    panel_tile_of<Operand, kMost, kVectors, kAccumulate>(
+        height, depth, {a.data + row * a.row_stride, a.row_stride, a.step_stride}, b,
+        {sum.data + row * sum.stride, sum.stride}, ahead);
     row += height;
   }
 }
 
 template <class Operand, bool kAccumulate>
 void panel_block(int rows, int width, int depth, Strided<typename Operand::Factor> a,
-                 const typename Operand::Factor* b, Rows<typename Operand::Sum> sum, Ahead ahead) {
+                 const typename Operand::Factor* b, Rows<typename Operand::Sum> sum, Next next) {
   switch (width) {
-    case 1: return panel_tiles<Operand, 1, kAccumulate>(rows, depth, a, b, sum, ahead);
-    case 2: return panel_tiles<Operand, std::min(2, kPanelVectors), kAccumulate>(rows, depth, a, b, sum, ahead);
-    case 3: return panel_tiles<Operand, std::min(3, kPanelVectors), kAccumulate>(rows, depth, a, b, sum, ahead);
-    default: return panel_tiles<Operand, kPanelVectors, kAccumulate>(rows, depth, a, b, sum, ahead);
+    case 1: return panel_tiles<Operand, 1, kAccumulate>(rows, depth, a, b, sum, next);
+    case 2: return panel_tiles<Operand, std::min(2, kPanelVectors), kAccumulate>(rows, depth, a, b, sum, next);
+    case 3: return panel_tiles<Operand, std::min(3, kPanelVectors), kAccumulate>(rows, depth, a, b, sum, next);
+    default: return panel_tiles<Operand, kPanelVectors, kAccumulate>(rows, depth, a, b, sum, next);
   }
 }
 
+// What panel_product reads first of a panel, or of its part that starts at `step` with `steps` more.
+template <class Operand>
+Next start_of_panel(const typename Operand::Factor* panel, const Panels<Operand>& panels, int64_t number, int64_t step,
+                    int64_t steps) {
+  const int64_t step_of_panel = int64_t(panels.width(number)) * panels.kColumns;
+  return {panel + step * step_of_panel,
+          std::min<int64_t>(kDepthBlock, steps) * step_of_panel * int64_t(sizeof(typename Operand::Factor))};
+}
+
 // sum[rows x width vectors] (+)= a[rows x depth] times a panel, or its part of this depth. Every sum adds its products
-// in the order of the inputs, whatever the rows beside it. next: the panel that follows, or null.
+// in the order of the inputs, whatever the rows beside it. next: what is read after the panel.
 template <class Operand>
 void panel_product(int rows, int width, int64_t depth, Strided<typename Operand::Factor> a,
-                   const typename Operand::Factor* panel, Rows<typename Operand::Sum> sum, bool accumulate,
-                   const typename Operand::Factor* next) {
+                   const typename Operand::Factor* panel, Rows<typename Operand::Sum> sum, bool accumulate, Next next) {
   using F = typename Operand::Factor;
   const int64_t step_of_panel = int64_t(width) * Panels<Operand>::kColumns;
   for (int64_t step = 0; step < depth; step += kDepthBlock) {
     const int block = int(std::min<int64_t>(kDepthBlock, depth - step));
     const int64_t following = std::min<int64_t>(kDepthBlock, depth - step - block);
     const F* part = panel + step * step_of_panel;
-    const Ahead ahead = following > 0 ? Ahead(part + block * step_of_panel, following * step_of_panel * sizeof(F))
-                                      : Ahead(next, std::min<int64_t>(kDepthBlock, depth) * step_of_panel * sizeof(F));
+    const Next then =
+        following > 0 ? Next{part + block * step_of_panel, following * step_of_panel * int64_t(sizeof(F))} : next;
     Strided<F> of_step{a.data + step * a.step_stride, a.row_stride, a.step_stride};
     if (accumulate || step > 0)
-      panel_block<Operand, true>(rows, width, block, of_step, part, sum, ahead);
+      panel_block<Operand, true>(rows, width, block, of_step, part, sum, then);
     else
-      panel_block<Operand, false>(rows, width, block, of_step, part, sum, ahead);
+      panel_block<Operand, false>(rows, width, block, of_step, part, sum, then);
   }
 }
 

@@ -28,8 +28,9 @@ struct BackwardMemory {
   F *stacked_weights, *stacked_grad_scores;           // (block / kPerFactor, Np)
   A *grad_queries, *grad_keys, *grad_values;          // (block, Dp), (N, Dp), (N, Dp)
   A *numbers, *none;                                  // (Dp), a row of zeros (Dp)
+  A* reversed;                                        // (reversed_size)
 
-  BackwardMemory(Arena& arena, const Sizes<Operand>& n, int heads) {
+  BackwardMemory(Arena& arena, const WindowGeometry& g, const Sizes<Operand>& n, int heads) {
     constexpr bool kConverted = Operand::kPerFactor > 1;
     for (auto& window : tokens) window.take(arena, n.tokens, n.padded_tokens);
     for (A** matrix : {&bias, &grad_bias}) *matrix = arena.take<A>(int64_t(heads) * n.tokens * n.padded_tokens);
@@ -51,6 +52,7 @@ struct BackwardMemory {
     grad_queries = arena.take<A>(n.block * n.padded_dim);
     for (A** grads : {&grad_keys, &grad_values}) *grads = arena.take<A>(n.tokens * n.padded_dim);
     for (A** row : {&numbers, &none}) *row = arena.take<A>(n.padded_dim);
+    reversed = arena.take<A>(reversed_size<A>(g));
   }
 };
 
@@ -233,11 +235,11 @@ void backward(const WindowAttention& p, const WindowTask& task) {
   const Sizes<Operand> n(p);
   const int heads = task.head_end - task.head_begin;
   Arena counter(nullptr);
-  BackwardMemory<Operand>(counter, n, heads);
+  BackwardMemory<Operand>(counter, p.geometry, n, heads);
   Arena arena(zeroed_thread_memory(counter.used()));
-  BackwardMemory<Operand> memory(arena, n, heads);
+  BackwardMemory<Operand> memory(arena, p.geometry, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens, table = p.geometry.table_rows();
-  spread_biases(p, task, n.padded_tokens, memory.bias);
+  spread_biases(p, task, n.padded_tokens, memory.reversed, memory.bias);
   for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
     HeadBackward<S, Operand>(p, n, memory, task, tokens, head, upcoming).window();
   });

@@ -11,28 +11,31 @@ struct ForwardMemory {
   using F = typename Operand::Factor;
   using A = typename Operand::Sum;
   WindowTokens<A> tokens[2];            // of the current window and the next
-  A* bias;                              // (heads of the task, N, Np)
   F *queries, *keys, *values;           // (N, row)
   F *key_columns, *stacked_values;      // (row, Np), (token_depth, Dp)
   A *query_factors, *key_factors;       // (N), (Np)
+  A* numbers;                           // (Dp)
+  int64_t zeroed;                       // bytes, of all above: what stands beyond N and D is read
+  A *bias, *reversed;                   // (heads of the task, N, Np), (reversed_size)
   A *scores, *sums, *out;               // (block, Np), (block), (block, Dp)
   F* weights;                           // (block, Np / kPerFactor)
-  A* numbers;                           // (Dp)
 
-  ForwardMemory(Arena& arena, const Sizes<Operand>& n, int heads) {
+  ForwardMemory(Arena& arena, const WindowGeometry& g, const Sizes<Operand>& n, int heads) {
     for (auto& window : tokens) window.take(arena, n.tokens, n.padded_tokens);
-    bias = arena.take<A>(int64_t(heads) * n.tokens * n.padded_tokens);
     for (F** rows : {&queries, &keys, &values}) *rows = arena.take<F>(n.tokens * n.row);
     key_columns = arena.take<F>(n.row * n.padded_tokens);
     stacked_values = arena.take<F>(n.token_depth * n.padded_dim);
     query_factors = arena.take<A>(n.tokens);
     key_factors = arena.take<A>(n.padded_tokens);
+    numbers = arena.take<A>(n.padded_dim);
+    zeroed = arena.used();
+    bias = arena.take<A>(int64_t(heads) * n.tokens * n.padded_tokens + kLanes<A>);
+    reversed = arena.take<A>(reversed_size<A>(g));
     scores = arena.take<A>(n.block * n.padded_tokens);
     sums = arena.take<A>(n.block);
     out = arena.take<A>(n.block * n.padded_dim);
     weights = Operand::kPerFactor == 1 ? reinterpret_cast<F*>(scores)
                                        : arena.take<F>(n.block * n.padded_tokens / Operand::kPerFactor);
-    numbers = arena.take<A>(n.padded_dim);
   }
 };
 
@@ -71,7 +74,7 @@ void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Ope
                       A(p.mask_value)};
       auto* weights = m.weights + i * weights_row;
       m.sums[i] = exponentials(m.scores + i * n.padded_tokens, row, n.rows_of_vectors(),
-                               [&](int index, Vector<A> x) { Operand::put(weights, index, x); });
+                               [&](int index, Vector<A> x) { Operand::put_weight(weights, index, x); });
       prefetch_qkv<S>(upcoming, p, query);
     }
     product<Operand>(rows, n.dim_vectors(), n.token_depth, {m.weights, weights_row, 1}, {values, n.padded_dim},
@@ -93,11 +96,13 @@ void forward(const WindowAttention& p, const WindowTask& task) {
   const Sizes<Operand> n(p);
   const int heads = task.head_end - task.head_begin;
   Arena counter(nullptr);
-  ForwardMemory<Operand>(counter, n, heads);
-  Arena arena(zeroed_thread_memory(counter.used()));
-  ForwardMemory<Operand> memory(arena, n, heads);
+  const int64_t zeroed = ForwardMemory<Operand>(counter, p.geometry, n, heads).zeroed;
+  char* base = thread_memory(counter.used());
+  std::memset(base, 0, zeroed);
+  Arena arena(base);
+  ForwardMemory<Operand> memory(arena, p.geometry, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens;
-  spread_biases(p, task, n.padded_tokens, memory.bias);
+  spread_biases(p, task, n.padded_tokens, memory.reversed, memory.bias);
   for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
     attend<S>(p, n, memory, tokens, head, memory.bias + (head - task.head_begin) * bias_size, upcoming);
   });

@@ -54,12 +54,20 @@ struct WindowTokens {
     side = arena.take<IntegerOf<A>>(padded_tokens);
   }
   void enter(const WindowGeometry& g, int64_t window_of_batch) {
-    int64_t image = window_of_batch / g.windows(), window = window_of_batch % g.windows();
+    const int64_t image = window_of_batch / g.windows(), window = window_of_batch % g.windows();
+    const int64_t first = image * g.height * g.width, row = window / g.columns, column = window % g.columns;
     masked = crosses_seam(g, window);
-    for (int t = 0; t < g.tokens(); ++t) {
-      int64_t token = source_token(g, window, t);
-      source[t] = token == kPadding ? kPadding : image * g.height * g.width + token;
-      side[t] = seam_side(g, window, t);
+    // As source_token and seam_side, without their divisions.
+    for (int y = 0, t = 0; y < g.window_h; ++y) {
+      int64_t of_y = row * g.window_h + y + g.shift_h;
+      of_y -= of_y >= g.rows * g.window_h ? g.rows * g.window_h : 0;
+      const bool below = row == g.rows - 1 && y >= g.window_h - g.shift_h;
+      for (int x = 0; x < g.window_w; ++x, ++t) {
+        int64_t of_x = column * g.window_w + x + g.shift_w;
+        of_x -= of_x >= g.columns * g.window_w ? g.columns * g.window_w : 0;
+        source[t] = of_y < g.height && of_x < g.width ? first + of_y * g.width + of_x : kPadding;
+        side[t] = 2 * below + (column == g.columns - 1 && x >= g.window_w - g.shift_w);
+      }
     }
   }
 };
@@ -141,24 +149,36 @@ SWIN_MOE_INLINE void inverse_lengths(const typename Operand::Factor* rows, const
   }
 }
 
-// Writes the bias of every (query, key) pair of one head: (N, Np).
+// Elements of a bias table whose rows are reversed, see spread_bias.
 template <class A>
-void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A* bias) {
-  for (int query = 0; query < g.tokens(); ++query, bias += padded_tokens) {
-    for (int key_y = 0; key_y < g.window_h; ++key_y) {
-      const A* last = table + bias_row(g, query, key_y * g.window_w);
-      for (int key_x = 0; key_x < g.window_w; ++key_x) bias[key_y * g.window_w + key_x] = last[-key_x];
-    }
-    for (int key = g.tokens(); key < padded_tokens; ++key) bias[key] = A(kNoToken);
-  }
+SWIN_MOE_INLINE int64_t reversed_size(const WindowGeometry& g) {
+  return g.table_rows() + kLanes<A>;
 }
 
-// Spreads the tables of the heads of a task: (heads of the task, N, Np).
+// Writes the bias of every (query, key) pair of one head: (N, Np). reversed: space for reversed_size. In rows of the
+// table that are reversed, the keys of a window's row follow each other.
 template <class A>
-void spread_biases(const WindowAttention& p, const WindowTask& task, int padded_tokens, A* bias) {
+void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A* reversed, A* bias) {
+  const int row = 2 * g.window_w - 1;
+  for (int y = 0; y < 2 * g.window_h - 1; ++y)
+    for (int x = 0; x < row; ++x) reversed[y * row + x] = table[y * row + row - 1 - x];
+  for (int query_y = 0; query_y < g.window_h; ++query_y)
+    for (int query_x = 0; query_x < g.window_w; ++query_x, bias += padded_tokens) {
+      for (int key_y = 0; key_y < g.window_h; ++key_y) {
+        const A* from = reversed + (query_y - key_y + g.window_h - 1) * row + g.window_w - 1 - query_x;
+        A* to = bias + key_y * g.window_w;
+        for (int x = 0; x < g.window_w; x += kLanes<A>) store(to + x, load(from + x));  // beyond: overwritten next
+      }
+      for (int key = g.tokens(); key < padded_tokens; ++key) bias[key] = A(kNoToken);
+    }
+}
+
+// Spreads the tables of the heads of a task: (heads of the task, N, Np), which a vector may be written behind.
+template <class A>
+void spread_biases(const WindowAttention& p, const WindowTask& task, int padded_tokens, A* reversed, A* bias) {
   for (int head = task.head_begin; head < task.head_end; ++head) {
     spread_bias(p.geometry, static_cast<const A*>(p.bias_table) + int64_t(head) * p.geometry.table_rows(),
-                padded_tokens, bias);
+                padded_tokens, reversed, bias);
     bias += int64_t(p.geometry.tokens()) * padded_tokens;
   }
 }
