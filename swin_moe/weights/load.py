@@ -25,13 +25,12 @@ from swin_moe.models.official import LoadReport, fit_weights
 from swin_moe.models.swin import SwinTransformer
 from swin_moe.names.official import file_key, is_wrapped
 from swin_moe.parallel.apply import parameter_layout
+from swin_moe.registry import lookup
 from swin_moe.run.session import Session
 from swin_moe.tasks.base import TASKS
 from swin_moe.weights.sources import ForeignCheckpoint, OwnCheckpoint, Source, is_own, open_weights
 
 _AVERAGE = "ema/"
-# Tasks whose networks have parts that no other's has.
-_WITH_PARTS = ("classify", "detect", "segment", "soft_teacher")
 _SHAPING = ("embed_dim", "depths", "num_heads")  # options of a model that nearly all of its tensors depend on
 _NAMES_SHOWN = 160  # characters
 
@@ -122,9 +121,9 @@ def _check_kind(stored: OwnCheckpoint, config: Config) -> None:
     """Raises ValueError where a checkpoint of this system is of another task or network; says where to find its own."""
     told, here = stored.config.get("task", {}).get("name", ""), config.task.name
     other = ""
-    if told in _WITH_PARTS and here in _WITH_PARTS and told != here:
+    if told in TASKS and _looks_for(told) != _looks_for(here):
         other = f"was trained with task.name={told}, not {here}"
-    elif {told, here} <= TASKS.keys():
+    elif told in TASKS:
         other = other_network(stored.config.get("model", {}), config.model)
     if other:
         run = stored.path.parent.parent
@@ -133,6 +132,12 @@ def _check_kind(stored: OwnCheckpoint, config: Config) -> None:
             f"checkpoint.load={stored.path}: {other}; name {its} in the place of the config, or begin a run of this "
             f"one with what fits of it (checkpoint.init)"
         )
+
+
+def _looks_for(name: str) -> tuple[bool, bool]:
+    """Returns whether a task's network finds objects, and whether it finds a class per pixel: parts no other has."""
+    task = lookup(TASKS, name, key="task.name")
+    return task.needs_boxes, task.needs_label_maps
 
 
 def other_network(told: Mapping[str, Any], model: ModelConfig) -> str:

@@ -53,6 +53,8 @@ class Request(NamedTuple):
         os.environ.update(self.environ)
         os.chdir(self.folder)
         os.umask(self.umask)
+        if signal.SIGINT not in self.ignored:  # this server may be the child of a shell in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in self.ignored:
             signal.signal(number, signal.SIG_IGN)
         for kind, limits in self.limits:

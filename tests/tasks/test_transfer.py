@@ -196,9 +196,9 @@ def _on_meta(task):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("model.embed_dim=16",), r"norm.weight: shape \(16,\) in the file, \(32,\) in the model"),
-        (("model.depths=[1,3]",), "layers.1.blocks.2.norm1.weight: missing in the file"),
-        (("model.depths=[1,1]",), "layers.1.blocks.1.norm1.weight: unexpected"),
+        (("model.embed_dim=16",), "of another network: model.embed_dim=8, not model.embed_dim=16"),
+        (("model.depths=[1,3]",), r"of another network: model.depths=\[1,2\], not model.depths=\[1,3\]"),
+        (("model.depths=[1,1]",), r"of another network: model.depths=\[1,2\], not model.depths=\[1,1\]"),
         (MOE, "layers.1.blocks.1.mlp.experts.fc1_weight: missing in the file"),
     ],
 )
