@@ -28,6 +28,7 @@ figure{margin:0}figure img{width:100%;height:auto;max-width:560px}figure.wide im
 figcaption{font-size:.95rem}figcaption small{display:block;color:#5f5f5f}
 table{border-collapse:collapse;font-size:.92rem}td,th{padding:2px 12px 2px 0;text-align:left;vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#0072b2;height:.8em;display:inline-block}
+@media(max-width:700px){figure.wide{overflow-x:auto}figure.wide img{max-width:none}}
 .scroll{overflow-x:auto}details{margin:.6rem 0}code{background:#f4f4f4;padding:0 3px}p.note{color:#5f5f5f}
 """
 

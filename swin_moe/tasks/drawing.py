@@ -114,7 +114,7 @@ def _tag(
     above: bool = True,
 ) -> float:
     """Writes a text on its colour above this corner, where there is room, or below; returns the height it takes."""
-    font = ImageFont.load_default(max(11, max(size) // 45))
+    font = ImageFont.load_default(max(15, max(size) // 32))  # read also where a phone shows it at two thirds
     left, top, right, bottom = draw_on.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = min(max(corner[0], 0), max(0, size[0] - width))

@@ -1,5 +1,6 @@
 """`swin-moe demo`: what it shows is what the network computes; the page works in a browser (--full)."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +258,16 @@ def test_the_page_works_in_a_browser(width, tmp_path):
             before = None
             for tab in ("Experts", "Attention", "Features"):
                 page.get_by_role("tab", name=tab).click()
-                image = page.locator(f"[data-testid=block-label]:has-text('{tab.lower()}') ~ * img").first
+                image = page.locator(f"#{tab.lower()} img").first
                 image.wait_for()
+                name = page.locator(f"#{tab.lower()} [data-testid=block-label]")
+                assert name.evaluate("e => e.offsetWidth") <= 1  # for screen readers; seen, it would lie over the top
                 assert image.evaluate("i => i.complete && i.naturalWidth") > 100
+                if tab != "Attention" and width == 400:  # not shrunk, but moved sideways
+                    assert image.evaluate("i => i.clientWidth == i.naturalWidth")
+                    room = "i => [i.parentElement.scrollWidth, getComputedStyle(i.parentElement).overflowX]"
+                    reached, way = image.evaluate(room)
+                    assert way == "auto" and reached >= image.evaluate("i => i.clientWidth")
                 if tab == "Attention":
                     before = image.get_attribute("src")
                     image.click(position={"x": 20, "y": 20})
@@ -270,6 +279,31 @@ def test_the_page_works_in_a_browser(width, tmp_path):
         server.terminate()
         server.wait(timeout=30)
     assert [url for url in foreign if f"127.0.0.1:{port}" not in url and not url.startswith(("data:", "blob:"))] == []
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio (extra demo)")
+@pytest.mark.parametrize("typed", ["RUN", "CONFIG checkpoint.load=RUN"])
+def test_the_command_serves_the_page(typed, tmp_path):
+    run = trained(SEGMENTOR, "served", tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = typed.replace("RUN", str(run)).replace("CONFIG", str(tmp_path / "served.yaml")).split()
+    command = [sys.executable, "-m", "swin_moe", "demo", *words, "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT)
+    try:
+        answer = None
+        for _ in range(600):
+            assert server.poll() is None
+            with contextlib.suppress(OSError):  # not listening yet
+                answer = urllib.request.urlopen(f"http://127.0.0.1:{port}").read().decode()
+                break
+            time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    assert answer is not None and f"swin-moe: {words[0]}" in answer
 
 
 def _open(page, address):

@@ -9,7 +9,8 @@ SMALL += " optim.epochs=1 optim.warmup_epochs=0 log.tensorboard=false"
 LOADED = f"digits_swin_moe checkpoint.load=output/digits {SMALL}"
 PROGRAM = "-- -m swin_moe.train digits_swin_moe"
 
-# As it stands in a page -> as it is run, in a folder with photos, new/, output/digits (SMALL) and official.pth.
+# As it stands in a page -> as it is run ("" = as it stands), in a folder with photos, new/, output/digits (SMALL) and
+# mine.yaml, a file of a machine.
 RUN = {
     "swin-moe launch script --scheduler slurm --nodes 2 ... -- ...": (
         f"launch script --scheduler slurm --nodes 2 {PROGRAM}"
@@ -43,6 +44,11 @@ RUN = {
         "simulate digits_swin_moe --gpus 64 --hardware a100_80 --spread 0.5 --leaf 16 --oversubscription 4 "
         "data.global_batch=4096"
     ),
+    "swin-moe throughput CONFIG data.name=synthetic": f"throughput digits_swin_moe data.name=synthetic {SMALL}",
+    "swin-moe train CONFIG parallel=auto parallel.hardware=h100": (
+        f"train digits_swin_moe run.name=planned parallel=auto parallel.hardware=h100 {SMALL}"
+    ),
+    "swin-moe plan digits_swin_moe --gpus 2 --hardware mine.yaml": "",
     "swin-moe plan swinv2_giant_3b_patch4_window12_192_22k --gpus 512 --hardware a100_80 engine.precision=bf16": "",
     "swin-moe plan swin_moe_base_patch4_window12_192_32expert_32gpu_22k --gpus 32 --hardware h100 --json": "",
 }
@@ -55,16 +61,31 @@ LONG = (
     "swin-moe predict RUN",
 )
 
+# The same of commands that start ranks, or are no `swin-moe`: each in a process of its own.
+STARTED = {
+    "swin-moe launch -n 8 -- -m swin_moe.train CONFIG key=value ...": (
+        f"swin-moe launch -n 2 {PROGRAM} run.name=ranks {SMALL}"
+    ),
+    "swin-moe launch -n 4 -- -m swin_moe.train digits_swin_moe engine.name=deepspeed parallel.zero=2": (
+        f"swin-moe launch -n 2 {PROGRAM} engine.name=deepspeed parallel.zero=2 run.name=deepspeed {SMALL}"
+    ),
+    "python -m launcher -n 4 --log-dir logs -- -m swin_moe.train CONFIG": (
+        f"python -m launcher -n 2 --log-dir logs {PROGRAM} run.name=logged {SMALL}"
+    ),
+    "python -m launcher script --scheduler slurm --nodes 2 --ranks-per-node 4 --cores-per-rank 8 --gpus-per-node 4 "
+    "--time 8:00:00 --queue gpu --account lab --name swin -o swin.slurm -- -m swin_moe.train "
+    "swin_moe_base_patch4_window12_192_32expert_32gpu_22k run.name=first": "",
+}
+
 CLUSTER, DOWNLOAD, HOURS, FORM = "needs several machines", "needs a download", "trains for hours", "a form, no command"
+MINUTES = "measures for minutes; its parts are tested with small figures"
 COCO, GPUS = "needs COCO, or other data of the reader's", "needs GPUs"
 PHOTOS = "tests/docs/test_commands_in_docs.py"
 ELSEWHERE = {
-    "swin-moe launch -n 8 -- -m swin_moe.train CONFIG key=value ...": "tests/training/test_commands.py",
     "swin-moe launch -- -m swin_moe.train CONFIG": CLUSTER,
     "swin-moe demo RUN": "tests/demo/test_demo.py",
     "swin-moe launch -n 8 --preflight": "tests/launcher/preflight/test_preflight_ranks.py",
     "swin-moe calibrate --out mine.yaml": "tests/planner/test_calibrate.py",
-    "swin-moe throughput CONFIG data.name=synthetic": "tests/training/test_commands.py",
     "swin-moe launch -n 8 -- -m swin_moe.train swin_moe_small_patch4_window12_192_8expert_32gpu_22k "
     "data.path=/data/imagenet22k data.micro_batch=64 parallel.recompute=block": COCO,
     "python -m launcher -n 32 -- -m swin_moe.train swin_moe_base_patch4_window12_192_32expert_32gpu_22k "
@@ -91,21 +112,14 @@ ELSEWHERE = {
     "checkpoint.init=swin_tiny_patch4_window7_224.pth data.path=coco": COCO,
     "swin-moe train CONFIG data.path=my_data data.dense.labelled=1.0 data.dense.unlabelled=drop "
     "data.dense.unlabelled_images=more": COCO,
-    "swin-moe launch -n 4 -- -m swin_moe.train digits_swin_moe engine.name=deepspeed parallel.zero=2": (
-        "tests/training/test_commands.py"
-    ),
     "python -m launcher [-n N": FORM,
     "python -m launcher -n 4 -- -m swin_moe.train digits_swin_moe": "tests/training/test_commands.py",
-    "python -m launcher script --scheduler slurm --nodes 2 --ranks-per-node 4 --cores-per-rank 8 --gpus-per-node 4 "
-    "--time 8:00:00 --queue gpu --account lab --name swin -o swin.slurm -- -m swin_moe.train "
-    "swin_moe_base_patch4_window12_192_32expert_32gpu_22k run.name=first": "tests/launcher/schedulers/test_script.py",
     "python -m launcher -- -m swin_moe.train CONFIG": CLUSTER,
     "python -m launcher --hostfile hosts --exclude n03 -- -m swin_moe.train CONFIG": CLUSTER,
     "python -m launcher --hostfile hosts --restarts 5 --allowed-ranks 32,24,16 -- -m swin_moe.train CONFIG": CLUSTER,
     "python -m launcher --hostfile hosts --preflight": CLUSTER,
     "python -m launcher --hostfile hosts --preflight --preflight-file FILE -- -m ...": CLUSTER,
     "swin-moe launch -n 4 -- -m swin_moe.doctor": "tests/commands/test_doctor.py",
-    "python -m launcher -n 4 --log-dir logs -- -m swin_moe.train CONFIG": "tests/launcher/test_output.py",
     "swin-moe train digits_swin_moe run.name=moe-short data.images_per_class=40 optim.epochs=10 "
     "optim.warmup_epochs=1 log.every=2": HOURS,
     "swin-moe data check photos": PHOTOS,
@@ -117,12 +131,10 @@ ELSEWHERE = {
     "swin-moe train photos_from_scratch data.path=photos_split run.name=mine": PHOTOS,
     "swin-moe train photos_from_scratch data.path=more_split run.name=more checkpoint.init=output/mine": PHOTOS,
     "swin-moe launch -n 8 --plan --hardware h100 -- -m swin_moe.train CONFIG": GPUS,
-    "swin-moe train CONFIG parallel=auto parallel.hardware=h100": "tests/planner/test_runs.py",
     "swin-moe plan --check RUN [--hardware NAME]": "tests/planner/test_runs.py",
     "swin-moe plan --refit RUN... --hardware NAME --out FILE.yaml": "tests/planner/test_runs.py",
-    "swin-moe launch -n 2 -- -m swin_moe.planner.calibrate --out mine.yaml": "tests/planner/test_calibrate.py",
-    "swin-moe calibrate --out mine.yaml --preflight preflight.json": "tests/planner/test_calibrate.py",
-    "swin-moe plan digits_swin_moe --gpus 2 --hardware mine.yaml": "tests/planner/test_calibrate.py",
+    "swin-moe launch -n 2 -- -m swin_moe.planner.calibrate --out mine.yaml": MINUTES,
+    "swin-moe calibrate --out mine.yaml --preflight preflight.json": MINUTES,
     "swin-moe launch -n 4 -- -m swin_moe.train simmim_pretrain__swinv2_base__img192_window12__800ep "
     "run.name=pre": HOURS,
     "swin-moe launch -n 2 -- -m swin_moe.train simmim_finetune__swinv2_base__img224_window14__800ep run.name=tuned "
