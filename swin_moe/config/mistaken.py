@@ -11,6 +11,7 @@ from swin_moe.names.files import IMAGE_SUFFIXES, RECORDS, RUN_CONFIG, SPLITS
 
 _LOOKED_AT = 4096  # entries below a folder
 _NAMED = 3  # runs of a folder
+_OF_WEIGHTS = (".json", ".safetensors", ".bin", ".pt", ".pth")  # files in a folder that is a network
 
 
 def belongs(path: str | Path) -> str:
@@ -31,6 +32,15 @@ def belongs(path: str | Path) -> str:
         return _runs(path) or _images(path)
     except (OSError, ValueError):  # not ours to read; a NUL in it
         return ""
+
+
+def misplaced(path: str | Path) -> str:
+    """Returns what `belongs` says of images and of folders of images or runs; "" of what a network may be read from, as
+    a folder of weights with pictures beside them."""
+    clause = belongs(path)
+    if os.path.isdir(path) and any(name.endswith(_OF_WEIGHTS) for name in os.listdir(path)):
+        return ""
+    return "" if clause.startswith(("; it is a run:", "; it holds checkpoints")) else clause
 
 
 def is_run(path: Path) -> bool:

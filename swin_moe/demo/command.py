@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from swin_moe.config.arguments import command_parser, exit_code
+from swin_moe.config.mistaken import misplaced
 
 _EXAMPLES = """examples:
   a run of yours, at http://127.0.0.1:7860
@@ -46,6 +47,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     wrong = [word for word in options.overrides if "=" not in word]
     if wrong:
         raise ValueError(f"swin-moe demo takes one RUN and options as key=value, got also {', '.join(wrong)}")
+    if clause := misplaced(options.source):
+        raise ValueError(f"{options.source} is no config and no run{clause}")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("swin-moe demo needs gradio, which is not installed: pip install 'swin-moe[demo]'")
     return options

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from swin_moe.config.mistaken import belongs
+from swin_moe.demo import command as demo
 from tests.commands.test_usage import run
 from tests.demo.test_demo import DETECTOR, network, trained
 
@@ -117,6 +118,19 @@ def test_a_wrong_step_is_one_sentence_with_the_right_one(typed, desk, monkeypatc
     lines = [line for line in error.splitlines() if line.startswith(("error: ", "launcher: "))]
     said = (PHOTOS | INHERITED | CLUSTER)[typed]
     assert code == 2 and not out and len(lines) == 1 and said in lines[0] and len(lines[0]) < 500, error
+
+
+def test_a_folder_of_photos_is_told_before_what_the_demo_needs(desk, monkeypatch, tmp_path):
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
+    with pytest.raises(ValueError, match="photos is no config and no run; it is a folder of images"):
+        demo.parse(["photos"])
+    (tmp_path / "shared").mkdir()
+    for name in ("config.json", "model.safetensors", "example.png"):
+        (tmp_path / "shared" / name).write_bytes(b"")
+    for source in ("output/boxes", str(tmp_path / "shared"), "gone"):
+        with pytest.raises(ValueError, match="needs gradio"):
+            demo.parse([source])
 
 
 def test_what_belongs_nowhere_gets_no_clause(desk):
