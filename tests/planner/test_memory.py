@@ -167,7 +167,7 @@ def test_recomputation_holds_less_and_experts_elsewhere_need_buffers():
     [
         # Whole at the end of the backward, beside the bucket; then the own part (9) is larger than the bucket (8).
         (1, 1, [0, 0, 6, 9, 18, 18], [0, 8, 8, 8, 8, 9]),
-        # 3 finds no room beside 6, which is copied to be sent; then the own part comes to be. So with 9, and at the end.
+        # 3 finds no room beside 6, which is copied to be sent; then the own part is there. So with 9, and at the end.
         (2, 1, [0, 0, 9, 9, 9, 9], [0, 8, 8, 8 + 3, 8, 8 + 9]),
         # Whole from the start, and no bucket until the backward is over.
         (1, 2, [18, 18, 18, 18, 18, 18], [0, 0, 0, 0, 0, 9]),
