@@ -32,7 +32,7 @@ class Memory:
     averages: float  # of weights, optim.ema
     activations: float  # all that lives between forward and backward, and what operators make on the way
     gathered: float  # parameters and gradients of other ranks' shards, while they are whole
-    workspace: float  # buffers that are kept between steps
+    workspace: float  # buffers that DeepSpeed reduces gradients in
 
     @property
     def total(self) -> float:
@@ -48,8 +48,13 @@ def predict_memory(
     segments = list(segments)
     live, produced = over_time(segments)
     gathered = _whole(config, workload, layout, segments)
-    gradients = _gradients_over_time(layout, states, produced)
-    peak = int(np.argmax(live + gradients + gathered))
+    if layout.engine == "deepspeed" and layout.zero < 3:
+        gradients, workspace = _reduced_by_deepspeed(layout, states, produced)
+        live, gathered = np.append(live, live[-1]), np.append(gathered, gathered[-1])
+    else:
+        gradients = _gradients_over_time(layout, states, produced)
+        workspace = np.full_like(produced, states.workspace)
+    peak = int(np.argmax(live + gradients + gathered + workspace))
     return Memory(
         parameters=states.parameters,
         gradients=float(gradients[peak]),
@@ -57,24 +62,49 @@ def predict_memory(
         averages=states.averages,
         activations=float(live[peak]),
         gathered=float(gathered[peak]),
-        workspace=states.workspace,
+        workspace=float(workspace[peak]),
     )
 
 
 def _gradients_over_time(layout: Layout, states: Memory, produced: np.ndarray) -> np.ndarray:
     """Returns bytes of gradients after every operator. produced: Of those that this micro-step has made by then."""
     whole = float(produced[-1])
-    if layout.engine == "deepspeed":
-        # Whole while micro-batches add up and in stage 1, beside the bucket that they are copied to.
-        if layout.accumulation > 1:
-            made = np.full_like(produced, whole)
-        else:
-            # From stage 2 on each is let go of as soon as it lies in the bucket.
-            made = np.zeros_like(produced) if layout.zero >= 2 else np.minimum(produced, whole)
-        return made + (states.gradients if layout.zero == 3 else 0.0)
+    if layout.engine == "deepspeed":  # stage 3: in the bucket at once, or whole while micro-batches add up
+        return np.full_like(produced, states.gradients + whole * (layout.accumulation > 1))
     if layout.zero >= 2 and layout.world_size > 1 and layout.engine == "torch":
         return np.full_like(produced, states.gradients)
     return np.maximum(produced, states.gradients) if _keeps_gradients(layout) else np.minimum(produced, whole)
+
+
+def _reduced_by_deepspeed(layout: Layout, states: Memory, produced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (bytes of gradients, bytes of buffers they are reduced in) under DeepSpeed, stages 1 and 2: after every
+    operator of the last micro-step, and, last, at most while what is left is reduced after it.
+
+    As deepspeed/runtime/zero/stage_1_and_2.py of version 0.19.8 (setup_buckets, reduce_ipg_grads, average_tensor,
+    copy_grads_in_partition), and engine.py (_flush_coalesced_reduction_zero12): the bucket is made by the first
+    gradient that is to be reduced and dropped with the last. A gradient that lies in it is let go of. A full one is
+    copied flat to be sent; then the own part of all gradients comes to be, for the rest of the step.
+    """
+    whole, own = float(produced[-1]), 0.0 if layout.offload != "none" else states.gradients
+    steps = np.diff(produced, prepend=0.0)
+    # A gradient is not yet told from activations by the operator before: then it is looked for a place.
+    arrivals = [(max(int(at) - 1, 0), float(steps[at])) for at in np.flatnonzero(steps >= 1)]
+    kept, buffers = np.zeros(len(produced) + 1), np.zeros(len(produced) + 1)
+    if layout.accumulation > 1 or layout.zero == 1:  # after the backward of the last micro-batch
+        kept[:-1] = whole if layout.accumulation > 1 else produced
+        kept[-1], buffers[-1] = whole, max(_BUCKET, own) if whole > _BUCKET else _BUCKET
+        if layout.accumulation == 1 and arrivals:
+            buffers[arrivals[0][0] : -1] = _BUCKET
+        return kept, buffers
+    if arrivals:
+        buffers[arrivals[0][0] :] = _BUCKET
+    filled = 0.0
+    for at, size in [*arrivals, (len(produced), _BUCKET)]:  # last: the rest
+        if filled and filled + size > _BUCKET:
+            buffers[at] += filled if kept[at] else max(filled - own, 0.0)
+            kept[at:], filled = own, 0.0
+        filled += size
+    return kept, buffers
 
 
 def activations_over_time(config: Config, workload: Workload, layout: Layout, segments: list[Segment]) -> np.ndarray:
@@ -135,7 +165,7 @@ def _flat_states(config: Config, workload: Workload, layout: Layout) -> Memory:
         averages=0.0,
         activations=0.0,
         gathered=0.0,
-        workspace=_BUCKET,
+        workspace=_BUCKET if layout.zero == 3 else 0.0,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from swin_moe.config.io import load_config
 from swin_moe.ops import extension
 from swin_moe.parallel.sharding import Degrees
+from swin_moe.planner import memory
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
 from swin_moe.planner.plan import Traces
@@ -36,7 +37,15 @@ CASES = {
 }
 
 
-MORE = {1: (), 2: ("swinv2 bf16", "swin_moe DeepSpeed ZeRO-2, expert 2")}  # with --full
+MORE = {  # with --full
+    1: (),
+    2: (
+        "swinv2 bf16",
+        "swin_moe DeepSpeed ZeRO-2, expert 2",
+        "swin DeepSpeed ZeRO-1, 2 micro-batches",
+        "swin DeepSpeed ZeRO-2, 2 micro-batches",
+    ),
+}
 
 
 def tiny(*options):
@@ -151,6 +160,27 @@ def test_recomputation_holds_less_and_experts_elsewhere_need_buffers():
     moe = tiny("model.name=swin_moe", "model.moe.blocks=[[1],[1,3]]", "model.moe.num_experts=4")
     here, there = (over_time(trace_micro_step(moe, d).at(8))[1][-1] for d in (ALONE, Degrees(4, 1, 1)))
     assert there < here  # gradients of a quarter of the experts
+
+
+@pytest.mark.parametrize(
+    "zero, accumulation, gradients, buffers",
+    [
+        # Whole at the end of the backward, beside the bucket; then the own part (9) is larger than the bucket (8).
+        (1, 1, [0, 0, 6, 9, 18, 18], [0, 8, 8, 8, 8, 9]),
+        # 3 finds no room beside 6, which is copied to be sent; then the own part is there. So with 9, and at the end.
+        (2, 1, [0, 0, 9, 9, 9, 9], [0, 8, 8, 8 + 3, 8, 8 + 9]),
+        # Whole from the start, and no bucket until the backward is over.
+        (1, 2, [18, 18, 18, 18, 18, 18], [0, 0, 0, 0, 0, 9]),
+        (2, 2, [18, 18, 18, 18, 18, 18], [0, 0, 0, 0, 0, 9]),
+    ],
+)
+def test_gradients_under_deepspeed_lie_in_one_place_at_a_time(monkeypatch, zero, accumulation, gradients, buffers):
+    """Gradients of 6, 3 and 9 bytes, a bucket of 8, 2 ranks. Once gradients, bucket and activations were added up."""
+    monkeypatch.setattr(memory, "_BUCKET", 8)
+    layout = Layout(2, 1, 1, 2, "deepspeed", zero, "none", 0, 4, accumulation, 1, "linear", "none", "none")
+    states = memory.Memory(18, 9, 27, 0, 0, 0, 0)
+    kept, beside = memory._reduced_by_deepspeed(layout, states, np.array([0.0, 0.0, 6.0, 9.0, 18.0]))
+    assert (kept.tolist(), beside.tolist()) == (gradients, buffers)
 
 
 def test_live_bytes_of_a_known_program():
