@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
-# Four test files at a time for two cores: a test has one thread a process, and many wait for processes that they have
+# Three test files at a time for two cores: a test has one thread a process, and many wait for processes that they have
 # started. In the order that tests/conftest.py gives, longest first.
-SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 # Where nothing may be kept of what Python compiled, each of some 500 processes of the tests compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 

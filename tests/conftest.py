@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-# Files that take longest, first: with pytest -n 4 --dist loadfile, what begins last must not leave the others idle.
+# Files that take longest, first: with pytest -n 3 --dist loadfile, what begins last must not leave the others idle.
 # By the sums of `pytest --durations` on 2026-11-29; what takes under 8 seconds comes after them.
 LONGEST = (
     "equivalence/test_engines.py",

@@ -85,6 +85,7 @@ def test_every_command_of_the_giant_starts(tmp_path):
     assert process.returncode == 2 and "is not a multiple of data.micro_batch=19 x 512 ranks" in output
 
 
+@pytest.mark.full  # five starts on two ranks; tests/tasks and tests/checkpoint_tools have each step by itself
 @pytest.mark.mpi
 def test_the_small_twin_is_trained_from_simmim_to_experts(tmp_path):
     simmim, fine, large, upcycle, moe, evaluate = COMMANDS

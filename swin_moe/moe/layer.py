@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe.choices import Routed, RoutingStats, build_choice
-from swin_moe.moe.choices.token import TokenChoice
 from swin_moe.moe.dispatch import Dispatcher, LocalDispatcher, PaddedDispatcher, order_and_counts
 from swin_moe.moe.experts import Dropout, GroupedExperts
 from swin_moe.moe.phases import PhaseClock, mark
-from swin_moe.moe.routers import LinearRouter, build_router
+from swin_moe.moe.routers import build_router
 from swin_moe.moe.routing import Routing
 from swin_moe.moe.shared import SharedExpert
 from swin_moe.ops.linear import is_ordinary, is_untouched
@@ -153,13 +152,12 @@ class MoELayer(nn.Module):
     def _plan(
         self, x: Tensor, dtype: torch.dtype, tokens_per_image: int, *, draws: bool
     ) -> tuple[moe_layer.Slots, moe_layer.Options] | None:
-        """Returns how routing, experts and what is between them are one operator; None where they are not: it covers
-        linear routers and token choice, few rows, all here, and nobody watches."""
+        """Returns how routing, experts and what is between them are one operator; None where they are not: it covers a
+        router that is a matrix, the choices that say so, few rows, all here, and nobody watches."""
         if self.clock is not None or self.observer is not None or type(self.dispatcher) is not LocalDispatcher:
             return None
-        if not isinstance(self.choice, TokenChoice) or type(self.router) is not LinearRouter:
-            return None
-        if "cpu" not in moe_layer.COMPILED or not is_untouched(self.router) or not is_ordinary(self.router.weight):
+        matrix = self.router.matrix() if is_untouched(self.router) else None
+        if matrix is None or "cpu" not in moe_layer.COMPILED or not is_ordinary(matrix):
             return None
         if not self.experts.take_tokens(x, x.shape[0] * self.config.top_k, dtype):
             return None
@@ -174,12 +172,11 @@ class MoELayer(nn.Module):
         token: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Returns what choice.route and _in_one do one after the other."""
-        router = self.router
-        assert isinstance(router, LinearRouter), "a plan is made for no other"
-        balance = router.balance
+        matrix, balance = self.router.matrix(), self.router.balance
+        assert matrix is not None, "a plan is made for no other"
         found = moe_layer.moe_layer(
             x,
-            router.weight,
+            matrix,
             self.experts.parameters_in_order(),
             *plan,
             bias=None if balance is None else balance(),

@@ -62,6 +62,10 @@ class Router(nn.Module):
             with torch.no_grad():
                 self.balance.bias.zero_()
 
+    def matrix(self) -> Tensor | None:
+        """Returns (E, D), the weight of a router that computes x W^T and nothing else; None of others."""
+        return None
+
     def _init_projection(self, generator: torch.Generator, std: float) -> None:
         raise NotImplementedError
 
@@ -77,6 +81,10 @@ class LinearRouter(Router):
     def forward(self, x: Tensor) -> Tensor:
         """Returns (T, E) logits of x (T, D). To be called outside autocast."""
         return F.linear(x.to(gate_dtype(x)), self.weight.to(gate_dtype(x)))
+
+    def matrix(self) -> Tensor | None:
+        """Returns (E, D); of a subclass, which may compute something else, None."""
+        return self.weight if type(self) is LinearRouter else None
 
     def _init_projection(self, generator: torch.Generator, std: float) -> None:
         """Truncated normal, as every linear layer of the official model."""

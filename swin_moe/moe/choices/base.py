@@ -17,6 +17,7 @@ from swin_moe.moe.routers import Router
 from swin_moe.moe.routing import Routing, expert_capacity, group_parts, image_shares, uneven_parts
 from swin_moe.moe.routing_groups import GroupDemand, GroupExchange
 from swin_moe.moe.scored import Scored, with_noise
+from swin_moe.ops.moe import moe_layer
 from swin_moe.randomness import RandomContext
 
 
@@ -81,6 +82,12 @@ class Choice:
     def assign(self, batch: Batch, scored: Scored, bias: Tensor | None) -> Assigned:
         """Returns who goes where. bias: (E,) of each expert, which changes who is chosen; None = 0."""
         raise NotImplementedError
+
+    def at_once(
+        self, x: Tensor, *, tokens_per_image: int, training: bool, draws: bool
+    ) -> tuple[moe_layer.Slots, moe_layer.Options] | None:
+        """Returns how x (T, D) is routed by moe_layer.moe_layer; None where that does not cover the rule."""
+        return None
 
     def draws(self) -> bool:
         """Returns whether a forward in training draws anything: noise, or which hidden units are dropped."""
