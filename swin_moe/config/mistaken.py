@@ -21,26 +21,32 @@ def belongs(path: str | Path) -> str:
     """
     try:
         path = Path(path)
-        if path.is_file():
-            return _image(path) if path.name.lower().endswith(IMAGE_SUFFIXES) else ""
-        if not path.is_dir():
-            return ""
-        if is_run(path):
+        if path.is_dir() and is_run(path):
             return f"; it is a run: swin-moe report {path}, swin-moe demo {path}, swin-moe predict {path} IMAGE"
-        if is_run(path.resolve().parent) and path.resolve().name == "checkpoints":
+        if path.is_dir() and is_run(path.resolve().parent) and path.resolve().name == "checkpoints":
             return f"; it holds checkpoints of a run, which is {path.parent}"
-        return _runs(path) or _images(path)
+        return _holds_no_network(path)
     except (OSError, ValueError):  # not ours to read; a NUL in it
         return ""
 
 
 def misplaced(path: str | Path) -> str:
     """Returns what `belongs` says of images and of folders of images or runs; "" of what a network may be read from, as
-    a folder of weights with pictures beside them."""
-    clause = belongs(path)
-    if os.path.isdir(path) and any(name.endswith(_OF_WEIGHTS) for name in os.listdir(path)):
+    a run, or a folder of weights with pictures beside them."""
+    try:
+        path = Path(path)
+        of_run = is_run(path) or is_run(path.resolve().parent)
+        if path.is_dir() and (of_run or any(name.endswith(_OF_WEIGHTS) for name in os.listdir(path))):
+            return ""
+        return _holds_no_network(path)
+    except (OSError, ValueError):
         return ""
-    return "" if clause.startswith(("; it is a run:", "; it holds checkpoints")) else clause
+
+
+def _holds_no_network(path: Path) -> str:
+    if path.is_file():
+        return _image(path) if path.name.lower().endswith(IMAGE_SUFFIXES) else ""
+    return (_runs(path) or _images(path)) if path.is_dir() else ""
 
 
 def is_run(path: Path) -> bool:
