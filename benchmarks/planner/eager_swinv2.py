@@ -1,5 +1,5 @@
 """SwinV2 as eager PyTorch 1.8 runs it under automatic mixed precision, on tensors without memory: what its operators
-move and multiply. It stands for the program whose speed arXiv:2206.03382 publishes, which is not ours.
+move and multiply. It stands for the program whose speed arXiv:2206.03382 publishes, and timm's, which are not ours.
 
 Every operator is a pass over memory: windows are copied out and back, scores get scale, bias, mask, softmax and dropout
 one by one. Autocast keeps norms, softmax and normalization in fp32 and casts what goes into products to fp16.
@@ -7,11 +7,14 @@ one by one. Autocast keeps norms, softmax and normalization in fp32 and casts wh
 Shape legend: B images, H, W tokens, C channels, N tokens of a window, D channels of a head.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.trace import LiveBytes
 
 
@@ -55,29 +58,41 @@ def add(x: Tensor, branch: Tensor, training: bool) -> Tensor:
     return x + (branch * weight(len(x), 1, 1, 1, grad=False) if training else branch)
 
 
-def network(images: int, dim: int, depths: tuple[int, ...], training: bool) -> Tensor:
+@dataclass(frozen=True)
+class Network:
+    """What one SwinV2 is made of."""
+
+    dim: int
+    depths: tuple[int, ...]
+    size: int = 192  # pixels of an image's side
+    window: int = 12  # tokens of a window's side
+    classes: int = 21841
+
+
+def forward(images: int, network: Network, training: bool) -> Tensor:
+    size, side, dim = network.size, network.size // 4, network.dim
     x = norm(
-        F.conv2d(weight(images, 3, 192, 192, grad=False).half(), weight(dim, 3, 4, 4).half(), stride=4)
+        F.conv2d(weight(images, 3, size, size, grad=False).half(), weight(dim, 3, 4, 4).half(), stride=4)
         .flatten(2)
         .transpose(1, 2)
-    ).view(images, 48, 48, dim)
-    for stage, depth in enumerate(depths):
-        heads, window = dim * 2**stage // 32, min(12, 48 // 2**stage)
+    ).view(images, side, side, dim)
+    for stage, depth in enumerate(network.depths):
+        heads, window = dim * 2**stage // 32, min(network.window, side // 2**stage)
         for block in range(depth):
             shift = window // 2 if block % 2 and x.shape[1] > window else 0
             x = add(x, norm(attend(x, window, heads, shift, training)), training)
             hidden = F.dropout(F.gelu(product(x, 4 * x.shape[-1])), 0.0, training)
             x = add(x, norm(F.dropout(product(hidden, x.shape[-1]), 0.0, training)), training)
-        if stage < len(depths) - 1:
+        if stage < len(network.depths) - 1:
             parts = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
             x = norm(product(torch.cat(parts, -1), 2 * x.shape[-1], bias=False))
-    return product(norm(x).mean((1, 2)), 21841)
+    return product(norm(x).mean((1, 2)), network.classes)
 
 
-def count(images: int, dim: int, depths: tuple[int, ...], *, training: bool) -> dict[str, float]:
+def count(images: int, network: Network, *, training: bool) -> dict[str, float]:
     """Returns bytes that products and other operators move, and operators that start kernels."""
     with FakeTensorMode(), LiveBytes() as counted, torch.set_grad_enabled(training):
-        out = network(images, dim, depths, training)
+        out = forward(images, network, training)
         if training:
             F.cross_entropy(out.float(), torch.empty(images, dtype=torch.int64)).backward()
         counted.end()
@@ -85,3 +100,15 @@ def count(images: int, dim: int, depths: tuple[int, ...], *, training: bool) -> 
     return {name: sum(float(getattr(s, name)) for s in counted.segments) for name in names} | {
         "peak": float(counted.peak)
     }
+
+
+def seconds(images: int, network: Network, macs: float, hardware: Hardware, *, training: bool) -> float:
+    """Returns seconds of one step, or of one forward: its products, and its passes over memory one after another.
+
+    Args:
+        macs: Multiply-accumulates of an image in forward.
+    """
+    work = count(images, network, training=training)
+    arithmetic = 2 * macs * images * (3 if training else 1) / hardware.matrix_rate("fp16")
+    products = max(work["moved_by_products"] / hardware.memory_rate, arithmetic)
+    return max(products + work["moved"] / hardware.memory_rate, work["launches"] * hardware.launch_seconds)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from eager_swinv2 import count
+from eager_swinv2 import Network, seconds
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,14 +126,11 @@ class Predictions:
         return time.seconds, time.forward + time.exchange / 2
 
     def eager(self, size: str, training: bool) -> float:
-        """Returns seconds of the eager dense program: its passes over memory, one after another, and its products."""
+        """Returns seconds of the eager dense program."""
         key = size, training
         if key not in self._eager:
             dim, macs = {"small": (96, 6.76e9), "base": (128, 11.78e9)}[size]  # Table 11
-            work = count(IMAGES, dim, (2, 2, 18, 2), training=training)
-            arithmetic = 2 * macs * IMAGES * (3 if training else 1) / A100.matrix_rate("fp16")
-            products = max(work["moved_by_products"] / A100.memory_rate, arithmetic)
-            self._eager[key] = max(products + work["moved"] / A100.memory_rate, work["launches"] * A100.launch_seconds)
+            self._eager[key] = seconds(IMAGES, Network(dim, (2, 2, 18, 2)), macs, A100, training=training)
         return self._eager[key]
 
     def rows(

@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "training")]
+sys.path[:0] = [str(BENCHMARKS / folder) for folder in ("", "training", "planner")]
