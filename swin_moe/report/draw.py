@@ -16,7 +16,7 @@ from swin_moe.names.colours import BACKGROUND, BLUE, BROWN, FAINT, GREEN, INK, O
 WIDTH, HEIGHT = 1120, 560  # pixels of a chart, shown at half that
 GRID = (228, 228, 228)
 COLOURS: tuple[Colour, ...] = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN, INK)
-_TEXT = 22
+_TEXT = 28
 _VIRIDIS = np.array(  # every eighth of the map of that name (S. van der Walt and N. Smith, matplotlib 1.5)
     [
         (68, 1, 84),
