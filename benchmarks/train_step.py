@@ -22,6 +22,7 @@ import resource
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
             model.compile()
     sides = [Side(model, images, options.precision) for model in models]
     scale = pair.macs()[0] / pair.macs()[1]
-    peak, operations = peak_flops(device, options.precision), 2 * options.batch * sides[0].model.active_flops()
+    peak, operations = peak_flops(device, options.precision), 2 * options.batch * cast(Any, models[0]).active_flops()
     for mode in ("infer", "train"):
         for side in sides:  # warm-up: allocator, caches, oneDNN primitives
             for _ in range(3 if device.type == "cuda" else 1):

@@ -73,8 +73,8 @@ def plain(path: str) -> Image.Image:
 def ours(root: Path, batch: int, workers: int) -> Iterator[torch.Tensor]:
     """Yields our batches of one epoch."""
     config = DataConfig(name="folder", path=str(root), global_batch=batch, micro_batch=batch, workers=workers, **POLICY)
-    arguments = {"seed": 0, "rank": 0, "world_size": 1, "micro_batch": batch, "accumulation": 1}
-    with TrainLoader(config, SIZE, **arguments) as loader:
+    arguments: dict[str, Any] = {"seed": 0, "rank": 0, "world_size": 1, "accumulation": 1}
+    with TrainLoader(config, SIZE, micro_batch=batch, **arguments) as loader:
         for step in loader.batches(0, loader.steps_per_epoch):
             yield step.batches[0]["image"]
 
@@ -91,7 +91,7 @@ def others(root: Path, batch: int, workers: int, *, read: Callable, prefetcher: 
     )
     _repair_posterize(transform.transforms)  # which Pillow 13 would end by
     folder = ImageFolder(str(root / "train"), transform, loader=read)
-    collate = {"collate_fn": fast_collate} if prefetcher else {}
+    collate: dict[str, Any] = {"collate_fn": fast_collate} if prefetcher else {}
     loader: Any = DataLoader(folder, batch, shuffle=True, num_workers=workers, drop_last=True, **collate)
     if prefetcher:
         loader = PrefetchLoader(loader, device=torch.device("cpu"), re_prob=0.25, re_mode="pixel")
