@@ -8,8 +8,10 @@ second. timm takes part with and without its fused attention, and the faster of 
 
 A training step is forward, cross entropy, backward and AdamW (fused) on the same batch; a ratio above 1 means that ours
 is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy machine
-disturbs both sides alike. On a CUDA device a round is ten steps between two events. --memory prints instead how far one
-training step raises the peak memory of a process of its own above that of network, gradients and optimizer state (CPU).
+disturbs both sides alike. "Of peak" is the achieved share of the fastest product that was measured (run/metrics.py):
+two operations for each active multiply-accumulate of a forward, three times as many for a step. On a CUDA device a
+round is ten steps between two events. --memory prints instead how far one training step raises the peak memory of a
+process of its own above that of network, gradients and optimizer state (CPU).
 """
 
 import argparse
@@ -20,6 +22,7 @@ import resource
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,7 @@ from torch import nn
 import swin_moe
 from swin_moe.data.torchvision_compat import import_torchvision
 from swin_moe.engine.precision import autocast
+from swin_moe.run.metrics import peak_flops
 
 MOE = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"
 DENSE_TWIN = "swin_moe_small_patch4_window12_192_densebaseline_22k"
@@ -183,6 +187,7 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
             model.compile()
     sides = [Side(model, images, options.precision) for model in models]
     scale = pair.macs()[0] / pair.macs()[1]
+    peak, operations = peak_flops(device, options.precision), 2 * options.batch * cast(Any, models[0]).active_flops()
     for mode in ("infer", "train"):
         for side in sides:  # warm-up: allocator, caches, oneDNN primitives
             for _ in range(3 if device.type == "cuda" else 1):
@@ -198,7 +203,7 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
         unit = "" if scale == 1 else f" per active MAC (MACs x{scale:.3f})"
         print(
             f"| {pair.name} | {mode} | {options.precision} | {1e3 * ours:.1f} | {1e3 * min(theirs):.1f} "
-            f"| {ratio:.3f}{unit} |",
+            f"| {ratio:.3f}{unit} | {(3 if mode == 'train' else 1) * operations / ours / peak:.0%} |",
             flush=True,
         )
     del sides
@@ -230,7 +235,8 @@ def main() -> None:
             compare_memory(pair, options)
         return
     print(f"batch {options.batch}, {options.rounds} interleaved rounds, {machine}, torch {torch.__version__}\n")
-    print("| network | step | precision | ours ms | timm ms | ours / timm speed |\n|---|---|---|---|---|---|")
+    print("| network | step | precision | ours ms | timm ms | ours / timm speed | of peak |")
+    print("|---|---|---|---|---|---|---|")
     for pair in chosen:
         compare(pair, options, device)
 

@@ -8,8 +8,8 @@ import contextlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -36,13 +36,65 @@ def augment_key(seed: int, epoch: int, index: int) -> int:
     return derive_key(seed, epoch, index, PURPOSES.index("augment"))
 
 
-@contextlib.contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """Seeds the global generators of random, numpy and torch (CPU) within the block and restores them after it."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+class Patch(NamedTuple):
+    """A rectangle of a normalized image that is replaced (random erasing)."""
+
+    top: int
+    left: int
+    values: np.ndarray  # (3, h, w) float32; an array, as each tensor would be a shared file between processes
+
+
+class Pixels(NamedTuple):
+    """A transformed image before it is scaled and normalized: a quarter of the bytes on the way between processes."""
+
+    levels: np.ndarray  # (H, W, 3) uint8
+    patches: Sequence[Patch]
+
+
+class PixelTransform(Protocol):
+    """A transform that also gives what it does as pixels; `normalized` of these is its result, bit for bit."""
+
+    def __call__(self, image: Image.Image, key: int) -> Tensor:
+        """Returns (3, H, W) float32."""
+        ...
+
+    def pixels(self, image: Image.Image, key: int) -> Pixels:
+        """Returns the transformed image; the global generators are left seeded, see generators_kept."""
+        ...
+
+
+def gives_pixels(transform: Transform) -> TypeGuard[PixelTransform]:
+    """Returns whether a transform is a PixelTransform."""
+    return hasattr(transform, "pixels")
+
+
+def normalized(levels: Tensor, patches: Sequence[Patch], out: Tensor) -> Tensor:
+    """Returns out (3, H, W) float32, filled with an image (H, W, 3) uint8 and its patches."""
+    out.copy_(levels.permute(2, 0, 1)).div_(255).sub_(_MEAN).div_(_STD)
+    for top, left, values in patches:
+        out[:, top : top + values.shape[1], left : left + values.shape[2]] = torch.from_numpy(values)
+    return out
+
+
+def seed_generators(key: int) -> None:
+    """Seeds the global generators of random, numpy and torch (CPU)."""
     random.seed(key)
     np.random.seed([key & 0xFFFFFFFF, key >> 32])
     torch.default_generator.manual_seed(key)  # torch.manual_seed would reseed CUDA too
+
+
+@contextlib.contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """Seeds the global generators of random, numpy and torch (CPU) within the block and restores them after it."""
+    with generators_kept():
+        seed_generators(key)
+        yield
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restores the global generators after the block; numpy's take 50 us, so a batch does it once."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
     finally:
@@ -77,6 +129,13 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, key: int = 0) -> Tensor:
         """Returns (3, H, W) float32."""
+        return to_tensor(self._image(image))
+
+    def pixels(self, image: Image.Image, key: int = 0) -> Pixels:
+        """Returns the transformed image, see PixelTransform."""
+        return Pixels(np.array(self._image(image)), ())
+
+    def _image(self, image: Image.Image) -> Image.Image:
         height, width = self._size
         if not self._resize:
             if image.size != (width, height):
@@ -84,12 +143,12 @@ class EvalTransform:
                     f"data.resize=false needs images of model.img_size, {width} x {height} pixels (width x height), "
                     f"got {image.width} x {image.height}"
                 )
-            return to_tensor(image)
+            return image
         if not self._crop:
-            return to_tensor(image.resize((width, height), self._resampling))
+            return image.resize((width, height), self._resampling)
         image = image.resize(self._covering_size(*image.size), self._resampling)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return to_tensor(image.crop((left, top, left + width, top + height)))
+        return image.crop((left, top, left + width, top + height))
 
     def _covering_size(self, width: int, height: int) -> tuple[int, int]:
         """Returns (width, height) of the smallest resized image that covers the enlarged target, in pixels."""
@@ -133,11 +192,43 @@ class TimmTransform:
 
             self._transform.transforms[0] = RandomCrop(img_size, padding=_PADDING)
         _repair_posterize(self._transform.transforms)
+        self._size = img_size
+        # What changes pixels, conversion and normalization, and erasing of rectangles.
+        self._changes = self._transform.transforms[: -3 if config.erase_prob else -2]
+        self._erasing = self._transform.transforms[-1] if config.erase_prob else None
 
     def __call__(self, image: Image.Image, key: int) -> Tensor:
         """Returns (3, H, W) float32."""
         with seeded(key):
             return self._transform(image)
+
+    def pixels(self, image: Image.Image, key: int) -> Pixels:
+        """Returns the transformed image, see PixelTransform."""
+        seed_generators(key)
+        for change in self._changes:
+            image = change(image)
+        erased = _Erased(self._size)
+        if self._erasing is not None:
+            self._erasing(erased)
+        return Pixels(np.array(image), erased.patches)
+
+
+class _Erased:
+    """What timm's RandomErasing takes for an image; keeps what is written to it."""
+
+    dtype = torch.float32
+
+    def __init__(self, img_size: tuple[int, int]) -> None:
+        self._size = (3, *img_size)
+        self.patches: list[Patch] = []
+
+    def size(self) -> tuple[int, int, int]:
+        return self._size
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = place
+        size = rows.stop - rows.start, columns.stop - columns.start
+        self.patches.append(Patch(rows.start, columns.start, values.expand(3, *size).contiguous().numpy()))
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -181,6 +272,10 @@ class CropFlipTransform:
     def __call__(self, image: Image.Image, key: int) -> Tensor:
         """Returns (3, H, W) float32."""
         return to_tensor(self.image(image, key))
+
+    def pixels(self, image: Image.Image, key: int) -> Pixels:
+        """Returns the transformed image, see PixelTransform."""
+        return Pixels(np.array(self.image(image, key)), ())
 
     def image(self, image: Image.Image, key: int) -> Image.Image:
         """Returns the cropped and flipped image."""

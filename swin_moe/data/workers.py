@@ -51,6 +51,8 @@ def _pin(value: Any) -> Any:
         return value.pin_memory()
     if isinstance(value, dict):
         return {key: _pin(item) for key, item in value.items()}
+    if hasattr(value, "_make"):  # a named tuple
+        return value._make(map(_pin, value))
     return type(value)(map(_pin, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -18,6 +18,8 @@ from swin_moe.data.transforms import (
     TimmTransform,
     augment_key,
     build_transform,
+    generators_kept,
+    normalized,
     seeded,
     to_tensor,
 )
@@ -177,3 +179,30 @@ def test_without_resize_small_images_are_padded_and_cropped_as_in_the_official_c
     assert torch.equal(evaluation(image, 0), to_tensor(image))
     with pytest.raises(ValueError, match="data.resize=false needs images of model.img_size, 32 x 32"):
         evaluation(noise(30, 32), 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"erase_prob": 1.0, "erase_mode": mode, "erase_count": count}
+        for mode, count in (("pixel", 1), ("rand", 1), ("const", 1), ("pixel", 3))
+    ]
+    + [{"erase_prob": 0.0}, {"erase_prob": 0.0, "auto_augment": "", "color_jitter": 0.0}, {"resize": False}],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_pixels_normalized_later_are_the_same_bits(options, train):
+    config = DataConfig(**options)
+    size = (40, 48)
+    transform = build_transform(config, size, train=train)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    patches = 0
+    for key in range(20):
+        image = Image.fromarray(pixels)
+        before = torch.default_generator.get_state()
+        with generators_kept():
+            made = transform.pixels(image, key)
+        assert torch.equal(before, torch.default_generator.get_state())
+        out = normalized(torch.from_numpy(made.levels), made.patches, torch.empty(3, *size))
+        assert torch.equal(out, transform(image, key))
+        patches += len(made.patches)
+    assert (patches > 0) == (train and config.erase_prob > 0)

@@ -8,9 +8,14 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 
+from swin_moe.data import workers as worker_module
+from swin_moe.data.transforms import Patch
 from swin_moe.data.workers import WorkerPool
 
 
@@ -112,3 +117,15 @@ def test_processes_end_with_their_parent(end):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, workers)), os.getpid()
+
+
+def test_named_tuples_are_pinned_as_such(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    levels = np.zeros((2, 2, 3), dtype=np.uint8)
+    made = worker_module._pin({"patches": [[Patch(1, 2, levels)]], "pixels": Pair(torch.zeros(2), 3)})
+    assert made["patches"] == [[Patch(1, 2, levels)]] and torch.equal(made["pixels"].first, torch.ones(2))
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: int

@@ -29,7 +29,7 @@ from swin_moe.ops.device_clock import device_seconds
 LOGGER = logging.getLogger("swin_moe")
 OPTION = "model.attention=auto"
 MARGIN = 0.10
-BUDGET = 0.3  # seconds that one measurement may take
+BUDGET = 0.2  # seconds that one measurement may take; a network has at most eight cases, and two seconds for all
 ROUNDS = 4  # in each of which another path has to be faster by MARGIN to replace the first
 HOPELESS = 2.0  # a path that takes so many times as long as the fastest is not measured further
 FEW_WINDOWS = 4  # with fewer, what is hopeless cannot be told yet
