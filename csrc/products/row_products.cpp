@@ -30,7 +30,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kPartRows = 192;        // of one task; its columns are packed for it
 constexpr int64_t kPartColumns = 4 * kRowProductColumns;
 constexpr int64_t kLargeParts = 2;        // times as many of both where there are tasks enough: less is packed
-constexpr int64_t kTasksPerThread = 4;
+constexpr size_t kEnoughParts = 8;        // no matter how many threads there are
 constexpr int64_t kLeastTask = 1 << 18;   // multiplications that are worth a thread
 constexpr int64_t kLeastRun = 1024, kMostRuns = 16;  // rows, and runs of rows, of a weight's gradient in float32
 
@@ -70,9 +70,8 @@ class Work {
 
   void run() const {
     const RowKernels kernels = row_kernels();
-    const int64_t threads = at::get_num_threads();
     std::vector<Part> parts = divided(kLargeParts);
-    if (threads > 1 && int64_t(parts.size()) < kTasksPerThread * threads) parts = divided(1);
+    if (parts.size() < kEnoughParts) parts = divided(1);
     const int64_t count = int64_t(parts.size());
     const int64_t grain = std::max<int64_t>(1, count * kLeastTask / std::max<int64_t>(multiplications_, 1));
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
