@@ -1,12 +1,13 @@
 """One MoE layer, forward and backward: ours against Tutel, DeepSpeed, FairScale and a plain loop over experts.
 
     OMP_NUM_THREADS=1 python benchmarks/kernels/moe_layer.py [--all] [--only TEXT] [--small] [--routing] [--rounds N]
+        [--tutel FOLDER]
     python -m launcher -n 2 -- benchmarks/kernels/moe_layer.py [--all]
 
 Ours and the peers take turns in one process, so that a ratio holds on a busy machine; median over rounds of CPU time
 and of wall time, the slowest rank's. A peer that is not installed or cannot do a shape is named with the reason. Where
-a peer has our weights and semantics, its results are compared with ours before it is timed. Tutel may lie on
-PYTHONPATH.
+a peer has our weights and semantics, its results are compared with ours before it is timed. FOLDER is what
+Tutel is imported from where it is not installed. moe_grid.py has a row for every size.
 
 Balanced rows use a fresh router with capacity factor 1.25. Skewed rows are dropless: tokens lean toward one expert so
 far that it gets 5 times the mean load, or nearly all tokens where 5 times is more than there are. --routing times
@@ -210,6 +211,8 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     rounds = int(argv[argv.index("--rounds") + 1]) if "--rounds" in argv else 15
+    if "--tutel" in argv:
+        sys.path.insert(0, argv[argv.index("--tutel") + 1])
     torch.set_num_threads(1)
     if "--routing" in argv:
         compare_routing(rounds)

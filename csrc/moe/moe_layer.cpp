@@ -10,14 +10,13 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <utility>
 #include <vector>
 
 #include "products/expert_layer.h"
+#include "products/row_linear.h"
 
 namespace swin_moe {
 namespace {
@@ -86,7 +85,7 @@ Layer moe_layer_cpu(const Tensor& x, const Tensor& router, const OptionalTensor&
                              weight, z_weight};
   check_layer(x, router, words, token, options);
   std::vector<Tensor> kept(kKeptTensors);
-  const Tensor clean = at::linear(x.to(at::kFloat), router.to(at::kFloat));
+  const Tensor clean = row_linear_cpu(x.to(at::kFloat), router.to(at::kFloat), std::nullopt);
   const OptionalTensor noisy = noise > 0 ? OptionalTensor(with_noise(clean, *words, *token, options)) : std::nullopt;
   const bool own = options.with_probabilities(noisy.has_value());
   auto [scores, probabilities, gate, threshold, expert, slot, keep, demand, kept_GE, totals, entropy] = moe_route_cpu(
@@ -160,8 +159,10 @@ std::tuple<Tensor, Tensor> moe_layer_backward_cpu(
   Tensor grad_router = at::empty({0}, router.options());
   if (!routed) return {grad_x, grad_router};
   const Tensor of_logits = gradient_of_logits(kept, grad_gate, grad_aux, options, noise_std);
-  if (needs_router) grad_router = at::mm(of_logits.t(), x.to(at::kFloat)).to(router.scalar_type());
-  if (needs_x) grad_x.add_(at::mm(of_logits, router.to(at::kFloat)).to(x.scalar_type()));
+  const auto [of_x, of_router, _] = row_linear_backward_cpu(of_logits, x.to(at::kFloat), router.to(at::kFloat),
+                                                            {needs_x, needs_router, false});
+  if (needs_router) grad_router = of_router.to(router.scalar_type());
+  if (needs_x) grad_x.add_(of_x.to(x.scalar_type()));
   return {grad_x, grad_router};
 }
 

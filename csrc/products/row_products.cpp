@@ -4,6 +4,7 @@
 
 #include "capability.h"
 #include "expert_rows.h"
+#include "row_linear.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -28,7 +29,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kPartRows = 192;        // of one task; its columns are packed for it
 constexpr int64_t kPartColumns = 4 * kRowProductColumns;
+constexpr int64_t kLargeParts = 2;        // times as many of both where there are tasks enough: less is packed
+constexpr size_t kEnoughParts = 8;        // no matter how many threads there are
 constexpr int64_t kLeastTask = 1 << 18;   // multiplications that are worth a thread
+constexpr int64_t kLeastRun = 1024, kMostRuns = 16;  // rows, and runs of rows, of a weight's gradient in float32
 
 RowElement element_of(const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16,
@@ -60,22 +64,18 @@ RowKernels row_kernels() {
 class Work {
  public:
   void add(const RowProduct& product) {
-    const int64_t number = int64_t(products_.size());
     products_.push_back(product);
     multiplications_ += product.rows * product.columns * product.steps;
-    for (int64_t row = 0; row < product.rows; row += kPartRows)
-      for (int64_t column = 0; column < product.columns; column += kPartColumns)
-        parts_.push_back({number,
-                          {row, std::min(row + kPartRows, product.rows), column,
-                           std::min(column + kPartColumns, product.columns)}});
   }
 
   void run() const {
     const RowKernels kernels = row_kernels();
-    const int64_t count = int64_t(parts_.size());
+    std::vector<Part> parts = divided(kLargeParts);
+    if (parts.size() < kEnoughParts) parts = divided(1);
+    const int64_t count = int64_t(parts.size());
     const int64_t grain = std::max<int64_t>(1, count * kLeastTask / std::max<int64_t>(multiplications_, 1));
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernels.product(products_[parts_[i].product], parts_[i].part);
+      for (int64_t i = begin; i < end; ++i) kernels.product(products_[parts[i].product], parts[i].part);
     });
   }
 
@@ -84,8 +84,21 @@ class Work {
     int64_t product;
     RowProductPart part;
   };
+
+  std::vector<Part> divided(int64_t times) const {
+    const int64_t rows = kPartRows * times, columns = kPartColumns * times;
+    std::vector<Part> parts;
+    for (size_t n = 0; n < products_.size(); ++n) {
+      const RowProduct& of = products_[n];
+      for (int64_t row = 0; row < of.rows; row += rows)
+        for (int64_t column = 0; column < of.columns; column += columns)
+          parts.push_back(
+              {int64_t(n), {row, std::min(row + rows, of.rows), column, std::min(column + columns, of.columns)}});
+    }
+    return parts;
+  }
+
   std::vector<RowProduct> products_;
-  std::vector<Part> parts_;
   int64_t multiplications_ = 0;
 };
 
@@ -199,43 +212,21 @@ void grouped_rows_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tens
   if (grad_x && first.back() < x.size(0)) grad_x->slice(0, first.back()).zero_();
 }
 
-Tensor row_linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
-  TORCH_CHECK_VALUE(x_.dim() >= 1 && weight_.dim() == 2 && x_.size(-1) == weight_.size(1),
-                    "row_linear: x must be (..., inputs) and weight (outputs, inputs), got ", x_.sizes(), " and ",
-                    weight_.sizes());
-  const Tensor x = x_.contiguous(), weight = is_dense(weight_) ? weight_ : weight_.contiguous();
-  const OptionalTensor bias = bias_ ? OptionalTensor(bias_->to(x.scalar_type()).contiguous()) : std::nullopt;
-  const int64_t inputs = weight.size(1), outputs = weight.size(0);
-  auto shape = x.sizes().vec();
-  shape.back() = outputs;
-  Tensor y = at::empty(shape, x.options());
-  Work work;
-  work.add(product_of(x.numel() / std::max<int64_t>(inputs, 1), outputs, inputs,
-                      Matrix::rows_of(x), Matrix::of(weight).transposed(), Matrix::rows_of(y), bias ? bias->const_data_ptr() : nullptr));
-  work.run();
-  return y;
+// Rows that are added up for themselves: a long sum in float32 loses digits, and threads share what is in several runs.
+// How many they are does not depend on the threads.
+int64_t rows_of_run(int64_t rows, const Tensor& x, const Tensor& weight) {
+  const bool wide = x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat;
+  return wide ? std::max(kLeastRun, (rows + kMostRuns - 1) / kMostRuns) : std::max<int64_t>(rows, 1);
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
-                                                           std::array<bool, 3> needs) {
-  const Tensor x = x_.contiguous(), grad = grad_.contiguous();
-  const Tensor weight = is_dense(weight_) ? weight_ : weight_.contiguous();
-  const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / std::max<int64_t>(inputs, 1);
-  const Matrix g = Matrix::rows_of(grad), from = Matrix::rows_of(x);
-  Tensor grad_x, grad_weight, grad_bias;
-  Work work;
-  if (needs[0]) {
-    grad_x = at::empty_like(x);
-    work.add(product_of(rows, inputs, outputs, g, Matrix::of(weight), Matrix::rows_of(grad_x)));
-  }
-  if (needs[1]) {
-    grad_weight = at::empty({outputs, inputs}, weight.options());
-    work.add(outer_product(outputs, inputs, rows, g, from, Matrix::of(grad_weight)));
-  }
-  if (needs[2]) grad_bias = at::empty({outputs}, x.options());
-  work.run();
-  if (needs[2]) add_row_sums({{rows, outputs, g.data, g.row, grad_bias.mutable_data_ptr(), g.element}});
-  return {grad_x, grad_weight, grad_bias};
+// to = the sum of the matrices, in their order.
+void add_runs(const Tensor& runs, const Tensor& to) {
+  const int64_t size = to.numel();
+  const float* from = runs.const_data_ptr<float>();
+  float* sum = to.mutable_data_ptr<float>();
+  std::copy(from, from + size, sum);
+  for (int64_t n = 1; n < runs.size(0); ++n)
+    for (int64_t i = 0; i < size; ++i) sum[i] += from[n * size + i];
 }
 
 std::tuple<Tensor, Tensor, Tensor> expert_rows_cpu(const Tensor& x, const Tensor& fc1, const OptionalTensor& bias1,
@@ -257,6 +248,51 @@ void expert_rows_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor&
 }
 
 }  // namespace
+
+Tensor row_linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
+  TORCH_CHECK_VALUE(x_.dim() >= 1 && weight_.dim() == 2 && x_.size(-1) == weight_.size(1),
+                    "row_linear: x must be (..., inputs) and weight (outputs, inputs), got ", x_.sizes(), " and ",
+                    weight_.sizes());
+  const Tensor x = x_.contiguous(), weight = is_dense(weight_) ? weight_ : weight_.contiguous();
+  const OptionalTensor bias = bias_ ? OptionalTensor(bias_->to(x.scalar_type()).contiguous()) : std::nullopt;
+  const int64_t inputs = weight.size(1), outputs = weight.size(0);
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  Tensor y = at::empty(shape, x.options());
+  Work work;
+  work.add(product_of(x.numel() / std::max<int64_t>(inputs, 1), outputs, inputs, Matrix::rows_of(x),
+                      Matrix::of(weight).transposed(), Matrix::rows_of(y), bias ? bias->const_data_ptr() : nullptr));
+  work.run();
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_linear_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
+                                                           std::array<bool, 3> needs) {
+  const Tensor x = x_.contiguous(), grad = grad_.contiguous();
+  const Tensor weight = is_dense(weight_) ? weight_ : weight_.contiguous();
+  const int64_t inputs = weight.size(1), outputs = weight.size(0), rows = x.numel() / std::max<int64_t>(inputs, 1);
+  const Matrix g = Matrix::rows_of(grad), from = Matrix::rows_of(x);
+  Tensor grad_x, grad_weight, grad_bias;
+  Work work;
+  if (needs[0]) {
+    grad_x = at::empty_like(x);
+    work.add(product_of(rows, inputs, outputs, g, Matrix::of(weight), Matrix::rows_of(grad_x)));
+  }
+  const int64_t run = rows_of_run(rows, x, weight);
+  Tensor runs;
+  if (needs[1]) {
+    grad_weight = at::empty({outputs, inputs}, weight.options());
+    runs = run < rows ? at::empty({(rows + run - 1) / run, outputs, inputs}, weight.options()) : grad_weight.unsqueeze(0);
+    for (int64_t begin = 0, n = 0; n < runs.size(0); ++n, begin += run)
+      work.add(outer_product(outputs, inputs, std::min(run, rows - begin), g.from_row(begin), from.from_row(begin),
+                             matrix_of(runs, n)));
+  }
+  if (needs[2]) grad_bias = at::empty({outputs}, x.options());
+  work.run();
+  if (needs[1] && run < rows) add_runs(runs, grad_weight);
+  if (needs[2]) add_row_sums({{rows, outputs, g.data, g.row, grad_bias.mutable_data_ptr(), g.element}});
+  return {grad_x, grad_weight, grad_bias};
+}
 
 Tensor UnitDraw::apply(const Tensor& x) const {
   if (!words) return x;

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swin_moe.config import MoEConfig
 from swin_moe.config.choices import facts_of
+from swin_moe.ops.linear import steady_linear
 from swin_moe.randomness import truncated_normal_
 from swin_moe.registry import lookup
 
@@ -80,7 +81,7 @@ class LinearRouter(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (T, E) logits of x (T, D). To be called outside autocast."""
-        return F.linear(x.to(gate_dtype(x)), self.weight.to(gate_dtype(x)))
+        return steady_linear(x.to(gate_dtype(x)), self.weight.to(gate_dtype(x)))
 
     def matrix(self) -> Tensor | None:
         """Returns (E, D); of a subclass, which may compute something else, None."""

@@ -59,6 +59,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias)
 
 
+def steady_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns F.linear(x, weight); by our kernels, where they are, whatever the rows, so that neither it nor a gradient
+    depends on the number of threads. First derivatives only there.
+
+    For narrow weights such as a router's, whose products the kernels compute at least as fast as MKL at any rows.
+    """
+    kind = x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if kind and row_products.takes(x, weight) and is_ordinary(x) and is_ordinary(weight):
+        return row_products.row_linear(x, weight, None)
+    return F.linear(x, weight)
+
+
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns x @ weight.T + bias by oneDNN; x (..., I) contiguous, weight (O, I) of any strides, no gradients."""
     if not weight.is_contiguous():

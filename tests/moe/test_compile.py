@@ -59,7 +59,8 @@ def test_one_graph_and_the_same_result(options, dispatcher, training):
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for step in range(5):
         x = torch.randn(3, 12, DIM, generator=torch.Generator().manual_seed(step)).requires_grad_()
-        compare(layer, compiled, x, RandomContext(7, step, torch.arange(3) + step))
+        # A graph leaves the router's products to PyTorch, which adds up in another order.
+        compare(layer, compiled, x, RandomContext(7, step, torch.arange(3) + step), rtol=2e-4, atol=2e-4)
     assert counter.frame_count <= 2  # one, and one in which the step is a variable
 
 

@@ -9,7 +9,7 @@ from swin_moe.config import MoEConfig
 from swin_moe.moe.dispatch import PaddedDispatcher
 from swin_moe.moe.layer import MoELayer
 from swin_moe.moe.phases import PhaseClock
-from swin_moe.ops import row_products
+from swin_moe.ops import extension, row_products
 from swin_moe.ops.moe import moe_layer
 
 pytestmark = pytest.mark.skipif(not row_products._has_kernels(), reason="this build or processor has no such kernels")
@@ -28,8 +28,9 @@ def draw(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def results(layer: MoELayer, dtype: torch.dtype, mixed: bool) -> list[Tensor]:
-    x, grad = draw(3, 50, 20, seed=3, dtype=dtype).requires_grad_(), draw(3, 50, 20, seed=4, dtype=dtype)
+def results(layer: MoELayer, dtype: torch.dtype, mixed: bool, images: int = 3) -> list[Tensor]:
+    x, grad = (draw(images, 50, 20, seed=seed, dtype=dtype) for seed in (3, 4))
+    x.requires_grad_()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         y, aux = layer(x)
@@ -124,18 +125,28 @@ def test_a_layer_without_tokens_and_one_of_which_nothing_is_asked():
     assert x.grad.any() and layer.experts.fc1_weight.grad.any()
 
 
-def test_a_layer_as_one_operator_has_the_same_bits_on_every_number_of_threads():
-    layer, threads, found = make(top_k=2, capacity_factor=0.8, batch_prioritized=True), torch.get_num_threads(), []
+@pytest.mark.parametrize("in_one", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(("dtype", "mixed"), PRECISIONS)
+def test_a_layer_has_the_same_bits_on_every_number_of_threads(monkeypatch, dtype, mixed, top_k, in_one):
+    """Of 3,000 tokens, whose sums for the router PyTorch's products would share among threads."""
+    layer = make(dtype, num_experts=12, top_k=top_k, capacity_factor=0.8)  # rows few enough for AVX2 as well
+    threads, found = torch.get_num_threads(), []
+    if not in_one:
+        monkeypatch.setattr(MoELayer, "_plan", lambda self, *a, **k: None)
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            found.append(results(layer, torch.float32, False))
+            found.append(results(layer, dtype, mixed, images=60))
     finally:
         torch.set_num_threads(threads)
-    of_router = (2, 3)  # gradients of tokens and of the router: its products are PyTorch's, whose sums threads share
+    assert found[0][3].shape == layer.router.weight.shape and found[0][3].any()
     for other in found[1:]:
-        for number, (a, b) in enumerate(zip(found[0], other)):
-            torch.testing.assert_close(a, b, **({} if number in of_router else {"rtol": 0, "atol": 0}))
+        for number, (a, b) in enumerate(zip(found[0], other, strict=True)):
+            if number in (2, 3) and extension.cpu_capability() == "avx2":  # of tokens and router, off by rounding
+                assert float((a - b).norm() / a.norm()) < 1e-2
+            else:
+                assert torch.equal(a, b), number
 
 
 def test_when_a_layer_is_one_operator():

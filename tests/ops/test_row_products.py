@@ -16,8 +16,9 @@ from swin_moe.randomness import RandomContext
 
 pytestmark = pytest.mark.skipif(not row_products._has_kernels(), reason="this build or processor has no such kernels")
 DTYPES = (torch.float32, torch.bfloat16)
-# (rows, inputs, outputs): one of each, tails of vectors, panels and blocks of steps, odd pairs, several parts.
-SHAPES = [(1, 1, 1), (5, 33, 17), (49, 96, 384), (200, 300, 70), (300, 520, 40), (31, 2, 300)]
+# (rows, inputs, outputs): one of each, tails of vectors, panels and blocks of steps, odd pairs, several parts,
+# several runs of rows in a weight's gradient.
+SHAPES = [(1, 1, 1), (5, 33, 17), (49, 96, 384), (200, 300, 70), (300, 520, 40), (31, 2, 300), (2600, 20, 12)]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
@@ -94,8 +95,8 @@ def test_experts_as_one_operator_round_as_its_parts(dtype, weight_dtype, dropped
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_on_every_number_of_threads(dtype):
-    x, weight, bias = (draw(*s, seed=n, dtype=dtype) for n, s in enumerate([(700, 300), (530, 300), (530,)]))
-    grad = draw(700, 530, seed=3, dtype=dtype)
+    x, weight, bias = (draw(*s, seed=n, dtype=dtype) for n, s in enumerate([(2200, 300), (130, 300), (130,)]))
+    grad = draw(2200, 130, seed=3, dtype=dtype)
     results = []
     threads = torch.get_num_threads()
     try:
@@ -106,6 +107,12 @@ def test_the_same_bits_on_every_number_of_threads(dtype):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_a_sum_of_many_rows_keeps_its_digits():
+    x, grad = torch.ones(40_000, 2), torch.full((40_000, 1), 0.1)
+    found = torch.ops.swin_moe.row_linear_backward(grad, x, torch.zeros(1, 2), [False, True, False])[1]
+    torch.testing.assert_close(found, torch.full((1, 2), 4000.0), rtol=5e-5, atol=0)  # added one by one 4e-4
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

@@ -18,7 +18,8 @@ static_assert(kRowProductColumns % kPanelColumns == 0);
 // Six numbers of each step would be read from as many lines of the first-level cache, which then has no room for them.
 constexpr bool kTurnsLeft = SWIN_MOE_VECTOR_REGISTERS < 32;
 constexpr int kLeastPackedRows = 32;       // packing what could be read in place pays from here on
-constexpr int64_t kBlockSteps = 256;       // of factors that stay in the second-level cache
+template <class Operand>
+constexpr int64_t kBlockSteps = 256 * Operand::kPerFactor;  // of factors that stay in the second-level cache
 
 // Factors of a bfloat16 product as float32 numbers: a float32 right factor is rounded to bfloat16 as it is read.
 struct RoundedNumbers : Numbers<float> {};
@@ -237,8 +238,8 @@ void product_of_part(const RowProduct& p, const RowProductPart& part) {
   constexpr bool kNarrow = !std::is_same_v<Out, float> || !std::is_same_v<A, float>;
   const int64_t rows = part.row_end - part.row_begin;
   const int64_t most = (part.column_end - part.column_begin + kPanelColumns) * rows;  // the last panel is padded
-  for (int64_t step = 0; step == 0 || step < p.steps; step += kBlockSteps) {
-    const int64_t steps = std::min(p.steps - step, kBlockSteps);
+  for (int64_t step = 0; step == 0 || step < p.steps; step += kBlockSteps<Operand>) {
+    const int64_t steps = std::min(p.steps - step, kBlockSteps<Operand>);
     const auto a = left_factor<Operand, A>(p, part, step, steps);
     for (int64_t column = part.column_begin; column < part.column_end; column += kPanelColumns) {
       const int64_t columns = std::min(part.column_end - column, kPanelColumns);
