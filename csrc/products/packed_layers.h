@@ -31,11 +31,15 @@ struct PackedLayers {
   RowSource source;
   bool accumulated_in, accumulated_out;  // x, out hold accumulated numbers
   const void* x;              // kRows: (N, K); kMerged: (B, height, width, channels); kPatches: (B, channels, height, width)
+  const int64_t* from;        // (N) rows of x that are read, kRows; null: in order
   int64_t height, width, channels;
   int64_t rows_of_image, columns_of_image;  // what an image becomes, kMerged and kPatches
   int64_t patch_h, patch_w;
   RowNorm before, after;
   PackedMatrix first, second; // second.data null: one matrix
+  const void* gate;           // (N) factors of the result, accumulated; null: 1. Only with two matrices
+  const int64_t* to;          // (N) rows of inner, residual and out that are read and written; null: in order
+  const void* inner;          // (N, O), accumulated, added before the norm of the result; null: none. Of two matrices
   const void* residual;       // (N, O), accumulated; null: none
   void* out;                  // (N, O)
 };
@@ -45,10 +49,36 @@ struct PackedTask {
   int64_t next_expert;        // whose rows come after these, -1: none
 };
 
+// Where tokens go: their norm, a router and its scores. Numbers are accumulated ones but where Element is said.
+struct PackedRouter {
+  const void* x;              // (T, K)
+  RowNorm norm;
+  PackedMatrix projector;     // of a cosine router, whose results are divided by their lengths; data null: none
+  PackedMatrix router;        // (experts), of the projected tokens or of the tokens
+  bool sigmoid;               // scores are sigmoids of logits, else their softmax
+  void* rows;                 // (T, K) of Element, gets the normalized tokens
+  void* scores;               // (T, experts)
+};
+
+// The sum of a token's experts, and what is added to it.
+struct PackedCombine {
+  const void* y;              // (N, O) accumulated, the experts' results
+  const int64_t* position;    // (T, choices), rows of y
+  const bool* keep;           // (T, choices)
+  const void* gate;           // (T, choices), accumulated
+  int64_t choices, outputs;
+  bool only_dropped;          // tokens with an expert are already written
+  RowNorm after;
+  const void *inner, *residual;  // (T, O), accumulated: added before the norm, and after; null: none
+  void* out;                  // (T, O), accumulated
+};
+
 struct PackedKernels {
   int64_t (*packed_bytes)(int64_t outputs, int64_t inputs);
   void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed);  // of one expert, (outputs, inputs)
   void (*run)(const PackedLayers&, const PackedTask&);
+  void (*route)(const PackedRouter&, int64_t begin, int64_t end);      // tokens
+  void (*combine)(const PackedCombine&, int64_t begin, int64_t end);   // tokens
   int vector_lanes;           // accumulated numbers of a vector: biases and norms are padded to its multiples
 };
 

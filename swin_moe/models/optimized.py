@@ -21,11 +21,13 @@ from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, check_image
 from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.moe import MoELayer
 from swin_moe.moe.dispatch import LocalDispatcher
-from swin_moe.moe.routers import Router
+from swin_moe.moe.routers import CosineRouter, LinearRouter, Router
 from swin_moe.moe.shared import SharedExpert
+from swin_moe.ops import packed_experts
 from swin_moe.ops.attention.fused import fused_window_attention, unsupported
 from swin_moe.ops.attention.in_windows import clamped_factor
 from swin_moe.ops.linear import Linear, is_untouched
+from swin_moe.ops.moe.moe_layer import Options, Slots
 from swin_moe.ops.packed_layers import (
     DTYPES,
     PackedLinear,
@@ -315,13 +317,14 @@ class _FeedForward:
     def __call__(self, x: Tensor, around: _Around) -> Tensor:
         return packed_layers(x, *self.layers, norm=around.before, after=around.after, residual=x)
 
-    def alone(self, x: Tensor) -> Tensor:
-        """Returns the network's result without norm and residual."""
-        return packed_layers(x, *self.layers)
+    def alone(self, x: Tensor, norm: PackedNorm | None = None) -> Tensor:
+        """Returns the network's result for rows, normalized first if there is a norm, without residual."""
+        return packed_layers(x, *self.layers, norm=norm)
 
 
 class _Experts:
-    """A MoE layer: routed as it is in evaluation, without losses."""
+    """A MoE layer: routed as it is in evaluation, without losses. One operator where tokens choose experts by a router
+    that it knows; else the steps of the layer."""
 
     def __init__(self, layer: MoELayer, dtype: torch.dtype) -> None:
         experts = layer.experts
@@ -330,6 +333,8 @@ class _Experts:
         router = _wide(layer.router, sums_dtype(dtype))
         assert isinstance(router, Router)
         self.router = router
+        self.packed_router = _packed_router(router, sums_dtype(dtype)) if packed_experts.available() else None
+        self.planned: tuple[tuple[int, int], tuple[Slots, Options] | None] | None = None  # of the last call's sizes
         self.dispatcher = LocalDispatcher()
         # Tutel's layout: the first matrix is applied transposed, the second as it is.
         self.first = PackedLinear.of(experts.fc1_weight, experts.fc1_bias, dtype)
@@ -337,7 +342,31 @@ class _Experts:
         self.shared = None if layer.shared is None else _FeedForward(layer.shared, dtype)
 
     def __call__(self, x: Tensor, around: _Around) -> Tensor:
-        return around.apply(x, self._branch)
+        plan = None if self.packed_router is None else self._plan(x)
+        if plan is None:
+            return around.apply(x, self._branch)
+        assert self.packed_router is not None
+        inner = None if self.shared is None else self.shared.alone(x, norm=around.before)
+        return packed_experts.packed_experts(
+            x,
+            self.packed_router,
+            self.first,
+            self.second,
+            *plan,
+            norm=around.before,
+            after=around.after,
+            inner=inner,
+        )
+
+    def _plan(self, x_BHWC: Tensor) -> tuple[Slots, Options] | None:
+        """Returns how the one operator routes so many tokens; None where it does not cover the choice."""
+        batch, height, width, channels = x_BHWC.shape
+        sizes = batch, height * width
+        if self.planned is None or self.planned[0] != sizes:
+            rows = x_BHWC.reshape(-1, channels)
+            plan = self.choice.at_once(rows, tokens_per_image=height * width, training=False, draws=False)
+            self.planned = sizes, plan
+        return self.planned[1]
 
     def _branch(self, x_BHWC: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWC.shape
@@ -351,3 +380,15 @@ class _Experts:
         y = packed_layers(tokens, self.first, self.second, counts=counts, wide=False)
         y = routed.restore(self.dispatcher.combine(y, dispatched, routed.routing.gate)).to(x_TD.dtype)
         return (y if self.shared is None else y + self.shared.alone(x_TD)).view(x_BHWC.shape)
+
+
+def _packed_router(router: Router, wide: torch.dtype) -> packed_experts.PackedRouter | None:
+    """Returns the router as the operator reads it; None of one that it does not know."""
+    balance = None if router.balance is None else router.balance()
+    if type(router) is LinearRouter:
+        return packed_experts.PackedRouter(PackedLinear.of(router.weight, None, wide), None, balance)
+    if type(router) is CosineRouter:
+        directions = PackedLinear.of(router.scaled_directions().t(), None, wide)
+        projector = PackedLinear.of(router.projector.weight, router.projector.bias, wide)
+        return packed_experts.PackedRouter(directions, projector, balance)
+    return None

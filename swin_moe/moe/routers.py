@@ -110,6 +110,10 @@ class CosineRouter(Router):
         cosine_TE = F.normalize(point_TP, dim=1) @ F.normalize(self.sim_matrix.to(dtype), dim=0)
         return cosine_TE * self.temperature.to(dtype).clamp(max=_MAX_LOG_SCALE).exp()
 
+    def scaled_directions(self) -> Tensor:
+        """Returns (P, E), the experts' directions, each of the length that its cosine is multiplied by."""
+        return F.normalize(self.sim_matrix, dim=0) * self.temperature.clamp(max=_MAX_LOG_SCALE).exp()
+
     def _init_projection(self, generator: torch.Generator, std: float) -> None:
         """Projector truncated normal, directions normal(0, 0.01), scale 1 / init_t."""
         weight = self.projector.weight

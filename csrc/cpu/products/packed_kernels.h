@@ -1,7 +1,7 @@
 // The kernel of packed layers: blocks of rows, each read, multiplied and written while it is in the cache.
 #pragma once
 
-#include "packed_rows.h"
+#include "packed_experts.h"
 
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
@@ -10,11 +10,6 @@ constexpr int64_t kMostRows = 256, kLeastRows = 24;  // of a block
 constexpr int64_t kBlockBytes = 640 << 10;          // of rows and sums of a block, in the second-level cache
 // Computed before the second matrix takes them up: each time its sums are read and written once more.
 constexpr int64_t kHiddenPanels = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 4 : 10;
-
-template <class A>
-SWIN_MOE_INLINE int64_t whole_vectors(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
 
 template <class Operand>
 struct PackedMemory {
@@ -55,36 +50,25 @@ void read_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t b
   for (int i = 0; i < rows; ++i) {
     Ahead::ask(ahead);
     auto* to = m.a + i * m.row;
+    const int64_t row = p.from ? p.from[begin + i] : begin + i;
     if (p.source == RowSource::kRows && !p.before.weight && !p.accumulated_in) {
-      Operand::read(static_cast<const S*>(p.x) + (begin + i) * inputs, to, int(inputs));
+      Operand::read(static_cast<const S*>(p.x) + row * inputs, to, int(inputs));
       continue;
     }
-    read_row<S>(p, begin + i, m.numbers);
+    read_row<S>(p, row, m.numbers);
     if (p.before.weight) normalize_row(m.numbers, inputs, p.before);
     for (int64_t c = 0; c < inputs; c += kLanes<A>) put_rounded<Operand>(to, int(c / kLanes<A>), load(m.numbers + c));
   }
 }
 
-template <class A>
-const A* bias_of(const PackedMatrix& matrix, int64_t expert) {
-  auto* bias = static_cast<const A*>(matrix.bias);
-  return bias ? bias + expert * whole_vectors<A>(matrix.outputs) : nullptr;
-}
-
+// What is read first of panel `number` of an expert's matrix; nothing of no expert.
 template <class Operand>
-const typename Operand::Factor* matrix_of(const PackedMatrix& matrix, int64_t expert) {
-  const int64_t bytes = packed_bytes<Operand>(matrix.outputs, matrix.inputs);
-  return reinterpret_cast<const typename Operand::Factor*>(static_cast<const char*>(matrix.data) + expert * bytes);
-}
-
-// What is read first of panel `number` of an expert's matrix, or of its part from `step` on; nothing of no expert.
-template <class Operand>
-Next start_of(const PackedMatrix& matrix, int64_t expert, int64_t number, int64_t step = 0) {
+Next start_of(const PackedMatrix& matrix, int64_t expert, int rows, int64_t number) {
   if (expert < 0) return {};
   const Panels<Operand> panels(matrix.outputs);
   const int64_t depth = depth_of<Operand>(matrix.inputs);
-  return start_of_panel(panel_of(matrix_of<Operand>(matrix, expert), panels, depth, number), panels, number, step,
-                        depth - step);
+  return start_of_panel(rows, panel_of(matrix_of<Operand>(matrix, expert), panels, depth, number), panels, number, 0,
+                        depth);
 }
 
 // Writes gelu(a W1 + bias) of panels [first, last) as factors, side by side. next: what is read after them.
@@ -100,7 +84,7 @@ void hidden_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
     const int width = panels.width(number), stride = width * kLanes<A>;
     auto* panel = panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number);
     panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, {m.panel, stride}, false,
-                           number + 1 < last ? start_of<Operand>(p.first, expert, number + 1) : next);
+                           number + 1 < last ? start_of<Operand>(p.first, expert, rows, number + 1) : next);
     auto* of_panel = bias ? bias + panels.first(number) * kLanes<A> : nullptr;
     for (int i = 0; i < rows; ++i)
       for (int v = 0; v < width; ++v) {
@@ -124,7 +108,7 @@ void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
     const int64_t steps = std::min(hidden.first(last) * kLanes<A> / Operand::kPerFactor, depth) - begin;
     const auto part = [&](int64_t number) {
       auto* panel = panel_of(matrix_of<Operand>(p.second, expert), panels, depth, number);
-      return start_of_panel(panel, panels, number, begin, steps);
+      return start_of_panel(rows, panel, panels, number, begin, steps);
     };
     hidden_block(p, m, expert, rows, first, last, part(0));
     for (int64_t number = 0; number < panels.count; ++number) {
@@ -134,9 +118,9 @@ void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
       if (number + 1 < panels.count)
         then = part(number + 1);
       else if (last < hidden.count)
-        then = start_of<Operand>(p.first, expert, last);
+        then = start_of<Operand>(p.first, expert, rows, last);
       else
-        then = start_of<Operand>(p.first, next, 0);
+        then = start_of<Operand>(p.first, next, rows, 0);
       panel_product<Operand>(rows, width, steps, {m.hidden, m.hidden_row, 1}, panel,
                              {m.sums + panels.first(number) * kLanes<A>, m.sums_row}, first > 0, then);
     }
@@ -150,14 +134,16 @@ void write_rows(const PackedLayers& p, const PackedMemory<Operand>& m, const typ
   using A = typename Operand::Sum;
   for (int i = 0; i < rows; ++i) {
     A* sums = m.sums + i * m.sums_row;
-    auto* residual = p.residual ? static_cast<const A*>(p.residual) + (begin + i) * outputs : nullptr;
+    const int64_t to = (p.to ? p.to[begin + i] : begin + i) * outputs;
+    auto* residual = p.residual ? static_cast<const A*>(p.residual) + to : nullptr;
     auto* added = bias;
-    if (p.after.weight) {
-      for (int64_t c = 0; bias && c < outputs; c += kLanes<A>) store(sums + c, load(sums + c) + load(bias + c));
-      normalize_row(sums, outputs, p.after);
+    if (p.gate || p.inner || p.after.weight) {
+      finish_sums(sums, bias, p.gate ? static_cast<const A*>(p.gate)[begin + i] : A(1),
+                  p.inner ? static_cast<const A*>(p.inner) + to : nullptr, outputs);
+      if (p.after.weight) normalize_row(sums, outputs, p.after);
       added = nullptr;
     }
-    write_columns(sums, added, residual, static_cast<T*>(p.out) + (begin + i) * outputs, 0, outputs);
+    write_columns(sums, added, residual, static_cast<T*>(p.out) + to, 0, outputs);
   }
 }
 
@@ -174,8 +160,8 @@ void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t 
     const int64_t column = panels.first(number) * kLanes<A>, end = std::min(column + width * kLanes<A>, outputs);
     Rows<A> sums = p.after.weight ? Rows<A>{m.sums + column, m.sums_row} : Rows<A>{m.panel, width * kLanes<A>};
     auto* panel = panel_of(matrix_of<Operand>(p.first, expert), panels, depth, number);
-    const Next then = number + 1 < panels.count ? start_of<Operand>(p.first, expert, number + 1)
-                                                : start_of<Operand>(p.first, next, 0);
+    const Next then = number + 1 < panels.count ? start_of<Operand>(p.first, expert, rows, number + 1)
+                                                : start_of<Operand>(p.first, next, rows, 0);
     panel_product<Operand>(rows, width, depth, {m.a, m.row, 1}, panel, sums, false, then);
     if (p.after.weight) continue;
     for (int i = 0; i < rows; ++i) {
@@ -198,7 +184,7 @@ void run_blocks(const PackedLayers& p, const PackedTask& task) {
   for (int64_t block = 0; block < blocks; ++block) {
     const int rows = int((task.row_end - begin) / (blocks - block));
     const int64_t next = block + 1 < blocks ? task.expert : task.next_expert;
-    read_block<S>(p, memory, begin, rows, start_of<Operand>(p.first, task.expert, 0));
+    read_block<S>(p, memory, begin, rows, start_of<Operand>(p.first, task.expert, rows, 0));
     if (p.second.data) {
       two_products(p, memory, task.expert, rows, next);
       write_rows<T>(p, memory, bias_of<typename Operand::Sum>(p.second, task.expert), p.second.outputs, begin, rows);
@@ -219,7 +205,8 @@ void run_packed(const PackedLayers& p, const PackedTask& task) {
 
 template <class S, class Operand>
 PackedKernels packed_kernels() {
-  return {packed_bytes<Operand>, pack<S, Operand>, run_packed<S, Operand>, kLanes<typename Operand::Sum>};
+  return {packed_bytes<Operand>, pack<S, Operand>,      run_packed<S, Operand>,
+          route_tokens<S, Operand>, combine_tokens<Operand>, kLanes<typename Operand::Sum>};
 }
 
 // BFloat16Operand: how bfloat16 tensors are multiplied.

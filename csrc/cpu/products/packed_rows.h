@@ -7,6 +7,23 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
+template <class A>
+SWIN_MOE_INLINE int64_t whole_vectors(int64_t count) {
+  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <class A>
+const A* bias_of(const PackedMatrix& matrix, int64_t expert) {
+  auto* bias = static_cast<const A*>(matrix.bias);
+  return bias ? bias + expert * whole_vectors<A>(matrix.outputs) : nullptr;
+}
+
+template <class Operand>
+const typename Operand::Factor* matrix_of(const PackedMatrix& matrix, int64_t expert) {
+  const int64_t bytes = packed_bytes<Operand>(matrix.outputs, matrix.inputs);
+  return reinterpret_cast<const typename Operand::Factor*>(static_cast<const char*>(matrix.data) + expert * bytes);
+}
+
 // 1 / x to 1 part in 1e7, of normal numbers.
 SWIN_MOE_INLINE Vector<float> reciprocal(Vector<float> x) {
 #if defined(SWIN_MOE_HAS_AVX512_BF16)
@@ -138,6 +155,20 @@ void read_row(const PackedLayers& p, int64_t row, A* numbers) {
       read_patch<S>(p, image, of_image / p.columns_of_image, of_image % p.columns_of_image, numbers);
   }
   std::fill(numbers + inputs, numbers + (inputs + kLanes<A> - 1) / kLanes<A> * kLanes<A>, A(0));
+}
+
+// sums = (sums + bias) * gate + inner, of whole vectors but of `inner`, which ends with the row.
+template <class A>
+SWIN_MOE_INLINE void finish_sums(A* sums, const A* bias, A gate, const A* inner, int64_t count) {
+  int64_t c = 0;
+  for (; c + kLanes<A> <= count; c += kLanes<A>) {
+    Vector<A> x = load(sums + c);
+    if (bias) x += load(bias + c);
+    x *= gate;
+    if (inner) x += load(inner + c);
+    store(sums + c, x);
+  }
+  for (; c < count; ++c) sums[c] = (sums[c] + (bias ? bias[c] : A(0))) * gate + (inner ? inner[c] : A(0));
 }
 
 // Writes columns [begin, end) of a row of sums to the result, with bias and residual; the sums start at `begin`.
