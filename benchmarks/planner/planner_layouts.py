@@ -28,7 +28,7 @@ from swin_moe.parallel.groups import build_groups, init_distributed
 from swin_moe.planner.calibrate.command import Steps, measure_rank, measure_together
 from swin_moe.planner.hardware import Hardware, dump_hardware, load_hardware
 from swin_moe.planner.layouts import layout_in
-from swin_moe.planner.plan import Traces
+from swin_moe.planner.micro_step import micro_step_here
 from swin_moe.planner.step_time import StepTime, predict_time
 from swin_moe.planner.workload import build_workload
 from swin_moe.run.session import Session, check_layout, layout_of
@@ -52,6 +52,11 @@ LAYOUTS = {
     "ZeRO-3": "parallel.zero=3",
     "ZeRO-3, 4 micro-batches": "parallel.zero=3 data.micro_batch={quarter}",
     "ZeRO-3, recomputed": "parallel.zero=3 parallel.recompute=block",
+    "FairScale, ZeRO-1": "engine.name=fairscale parallel.zero=1",
+    "FairScale, ZeRO-2": "engine.name=fairscale parallel.zero=2",
+    "DeepSpeed, ZeRO-1": "engine.name=deepspeed parallel.zero=1",
+    "DeepSpeed, ZeRO-2": "engine.name=deepspeed parallel.zero=2",
+    "DeepSpeed, ZeRO-3": "engine.name=deepspeed parallel.zero=3",
 }
 
 
@@ -101,7 +106,7 @@ def build(words: list[str], folder: str, world_size: int) -> Candidate:
 def predict(config: Config, hardware: Any, world_size: int) -> StepTime:
     """Returns what the planner says of a step."""
     layout = layout_in(config, world_size)
-    return predict_time(config, hardware, build_workload(config), layout, Traces(config).of(layout))
+    return predict_time(config, hardware, build_workload(config), layout, micro_step_here(config, layout))
 
 
 def take_round(candidates: dict[str, Candidate]) -> None:

@@ -1,17 +1,25 @@
 """Seconds of real training steps on one CPU rank beside what the planner says after calibration of this machine.
 
     python benchmarks/planner/planner_time.py [--rounds N] [--out FILE.md] [--hardware FILE.yaml] [WORD ...]
+        [--fresh with|without|only]
 
-Takes a step of every case in turn, in rounds: of those with a WORD in the name if any are given; and calibrates, the
-rounds lying between calibration's networks, so that both meet the same machine (or takes a file that it wrote).
+Takes steps of every case in turn, in rounds: of those with a WORD in the name if any are given, and of those that
+nobody looked at while the planner was mended (FRESH) as well, not or only; all together hold more than 20 GB. It
+calibrates, the rounds lying between calibration's networks, so that both meet the same machine (or takes a file that it
+wrote).
 The median step is compared with what the planner says. Seconds are CPU time of the process with one thread; those on
-the wall are beside it. No case is a network that calibration timed.
+the wall are beside it. No case is a network that calibration timed. Every case has a process of its own, as a run has:
+many networks in one share a heap, which grows and shrinks by what the others left in it, so that a step of SwinV2-T
+faulted four times as many pages in.
 """
 
 import argparse
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +27,11 @@ import torch
 
 from swin_moe.config import Config
 from swin_moe.config.io import load_config
-from swin_moe.planner.calibrate.command import Steps, measure_rank
+from swin_moe.planner.calibrate.command import TURNS, Steps, measure_rank
 from swin_moe.planner.calibrate.networks import NETWORKS, SmallStep
 from swin_moe.planner.hardware import Hardware, load_hardware
 from swin_moe.planner.layouts import layout_in
-from swin_moe.planner.micro_step import trace_micro_step
+from swin_moe.planner.micro_step import micro_step_here
 from swin_moe.planner.step_time import StepTime, predict_time
 from swin_moe.planner.workload import build_workload
 
@@ -59,16 +67,32 @@ CASES = {
     "Swin-MoE small, batch 2": f"{_MOE_SMALL} data.global_batch=2",
     "Swin-MoE small, batch 2, bf16": f"{_MOE_SMALL} data.global_batch=2{_BF16}",
 }
+_MLP_T = f"{_TINY} model.name=swin_mlp model.img_size=224 model.window_size=7"
+_WINDOW = f"{_TINY} model.name=swinv2 model.img_size=192 model.window_size=12"
+COUNTED = 2  # steps of each turn, after one that is not
+# Those that nobody looked at while the model of time was made.
+FRESH = {
+    "Swin-T, batch 1": f"{_SWIN_T} data.global_batch=1",
+    "Swin-T, batch 16, bf16": f"{_SWIN_T} data.global_batch=16{_BF16}",
+    "Swin-MLP-T, batch 2": f"{_MLP_T} data.global_batch=2",
+    "Swin-MLP-T, batch 4, bf16": f"{_MLP_T} data.global_batch=4{_BF16}",
+    "SwinV2-T, window 12, batch 4": f"{_WINDOW} data.global_batch=4",
+    "SwinV2-T, window 12, batch 2, bf16": f"{_WINDOW} data.global_batch=2{_BF16}",
+    "Swin-MoE micro, top-2, batch 16": f"{_MICRO} {_EXPERTS} model.moe.top_k=2 data.global_batch=16",
+    "Swin-MoE small, top-2, batch 1, bf16": f"{_MOE_SMALL} model.moe.top_k=2 data.global_batch=1{_BF16}",
+    "Swin-MoE small, 16 experts, batch 4": f"{_MOE_SMALL} model.moe.num_experts=16 data.global_batch=4",
+}
 
 
 @dataclass
 class Found:
-    """One case: seconds of steps as they were, and what was said."""
+    """One case: a process that takes its steps, seconds of these, and what was said."""
 
     config: Config
-    step: SmallStep
+    process: BaseProcess
+    pipe: Connection
     said: StepTime | None = None
-    phases: list[tuple[float, float]] = field(default_factory=list)  # (forward and backward, update) of each round
+    phases: list[tuple[float, float]] = field(default_factory=list)  # (forward and backward, update) of each step
     wall: list[float] = field(default_factory=list)
 
     @property
@@ -76,29 +100,51 @@ class Found:
         """The median step."""
         return float(np.median([sum(row) for row in self.phases]))
 
+    def take(self) -> None:
+        """Has the process take its steps, and notes those that count."""
+        self.pipe.send(True)
+        for micro, update, wall in self.pipe.recv():
+            self.phases.append((micro, update))
+            self.wall.append(wall)
+
+
+def start(text: str, folder: str) -> Found:
+    """Returns a case whose process makes its network now."""
+    config = load_config("digits_swin_moe", f"model.moe.blocks=[] {text} run.output={folder}".split())
+    context = get_context("fork")  # has torch already; nothing has run in this process yet
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(config, there), daemon=True)
+    process.start()
+    there.close()  # so that a process that is gone ends the pipe
+    return Found(config, process, here)
+
+
+def serve(config: Config, pipe: Connection) -> None:
+    """Takes some steps each time it is asked to, and answers with (CPU seconds of forward and backward, of the update,
+    seconds on the wall) of each but the first, which finds nothing in the caches."""
+    step = SmallStep(config, torch.device("cpu"))
+    while pipe.recv():
+        pipe.send([_seconds(step) for _ in range(1 + COUNTED)][1:])
+
+
+def _seconds(step: SmallStep) -> tuple[float, float, float]:
+    wall, start = time.perf_counter(), time.process_time()
+    step.micro_steps()
+    middle = time.process_time()
+    step.update()
+    end = time.process_time()
+    return middle - start, end - middle, time.perf_counter() - wall
+
 
 def predict(config: Config, hardware: Hardware) -> StepTime:
     """Returns what the planner says of a step."""
     layout = layout_in(config, 1)
-    segments = trace_micro_step(config, layout.degrees, images=layout.micro_batch).at(layout.micro_batch)
-    return predict_time(config, hardware, build_workload(config), layout, segments)
+    return predict_time(config, hardware, build_workload(config), layout, micro_step_here(config, layout))
 
 
-def take(found: Found) -> tuple[float, float, float]:
-    """Returns (CPU seconds of forward and backward, of the update, seconds on the wall) of a step."""
-    wall, start = time.perf_counter(), time.process_time()
-    found.step.micro_steps()
-    middle = time.process_time()
-    found.step.update()
-    return middle - start, time.process_time() - middle, time.perf_counter() - wall
-
-
-def take_round(cases: dict[str, Found]) -> None:
-    """Takes a step of every case and notes it."""
+def _take_round(cases: dict[str, Found]) -> None:
     for found in cases.values():
-        micro, update, wall = take(found)
-        found.phases.append((micro, update))
-        found.wall.append(wall)
+        found.take()
 
 
 class Between(Steps):
@@ -106,7 +152,7 @@ class Between(Steps):
 
     def __init__(self, cases: dict[str, Found], rounds: int) -> None:
         super().__init__(enabled=True)
-        self.cases, self.every, self.done = cases, max(1, 2 * len(NETWORKS) // rounds), 0
+        self.cases, self.every, self.done = cases, max(1, 2 * TURNS * len(NETWORKS) // rounds), 0
 
     def __call__(self, text: str) -> None:
         """Says what comes now."""
@@ -114,7 +160,7 @@ class Between(Steps):
         if text.startswith("step of network"):
             self.done += 1
             if self.done % self.every == 0:
-                take_round(self.cases)
+                _take_round(self.cases)
                 super().__call__(f"round {self.done // self.every}")
 
 
@@ -157,23 +203,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out")
     parser.add_argument("--hardware")
+    parser.add_argument("--fresh", choices=("with", "without", "only"), default="with")
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device, say = torch.device("cpu"), Steps(enabled=True)
-    chosen = {n: o for n, o in CASES.items() if not options.words or any(word in n for word in options.words)}
+    tables = {"with": CASES | FRESH, "without": CASES, "only": FRESH}
+    words, table_of_cases = options.words, tables[options.fresh]
+    chosen = {n: o for n, o in table_of_cases.items() if not words or any(word in n for word in words)}
     with tempfile.TemporaryDirectory() as folder:
-        cases = {}
-        for name, text in chosen.items():
-            words = f"model.moe.blocks=[] {text} run.output={folder}".split()
-            config = load_config("digits_swin_moe", words)
-            cases[name] = Found(config, SmallStep(config, device))
-            take(cases[name])  # makes what is made once
-            say(f"first step of {name}")
+        cases = {name: start(text, folder) for name, text in chosen.items()}
+        for name, found in cases.items():
+            found.take()  # makes what is made once
+            found.phases, found.wall = [], []
+            say(f"first steps of {name}")
         if options.hardware:
             hardware = load_hardware(options.hardware)
             for number in range(options.rounds):
-                take_round(cases)
+                _take_round(cases)
                 say(f"round {number + 1} of {options.rounds}")
         else:
             between = Between(cases, options.rounds)

@@ -20,6 +20,7 @@ from swin_moe.engine.precision import LossScale, autocast
 from swin_moe.engine.router_balance import RouterBalance
 from swin_moe.layout import Chunk
 from swin_moe.models.network import Network
+from swin_moe.ops.host_memory import keep_freed_memory
 from swin_moe.optim import Schedule, frozen_parameters
 from swin_moe.parallel.apply import parameter_layout
 from swin_moe.parallel.clip import SquareSums, norm_and_numbers, sharded_squares, sum_of_squares
@@ -138,6 +139,8 @@ class StepEngine:
     parts: Held
 
     def __init__(self, model: Network, *, config: Config, groups: Groups, schedule: Schedule, device: torch.device):
+        if device.type == "cpu":
+            keep_freed_memory()
         self.config, self.groups, self.schedule, self.device = config, groups, schedule, device
         self.local_model = model
         self.layout = parameter_layout(model, groups)

@@ -154,7 +154,8 @@ class MoELayer(nn.Module):
     ) -> tuple[moe_layer.Slots, moe_layer.Options] | None:
         """Returns how routing, experts and what is between them are one operator; None where they are not: it covers a
         router that is a matrix, the choices that say so, few rows, all here, and nobody watches."""
-        if self.clock is not None or self.observer is not None or type(self.dispatcher) is not LocalDispatcher:
+        local = type(self.dispatcher) is LocalDispatcher or getattr(self.dispatcher, "in_one", False)  # the planner's
+        if self.clock is not None or self.observer is not None or not local:
             return None
         matrix = self.router.matrix() if is_untouched(self.router) else None
         if matrix is None or "cpu" not in moe_layer.COMPILED or not is_ordinary(matrix):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swin_moe.choice_cache import cpu_field
-from swin_moe.ops import row_products
+from swin_moe.ops import extension, row_products
 
 LOGGER = logging.getLogger("swin_moe")
 # A call of oneDNN costs about 90 us, and the weight is packed each time. Two layers D to 4D to D, forward and backward:
@@ -73,6 +73,15 @@ def steady_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns x @ weight.T + bias by oneDNN; x (..., I) contiguous, weight (O, I) of any strides, no gradients."""
+    return torch.ops.swin_moe.packed_product(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns (O, I), grad.T @ x, of grad (T, O) and x (T, I), both contiguous."""
+    return torch.ops.swin_moe.packed_weight_gradient(grad, x)
+
+
+def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not weight.is_contiguous():
         weight = weight.contiguous()  # packing it with its strides takes twice as long
     rows = x.numel() // x.shape[-1]
@@ -80,10 +89,32 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns (O, I), grad.T @ x, of grad (T, O) and x (T, I), both contiguous."""
+def _packed_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     like = grad.new_empty((grad.shape[1], x.shape[1]))  # only its shape is read
     return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like, False)[0]
+
+
+def _register() -> None:
+    # Operators, so that whoever watches operators sees one with its sizes, also of tensors without memory, and not the
+    # packed factors inside, which have no storage to tell (planner/operators.py).
+    for schema, kernel, fake in (
+        (
+            "packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+            _packed_product,
+            lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+        ),
+        (
+            "packed_weight_gradient(Tensor grad, Tensor x) -> Tensor",
+            _packed_weight_gradient,
+            lambda grad, x: grad.new_empty((grad.shape[1], x.shape[1])),
+        ),
+    ):
+        name, library = schema.partition("(")[0], extension.define(schema)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"swin_moe::{name}", fake, lib=library)
+
+
+_register()
 
 
 @cache
@@ -128,9 +159,16 @@ def serves_few(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and is_ordinary(x) and is_ordinary(weight)
 
 
+class Ordinary:
+    """Types of tensors that kernels of this processor take; the planner adds those without memory, which stand for
+    them while it looks at what would run."""
+
+    types: tuple[type, ...] = (Tensor, nn.Parameter)
+
+
 def is_ordinary(x: Tensor) -> bool:
     """Returns whether x is no fake, distributed or otherwise special tensor, and nothing traces or transforms it."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in Ordinary.types:
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
 

@@ -116,9 +116,17 @@ def weights_handled(workload: Workload, layout: Layout, item: int) -> tuple[int,
 
 
 def weights_replicated(workload: Workload, layout: Layout) -> int:
-    """Returns how many weights' gradients DDP reduces, or FairScale's or DeepSpeed's hooks in its place, of which it is
-    assumed that they take as long around a weight: calibration measures DDP's alone."""
+    """Returns how many weights' gradients DDP reduces, or FairScale's or DeepSpeed's hooks in its place."""
     return workload.tensors(experts=False) if layout.world_size > 1 and not layout.cuts_weights else 0
+
+
+def weights_of_library(workload: Workload, layout: Layout, item: int) -> tuple[int, float]:
+    """Returns how often in a step FairScale or DeepSpeed takes one weight into its hands, and the bytes of all these.
+    item: Bytes of an element."""
+    times = _gatherings(layout) + 1 if layout.zero == 3 else 1
+    experts = workload.numel(experts=True, trained=True) / (layout.expert * layout.expert_shard)
+    local = workload.numel(experts=False, trained=True) + experts
+    return times * (workload.tensors(experts=False) + workload.tensors(experts=True)), float(item * times * local)
 
 
 def exchanges(workload: Workload, layout: Layout) -> int:

@@ -25,11 +25,13 @@ class EvenDispatcher:
 
     Args:
         rows: A / N.
+        in_one: The layer may be one operator, which calls no dispatcher, where its local one's may (moe/layer.py).
     """
 
-    def __init__(self, config: MoEConfig, degrees: Degrees, rows: float) -> None:
+    def __init__(self, config: MoEConfig, degrees: Degrees, rows: float, *, in_one: bool = False) -> None:
         self.config, self.degrees, self.rows = config, degrees, rows
         self.num_local = even_part(config.num_experts, degrees.expert, 0)[1]
+        self.in_one = in_one and config.backend in ("native", "local") and not self._is_spread
 
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""

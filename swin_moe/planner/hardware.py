@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Hardware:
     matrix_share: float = 1.0
     memory_share: float = 1.0
     link_share: float = 1.0
+    steps_share: float = 1.0  # of a calibrated CPU: the speed of operators in runs over that in calibration
     nics_per_node: int = 0  # 0 = one a rank
     nodes_per_leaf: int = 0  # nodes on one switch of the network's lowest level; 0 = all
     oversubscription: float = 1.0  # bytes/s that the nodes of a leaf send over those that its uplinks carry
@@ -72,8 +73,13 @@ class Hardware:
     device: str = "cuda"  # whose operators are counted: cuda or cpu
     # What calibration found, by precision: products by shape, and seconds of operators by name (rates.py).
     products: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    # Those of single kernels of a CPU: precision -> operator -> points.
+    kernels: Mapping[str, Mapping[str, Sequence[Point]]] = field(default_factory=dict)
     collectives: Mapping[str, Link] = field(default_factory=dict)  # by kind, between ranks of a node; others by inside
     operators: Mapping[str, Mapping[str, Rate]] = field(default_factory=dict)
+    # What FairScale and DeepSpeed take in a step around a weight (call) and a byte of it, by engine and stage
+    # ("deepspeed-2"); one that is not here takes what DDP or FSDP2 does.
+    libraries: Mapping[str, Rate] = field(default_factory=dict)
 
     def matrix_rate(self, precision: str) -> float:
         """Returns FLOP/s that matrix products reach.
@@ -91,10 +97,14 @@ class Hardware:
     def rates(self) -> dict[str, Rates]:
         """What calibration found, by precision; none of a data sheet's machine."""
         return {
-            name: Rates(Curve(self.products[name]), operators)
+            name: Rates(Curve(self.products[name]), operators, curves_of(self.kernels.get(name, {})))
             for name, operators in self.operators.items()
             if name in self.products
         }
+
+    def times_operators(self, precision: str) -> bool:
+        """Returns whether steps are sums of operators that this processor chooses: a calibrated CPU's."""
+        return self.device == "cpu" and precision in self.rates
 
     @property
     def nics(self) -> int:
@@ -105,6 +115,11 @@ class Hardware:
     def memory_rate(self) -> float:
         """Bytes/s that large passes over memory reach."""
         return self.memory_bytes_per_second * self.memory_share
+
+
+def curves_of(kernels: Mapping[str, Sequence[Point]]) -> dict[str, Curve]:
+    """Returns the curves of kernels that were measured by themselves."""
+    return {name: Curve(points) for name, points in kernels.items()}
 
 
 def shipped_links() -> dict[str, Link]:
@@ -199,8 +214,8 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
         if not isinstance(value, dict) or set(value) != set(wanted):
             raise ValueError(f"{path}: {key} must give {' and '.join(wanted)}, got {shown(value)}")
         return Link(**{name: _number(path, f"{key}.{name}", value[name]) for name in wanted})
-    if form in ("products", "operators"):
-        return _by_precision(path, key, value, _points if form == "products" else _rates)
+    if form in _CALIBRATED:
+        return _CALIBRATED[form](path, key, value)
     number = _number(path, key, value, zero=key in _MAY_BE_ZERO)
     if key == "oversubscription" and number < 1:
         raise ValueError(f"{path}: oversubscription must be >= 1, got {shown(value)}")
@@ -213,7 +228,7 @@ def _figure(path: Path, key: str, value: Any, form: str = "") -> Any:
     return number
 
 
-def _by_precision(path: Path, key: str, value: Any, read: Callable[[Path, str, Any], Any]) -> dict[str, Any]:
+def _by_precision(read: Callable[[Path, str, Any], Any], path: Path, key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or set(value) - set(PRECISIONS):
         raise ValueError(f"{path}: {key} must be figures by {', '.join(PRECISIONS)}, got {shown(value)}")
     return {name: read(path, f"{key}.{name}", figures) for name, figures in value.items()}
@@ -226,11 +241,18 @@ def _points(path: Path, key: str, value: Any) -> list[Point]:
     return a
 
 
-def _rates(path: Path, key: str, value: Any) -> dict[str, Rate]:
+def _kernels(path: Path, key: str, value: Any) -> dict[str, list[Point]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} must be points by operator, got {shown(value)}")
+    return {name: _points(path, f"{key}.{name}", points) for name, points in value.items()}
+
+
+def _rates(path: Path, key: str, value: Any, needed: Sequence[str] = (OTHER,)) -> dict[str, Rate]:
     wanted = [f.name for f in dataclasses.fields(Rate) if f.default is dataclasses.MISSING]
     known = {f.name for f in dataclasses.fields(Rate)}
-    if not isinstance(value, dict) or OTHER not in value:
-        raise ValueError(f"{path}: {key} must be rates by operator, one of them {OTHER}, got {shown(value)}")
+    if not isinstance(value, dict) or not set(needed) <= set(value):
+        one = f", one of them {OTHER}" if needed else ""
+        raise ValueError(f"{path}: {key} must be rates by name{one}, got {shown(value)}")
     for name, rate in value.items():
         if not isinstance(rate, dict) or not set(wanted) <= set(rate) <= known:
             raise ValueError(f"{path}: {key}.{name} must give {', '.join(wanted)}, got {shown(rate)}")
@@ -238,6 +260,14 @@ def _rates(path: Path, key: str, value: Any) -> dict[str, Rate]:
         name: Rate(**{k: _number(path, f"{key}.{name}.{k}", rate[k], zero=True) for k in rate})
         for name, rate in value.items()
     }
+
+
+_CALIBRATED: dict[str, Callable[[Path, str, Any], Any]] = {
+    "products": partial(_by_precision, _points),
+    "kernels": partial(_by_precision, _kernels),
+    "operators": partial(_by_precision, _rates),
+    "libraries": partial(_rates, needed=()),
+}
 
 
 def _number(path: Path, key: str, value: Any, *, zero: bool = False) -> float:
@@ -254,10 +284,15 @@ def dump_hardware(hardware: Hardware, path: Path, header: str) -> None:
     for entry in dataclasses.fields(Hardware):
         if entry.name in tree and tree[entry.name] == entry.default:  # one that means "as others say" is no figure
             del tree[entry.name]
-    tree["products"] = {name: [list(point) for point in points] for name, points in hardware.products.items()}
+    tree["products"] = _as_lists(hardware.products)
+    tree["kernels"] = {name: _as_lists(kernels) for name, kernels in hardware.kernels.items()}
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     text = yaml.dump(tree, Dumper=_Rows, sort_keys=False, width=120)
     path.write_text(comment + text, encoding="utf-8")
+
+
+def _as_lists(curves: Mapping[str, Sequence[Point]]) -> dict[str, list[list[float]]]:
+    return {name: [list(point) for point in points] for name, points in curves.items()}
 
 
 class _Rows(yaml.SafeDumper):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from swin_moe.config import Config, ModelConfig
 from swin_moe.data.batch import Batch
@@ -21,9 +21,12 @@ from swin_moe.models.network import Network
 from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.moe import MoELayer
 from swin_moe.ops.attention.choice import Measuring
+from swin_moe.ops.attention.geometry import Kept
+from swin_moe.ops.linear import Ordinary
 from swin_moe.optim import frozen_parameters
 from swin_moe.parallel.sharding import Degrees, local_chunk
 from swin_moe.planner.exchange import EvenDispatcher
+from swin_moe.planner.layouts import Layout
 from swin_moe.planner.trace import LiveBytes, Segment
 from swin_moe.planner.workload import task_to_count, weight_dtype
 from swin_moe.tasks.base import StepContext, Task
@@ -74,6 +77,7 @@ def trace_micro_step(
     images: int = 0,
     experts_only: bool = False,
     kernels: bool = False,
+    here: bool = False,
 ) -> MicroStep:
     """Returns the micro-step of rank 0, which holds as much as any.
 
@@ -81,6 +85,7 @@ def trace_micro_step(
         rows: Rows that arrive for this rank's experts, in shares of those that it sends; 1 = an even load.
         images: The only micro-batch that will be asked for; 0 = any.
         kernels: Attention by compiled kernels, as on a GPU, also where this machine has none.
+        here: Operators that this processor would run, which it chooses by their sizes; only with `images`.
         experts_only: No other blocks than those with experts are wanted (MicroStep.with_experts).
     """
     blocks = _blocks_to_trace(config.model)
@@ -93,12 +98,26 @@ def trace_micro_step(
         # What one rank copies of weights (engine/weight_copies.py) comes together at the end, of all blocks.
         blocks = tuple(tuple(range(depth)) for depth in config.model.depths)
     sizes = [images] if images else _TRACED
-    traced = {size: trace_exactly(config, degrees, size, rows, blocks, kernels=kernels) for size in sizes}
+    assert images or not here, "no line leads from one size's operators to another's"
+    traced = {size: trace_exactly(config, degrees, size, rows, blocks, kernels=kernels, here=here) for size in sizes}
     return MicroStep(traced, config.model, blocks)
 
 
+def micro_step_here(config: Config, layout: Layout) -> list[Segment]:
+    """Returns the segments of a layout's micro-step with the operators that this processor would run."""
+    images = layout.micro_batch
+    return trace_micro_step(config, layout.degrees, images=images, here=True).at(images)
+
+
 def trace_exactly(
-    config: Config, degrees: Degrees, images: int, rows: float = 1.0, blocks: Blocks = (), *, kernels: bool = False
+    config: Config,
+    degrees: Degrees,
+    images: int,
+    rows: float = 1.0,
+    blocks: Blocks = (),
+    *,
+    kernels: bool = False,
+    here: bool = False,
 ) -> list[Segment]:
     """Returns the segments of a micro-step with this many images, every block of the config run, or those given."""
     task = task_to_count(config)
@@ -108,13 +127,14 @@ def trace_exactly(
     if blocks:
         _leave(model, blocks)
     with FakeTensorMode():
-        _hold(model, config, degrees, rows, frozen)
+        _hold(model, config, degrees, rows, frozen, here=here)
         copies = copies_of(model, config, world_size=degrees.world_size)
         known = [*model.parameters(), *model.buffers()]
         if copies is not None:
             known += [*copies.masters.values(), *copies.copies.values()]
         used = nullcontext() if copies is None else copies.used()
-        with _attending(kernels=kernels), LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
+        chosen = _chosen(kernels=kernels, here=here)
+        with chosen, LiveBytes(known) as bytes_alive, _watched(model, bytes_alive), used:
             batch = example_batch(config, images, task)
             precision = config.engine.precision
             context = StepContext(
@@ -133,13 +153,16 @@ def trace_exactly(
 
 
 @contextmanager
-def _attending(*, kernels: bool) -> Iterator[None]:
-    """Counts compiled kernels of attention as there, where that is asked for."""
+def _chosen(*, kernels: bool, here: bool) -> Iterator[None]:
+    """Counts compiled kernels of attention as there, where that is asked for; or lets tensors without memory choose all
+    kernels of this processor, and find made what a process makes once."""
     before, Measuring.kernels = Measuring.kernels, kernels
+    types = Ordinary.types
+    Ordinary.types, Kept.fakes = ((*types, FakeTensor), {}) if here else (types, None)
     try:
         yield
     finally:
-        Measuring.kernels = before
+        Measuring.kernels, Ordinary.types, Kept.fakes = before, types, None
 
 
 def example_batch(config: Config, images: int, task: Task) -> Batch:
@@ -172,7 +195,9 @@ def _leave(model: Network, blocks: Blocks) -> None:
                     del stage.blocks._modules[name]  # del of a list would name the others anew
 
 
-def _hold(model: Network, config: Config, degrees: Degrees, rows: float, frozen: Collection[str]) -> None:
+def _hold(
+    model: Network, config: Config, degrees: Degrees, rows: float, frozen: Collection[str], *, here: bool
+) -> None:
     """Gives a network on meta this rank's parameters as fake tensors, and its MoE layers a dispatcher of even loads."""
     dtype = weight_dtype(config)
     coordinates = degrees.coordinates(0)
@@ -186,7 +211,7 @@ def _hold(model: Network, config: Config, degrees: Degrees, rows: float, frozen:
         for key, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
         if isinstance(module, MoELayer):
-            module.dispatcher = EvenDispatcher(module.config, degrees, rows)
+            module.dispatcher = EvenDispatcher(module.config, degrees, rows, in_one=here)
             if degrees.expert_shard > 1:
                 module.experts.gather = module.dispatcher.gather_shards(module.experts.global_shapes())
 

@@ -1,7 +1,7 @@
 """What one operator asks of a machine, as numbers: bytes, multiply-accumulates and the shape of its product.
 
-The same function looks at operators of a traced micro-step (trace.py) and of a real one (calibrate/networks.py), so
-what was timed there is found again here.
+The same function looks at operators of a traced micro-step (trace.py) and of a real one (calibrate/timed.py), so what
+was timed there is found again here.
 """
 
 import math
@@ -25,6 +25,7 @@ _NO_KERNEL = frozenset(
 _LAYER_ROWS = 11  # among what moe_layer keeps for its backward
 
 Shape = tuple[float, float, float]
+Product = tuple[Shape, float]  # and its multiply-accumulates
 Arguments = Sequence[Any]
 
 
@@ -40,24 +41,18 @@ def _linear(args: Arguments) -> Shape:
 
 def _weight_gradient(args: Arguments) -> Shape:
     grad, x = args[0].shape, args[1].shape
-    return grad[-1], math.prod(x[:-1]), x[-1]
+    return math.prod(x[:-1]), x[-1], grad[-1]
 
 
 def _grouped(args: Arguments, x: int = 0) -> Shape:
     return args[x].shape[0], args[x + 1].shape[1], args[x + 1].shape[2]
 
 
-def _row_linear_backward(args: Arguments) -> list[tuple[str, Shape]]:
-    """Returns those of the two products that are asked for."""
-    rows, outputs, inputs = _mm(args[::2])
-    shapes = (rows, outputs, inputs), (outputs, rows, inputs)
-    return [("mm", shape) for shape, is_needed in zip(shapes, args[3]) if is_needed]
-
-
-def _experts(args: Arguments, x: int = 0, fc1: int = 1) -> list[Shape]:
-    """Returns the products of both layers."""
-    rows, hidden, width = args[x].shape[0], args[fc1].shape[1], args[fc1].shape[2]
-    return [(rows, width, hidden), (rows, hidden, width)]
+def _linear_backward(args: Arguments) -> Product:
+    """Returns that of the forward, as often as a product is asked for: gradients of x and of the weight."""
+    grad, weight, needs = args[0].shape, args[2].shape, args[3]
+    rows = math.prod(grad[:-1])
+    return (rows, weight[1], weight[0]), math.prod((rows, *weight)) * sum(needs[:2])
 
 
 def _grouped_backward(args: Arguments) -> Shape:
@@ -91,38 +86,24 @@ def _scaled_dot(args: Arguments, query: int = 0) -> Shape:
     return math.prod(q[:-1]), k[-2], 2 * q[-1]
 
 
-def _layer(args: Arguments) -> list[tuple[str, Shape]]:
-    """Returns the products of the router and of both layers of the experts."""
-    (tokens, width), router, fc1, top_k = args[0].shape, args[1], args[3], args[9]
-    rows, hidden = tokens * top_k, fc1.shape[1]
-    return [
-        ("mm", (tokens, width, router.shape[0])),
-        ("grouped_linear", (rows, width, hidden)),
-        ("grouped_linear", (rows, hidden, width)),
-    ]
+def _experts(rows: int, fc1: torch.Size, passes: int) -> Product:
+    """Returns that of both layers of experts, by the mean of their rows. fc1: (experts, hidden, width)."""
+    experts, hidden, width = fc1
+    return (rows / max(experts, 1), width, hidden), 2.0 * passes * rows * hidden * width
 
 
-def _layer_backward(args: Arguments) -> list[tuple[str, Shape]]:
-    """Returns the products of both layers of the experts and the router's two."""
-    (tokens, width), experts, fc1, kept = args[2].shape, args[3].shape[0], args[4], args[7]
-    rows, hidden = kept[_LAYER_ROWS].shape[0], fc1.shape[1]
-    return [
-        ("grouped_linear_backward", (rows, hidden, width)),
-        ("grouped_linear_backward", (rows, width, hidden)),
-        ("mm", (experts, tokens, width)),
-        ("mm", (tokens, experts, width)),
-    ]
-
-
-# Operators that multiply matrices -> the shape of their product. Backward of two factors counts once: its rate knows.
-PRODUCTS: dict[str, Callable[[Arguments], Shape]] = {
+# Operators that multiply matrices -> the shape of their product, alone where its multiply-accumulates are rows x inner
+# x columns. Some backwards of two factors count once: their rate knows.
+PRODUCTS: dict[str, Callable[[Arguments], Shape | Product]] = {
     "mm": _mm,
     "bmm": _mm,
     "addmm": lambda args: _mm(args, 1),
     "baddbmm": lambda args: _mm(args, 1),
     "linear": _linear,
-    "_linear_pointwise": _linear,
-    "mkldnn_linear_backward_weights": _weight_gradient,
+    "row_linear": _linear,
+    "row_linear_backward": _linear_backward,
+    "packed_product": _linear,
+    "packed_weight_gradient": _weight_gradient,
     "grouped_linear": _grouped,
     "grouped_linear_backward": _grouped_backward,
     "convolution": _convolution,
@@ -131,18 +112,12 @@ PRODUCTS: dict[str, Callable[[Arguments], Shape]] = {
     "window_attention_backward": _window_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _scaled_dot,
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda args: _scaled_dot(args, 1),
-}
-# What the CPU computes in one operator where rows are few -> the products that a trace, which is of any number of rows,
-# has in its place.
-JOINED: dict[str, Callable[[Arguments], list[tuple[str, Shape]]]] = {
-    "row_linear": lambda args: [("mm" if args[2] is None else "addmm", _linear(args))],
-    "row_linear_backward": _row_linear_backward,
-    "expert_rows": lambda args: [("grouped_linear", shape) for shape in _experts(args)],
-    "expert_rows_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 1, 4)[::-1]],
-    "moe_layer": _layer,
-    "moe_layer_backward": _layer_backward,
-    "expert_layer": lambda args: [("grouped_linear", shape) for shape in _experts(args, 8, 2)],
-    "expert_layer_backward": lambda args: [("grouped_linear_backward", shape) for shape in _experts(args, 2, 6)[::-1]],
+    "expert_rows": lambda args: _experts(args[0].shape[0], args[1].shape, 1),
+    "expert_rows_backward": lambda args: _experts(args[1].shape[0], args[4].shape, 2),
+    "expert_layer": lambda args: _experts(args[8].shape[0], args[2].shape, 1),
+    "expert_layer_backward": lambda args: _experts(args[2].shape[0], args[6].shape, 2),
+    "moe_layer": lambda args: _experts(args[0].shape[0] * args[9], args[3].shape, 1),
+    "moe_layer_backward": lambda args: _experts(args[7][_LAYER_ROWS].shape[0], args[4].shape, 2),
 }
 # Products of many small matrices, whose rate is no plain product's.
 ATTENTION = frozenset(name for name in PRODUCTS if "attention" in name)
@@ -174,22 +149,6 @@ def work_of(name: str, args: Arguments, outputs: Sequence[Tensor]) -> tuple[str,
     precision = next((PRECISION_OF[t.dtype] for t in (*inputs, *outputs) if t.dtype in PRECISION_OF), "fp32")
     if name not in PRODUCTS:
         return precision, [float(moved), 0.0, 0.0, 0.0, 0.0]
-    return precision, _row(moved, PRODUCTS[name](args))
-
-
-def _row(moved: float, shape: Shape) -> list[float]:
-    return [float(moved), float(math.prod(shape)), *map(float, shape)]
-
-
-def traced_work_of(
-    name: str, args: Arguments, outputs: Sequence[Tensor]
-) -> list[tuple[tuple[str, str], list[float], float]]:
-    """Returns ((name, precision), row of work, share of the time) of what stands in a trace for an operator: itself,
-    or each of the products that it joins, which share bytes and time by their multiply-accumulates."""
-    precision, work = work_of(name, args, outputs)
-    parts = JOINED[name](args) if name in JOINED else []
-    total = sum(math.prod(shape) for _, shape in parts)
-    if not total:
-        return [((name, precision), work, 1.0)]
-    shares = [math.prod(shape) / total for _, shape in parts]
-    return [((part, precision), _row(work[BYTES] * share, shape), share) for (part, shape), share in zip(parts, shares)]
+    product: Any = PRODUCTS[name](args)
+    shape, macs = product if len(product) == 2 else (product, math.prod(product))
+    return precision, [float(moved), float(macs), *map(float, shape)]

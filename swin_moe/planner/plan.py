@@ -124,10 +124,11 @@ class _Predictions:
 
     def time(self, layout: Layout) -> StepTime:
         """Returns the time of a layout whose memory was asked for."""
-        held, key = _as_held(layout), self.traces.key(layout)
+        here = self.hardware.times_operators(self.config.engine.precision)
+        held, key = _as_held(layout), self.traces.key(layout, here=here)
         common = self._configs[held], self.hardware, self.workload, layout
         if key not in self._computation:
-            self._computation[key] = predict_computation(*common, self.traces.of(layout))
+            self._computation[key] = predict_computation(*common, self.traces.of(layout, here=here))
         if held not in self._update:
             self._update[held] = predict_update(*common, self._states[held])
         return add_communication(*common, self._computation[key], self._update[held])
@@ -157,23 +158,24 @@ class Traces:
         self._segments: dict[tuple, list[Segment]] = {}
         self._kept: dict[tuple, bool] = {}
 
-    def of(self, layout: Layout) -> list[Segment]:
-        """Returns the segments of a layout's micro-step."""
-        key = self.key(layout)
+    def of(self, layout: Layout, *, here: bool = False) -> list[Segment]:
+        """Returns the segments of a layout's micro-step. here: By the operators that this processor chooses."""
+        key = self.key(layout, here=here)
         if key not in self._segments:
             step = self._step(layout.apply(self.config), layout.degrees, key[:-3])
             self._segments[key] = step.at(layout.micro_batch)
         return self._segments[key]
 
-    def key(self, layout: Layout) -> tuple:
+    def key(self, layout: Layout, *, here: bool = False) -> tuple:
         """Returns all that segments depend on; degrees and micro-batch come last."""
         by = layout.engine, layout.zero, layout.offload, layout.world_size
         if by not in self._kept:  # what autocast casts instead lives until backward
             self._kept[by] = are_kept(layout.apply(self.config), layout.world_size)
-        # Attention in turns has as many operators as there are turns: no line leads to another micro-batch.
-        images = layout.micro_batch if layout.attention_chunk else 0
-        kind = layout.recompute, layout.attention_chunk, layout.payload, layout.world_size == 1, self._kept[by], images
-        return (*kind, layout.expert, layout.expert_shard, layout.micro_batch)
+        # Attention in turns has as many operators as there are turns, and this processor chooses kernels by sizes: no
+        # line leads to another micro-batch.
+        images = layout.micro_batch if layout.attention_chunk or here else 0
+        kind = layout.recompute, layout.attention_chunk, layout.payload, layout.world_size == 1, self._kept[by]
+        return (*kind, here, images, layout.expert, layout.expert_shard, layout.micro_batch)
 
     def _step(self, config: Config, degrees: Degrees, kind: tuple) -> MicroStep:
         """Returns the micro-step of a layout of experts. The first one is traced; of others the MoE blocks are, or lie
@@ -181,16 +183,17 @@ class Traces:
         key = (*kind, degrees.expert, degrees.expert_shard)
         if key in self._steps:
             return self._steps[key]
-        images = kind[-1]
+        *_, here, images = kind
+        how = {"kernels": self.kernels, "here": here}
         ends = _ends(config, degrees)
         if ends:
             (low, high), share = ends
             step = self._step(config, low, kind).between(self._step(config, high, kind), share)
         elif kind in self._whole:
-            experts = trace_micro_step(config, degrees, images=images, experts_only=True, kernels=self.kernels)
+            experts = trace_micro_step(config, degrees, images=images, experts_only=True, **how)
             step = self._whole[kind].with_experts(experts)
         else:
-            step = self._whole[kind] = trace_micro_step(config, degrees, images=images, kernels=self.kernels)
+            step = self._whole[kind] = trace_micro_step(config, degrees, images=images, **how)
         self._steps[key] = step
         return step
 

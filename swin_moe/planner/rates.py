@@ -2,13 +2,14 @@
 
 An operator takes call + byte * bytes + far * beyond + work * w: beyond is what it moves over CACHE bytes, w what the
 curve says of its product in seconds, or its multiply-accumulates where it multiplies many small matrices (attention),
-or 0 where it multiplies none. The update of weights is such a sum over tensors, and what the host takes between
+or 0 where it multiplies none. A kernel that calibration measured by itself has a curve of its own, which holds calls
+and bytes: it takes work * w. The update of weights is such a sum over tensors, and what the host takes between
 operators, where it also lets go of memory, one over operators.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from swin_moe.planner.operators import ATTENTION, BYTES, MACS, PRODUCTS, ROWS
 Point = tuple[float, float, float, float]  # rows, inner, columns, FLOP/s
 OTHER, UPDATE, HOST = "other", "update", "host"  # rates of no single operator
 CACHE = 2.0**20  # bytes that a core has near by, so that they come quicker than others
+# Operators that do a part of another's work, and have its curve.
+_AS = {"expert_rows": "moe_layer", "expert_layer": "moe_layer"}
+_AS |= {f"{name}_backward": f"{other}_backward" for name, other in _AS.items()}
 _PASSED = 4  # tensors as large as a weight that its update reads: weight, gradient, moments
 _NEAREST = 8  # points that the curve looks at
 _STEEPNESS = 3  # of their weights, by distance in doublings
@@ -69,17 +73,27 @@ class Rates:
 
     curve: Curve
     operators: Mapping[str, Rate]
+    kernels: Mapping[str, Curve] = field(default_factory=dict)  # of operators that were measured by themselves
+
+    def own(self, name: str) -> Curve | None:
+        """Returns the curve of an operator alone, or of one that does its work and more; None where none was made."""
+        return self.kernels.get(name) or self.kernels.get(_AS.get(name, ""))
 
     def products(self, name: str, work: np.ndarray) -> np.ndarray:
         """Returns (operators,) what their products are, for Rate.work."""
         if name not in PRODUCTS:
             return np.zeros(len(work))
+        own = self.own(name)
+        if own is not None:
+            return own.seconds(work)
         return work[:, MACS] if name in ATTENTION else self.curve.seconds(work)
 
     def seconds(self, name: str, work: np.ndarray) -> np.ndarray:
-        """Returns (operators,) seconds of operators of one name; one that was never seen moves bytes as others do, and
-        multiplies by the curve."""
-        rate = self.operators.get(name)
+        """Returns (operators,) seconds of operators of one name; one that was never seen in a step takes what its own
+        curve says, or moves bytes as others do and multiplies by the common curve."""
+        rate = self.operators.get(name, self.operators.get(_AS.get(name, "")))
+        if rate is None and self.own(name) is not None:
+            return self.products(name, work)
         if rate is None:
             unseen = self.operators[OTHER]
             products = self.curve.seconds(work) if name in PRODUCTS else 0.0
@@ -107,14 +121,19 @@ def fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return best / scale
 
 
-def fit_rates(curve: Curve, seen: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Rate]:
+def fit_rates(
+    curve: Curve, seen: Mapping[str, tuple[np.ndarray, np.ndarray]], kernels: Mapping[str, Curve] | None = None
+) -> dict[str, Rate]:
     """Returns the rate of every operator. seen: name -> (work (n, 5), seconds (n,)) of calls that were timed."""
     found: dict[str, Rate] = {}
     plain = [calls for name, calls in seen.items() if name not in PRODUCTS]
-    bare = Rates(curve, {})
+    bare = Rates(curve, {}, kernels or {})
     others = [(OTHER, (np.concatenate([w for w, _ in plain]), np.concatenate([s for _, s in plain])))] if plain else []
     for name, (work, seconds) in (*seen.items(), *others):
         moved = work[:, BYTES]
+        if bare.own(name) is not None:
+            found[name] = Rate(0.0, 0.0, float(fit(bare.products(name, work)[:, None], seconds)[0]))
+            continue
         features = np.stack([np.ones(len(work)), moved, bare.products(name, work), beyond(moved)], axis=1)
         found[name] = Rate(*(float(value) for value in fit(features, seconds)))
     return found

@@ -20,6 +20,7 @@ from swin_moe.planner.collectives import (
     exchanges,
     small_collectives_of,
     weights_handled,
+    weights_of_library,
     weights_replicated,
 )
 from swin_moe.planner.hardware import Hardware, Link
@@ -114,6 +115,8 @@ def add_communication(
     micro_steps = layout.accumulation
     forward, backward = computation.forward * micro_steps, computation.backward * micro_steps
     bounds = {name: seconds * micro_steps for name, seconds in computation.bounds.items()}
+    adding = (micro_steps - 1) * _adding(config, hardware, workload, layout)
+    backward, bounds["memory"] = backward + adding, bounds["memory"] + adding
     experts = expert_seconds(config, hardware, workload, layout) * micro_steps
     exposed = {"exchange": 0.0, "reduction": 0.0, "update": 0.0}
     hidden = 0.0
@@ -138,8 +141,23 @@ def add_communication(
     return StepTime(forward, backward, exposed["exchange"], exposed["reduction"], hidden, update, bounds)
 
 
+def _adding(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
+    """Returns what it takes to add the gradients of a micro-step to those before, where calibration found that."""
+    if not hardware.times_operators(config.engine.precision):
+        return 0.0
+    item = weight_dtype(config).itemsize
+    work = np.zeros((len(workload.parameters), 5))
+    work[:, BYTES] = [3.0 * item * elements * p.trained for p, elements in held_elements(workload, layout)]
+    # Autograd calls them one after the other: the host's part is no Python.
+    return float(hardware.rates[config.engine.precision].seconds("add_", work).sum()) / hardware.steps_share
+
+
 def handling_seconds(config: Config, hardware: Hardware, workload: Workload, layout: Layout) -> float:
-    """Returns what FSDP2 or DDP takes of a CPU's host around weights in a step, beside what is sent."""
+    """Returns what FSDP2, DDP or another engine takes of a CPU's host around weights in a step, beside what is sent."""
+    library = hardware.libraries.get(f"{layout.engine}-{layout.zero}")
+    if library is not None and layout.world_size > 1:
+        times, moved = weights_of_library(workload, layout, weight_dtype(config).itemsize)
+        return library.call * times + library.byte * moved
     weights, size = weights_handled(workload, layout, weight_dtype(config).itemsize)
     rate = hardware.handling_bytes_per_second
     replicated = hardware.replicating_seconds * weights_replicated(workload, layout)
@@ -182,7 +200,9 @@ def _measured(
         launches[backward] += host_seconds(hardware, precision, np.array(rows))
     if hardware.device == "cpu":
         bounds["launches"] += sum(launches)
-        return seconds[0] + launches[0], seconds[1] + launches[1]
+        for name in bounds:
+            bounds[name] /= hardware.steps_share
+        return (seconds[0] + launches[0]) / hardware.steps_share, (seconds[1] + launches[1]) / hardware.steps_share
     bounds["launches"] += sum(max(0.0, b - a) for a, b in zip(seconds, launches))
     return max(seconds[0], launches[0]), max(seconds[1], launches[1])
 
@@ -230,7 +250,8 @@ def predict_update(config: Config, hardware: Hardware, workload: Workload, layou
     """Returns seconds of norm, clipping and optimizer. states: What the rank holds (predict_states)."""
     rates = hardware.rates.get(config.engine.precision)
     if rates is not None and UPDATE in rates.operators:
-        return _measured_update(config, rates, workload, layout) + 3 * states.averages / hardware.memory_rate
+        measured = _measured_update(config, rates, workload, layout) / hardware.steps_share
+        return measured + 3 * states.averages / hardware.memory_rate
     moments = moments_of(config.optim)
     kept = layout.offload == "none" and moments  # else the state does not tell what this rank updates
     masters = layout.engine == "deepspeed"  # are part of that state

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swin_moe.planner.operators import BYTES, PRODUCTS, starts_kernel, tensors_of, work_of
 
+_CAPACITIES = (11, 12)  # places of arguments of moe_layer
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -118,6 +119,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors_of([*args, *(kwargs or {}).values()]):
             if tensor.untyped_storage()._cdata not in self._alive:  # made before, or below operators
                 self._add(tensor.untyped_storage(), "")
+        if name == "moe_layer" and isinstance(args[0], FakeTensor):
+            args = _without_capacity(args)
         result = function(*args, **(kwargs or {}))
         outputs = list(tensors_of(result))
         for tensor in outputs:
@@ -151,3 +154,8 @@ class LiveBytes(TorchDispatchMode):
                 self._deaths[place] = self._deaths.get(place, 0.0) + size
 
         alive[key] = (weakref.ref(storage, gone), size, kind)
+
+
+def _without_capacity(args: Sequence[Any]) -> tuple:
+    """Returns the arguments of an operator of a layer for which no routing says which pairs are dropped: none is."""
+    return (*args[: _CAPACITIES[0]], -1, -1, *args[_CAPACITIES[1] + 1 :])

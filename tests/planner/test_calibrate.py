@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from swin_moe.moe import experts
-from swin_moe.planner.calibrate import command, libraries, links, machine, networks
+from swin_moe.ops import row_products
+from swin_moe.ops.moe import moe_layer
+from swin_moe.planner.calibrate import command, kernels, libraries, links, machine, networks
 from swin_moe.planner.calibrate.libraries import Handled, fit_handling, measure_handling, seconds_of_recomputing
 from swin_moe.planner.calibrate.links import Timed, fit_link, fit_links, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.networks import Seen, SmallStep
@@ -26,12 +27,15 @@ from tests.ranks import run_ranks
 def quick(monkeypatch):
     """Few figures: one network and small products."""
     monkeypatch.setattr(machine, "SHAPES", ((64, 32, 32), (64, 128, 32), (512, 32, 128)))
-    few = networks.NETWORKS[-1].replace("img_size=96", "img_size=48").replace("window_size=6", "window_size=3")
+    few = networks.NETWORKS[6].replace("img_size=96", "img_size=48").replace("window_size=6", "window_size=3")
     monkeypatch.setattr(networks, "NETWORKS", (few,))
     monkeypatch.setattr(command, "NETWORKS", (few,))
     monkeypatch.setattr(libraries, "RECOMPUTED", (few,))
     monkeypatch.setattr(libraries, "_ROUNDS", 1)
     monkeypatch.setattr(networks, "_ROUNDS", 1)
+    monkeypatch.setattr(command, "TURNS", 1)
+    monkeypatch.setattr(kernels, "LINEAR", ((64, 32, 32),))
+    monkeypatch.setattr(kernels, "LAYERS", ((8, 48),))
 
 
 def test_it_writes_a_machine_that_plans_take(quick, tmp_path, capsys):
@@ -53,26 +57,44 @@ def test_it_writes_a_machine_that_plans_take(quick, tmp_path, capsys):
         command.main(["--out", str(path)])
 
 
-def test_a_timed_step_has_the_operators_of_the_traced_one(quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("network", [0, 1, 7], ids=["swin", "swinv2", "experts, 2 micro-batches"])
+def test_a_timed_step_has_the_operators_of_the_traced_one(tmp_path, network, precision):
+    """Whatever kernels this processor chooses by sizes, tensors without memory choose them, too."""
     from swin_moe.config.io import load_config
-    from swin_moe.parallel.sharding import Degrees
-    from swin_moe.planner.micro_step import trace_exactly
+    from swin_moe.planner.layouts import layout_in
+    from swin_moe.planner.micro_step import micro_step_here
 
-    # The CPU's one operator of a layer with few rows stands for a dozen small ones of the trace.
-    monkeypatch.setattr(experts, "takes", lambda *_: False)
-    words = f"model.moe.blocks=[] {networks.NETWORKS[0]} run.output={tmp_path}".split()
-    config = load_config("digits_swin_moe", words)
-    seen = networks._measure(SmallStep(config, torch.device("cpu")), machine.clock(torch.device("cpu")))
-    traced = trace_exactly(config, Degrees(1, 1, 1), config.data.global_batch)
-    said = [operator for segment in traced for operator in segment.operators]
-    # Where rows are few, a linear layer's backward adds up the gradient of the bias too.
-    inside = Counter(said)["sum", "fp32"] - Counter(seen.operators)["sum", "fp32"]
-    assert inside <= Counter(said)["addmm", "fp32"]
-    # A first step also makes what later ones find made, such as indices: small operators, and no product.
-    assert not Counter(seen.operators) - Counter(said) and len(said) < 1.2 * (len(seen.operators) + inside)
-    assert [o for o in seen.operators if o[0] in PRODUCTS] == [o for o in said if o[0] in PRODUCTS]
-    work = np.concatenate([segment.work for segment in traced])
-    assert work[:, MACS].sum() == pytest.approx(seen.work[:, MACS].sum(), rel=0.02)  # loads of experts are not even
+    words = f"model.moe.blocks=[] {networks.NETWORKS[network]} engine.precision={precision} run.output={tmp_path}"
+    config = load_config("digits_swin_moe", words.split())
+    step, now = SmallStep(config, torch.device("cpu")), machine.clock(torch.device("cpu"))
+    networks.operators_of(step, now)
+    operators, work = networks.operators_of(step, now)
+    layout, segments = layout_in(config, 1), micro_step_here(config, layout_in(config, 1))
+    said = [operator for segment in segments for operator in segment.operators] * layout.accumulation
+    adding = [name for name, _ in operators if name in ("add_", "_foreach_add_")]  # is counted beside the micro-step
+    products = [[o for o in listed if o[0] in PRODUCTS] for listed in (operators, said)]
+    assert products[0] == products[1]
+    # The engine scales the loss, beside the micro-step too. A first micro-step also makes what later ones find made.
+    beside = Counter({o: 10**6 for o in operators if o[0] in adding}) + Counter(
+        {("mul", "fp32"): 2 * layout.accumulation}
+    )
+    assert not Counter(operators) - Counter(said) - beside
+    assert len(said) <= 1.12 * (len(operators) - len(adding))
+    macs = layout.accumulation * sum(segment.work[:, MACS].sum() for segment in segments)
+    assert macs == pytest.approx(work[:, MACS].sum(), rel=1e-6)
+
+
+def test_kernels_of_this_processor_are_measured_by_shape(monkeypatch):
+    monkeypatch.setattr(kernels, "LINEAR", ((8, 48, 96), (512, 192, 768)))
+    monkeypatch.setattr(kernels, "LAYERS", ((4, 48),))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = kernels.measure_kernels(dtype)
+        assert set(found) <= kernels.MEASURED
+        if row_products.takes(torch.zeros(1), torch.zeros(1), dtype) and "cpu" in moe_layer.COMPILED:
+            assert [p[:3] for p in found["moe_layer"]] == [p[:3] for p in found["moe_layer_backward"]] == [(4, 48, 192)]
+        for points in found.values():
+            assert all(1e5 < rate < 1e14 for *_, rate in points)
 
 
 def test_what_a_checkpoint_takes_of_the_host_is_that_of_the_operators_computed_again():
@@ -128,6 +150,7 @@ def _collectives():
     now, share = machine.clock_of_ranks(device)
     assert 0 < share < 1.01 and now is (time.perf_counter if share > 0.95 else time.process_time)
     links._REPEATS["cpu"] = 5  # in this process alone, that of a rank
+    libraries._ROUNDS, libraries.STAGES = 2, ("fairscale-1",)
     timed = list(measure_collectives(device, now))
     assert {row.kind for row in timed} == set(KINDS) and all(row.seconds > 0 for row in timed)
     link, kinds = fit_links(timed)
@@ -137,6 +160,7 @@ def _collectives():
     hardware = replace(hardware, exchanging_seconds=1.0)  # of an older file
     found = measure_handling(device, hardware, now)
     each = found.handling_seconds, found.replicating_seconds, found.exchanging_seconds
+    assert all(0 <= rate.call < 0.1 for rate in found.libraries.values())
     assert all(0 <= seconds < 0.1 for seconds in each) and max(found.handling_seconds, found.handling_bytes_per_second)
 
 

@@ -14,7 +14,7 @@ from swin_moe.planner.hardware import Link, dump_hardware, load_hardware, read_h
 from swin_moe.planner.layouts import Layout
 from swin_moe.planner.memory import predict_states
 from swin_moe.planner.micro_step import trace_exactly, trace_micro_step
-from swin_moe.planner.operators import ATTENTION, BYTES, MACS, starts_kernel, traced_work_of, work_of
+from swin_moe.planner.operators import ATTENTION, BYTES, MACS, starts_kernel, work_of
 from swin_moe.planner.rates import CACHE, OTHER, UPDATE, Curve, Rate, Rates, fit, fit_rates
 from swin_moe.planner.step_time import BOUNDS, Computation, _measured, add_communication, predict_update
 from swin_moe.planner.workload import build_workload
@@ -67,8 +67,6 @@ def test_bytes_that_no_near_cache_holds_have_a_rate_of_their_own():
         ("mm", [(5, 3), (3, 7)], (5, 3, 7)),
         ("addmm", [(7,), (5, 3), (3, 7)], (5, 3, 7)),
         ("bmm", [(2, 5, 3), (2, 3, 7)], (10, 3, 7)),
-        ("_linear_pointwise", [(2, 5, 3), (7, 3)], (10, 3, 7)),
-        ("mkldnn_linear_backward_weights", [(10, 7), (10, 3)], (7, 10, 3)),
         ("grouped_linear", [(10, 3), (4, 3, 7)], (10, 3, 7)),
         ("grouped_linear_backward", [(10, 7), (10, 3), (4, 3, 7)], (10, 3, 7)),
         ("convolution_backward", [(2, 7, 2, 2), (2, 3, 8, 8), (7, 3, 4, 4)], (8, 48, 7)),
@@ -82,49 +80,40 @@ def test_the_product_of_an_operator(name, shapes, product):
 
 
 @pytest.mark.parametrize(
-    "name, args, parts",
+    "name, args, shape, macs",
     [
-        ("row_linear", [(2, 5, 3), (7, 3), None], [("mm", (10, 3, 7))]),
-        ("row_linear", [(2, 5, 3), (7, 3), (7,)], [("addmm", (10, 3, 7))]),
-        (
-            "row_linear_backward",
-            [(10, 7), (10, 3), (7, 3), [True, True, True]],
-            [("mm", (10, 7, 3)), ("mm", (7, 10, 3))],
-        ),
-        ("row_linear_backward", [(10, 7), (10, 3), (7, 3), [False, True, True]], [("mm", (7, 10, 3))]),
-        ("expert_rows", [(10, 3), (4, 7, 3)], [("grouped_linear", (10, 3, 7)), ("grouped_linear", (10, 7, 3))]),
-        (
-            "expert_rows_backward",
-            [(10, 3), (10, 3), (10, 7), (10, 7), (4, 7, 3)],
-            [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))],
-        ),
+        ("row_linear", [(2, 5, 3), (7, 3), None], (10, 3, 7), 210),
+        ("row_linear_backward", [(10, 7), (10, 3), (7, 3), [True, True, True]], (10, 3, 7), 420),
+        ("row_linear_backward", [(10, 7), (10, 3), (7, 3), [False, True, True]], (10, 3, 7), 210),
+        ("packed_product", [(2, 5, 3), (7, 3), None], (10, 3, 7), 210),
+        ("packed_weight_gradient", [(10, 7), (10, 3)], (10, 3, 7), 210),
+        # 10 rows for 4 experts, two layers of 3 x 7: by the rows of an expert.
+        ("expert_rows", [(10, 3), (4, 7, 3)], (2.5, 3, 7), 420),
+        ("expert_rows_backward", [(10, 3), (10, 3), (10, 7), (10, 7), (4, 7, 3)], (2.5, 3, 7), 840),
         (  # 5 tokens of 3 channels for 2 experts each
             "expert_layer",
             [(5, 3), (5, 2), (4, 7, 3), (4, 7), (4, 7, 3), (4, 3), (5, 2), None, (10,)],
-            [("grouped_linear", (10, 3, 7)), ("grouped_linear", (10, 7, 3))],
+            (2.5, 3, 7),
+            420,
         ),
         (
             "expert_layer_backward",
             [(5, 3), (5, 2), (10, 3), (10, 7), (10, 7), (10, 3), (4, 7, 3), (4, 7, 3)],
-            [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))],
+            (2.5, 3, 7),
+            840,
         ),
     ],
 )
-def test_what_is_joined_where_rows_are_few_counts_as_in_a_trace(name, args, parts):
+def test_the_products_of_this_processors_kernels(name, args, shape, macs):
     given = [torch.zeros(arg) if isinstance(arg, tuple) else arg for arg in args]
-    found = traced_work_of(name, given, [])
-    assert [(operator[0], tuple(work[2:])) for operator, work, _ in found] == parts
-    macs = [np.prod(shape) for _, shape in parts]
-    assert [share for *_, share in found] == pytest.approx([m / sum(macs) for m in macs])
-    moved = work_of(name, given, [])[1][BYTES]
-    assert [work[BYTES] for _, work, _ in found] == pytest.approx([moved * m / sum(macs) for m in macs])
+    work = work_of(name, given, [])[1]
+    assert work[MACS] == macs and tuple(work[2:]) == shape
 
 
-def test_a_layer_counts_as_the_products_of_its_trace():
+def test_the_products_of_a_layer():
     x, router, fc1, bias = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(4, 7, 3), torch.zeros(4, 7)
-    found = traced_work_of("moe_layer", [x, router, None, fc1, bias, fc1, x, None, None, 2], [])
-    parts = [("mm", (5, 3, 4)), ("grouped_linear", (10, 3, 7)), ("grouped_linear", (10, 7, 3))]
-    assert [(operator[0], tuple(work[2:])) for operator, work, _ in found] == parts
+    work = work_of("moe_layer", [x, router, None, fc1, bias, fc1, x, None, None, 2], [])[1]
+    assert work[MACS] == 420 and work[2:] == [2.5, 3, 7]
     options = moe_layer.Options(0, 0.0, 0.0, False, False, "gshard", 0.0, 5, 1.0, 0.0)
     slots = moe_layer.Slots(2, 5, None, None, False)
     weights = fc1, bias, fc1, torch.zeros(4, 3)
@@ -132,17 +121,21 @@ def test_a_layer_counts_as_the_products_of_its_trace():
     if "cpu" not in moe_layer.COMPILED or not row_products.takes(x, fc1):
         pytest.skip("this build or processor has no such kernels")
     kept = torch.ops.swin_moe.moe_layer(*arguments)[-1]
-    found = traced_work_of("moe_layer_backward", [x, None, x, router, fc1, fc1, None, kept], [])
-    parts = [("grouped_linear_backward", (10, 7, 3)), ("grouped_linear_backward", (10, 3, 7))]
-    parts += [("mm", (4, 5, 3)), ("mm", (5, 4, 3))]
-    assert [(operator[0], tuple(work[2:])) for operator, work, _ in found] == parts
+    work = work_of("moe_layer_backward", [x, None, x, router, fc1, fc1, None, kept], [])[1]
+    assert work[MACS] == 840 and work[2:] == [2.5, 3, 7]
 
 
-def test_what_is_joined_of_no_rows_and_what_is_not_joined_counts_as_it_is():
-    for name, shapes in (("gelu", [(5, 3)]), ("row_linear", [(0, 3), (7, 3)])):
-        args = [*(torch.zeros(shape) for shape in shapes), None]
-        precision, work = work_of(name, args, [])
-        assert traced_work_of(name, args, []) == [((name, precision), work, 1.0)]
+def test_a_kernel_has_a_curve_of_its_own_and_stands_for_those_that_do_a_part_of_its_work():
+    plain, own = Curve([(64, 64, 64, 1e9)]), Curve([(2, 64, 256, 1e8), (8, 64, 256, 4e8)])
+    calls = np.array([row(1e6, 2, 64, 256), row(1e6, 8, 64, 256)])
+    kernels = {"moe_layer": own}
+    seen = {"moe_layer": (calls, 1.1 * own.seconds(calls)), "gelu": (np.array([row(1e4)]), np.array([1e-5]))}
+    rates = Rates(plain, fit_rates(plain, seen, kernels), kernels)
+    assert rates.operators["moe_layer"] == Rate(0.0, 0.0, pytest.approx(1.1))
+    for name in ("moe_layer", "expert_rows", "expert_layer"):
+        assert rates.seconds(name, calls) == pytest.approx(1.1 * own.seconds(calls)), name
+    unseen = Rates(plain, {OTHER: Rate(1e-6, 0.0, 0.0)}, kernels)
+    assert unseen.seconds("expert_rows", calls) == pytest.approx(own.seconds(calls))  # no bytes beside its curve
 
 
 def test_a_question_about_the_machine_starts_no_kernel():
@@ -201,7 +194,12 @@ def test_the_step_is_the_sum_of_its_operators():
 def test_a_calibrated_machine_reads_back(tmp_path):
     rates = {OTHER: Rate(1e-6, 1e-9, 0.0), UPDATE: Rate(0.0, 1e-9, 0.0, 2e-9)}
     machine = dataclasses.replace(
-        load_hardware("cpu"), name="mine", products={"fp32": [(64.0, 64.0, 64.0, 1e9)]}, operators={"fp32": rates}
+        load_hardware("cpu"),
+        name="mine",
+        products={"fp32": [(64.0, 64.0, 64.0, 1e9)]},
+        kernels={"fp32": {"row_linear": [(8.0, 64.0, 64.0, 1e9)]}},
+        operators={"fp32": rates},
+        libraries={"deepspeed-2": Rate(1e-4, 1e-10, 0.0)},
     )
     dump_hardware(machine, tmp_path / "mine.yaml", "measured")
     assert read_hardware(tmp_path / "mine.yaml") == machine
@@ -213,7 +211,10 @@ def test_a_calibrated_machine_reads_back(tmp_path):
         ({"products": {"int8": []}}, "products must be figures by fp32"),
         ({"products": {"fp32": [[1, 2, 3]]}}, "products.fp32 must be rows of [rows, inner, columns, FLOP/s]"),
         ({"products": {"fp32": [[1, 2, 3, 0]]}}, "products.fp32[0] must be a number > 0, got 0"),
+        ({"kernels": {"fp32": [[1, 2, 3, 4]]}}, "kernels.fp32 must be points by operator"),
+        ({"kernels": {"fp32": {"row_linear": [[1, 2]]}}}, "kernels.fp32.row_linear must be rows of [rows, inner,"),
         ({"operators": {"fp32": {}}}, "one of them other"),
+        ({"libraries": {"deepspeed-2": {"call": 1}}}, "libraries.deepspeed-2 must give call, byte, work"),
         ({"operators": {"fp32": {"other": {"call": 1}}}}, "operators.fp32.other must give call, byte, work"),
         ({"operators": {"fp32": {"other": {"call": -1, "byte": 0, "work": 0}}}}, "other.call must be a number >= 0"),
     ],
@@ -253,11 +254,44 @@ def test_ranks_of_cpus_hide_nothing_and_their_hosts_handle_every_weight():
         assert here.seconds - there.seconds - there.hidden == pytest.approx(2.8e-3 * dense * times), zero
 
 
+def test_a_library_takes_what_was_measured_of_its_stage():
+    """FairScale's and DeepSpeed's hooks took two to ten times what DDP does, which they were said to take."""
+    plain = dataclasses.replace(load_hardware("cpu"), replicating_seconds=1e-5)
+    measured = dataclasses.replace(plain, libraries={"deepspeed-1": Rate(1e-3, 1e-9, 0.0)})
+    (before, work), (after, _) = (priced(h, engine="deepspeed", zero=1) for h in (plain, measured))
+    dense = [p for p in work.parameters if p.trained and not p.is_expert]
+    experts = [p for p in work.parameters if p.trained and p.is_expert]  # half of them are this rank's
+    moved = 4 * (sum(p.numel for p in dense) + sum(p.numel for p in experts) / 2)
+    said = 1e-3 * (len(dense) + len(experts)) + 1e-9 * moved
+    assert after.seconds - before.seconds == pytest.approx(said - 1e-5 * len(dense))
+    there, here = (priced(h, engine="fairscale", zero=1)[0].seconds for h in (plain, measured))
+    assert there == here  # was not measured
+
+
 def test_zero_1_of_torch_sends_weight_after_weight():
     slow = dataclasses.replace(load_hardware("cpu"), inside=Link(1.0, 1e30), between=Link(1.0, 1e30))
     (ours, work), (theirs, _) = priced(slow, zero=1), priced(slow, zero=1, engine="fairscale")
     dense = sum(p.trained and not p.is_expert for p in work.parameters)
     assert ours.seconds - theirs.seconds == pytest.approx(dense - 1)
+
+
+def test_gradients_of_later_micro_batches_are_added_to_those_before():
+    """Beside an addition for each tensor a step of 4 micro-batches is 4 steps of one."""
+    config = load_config("digits_swin_moe", ["model.moe.capacity_scope=rank"])
+    work, layout = build_workload(config), Layout(1, 1, 1, 1, "torch", 0, "none", 0, 4, 1, 1, "linear", "none", "none")
+    rates = {OTHER: Rate(1.0, 0.0, 0.0), "add_": Rate(1e-3, 1e-9, 0.0)}
+    machine = dataclasses.replace(
+        load_hardware("cpu"), products={"fp32": [(64.0, 64.0, 64.0, 1e9)]}, operators={"fp32": rates}
+    )
+    computed = Computation(0.01, 0.02, dict.fromkeys(BOUNDS, 0.0))
+    one, four = (
+        add_communication(config, machine, work, dataclasses.replace(layout, accumulation=n), computed, 0.0)
+        for n in (1, 4)
+    )
+    sizes = [3 * 4 * p.numel * p.trained for p in work.parameters]
+    added = sum(1e-3 + 1e-9 * size for size in sizes)
+    assert four.seconds == pytest.approx(4 * one.seconds + 3 * added)
+    assert sum(four.bounds.values()) == pytest.approx(4 * sum(one.bounds.values()) + 3 * added)
 
 
 def test_the_update_is_a_sum_over_tensors():

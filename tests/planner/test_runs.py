@@ -15,6 +15,7 @@ from swin_moe.planner.command import main
 from swin_moe.planner.hardware import load_hardware, read_hardware
 from swin_moe.planner.layouts import layout_in
 from swin_moe.planner.plan import make_plan
+from swin_moe.planner.rates import OTHER, UPDATE, Rate
 from swin_moe.planner.runs.auto import choose_layout, hardware_of, own_hardware
 from swin_moe.planner.runs.check import compare, refit, trace_run
 from swin_moe.planner.runs.records import read_run
@@ -95,6 +96,18 @@ def test_a_refit_finds_the_machine_that_the_runs_were_timed_on(tmp_path, capsys)
         assert before < 0.6 * (rows["step seconds"].measured - 0.5)
     as_it_is = refit([trace_run(read_run(str(run))) for run in runs], dataclasses.replace(hidden))
     assert as_it_is.matrix_share == pytest.approx(0.4, rel=0.02)
+
+
+def test_a_refit_of_a_calibrated_cpu_finds_how_fast_runs_are_beside_its_calibration(tmp_path):
+    """Its steps are sums of measured operators, on which the shares of peaks have no part."""
+    operators = {"fp32": {OTHER: Rate(1e-5, 1e-9, 0.0), UPDATE: Rate(1e-5, 1e-9, 0.0)}}
+    products = {"fp32": [(64.0, 64.0, 64.0, 1e11)]}
+    calibrated = dataclasses.replace(load_hardware("cpu"), products=products, operators=operators)
+    slow = dataclasses.replace(calibrated, steps_share=0.6)
+    run = trace_run(read_run(str(write_run(tmp_path / "run", 1, slow))))
+    assert run.time(slow).seconds == pytest.approx(run.time(calibrated).seconds / 0.6, rel=1e-3)
+    found = refit([run], calibrated)
+    assert found.steps_share == pytest.approx(0.6, rel=0.05) and found.matrix_share == calibrated.matrix_share
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,12 @@ class MadeOnce(Protocol):
     def __call__(self, *arguments: Any) -> Tensor: ...
 
 
+class Kept:
+    """Fake tensors by function and arguments, while the planner looks at a step that finds them made; else None."""
+
+    fakes: dict[tuple, Tensor] | None = None
+
+
 def made_once(make: Callable[..., Tensor]) -> MadeOnce:
     """Returns `make`, a function of numbers, devices and dtypes, with its tensors kept: an ordinary one per arguments.
 
@@ -45,8 +51,11 @@ def made_once(make: Callable[..., Tensor]) -> MadeOnce:
     def given(*arguments: object) -> Tensor:
         # The length first: it costs nothing, and there is hardly ever a mode.
         if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and detect_fake_mode()):
-            with torch.no_grad():
-                return make(*arguments)
+            fakes = {} if Kept.fakes is None else Kept.fakes
+            if (make, *arguments) not in fakes:
+                with torch.no_grad():
+                    fakes[make, *arguments] = make(*arguments)
+            return fakes[make, *arguments]
         return kept(*arguments)
 
     made = cast(MadeOnce, given)  # as the next line makes it

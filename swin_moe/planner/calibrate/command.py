@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from swin_moe.engine.precision import DTYPES
+from swin_moe.ops.host_memory import keep_freed_memory
 from swin_moe.parallel.groups import init_distributed, number_of
+from swin_moe.planner.calibrate.kernels import measure_kernels
 from swin_moe.planner.calibrate.libraries import measure_handling, measure_recomputing
 from swin_moe.planner.calibrate.links import fit_links, measure_collectives, read_preflight
 from swin_moe.planner.calibrate.machine import (
@@ -25,12 +27,13 @@ from swin_moe.planner.calibrate.machine import (
     memory_of,
 )
 from swin_moe.planner.calibrate.networks import NETWORKS, Seen, measure_networks, rates_of
-from swin_moe.planner.hardware import Hardware, Link, dump_hardware, load_hardware, shipped_hardware
-from swin_moe.planner.rates import Curve, Point
+from swin_moe.planner.hardware import Hardware, Link, curves_of, dump_hardware, load_hardware, shipped_hardware
+from swin_moe.planner.rates import Point
 from swin_moe.run.session import pick_device, run_main
 from swin_moe.usage import parsers
 
 _PRECISIONS = ("fp32", "bf16")
+TURNS = 2  # of all networks, some seconds apart: a machine is not always equally fast
 
 
 class Steps:
@@ -106,23 +109,27 @@ def measure_rank(
     precisions: Sequence[str] = _PRECISIONS,
 ) -> Hardware:
     """Returns what one rank measures alone; the rest is of the machine that is like it."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
     names = [name for name in precisions if name in like.flops]
     products: dict[str, list[Point]] = {}
+    kernels: dict[str, dict[str, list[Point]]] = {}
     for name in names:
         say(f"products in {name}")
         products[name] = list(measure_products(device, DTYPES[name] or torch.float32))
+        if device.type == "cpu":
+            kernels[name] = measure_kernels(DTYPES[name] or torch.float32)
     say("memory, disk")
     memory, (written, _) = measure_memory(device), measure_disk(folder)
     launch, rates = measure_launch(device), {}
     if device.type == "cpu":
-        seen: dict[str, list[Seen]] = {}
-        for name in names:
-            seen[name] = []
+        seen: dict[str, list[Seen]] = {name: [] for name in names}
+        for name in names * TURNS:
             for number, step in enumerate(measure_networks(device, name, NETWORKS), 1):
                 seen[name].append(step)
                 say(f"step of network {number} of {len(NETWORKS)} in {name}: {1e3 * step.micro_step:.0f} ms")
         launch = float(np.median([step.host / len(step.operators) for steps in seen.values() for step in steps]))
-        rates = rates_of({name: Curve(points) for name, points in products.items()}, seen)
+        rates = rates_of(curves_of(products), {name: curves_of(found) for name, found in kernels.items()}, seen)
     peaks = {name: max(point[3] for point in points) for name, points in products.items()}
     hardware = replace(
         like,
@@ -135,8 +142,10 @@ def measure_rank(
         matrix_share=1.0,
         memory_share=1.0,
         link_share=1.0,
+        steps_share=1.0,
         device=device.type,
         products=products,
+        kernels=kernels,
         operators=rates,
     )
     if device.type != "cpu":

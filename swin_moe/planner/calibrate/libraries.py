@@ -4,6 +4,7 @@ scatters and DDP around those that it reduces, and torch's checkpoint around ope
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -13,17 +14,18 @@ from swin_moe.config.io import load_config
 from swin_moe.parallel.groups import build_groups
 from swin_moe.planner.calibrate.machine import Clock, clock
 from swin_moe.planner.calibrate.networks import NETWORKS, SmallStep, operators_of
-from swin_moe.planner.collectives import exchanges, weights_handled, weights_replicated
+from swin_moe.planner.collectives import exchanges, weights_handled, weights_of_library, weights_replicated
 from swin_moe.planner.hardware import Hardware
 from swin_moe.planner.layouts import Layout, layout_in
-from swin_moe.planner.micro_step import trace_micro_step
-from swin_moe.planner.rates import fit
+from swin_moe.planner.micro_step import micro_step_here
+from swin_moe.planner.rates import Rate, fit
 from swin_moe.planner.step_time import operator_seconds, predict_time
 from swin_moe.planner.workload import Workload, build_workload
 from swin_moe.run.session import layout_of
 
 # Of a rank's batch each: two narrow ones and a wide one; with experts, many images and few.
 _DENSE, _SPREAD = NETWORKS[:3], (NETWORKS[4], NETWORKS[6])
+STAGES = ("fairscale-1", "fairscale-2", "deepspeed-1", "deepspeed-2", "deepspeed-3")  # engine and ZeRO stage
 RECOMPUTED = (NETWORKS[1], NETWORKS[5])  # are taken also with their blocks computed again: many operators, or short
 _ROUNDS = 8
 
@@ -78,6 +80,8 @@ def measure_handling(device: torch.device, hardware: Hardware, now: Clock) -> Ha
     """Returns the machine with what DDP and FSDP2 take around weights, and the exchange around rows, beside messages:
     of forward and backward of small networks with weights on all ranks, cut over them, or experts spread over them.
 
+    Of FairScale and DeepSpeed, where they are installed, that and what their updates take beyond ours, by stage.
+
     hardware: With measured operators and collectives. now: The clock that took these.
     """
     hardware = replace(
@@ -86,32 +90,47 @@ def measure_handling(device: torch.device, hardware: Hardware, now: Clock) -> Ha
         handling_bytes_per_second=0.0,
         replicating_seconds=0.0,
         exchanging_seconds=0.0,
+        libraries={},
     )
     whole, cut, spread = [], [], []
+    stages = [stage for stage in STAGES if find_spec(stage.partition("-")[0])]
+    theirs: dict[str, list[Handled]] = {stage: [] for stage in stages}
     for options in _DENSE:
-        probes = _excesses(options, ("parallel.zero=0", "parallel.zero=3"), hardware, device, now)
-        (workload, layout, excess), (_, cut_layout, cut_excess) = probes
-        whole.append(Handled(excess, weights_replicated(workload, layout)))
-        cut.append(Handled(cut_excess, *weights_handled(workload, cut_layout, torch.float32.itemsize)))
+        ways = ["parallel.zero=0", "parallel.zero=3"]
+        ways += ["engine.name={} parallel.zero={}".format(*stage.split("-")) for stage in stages]
+        first, second, *others = _excesses(options, ways, hardware, device, now)
+        workload, item = first.workload, torch.float32.itemsize
+        whole.append(Handled(first.computation, weights_replicated(workload, first.layout)))
+        cut.append(Handled(second.computation, *weights_handled(workload, second.layout, item)))
+        for stage, probe in zip(stages, others):
+            counts = weights_of_library(workload, probe.layout, item)
+            theirs[stage].append(Handled(probe.computation + probe.update, *counts))
     replicating, handling, per_second = fit_handling(whole, cut)
     hardware = replace(
         hardware,
         replicating_seconds=replicating,
         handling_seconds=handling,
         handling_bytes_per_second=per_second,
+        libraries={stage: _rate_of(found) for stage, found in theirs.items()},
     )
     for options in _SPREAD:
-        ((workload, layout, excess),) = _excesses(options, ("parallel.expert=0",), hardware, device, now)
-        spread.append(Handled(excess, exchanges(workload, layout)))
+        (probe,) = _excesses(options, ("parallel.expert=0",), hardware, device, now)
+        spread.append(Handled(probe.computation, exchanges(probe.workload, probe.layout)))
     return replace(hardware, exchanging_seconds=_each(spread))
 
 
 def fit_handling(whole: Sequence[Handled], cut: Sequence[Handled]) -> tuple[float, float, float]:
     """Returns (replicating_seconds, handling_seconds, handling_bytes_per_second) of a hardware file that say these
     excesses of DDP (whole) and FSDP2 (cut)."""
-    features = np.array([[row.times, row.bytes] for row in cut], dtype=np.float64)
-    weight, byte = fit(features, np.array([row.excess for row in cut]))
-    return _each(whole), float(weight), 1 / float(byte) if byte else 0.0
+    rate = _rate_of(cut)
+    return _each(whole), rate.call, 1 / rate.byte if rate.byte else 0.0
+
+
+def _rate_of(found: Sequence[Handled]) -> Rate:
+    """Returns seconds of a weight and of a byte of it."""
+    features = np.array([[row.times, row.bytes] for row in found], dtype=np.float64)
+    weight, byte = fit(features, np.array([row.excess for row in found]))
+    return Rate(float(weight), float(byte), 0.0)
 
 
 def _each(found: Sequence[Handled]) -> float:
@@ -120,17 +139,26 @@ def _each(found: Sequence[Handled]) -> float:
     return max(0.0, sum(row.excess for row in found)) / times if times else 0.0
 
 
-def _excesses(
-    options: str, ways: Sequence[str], hardware: Hardware, device: torch.device, now: Clock
-) -> list[tuple[Workload, Layout, float]]:
-    """Returns (workload, layout, seconds of forward and backward beyond what the planner says) of a network that all
-    ranks train in each of these ways, over those of each rank alone."""
+@dataclass(frozen=True)
+class Excess:
+    """Seconds beyond what the planner says of a network that all ranks train in some way, over those of one alone."""
+
+    workload: Workload
+    layout: Layout
+    computation: float  # forward and backward
+    update: float
+
+
+def _excesses(options: str, ways: Sequence[str], hardware: Hardware, device: torch.device, now: Clock) -> list[Excess]:
+    """Returns what each of these ways to train a network on all ranks takes more."""
     world = dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
         words = f"model.moe.blocks=[] {options} run.output={folder}".split()
         alone = load_config("digits_swin_moe", words)
         images = alone.data.global_batch
-        configs = [load_config("digits_swin_moe", [*words, f"data.global_batch={images * world}", w]) for w in ways]
+        configs = [
+            load_config("digits_swin_moe", [*words, f"data.global_batch={images * world}", *w.split()]) for w in ways
+        ]
         groups = [build_groups(*layout_of(config), device) for config in configs]
         steps = [SmallStep(alone, device), *(SmallStep(c, device, g) for c, g in zip(configs, groups))]
         taken = _slowest(steps, device, now)
@@ -138,14 +166,16 @@ def _excesses(
     layouts = [layout_in(alone, 1), *(layout_in(config, world) for config in configs)]
     said = []
     for config, layout in zip([alone, *configs], layouts):
-        segments = trace_micro_step(config, layout.degrees, images=layout.micro_batch).at(layout.micro_batch)
+        segments = micro_step_here(config, layout)
         time = predict_time(config, hardware, workload, layout, segments)
-        said.append(time.seconds - time.update)
-    return [(workload, layouts[i], taken[i] - taken[0] - (said[i] - said[0])) for i in range(1, len(layouts))]
+        said.append((time.seconds - time.update, time.update))
+    more = (np.array(taken) - taken[0]) - (np.array(said) - said[0])
+    return [Excess(workload, layouts[i], *map(float, more[i])) for i in range(1, len(layouts))]
 
 
-def _slowest(steps: list[SmallStep], device: torch.device, now: Clock) -> list[float]:
-    """Returns the median seconds of forward and backward of each network, taken in turns, by its slowest rank."""
+def _slowest(steps: list[SmallStep], device: torch.device, now: Clock) -> list[list[float]]:
+    """Returns the median seconds of (forward and backward, update) of each network, taken in turns, by its slowest
+    rank."""
     found = []
     for turn in range(_ROUNDS + 1):  # the first makes what is made once
         taken = []
@@ -153,8 +183,9 @@ def _slowest(steps: list[SmallStep], device: torch.device, now: Clock) -> list[f
             dist.barrier()
             start = now()
             step.micro_steps()
-            taken.append(now() - start)
+            middle = now()
             step.update()
+            taken.append((middle - start, now() - middle))
         found += [taken] if turn else []
     slowest = torch.tensor(np.array(found), dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swin_moe.config import Config
 from swin_moe.config.io import load_config
@@ -19,8 +18,9 @@ from swin_moe.engine.base import ENGINES
 from swin_moe.optim import build_schedule
 from swin_moe.parallel.groups import Groups, single_process_groups
 from swin_moe.planner.calibrate.machine import clock
+from swin_moe.planner.calibrate.timed import Timed
 from swin_moe.planner.micro_step import example_batch
-from swin_moe.planner.operators import BYTES, starts_kernel, tensors_of, traced_work_of
+from swin_moe.planner.operators import BYTES
 from swin_moe.planner.rates import HOST, UPDATE, Curve, Rate, beyond, fit, fit_rates, moved_by_update
 from swin_moe.registry import lookup
 from swin_moe.run.session import Session, build_meta_model
@@ -44,8 +44,12 @@ NETWORKS = (
     _SMALL
     + "48 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=2 "
     + _EXPERTS,
+    # Large experts, most of whose time is their weights'; and gradients of a second micro-batch, added to the first's.
+    _SMALL
+    + "96 model.name=swin_moe model.img_size=96 model.depths=[1,1,2,1] model.window_size=6 data.global_batch=4 "
+    + "data.micro_batch=2 "
+    + _EXPERTS,
 )
-_FREED = 31 * 2**20  # bytes
 _ROUNDS, _WARMING = 5, 2  # of a step as it is and one whose operators are timed
 
 
@@ -64,27 +68,6 @@ class Seen:
     def host(self) -> float:
         """Seconds that the host takes around all operators."""
         return max(0.0, self.micro_step - float(self.seconds.sum()))
-
-
-class _Timed(TorchDispatchMode):
-    """Times every operator that starts a kernel."""
-
-    def __init__(self, now: Any) -> None:
-        super().__init__()
-        self.now, self.operators, self.work, self.seconds = now, [], [], []  # type: ignore[var-annotated]
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator and notes what it was and took."""
-        name = function.overloadpacket.__name__
-        start = self.now()
-        result = function(*args, **(kwargs or {}))
-        taken = self.now() - start
-        if starts_kernel(function, name):
-            for operator, work, share in traced_work_of(name, args, list(tensors_of(result))):
-                self.operators.append(operator)
-                self.work.append(work)
-                self.seconds.append(taken * share)
-        return result
 
 
 class SmallStep:
@@ -128,9 +111,6 @@ class SmallStep:
 def measure_networks(device: torch.device, precision: str, networks: Sequence[str] = NETWORKS) -> Iterator[Seen]:
     """Yields what the steps of small networks were."""
     now = clock(device)
-    # A block of nearly 32 MiB that was let go of: from then on glibc keeps what is freed at the top of its heap up to
-    # twice that, as in any process that once held large tensors. Else small networks' steps now and then fault all in.
-    torch.ones(_FREED // 4)
     with tempfile.TemporaryDirectory() as directory:
         for options in networks:
             words = f"model.moe.blocks=[] {options} engine.precision={precision} run.output={directory}".split()
@@ -148,7 +128,7 @@ def _measure(step: SmallStep, now: Any) -> Seen:
         middle = now()
         step.update()
         plain.append((middle - start, now() - middle))
-        with _Timed(now) as seen:
+        with Timed(now) as seen:
             step.micro_steps()
         step.update()
         timed.append(seen)
@@ -162,14 +142,18 @@ def _measure(step: SmallStep, now: Any) -> Seen:
 
 def operators_of(step: SmallStep, now: Any) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Returns (name and precision, work) of every operator of a step, which is taken."""
-    with _Timed(now) as seen:
+    with Timed(now) as seen:
         step.micro_steps()
     step.update()
     return seen.operators, np.array(seen.work)
 
 
-def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str, dict[str, Rate]]:
-    """Returns precision -> rate by operator, of the update and of the host. seen: By engine.precision.
+def rates_of(
+    curves: dict[str, Curve], kernels: dict[str, dict[str, Curve]], seen: dict[str, list[Seen]]
+) -> dict[str, dict[str, Rate]]:
+    """Returns precision -> rate by operator, of the update and of the host.
+
+    curves, kernels: By precision, of products and of single kernels. seen: By engine.precision.
 
     In bf16 parts of a step run in fp32: operators count by what they read, in whatever network.
     """
@@ -182,7 +166,7 @@ def rates_of(curves: dict[str, Curve], seen: dict[str, list[Seen]]) -> dict[str,
     for precision, by_name in calls.items():
         tables = {n: (np.array([w for w, _ in c]), np.array([s for _, s in c])) for n, c in by_name.items()}
         of_steps = _update_rates(seen[precision]) | _host_rates(seen[precision])
-        found[precision] = fit_rates(curves[precision], tables) | of_steps
+        found[precision] = fit_rates(curves[precision], tables, kernels.get(precision)) | of_steps
     return found
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,16 @@ class Traced:
     workload: Workload
     segments: list[Segment]
 
+    @cached_property
+    def here(self) -> list[Segment]:
+        """The segments by the operators that this processor chooses."""
+        return Traces(self.run.config).of(self.layout, here=True)
+
     def time(self, hardware: Hardware) -> StepTime:
         """Returns the time of a step on a machine."""
-        return predict_time(self.run.config, hardware, self.workload, self.layout, self.segments)
+        config = self.run.config
+        segments = self.here if hardware.times_operators(config.engine.precision) else self.segments
+        return predict_time(config, hardware, self.workload, self.layout, segments)
 
     def memory(self) -> Memory:
         """Returns what its fullest rank holds."""

@@ -14,10 +14,11 @@ from swin_moe.config.arguments import print_answer
 from swin_moe.config.io import load_config
 from swin_moe.planner.hardware import Hardware, load_hardware
 from swin_moe.planner.layouts import Layout
-from swin_moe.planner.micro_step import trace_micro_step
+from swin_moe.planner.micro_step import micro_step_here, trace_micro_step
 from swin_moe.planner.plan import Planned, make_plan
 from swin_moe.planner.simulation.loads import draw_shares, shares_of_run
 from swin_moe.planner.simulation.report import Simulated, lines, simulate
+from swin_moe.planner.trace import Segment
 from swin_moe.usage import parsers
 
 
@@ -42,12 +43,18 @@ def _answer(options: Any) -> str:
         else draw_shares(layers, experts, spread=options.spread, seed=options.seed)
     )
     chosen = best.layout.apply(config)
-    step = trace_micro_step(chosen, best.layout.degrees, images=_images(best.layout), kernels=hardware.device == "cuda")
-    segments = step.at(best.layout.micro_batch)
+    segments = _segments(chosen, best.layout, hardware)
     simulated = simulate(chosen, hardware, workload, best.layout, segments, shares)
     if options.json:
         return json.dumps(as_json(best, simulated, config, hardware, shares), indent=1)
     return "\n".join(_text(best, simulated, config, hardware, shares))
+
+
+def _segments(config: Config, layout: Layout, hardware: Hardware) -> list[Segment]:
+    if hardware.times_operators(config.engine.precision):
+        return micro_step_here(config, layout)
+    step = trace_micro_step(config, layout.degrees, images=_images(layout), kernels=hardware.device == "cuda")
+    return step.at(layout.micro_batch)
 
 
 def _machine(options: Any) -> Hardware:
