@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out")
     parser.add_argument("--hardware")
-    parser.add_argument("--fresh", choices=("with", "without", "only"), default="with")
+    parser.add_argument("--fresh", choices=("with", "without", "only"), default="without")
     parser.add_argument("words", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)

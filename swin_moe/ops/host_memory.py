@@ -4,7 +4,9 @@ glibc gives the end of its heap back to the system once 64 MiB of it are free, i
 step faults it in again page by page: 7,000 to 60,000 faults a step of Swin-T, by what else lies in the heap, each about
 a microsecond. One thread of an AMD EPYC, forward and backward before and after: Swin micro (96 pixels, batch 16) 191
 and 155 ms, SwinV2-T 580 and 548, Swin-T in bf16, recomputed 590 and 525, a small Swin-MoE in bf16 262 and 215; and the
-same from step to step. A process holds what it held at its peak. Blocks of 32 MiB and more are the system's as before.
+same from step to step. A process holds what it held at its peak, which is 6 to 23 % higher
+(benchmarks/results/2026-11-28-train-step.md): MALLOC_TRIM_THRESHOLD_=131072 leaves glibc as it is. Blocks of 32 MiB and
+more are the system's as before.
 """
 
 import ctypes
