@@ -10,8 +10,9 @@ A training step is forward, cross entropy, backward and AdamW (fused) on the sam
 is faster. Ratios are medians of per-round ratios, and one CPU thread is timed by its CPU time, so that a busy machine
 disturbs both sides alike. "Of peak" is the achieved share of the fastest product that was measured (run/metrics.py):
 two operations for each active multiply-accumulate of a forward, three times as many for a step. On a CUDA device a
-round is ten steps between two events. --memory prints instead how far one training step raises the peak memory of a
-process of its own above that of network, gradients and optimizer state (CPU).
+round is ten steps between two events. --apart gives each side a process of its own (CPU), as a user runs it: ours keeps
+freed memory, as its engine does (ops/host_memory.py), timm's has glibc as it is. --memory prints instead how far one
+training step raises the peak memory of a process of its own above that of network, gradients and optimizer state (CPU).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import resource
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, cast
 
 import torch
@@ -32,6 +34,7 @@ from torch import nn
 import swin_moe
 from swin_moe.data.torchvision_compat import import_torchvision
 from swin_moe.engine.precision import autocast
+from swin_moe.ops.host_memory import keep_freed_memory
 from swin_moe.run.metrics import peak_flops
 
 MOE = "swin_moe_small_patch4_window12_192_8expert_32gpu_22k"
@@ -178,6 +181,62 @@ def compare_memory(pair: Pair, options: argparse.Namespace) -> None:
     print(f"| {pair.name} | {options.precision} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.2f} |", flush=True)
 
 
+def serve(connection: Connection, number: int, which: int, options: argparse.Namespace) -> None:
+    """Takes the steps of one side that are asked for, "infer" or "train", and answers with seconds, until None."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    pair = PAIRS[number]
+    if which == 0:
+        keep_freed_memory()
+    model = pair.ours() if which == 0 else timm_settings(pair)[which - 1]
+    side = Side(model, torch.randn(options.batch, 3, pair.size, pair.size), options.precision)
+    while (mode := connection.recv()) is not None:
+        connection.send(timed(getattr(side, mode), side.images.device))
+
+
+def compare_apart(pair: Pair, options: argparse.Namespace) -> None:
+    """Prints the table rows of one pair, whose sides are processes that take turns."""
+    context, asked = multiprocessing.get_context("spawn"), []
+    for which in range(1 + len(timm_settings(pair))):
+        mine, its = context.Pipe()
+        context.Process(target=serve, args=(its, PAIRS.index(pair), which, options), daemon=True).start()
+        asked.append(mine)
+
+    def seconds(connection: Connection, mode: str) -> float:
+        connection.send(mode)
+        return connection.recv()
+
+    for mode in ("infer", "train"):
+        rounds = range(-2, options.rounds)  # two to warm up
+        taken = [[seconds(side, mode) for side in asked] for _ in rounds][2:]
+        print_row(pair, mode, [list(times) for times in zip(*taken)], options, torch.device("cpu"))
+    for side in asked:
+        side.send(None)
+
+
+def print_row(
+    pair: Pair, mode: str, times: list[list[float]], options: argparse.Namespace, device: torch.device
+) -> None:
+    """Prints a table row of seconds by round, of our side and timm's."""
+    ours, *theirs = [statistics.median(t) for t in times]
+    fastest, scale = times[1 + theirs.index(min(theirs))], pair.macs()[0] / pair.macs()[1]
+    ratio = statistics.median(scale * b / a for a, b in zip(times[0], fastest))
+    unit = "" if scale == 1 else f" per active MAC (MACs x{scale:.3f})"
+    operations = (3 if mode == "train" else 1) * 2 * options.batch * operations_of(pair)
+    share = operations / ours / peak_flops(device, options.precision)
+    print(
+        f"| {pair.name} | {mode} | {options.precision} | {1e3 * ours:.1f} | {1e3 * min(theirs):.1f} "
+        f"| {ratio:.3f}{unit} | {share:.0%} |",
+        flush=True,
+    )
+
+
+def operations_of(pair: Pair) -> float:
+    """Returns the active multiply-accumulates of our network's forward of one image."""
+    with torch.device("meta"):
+        return cast(Any, pair.ours()).active_flops()
+
+
 def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> None:
     """Prints the table rows of one pair."""
     images = torch.randn(options.batch, 3, pair.size, pair.size, device=device)
@@ -186,8 +245,6 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
         if options.compile in chosen:
             model.compile()
     sides = [Side(model, images, options.precision) for model in models]
-    scale = pair.macs()[0] / pair.macs()[1]
-    peak, operations = peak_flops(device, options.precision), 2 * options.batch * cast(Any, models[0]).active_flops()
     for mode in ("infer", "train"):
         for side in sides:  # warm-up: allocator, caches, oneDNN primitives
             for _ in range(3 if device.type == "cuda" else 1):
@@ -197,15 +254,7 @@ def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> No
             order = range(len(sides)) if round_index % 2 else reversed(range(len(sides)))
             for which in order:
                 times[which].append(timed(getattr(sides[which], mode), device))
-        ours, *theirs = [statistics.median(t) for t in times]
-        fastest = times[1 + theirs.index(min(theirs))]
-        ratio = statistics.median(scale * b / a for a, b in zip(times[0], fastest))
-        unit = "" if scale == 1 else f" per active MAC (MACs x{scale:.3f})"
-        print(
-            f"| {pair.name} | {mode} | {options.precision} | {1e3 * ours:.1f} | {1e3 * min(theirs):.1f} "
-            f"| {ratio:.3f}{unit} | {(3 if mode == 'train' else 1) * operations / ours / peak:.0%} |",
-            flush=True,
-        )
+        print_row(pair, mode, times, options, device)
     del sides
     gc.collect()
 
@@ -220,6 +269,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--only", default="", help="names of pairs, comma-separated; all without")
     parser.add_argument("--compile", default="none", choices=["none", "timm", "both"], help="through torch.compile")
+    parser.add_argument("--apart", action="store_true", help="each side in a process of its own, as users run them")
     parser.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -238,7 +288,7 @@ def main() -> None:
     print("| network | step | precision | ours ms | timm ms | ours / timm speed | of peak |")
     print("|---|---|---|---|---|---|---|")
     for pair in chosen:
-        compare(pair, options, device)
+        compare_apart(pair, options) if options.apart else compare(pair, options, device)
 
 
 if __name__ == "__main__":
