@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.ops.bias_gelu import hidden_layer
+from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.ops.linear import Linear
 from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.ops.residual_norm import add_branch, is_fused, norm_residual, residual_norm
@@ -122,7 +123,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim) if norm else None
+        self.norm = LayerNorm(dim) if norm else None
 
     def forward(self, image: Tensor, *, pad: bool = True) -> Tensor:
         """Returns the map of patches. An image that is no multiple of the patch is padded at the bottom and right.
@@ -143,7 +144,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm_after = norm_after
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim if norm_after else 4 * dim)
+        self.norm = LayerNorm(2 * dim if norm_after else 4 * dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Returns the merged map; odd sizes are padded at the bottom and right."""

@@ -26,6 +26,7 @@ from swin_moe.moe.shared import SharedExpert
 from swin_moe.ops import packed_experts
 from swin_moe.ops.attention.fused import fused_window_attention, unsupported
 from swin_moe.ops.attention.in_windows import clamped_factor
+from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.ops.linear import Linear, is_untouched
 from swin_moe.ops.moe.moe_layer import Options, Slots
 from swin_moe.ops.packed_layers import (
@@ -41,7 +42,7 @@ from swin_moe.ops.packed_layers import (
 # Where the parts of a network are defined, and what has to stand where: something else (LoRA, quantization) computes
 # more than its weight says.
 _MODULES = ("swin_moe.models.", "swin_moe.moe.", "swin_moe.ops.", "torch.nn.modules.")
-_LINEAR, _NORM = (nn.Linear, Linear), (nn.LayerNorm,)
+_LINEAR, _NORM = (nn.Linear, Linear), (nn.LayerNorm, LayerNorm)
 _PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
     SwinTransformer: {"norm": _NORM, "head": (*_LINEAR, nn.Identity)},
     PatchEmbed: {"proj": (nn.Conv2d,), "norm": _NORM},

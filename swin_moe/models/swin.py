@@ -34,6 +34,7 @@ from swin_moe.models.layers import (
 )
 from swin_moe.models.network import Network
 from swin_moe.moe import MoELayer
+from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.ops.random_draws import drop_path_factors, with_words
 from swin_moe.ops.residual_norm import add_branch
 from swin_moe.randomness import RandomContext
@@ -63,7 +64,7 @@ class Block(nn.Module):
         self.layer, self.odd, self.shrunk = layer, index % 2 == 1, geometry.shrunk
         self.post_norm = variant.norm == "post"
         self.drop_path = config.drop_path_rate * layer / max(sum(config.depths) - 1, 1)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         if variant.mixer == "mlp":
             self.spatial_mlp = SpatialMLP(geometry.window, heads, drop=0.0, layer=layer)
         else:
@@ -84,7 +85,7 @@ class Block(nn.Module):
                 at_once=config.attention_chunk,
                 path=config.attention,
             )
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         hidden_dim = int(dim * config.mlp_ratio)
         if stage < len(config.moe.blocks) and index in config.moe.blocks[stage]:
             self.mlp: MoELayer | Mlp = MoELayer(
@@ -93,7 +94,7 @@ class Block(nn.Module):
         else:
             self.mlp = Mlp(dim, hidden_dim, fc2_bias=config.mlp_fc2_bias, drop=config.drop_rate, layer=layer)
         every = config.extra_norm_every
-        self.enorm = nn.LayerNorm(dim) if every and (index + 1) % every == 0 else None
+        self.enorm = LayerNorm(dim) if every and (index + 1) % every == 0 else None
 
     @property
     def mixer(self) -> WindowAttention | SpatialMLP:
@@ -187,7 +188,7 @@ class SwinTransformer(Network):
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.layers = ModuleList(Stage(config, stage) for stage in range(len(config.depths)))
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, x: Tensor, random: RandomContext | None = None) -> Tensor | tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swin_moe.ops import extension
+from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.ops.linear import is_untouched
 
 SCHEMAS = {
@@ -80,7 +81,7 @@ def is_fused(norm: nn.Module, x: Tensor, branch: Tensor) -> TypeGuard[nn.LayerNo
 
 def is_replaceable(norm: nn.Module, channels: int) -> TypeGuard[nn.LayerNorm]:
     """Returns whether calling a module is LayerNorm of the last dimension with float32 weight and bias."""
-    if type(norm) is not nn.LayerNorm or not is_untouched(norm) or norm.normalized_shape != (channels,):
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or not is_untouched(norm) or norm.normalized_shape != (channels,):
         return False
     if channels > LARGEST_CHANNELS or norm.weight is None or norm.bias is None:
         return False

@@ -21,6 +21,8 @@ CACHE = 2.0**20  # bytes that a core has near by, so that they come quicker than
 # Operators that do a part of another's work, and have its curve.
 _AS = {"expert_rows": "moe_layer", "expert_layer": "moe_layer"}
 _AS |= {f"{name}_backward": f"{other}_backward" for name, other in _AS.items()}
+# The same work by the CPU's kernels and by PyTorch's: whichever calibration saw.
+_AS |= {"layer_norm_backward": "native_layer_norm_backward", "native_layer_norm_backward": "layer_norm_backward"}
 _PASSED = 4  # tensors as large as a weight that its update reads: weight, gradient, moments
 _NEAREST = 8  # points that the curve looks at
 _STEEPNESS = 3  # of their weights, by distance in doublings

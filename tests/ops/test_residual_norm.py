@@ -7,6 +7,7 @@ from torch import nn
 
 import swin_moe
 from swin_moe.models.layers import add_and_norm, norm_and_add
+from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.ops.residual_norm import (
     LARGEST_CHANNELS,
     add_branch,
@@ -111,7 +112,7 @@ def test_the_cpu_keeps_its_operators():
 
 
 def test_a_norm_that_does_more_is_called():
-    assert is_replaceable(nn.LayerNorm(8), 8)
+    assert is_replaceable(nn.LayerNorm(8), 8) and is_replaceable(LayerNorm(8), 8)
     hooked, own = nn.LayerNorm(8), nn.LayerNorm(8)
     hooked.register_forward_hook(lambda *_: None)
     own.forward = lambda x: x

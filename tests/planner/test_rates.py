@@ -1,6 +1,7 @@
 """Rates of operators: curves of products, their fit, and seconds of a step as the plain sum of its operators."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -136,6 +137,13 @@ def test_a_kernel_has_a_curve_of_its_own_and_stands_for_those_that_do_a_part_of_
         assert rates.seconds(name, calls) == pytest.approx(1.1 * own.seconds(calls)), name
     unseen = Rates(plain, {OTHER: Rate(1e-6, 0.0, 0.0)}, kernels)
     assert unseen.seconds("expert_rows", calls) == pytest.approx(own.seconds(calls))  # no bytes beside its curve
+
+
+def test_the_backward_of_a_norm_has_the_rate_of_whichever_kernels_were_seen():
+    plain, calls = Curve([(64, 64, 64, 1e9)]), np.array([row(1e6)])
+    for seen, other in itertools.permutations(("layer_norm_backward", "native_layer_norm_backward")):
+        rates = Rates(plain, {seen: Rate(1e-6, 2e-9, 0.0), OTHER: Rate(1.0, 0.0, 0.0)})
+        assert rates.seconds(other, calls) == rates.seconds(seen, calls) == pytest.approx(2.001e-3)
 
 
 def test_a_question_about_the_machine_starts_no_kernel():

@@ -21,6 +21,7 @@ from swin_moe.config.variants import VARIANTS
 from swin_moe.models.attention import stage_geometry
 from swin_moe.models.layers import check_image
 from swin_moe.models.swin import SwinTransformer
+from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.randomness import RandomContext
 
 
@@ -91,7 +92,7 @@ class PyramidBackbone(SwinTransformer):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, config.embed_dim, *self.grid))
         self.add_module("norm", nn.Identity())  # the classifier's: normalizing twice is not normalizing once
         for stage, channels in zip(self.out_indices, self.channels):
-            self.add_module(f"norm{stage}", nn.LayerNorm(channels))
+            self.add_module(f"norm{stage}", LayerNorm(channels))
         self._freeze()
 
     def forward(  # type: ignore[override]

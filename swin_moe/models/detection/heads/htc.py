@@ -21,6 +21,7 @@ from swin_moe.models.detection.losses import semantic_loss
 from swin_moe.models.detection.spec import SemanticSpec
 from swin_moe.models.detection.targets import LossSums
 from swin_moe.models.layers import ModuleList, widened
+from swin_moe.ops.layer_norm import LayerNorm
 
 
 class SemanticHead(nn.Module):
@@ -66,7 +67,7 @@ class GlobalBlock(nn.Module):
     def __init__(self, dim: int, heads: int, *, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.heads, hidden = heads, int(dim * mlp_ratio)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
