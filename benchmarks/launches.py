@@ -42,6 +42,7 @@ from swin_moe.engine.precision import autocast
 from swin_moe.engine.weight_copies import Copies, LinkedCopies, WeightCopies
 from swin_moe.moe import experts
 from swin_moe.ops import extension, grouped_linear
+from swin_moe.ops import layer_norm as layer_norms
 from swin_moe.ops.attention.choice import Measuring
 from swin_moe.parallel.compile import compile_network
 from swin_moe.randomness import RandomContext
@@ -67,6 +68,7 @@ def as_on_cuda() -> Iterator[None]:
 
     with (
         mock.patch.object(F, "layer_norm", layer_norm),
+        mock.patch.object(layer_norms, "serves", lambda *tensors: False),
         mock.patch.object(extension, "kernels_take", lambda x, compiled: True),
         mock.patch.object(experts, "use_grouped", use_grouped),
         mock.patch.object(grouped_linear, "use_grouped", use_grouped),

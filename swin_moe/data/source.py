@@ -25,7 +25,6 @@ from swin_moe.data.transforms import (
     gives_pixels,
     normalized,
 )
-from swin_moe.ops.reused_memory import empty_like_reused
 from swin_moe.randomness import derive_key
 
 
@@ -118,6 +117,9 @@ class ImageSource:
 
     def _normalized(self, levels: Tensor, patches: Sequence[Sequence[Patch]]) -> Tensor:
         """Returns (B, 3, H, W) float32 of (B, H, W, 3) uint8, page-locked where that is."""
+        # Here, as data is to be read where the kernels are missing.
+        from swin_moe.ops.reused_memory import empty_like_reused
+
         shape = len(levels), 3, *levels.shape[1:3]
         # Else in memory of an earlier batch: the first write to fresh pages takes longer than all that is done here.
         out = torch.empty(shape, pin_memory=True) if levels.is_pinned() else empty_like_reused(torch.empty(shape))

@@ -53,8 +53,11 @@ class Request(NamedTuple):
         os.environ.update(self.environ)
         os.chdir(self.folder)
         os.umask(self.umask)
-        if signal.SIGINT not in self.ignored:  # this server may be the child of a shell in the background
+        # This server may be the child of a shell in the background, or of nohup.
+        if signal.SIGINT not in self.ignored:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGHUP not in self.ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for number in self.ignored:
             signal.signal(number, signal.SIG_IGN)
         for kind, limits in self.limits:
