@@ -16,6 +16,7 @@ training step raises the peak memory of a process of its own above that of netwo
 """
 
 import argparse
+import functools
 import gc
 import multiprocessing
 import platform
@@ -108,15 +109,18 @@ PAIRS = (
         192,
         lambda: swin_moe.create_model(MOE, num_classes=1000),
         timm_twin,
-        lambda: (active_macs(MOE), active_macs(DENSE_TWIN)),
+        lambda: (
+            active_macs(lambda: swin_moe.create_model(MOE, num_classes=1000)),
+            active_macs(lambda: swin_moe.create_model(DENSE_TWIN, num_classes=1000)),
+        ),
     ),
 )
 
 
-def active_macs(name: str) -> float:
-    """Returns the multiply-accumulates that one image really costs; counted on meta."""
+def active_macs(make: Callable[[], nn.Module]) -> float:
+    """Returns the multiply-accumulates that one image really costs a network of ours; counted on meta."""
     with torch.device("meta"):
-        return swin_moe.create_model(name, num_classes=1000).active_flops()
+        return cast(Any, make()).active_flops()
 
 
 class Side:
@@ -214,6 +218,9 @@ def compare_apart(pair: Pair, options: argparse.Namespace) -> None:
         side.send(None)
 
 
+peak_of = functools.cache(peak_flops)  # measured once, not for every row
+
+
 def print_row(
     pair: Pair, mode: str, times: list[list[float]], options: argparse.Namespace, device: torch.device
 ) -> None:
@@ -222,19 +229,13 @@ def print_row(
     fastest, scale = times[1 + theirs.index(min(theirs))], pair.macs()[0] / pair.macs()[1]
     ratio = statistics.median(scale * b / a for a, b in zip(times[0], fastest))
     unit = "" if scale == 1 else f" per active MAC (MACs x{scale:.3f})"
-    operations = (3 if mode == "train" else 1) * 2 * options.batch * operations_of(pair)
-    share = operations / ours / peak_flops(device, options.precision)
+    operations = (3 if mode == "train" else 1) * 2 * options.batch * active_macs(pair.ours)
+    share = operations / ours / peak_of(device, options.precision)
     print(
         f"| {pair.name} | {mode} | {options.precision} | {1e3 * ours:.1f} | {1e3 * min(theirs):.1f} "
         f"| {ratio:.3f}{unit} | {share:.0%} |",
         flush=True,
     )
-
-
-def operations_of(pair: Pair) -> float:
-    """Returns the active multiply-accumulates of our network's forward of one image."""
-    with torch.device("meta"):
-        return cast(Any, pair.ours()).active_flops()
 
 
 def compare(pair: Pair, options: argparse.Namespace, device: torch.device) -> None:

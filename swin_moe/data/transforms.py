@@ -105,8 +105,8 @@ def generators_kept() -> Iterator[None]:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Returns (3, H, W) float32, scaled to [0, 1] and normalized with ImageNet's mean and deviation."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(255).sub_(_MEAN).div_(_STD)
+    levels = torch.from_numpy(np.array(image))
+    return normalized(levels, (), torch.empty(3, *levels.shape[:2]))
 
 
 def to_rgb(pixels: Tensor) -> np.ndarray:

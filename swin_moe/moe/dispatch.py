@@ -91,6 +91,11 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here."""
 
+    @property
+    def in_one(self) -> bool:
+        """Whether a layer may be one operator, which calls no dispatcher; one without this word says no."""
+        return type(self) is LocalDispatcher  # another's dispatch may do more
+
     def dispatch(self, x: Tensor, routing: Routing, pair: Tensor | None) -> Dispatched:
         """See Dispatcher."""
         unknown = x.is_cuda or torch.compiler.is_compiling()  # to ask would wait for the device, or break a graph

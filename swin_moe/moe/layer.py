@@ -154,8 +154,7 @@ class MoELayer(nn.Module):
     ) -> tuple[moe_layer.Slots, moe_layer.Options] | None:
         """Returns how routing, experts and what is between them are one operator; None where they are not: it covers a
         router that is a matrix, the choices that say so, few rows, all here, and nobody watches."""
-        local = type(self.dispatcher) is LocalDispatcher or getattr(self.dispatcher, "in_one", False)  # the planner's
-        if self.clock is not None or self.observer is not None or not local:
+        if self.clock is not None or self.observer is not None or not getattr(self.dispatcher, "in_one", False):
             return None
         matrix = self.router.matrix() if is_untouched(self.router) else None
         if matrix is None or "cpu" not in moe_layer.COMPILED or not is_ordinary(matrix):

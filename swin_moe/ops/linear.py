@@ -65,8 +65,7 @@ def steady_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     For narrow weights such as a router's, whose products the kernels compute at least as fast as MKL at any rows.
     """
-    kind = x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    if kind and row_products.takes(x, weight) and is_ordinary(x) and is_ordinary(weight):
+    if _by_rows(x, weight):
         return row_products.row_linear(x, weight, None)
     return F.linear(x, weight)
 
@@ -152,9 +151,13 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def serves_few(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels for few rows compute the product of x (..., I) and a weight (O, I), and faster."""
-    if torch.compiler.is_compiling() or not row_products.takes(x, weight):
-        return False
-    if not row_products.is_few(x.numel() // max(x.shape[-1], 1), x.dtype) or torch.is_autocast_enabled("cpu"):
+    # In this order: what is asked of rows would fix the batch of a traced graph.
+    return _by_rows(x, weight) and row_products.is_few(x.numel() // max(x.shape[-1], 1), x.dtype)
+
+
+def _by_rows(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether the kernels for few rows can compute the product of x (..., I) and a weight (O, I)."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not row_products.takes(x, weight):
         return False
     return x.dtype == weight.dtype and is_ordinary(x) and is_ordinary(weight)
 

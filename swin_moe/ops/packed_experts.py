@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swin_moe.ops import extension
 from swin_moe.ops.moe.moe_layer import Options, Slots
-from swin_moe.ops.packed_layers import PackedLinear, PackedNorm, refusal
+from swin_moe.ops.packed_layers import PackedLinear, PackedNorm, numbers_of, refusal
 
 
 class PackedRouter(NamedTuple):
@@ -56,8 +56,7 @@ def packed_experts(
     Raises:
         ValueError: Shapes or dtypes that do not fit.
     """
-    assert norm is None or after is None, "there is one eps"
-    used, projector = norm or after, router.projector
+    (norms, eps), projector = numbers_of(norm, after), router.projector
     sizes = [first.inputs, first.outputs, router.matrix.outputs, 0 if projector is None else projector.outputs]
     return torch.ops.swin_moe.packed_experts(
         x,
@@ -69,13 +68,10 @@ def packed_experts(
         None if projector is None else projector.data,
         None if projector is None else projector.bias,
         router.balance,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        None if after is None else after.weight,
-        None if after is None else after.bias,
+        *norms,
         inner,
         sizes,
-        0.0 if used is None else used.eps,
+        eps,
         *slots.numbers(),
         options.sigmoid,
         options.normalize,

@@ -64,6 +64,14 @@ class PackedNorm(NamedTuple):
         return cls(weight, bias, norm.eps)
 
 
+def numbers_of(norm: PackedNorm | None, after: PackedNorm | None) -> tuple[tuple[Tensor | None, ...], float]:
+    """Returns (weight and bias of the one norm and of the other, eps) as operators read them; not of both."""
+    assert norm is None or after is None, "there is one eps"
+    numbers = [(None, None) if one is None else (one.weight, one.bias) for one in (norm, after)]
+    used = norm or after
+    return (*numbers[0], *numbers[1]), 0.0 if used is None else used.eps
+
+
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype that sums, norms and residuals have where factors have this one."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -100,8 +108,7 @@ def packed_layers(
         counts: (E,) int64, rows of each expert, which follow each other; None = one matrix.
         wide: The result has the dtype of sums; else that of the factors.
     """
-    assert norm is None or after is None, "there is one eps"
-    used = norm or after
+    norms, eps = numbers_of(norm, after)
     sizes = [first.inputs, first.outputs] if second is None else [first.inputs, first.outputs, second.outputs]
     return torch.ops.swin_moe.packed_layers(
         x,
@@ -109,14 +116,11 @@ def packed_layers(
         first.bias,
         None if second is None else second.data,
         None if second is None else second.bias,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        None if after is None else after.weight,
-        None if after is None else after.bias,
+        *norms,
         residual,
         counts,
         sizes,
-        0.0 if used is None else used.eps,
+        eps,
         () if patches is None else patches,
         merged,
         first.dtype,

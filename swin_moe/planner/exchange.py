@@ -25,7 +25,7 @@ class EvenDispatcher:
 
     Args:
         rows: A / N.
-        in_one: The layer may be one operator, which calls no dispatcher, where its local one's may (moe/layer.py).
+        in_one: As LocalDispatcher's, where this stands for one.
     """
 
     def __init__(self, config: MoEConfig, degrees: Degrees, rows: float, *, in_one: bool = False) -> None:
