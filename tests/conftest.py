@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Lets the collector of garbage pass by the tests and modules that are there by now.
 
-    They stay until the end, as do those that each file of tests imports: a tenth of the processor time of the suite went
+    They stay until the end, as do those that each file of tests imports: a tenth of the suite's processor time went
     into looking through them again.
     """
     gc.freeze()

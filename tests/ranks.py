@@ -64,6 +64,19 @@ def _gloo_threads() -> int:
     return sum("gloo_runloop" in name for name in names)
 
 
+def _held_for_good() -> bool:
+    """Returns whether others hold process groups: DeepSpeed, or torch in what it keeps of compiled programs and of
+    layouts of DTensor, as which FSDP2 holds its shards."""
+    from torch._dynamo.utils import counters
+    from torch.distributed.tensor.debug import (
+        _get_fast_path_sharding_prop_cache_stats,
+        _get_python_sharding_prop_cache_info,
+    )
+
+    layouts = _get_python_sharding_prop_cache_info().misses + _get_fast_path_sharding_prop_cache_stats()[1]
+    return "deepspeed" in sys.modules or bool(counters["frames"] or layouts)
+
+
 def _run_here(folder: Path) -> None:
     import torch
     from torch import distributed
@@ -82,8 +95,7 @@ def _run_here(folder: Path) -> None:
         distributed.destroy_process_group()
         del result, function
         gc.collect()
-        # torch._dynamo, where something was compiled, holds process groups for good.
-        left = 0 if "torch._dynamo" in sys.modules else _gloo_threads()
+        left = 0 if _held_for_good() else _gloo_threads()
         assert not left, f"{left} threads of gloo are left: something still holds a process group"
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(f"[rank {rank}] {traceback.format_exc()}")

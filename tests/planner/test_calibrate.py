@@ -14,7 +14,7 @@ from swin_moe.ops.moe import moe_layer
 from swin_moe.planner.calibrate import command, kernels, libraries, links, machine, networks
 from swin_moe.planner.calibrate.libraries import Handled, fit_handling, measure_handling, seconds_of_recomputing
 from swin_moe.planner.calibrate.links import Timed, fit_link, fit_links, measure_collectives, read_preflight
-from swin_moe.planner.calibrate.networks import Seen, SmallStep
+from swin_moe.planner.calibrate.networks import NETWORKS, Seen, SmallStep
 from swin_moe.planner.collectives import Collective
 from swin_moe.planner.hardware import KINDS, Link, load_hardware, read_hardware
 from swin_moe.planner.operators import MACS, PRODUCTS
@@ -149,8 +149,11 @@ def _collectives():
     device = torch.device("cpu")
     now, share = machine.clock_of_ranks(device)
     assert 0 < share < 1.01 and now is (time.perf_counter if share > 0.95 else time.process_time)
-    links._REPEATS["cpu"] = 5  # in this process alone, that of a rank
+    # In this process alone, that of a rank: few and small messages, and networks of one block a stage.
+    links._REPEATS["cpu"], links._TOGETHER = 5, 2**20
+    links.SIZES = tuple((kind, size) for kind, size in links.SIZES if size < 2**20)
     libraries._ROUNDS, libraries.STAGES = 2, ("fairscale-1",)
+    libraries._DENSE, libraries._SPREAD = (NETWORKS[0], NETWORKS[5]), NETWORKS[6:7]
     timed = list(measure_collectives(device, now))
     assert {row.kind for row in timed} == set(KINDS) and all(row.seconds > 0 for row in timed)
     link, kinds = fit_links(timed)

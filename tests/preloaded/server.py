@@ -20,9 +20,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _PROGRAMS = ("launcher.rank", "tests.ranks", "swin_moe.train")  # what most of them run; what it imports stays
-# sympy is what torch._dynamo, which a network that recomputes loads, takes long for. Not that itself: where it is
-# loaded, process groups are held for good, and ranks do not look for what else holds them.
-_MODULES = (*_PROGRAMS, "torch.distributed", "sympy")
+# What reduces gradients, recomputes or compiles loads the others: 2 seconds of a rank, DeepSpeed's imports among them.
+_MODULES = (*_PROGRAMS, "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx")
 # Read when a library is loaded: a process in whose environment one of them differs runs by itself.
 _READ_ONCE = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "PYTORCH_"),
