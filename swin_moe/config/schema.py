@@ -57,6 +57,8 @@ class DataConfig:
     erase_count: int = 1
     eval_crop: bool = True  # resize to 256/224 of the image size, then centre crop; False = resize to the size
     resize: bool = True  # False: images have the model's size; training crops them out of a black border of 4 pixels
+    # Training decodes a JPEG at a half, a quarter or an eighth of its sides where a crop then still has model.img_size.
+    draft: bool = False
     exif: bool = False  # turn images as their EXIF orientation says; torchvision, so the official code, does not
     synthetic_samples: int = 10_000  # training images of the synthetic data set
     cache: bool = field(default=True, metadata=NOT_STATE)  # keep decoded images of the digits in memory

@@ -1,9 +1,12 @@
 """What a data set is: Dataset, the protocol; datasets.py has the rows."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import numpy as np
 from PIL import Image
+
+from swin_moe.data.pixels import Encoded
 
 
 class Listed(Protocol):
@@ -24,8 +27,17 @@ class Listed(Protocol):
 
 
 class Dataset(Listed, Protocol):
-    """What every data set offers that labels whole images."""
+    """What every data set offers that labels whole images.
+
+    One of files may also have encoded(index) -> (pixels.Encoded, label): training then decodes what it crops.
+    """
 
     def sample(self, index: int) -> tuple[Image.Image, int]:
         """Returns (RGB image, label)."""
         ...
+
+
+def encoded(dataset: Dataset, index: int) -> tuple[Image.Image | Encoded, int]:
+    """Returns (RGB image, or one to be decoded where the data set has such, label)."""
+    give = getattr(dataset, "encoded", dataset.sample)
+    return cast(Callable[[int], tuple[Image.Image | Encoded, int]], give)(index)

@@ -22,7 +22,7 @@ from swin_moe.config import DataConfig
 from swin_moe.config.arguments import near_path
 from swin_moe.config.checks import shown
 from swin_moe.data.base import Dataset
-from swin_moe.data.pixels import BrokenImage, decode, read_image
+from swin_moe.data.pixels import BrokenImage, Encoded, read_image
 from swin_moe.data.sets.subset import ClassSubset
 from swin_moe.names.files import IMAGE_SUFFIXES
 from swin_moe.registry import lookup
@@ -133,12 +133,21 @@ class FileDataset:
         Raises:
             BrokenImage: The file cannot be read or decoded.
         """
+        image, label = self.encoded(index)
+        return image.whole(), label
+
+    def encoded(self, index: int) -> tuple[Encoded, int]:
+        """Returns (image to be decoded, label).
+
+        Raises:
+            BrokenImage: The file cannot be read.
+        """
         path = self.path(index)
         try:
             data = self.read(index)
         except OSError as error:
             raise BrokenImage(path, error.strerror or str(error)) from error
-        return decode(data, path, exif=self.exif), int(self._labels[index])
+        return Encoded(data, path, exif=self.exif), int(self._labels[index])
 
 
 def _is_no_data(member: zipfile.ZipInfo) -> bool:

@@ -23,13 +23,14 @@ from swin_moe.data.batch import Batch
 from swin_moe.data.datasets import BrokenImage, build_dataset
 from swin_moe.data.dense.loader import DenseSource, build_dense_dataset
 from swin_moe.data.sets.listing import Relabeled
-from swin_moe.data.source import ImageSource, Request
-from swin_moe.data.transforms import Transform, build_transform
+from swin_moe.data.source import ImageSource, PixelSource, Request
+from swin_moe.data.transforms import build_transform
 from swin_moe.data.views import ViewTransform
 from swin_moe.data.workers import WorkerPool
 from swin_moe.randomness import PURPOSES, derive_key
 
 _log = logging.getLogger(__name__)
+_MOST_PARTNERS = 2  # of a micro-batch, that another holds
 _MAX_BROKEN_RUN = 256  # broken images in a row, without a good one, that on_broken=skip puts up with
 
 
@@ -90,10 +91,15 @@ class _Loader:
             dataset = build_dataset(config, split, img_size=size, num_classes=num_classes or 1000)
             if classes and tuple(classes) != dataset.classes:
                 dataset = Relabeled(dataset, classes)
-            transforms: list[Transform] = [ViewTransform(config, size, view=view) for view in (0, 1)] if views else []
-            transforms = transforms or [build_transform(config, size, train=train)]
             self.dataset = dataset
-            self._source = ImageSource(dataset, transforms, img_size=size, seed=seed, partners=partners)
+            shared = {"img_size": size, "seed": seed, "partners": partners}
+            if views:
+                transforms = [ViewTransform(config, size, view=view) for view in (0, 1)]
+                self._source = ImageSource(dataset, transforms, **shared)
+            else:
+                transform = build_transform(config, size, train=train)
+                erased = config.erase_prob if train else 0.0
+                self._source = PixelSource(dataset, transform, erased=erased, **shared)
         self.num_classes = self.dataset.num_classes
         self.broken: dict[str, str] = {}  # path -> reason, of every image skipped so far on this rank
         if 0 < num_classes < self.num_classes:
@@ -117,14 +123,24 @@ class _Loader:
         while self._pools:
             self._pools.pop().close()
 
-    def _load(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
-        """Yields one batch per request, in order; ends its processes when exhausted, closed or failed."""
-        pool = WorkerPool(self._source, requests, workers=self._config.workers, pin_memory=self._pin_memory)
+    def _load(self, requests: Iterable[Request], most: int) -> Generator[Batch, None, None]:
+        """Yields one batch per request, in order; ends its processes when exhausted, closed or failed.
+
+        most: Images of a request.
+        """
+        workers, pin_memory = self._config.workers, self._pin_memory
+        if isinstance(self._source, PixelSource):
+            stream = self._source.stream(most=most, workers=workers, pin_memory=pin_memory)
+            pool, unpack = WorkerPool(stream, stream.numbered(requests), workers=workers), stream.unpack
+        else:
+            pool = WorkerPool(self._source, requests, workers=workers, pin_memory=pin_memory)
+            unpack = self._source.unpack
         self._pools.append(pool)
         try:
-            for batch, broken in pool:
+            for loaded, broken in pool:
+                batch = unpack(loaded)
                 self._report(broken, loaded=len(batch["image"]))
-                yield self._source.unpack(batch)
+                yield batch
         finally:
             pool.close()
             if pool in self._pools:
@@ -219,7 +235,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: An image is broken and data.on_broken is fail.
         """
-        batches = self._load(self._requests(step0, stop))
+        batches = self._load(self._requests(step0, stop), self._micro_batch + _MOST_PARTNERS)
         try:
             step = step0
             while step != stop:
@@ -310,6 +326,7 @@ class EvalLoader(_Loader):
             label_maps=label_maps,
         )
         self.num_samples = len(self.dataset)
+        self._batch = batch
         self._shares = self._source.shares(rank, world_size, batch)
 
     def __len__(self) -> int:
@@ -318,7 +335,7 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches; may be called again for the next evaluation."""
-        return self._load(self._requests())
+        return self._load(self._requests(), self._batch)
 
     def _requests(self) -> Iterator[Request]:
         for step, index in enumerate(self._shares):

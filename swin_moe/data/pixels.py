@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from swin_moe.data import jpeg
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
+
 
 class BrokenImage(ValueError):
     """An image that is missing, truncated or not an image at all; the message names its path."""
@@ -30,7 +34,8 @@ def read_image(path: str | Path) -> bytes:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise BrokenImage(str(path), "is no regular file")
-    return Path(path).read_bytes()
+    with open(path, "rb", buffering=0) as file:  # a third less time than Path.read_bytes, of 12 us
+        return file.readall()
 
 
 def decode(data: bytes, path: str, *, exif: bool = False) -> Image.Image:
@@ -46,10 +51,67 @@ def decode(data: bytes, path: str, *, exif: bool = False) -> Image.Image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except Exception as error:
-        # The message of an unidentified file holds an object's address; its class says enough.
-        known = not isinstance(error, Image.UnidentifiedImageError)
-        reason = f"{type(error).__name__}: {error}" if known else "not an image in a known format"
-        raise BrokenImage(path, reason) from error
+        raise _broken(path, error) from error
+
+
+def _broken(path: str, error: Exception) -> BrokenImage:
+    # The message of an unidentified file holds an object's address; its class says enough.
+    known = not isinstance(error, Image.UnidentifiedImageError)
+    return BrokenImage(path, f"{type(error).__name__}: {error}" if known else "not an image in a known format")
+
+
+class Encoded:
+    """An image file that is decoded as far as it is needed, once that is known; else as `decode` does."""
+
+    def __init__(self, data: bytes, path: str, *, exif: bool = False) -> None:
+        """exif: See decode."""
+        self._data, self._path, self._exif = data, path, exif
+        header = jpeg.read_header(data)
+        self._header = None if header and exif and header.has_exif else header
+        self._whole: Image.Image | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Returns (width, height) in pixels; raises BrokenImage, as everything here."""
+        return self._header[:2] if self._header else self.whole().size
+
+    def whole(self) -> Image.Image:
+        """Returns the RGB image."""
+        if self._whole is None:
+            self._whole = decode(self._data, self._path, exif=self._exif)
+        return self._whole
+
+    def cut_resized(
+        self, box: Box, size: tuple[int, int], resampling: Image.Resampling, *, draft: bool = False
+    ) -> Image.Image:
+        """Returns the RGB image in a box, resized to (width, height): the bits of whole().crop(box).resize(...).
+
+        draft: A JPEG file is decoded at a half, a quarter or an eighth of its sides where the box then still has
+            `size`; those are other bits.
+        """
+        if self._header is None:
+            return self.whole().crop(box).resize(size, resampling)
+        left, top, right, bottom = box
+        scale = jpeg.largest_scale((right - left, bottom - top), size) if draft else 1
+        if scale == 1:
+            return self._cut(self._header, box, 1).resize(size, resampling)
+        image = self._cut(self._header, (0, 0, self._header.width, bottom), scale)
+        inside = (left / scale, top / scale, right / scale, bottom / scale)
+        return image.resize(size, resampling, box=inside)
+
+    def _cut(self, header: jpeg.Header, box: Box, scale: int) -> Image.Image:
+        try:
+            image = jpeg.decode_top(self._data, header, box[3], scale)
+        except Exception:
+            self.whole()  # says what is wrong with it; or nothing is, as it goes on behind some damages
+            image = jpeg.decode_top(self._data, header, header.height, scale)
+        left, top, right, bottom = (-(-edge // scale) for edge in box)
+        return to_rgb(image.crop((left, top, right, bottom)))
+
+
+def whole(image: Image.Image | Encoded) -> Image.Image:
+    """Returns the image, all of it decoded."""
+    return image.whole() if isinstance(image, Encoded) else image
 
 
 def opened(path: str, *, exif: bool = False) -> Image.Image | BrokenImage:

@@ -41,19 +41,27 @@ def _obituary(pid: int, code: int, workers: int) -> str:
     return f"loader process {pid} (of data.workers={workers}) {how}; what was saved before is kept"
 
 
+def under_way(workers: int) -> int:
+    """Returns how many requests are loaded, or loaded and not yet asked for, at once; that which is looked at is one.
+
+    DataLoader takes a request from the stream when it hands out what was loaded `workers * _PREFETCH` before it.
+    """
+    return workers * _PREFETCH + 1
+
+
 def _identity(value: Any) -> Any:
     return value
 
 
-def _pin(value: Any) -> Any:
+def pin(value: Any) -> Any:
     """Returns the same nested value with every tensor in page-locked memory."""
     if isinstance(value, torch.Tensor):
-        return value.pin_memory()
+        return value if value.is_pinned() else value.pin_memory()
     if isinstance(value, dict):
-        return {key: _pin(item) for key, item in value.items()}
+        return {key: pin(item) for key, item in value.items()}
     if hasattr(value, "_make"):  # a named tuple
-        return value._make(map(_pin, value))
-    return type(value)(map(_pin, value)) if isinstance(value, (list, tuple)) else value
+        return value._make(map(pin, value))
+    return type(value)(map(pin, value)) if isinstance(value, (list, tuple)) else value
 
 
 class WorkerPool:
@@ -71,7 +79,7 @@ class WorkerPool:
         self._processes: list[Any] = []
         if workers == 0:
             loaded = (source[request] for request in requests)
-            self._items: Iterator[Any] = map(_pin, loaded) if pin_memory else loaded
+            self._items: Iterator[Any] = map(pin, loaded) if pin_memory else loaded
             return
         loader = DataLoader(
             source,
@@ -83,6 +91,8 @@ class WorkerPool:
             collate_fn=_identity,
             worker_init_fn=_detach,
             generator=torch.Generator(),  # or it would draw from the global one
+            # Processes then share what data sets and slots hold; Python 3.14 would begin anew and pickle it.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
         handler = signal.getsignal(signal.SIGCHLD)
         self._items = self._iterator = iter(loader)

@@ -1,5 +1,6 @@
 """Transforms equal torchvision's and timm's, depend on nothing but their key and disturb no generator."""
 
+import io
 import pickle
 import random
 
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 
 from swin_moe.config import DataConfig
+from swin_moe.data.pixels import Encoded
 from swin_moe.data.torchvision_compat import import_torchvision
 from swin_moe.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     CropFlipTransform,
     EvalTransform,
+    RandomResizedCrop,
     TimmTransform,
     augment_key,
     build_transform,
@@ -45,6 +48,27 @@ def test_crop_and_flip_equal_timm_bit_for_bit(shape, interpolation):
     for index in range(12):
         key = augment_key(5, 1, index)
         torch.testing.assert_close(fast(image, key), slow(image, key), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("shape", [(24, 32), (50, 37), (33, 90), (200, 20)])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_crop_equals_timms_own(shape, interpolation, is_file):
+    import_torchvision()
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+
+    options = {"interpolation": interpolation, "crop_scale": (0.2, 1.0)}
+    fast = RandomResizedCrop(DataConfig(**options), (24, 32))
+    slow = RandomResizedCropAndInterpolation((24, 32), scale=(0.2, 1.0), interpolation=interpolation)
+    file = io.BytesIO()
+    noise(*shape).save(file, "JPEG")
+    for seed in range(25):
+        image = Encoded(file.getvalue(), "x")
+        random.seed(seed)
+        made = fast(image if is_file else image.whole())
+        after = random.random()
+        random.seed(seed)
+        assert made.tobytes() == slow(image.whole()).tobytes() and random.random() == after
 
 
 @pytest.mark.parametrize("hflip", [0.0, 1.0])
@@ -202,7 +226,7 @@ def test_pixels_normalized_later_are_the_same_bits(options, train):
         with generators_kept():
             made = transform.pixels(image, key)
         assert torch.equal(before, torch.default_generator.get_state())
-        out = normalized(torch.from_numpy(made.levels), made.patches, torch.empty(3, *size))
+        out = normalized(torch.tensor(made.levels), made.patches, torch.empty(3, *size))
         assert torch.equal(out, transform(image, key))
         patches += len(made.patches)
     assert (patches > 0) == (train and config.erase_prob > 0)

@@ -120,9 +120,10 @@ def test_processes_end_with_their_parent(end):
 
 
 def test_named_tuples_are_pinned_as_such(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     levels = np.zeros((2, 2, 3), dtype=np.uint8)
-    made = worker_module._pin({"patches": [[Patch(1, 2, levels)]], "pixels": Pair(torch.zeros(2), 3)})
+    made = worker_module.pin({"patches": [[Patch(1, 2, levels)]], "pixels": Pair(torch.zeros(2), 3)})
     assert made["patches"] == [[Patch(1, 2, levels)]] and torch.equal(made["pixels"].first, torch.ones(2))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from swin_moe.data.base import Dataset, Listed
+from swin_moe.data.base import Dataset, Listed, encoded
+from swin_moe.data.pixels import Encoded
 
 
 def listing_digest(dataset: Listed) -> str:
@@ -50,6 +51,11 @@ class Relabeled:
     def sample(self, index: int) -> tuple[Image.Image, int]:
         """Returns (RGB image, label)."""
         image, label = self._dataset.sample(index)
+        return image, int(self._new[label])
+
+    def encoded(self, index: int) -> tuple[Image.Image | Encoded, int]:
+        """Returns (image, maybe to be decoded, label)."""
+        image, label = encoded(self._dataset, index)
         return image, int(self._new[label])
 
     def labels(self) -> np.ndarray:

@@ -6,7 +6,8 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from swin_moe.data.base import Dataset
+from swin_moe.data.base import Dataset, encoded
+from swin_moe.data.pixels import Encoded
 from swin_moe.randomness import PURPOSES, derive_key
 
 
@@ -66,3 +67,7 @@ class ClassSubset(Rows[Dataset]):
     def sample(self, index: int) -> tuple[Image.Image, int]:
         """Returns (RGB image, label)."""
         return self._dataset.sample(int(self._rows[index]))
+
+    def encoded(self, index: int) -> tuple[Image.Image | Encoded, int]:
+        """Returns (image, maybe to be decoded, label)."""
+        return encoded(self._dataset, int(self._rows[index]))
