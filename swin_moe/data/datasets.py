@@ -6,6 +6,7 @@ can be pickled and forked, so that loader processes may use them, and hold no Py
 of 14 million strings would copy every page of them into every process.
 """
 
+import array
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from swin_moe.config import DataConfig
@@ -69,12 +71,15 @@ def has_lists(root: Path) -> bool:
 
 
 class PathTable:
-    """Paths in one block of bytes instead of one string each."""
+    """Paths in one block of bytes instead of one string each, of which there are never all at once."""
 
     def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        block, ends = bytearray(), array.array("q")
+        for path in paths:
+            block += os.fsencode(path)
+            ends.append(len(block))
+        self._ends = np.array(ends, dtype=np.int64)
+        self._bytes = np.array(block, dtype=np.uint8)  # a copy, without what the block has to grow
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -99,10 +104,10 @@ class FileDataset:
     exif = False  # data.exif
 
     def __init__(
-        self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str], *, folder: str = ""
+        self, paths: Iterable[str] | PathTable, labels: ArrayLike, classes: Sequence[str], *, folder: str = ""
     ) -> None:
         """folder: What all paths begin with where they are not relative to data.path."""
-        self._paths = PathTable(paths)
+        self._paths = paths if isinstance(paths, PathTable) else PathTable(paths)
         self._prefix_size = len(os.fsencode(folder))
         self._labels = np.asarray(labels, dtype=np.int32)
         self.classes = tuple(classes)
@@ -212,17 +217,22 @@ class ImageFolder(FileDataset):
         found = self._class_names(directory)
         classes = self._class_names(train) if train.is_dir() else found
         labels_of = class_labels(found, classes, where=directory, train=train)
-        paths: list[str] = []
-        labels: list[int] = []
-        for name in found:
-            images = self._images(directory / name)
+        counts: list[int] = []
+        paths = PathTable(self._listed(directory, found, counts))
+        labels = np.repeat([labels_of[name] for name in found], counts)
+        super().__init__(paths, labels, classes, folder=os.path.join(directory, ""))
+
+    @classmethod
+    def _listed(cls, directory: Path, names: Iterable[str], counts: list[int]) -> Iterator[str]:
+        """Yields the images of classes; adds to `counts` how many each has."""
+        for name in names:
+            images = cls._images(directory / name)
             if not images:
                 raise ValueError(
                     f"data.path: no image in class directory {directory / name} ({', '.join(IMAGE_SUFFIXES)})"
                 )
-            paths += images
-            labels += [labels_of[name]] * len(images)
-        super().__init__(paths, labels, classes, folder=os.path.join(directory, ""))
+            counts.append(len(images))
+            yield from images
 
     @staticmethod
     def _class_names(directory: Path) -> list[str]:

@@ -11,9 +11,9 @@ Shape legend: B images of a micro-batch (0 is legal), X extra partner images (at
 """
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class _Loader:
             if classes and tuple(classes) != dataset.classes:
                 dataset = Relabeled(dataset, classes)
             self.dataset = dataset
-            shared = {"img_size": size, "seed": seed, "partners": partners}
+            shared: dict[str, Any] = {"img_size": size, "seed": seed, "partners": partners}
             if views:
                 transforms = [ViewTransform(config, size, view=view) for view in (0, 1)]
                 self._source = ImageSource(dataset, transforms, **shared)
@@ -131,7 +131,8 @@ class _Loader:
         workers, pin_memory = self._config.workers, self._pin_memory
         if isinstance(self._source, PixelSource):
             stream = self._source.stream(most=most, workers=workers, pin_memory=pin_memory)
-            pool, unpack = WorkerPool(stream, stream.numbered(requests), workers=workers), stream.unpack
+            pool = WorkerPool(stream, stream.numbered(requests), workers=workers)
+            unpack: Callable[[Any], Batch] = stream.unpack
         else:
             pool = WorkerPool(self._source, requests, workers=workers, pin_memory=pin_memory)
             unpack = self._source.unpack

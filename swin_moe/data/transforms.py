@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -65,11 +65,6 @@ class PixelTransform(Protocol):
     def pixels(self, image: Image.Image | Encoded, key: int) -> Pixels:
         """Returns the transformed image; the global generators are left seeded, see generators_kept."""
         ...
-
-
-def gives_pixels(transform: Transform) -> TypeGuard[PixelTransform]:
-    """Returns whether a transform is a PixelTransform."""
-    return hasattr(transform, "pixels")
 
 
 def normalized(levels: Tensor, patches: Sequence[Patch], out: Tensor) -> Tensor:
@@ -336,7 +331,7 @@ class RandomResizedCrop:
         return left, top, left + crop_width, top + crop_height
 
 
-def build_transform(config: DataConfig, img_size: tuple[int, int], *, train: bool) -> Transform:
+def build_transform(config: DataConfig, img_size: tuple[int, int], *, train: bool) -> PixelTransform:
     """Returns transform(image, key) -> (3, H, W) float32; `img_size` is (height, width) in pixels.
 
     Raises:

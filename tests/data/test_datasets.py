@@ -1,6 +1,7 @@
 """Every layout on disk gives the same images, and everything missing or broken is named."""
 
 import json
+import multiprocessing
 import pickle
 import shutil
 import zipfile
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from swin_moe.config import DataConfig, DatasetName
-from swin_moe.data.datasets import BrokenImage, PathTable, build_dataset
+from swin_moe.data.datasets import BrokenImage, FileDataset, PathTable, build_dataset
 
 
 def build(name: DatasetName, path: Path, split: str = "train"):
@@ -36,6 +37,36 @@ def test_path_table():
     paths = ["a/b.png", "", "c/\xe4\u4e2d.jpg"]
     table = PathTable(paths)
     assert [table[i] for i in range(len(table))] == paths
+
+
+def own_kilobytes() -> int:
+    """Returns the memory of this process that no other shares."""
+    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("Private_Dirty"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what memory is shared")
+def test_loader_processes_share_paths_and_labels():
+    """A process that asks for every path once: of strings, reference counts would copy every page into it."""
+    dataset = FileDataset([f"n01440764/n01440764_{n:060d}.JPEG" for n in range(100_000)], range(100_000), ("a",))
+    strings = [dataset.path(n) for n in range(len(dataset))]
+    grown = {}
+    for name, ask in (("ours", dataset.path), ("strings", strings.__getitem__)):
+        here, there = multiprocessing.Pipe()
+
+        def child(ask=ask, there=there) -> None:
+            for index in range(100):
+                ask(index)
+            before = own_kilobytes()
+            for index in range(len(dataset)):
+                ask(index)
+            there.send(own_kilobytes() - before)
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        grown[name] = here.recv()
+        process.join()
+    assert grown["ours"] < 1000 and grown["strings"] > 8000  # the paths are 8 MB
 
 
 def test_folder(image_root):
