@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from swin_moe.data.base import Dataset, encoded
 from swin_moe.data.batch import Batch
 from swin_moe.data.pixels import BrokenImage
-from swin_moe.data.slots import Place, Slot, Slots
+from swin_moe.data.buffers import Place, Buffer, Buffers
 from swin_moe.data.transforms import Patch, PixelTransform, Transform, augment_key, generators_kept, normalized
 from swin_moe.data.workers import pin, under_way
 from swin_moe.randomness import derive_key
@@ -147,9 +147,9 @@ class _Named:
 
 
 class Loaded(NamedTuple):
-    """A micro-batch on its way to the process that trains: pixels of 8 bits lie in a slot."""
+    """A micro-batch on its way to the process that trains: pixels of 8 bits lie in a buffer."""
 
-    slot: int
+    buffer: int
     levels: Place | np.ndarray  # (B + X or more, H, 3, W) uint8
     patches: list[list[tuple[int, int, Place | np.ndarray]]]  # of each image: top, left and values of each Patch
     own: int
@@ -178,13 +178,13 @@ class PixelSource(ImageSource):
         """Returns what loads requests of `most` images, extra partners with them, in so many processes."""
         height, width = self._img_size
         size = int(most * height * width * (3 + _PATCH_BYTES * self._erased))
-        return PixelStream(self, Slots(under_way(workers), size), pin_memory=pin_memory)
+        return PixelStream(self, Buffers(under_way(workers), size), pin_memory=pin_memory)
 
-    def load(self, request: Request, number: int, slot: Slot) -> tuple[Loaded, Broken]:
-        """Returns (batch in this slot, its broken images, which it lacks)."""
-        slot.clear()
+    def load(self, request: Request, number: int, buffer: Buffer) -> tuple[Loaded, Broken]:
+        """Returns (batch in this buffer, its broken images, which it lacks)."""
+        buffer.clear()
         height, width = self._img_size
-        levels, sent = slot.put_empty((len(request.index), height, 3, width), np.uint8)
+        levels, sent = buffer.put_empty((len(request.index), height, 3, width), np.uint8)
         patches: list[list[tuple[int, int, Place | np.ndarray]]] = []
         rows = _Rows(request)
         with generators_kept():
@@ -197,34 +197,34 @@ class PixelSource(ImageSource):
                     rows.broken.append((error.path, error.reason))
                     continue
                 levels[len(patches)] = made.levels
-                patches.append([(top, left, slot.put(values)) for top, left, values in made.patches])
+                patches.append([(top, left, buffer.put(values)) for top, left, values in made.patches])
                 rows.add(place, target)
         return Loaded(number, sent, patches, rows.own, rows.fields(partners=self.needs_partners)), rows.broken
 
 
 class PixelStream:
-    """Loads requests, each with the number of a slot, and makes batches of what was loaded, in order.
+    """Loads requests, each with the number of a buffer, and makes batches of what was loaded, in order.
 
-    A slot is written again only after the batch before it was unpacked: there is one for each that is under way.
+    A buffer is written again only after the batch before it was unpacked: there is one for each that is under way.
     """
 
-    def __init__(self, source: PixelSource, slots: Slots, *, pin_memory: bool) -> None:
-        self._source, self._slots, self._pin_memory = source, slots, pin_memory
+    def __init__(self, source: PixelSource, buffers: Buffers, *, pin_memory: bool) -> None:
+        self._source, self._buffers, self._pin_memory = source, buffers, pin_memory
 
     def numbered(self, requests: Iterable[Request]) -> Iterator[tuple[int, Request]]:
-        """Yields requests with their slots."""
-        return zip(itertools.cycle(range(len(self._slots))), requests)
+        """Yields requests with their buffers."""
+        return zip(itertools.cycle(range(len(self._buffers))), requests)
 
     def __getitem__(self, item: tuple[int, Request]) -> tuple[Loaded, Broken]:
-        """Returns (batch in its slot, its broken images, which it lacks)."""
+        """Returns (batch in its buffer, its broken images, which it lacks)."""
         number, request = item
-        return self._source.load(request, number, self._slots[number])
+        return self._source.load(request, number, self._buffers[number])
 
     def unpack(self, loaded: Loaded) -> Batch:
         """Returns a batch as tasks get it: normalized, in memory of its own, page-locked with pin_memory."""
-        slot, own, total = self._slots[loaded.slot], loaded.own, len(loaded.patches)
-        levels = torch.from_numpy(slot.at(loaded.levels))
-        patches = [[Patch(top, left, slot.at(sent)) for top, left, sent in one] for one in loaded.patches]
+        buffer, own, total = self._buffers[loaded.buffer], loaded.own, len(loaded.patches)
+        levels = torch.from_numpy(buffer.at(loaded.levels))
+        patches = [[Patch(top, left, buffer.at(sent)) for top, left, sent in one] for one in loaded.patches]
         images = self._normalized(levels[:own], patches[:own])
         extra = self._normalized(levels[own:total], patches[own:])
         batch = _batch(loaded.fields, images, extra)

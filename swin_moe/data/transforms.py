@@ -48,7 +48,7 @@ class Patch(NamedTuple):
 class Pixels(NamedTuple):
     """A transformed image before it is scaled and normalized: a quarter of the bytes on the way between processes.
 
-    Rows hold a channel after the other, which is converted in half the time that (H, W, 3) takes.
+    Rows hold a channel after the other, which is converted in three quarters of the time that (H, W, 3) takes.
     """
 
     levels: np.ndarray  # (H, 3, W) uint8, not to be written to

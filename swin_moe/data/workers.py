@@ -91,7 +91,7 @@ class WorkerPool:
             collate_fn=_identity,
             worker_init_fn=_detach,
             generator=torch.Generator(),  # or it would draw from the global one
-            # Processes then share what data sets and slots hold; Python 3.14 would begin anew and pickle it.
+            # Processes then share what data sets and buffers hold; Python 3.14 would begin anew and pickle it.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
         handler = signal.getsignal(signal.SIGCHLD)

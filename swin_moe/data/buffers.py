@@ -13,14 +13,14 @@ _ALIGNMENT = 64  # bytes, a cache line
 
 
 class Place(NamedTuple):
-    """Where an array lies in a slot: what is sent between processes instead of it."""
+    """Where an array lies in a buffer: what is sent between processes instead of it."""
 
     offset: int  # bytes
     shape: tuple[int, ...]
     dtype: str
 
 
-class Slot:
+class Buffer:
     """The memory of one batch; arrays are put into it one after the other."""
 
     def __init__(self, memory: np.ndarray) -> None:
@@ -50,7 +50,7 @@ class Slot:
         return sent
 
     def at(self, sent: Place | np.ndarray) -> np.ndarray:
-        """Returns the array of what was sent, which the next batch in this slot writes over."""
+        """Returns the array of what was sent, which the next batch in this buffer writes over."""
         if isinstance(sent, np.ndarray):
             return sent
         kind = np.dtype(sent.dtype)
@@ -58,23 +58,23 @@ class Slot:
         return self._memory[sent.offset : sent.offset + size].view(kind).reshape(sent.shape)
 
 
-class Slots:
-    """Slots for as many batches as are under way at once; processes that are forked afterwards share them.
+class Buffers:
+    """Buffers for as many batches as are under way at once; processes that are forked afterwards share them.
 
     Anonymous memory, so that no limit of /dev/shm counts. What is never written to takes none.
     """
 
     def __init__(self, count: int, size: int) -> None:
-        """size: Bytes of a slot."""
+        """size: Bytes of a buffer."""
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = np.frombuffer(mmap.mmap(-1, count * size) if size else b"", dtype=np.uint8)
-        self._slots = [Slot(memory[number * size : (number + 1) * size]) for number in range(count)]
+        self._buffers = [Buffer(memory[number * size : (number + 1) * size]) for number in range(count)]
 
     def __reduce__(self) -> tuple:
-        return Slots, (len(self), 0)  # a process that was not forked: nothing fits, all is sent
+        return Buffers, (len(self), 0)  # a process that was not forked: nothing fits, all is sent
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._buffers)
 
-    def __getitem__(self, number: int) -> Slot:
-        return self._slots[number]
+    def __getitem__(self, number: int) -> Buffer:
+        return self._buffers[number]
