@@ -15,8 +15,8 @@ from torch.utils.data import default_collate
 
 from swin_moe.data.base import Dataset, encoded
 from swin_moe.data.batch import Batch
+from swin_moe.data.buffers import Buffer, Buffers, Place
 from swin_moe.data.pixels import BrokenImage
-from swin_moe.data.buffers import Place, Buffer, Buffers
 from swin_moe.data.transforms import Patch, PixelTransform, Transform, augment_key, generators_kept, normalized
 from swin_moe.data.workers import pin, under_way
 from swin_moe.randomness import derive_key

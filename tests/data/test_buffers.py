@@ -8,8 +8,8 @@ import torch
 
 from swin_moe.config import DataConfig
 from swin_moe.data import source as source_module
+from swin_moe.data.buffers import Buffers, Place
 from swin_moe.data.loader import TrainLoader
-from swin_moe.data.buffers import Place, Buffers
 
 
 def test_arrays_are_where_they_were_put():
