@@ -11,6 +11,7 @@ import torch
 
 from swin_moe.config import DataConfig
 from swin_moe.data.loader import EvalLoader, TrainLoader, epoch_order
+from tests.data.conftest import encode
 
 PLAIN: dict[str, Any] = {"auto_augment": "", "erase_prob": 0.0, "color_jitter": 0.0}
 
@@ -79,6 +80,19 @@ def test_worker_count_changes_nothing():
     reference = union(DataConfig(global_batch=6), steps, accumulation=2)
     assert_same(reference, union(DataConfig(global_batch=6, workers=2), steps, accumulation=2))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("images_per_class", [0, 2])
+def test_draft_is_the_same_for_every_worker_count(tmp_path, images_per_class):
+    for name, number in (("cat", 0), ("cat", 1), ("cat", 2), ("dog", 3), ("dog", 4)):
+        (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+        data = encode(number, size=(100, 80), suffix=".jpg")
+        (tmp_path / "train" / name / f"{number}.jpg").write_bytes(data)
+    options = {"global_batch": 4, "images_per_class": images_per_class, "crop_scale": (0.3, 1.0)}
+    reference, exact = (union(folder_config(tmp_path, **options, draft=draft), range(3)) for draft in (True, False))
+    assert_same(reference, union(folder_config(tmp_path, **options, draft=True, workers=2), range(3), accumulation=2))
+    assert sorted(reference) == sorted(exact)
+    assert any(not torch.equal(image, exact[key][0]) for key, (image, _) in reference.items())
 
 
 def test_resumed_run_continues_at_the_next_sample():
