@@ -65,8 +65,8 @@ def _gloo_threads() -> int:
 
 
 def _held_for_good() -> bool:
-    """Returns whether others hold process groups: DeepSpeed, or torch in what it keeps of compiled programs and of
-    layouts of DTensor, as which FSDP2 holds its shards."""
+    """Returns whether others hold process groups: DeepSpeed, torch's optimizer of ZeRO-1, or what torch keeps of
+    compiled programs and of layouts of DTensor, as which FSDP2 holds its shards."""
     from torch._dynamo.utils import counters
     from torch.distributed.tensor.debug import (
         _get_fast_path_sharding_prop_cache_stats,
@@ -74,7 +74,8 @@ def _held_for_good() -> bool:
     )
 
     layouts = _get_python_sharding_prop_cache_info().misses + _get_fast_path_sharding_prop_cache_stats()[1]
-    return "deepspeed" in sys.modules or bool(counters["frames"] or layouts)
+    holders = {"deepspeed", "torch.distributed.optim"} & sys.modules.keys()
+    return bool(holders or counters["frames"] or layouts)
 
 
 def _run_here(folder: Path) -> None:
