@@ -2,7 +2,7 @@
 
     pip install --target PEERS openvino onnxruntime onnx onnxscript      # beside the project, which needs none of them
     python benchmarks/inference_peers.py --peers PEERS [--exported FOLDER] [--batches 1,8] [--precisions fp32,bf16]
-        [--only swin_tiny] [--rounds 9] [--profile]
+        [--only swin_tiny] [--rounds 9] [--profile | --forms]
 
 Our networks, as they are and by swin_moe.optimize, against timm's of the same name: eager, and exported to ONNX once
 (kept in FOLDER) and run by ONNX Runtime (fp32 only) and by OpenVINO with the precision as a hint. Swin-MoE-S, which
@@ -11,7 +11,8 @@ second.
 
 One thread; times are the process's CPU time, medians over rounds in which all take turns, ratios medians of per-round
 ratios; above 1: our optimized form is faster. `of peak` is its share of the fastest product of its dtype measured here.
---profile prints what each operator of the optimized form takes instead.
+--profile prints what each operator of the optimized form takes instead, --forms a table of our forms against each
+other, int8 and bytes of packed weights among them.
 """
 
 import argparse
@@ -156,6 +157,51 @@ def profile(pair: Pair, batch: int, precision: str) -> None:
     print(events.table(sort_by="self_cpu_time_total", row_limit=24, max_shapes_column_width=60))
 
 
+FORMS: dict[str, dict] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "int8, fp32": {"int8": True},
+    "int8, bf16": {"int8": True, "dtype": torch.bfloat16},
+}
+
+
+def weight_bytes(form: nn.Module) -> int:
+    """Returns bytes of all packed weights of an optimized form."""
+    seen: dict[int, int] = {}
+    waiting: list[Any] = [form.__dict__]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, PackedLinear):
+            seen[id(found)] = found.data.numel()
+        elif isinstance(found, dict | list | tuple):
+            waiting += found.values() if isinstance(found, dict) else found
+        elif type(found).__module__ == type(form).__module__:
+            waiting.append(vars(found))
+    return sum(seen.values())
+
+
+def compare_forms(pair: Pair, batch: int, rounds: int) -> None:
+    """Prints the table row of our forms of one network."""
+    images = torch.randn(batch, 3, pair.size, pair.size, generator=torch.Generator().manual_seed(0))
+    model = pair.ours().eval()
+    forms = {name: swin_moe.optimize(model, **options) for name, options in FORMS.items()}
+    found = {name: torch_call(form, images, "fp32") for name, form in forms.items()}
+    exact = found["fp32"]()
+    errors = [float((call() - exact).norm() / exact.norm()) for call in found.values()]
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(rounds):
+        for name in list(found) if number % 2 else reversed(list(found)):
+            times[name].append(cpu_seconds(found[name]))
+    best = times["int8, bf16"]
+    cells = [
+        f"{1e3 * statistics.median(t):.1f} ({statistics.median(a / b for a, b in zip(t, best)):.2f})"
+        for t in times.values()
+    ]
+    sizes = ", ".join(f"{weight_bytes(form) / 1e6:.1f}" for form in list(forms.values())[:3])
+    said = ", ".join(f"{error:.4f}" for error in errors[1:])
+    print(f"| {pair.name} | {batch} | {' | '.join(cells)} | {sizes} | {said} |", flush=True)
+
+
 def main() -> None:
     """Prints one row per network, batch and precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,16 +212,26 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a network's name")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--forms", action="store_true", help="our own forms only")
     options = parser.parse_args()
     if options.peers:
         sys.path.append(options.peers)  # last: what the project has stays
     torch.set_num_threads(1)
-    print("| network | batch | precision | optimized | eager | timm | onnxruntime | openvino | of peak |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    if options.forms:
+        print(
+            f"| network | batch | {' | '.join(FORMS)} | MB: fp32, bf16, int8 | error of {', '.join(list(FORMS)[1:])} |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+    else:
+        print("| network | batch | precision | optimized | eager | timm | onnxruntime | openvino | of peak |")
+        print("|---|---|---|---|---|---|---|---|---|")
     for pair in PAIRS:
         if pair.name not in CHOSEN or options.only not in pair.name:
             continue
         for batch in map(int, options.batches.split(",")):
+            if options.forms:
+                compare_forms(pair, batch, options.rounds)
+                continue
             for precision in options.precisions.split(","):
                 if options.profile:
                     profile(pair, batch, precision)

@@ -13,6 +13,9 @@ enum class Capability { kDefault, kAvx2, kAvx512Bf16 };
 // Raises ValueError where that is none of this processor's.
 Capability cpu_capability();
 
+// Whether dot products of bytes (AVX-VNNI) may be used beside kAvx2; not where SWIN_MOE_CPU_CAPABILITY says avx2.
+bool has_byte_products();
+
 // Returns what of three stands for the capability that runs.
 template <class T>
 T of_capability(T (*plain)(), T (*avx2)(), T (*avx512_bf16)()) {

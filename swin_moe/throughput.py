@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     check_graphs(session.config, session.device.type, session.world_size)
     model = build_classifier(session)
     loader = build_eval_loader(session.config, session)
-    precision = session.config.engine.precision
+    precision, int8 = session.config.engine.precision, session.config.engine.optimize == "int8"
     images = to_device(next(iter(loader)), session.device, precision)["image"]
     if not len(images):
         raise ValueError(f"rank {session.rank} got no image to measure with; use fewer ranks or data.name=synthetic")
@@ -52,12 +52,13 @@ def main(argv: list[str]) -> None:
     flops = 2 * model.active_flops() * rate / session.world_size
     peaks += [peak_flops(session.device, precision), flops]  # again: other work may have slowed the first
     LOGGER.info(
-        "%.1f images/s (%d ranks, batch %d a rank, %s), %.1f%% of peak, peak memory %.2f GiB a rank",
+        "%.1f images/s (%d ranks, batch %d a rank, %s), %.1f%% of %speak, peak memory %.2f GiB a rank",
         rate,
         session.world_size,
         len(images),
-        precision,
-        100 * flops / max(peaks),
+        f"int8, the rest {precision}" if int8 else precision,
+        100 * flops / max(peaks[:2] if int8 else peaks),
+        f"{precision}'s " if int8 else "",
         peak_memory(session.device) / 2**30,
     )
 

@@ -1,13 +1,14 @@
-"""Products of int8 against float32 ones on the CPU: what int8 weights and activations could give a network here.
+"""Products of int8 on the CPU: our packed layers in float32, bfloat16 and int8 against what torch offers for int8.
 
     python benchmarks/kernels/int8_products.py [--rounds 15] [--batch 1]
 
-The linear layers of Swin-T: our packed float32 operator against oneDNN's quantized product as torch exposes it
-(torch.ops.onednn.qlinear_pointwise: uint8 activations with one scale, int8 weights with a scale a channel, float32
-results), alone and with the quantization of the activations by the largest and smallest number of the batch.
+The linear layers of Swin-T. `ours` takes and gives bfloat16 rows and includes finding each row's scale and rounding it;
+`oneDNN` is torch.ops.onednn.qlinear_pointwise (uint8 activations with one scale, int8 weights with a scale a channel,
+float32 results), alone and with the quantization of the activations by the largest and smallest number of the batch;
+`int_mm` is torch._int_mm of weights in the better of both orders, whole numbers in and out, nothing around it.
 
-One thread; CPU time, medians of interleaved rounds; ratios above 1: int8 is faster. `error` is that of int8 against
-the float32 result, root mean square over root mean square, on normal numbers.
+One thread; CPU time, medians of interleaved rounds, in GF/s. `error` is that of our int8 against the float32 result,
+root mean square over root mean square, on normal numbers.
 """
 
 import argparse
@@ -34,6 +35,8 @@ SHAPES = {
     (49, 3072, 768): 2,
 }
 
+COLUMNS = ("ours float32", "bfloat16", "int8", "oneDNN int8", "with quantization", "int_mm")
+
 
 def quantized(x: Tensor) -> tuple[Tensor, float, int]:
     """Returns (x as uint8, its scale, its zero point): the whole range of its numbers, and zero."""
@@ -59,20 +62,45 @@ def int8_linear(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor, fl
     return call
 
 
+def int_mm(rows: int, inputs: int, outputs: int) -> Callable[[], Tensor]:
+    """Returns what multiplies whole numbers, weights in the order in which that is faster here."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randint(-127, 128, s, generator=draw, dtype=torch.int8) for s in ((rows, inputs), (outputs, inputs))
+    )
+    calls = [lambda w=w: torch._int_mm(x, w) for w in (weight.t(), weight.t().contiguous())]
+    return min(calls, key=lambda call: min(seconds(call) for _ in range(5)))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Returns the CPU time of a call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def measure(shape: tuple[int, int, int], batch: int, rounds: int) -> tuple[list[float], float]:
-    """Returns (medians of the seconds of float32, int8, and int8 with quantization; relative error)."""
+    """Returns (medians of the seconds of each column; relative error of our int8)."""
     rows, inputs, outputs = shape[0] * batch, *shape[1:]
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
-    packed, linear, ready = PackedLinear.of(weight, bias, torch.float32), int8_linear(weight, bias, rows), quantized(x)
-    calls = (lambda: packed_layers(x, packed), lambda: linear(*ready), lambda: linear(*quantized(x)))
-    times: list[list[float]] = [[], [], []]
+    narrow, linear, ready = x.bfloat16(), int8_linear(weight, bias, rows), quantized(x)
+    single, half = PackedLinear.of(weight, bias, torch.float32), PackedLinear.of(weight, bias, torch.bfloat16)
+    ours = PackedLinear.of(weight, bias, torch.bfloat16, int8=True)
+    calls = (
+        lambda: packed_layers(x, single),
+        lambda: packed_layers(narrow, half, wide=False),
+        lambda: packed_layers(narrow, ours, wide=False),
+        lambda: linear(*ready),
+        lambda: linear(*quantized(x)),
+        int_mm(rows, inputs, outputs),
+    )
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, taken in zip(calls, times):
-            start = time.process_time()
-            call()
-            taken.append(time.process_time() - start)
+            taken.append(seconds(call))
     exact = calls[0]()
-    return [statistics.median(t[1:]) for t in times], float((calls[1]() - exact).norm() / exact.norm())
+    error = packed_layers(x, PackedLinear.of(weight, bias, torch.float32, int8=True)) - exact
+    return [statistics.median(t[1:]) for t in times], float(error.norm() / exact.norm())
 
 
 def main() -> None:
@@ -83,17 +111,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("| rows | inputs | outputs | float32, GF/s | int8, GF/s | ratio | with quantization | error |")
-    print("|---|---|---|---|---|---|---|---|")
-    sums = [0.0, 0.0, 0.0]
+    print(f"| rows | inputs | outputs | {' | '.join(COLUMNS)} | error |")
+    print(f"|---|---|---|{len(COLUMNS) * '---|'}---|")
+    sums = [0.0] * len(COLUMNS)
     for (rows, inputs, outputs), layers in SHAPES.items():
         times, error = measure((rows, inputs, outputs), options.batch, options.rounds)
         sums = [s + layers * t for s, t in zip(sums, times)]
         work = 2e-9 * rows * options.batch * inputs * outputs
-        cells = f"{work / times[0]:.0f} | {work / times[1]:.0f} | {times[0] / times[1]:.2f} | {times[0] / times[2]:.2f}"
+        cells = " | ".join(f"{work / t:.0f}" for t in times)
         print(f"| {rows * options.batch} | {inputs} | {outputs} | {cells} | {error:.4f} |", flush=True)
-    single, alone, whole = (1e3 * s for s in sums)
-    print(f"all of them: float32 {single:.1f} ms, int8 {alone:.1f}, with quantization {whole:.1f}")
+    print("all of them, ms:", ", ".join(f"{name} {1e3 * s:.1f}" for name, s in zip(COLUMNS, sums)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,16 @@ const PackedKernels* all_kernels() {
 #endif
 }
 
+Element element_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return Element::kFloat64;
+    case at::kFloat: return Element::kFloat32;
+    case at::kBFloat16: return Element::kBFloat16;
+    case at::kHalf: return Element::kFloat16;
+    default: TORCH_CHECK_TYPE(false, "packed layers are float64, float32, bfloat16 or float16, got ", type);
+  }
+}
+
 // Tasks are whole runs of rows of one expert; the more threads, the shorter. What a row gives does not depend on it.
 std::vector<PackedTask> divide(const std::vector<int64_t>& counts) {
   constexpr int64_t kRowsOfTask = 256, kFewestRows = 12;
@@ -42,14 +52,17 @@ std::vector<PackedTask> divide(const std::vector<int64_t>& counts) {
 
 }  // namespace
 
-const PackedKernels& kernels_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble: return all_kernels()[int(Element::kFloat64)];
-    case at::kFloat: return all_kernels()[int(Element::kFloat32)];
-    case at::kBFloat16: return all_kernels()[int(Element::kBFloat16)];
-    case at::kHalf: return all_kernels()[int(Element::kFloat16)];
-    default: TORCH_CHECK_TYPE(false, "packed layers are float64, float32, bfloat16 or float16, got ", type);
+const PackedKernels& kernels_of(at::ScalarType type) { return all_kernels()[int(element_of(type))]; }
+
+const Int8Kernels& int8_kernels() {
+#if defined(SWIN_MOE_X86_KERNELS)
+  switch (cpu_capability()) {
+    case Capability::kAvx2: return has_byte_products() ? int8_kernels_avx_vnni() : int8_kernels_avx2();
+    case Capability::kAvx512Bf16: return int8_kernels_avx512();
+    default: break;
   }
+#endif
+  return int8_kernels_default();
 }
 
 at::ScalarType accumulated(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
@@ -71,12 +84,14 @@ const void* vector_of(const OptionalTensor& given, int64_t experts, int64_t coun
 
 PackedMatrix matrix_of(const Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,
                        at::ScalarType type) {
-  const int64_t bytes = kernels_of(type).packed_bytes(outputs, inputs);
-  TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.dim() == 2 && packed.size(1) == bytes &&
+  const bool int8 = packed.scalar_type() == at::kChar;
+  const int64_t bytes = (int8 ? int8_kernels().packed_bytes : kernels_of(type).packed_bytes)(outputs, inputs);
+  TORCH_CHECK_VALUE((int8 || packed.scalar_type() == at::kByte) && packed.dim() == 2 && packed.size(1) == bytes &&
                         packed.is_contiguous(),
                     "packed layers: a weight must be what pack_matrices makes of (E, ", outputs, ", ", inputs,
                     "), got ", packed.sizes());
-  return {packed.const_data_ptr(), vector_of(bias, packed.size(0), outputs, type, "a bias"), inputs, outputs};
+  TORCH_CHECK_TYPE(!int8 || type != at::kDouble, "packed layers: rows of int8 products are float32, bfloat16 or float16");
+  return {packed.const_data_ptr(), vector_of(bias, packed.size(0), outputs, type, "a bias"), inputs, outputs, int8};
 }
 
 RowNorm norm_of(const OptionalTensor& weight, const OptionalTensor& bias, int64_t count, double eps,
@@ -87,7 +102,7 @@ RowNorm norm_of(const OptionalTensor& weight, const OptionalTensor& bias, int64_
 
 void run_rows(const PackedLayers& layers, const std::vector<int64_t>& counts, at::ScalarType type) {
   const auto tasks = divide(counts);
-  const auto run = kernels_of(type).run;
+  const auto run = layers.first.int8 ? int8_kernels().run[int(element_of(type))] : kernels_of(type).run;
   at::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) run(layers, tasks[number]);
   });

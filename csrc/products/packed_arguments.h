@@ -16,12 +16,16 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The kernels of factors of a dtype. Raises TypeError for another.
 const PackedKernels& kernels_of(at::ScalarType type);
 
+// The kernels of products of whole numbers.
+const Int8Kernels& int8_kernels();
+
 // The dtype that sums have where factors have this one.
 at::ScalarType accumulated(at::ScalarType type);
 
 int64_t whole_vectors(int64_t count, at::ScalarType type);
 
-// Return pointers to what pack_vectors and pack_matrices made. Raise ValueError where they are not of these sizes.
+// Return pointers to what pack_vectors, pack_matrices and pack_int8_matrices made. Raise ValueError where they are not of
+// these sizes.
 const void* vector_of(const OptionalTensor& given, int64_t experts, int64_t count, at::ScalarType type,
                       const char* name);
 PackedMatrix matrix_of(const at::Tensor& packed, const OptionalTensor& bias, int64_t inputs, int64_t outputs,

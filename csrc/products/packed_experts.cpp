@@ -193,11 +193,13 @@ Tensor packed_experts_cpu(const Tensor& x_, const Tensor& weight, const Optional
   layers.accumulated_out = true;
   layers.first = matrix_of(weight, bias, channels, sizes[1], dtype);
   layers.second = matrix_of(weight2, bias2, sizes[1], channels, dtype);
+  TORCH_CHECK_VALUE(layers.first.int8 == layers.second.int8, "packed_experts: both weights are int8, or none");
   layers.after = norm_of(after_weight, after_bias, channels, eps, dtype, "a norm");
   layers.residual = x.const_data_ptr();
   layers.out = out.mutable_data_ptr();
   // Norms and biases are padded alike for sums and for factors: to vectors of sums.
   PackedRouter router = router_of(router_, projector, projector_bias, sizes, sums);
+  TORCH_CHECK_VALUE(!router.router.int8 && !router.projector.int8, "packed_experts: a router's weights are not int8");
   router.x = x.const_data_ptr();
   router.norm = norm_of(norm_weight, norm_bias, channels, eps, dtype, "a norm");
   router.sigmoid = sigmoid;

@@ -28,6 +28,23 @@ Tensor pack_matrices(const Tensor& weight) {
   return packed;
 }
 
+Tensor pack_int8_matrices(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 3 && weight.scalar_type() == at::kFloat,
+                    "pack_int8_matrices: weight must be (E, O, I) in Float, got ", weight.sizes(), " in ",
+                    weight.scalar_type());
+  const Tensor given = weight.contiguous();
+  const int64_t experts = given.size(0), outputs = given.size(1), inputs = given.size(2);
+  TORCH_CHECK_VALUE(inputs <= kMostInt8Inputs, "pack_int8_matrices: 32 bits hold sums of ", kMostInt8Inputs,
+                    " products, the weight has ", inputs, " inputs");
+  const auto& kernels = int8_kernels();
+  const int64_t bytes = kernels.packed_bytes(outputs, inputs);
+  Tensor packed = packed_memory(experts, bytes).view(at::kChar);
+  for (int64_t expert = 0; expert < experts; ++expert)
+    kernels.pack(given.const_data_ptr<float>() + expert * outputs * inputs, outputs, inputs,
+                 static_cast<int8_t*>(packed.mutable_data_ptr()) + expert * bytes);
+  return packed;
+}
+
 Tensor pack_vectors(const Tensor& vectors, at::ScalarType type) {
   TORCH_CHECK_VALUE(vectors.dim() == 2, "pack_vectors: vectors must be (E, n), got ", vectors.sizes());
   Tensor packed = at::zeros({vectors.size(0), whole_vectors(vectors.size(1), type)},
@@ -99,6 +116,7 @@ Tensor packed_layers_cpu(const Tensor& x, const Tensor& weight, const OptionalTe
     TORCH_CHECK_VALUE(weight2->size(0) == experts, "packed_layers: weights of ", experts, " and ", weight2->size(0),
                       " experts");
     p.second = matrix_of(*weight2, bias2, sizes[1], sizes[2], dtype);
+    TORCH_CHECK_VALUE(p.first.int8 == p.second.int8, "packed_layers: both weights are int8, or none");
   }
   TORCH_CHECK_VALUE(x.scalar_type() == sums || x.scalar_type() == dtype, "packed_layers: x must be ", sums, " or ",
                     dtype, ", got ", x.scalar_type());
@@ -129,6 +147,7 @@ Tensor packed_layers_cpu(const Tensor& x, const Tensor& weight, const OptionalTe
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
   m.def("pack_matrices(Tensor weight) -> Tensor");
+  m.def("pack_int8_matrices(Tensor weight) -> Tensor");
   m.def("pack_vectors(Tensor vectors, ScalarType dtype) -> Tensor");
   m.def(
       "packed_layers(Tensor x, Tensor weight, Tensor? bias, Tensor? weight2, Tensor? bias2, Tensor? norm_weight, "
@@ -138,6 +157,7 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
 
 TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   m.impl("pack_matrices", &swin_moe::pack_matrices);
+  m.impl("pack_int8_matrices", &swin_moe::pack_int8_matrices);
   m.impl("pack_vectors", &swin_moe::pack_vectors);
   m.impl("packed_layers", &swin_moe::packed_layers_cpu);
 }

@@ -24,6 +24,7 @@ struct PackedMatrix {
   const void* data;           // (E, packed bytes)
   const void* bias;           // (E, columns in whole vectors), accumulated; null: none
   int64_t inputs, outputs;
+  bool int8;                  // for Int8Kernels
 };
 
 // Pointers to Element, except where "accumulated" is said: see window_attention.h.
@@ -81,6 +82,24 @@ struct PackedKernels {
   void (*combine)(const PackedCombine&, int64_t begin, int64_t end);   // tokens
   int vector_lanes;           // accumulated numbers of a vector: biases and norms are padded to its multiples
 };
+
+// Products of whole numbers: weights in int8 with a scale for each output, rows in uint8 with a scale and a least number
+// of their own. A row's scale is found when it is read, so nothing has to be known of the data beforehand.
+struct Int8Kernels {
+  int64_t (*packed_bytes)(int64_t outputs, int64_t inputs);
+  void (*pack)(const float* weight, int64_t outputs, int64_t inputs, void* packed);
+  void (*run[kElements])(const PackedLayers&, const PackedTask&);  // null for kFloat64
+};
+
+// Largest sum that 32 bits hold, of products of 255 and 127.
+constexpr int64_t kMostInt8Inputs = 0x7fffffff / (255 * 127);
+
+const Int8Kernels& int8_kernels_default();
+#if defined(SWIN_MOE_X86_KERNELS)
+const Int8Kernels& int8_kernels_avx2();
+const Int8Kernels& int8_kernels_avx_vnni();  // AVX2 with dot products of bytes
+const Int8Kernels& int8_kernels_avx512();
+#endif
 
 // By Element.
 const PackedKernels* packed_kernels_default();

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import PurePath
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from swin_moe.config.choices import CHOICES, facts_of
 from swin_moe.registry import is_outside
@@ -70,8 +70,8 @@ def describe_kind(kind: Any, *, written: bool = False) -> str:
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is types.UnionType:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin in (types.UnionType, Union):
         return " or ".join("null" if a is types.NoneType else describe_kind(a) for a in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
         if get_origin(arguments[0]) is tuple:
@@ -90,8 +90,8 @@ def _fits(value: Any, kind: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return any(isinstance(value, type(choice)) and value == choice for choice in arguments)
-    if origin is types.UnionType:
-        return value is None or _fits(value, arguments[0])
+    if origin in (types.UnionType, Union):
+        return any(value is None if a is types.NoneType else _fits(value, a) for a in arguments)
     if origin is tuple:
         sized = isinstance(value, (tuple, list)) and (arguments[-1] is Ellipsis or len(value) == len(arguments))
         return sized and all(_fits(item, arguments[0]) for item in value)

@@ -1,12 +1,13 @@
 """Values of options as files and words hold them, as the types of the schema's fields; and keys that are none."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -76,8 +77,8 @@ def _coerce(value: Any, kind: Any) -> Any:
         if isinstance(value, bool) or value not in arguments:
             raise ValueError(value)
         return value
-    if origin is types.UnionType:
-        return None if value is None else _coerce(value, next(a for a in arguments if a is not types.NoneType))
+    if origin in (types.UnionType, Union):
+        return _coerce_one_of(value, arguments)
     if origin is tuple:
         return _coerce_tuple(value, arguments)
     if kind is bool:
@@ -97,6 +98,17 @@ def _coerce(value: Any, kind: Any) -> Any:
     if kind is int:
         return value if isinstance(value, int) else int(number)
     return number
+
+
+def _coerce_one_of(value: Any, kinds: tuple) -> Any:
+    """Returns `value` as the first of several types that takes it."""
+    if value is None and types.NoneType in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in others:
+        with contextlib.suppress(TypeError, ValueError):
+            return _coerce(value, kind)
+    return _coerce(value, last)
 
 
 def _coerce_tuple(value: Any, arguments: tuple) -> tuple:

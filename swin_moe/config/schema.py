@@ -264,8 +264,9 @@ class EngineConfig:
     timeout: float = 60.0  # seconds the ranks wait for one of them until the job ends with its name
     threads: int = 0  # CPU threads per rank; 0 = what the launcher bound this rank to
     cuda_graphs: bool = False  # a forward, in train with its backward, is recorded once per shape and replayed
-    # predict, evaluate and throughput of a classifier on the CPU run its inference form (docs/inference.md).
-    optimize: bool = False
+    # predict, evaluate and throughput of a classifier on the CPU run its inference form (docs/inference.md); int8: with
+    # the linear layers of blocks in whole numbers of 8 bits, all else in engine.precision.
+    optimize: bool | Literal["int8"] = False
 
     def __post_init__(self) -> None:
         _check_choices(self, "engine")

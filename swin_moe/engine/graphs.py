@@ -20,6 +20,7 @@ from swin_moe.config.choices import refuse_choice
 from swin_moe.engine.precision import DTYPES
 from swin_moe.models.optimized import optimize
 from swin_moe.ops.grouped_linear import use_grouped
+from swin_moe.ops.packed_layers import INT8_DTYPES
 
 MOST_GRAPHS = 4  # shapes recorded at a time; each keeps the activations of a forward
 Output = Tensor | tuple[Tensor, ...]
@@ -175,11 +176,12 @@ def with_graphs(model: nn.Module, config: Config) -> nn.Module:
     Raises:
         ValueError: engine.optimize, and there is no such form of the network, with the reason.
     """
-    if config.engine.optimize:
+    form = config.engine.optimize
+    if form:
         try:
-            return optimize(model, dtype=DTYPES[config.engine.precision])
+            return optimize(model, dtype=DTYPES[config.engine.precision], int8=form == "int8")
         except ValueError as error:
-            raise ValueError(f"engine.optimize=true: {error}; use engine.optimize=false") from None
+            raise ValueError(f"{_optimize_key(config)}: {error}; use engine.optimize=false") from None
     return GraphedForward(model) if config.engine.cuda_graphs else model
 
 
@@ -203,13 +205,21 @@ def check_graphs(config: Config, device_type: str, world_size: int, *, features:
     check_rows(config, training=False)
 
 
+def _optimize_key(config: Config) -> str:
+    return f"engine.optimize={str(config.engine.optimize).lower()}"
+
+
 def _check_optimize(config: Config, device_type: str, *, features: bool) -> None:
-    key, instead = "engine.optimize=true", "use engine.optimize=false"
+    key, instead = _optimize_key(config), "use engine.optimize=false"
     if device_type != "cpu":
         raise ValueError(f"{key} is for the CPU, this run computes on {device_type}; {instead}")
     if features or not config.task.options.classifies:
         named = "evaluate-features" if features else f"task.name={config.task.name}"
         raise ValueError(f"{key} is for whole classifiers, not for {named}; {instead}")
+    precision = config.engine.precision
+    if config.engine.optimize == "int8" and DTYPES[precision] not in INT8_DTYPES:
+        names = " or ".join(name for name, dtype in DTYPES.items() if dtype in INT8_DTYPES)
+        raise ValueError(f"{key} needs engine.precision={names} for what is not in int8, got {precision}; {instead}")
 
 
 def check_rows(config: Config, *, training: bool) -> None:

@@ -2,7 +2,8 @@
 
 Weights are packed once, and a block is four calls: norm and queries, keys and values; attention; projection and
 residual; norm, both layers of the feed-forward network and residual (ops/packed_layers.py). Between blocks the map is
-float32 (float64 in float64), as under autocast; the factors of products have the dtype that was asked for.
+float32 (float64 in float64), as under autocast; the factors of products have the dtype that was asked for, or those of
+blocks are int8.
 
 Shape legend: B images, H x W tokens of a feature map, C channels, T = B * H * W, K classes, E experts.
 """
@@ -10,51 +11,34 @@ Shape legend: B images, H x W tokens of a feature map, C channels, T = B * H * W
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.models.attention import SpatialMLP, WindowAttention
-from swin_moe.models.layers import Mlp, PatchEmbed, PatchMerging, check_image
+from swin_moe.models.layers import PatchEmbed, PatchMerging, check_image
+from swin_moe.models.optimizable import optimize_refusal
 from swin_moe.models.swin import Block, SwinTransformer
 from swin_moe.moe import MoELayer
 from swin_moe.moe.dispatch import LocalDispatcher
 from swin_moe.moe.routers import CosineRouter, LinearRouter, Router
-from swin_moe.moe.shared import SharedExpert
 from swin_moe.ops import packed_experts
-from swin_moe.ops.attention.fused import fused_window_attention, unsupported
+from swin_moe.ops.attention.fused import fused_window_attention
 from swin_moe.ops.attention.in_windows import clamped_factor
-from swin_moe.ops.layer_norm import LayerNorm
-from swin_moe.ops.linear import Linear, is_untouched
 from swin_moe.ops.moe.moe_layer import Options, Slots
 from swin_moe.ops.packed_layers import (
-    DTYPES,
     PackedLinear,
     PackedNorm,
+    Packing,
     Patches,
     packed_layers,
-    refusal,
     sums_dtype,
 )
 
-# Where the parts of a network are defined, and what has to stand where: something else (LoRA, quantization) computes
-# more than its weight says.
-_MODULES = ("swin_moe.models.", "swin_moe.moe.", "swin_moe.ops.", "torch.nn.modules.")
-_LINEAR, _NORM = (nn.Linear, Linear), (nn.LayerNorm, LayerNorm)
-_PARTS: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
-    SwinTransformer: {"norm": _NORM, "head": (*_LINEAR, nn.Identity)},
-    PatchEmbed: {"proj": (nn.Conv2d,), "norm": _NORM},
-    PatchMerging: {"reduction": _LINEAR, "norm": _NORM},
-    Block: {"norm1": _NORM, "norm2": _NORM, "enorm": _NORM, "mlp": (Mlp, MoELayer)},
-    WindowAttention: {"qkv": _LINEAR, "proj": _LINEAR},
-    Mlp: {"fc1": _LINEAR, "fc2": _LINEAR},
-    SharedExpert: {"fc1": _LINEAR, "fc2": _LINEAR},
-}
 
-
-def optimize(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> "OptimizedSwin":
+def optimize(model: nn.Module, *, dtype: torch.dtype = torch.float32, int8: bool = False) -> "OptimizedSwin":
     """Returns the inference form of a network: the same logits (B, K), faster, on the CPU, without gradients.
 
     It has copies of the weights: later changes of the model's are not seen, and the model may be deleted.
@@ -63,53 +47,18 @@ def optimize(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> "Optimi
         model: A Swin network of any family; it is left as it is.
         dtype: Of the products' factors: float32, bfloat16, float16 or float64. Sums, norms, residuals and routing are
             float32 or float64.
+        int8: Linear layers of blocks (attention's, feed-forward networks, experts) and patch merging multiply whole
+            numbers of 8 bits: weights by output, rows as they are read. dtype is that of the rest: patches, attention.
 
     Raises:
         ValueError: What the network is, where it lies, or what it is made of cannot be optimized, with the reason.
     """
-    problem = optimize_refusal(model, dtype)
+    problem = optimize_refusal(model, dtype, int8=int8)
     if problem:
         raise ValueError(f"optimize: {problem}")
     assert isinstance(model, SwinTransformer), "others are refused"
     with torch.no_grad():
-        return OptimizedSwin(model, dtype)
-
-
-def optimize_refusal(model: nn.Module, dtype: torch.dtype) -> str:
-    """Returns why there is no inference form of a network, one clause; "" where there is."""
-    if not isinstance(model, SwinTransformer):
-        return f"it takes a Swin network as build_model and create_model give it, got a {type(model).__name__}"
-    if dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}"
-    if reason := refusal():
-        return f"it needs the compiled kernels: {reason}"
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu" or type(parameter) is not nn.Parameter:
-            return f"it is for weights on the CPU of one process, {name} is on {parameter.device}"
-    for name, module in model.named_modules():
-        if reason := _strange(module):
-            return f"{name or 'the network'} {reason}"
-        if isinstance(module, WindowAttention):
-            window, head_dim = (module.window,) * 2, module.proj.in_features // module.num_heads
-            problem = unsupported(device_type="cpu", dtype=dtype, head_dim=head_dim, window=window)
-            if problem is not None:
-                return f"{name}: {problem}"
-        if isinstance(module, MoELayer) and module.experts.num_local_experts != module.experts.num_experts:
-            return f"the experts of {name} are spread over ranks"
-    return ""
-
-
-def _strange(module: nn.Module) -> str:
-    """Returns what is not as build_model makes it, a predicate; "" where nothing is."""
-    if not type(module).__module__.startswith(_MODULES):
-        return f"({type(module).__name__}) is none of the parts that a Swin network is built of"
-    if not is_untouched(module):
-        return "has hooks or a forward of its own, which would not be called"
-    for name, kinds in _PARTS.get(type(module), {}).items():
-        part = getattr(module, name)
-        if part is not None and type(part) not in kinds:
-            return f"has a {type(part).__name__} for its {name}, which is not a {kinds[0].__name__}"
-    return ""
+        return OptimizedSwin(model, dtype, int8=int8)
 
 
 class OptimizedSwin(nn.Module):
@@ -118,19 +67,28 @@ class OptimizedSwin(nn.Module):
     Images are of any size and floating dtype, as the network takes them.
     """
 
-    def __init__(self, model: SwinTransformer, dtype: torch.dtype) -> None:
+    def __init__(self, model: SwinTransformer, dtype: torch.dtype, *, int8: bool = False) -> None:
         super().__init__()
-        self.dtype, self.config = dtype, model.config
+        self.dtype, self.int8, self.config = dtype, int8, model.config
         self.img_size, self.num_classes = model.img_size, model.num_classes
-        wide = sums_dtype(dtype)
+        wide, packing = sums_dtype(dtype), Packing(dtype, int8=int8)
         self._embed = _Embedding(model, dtype)
-        self._stages = [[_Block(block, dtype) for block in stage.blocks] for stage in model.layers]
-        self._merges = [
-            None if stage.downsample is None else _Merging(stage.downsample, dtype) for stage in model.layers
-        ]
+        self._stages = [[_Block(block, packing) for block in stage.blocks] for stage in model.layers]
+        merges = [stage.downsample for stage in model.layers]
+        self._merges = [None if merge is None else _Merging(merge, packing) for merge in merges]
         # In a list: no parameters of this module, which nobody trains, moves or saves.
         self._last = [_wide(model.norm, wide), _wide(model.head, wide)]
         self.eval()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuses to be saved: with other instructions the same bytes are another matrix."""
+        raise TypeError(
+            "an optimized network is packed for this processor and is not saved; save the model it is made of"
+        )
+
+    def __deepcopy__(self, memo: dict) -> "OptimizedSwin":
+        """Returns itself: nothing changes it."""
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -225,6 +183,8 @@ class _Embedding:
         if isinstance(image, Tensor) and image.is_floating_point():
             image = image.to(self.wide)
         check_image(image, self.like)
+        if image.device.type != "cpu":
+            raise ValueError(f"an optimized network takes images on the CPU, got one on {image.device}")
         (height, width), (ph, pw) = image.shape[-2:], self.patch
         cut = (height, width) == self.img_size
         rows, columns = (height // ph, width // pw) if cut else (-(-height // ph), -(-width // pw))
@@ -243,9 +203,9 @@ class _Embedding:
 class _Merging:
     """2 x 2 tokens joined, norm and reduction."""
 
-    def __init__(self, merging: PatchMerging, dtype: torch.dtype) -> None:
-        self.layer = PackedLinear.of(merging.reduction.weight, merging.reduction.bias, dtype)
-        norm = PackedNorm.of(merging.norm, dtype)
+    def __init__(self, merging: PatchMerging, packing: Packing) -> None:
+        self.layer = packing.linear(merging.reduction.weight, merging.reduction.bias)
+        norm = PackedNorm.of(merging.norm, packing.dtype)
         self.norm, self.after = (None if merging.norm_after else norm), (norm if merging.norm_after else None)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -255,10 +215,10 @@ class _Merging:
 class _Block:
     """A block of the network: the mixer and the feed-forward network, each with its norm and residual."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        mixer = block.mixer
-        self.mixer = _Attention(mixer, dtype) if isinstance(mixer, WindowAttention) else _Spatial(mixer, dtype)
-        self.ffn = _Experts(block.mlp, dtype) if isinstance(block.mlp, MoELayer) else _FeedForward(block.mlp, dtype)
+    def __init__(self, block: Block, packing: Packing) -> None:
+        mixer, dtype = block.mixer, packing.dtype
+        self.mixer = _Attention(mixer, packing) if isinstance(mixer, WindowAttention) else _Spatial(mixer, dtype)
+        self.ffn = _Experts(block.mlp, packing) if isinstance(block.mlp, MoELayer) else _FeedForward(block.mlp, packing)
         self.around = [_Around(_Norm(norm, dtype), block.post_norm) for norm in (block.norm1, block.norm2)]
         self.extra = None if block.enorm is None else _wide(block.enorm, sums_dtype(dtype))
         self.shifts = {nominal: block.shift(nominal=nominal) for nominal in (False, True)}
@@ -271,11 +231,11 @@ class _Block:
 class _Attention:
     """Window attention; a continuous position bias is computed once, here."""
 
-    def __init__(self, attn: WindowAttention, dtype: torch.dtype) -> None:
-        wide, bias = sums_dtype(dtype), attn._qkv_bias()
-        self.qkv = PackedLinear.of(attn.qkv.weight, bias, dtype)
-        self.proj = PackedLinear.of(attn.proj.weight, attn.proj.bias, dtype)
-        self.pad = None if bias is None else bias.detach().to(dtype)  # a padded token is zero before the projection
+    def __init__(self, attn: WindowAttention, packing: Packing) -> None:
+        wide, bias = sums_dtype(packing.dtype), attn._qkv_bias()
+        self.qkv = packing.linear(attn.qkv.weight, bias)
+        self.proj = packing.linear(attn.proj.weight, attn.proj.bias)
+        self.pad = None if bias is None else bias.detach().to(packing.dtype)  # of a token that is zero
         # In the order in which the kernel reads it, which would transpose it in every forward.
         self.table = attn.bias_table().detach().to(wide).t().clone(memory_format=torch.contiguous_format).t()
         logit = attn.logit_scale
@@ -310,10 +270,10 @@ class _Spatial:
 class _FeedForward:
     """Both layers of a dense feed-forward network."""
 
-    def __init__(self, mlp: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, mlp: nn.Module, packing: Packing) -> None:
         fc1, fc2 = mlp.fc1, mlp.fc2
         assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear), "other parts are refused"
-        self.layers = [PackedLinear.of(layer.weight, layer.bias, dtype) for layer in (fc1, fc2)]
+        self.layers = [packing.linear(layer.weight, layer.bias) for layer in (fc1, fc2)]
 
     def __call__(self, x: Tensor, around: _Around) -> Tensor:
         return packed_layers(x, *self.layers, norm=around.before, after=around.after, residual=x)
@@ -327,8 +287,8 @@ class _Experts:
     """A MoE layer: routed as it is in evaluation, without losses. One operator where tokens choose experts by a router
     that it knows; else the steps of the layer."""
 
-    def __init__(self, layer: MoELayer, dtype: torch.dtype) -> None:
-        experts = layer.experts
+    def __init__(self, layer: MoELayer, packing: Packing) -> None:
+        experts, dtype = layer.experts, packing.dtype
         self.dtype, self.choice = dtype, copy.copy(layer.choice)
         self.choice.config = replace(layer.config, balance_loss="none", z_loss_weight=0.0)
         router = _wide(layer.router, sums_dtype(dtype))
@@ -338,9 +298,9 @@ class _Experts:
         self.planned: tuple[tuple[int, int], tuple[Slots, Options] | None] | None = None  # of the last call's sizes
         self.dispatcher = LocalDispatcher()
         # Tutel's layout: the first matrix is applied transposed, the second as it is.
-        self.first = PackedLinear.of(experts.fc1_weight, experts.fc1_bias, dtype)
-        self.second = PackedLinear.of(experts.fc2_weight.transpose(1, 2), experts.fc2_bias, dtype)
-        self.shared = None if layer.shared is None else _FeedForward(layer.shared, dtype)
+        self.first = packing.linear(experts.fc1_weight, experts.fc1_bias)
+        self.second = packing.linear(experts.fc2_weight.transpose(1, 2), experts.fc2_bias)
+        self.shared = None if layer.shared is None else _FeedForward(layer.shared, packing)
 
     def __call__(self, x: Tensor, around: _Around) -> Tensor:
         plan = None if self.packed_router is None else self._plan(x)

@@ -4,6 +4,10 @@ One call of the operator (csrc/products/packed_layers.cpp) takes rows, normalize
 matrix, or by two with exact GELU between, normalizes the result and adds the residual: block of rows by block, in the
 cache. The packing depends on the processor's instruction set, so a packed tensor is never saved. No gradients.
 
+A layer in int8 (Jacob et al., arXiv:1712.05877, equation 7) rounds each output's weights to [-127, 127] times a scale,
+and each row to least + scale * [0, 255] as it is read; between two matrices, each row's groups of 384 hidden channels.
+Its sums are whole numbers, the same on every processor.
+
 Shape legend: E experts (1 of a plain layer), I inputs, H hidden channels, O outputs.
 """
 
@@ -16,7 +20,8 @@ from torch import Tensor, nn
 from swin_moe.ops import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_OPERATORS = ("pack_matrices", "pack_vectors", "packed_layers")
+INT8_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of rows and results of layers in int8
+_OPERATORS = ("pack_matrices", "pack_int8_matrices", "pack_vectors", "packed_layers")
 
 
 class Patches(NamedTuple):
@@ -32,22 +37,33 @@ class Patches(NamedTuple):
 class PackedLinear:
     """E matrices (O, I) with their biases, as the operator reads them."""
 
-    data: Tensor  # (E, bytes) uint8
+    data: Tensor  # (E, bytes) uint8, or int8 of layers in int8
     bias: Tensor | None  # (E, O in whole vectors) in the dtype of sums
     inputs: int
     outputs: int
-    dtype: torch.dtype  # of the factors
+    dtype: torch.dtype  # of the factors; of layers in int8, that of rows and results which is not that of sums
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "PackedLinear":
-        """Returns weights (O, I) or (E, O, I) and biases (O,) or (E, O), packed in a dtype."""
-        weights = weight.detach().to(dtype)
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, int8: bool = False) -> "PackedLinear":
+        """Returns weights (O, I) or (E, O, I) and biases (O,) or (E, O), packed in a dtype, or in int8."""
+        weights = weight.detach().to(torch.float32 if int8 else dtype)
         weights = weights[None] if weights.ndim == 2 else weights
         biases = None
         if bias is not None:
             biases = torch.ops.swin_moe.pack_vectors(bias.detach().reshape(len(weights), -1), dtype)
-        data = torch.ops.swin_moe.pack_matrices(weights)
+        data = (torch.ops.swin_moe.pack_int8_matrices if int8 else torch.ops.swin_moe.pack_matrices)(weights)
         return cls(data, biases, weights.shape[2], weights.shape[1], dtype)
+
+
+class Packing(NamedTuple):
+    """How the layers of a network are packed."""
+
+    dtype: torch.dtype  # see PackedLinear
+    int8: bool = False
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """Returns weights (O, I) or (E, O, I) and biases (O,) or (E, O), packed so."""
+        return PackedLinear.of(weight, bias, self.dtype, int8=self.int8)
 
 
 class PackedNorm(NamedTuple):

@@ -36,6 +36,9 @@ RUN = {
     "swin-moe predict RUN engine.optimize=true engine.precision=bf16 photo.jpg": (
         "predict output/digits engine.optimize=true engine.precision=bf16 new/0.png"
     ),
+    "swin-moe predict RUN engine.optimize=int8 engine.precision=bf16 photo.jpg": (
+        "predict output/digits engine.optimize=int8 engine.precision=bf16 new/0.png"
+    ),
     "swin-moe evaluate CONFIG checkpoint.load=PATH model.moe.eval_capacity_factor=0.625": (
         f"evaluate {LOADED} model.moe.eval_capacity_factor=0.625"
     ),

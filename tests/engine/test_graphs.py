@@ -235,19 +235,22 @@ def test_experts_that_choose_ask_for_their_rows():
 
 
 @pytest.mark.skipif(bool(refusal()), reason="no packed layers here")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_inference_form_runs_where_it_is_asked_for(precision):
-    config = load_config(MOE, ["engine.optimize=true", f"engine.precision={precision}"])
+@pytest.mark.parametrize(
+    ("form", "precision"), [("true", "fp32"), ("true", "bf16"), ("int8", "fp32"), ("int8", "bf16")]
+)
+def test_the_inference_form_runs_where_it_is_asked_for(form, precision):
+    config = load_config(MOE, [f"engine.optimize={form}", f"engine.precision={precision}"])
     model = build_model(config.model)
     model.init_weights(3)
     check_graphs(config, "cpu", 1)
     optimized = with_graphs(model.eval(), config)
     assert isinstance(optimized, OptimizedSwin) and optimized.dtype == DTYPES[precision]
+    assert optimized.int8 == (form == "int8")
     x = torch.randn(3, 3, *config.model.img_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), autocast(precision, x.device):
         got, expected = optimized(x), model(x)[0].float()
     assert got.dtype == torch.float32  # also under autocast
-    assert float((got - expected).norm() / expected.norm()) < (1e-5 if precision == "fp32" else 5e-2)
+    assert float((got - expected).norm() / expected.norm()) < (1e-5 if (form, precision) == ("true", "fp32") else 5e-2)
 
 
 def test_where_there_is_no_inference_form_a_sentence_says_so():
@@ -258,5 +261,14 @@ def test_where_there_is_no_inference_form_a_sentence_says_so():
     refused(DENSE, "is for the CPU, this run computes on cuda", device="cuda")
     refused("digits_simmim", "is for whole classifiers, not for task.name=simmim")
     refused(DENSE, "is for whole classifiers, not for evaluate-features", features=True)
-    with pytest.raises(ValueError, match="^engine.optimize=true: optimize: it takes a Swin network.*Counting; use"):
-        with_graphs(Counting(), load_config(DENSE, ["engine.optimize=true"]))
+    for form in ("true", "int8"):
+        with pytest.raises(ValueError, match=f"^engine.optimize={form}: optimize: it takes a Swin.*Counting; use"):
+            with_graphs(Counting(), load_config(DENSE, [f"engine.optimize={form}"]))
+    with pytest.raises(
+        ValueError, match="^engine.optimize=int8 needs engine.precision=fp32 or bf16 or fp16 for what is "
+    ):
+        check_graphs(load_config(DENSE, ["engine.optimize=int8", "engine.precision=fp64"]), "cpu", 1)
+    with pytest.raises(ValueError, match="^engine.optimize=int8 is for the CPU, this run computes on cuda"):
+        check_graphs(load_config(DENSE, ["engine.optimize=int8"]), "cuda", 1)
+    with pytest.raises(ValueError, match="engine.optimize must be true or false or int8, got 'int4'$"):
+        load_config(DENSE, ["engine.optimize=int4"])

@@ -6,8 +6,6 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
-constexpr int64_t kMostRows = 256, kLeastRows = 24;  // of a block
-constexpr int64_t kBlockBytes = 640 << 10;          // of rows and sums of a block, in the second-level cache
 // Computed before the second matrix takes them up: each time its sums are read and written once more.
 constexpr int64_t kHiddenPanels = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 4 : 10;
 
@@ -59,16 +57,6 @@ void read_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t b
     if (p.before.weight) normalize_row(m.numbers, inputs, p.before);
     for (int64_t c = 0; c < inputs; c += kLanes<A>) put_rounded<Operand>(to, int(c / kLanes<A>), load(m.numbers + c));
   }
-}
-
-// What is read first of panel `number` of an expert's matrix; nothing of no expert.
-template <class Operand>
-Next start_of(const PackedMatrix& matrix, int64_t expert, int rows, int64_t number) {
-  if (expert < 0) return {};
-  const Panels<Operand> panels(matrix.outputs);
-  const int64_t depth = depth_of<Operand>(matrix.inputs);
-  return start_of_panel(rows, panel_of(matrix_of<Operand>(matrix, expert), panels, depth, number), panels, number, 0,
-                        depth);
 }
 
 // Writes gelu(a W1 + bias) of panels [first, last) as factors, side by side. next: what is read after them.
@@ -127,26 +115,6 @@ void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
   }
 }
 
-// Writes the sums of a block's rows, which are whole.
-template <class T, class Operand>
-void write_rows(const PackedLayers& p, const PackedMemory<Operand>& m, const typename Operand::Sum* bias,
-                int64_t outputs, int64_t begin, int rows) {
-  using A = typename Operand::Sum;
-  for (int i = 0; i < rows; ++i) {
-    A* sums = m.sums + i * m.sums_row;
-    const int64_t to = (p.to ? p.to[begin + i] : begin + i) * outputs;
-    auto* residual = p.residual ? static_cast<const A*>(p.residual) + to : nullptr;
-    auto* added = bias;
-    if (p.gate || p.inner || p.after.weight) {
-      finish_sums(sums, bias, p.gate ? static_cast<const A*>(p.gate)[begin + i] : A(1),
-                  p.inner ? static_cast<const A*>(p.inner) + to : nullptr, outputs);
-      if (p.after.weight) normalize_row(sums, outputs, p.after);
-      added = nullptr;
-    }
-    write_columns(sums, added, residual, static_cast<T*>(p.out) + to, 0, outputs);
-  }
-}
-
 // Multiplies a block's rows by the first matrix and writes each panel as it comes, or keeps them all for a norm.
 template <class T, class Operand>
 void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int64_t begin, int rows,
@@ -170,11 +138,12 @@ void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t 
       write_columns(sums.data + i * sums.stride, bias, residual, static_cast<T*>(p.out) + row, column, end);
     }
   }
-  if (p.after.weight) write_rows<T>(p, m, bias, outputs, begin, rows);
+  if (p.after.weight) write_rows<T, A>(p, {m.sums, m.sums_row}, bias, outputs, begin, rows);
 }
 
 template <class T, class S, class Operand>
 void run_blocks(const PackedLayers& p, const PackedTask& task) {
+  using A = typename Operand::Sum;
   Arena counter(nullptr);
   PackedMemory<Operand>(counter, p, task.row_end - task.row_begin);
   Arena arena(thread_memory(counter.used()));
@@ -187,7 +156,7 @@ void run_blocks(const PackedLayers& p, const PackedTask& task) {
     read_block<S>(p, memory, begin, rows, start_of<Operand>(p.first, task.expert, rows, 0));
     if (p.second.data) {
       two_products(p, memory, task.expert, rows, next);
-      write_rows<T>(p, memory, bias_of<typename Operand::Sum>(p.second, task.expert), p.second.outputs, begin, rows);
+      write_rows<T, A>(p, {memory.sums, memory.sums_row}, bias_of<A>(p.second, task.expert), p.second.outputs, begin, rows);
     } else {
       one_product<T>(p, memory, task.expert, begin, rows, next);
     }

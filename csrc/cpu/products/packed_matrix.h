@@ -19,15 +19,18 @@ constexpr int kDepthBlock = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 384 : 256;
 // once a tile: 3 to 14 % of the products of 12 to 22 rows.
 constexpr int kFewRows = 24, kShortBlock = SWIN_MOE_VECTOR_REGISTERS >= 32 ? 64 : kDepthBlock;
 
-// How the columns of a matrix are dealt out; the last panels are those that get one vector more.
+// How the columns of a matrix are dealt out. Of whole numbers all panels but the last are full, so that groups of columns
+// (packed_int8.h) end where panels do; else the last panels are those that get one vector more.
 template <class Operand>
 struct Panels {
+  static constexpr bool kFull = std::is_same_v<typename Operand::Sum, int32_t>;
   static constexpr int kColumns = kLanes<typename Operand::Sum>;  // of a vector
   int64_t vectors, count;
 
   explicit Panels(int64_t columns)
       : vectors((columns + kColumns - 1) / kColumns), count((vectors + kPanelVectors - 1) / kPanelVectors) {}
   int64_t first(int64_t panel) const {  // vector
+    if constexpr (kFull) return std::min(panel * kPanelVectors, vectors);
     int64_t smaller = count - vectors % count;
     return panel * (vectors / count) + std::max<int64_t>(0, panel - smaller);
   }
@@ -40,10 +43,26 @@ int64_t depth_of(int64_t inputs) {
   return (inputs + Operand::kPerFactor - 1) / Operand::kPerFactor;
 }
 
+// Bytes of the panels of one matrix.
 template <class Operand>
-int64_t packed_bytes(int64_t outputs, int64_t inputs) {
+int64_t panel_bytes(int64_t outputs, int64_t inputs) {
   return Panels<Operand>(outputs).padded_columns() * depth_of<Operand>(inputs) *
          int64_t(sizeof(typename Operand::Factor));
+}
+
+// Inputs of int8 products that are rounded together between two matrices, and whose weights are added up for that: whole
+// panels of every set of instructions.
+constexpr int64_t kGroup = 384;
+
+inline int64_t groups_of(int64_t inputs) { return (inputs + kGroup - 1) / kGroup; }
+
+// Of an int8 matrix a scale follows for each column, and its sum of weights: of all inputs, and of each group.
+template <class Operand>
+int64_t packed_bytes(int64_t outputs, int64_t inputs) {
+  int64_t bytes = panel_bytes<Operand>(outputs, inputs);
+  if constexpr (Panels<Operand>::kFull)
+    bytes += (2 + groups_of(inputs)) * Panels<Operand>(outputs).padded_columns() * int64_t(sizeof(float));
+  return bytes;
 }
 
 // weight: (outputs, inputs) of S. What is beyond it in the last panel, and in the last pair, is zero.

@@ -7,6 +7,9 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
+constexpr int64_t kMostRows = 256, kLeastRows = 24;  // of a block
+constexpr int64_t kBlockBytes = 640 << 10;          // of rows and sums of a block, in the second-level cache
+
 template <class A>
 SWIN_MOE_INLINE int64_t whole_vectors(int64_t count) {
   return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
@@ -22,6 +25,16 @@ template <class Operand>
 const typename Operand::Factor* matrix_of(const PackedMatrix& matrix, int64_t expert) {
   const int64_t bytes = packed_bytes<Operand>(matrix.outputs, matrix.inputs);
   return reinterpret_cast<const typename Operand::Factor*>(static_cast<const char*>(matrix.data) + expert * bytes);
+}
+
+// What is read first of panel `number` of an expert's matrix; nothing of no expert.
+template <class Operand>
+Next start_of(const PackedMatrix& matrix, int64_t expert, int rows, int64_t number) {
+  if (expert < 0) return {};
+  const Panels<Operand> panels(matrix.outputs);
+  const int64_t depth = depth_of<Operand>(matrix.inputs);
+  return start_of_panel(rows, panel_of(matrix_of<Operand>(matrix, expert), panels, depth, number), panels, number, 0,
+                        depth);
 }
 
 // 1 / x to 1 part in 1e7, of normal numbers.
@@ -184,6 +197,24 @@ SWIN_MOE_INLINE void write_columns(const A* sums, const A* bias, const A* residu
   for (; c < end; ++c) {
     A x = sums[c - begin] + (bias ? bias[c] : A(0)) + (residual ? residual[c] : A(0));
     store_row(out + c, &x, 1);
+  }
+}
+
+// Writes the sums of a block's rows, which are whole.
+template <class T, class A>
+void write_rows(const PackedLayers& p, Rows<A> of_block, const A* bias, int64_t outputs, int64_t begin, int rows) {
+  for (int i = 0; i < rows; ++i) {
+    A* sums = of_block.data + i * of_block.stride;
+    const int64_t to = (p.to ? p.to[begin + i] : begin + i) * outputs;
+    auto* residual = p.residual ? static_cast<const A*>(p.residual) + to : nullptr;
+    auto* added = bias;
+    if (p.gate || p.inner || p.after.weight) {
+      finish_sums(sums, bias, p.gate ? static_cast<const A*>(p.gate)[begin + i] : A(1),
+                  p.inner ? static_cast<const A*>(p.inner) + to : nullptr, outputs);
+      if (p.after.weight) normalize_row(sums, outputs, p.after);
+      added = nullptr;
+    }
+    write_columns(sums, added, residual, static_cast<T*>(p.out) + to, 0, outputs);
   }
 }
 

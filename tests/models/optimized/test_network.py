@@ -146,12 +146,20 @@ class Wrapped(nn.Linear):
     """A linear layer of someone else's."""
 
 
+def test_it_is_not_saved_and_is_its_own_copy(tmp_path):
+    optimized = swin_moe.optimize(build("swin"), int8=True)
+    with pytest.raises(TypeError, match="packed for this processor and is not saved; save the model it is made of"):
+        torch.save(optimized, tmp_path / "optimized.pt")
+    assert copy.deepcopy(optimized) is optimized
+
+
 def test_wrong_images_are_refused_as_the_network_refuses_them():
     optimized = swin_moe.optimize(build("swin").float())
     for wrong, sentence in (
         (torch.zeros(3, 32, 32), "one image needs a batch of one"),
         (torch.zeros(1, 4, 32, 32), "takes images of shape"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "images of its own type"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), "an optimized network takes images on the CPU, got one on meta"),
     ):
         with pytest.raises(ValueError, match=sentence):
             optimized(wrong)

@@ -1,0 +1,30 @@
+// The kernel of int8 products with AVX-512 and its dot products of bytes.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "products/packed_layers.h"
+
+#if defined(SWIN_MOE_X86_KERNELS)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#define SWIN_MOE_CAPABILITY with_avx512_bf16
+#define SWIN_MOE_VECTOR_BYTES 64
+#define SWIN_MOE_VECTOR_REGISTERS 32
+#define SWIN_MOE_HAS_F16C 1
+#define SWIN_MOE_HAS_AVX512_BF16 1
+#define SWIN_MOE_HAS_VNNI 1
+#include "packed_int8.h"
+#pragma GCC pop_options
+
+const swin_moe::Int8Kernels& swin_moe::int8_kernels_avx512() { return with_avx512_bf16::int8_kernels(); }
+#endif
