@@ -121,7 +121,7 @@ void forward(const WindowAttention& p, const WindowTask& task) {
   Arena counter(nullptr);
   const int64_t zeroed = ForwardMemory<Operand>(counter, p.geometry, n, heads).zeroed;
   char* base = thread_memory(counter.used());
-  std::memset(base, 0, zeroed);
+  if (!n.is_full()) std::memset(base, 0, zeroed);
   Arena arena(base);
   ForwardMemory<Operand> memory(arena, p.geometry, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens;

@@ -40,6 +40,8 @@ struct Sizes {
   }
 
   int rows_of_vectors() const { return padded_tokens / kLanes<A>; }
+  // Whether nothing stands beyond N and D in whole vectors.
+  bool is_full() const { return tokens == padded_tokens && row * Operand::kPerFactor == head_dim; }
   int dim_vectors() const { return padded_dim / kLanes<A>; }
 };
 
@@ -137,6 +139,8 @@ SWIN_MOE_INLINE void for_each_window(const WindowAttention& p, const WindowTask&
         upcoming = {current.source, head + 1};
       else if (!last)
         upcoming = {next.source, task.head_begin};
+      else if (task.head_end < p.num_heads && task.window_end - task.window_begin == 1)
+        upcoming = {current.source, task.head_end};  // of the next task
       visit(current, head, upcoming);
     }
   }
@@ -179,14 +183,21 @@ void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A u
   const int row = 2 * g.window_w - 1;
   for (int y = 0; y < 2 * g.window_h - 1; ++y)
     for (int x = 0; x < row; ++x) reversed[y * row + x] = table[y * row + row - 1 - x] * unit;
+  const int width = g.window_w, tokens = g.tokens();
   for (int query_y = 0; query_y < g.window_h; ++query_y)
-    for (int query_x = 0; query_x < g.window_w; ++query_x, bias += padded_tokens) {
-      for (int key_y = 0; key_y < g.window_h; ++key_y) {
-        const A* from = reversed + (query_y - key_y + g.window_h - 1) * row + g.window_w - 1 - query_x;
-        A* to = bias + key_y * g.window_w;
-        for (int x = 0; x < g.window_w; x += kLanes<A>) store(to + x, load(from + x));  // beyond: overwritten next
+    for (int query_x = 0; query_x < width; ++query_x, bias += padded_tokens) {
+      const A* from = reversed + (query_y + g.window_h - 1) * row + width - 1 - query_x;  // of the first row of keys
+      const int copied = query_y > 0 ? 1 : g.window_h;
+      for (int key_y = 0; key_y < copied; ++key_y, from -= row)
+        for (int x = 0; x < width; x += kLanes<A>)
+          store(bias + key_y * width + x, load(from + x));  // beyond: overwritten next
+      if (query_y > 0) {  // the others are those of the query above, one row of keys further
+        const A* above = bias - width * padded_tokens - width;
+        int key = width;
+        if (key < tokens) store(bias + key, load(above + key));
+        for (key = round_up(key, kLanes<A>); key < tokens; key += kLanes<A>) store(bias + key, load(above + key));
       }
-      for (int key = g.tokens(); key < padded_tokens; ++key) bias[key] = A(kNoToken);
+      for (int key = tokens; key < padded_tokens; ++key) bias[key] = A(kNoToken);
     }
 }
 
