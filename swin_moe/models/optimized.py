@@ -129,7 +129,9 @@ class OptimizedSwin(nn.Module):
             None if stage.downsample is None else _Merging(stage.downsample, dtype) for stage in model.layers
         ]
         # In a list: no parameters of this module, which nobody trains, moves or saves.
-        self._last = [_wide(model.norm, wide), _wide(model.head, wide)]
+        self._last = [_wide(model.norm, wide)]
+        head = model.head
+        self._head = PackedLinear.of(head.weight, head.bias, wide) if isinstance(head, nn.Linear) else None
         self.eval()
 
     @torch.no_grad()
@@ -138,11 +140,11 @@ class OptimizedSwin(nn.Module):
 
         x: (B, channels, height, width); B may be 0.
         """
-        norm, head = self._last
         # Autocast would convert what is chosen here already.
         with torch.autocast("cpu", enabled=False):
             tokens = self._encode(x, ())[0]
-            return head(norm(tokens).flatten(1, 2).mean(dim=1))
+            features = self._last[0](tokens).flatten(1, 2).mean(dim=1)
+            return features if self._head is None else packed_layers(features, self._head)
 
     @torch.no_grad()
     def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
