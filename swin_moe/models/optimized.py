@@ -77,7 +77,9 @@ class OptimizedSwin(nn.Module):
         merges = [stage.downsample for stage in model.layers]
         self._merges = [None if merge is None else _Merging(merge, packing) for merge in merges]
         # In a list: no parameters of this module, which nobody trains, moves or saves.
-        self._last = [_wide(model.norm, wide), _wide(model.head, wide)]
+        self._last = [_wide(model.norm, wide)]
+        head = model.head
+        self._head = PackedLinear.of(head.weight, head.bias, wide) if isinstance(head, nn.Linear) else None
         self.eval()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -96,11 +98,11 @@ class OptimizedSwin(nn.Module):
 
         x: (B, channels, height, width); B may be 0.
         """
-        norm, head = self._last
         # Autocast would convert what is chosen here already.
         with torch.autocast("cpu", enabled=False):
             tokens = self._encode(x, ())[0]
-            return head(norm(tokens).flatten(1, 2).mean(dim=1))
+            features = self._last[0](tokens).flatten(1, 2).mean(dim=1)
+            return features if self._head is None else packed_layers(features, self._head)
 
     @torch.no_grad()
     def forward_features(self, x: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:

@@ -99,10 +99,19 @@ void route_tokens(const PackedRouter& p, int64_t begin, int64_t end) {
     const int rows = int(std::min(kRouterRows, end - first));
     for (int i = 0; i < rows; ++i) {
       A* token = m.tokens + i * m.token_row;
-      load_row(static_cast<const A*>(p.x) + (first + i) * inputs, token, int(inputs));
+      const A* from = static_cast<const A*>(p.x) + (first + i) * inputs;
+      S* to = static_cast<S*>(p.rows) + (first + i) * inputs;
+      if (p.norm.weight && inputs % kLanes<A> == 0) {
+        normalized_row(from, inputs, p.norm, [&](int index, Vector<A> x) __attribute__((always_inline)) {
+          store(token + index * kLanes<A>, x);
+          store_vector<S, A>(to + index * kLanes<A>, x);
+        });
+        continue;
+      }
+      load_row(from, token, int(inputs));
       std::fill(token + inputs, token + whole_vectors<A>(inputs), A(0));
       if (p.norm.weight) normalize_row(token, inputs, p.norm);
-      put_elements(token, static_cast<S*>(p.rows) + (first + i) * inputs, inputs);
+      put_elements(token, to, inputs);
     }
     Rows<A> a{m.tokens, m.token_row};
     if (p.projector.data) {

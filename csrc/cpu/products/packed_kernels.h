@@ -44,6 +44,7 @@ template <class S, class Operand>
 void read_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t begin, int rows, Next next) {
   using A = typename Operand::Sum;
   const int64_t inputs = p.first.inputs;
+  const bool whole = p.source == RowSource::kRows && p.accumulated_in && p.before.weight && inputs % kLanes<A> == 0;
   Ahead ahead(next, rows);
   for (int i = 0; i < rows; ++i) {
     Ahead::ask(ahead);
@@ -51,6 +52,11 @@ void read_block(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t b
     const int64_t row = p.from ? p.from[begin + i] : begin + i;
     if (p.source == RowSource::kRows && !p.before.weight && !p.accumulated_in) {
       Operand::read(static_cast<const S*>(p.x) + row * inputs, to, int(inputs));
+      continue;
+    }
+    if (whole) {
+      normalized_row(static_cast<const A*>(p.x) + row * inputs, inputs, p.before,
+                     [&](int index, Vector<A> x) __attribute__((always_inline)) { put_rounded<Operand>(to, index, x); });
       continue;
     }
     read_row<S>(p, row, m.numbers);
@@ -115,6 +121,15 @@ void two_products(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t
   }
 }
 
+// Asks for where a row of a panel will be written, so that its lines are there when they are: the next panel's columns,
+// or the next block's first. Rows lie apart, which the processor does not foresee.
+template <class T, class A>
+SWIN_MOE_INLINE void prefetch_written(T* to) {
+  auto* line = reinterpret_cast<const char*>(to);
+  for (int64_t at = 0; at < kPanelVectors * kLanes<A> * int64_t(sizeof(T)); at += 64)
+    __builtin_prefetch(line + at, 1, 3);
+}
+
 // Multiplies a block's rows by the first matrix and writes each panel as it comes, or keeps them all for a norm.
 template <class T, class Operand>
 void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t expert, int64_t begin, int rows,
@@ -135,6 +150,7 @@ void one_product(const PackedLayers& p, const PackedMemory<Operand>& m, int64_t 
     for (int i = 0; i < rows; ++i) {
       const int64_t row = (begin + i) * outputs;
       auto* residual = p.residual ? static_cast<const A*>(p.residual) + row : nullptr;
+      prefetch_written<T, A>(static_cast<T*>(p.out) + row + (end < outputs ? end : rows * outputs));
       write_columns(sums.data + i * sums.stride, bias, residual, static_cast<T*>(p.out) + row, column, end);
     }
   }

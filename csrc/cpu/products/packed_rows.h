@@ -98,26 +98,44 @@ SWIN_MOE_INLINE void store_vector(T* to, Vector<A> x) {
   }
 }
 
-// Normalizes a row of `count` numbers, zeros behind them to a whole vector; weight and bias are padded with zeros too.
+// Sums of terms(c) of all whole vectors of a row of `count` numbers, in four parts: one alone waits for each addition.
+template <class A, class Terms>
+SWIN_MOE_INLINE A sum_of_row(int64_t count, Terms terms) {
+  constexpr int kParts = 4;
+  Vector<A> sums[kParts] = {};
+  int64_t c = 0;
+  for (; c + kParts * kLanes<A> <= count; c += kParts * kLanes<A>)
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) sums[i] += terms(c + i * kLanes<A>);
+  for (; c + kLanes<A> <= count; c += kLanes<A>) sums[0] += terms(c);
+  return sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Hands the vectors of a normalized row of `count` numbers to put(index, vector), which may write them over the row. There
+// are zeros behind the row to a whole vector, as behind weight and bias.
+template <class A, class Put>
+SWIN_MOE_INLINE void normalized_row(const A* row, int64_t count, const RowNorm& norm, Put put) {
+  auto *weight = static_cast<const A*>(norm.weight), *bias = static_cast<const A*>(norm.bias);
+  const int64_t whole = count / kLanes<A> * kLanes<A>;
+  A total = sum_of_row<A>(count, [&](int64_t c) __attribute__((always_inline)) { return load(row + c); });
+  for (int64_t i = whole; i < count; ++i) total += row[i];
+  const A mean = total / A(count);
+  A squares = sum_of_row<A>(count, [&](int64_t c) __attribute__((always_inline)) {
+    const Vector<A> x = load(row + c) - mean;
+    return x * x;
+  });
+  for (int64_t i = whole; i < count; ++i) squares += (row[i] - mean) * (row[i] - mean);
+  const A scale = A(1) / std::sqrt(squares / A(count) + A(norm.eps));
+  for (int64_t c = 0; c < count; c += kLanes<A>) {
+    const Vector<A> factor = load(weight + c) * scale;
+    put(int(c / kLanes<A>), (load(row + c) - mean) * factor + load(bias + c));
+  }
+}
+
 template <class A>
 void normalize_row(A* row, int64_t count, const RowNorm& norm) {
-  auto *weight = static_cast<const A*>(norm.weight), *bias = static_cast<const A*>(norm.bias);
-  Vector<A> sum = {}, squares = {};
-  int64_t c = 0;
-  for (; c + kLanes<A> <= count; c += kLanes<A>) sum += load(row + c);
-  A total = sum_of_lanes<A>(sum), rest = 0;
-  for (int64_t i = c; i < count; ++i) total += row[i];
-  const A mean = total / A(count);
-  for (c = 0; c + kLanes<A> <= count; c += kLanes<A>) {
-    Vector<A> x = load(row + c) - mean;
-    squares += x * x;
-  }
-  for (; c < count; ++c) rest += (row[c] - mean) * (row[c] - mean);
-  const A scale = A(1) / std::sqrt((sum_of_lanes<A>(squares) + rest) / A(count) + A(norm.eps));
-  for (c = 0; c < count; c += kLanes<A>) {
-    Vector<A> factor = load(weight + c) * scale;
-    store(row + c, (load(row + c) - mean) * factor + load(bias + c));
-  }
+  normalized_row(row, count, norm,
+                 [&](int index, Vector<A> x) __attribute__((always_inline)) { store(row + index * kLanes<A>, x); });
 }
 
 // Copies count numbers of accumulated type or of S.
@@ -141,6 +159,8 @@ void read_merged(const PackedLayers& p, int64_t image, int64_t row, int64_t colu
   }
 }
 
+constexpr int kPatch = 4;  // the width that nearly all networks have: its copy is one instruction
+
 // Writes the pixels of a patch, (channels, patch_h, patch_w); zeros beyond the image.
 template <class S, class A>
 void read_patch(const PackedLayers& p, int64_t image, int64_t row, int64_t column, A* to) {
@@ -148,8 +168,12 @@ void read_patch(const PackedLayers& p, int64_t image, int64_t row, int64_t colum
     for (int64_t i = 0; i < p.patch_h; ++i, to += p.patch_w) {
       int64_t y = row * p.patch_h + i, x = column * p.patch_w;
       int64_t inside = y < p.height ? std::clamp<int64_t>(p.width - x, 0, p.patch_w) : 0;
-      if (inside > 0)
-        read_numbers<S>(p, ((image * p.channels + channel) * p.height + y) * p.width + x, inside, to);
+      const int64_t from = ((image * p.channels + channel) * p.height + y) * p.width + x;
+      if (p.accumulated_in && inside == kPatch && p.patch_w == kPatch) {
+        std::memcpy(to, static_cast<const A*>(p.x) + from, kPatch * sizeof(A));
+        continue;
+      }
+      if (inside > 0) read_numbers<S>(p, from, inside, to);
       std::fill_n(to + inside, p.patch_w - inside, A(0));
     }
 }

@@ -239,7 +239,7 @@ void backward(const WindowAttention& p, const WindowTask& task) {
   Arena arena(zeroed_thread_memory(counter.used()));
   BackwardMemory<Operand> memory(arena, p.geometry, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens, table = p.geometry.table_rows();
-  spread_biases(p, task, n.padded_tokens, memory.reversed, memory.bias);
+  spread_biases(p, task, n.padded_tokens, A(1), memory.reversed, memory.bias);
   for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
     HeadBackward<S, Operand>(p, n, memory, task, tokens, head, upcoming).window();
   });

@@ -1,6 +1,7 @@
 // The forward kernel: window by window and head by head, blocks of rows of scores that stay in the cache.
 #pragma once
 
+#include "window_resident.h"
 #include "window_scores.h"
 
 namespace swin_moe {
@@ -39,6 +40,40 @@ struct ForwardMemory {
   }
 };
 
+// Writes the weights of a block of rows of scores from row `first` on, and their sums.
+template <class Operand>
+void write_weights(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Operand>& m,
+                   const WindowTokens<typename Operand::Sum>& tokens, typename Operand::Sum factor,
+                   const typename Operand::Sum* bias, const RowsAhead& ahead, int first, int rows) {
+  using A = typename Operand::Sum;
+  if constexpr (kHasResident<Operand>) {
+    if (n.resident) {
+      bias += int64_t(first) * n.padded_tokens;
+      if (tokens.masked) bias = masked_bias(tokens, bias, n.padded_tokens, p.mask_value, first, rows, m.scores);
+      resident_weights<Operand>({m.queries + first * n.row, n.row, m.key_columns, n.dim_depth, factor * kLog2E,
+                                 m.query_factors + first, p.logit_scale ? m.key_factors : nullptr, bias, m.scores,
+                                 m.weights, m.sums, ahead, first},
+                                n.rows_of_vectors(), rows);
+      return;
+    }
+  }
+  product<Operand>(rows, n.rows_of_vectors(), n.dim_depth, {m.queries + first * n.row, n.row, 1},
+                   {m.key_columns, n.padded_tokens}, {m.scores, n.padded_tokens});
+  for (int i = 0; i < rows; ++i) {
+    int query = first + i;
+    ScoreRow<A> row{p.logit_scale ? factor * m.query_factors[query] : factor,
+                    p.logit_scale ? m.key_factors : nullptr,
+                    bias + query * n.padded_tokens,
+                    tokens.masked ? tokens.side : nullptr,
+                    tokens.side[query],
+                    A(p.mask_value)};
+    auto* weights = m.weights + i * (n.padded_tokens / Operand::kPerFactor);
+    m.sums[i] = exponentials(m.scores + i * n.padded_tokens, row, n.rows_of_vectors(),
+                             [&](int index, Vector<A> x) { Operand::put_weight(weights, index, x); });
+    RowsAhead::ask(ahead, query);
+  }
+}
+
 // Attends in one window with one head, whose bias is given, and writes the results of the tokens that exist.
 template <class S, class Operand>
 void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Operand>& m,
@@ -48,6 +83,7 @@ void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Ope
   auto* qkv = static_cast<const S*>(p.qkv);
   auto* pad = static_cast<const S*>(p.pad_qkv);
   const int64_t channel = int64_t(head) * p.head_dim;
+  const RowsAhead ahead = RowsAhead::of<S>(upcoming, p);
   read_rows(qkv, 3 * p.channels, channel, pad, tokens.source, n, m.queries);
   read_rows(qkv, 3 * p.channels, channel + p.channels, pad, tokens.source, n, m.keys);
   read_rows(qkv, 3 * p.channels, channel + 2 * p.channels, pad, tokens.source, n, m.values);
@@ -62,21 +98,7 @@ void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Ope
   const int weights_row = n.padded_tokens / Operand::kPerFactor;
   for (int first = 0; first < n.tokens; first += n.block) {
     int rows = std::min(n.block, n.tokens - first);
-    product<Operand>(rows, n.rows_of_vectors(), n.dim_depth, {m.queries + first * n.row, n.row, 1},
-                     {m.key_columns, n.padded_tokens}, {m.scores, n.padded_tokens});
-    for (int i = 0; i < rows; ++i) {
-      int query = first + i;
-      ScoreRow<A> row{p.logit_scale ? factor * m.query_factors[query] : factor,
-                      p.logit_scale ? m.key_factors : nullptr,
-                      bias + query * n.padded_tokens,
-                      tokens.masked ? tokens.side : nullptr,
-                      tokens.side[query],
-                      A(p.mask_value)};
-      auto* weights = m.weights + i * weights_row;
-      m.sums[i] = exponentials(m.scores + i * n.padded_tokens, row, n.rows_of_vectors(),
-                               [&](int index, Vector<A> x) { Operand::put_weight(weights, index, x); });
-      prefetch_qkv<S>(upcoming, p, query);
-    }
+    write_weights(p, n, m, tokens, factor, bias, ahead, first, rows);
     product<Operand>(rows, n.dim_vectors(), n.token_depth, {m.weights, weights_row, 1}, {values, n.padded_dim},
                      {m.out, n.padded_dim});
     for (int i = 0; i < rows; ++i) {
@@ -93,16 +115,18 @@ void attend(const WindowAttention& p, const Sizes<Operand>& n, ForwardMemory<Ope
 template <class S, class Operand>
 void forward(const WindowAttention& p, const WindowTask& task) {
   using A = typename Operand::Sum;
-  const Sizes<Operand> n(p);
+  Sizes<Operand> n(p);
+  if constexpr (kHasResident<Operand>) keep_in_registers(n);
   const int heads = task.head_end - task.head_begin;
   Arena counter(nullptr);
   const int64_t zeroed = ForwardMemory<Operand>(counter, p.geometry, n, heads).zeroed;
   char* base = thread_memory(counter.used());
-  std::memset(base, 0, zeroed);
+  if (!n.is_full()) std::memset(base, 0, zeroed);
   Arena arena(base);
   ForwardMemory<Operand> memory(arena, p.geometry, n, heads);
   const int64_t bias_size = int64_t(n.tokens) * n.padded_tokens;
-  spread_biases(p, task, n.padded_tokens, memory.reversed, memory.bias);
+  const A unit = n.resident ? A(kLog2E) : A(1);  // exponentials are powers of two, or of e
+  spread_biases(p, task, n.padded_tokens, unit, memory.reversed, memory.bias);
   for_each_window(p, task, memory.tokens, [&](const WindowTokens<A>& tokens, int head, const Upcoming& upcoming) {
     attend<S>(p, n, memory, tokens, head, memory.bias + (head - task.head_begin) * bias_size, upcoming);
   });

@@ -24,6 +24,7 @@ struct Sizes {
   int row;                     // factors of a row of D elements, in whole vectors
   int dim_depth, token_depth;  // factors along D and along N
   int block;                   // rows of scores held at once, even
+  bool resident = false;       // rows of scores stay in registers, see window_resident.h
 
   explicit Sizes(const WindowAttention& p)
       : tokens(p.geometry.tokens()),
@@ -39,6 +40,8 @@ struct Sizes {
   }
 
   int rows_of_vectors() const { return padded_tokens / kLanes<A>; }
+  // Whether nothing stands beyond N and D in whole vectors.
+  bool is_full() const { return tokens == padded_tokens && row * Operand::kPerFactor == head_dim; }
   int dim_vectors() const { return padded_dim / kLanes<A>; }
 };
 
@@ -97,11 +100,27 @@ struct Upcoming {
   int head = 0;
 };
 
+// Rows of three parts of memory, by token.
+struct RowsAhead {
+  const int64_t* source = nullptr;  // null: nothing comes
+  const char* first = nullptr;      // the first part of token 0
+  int64_t token_bytes = 0, part_bytes = 0, row_bytes = 0;
+
+  template <class S>
+  static RowsAhead of(const Upcoming& next, const WindowAttention& p) {
+    return {next.source, reinterpret_cast<const char*>(static_cast<const S*>(p.qkv) + int64_t(next.head) * p.head_dim),
+            3 * p.channels * int64_t(sizeof(S)), p.channels * int64_t(sizeof(S)), p.head_dim * int64_t(sizeof(S))};
+  }
+  SWIN_MOE_INLINE void ask(const RowsAhead& rows, int token) {
+    if (!rows.source || rows.source[token] == kPadding) return;
+    const char* part = rows.first + rows.source[token] * rows.token_bytes;
+    for (int number = 0; number < 3; ++number, part += rows.part_bytes) prefetch<false>(part, int(rows.row_bytes));
+  }
+};
+
 template <class S>
 SWIN_MOE_INLINE void prefetch_qkv(const Upcoming& next, const WindowAttention& p, int token) {
-  if (!next.source || next.source[token] == kPadding) return;
-  const S* q = static_cast<const S*>(p.qkv) + next.source[token] * 3 * p.channels + int64_t(next.head) * p.head_dim;
-  for (int part = 0; part < 3; ++part) prefetch<false>(q + part * p.channels, p.head_dim);
+  RowsAhead::ask(RowsAhead::of<S>(next, p), token);
 }
 
 // Runs visit(tokens, head, upcoming) for all windows and heads of a task.
@@ -120,6 +139,8 @@ SWIN_MOE_INLINE void for_each_window(const WindowAttention& p, const WindowTask&
         upcoming = {current.source, head + 1};
       else if (!last)
         upcoming = {next.source, task.head_begin};
+      else if (task.head_end < p.num_heads && task.window_end - task.window_begin == 1)
+        upcoming = {current.source, task.head_end};  // of the next task
       visit(current, head, upcoming);
     }
   }
@@ -155,30 +176,37 @@ SWIN_MOE_INLINE int64_t reversed_size(const WindowGeometry& g) {
   return g.table_rows() + kLanes<A>;
 }
 
-// Writes the bias of every (query, key) pair of one head: (N, Np). reversed: space for reversed_size. In rows of the
-// table that are reversed, the keys of a window's row follow each other.
+// Writes the bias of every (query, key) pair of one head, times `unit`: (N, Np). reversed: space for reversed_size. In
+// rows of the table that are reversed, the keys of a window's row follow each other.
 template <class A>
-void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A* reversed, A* bias) {
+void spread_bias(const WindowGeometry& g, const A* table, int padded_tokens, A unit, A* reversed, A* bias) {
   const int row = 2 * g.window_w - 1;
   for (int y = 0; y < 2 * g.window_h - 1; ++y)
-    for (int x = 0; x < row; ++x) reversed[y * row + x] = table[y * row + row - 1 - x];
+    for (int x = 0; x < row; ++x) reversed[y * row + x] = table[y * row + row - 1 - x] * unit;
+  const int width = g.window_w, tokens = g.tokens();
   for (int query_y = 0; query_y < g.window_h; ++query_y)
-    for (int query_x = 0; query_x < g.window_w; ++query_x, bias += padded_tokens) {
-      for (int key_y = 0; key_y < g.window_h; ++key_y) {
-        const A* from = reversed + (query_y - key_y + g.window_h - 1) * row + g.window_w - 1 - query_x;
-        A* to = bias + key_y * g.window_w;
-        for (int x = 0; x < g.window_w; x += kLanes<A>) store(to + x, load(from + x));  // beyond: overwritten next
+    for (int query_x = 0; query_x < width; ++query_x, bias += padded_tokens) {
+      const A* from = reversed + (query_y + g.window_h - 1) * row + width - 1 - query_x;  // of the first row of keys
+      const int copied = query_y > 0 ? 1 : g.window_h;
+      for (int key_y = 0; key_y < copied; ++key_y, from -= row)
+        for (int x = 0; x < width; x += kLanes<A>)
+          store(bias + key_y * width + x, load(from + x));  // beyond: overwritten next
+      if (query_y > 0) {  // the others are those of the query above, one row of keys further
+        const A* above = bias - width * padded_tokens - width;
+        int key = width;
+        if (key < tokens) store(bias + key, load(above + key));
+        for (key = round_up(key, kLanes<A>); key < tokens; key += kLanes<A>) store(bias + key, load(above + key));
       }
-      for (int key = g.tokens(); key < padded_tokens; ++key) bias[key] = A(kNoToken);
+      for (int key = tokens; key < padded_tokens; ++key) bias[key] = A(kNoToken);
     }
 }
 
 // Spreads the tables of the heads of a task: (heads of the task, N, Np), which a vector may be written behind.
 template <class A>
-void spread_biases(const WindowAttention& p, const WindowTask& task, int padded_tokens, A* reversed, A* bias) {
+void spread_biases(const WindowAttention& p, const WindowTask& task, int padded_tokens, A unit, A* reversed, A* bias) {
   for (int head = task.head_begin; head < task.head_end; ++head) {
     spread_bias(p.geometry, static_cast<const A*>(p.bias_table) + int64_t(head) * p.geometry.table_rows(),
-                padded_tokens, reversed, bias);
+                padded_tokens, unit, reversed, bias);
     bias += int64_t(p.geometry.tokens()) * padded_tokens;
   }
 }
