@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -10,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -19,7 +21,7 @@ namespace swin_moe {
 namespace {
 
 constexpr size_t kLeast = 128 << 10;  // bytes; the C library keeps smaller blocks itself
-constexpr size_t kSmallStep = 64 << 10;
+constexpr size_t kStep = 64 << 10;  // sizes are multiples of it
 constexpr size_t kHugePage = 2 << 20;
 
 struct Block {
@@ -29,8 +31,8 @@ struct Block {
 };
 
 void* take_from_system(size_t size) {
-  void* data = std::aligned_alloc(size < kHugePage ? 4096 : kHugePage, size);
-  if (!data) throw std::bad_alloc();
+  void* data = nullptr;
+  if (posix_memalign(&data, size < kHugePage ? 4096 : kHugePage, size)) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // refused where the system has none: small pages then
 #endif
@@ -40,11 +42,15 @@ void* take_from_system(size_t size) {
 class KeptMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t step = bytes < kHugePage ? kSmallStep : kHugePage;
-    Block* block = new Block(find(std::max<size_t>((bytes + step - 1) / step, 1) * step));
+    Block* block = new Block(find(std::max<size_t>((bytes + kStep - 1) / kStep, 1) * kStep));
     return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+  std::vector<int64_t> state() {
+    std::lock_guard<std::mutex> guard(mutex_);
+    return {int64_t(used_), int64_t(idle_bytes_), int64_t(peak_), taken_};
+  }
 
   static KeptMemory& the_only() {
     static KeptMemory* memory = new KeptMemory;  // never destroyed: tensors may outlive what is
@@ -74,9 +80,10 @@ class KeptMemory final : public c10::Allocator {
       idle_bytes_ -= block.size;
       idle_.erase(found);
     } else {
-      const size_t most = std::max(peak_, used_ + size) / 4 * 5;
+      const size_t most = 2 * std::max(peak_, used_ + size);
       while (!idle_.empty() && used_ + idle_bytes_ + size > most) drop_longest_idle();
       block = {take_from_system(size), size, 0};
+      ++taken_;
     }
     used_ += block.size;
     peak_ = std::max(peak_, used_);
@@ -96,6 +103,7 @@ class KeptMemory final : public c10::Allocator {
   std::multimap<size_t, Block> idle_;  // by size
   size_t used_ = 0, idle_bytes_ = 0, peak_ = 0;
   uint64_t clock_ = 0;
+  int64_t taken_ = 0;
 };
 
 }  // namespace
@@ -109,3 +117,8 @@ at::Tensor empty_kept(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 }  // namespace swin_moe
+
+TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
+  // Bytes in use, bytes idle, the most bytes that were in use at once, and blocks taken from the system so far.
+  m.def("kept_memory() -> int[]", [] { return swin_moe::KeptMemory::the_only().state(); });
+}

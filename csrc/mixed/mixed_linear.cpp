@@ -17,12 +17,6 @@ namespace swin_moe {
 namespace {
 
 using at::Tensor;
-using clones::load;
-using clones::load_as_float;
-using clones::narrow;
-using clones::store;
-using clones::store_narrow;
-using clones::widen;
 
 // Products of this many elements at a time: PyTorch writes the bias to all of them before it, and reads it again, which
 // a cache should hold. Not where a weight is so large that packing it each time would cost more.
@@ -31,49 +25,23 @@ constexpr int64_t kLargestPackedAgain = 128 << 10;
 // From so many rows on, with weights that small, oneDNN is 1.05 to 1.25 times as fast with the wider matrix on the right.
 constexpr int64_t kRowsToTurn = 4096;
 
-SWIN_MOE_CLONES void narrow_all(const float* from, int64_t count, BFloat16* to) {
-  int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) store_narrow(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = narrow(from[i], BFloat16{});
-}
-
-SWIN_MOE_CLONES void widen_all(const BFloat16* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) store(to + i, load_as_float(from + i));
-  for (; i < count; ++i) to[i] = widen(from[i]);
-}
-
-SWIN_MOE_CLONES void add_rows(const BFloat16* x, int64_t rows, int64_t channels, float* sums) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, x += 4 * channels) {
-    const BFloat16 *a = x, *b = x + channels, *c = x + 2 * channels, *d = x + 3 * channels;
-    int64_t i = 0;
-    for (; i + kFloats <= channels; i += kFloats)
-      store(sums + i, load(sums + i) + ((load_as_float(a + i) + load_as_float(b + i)) +
-                                        (load_as_float(c + i) + load_as_float(d + i))));
-    for (; i < channels; ++i) sums[i] += (widen(a[i]) + widen(b[i])) + (widen(c[i]) + widen(d[i]));
-  }
-  for (; row < rows; ++row, x += channels)
-    for (int64_t i = 0; i < channels; ++i) sums[i] += widen(x[i]);
-}
-
 Tensor half_weight_cpu(const Tensor& weight_) {
   TORCH_CHECK_TYPE(weight_.scalar_type() == at::kFloat, "half_weight: weight must be float32, got ",
                    weight_.scalar_type());
   const Tensor weight = weight_.contiguous(), half = empty_kept(weight.sizes(), at::kBFloat16);
   const float* from = weight.const_data_ptr<float>();
-  BFloat16* to = half_data_to_write(half);
+  uint16_t* to = half_data_to_write(half);
   at::parallel_for(0, weight.numel(), kLeastElements,
-                   [&](int64_t begin, int64_t end) { narrow_all(from + begin, end - begin, to + begin); });
+                   [&](int64_t begin, int64_t end) { mixed_kernels().narrow_all(from + begin, end - begin, to + begin); });
   return half;
 }
 
 Tensor widened(const Tensor& half) {
   const Tensor wide = empty_kept(half.sizes(), at::kFloat);
-  const BFloat16* from = half_data(half);
+  const uint16_t* from = half_data(half);
   float* to = wide.mutable_data_ptr<float>();
   at::parallel_for(0, half.numel(), kLeastElements,
-                   [&](int64_t begin, int64_t end) { widen_all(from + begin, end - begin, to + begin); });
+                   [&](int64_t begin, int64_t end) { mixed_kernels().widen_all(from + begin, end - begin, to + begin); });
   return wide;
 }
 
@@ -143,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> mixed_linear_backward_cpu(const Tensor& grad_
   }
   if (needs[1]) grad_weight = weight_gradient(grad, x, wide);
   if (needs[2]) {
-    const BFloat16* from = half_data(grad);
+    const uint16_t* from = half_data(grad);
     const Tensor sums = sums_of_runs(rows, outputs, outputs, [&](int64_t first, int64_t count, float* to) {
-      add_rows(from + first * outputs, count, outputs, to);
+      mixed_kernels().add_rows(from + first * outputs, count, outputs, to);
     });
     grad_bias = sums.to(at::kBFloat16);
   }

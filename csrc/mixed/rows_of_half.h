@@ -1,40 +1,27 @@
-// What kernels of bfloat16 rows share: vectors of 16 floats, in functions that are compiled for what the processor has.
+// What operators of bfloat16 rows share.
 #pragma once
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#define SWIN_MOE_CAPABILITY clones
-#define SWIN_MOE_VECTOR_BYTES 64
-#define SWIN_MOE_VECTOR_REGISTERS 32
-#include "cpu/clones.h"
-#include "cpu/storage.h"
+#include "mixed_rows.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 namespace swin_moe {
 
-using clones::BFloat16;
-using Floats = clones::Vector<float>;
-constexpr int kFloats = clones::kLanes<float>;
 constexpr int64_t kRunRows = 256;  // whose sums are added up for themselves, however many threads there are
 constexpr int64_t kLeastElements = 32768;  // that are worth a thread
 
-inline const BFloat16* half_data(const at::Tensor& x) {
-  return reinterpret_cast<const BFloat16*>(x.const_data_ptr<at::BFloat16>());
+inline const uint16_t* half_data(const at::Tensor& x) {
+  return reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
 }
-inline BFloat16* half_data_to_write(const at::Tensor& x) {
-  return reinterpret_cast<BFloat16*>(x.mutable_data_ptr<at::BFloat16>());
+inline uint16_t* half_data_to_write(const at::Tensor& x) {
+  return reinterpret_cast<uint16_t*>(x.mutable_data_ptr<at::BFloat16>());
 }
 
-// Calls run(number, first row, rows, sums) for every run of rows, and returns the sums (size,) of all in their order.
+// Calls run(first row, rows, sums) for every run of rows, and returns the sums (size,) of all in their order.
 template <class Run>
 at::Tensor sums_of_runs(int64_t rows, int64_t channels, int64_t size, const Run& run) {
   const int64_t runs = std::max<int64_t>(1, (rows + kRunRows - 1) / kRunRows);

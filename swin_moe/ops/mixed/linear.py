@@ -89,9 +89,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, wide: bool, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, wide: bool, needs: list[bool]) -> tuple[Tensor | None, ...]:
     dtype = torch.float32 if wide else HALF
     found = x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), weight.new_empty((weight.shape[0],))
     return tuple(g if needed else None for g, needed in zip(found, needs))
