@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -76,6 +77,7 @@ class KeptMemory final : public c10::Allocator {
     Block block;
     auto found = idle_.lower_bound(size);
     if (found != idle_.end() && found->first <= size + size / 8) {
+      found = std::prev(idle_.upper_bound(found->first));  // the last one of its size, which a cache may still hold
       block = found->second;
       idle_bytes_ -= block.size;
       idle_.erase(found);

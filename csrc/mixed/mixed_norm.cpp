@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> mixed_norm_cpu(const Tensor& x_, const Tensor
   const int64_t grain = std::max<int64_t>(1, kLeastElements / (4 * channels));
   at::parallel_for(0, (rows + 3) / 4, grain, [&](int64_t begin, int64_t end) {  // four rows at a time on any thread
     const int64_t first = 4 * begin, count = std::min(4 * end, rows) - first;
-    mixed_kernels().norm_rows(from + first * channels, w, b, float(eps), count, channels, to + first * channels, m + first, r + first);
+    mixed_kernels().norm_rows(from + first * channels, w, b, float(eps), count, channels, to + first * channels,
+                              m + first, r + first);
   });
   return {y, mean, rstd};
 }

@@ -25,6 +25,8 @@ struct MixedKernels {
   void (*narrow_all)(const float* from, int64_t count, uint16_t* to);
   void (*widen_all)(const uint16_t* from, int64_t count, float* to);
   void (*add_rows)(const uint16_t* x, int64_t rows, int64_t channels, float* sums);
+  // x + factor * branch; x may be null, which stands for zeros.
+  void (*add_scaled)(const uint16_t* x, const uint16_t* branch, float factor, int64_t count, uint16_t* to);
 };
 
 const MixedKernels* mixed_kernels_default();

@@ -24,8 +24,8 @@ SWIN_MOE_INLINE void multiply_add(Several<kMany>& y, const Several<kMany>& x, fl
   SWIN_MOE_EACH y.v[i] = y.v[i] * x.v[i] + c;
 }
 
-// Phi(-u), the normal distribution's share below -u, for 0 <= u <= kFarthest: 2 to the power of a polynomial of degree 7
-// (log2 Phi(-u) within 7e-6), and 2 to a fraction as one of degree 4 (within 8e-6). Least maximal errors, found by
+// Phi(-u), the normal distribution's share below -u, for 0 <= u <= kFarthest: 2 to the power of a polynomial of degree
+// 7 (log2 Phi(-u) within 7e-6), and 2 to a fraction as one of degree 4 (within 8e-6). Least maximal errors, found by
 // reweighted least squares in float64.
 template <int kMany>
 SWIN_MOE_INLINE Several<kMany> share_below(const Several<kMany>& u) {

@@ -7,16 +7,40 @@
 namespace swin_moe {
 namespace SWIN_MOE_CAPABILITY {
 
+// Weights come from far away: pages that are not there yet are asked for in time.
 inline void narrow_all(const float* from, int64_t count, BFloat16* to) {
+  constexpr int64_t kAhead = 1024;
   int64_t i = 0;
-  for (; i + kFloats <= count; i += kFloats) store_narrow(to + i, load(from + i));
+  for (; i + kFloats <= count; i += kFloats) {
+    __builtin_prefetch(from + i + kAhead);
+    store_narrow(to + i, load(from + i));
+  }
   for (; i < count; ++i) to[i] = narrow(from[i], BFloat16{});
 }
 
+// Large gradients go past the caches, which would read what is overwritten: the update of weights comes much later.
 inline void widen_all(const BFloat16* from, int64_t count, float* to) {
   int64_t i = 0;
+#if defined(SWIN_MOE_HAS_AVX512_BF16)
+  constexpr int64_t kLarge = 64 << 10;
+  if (count >= kLarge && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+    for (; i + kFloats <= count; i += kFloats) _mm512_stream_ps(to + i, (__m512)load_as_float(from + i));
+    _mm_sfence();
+  }
+#endif
   for (; i + kFloats <= count; i += kFloats) store(to + i, load_as_float(from + i));
   for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+// x + factor * branch, rounded once; without x, factor * branch.
+template <bool kAdds>
+inline void add_scaled(const BFloat16* x, const BFloat16* branch, float factor, int64_t count, BFloat16* to) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) {
+    const Floats scaled = load_as_float(branch + i) * factor;
+    store_half(to + i, kAdds ? load_as_float(x + i) + scaled : scaled);
+  }
+  for (; i < count; ++i) to[i] = narrow((kAdds ? widen(x[i]) : 0.0f) + widen(branch[i]) * factor, BFloat16{});
 }
 
 inline void add_rows(const BFloat16* x, int64_t rows, int64_t channels, float* sums) {
@@ -51,6 +75,12 @@ inline const MixedKernels* mixed_kernels_here() {
       [](const uint16_t* from, int64_t count, float* to) { widen_all(as_half(from), count, to); },
       [](const uint16_t* x, int64_t rows, int64_t channels, float* sums) {
         add_rows(as_half(x), rows, channels, sums);
+      },
+      [](const uint16_t* x, const uint16_t* branch, float factor, int64_t count, uint16_t* to) {
+        if (x)
+          add_scaled<true>(as_half(x), as_half(branch), factor, count, as_half(to));
+        else
+          add_scaled<false>(nullptr, as_half(branch), factor, count, as_half(to));
       },
   };
   return &kernels;
