@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from swin_moe.config import Config
 from swin_moe.engine.precision import DTYPES
 from swin_moe.models.swin import Block
-from swin_moe.ops.bias_gelu import adds_wide_bias
+from swin_moe.ops.bias_gelu import is_fused
 from swin_moe.ops.linear import Linear
 from swin_moe.registry import is_outside
 
@@ -209,7 +209,7 @@ def _is_wide(name: str, bias: Tensor) -> bool:
     whose gradients add up in float32. That of a hidden layer is added in float32 by the kernel of bias and GELU, where
     there is one.
     """
-    return name.endswith("qkv.bias") or (name.endswith("fc1.bias") and adds_wide_bias(bias))
+    return name.endswith("qkv.bias") or (name.endswith("fc1.bias") and is_fused(bias))
 
 
 def are_kept(config: Config, world_size: int) -> bool:

@@ -81,11 +81,6 @@ def is_fused(x: Tensor) -> bool:
     return (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype) in _ELEMENTS
 
 
-def adds_wide_bias(bias: Tensor) -> bool:
-    """Returns whether `hidden_layer` may add a bias in float32 under autocast, by a kernel of bias and GELU."""
-    return is_fused(bias) or (bias.device.type == "cpu" and mixed_gelu.compiled())
-
-
 def _experts_of(rows: Tensor, num_experts: int, ends: Tensor | None) -> Tensor:
     """Returns (N,) int64, the expert of each row; E for rows that belong to none."""
     number = torch.arange(len(rows), device=rows.device, dtype=torch.int32)

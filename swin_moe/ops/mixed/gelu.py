@@ -1,8 +1,9 @@
 """The bias of a hidden layer and exact GELU in bfloat16: the product before its bias is all that is read and kept.
 
-The sum of product and bias is float32 and is not rounded. The normal distribution is a polynomial and a power of two
-(csrc/cpu/mixed/gelu_rows.h): of all bfloat16 numbers above -6.5 GELU rounds 0.3 % to the other neighbour (PyTorch's:
-1.4 %), its slope is within 1e-5. The backward sums the bias' gradient while it is at the rows, in float32 and in a fixed order.
+Bias and its gradient are rounded to bfloat16, as autocast rounds them; the sum of product and bias is not. The normal
+distribution is a polynomial and a power of two (csrc/cpu/mixed/gelu_rows.h): of all bfloat16 numbers above -6.5 GELU
+rounds 0.3 % to the other neighbour (PyTorch's: 1.4 %), its slope is within 1e-5. The backward sums the bias' gradient
+while it is at the rows, in float32 and in a fixed order.
 
 Shape legend: H hidden channels.
 """
@@ -28,7 +29,7 @@ def mixed_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: (..., H) bfloat16. bias: (H,), float32 or bfloat16.
     """
-    return _MixedGelu.apply(x, bias.float())
+    return _MixedGelu.apply(x, bias)
 
 
 def compiled() -> bool:
@@ -39,13 +40,16 @@ def compiled() -> bool:
 class _MixedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, bias)
-        return torch.ops.swin_moe.mixed_gelu(x, bias)
+        rounded = bias.to(x.dtype).float()  # as autocast does, so that copies of weights have the same bits
+        ctx.save_for_backward(x, rounded)
+        ctx.bias_dtype = bias.dtype
+        return torch.ops.swin_moe.mixed_gelu(x, rounded)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.swin_moe.mixed_gelu_backward(grad, *ctx.saved_tensors)
+        grad_x, grad_bias = torch.ops.swin_moe.mixed_gelu_backward(grad, *ctx.saved_tensors)
+        return grad_x, grad_bias.to(grad_x.dtype).to(ctx.bias_dtype)
 
 
 def _forward(x: Tensor, bias: Tensor) -> Tensor:
