@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -18,8 +19,8 @@ namespace {
 
 using at::Tensor;
 
-// Products of this many elements at a time, which a cache holds: PyTorch writes the bias to all of them before it, and
-// reads it again; and gradients of weights are widened. Not where a weight is so large that packing it each time would
+// Products of this many elements at a time, which a cache holds: the bias is written to all of them before it, and
+// read again; and gradients of weights are widened. Not where a weight is so large that packing it each time would
 // cost more.
 constexpr int64_t kChunkElements = 512 << 10;
 constexpr int64_t kLargestPackedAgain = 128 << 10;
@@ -61,11 +62,17 @@ Tensor mixed_linear_cpu(const Tensor& x_, const Tensor& weight, const std::optio
     at::mm_out(flat, x, turned);
     return y;
   }
+  TORCH_CHECK_TYPE(bias->scalar_type() == at::kBFloat16, "mixed_linear: bias must be bfloat16, got ",
+                   bias->scalar_type());
+  const Tensor short_bias = bias->contiguous();
+  const uint16_t* added = half_data(short_bias);
   const int64_t chunk = weight.numel() > kLargestPackedAgain ? rows : std::max<int64_t>(kChunkElements / outputs, 256);
   for (int64_t row = 0; row < rows; row += chunk) {
     const int64_t count = std::min(chunk, rows - row);
     Tensor part = flat.narrow(0, row, count);
-    at::addmm_out(part, *bias, x.narrow(0, row, count), turned);
+    uint16_t* to = half_data_to_write(part);
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * outputs, added, outputs * sizeof(uint16_t));
+    part.addmm_(x.narrow(0, row, count), turned);
   }
   return y;
 }

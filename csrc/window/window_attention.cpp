@@ -113,8 +113,12 @@ struct Inputs {
 // The sum over shares (dim 0) in their order, whatever the number of threads.
 Tensor sum_of_shares(const Tensor& parts, at::ScalarType type) {
   if (parts.size(0) == 0) return at::zeros(parts.sizes().slice(1), parts.options().dtype(type));
+  const int64_t shares = parts.size(0), size = parts.numel() / shares;
   Tensor sum = parts[0].clone();
-  for (int64_t share = 1; share < parts.size(0); ++share) sum.add_(parts[share]);
+  double* to = sum.mutable_data_ptr<double>();
+  const double* from = parts.const_data_ptr<double>();
+  for (int64_t share = 1; share < shares; ++share)  // small: operators took 0.4 % of a step
+    for (int64_t i = 0; i < size; ++i) to[i] += from[share * size + i];
   return sum.to(type);
 }
 
