@@ -51,16 +51,17 @@ def bias_gelu(x: Tensor, bias: Tensor, *, ends: Tensor | None, draw: UnitDraw | 
 
 def hidden_layer(layer: nn.Module, x: Tensor, draw: UnitDraw | None) -> Tensor:
     """Returns gelu(layer(x)) with units dropped: all but the product in one kernel where there is one."""
-    plain = isinstance(layer, nn.Linear) and is_plain(layer) and layer.bias is not None
-    if not plain or not is_fused(x):
-        if plain and mixed_gelu.compiled() and mixed_linear.serves(x, layer.weight):
-            hidden = mixed_gelu.mixed_gelu(mixed_linear.mixed_linear(x, layer.weight, None), layer.bias)
-        else:
-            hidden = F.gelu(layer(x))
-        return hidden if draw is None else draw.apply(hidden)
-    product = F.linear(x, layer.weight)
-    rows = product.reshape(-1, product.shape[-1])
-    return bias_gelu(rows, layer.bias.float()[None], ends=None, draw=draw).view(product.shape)
+    if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.bias is not None):
+        hidden = F.gelu(layer(x))
+    elif is_fused(x):
+        product = F.linear(x, layer.weight)
+        rows = product.reshape(-1, product.shape[-1])
+        return bias_gelu(rows, layer.bias.float()[None], ends=None, draw=draw).view(product.shape)
+    elif mixed_gelu.compiled() and mixed_linear.serves(x, layer.weight):
+        hidden = mixed_gelu.mixed_gelu(mixed_linear.mixed_linear(x, layer.weight, None), layer.bias)
+    else:
+        hidden = F.gelu(layer(x))
+    return hidden if draw is None else draw.apply(hidden)
 
 
 def add_expert_bias_(y: Tensor, bias: Tensor, ends: Tensor) -> None:
