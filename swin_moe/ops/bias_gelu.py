@@ -1,7 +1,8 @@
 """The bias of each row's expert, GELU and dropout as one operator: one kernel instead of two to eight.
 
 The kernels are CUDA's (csrc/cuda/rows/bias_gelu.cu). The CPU keeps to the product's own bias, GELU and random_dropout,
-which are as fast there; whoever has the choice asks `is_fused`. Any other device runs the Python form.
+which are as fast there, but for a dense layer in bfloat16 that is trained (mixed/gelu.py); whoever has the choice asks
+`is_fused`. Any other device runs the Python form.
 
 What is kept for backward is the product before its bias, of which the backward makes GELU's slope and the draws again.
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from swin_moe.ops import extension
 from swin_moe.ops.linear import is_plain
+from swin_moe.ops.mixed import gelu as mixed_gelu
+from swin_moe.ops.mixed import linear as mixed_linear
 from swin_moe.ops.random_draws import NO_DRAW, UnitDraw, unit_factors
 from swin_moe.ops.transforms import call_operator
 
@@ -48,12 +51,17 @@ def bias_gelu(x: Tensor, bias: Tensor, *, ends: Tensor | None, draw: UnitDraw | 
 
 def hidden_layer(layer: nn.Module, x: Tensor, draw: UnitDraw | None) -> Tensor:
     """Returns gelu(layer(x)) with units dropped: all but the product in one kernel where there is one."""
-    if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.bias is not None and is_fused(x)):
+    if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.bias is not None):
         hidden = F.gelu(layer(x))
-        return hidden if draw is None else draw.apply(hidden)
-    product = F.linear(x, layer.weight)
-    rows = product.reshape(-1, product.shape[-1])
-    return bias_gelu(rows, layer.bias.float()[None], ends=None, draw=draw).view(product.shape)
+    elif is_fused(x):
+        product = F.linear(x, layer.weight)
+        rows = product.reshape(-1, product.shape[-1])
+        return bias_gelu(rows, layer.bias.float()[None], ends=None, draw=draw).view(product.shape)
+    elif mixed_gelu.compiled() and mixed_linear.serves(x, layer.weight):
+        hidden = mixed_gelu.mixed_gelu(mixed_linear.mixed_linear(x, layer.weight, None), layer.bias)
+    else:
+        hidden = F.gelu(layer(x))
+    return hidden if draw is None else draw.apply(hidden)
 
 
 def add_expert_bias_(y: Tensor, bias: Tensor, ends: Tensor) -> None:

@@ -112,6 +112,20 @@ def kernels_take(x: torch.Tensor, compiled: frozenset[str]) -> bool:
     return x.is_cuda and "cuda" in compiled
 
 
+class Ordinary:
+    """Types of tensors that kernels of this processor take; the planner adds those without memory, which stand for
+    them while it looks at what would run."""
+
+    types: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_ordinary(x: torch.Tensor) -> bool:
+    """Returns whether x is no fake, distributed or otherwise special tensor, and nothing traces or transforms it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in Ordinary.types:
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
 def why_not(device_type: str) -> str:
     """Returns why there are no compiled kernels for a device type, one clause; "" where there are."""
     if device_type in COMPILED:

@@ -4,7 +4,7 @@ PyTorch adds up these gradients in the dtype of the rows there, by thread: in bf
 weight's is 8 to 15 % and the bias' 15 to 60 % off at 6,272 to 25,088 rows of 96 channels on one thread, and other
 numbers on two. Here they are sums in float32 of runs of 256 rows, which are added up in their order
 (csrc/rows/layer_norm.cpp): no bit depends on the threads. What comes out of the norm and the gradient of x are
-PyTorch's.
+PyTorch's, but for bfloat16, whose norm and gradients are one pass each over the rows (mixed/norm.py).
 
 Shape legend: N rows (all but the last dimension), C channels.
 """
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_moe.ops import extension
-from swin_moe.ops.linear import Ordinary, is_ordinary
+from swin_moe.ops.extension import Ordinary, is_ordinary
+from swin_moe.ops.mixed import norm as mixed
 
 NAME = "layer_norm_backward"
 SCHEMA = (
@@ -45,6 +46,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """
     if weight is None or bias is None or not serves(x, weight, bias):
         return F.layer_norm(x, x.shape[-1:] if weight is None else weight.shape, weight, bias, eps)
+    if x.dtype == torch.bfloat16 and mixed.compiled():
+        return mixed.mixed_norm(x, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps)
 
 

@@ -1,6 +1,7 @@
 """Linear layers on processors where PyTorch's own products leave half of the speed unused.
 
-Products of few rows go to kernels of our own (row_products.py); what follows is about the others, in float32.
+Products of few rows go to kernels of our own (row_products.py), those of autocast that are differentiated to
+mixed/linear.py; what follows is about the others, in float32.
 
 PyTorch hands float32 products to MKL, which runs its AVX2 code on processors of other makers than Intel, also where
 they have AVX-512. oneDNN, the other library inside PyTorch, does not: 200 to 230 against 100 GFLOP/s on one core of an
@@ -19,6 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from swin_moe.choice_cache import cpu_field
 from swin_moe.ops import extension, row_products
+from swin_moe.ops.extension import Ordinary as Ordinary
+from swin_moe.ops.extension import is_ordinary as is_ordinary
+from swin_moe.ops.mixed import linear as mixed
 
 LOGGER = logging.getLogger("swin_moe")
 # A call of oneDNN costs about 90 us, and the weight is packed each time. Two layers D to 4D to D, forward and backward:
@@ -52,6 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
     """
+    if mixed.serves(x, weight):
+        return mixed.mixed_linear(x, weight, bias)
     if serves_few(x, weight):
         return row_products.row_linear(x, weight, bias)
     if not serves(x, weight):
@@ -160,20 +166,6 @@ def _by_rows(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not row_products.takes(x, weight):
         return False
     return x.dtype == weight.dtype and is_ordinary(x) and is_ordinary(weight)
-
-
-class Ordinary:
-    """Types of tensors that kernels of this processor take; the planner adds those without memory, which stand for
-    them while it looks at what would run."""
-
-    types: tuple[type, ...] = (Tensor, nn.Parameter)
-
-
-def is_ordinary(x: Tensor) -> bool:
-    """Returns whether x is no fake, distributed or otherwise special tensor, and nothing traces or transforms it."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in Ordinary.types:
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 class _Linear(torch.autograd.Function):

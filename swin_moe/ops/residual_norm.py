@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from swin_moe.ops import extension
 from swin_moe.ops.layer_norm import LayerNorm
 from swin_moe.ops.linear import is_untouched
+from swin_moe.ops.mixed import residual as mixed
 
 SCHEMAS = {
     "residual_norm": (
@@ -41,6 +42,8 @@ _BRANCHES = (torch.float32, torch.bfloat16, torch.float16)
 
 def add_branch(x: Tensor, branch: Tensor, factor_B: Tensor | None) -> Tensor:
     """Returns x + factor * branch, image by image (drop path); None = 1, where nothing is dropped."""
+    if mixed.serves(x, branch):
+        return mixed.mixed_residual(x, branch, factor_B)
     if factor_B is None:
         return x + branch
     factor = factor_B.to(branch.dtype).view(-1, *(1,) * (x.dim() - 1))

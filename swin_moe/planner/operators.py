@@ -50,7 +50,7 @@ def _grouped(args: Arguments, x: int = 0) -> Shape:
 
 def _linear_backward(args: Arguments) -> Product:
     """Returns that of the forward, as often as a product is asked for: gradients of x and of the weight."""
-    grad, weight, needs = args[0].shape, args[2].shape, args[3]
+    grad, weight, needs = args[0].shape, args[2].shape, args[-1]
     rows = math.prod(grad[:-1])
     return (rows, weight[1], weight[0]), math.prod((rows, *weight)) * sum(needs[:2])
 
@@ -102,6 +102,8 @@ PRODUCTS: dict[str, Callable[[Arguments], Shape | Product]] = {
     "linear": _linear,
     "row_linear": _linear,
     "row_linear_backward": _linear_backward,
+    "mixed_linear": _linear,
+    "mixed_linear_backward": _linear_backward,
     "packed_product": _linear,
     "packed_weight_gradient": _weight_gradient,
     "grouped_linear": _grouped,

@@ -23,6 +23,9 @@ _AS = {"expert_rows": "moe_layer", "expert_layer": "moe_layer"}
 _AS |= {f"{name}_backward": f"{other}_backward" for name, other in _AS.items()}
 # The same work by the CPU's kernels and by PyTorch's: whichever calibration saw.
 _AS |= {"layer_norm_backward": "native_layer_norm_backward", "native_layer_norm_backward": "layer_norm_backward"}
+_AS |= {"mixed_norm": "native_layer_norm", "mixed_norm_backward": "native_layer_norm_backward"}
+_AS |= {"mixed_gelu": "gelu", "mixed_gelu_backward": "gelu_backward", "half_weight": "_to_copy"}
+_AS |= {"mixed_linear": "addmm", "mixed_linear_backward": "mm", "mixed_residual": "addcmul", "scaled_images": "mul"}
 _PASSED = 4  # tensors as large as a weight that its update reads: weight, gradient, moments
 _NEAREST = 8  # points that the curve looks at
 _STEEPNESS = 3  # of their weights, by distance in doublings

@@ -76,7 +76,8 @@ def test_bfloat16_rows_have_gradients_as_exact_as_their_values():
     true = gradients(F.layer_norm, torch.float64, torch.float64)
     ours = gradients(layer_norm, torch.bfloat16, torch.float32)
     theirs = gradients(F.layer_norm, torch.bfloat16, torch.float32)
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    for found, same, wanted in zip(ours[:2], theirs, true):
+        assert off(found, wanted) <= 1.01 * off(same, wanted)
     for found, wanted in zip(ours[1:], true[1:]):
         assert off(found, wanted) < 0.005
 

@@ -86,6 +86,8 @@ def test_the_product_of_an_operator(name, shapes, product):
         ("row_linear", [(2, 5, 3), (7, 3), None], (10, 3, 7), 210),
         ("row_linear_backward", [(10, 7), (10, 3), (7, 3), [True, True, True]], (10, 3, 7), 420),
         ("row_linear_backward", [(10, 7), (10, 3), (7, 3), [False, True, True]], (10, 3, 7), 210),
+        ("mixed_linear", [(2, 5, 3), (7, 3), None], (10, 3, 7), 210),
+        ("mixed_linear_backward", [(10, 7), (10, 3), (7, 3), True, [True, True, False]], (10, 3, 7), 420),
         ("packed_product", [(2, 5, 3), (7, 3), None], (10, 3, 7), 210),
         ("packed_weight_gradient", [(10, 7), (10, 3)], (10, 3, 7), 210),
         # 10 rows for 4 experts, two layers of 3 x 7: by the rows of an expert.
