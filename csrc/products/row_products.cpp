@@ -33,6 +33,7 @@ constexpr int64_t kLargeParts = 2;        // times as many of both where there a
 constexpr size_t kEnoughParts = 8;        // no matter how many threads there are
 constexpr int64_t kLeastTask = 1 << 18;   // multiplications that are worth a thread
 constexpr int64_t kLeastRun = 1024, kMostRuns = 16;  // rows, and runs of rows, of a weight's gradient in float32
+constexpr int64_t kMostRunElements = 1 << 21;        // of the gradients of all runs, which wait in memory
 
 RowElement element_of(const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16,
@@ -213,10 +214,12 @@ void grouped_rows_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tens
 }
 
 // Rows that are added up for themselves: a long sum in float32 loses digits, and threads share what is in several runs.
-// How many they are does not depend on the threads.
+// How many they are does not depend on the threads. A large weight has tasks enough, and few runs.
 int64_t rows_of_run(int64_t rows, const Tensor& x, const Tensor& weight) {
-  const bool wide = x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat;
-  return wide ? std::max(kLeastRun, (rows + kMostRuns - 1) / kMostRuns) : std::max<int64_t>(rows, 1);
+  if (x.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return std::max<int64_t>(rows, 1);
+  const int64_t room = kMostRunElements / std::max<int64_t>(weight.numel(), 1);
+  const int64_t runs = std::min(std::max<int64_t>(room, 1), kMostRuns);
+  return std::max(kLeastRun, (rows + runs - 1) / runs);
 }
 
 // to = the sum of the matrices, in their order.
