@@ -296,8 +296,9 @@ class WindowAttention(nn.Module):
         assert isinstance(weight, Tensor), "torch does not say so of a module's attributes"
         coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
         with without_autocast(weight.device.type):
-            if self._is_cpb_plain():  # threads share the sums of the last product and its gradient, of few heads
-                table = steady_linear(self.cpb_mlp[1](self.cpb_mlp[0](coords)), self.cpb_mlp[2].weight)
+            last = self.cpb_mlp[2]  # of few heads: threads would share the sums of this product and of its gradient
+            if isinstance(last, nn.Linear) and last.bias is None and self._is_cpb_plain():
+                table = steady_linear(self.cpb_mlp[1](self.cpb_mlp[0](coords)), last.weight)
             else:
                 table = self.cpb_mlp(coords)
         # Before the gather: N ** 2 / (2 * window - 1) ** 2, about a quarter, of the sigmoids of the official order.
