@@ -19,6 +19,8 @@ REQUIRED = os.environ.get("SWIN_MOE_REQUIRE_EXT") == "1"
 CUDA = os.path.join("csrc", "cuda", "")
 FACTS = runpy.run_path(str(HERE / "csrc" / "build_facts.py"))
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# Without it at::parallel_for, a template, runs every loop on one thread. Torch's own libgomp, loaded before, serves it.
+THREAD_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 # What runs on machines that do not have the newest GPU: two generations by name, the newest also as PTX for later ones.
 CUDA_ARCHITECTURES = tuple(os.environ.get("SWIN_MOE_CUDA_ARCHITECTURES", "80 90 100").split())
 
@@ -80,10 +82,10 @@ def extension_arguments() -> dict:
     chosen = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = FACTS["cuda_home"]([os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), chosen])
     with_cuda = bool(torch.version.cuda and cpp_extension.CUDA_HOME)
-    kind, flags = CppExtension, {"cxx": CXX_FLAGS}
+    kind, flags = CppExtension, {"cxx": CXX_FLAGS + THREAD_FLAGS}
     files = [path for path in sources("**/*.cpp") if not path.startswith(CUDA)]
     if with_cuda:
-        kind, flags = CUDAExtension, {"cxx": CXX_FLAGS, "nvcc": nvcc_flags()}
+        kind, flags = CUDAExtension, {"cxx": CXX_FLAGS + THREAD_FLAGS, "nvcc": nvcc_flags()}
         files += sources("cuda/**/*.cpp", "cuda/**/*.cu")
         print(f"swin_moe: CUDA of {cpp_extension.CUDA_HOME}", file=sys.stderr)
     elif torch.version.cuda:
@@ -97,6 +99,7 @@ def extension_arguments() -> dict:
         depends=sources("**/*.h", "**/*.cuh"),
         include_dirs=[str(HERE / "csrc"), str(write_source_mark())],
         extra_compile_args=flags,
+        extra_link_args=THREAD_FLAGS,
         py_limited_api=True,  # registered through torch alone: no symbol of Python is used
     )
     return {"ext_modules": [library], "cmdclass": {"build_ext": Build}}

@@ -15,7 +15,8 @@ struct UnitDraw {
   int64_t layer, purpose, site;
   double drop, scale;
 
-  at::Tensor apply(const at::Tensor& x) const;
+  // Of some rows, by the numbers of these.
+  at::Tensor apply(const at::Tensor& x, const std::optional<at::Tensor>& of_rows) const;
 };
 
 struct ExpertWeights {

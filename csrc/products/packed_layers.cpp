@@ -1,6 +1,6 @@
 // The operators of packed layers (inference on the CPU): schemas, and what is refused.
 #include "packed_arguments.h"
-#include "packed_memory.h"
+#include "memory/packed_memory.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

@@ -3,16 +3,13 @@
 #include "row_products.h"
 
 #include "capability.h"
-#include "expert_rows.h"
+#include "grouped_rows.h"
 #include "row_linear.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -33,6 +30,7 @@ constexpr int64_t kLargeParts = 2;        // times as many of both where there a
 constexpr size_t kEnoughParts = 8;        // no matter how many threads there are
 constexpr int64_t kLeastTask = 1 << 18;   // multiplications that are worth a thread
 constexpr int64_t kLeastRun = 1024, kMostRuns = 16;  // rows, and runs of rows, of a weight's gradient in float32
+constexpr int64_t kMostRunElements = 1 << 21;        // of the gradients of all runs, which wait in memory
 
 RowElement element_of(const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16,
@@ -138,6 +136,34 @@ void add_row_sums(const std::vector<RowSum>& sums) {
 // Whether the last two dimensions lie in memory in either order, without gaps between experts.
 bool is_dense(const Tensor& weight) { return weight.is_contiguous() || weight.transpose(-2, -1).is_contiguous(); }
 
+// The matrices of one expert of a weight or of its gradient.
+Matrix matrix_of(const Tensor& weight, int64_t expert) {
+  Matrix found = Matrix::of(weight);
+  found.data = at_row(found.data, found.element, expert * weight.stride(0));
+  return found;
+}
+
+// Rows that are added up for themselves: a long sum in float32 loses digits, and threads share what is in several runs.
+// How many they are does not depend on the threads. A large weight has tasks enough, and few runs.
+int64_t rows_of_run(int64_t rows, const Tensor& x, const Tensor& weight) {
+  if (x.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return std::max<int64_t>(rows, 1);
+  const int64_t room = kMostRunElements / std::max<int64_t>(weight.numel(), 1);
+  const int64_t runs = std::min(std::max<int64_t>(room, 1), kMostRuns);
+  return std::max(kLeastRun, (rows + runs - 1) / runs);
+}
+
+// to = the sum of the matrices, in their order.
+void add_runs(const Tensor& runs, const Tensor& to) {
+  const int64_t size = to.numel();
+  const float* from = runs.const_data_ptr<float>();
+  float* sum = to.mutable_data_ptr<float>();
+  std::copy(from, from + size, sum);
+  for (int64_t n = 1; n < runs.size(0); ++n)
+    for (int64_t i = 0; i < size; ++i) sum[i] += from[n * size + i];
+}
+
+}  // namespace
+
 std::vector<int64_t> first_rows(const Tensor& counts, int64_t rows) {
   const Tensor host = counts.contiguous();
   const int64_t* count = host.const_data_ptr<int64_t>();
@@ -159,19 +185,13 @@ void check_grouped(const Tensor& x, const Tensor& weight, const Tensor& counts) 
                     counts.sizes());
 }
 
-// The matrices of one expert of a weight or of its gradient.
-Matrix matrix_of(const Tensor& weight, int64_t expert) {
-  Matrix found = Matrix::of(weight);
-  found.data = at_row(found.data, found.element, expert * weight.stride(0));
-  return found;
-}
-
-Tensor grouped_rows_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, const Tensor& counts) {
+// Writes the results of all experts into y, zeros where a row has none.
+void put_grouped_rows(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, const Tensor& counts,
+                      const Tensor& y) {
   check_grouped(x_, weight_, counts);
   const Tensor x = x_.contiguous(), weight = is_dense(weight_) ? weight_ : weight_.contiguous();
   const int64_t inputs = weight.size(1), outputs = weight.size(2);
   const OptionalTensor bias = bias_ ? OptionalTensor(bias_->to(x.scalar_type()).contiguous()) : std::nullopt;
-  Tensor y = at::empty({x.size(0), outputs}, x.options());
   const Matrix from = Matrix::rows_of(x), to = Matrix::rows_of(y);
   const std::vector<int64_t> first = first_rows(counts, x.size(0));
   Work work;
@@ -181,6 +201,12 @@ Tensor grouped_rows_cpu(const Tensor& x_, const Tensor& weight_, const OptionalT
                         bias ? at_row(bias->const_data_ptr(), to.element, e * outputs) : nullptr));
   work.run();
   if (first.back() < x.size(0)) y.slice(0, first.back()).zero_();
+}
+
+Tensor grouped_rows_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& counts) {
+  check_grouped(x, weight, counts);
+  Tensor y = at::empty({x.size(0), weight.size(2)}, x.options());
+  put_grouped_rows(x, weight, bias, counts, y);
   return y;
 }
 
@@ -211,43 +237,6 @@ void grouped_rows_backward_cpu(const Tensor& grad_, const Tensor& x_, const Tens
   add_row_sums(sums);
   if (grad_x && first.back() < x.size(0)) grad_x->slice(0, first.back()).zero_();
 }
-
-// Rows that are added up for themselves: a long sum in float32 loses digits, and threads share what is in several runs.
-// How many they are does not depend on the threads.
-int64_t rows_of_run(int64_t rows, const Tensor& x, const Tensor& weight) {
-  const bool wide = x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat;
-  return wide ? std::max(kLeastRun, (rows + kMostRuns - 1) / kMostRuns) : std::max<int64_t>(rows, 1);
-}
-
-// to = the sum of the matrices, in their order.
-void add_runs(const Tensor& runs, const Tensor& to) {
-  const int64_t size = to.numel();
-  const float* from = runs.const_data_ptr<float>();
-  float* sum = to.mutable_data_ptr<float>();
-  std::copy(from, from + size, sum);
-  for (int64_t n = 1; n < runs.size(0); ++n)
-    for (int64_t i = 0; i < size; ++i) sum[i] += from[n * size + i];
-}
-
-std::tuple<Tensor, Tensor, Tensor> expert_rows_cpu(const Tensor& x, const Tensor& fc1, const OptionalTensor& bias1,
-                                                   const Tensor& fc2, const OptionalTensor& bias2, const Tensor& counts,
-                                                   const OptionalTensor& words, const OptionalTensor& rows,
-                                                   int64_t layer, int64_t purpose, int64_t site, double drop,
-                                                   double scale) {
-  return expert_rows(x, {fc1, bias1, fc2, bias2}, counts, {words, rows, layer, purpose, site, drop, scale});
-}
-
-void expert_rows_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& product, const Tensor& hidden,
-                              const Tensor& fc1, const Tensor& fc2, const Tensor& counts, const OptionalTensor& words,
-                              const OptionalTensor& rows, int64_t layer, int64_t purpose, int64_t site, double drop,
-                              double scale, const OptionalTensor& grad_x, const OptionalTensor& grad_fc1,
-                              const OptionalTensor& grad_bias1, const OptionalTensor& grad_fc2,
-                              const OptionalTensor& grad_bias2) {
-  expert_rows_backward(grad, x, product, hidden, fc1, fc2, counts, {words, rows, layer, purpose, site, drop, scale},
-                       {grad_x, grad_fc1, grad_bias1, grad_fc2, grad_bias2});
-}
-
-}  // namespace
 
 Tensor row_linear_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
   TORCH_CHECK_VALUE(x_.dim() >= 1 && weight_.dim() == 2 && x_.size(-1) == weight_.size(1),
@@ -294,33 +283,6 @@ std::tuple<Tensor, Tensor, Tensor> row_linear_backward_cpu(const Tensor& grad_, 
   return {grad_x, grad_weight, grad_bias};
 }
 
-Tensor UnitDraw::apply(const Tensor& x) const {
-  if (!words) return x;
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("swin_moe::random_dropout", "")
-          .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, int64_t, const Tensor&, double, double)>();
-  return op.call(x, *words, layer, purpose, site, *rows, drop, scale);
-}
-
-std::tuple<Tensor, Tensor, Tensor> expert_rows(const Tensor& x, const ExpertWeights& weights, const Tensor& counts,
-                                               const UnitDraw& draw) {
-  const Tensor product = grouped_rows_cpu(x, weights.fc1.transpose(1, 2), weights.bias1, counts);
-  const Tensor hidden = draw.apply(at::gelu(product));
-  return {grouped_rows_cpu(hidden, weights.fc2, weights.bias2, counts), product, hidden};
-}
-
-void expert_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& product, const Tensor& hidden,
-                          const Tensor& fc1, const Tensor& fc2, const Tensor& counts, const UnitDraw& draw,
-                          const ExpertGradients& to) {
-  Tensor grad_hidden = at::empty_like(hidden);
-  grouped_rows_backward_cpu(grad, hidden, fc2, counts, grad_hidden, to.fc2, to.bias2);
-  grad_hidden = draw.apply(grad_hidden);
-  const OptionalTensor turned = to.fc1 ? OptionalTensor(to.fc1->transpose(1, 2)) : std::nullopt;
-  at::gelu_backward_out(grad_hidden, grad_hidden, product);  // in its place: fresh memory costs a fault per page
-  grouped_rows_backward_cpu(grad_hidden, x, fc1.transpose(1, 2), counts, to.x, turned, to.bias1);
-}
-
 }  // namespace swin_moe
 
 TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
@@ -328,13 +290,6 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
   m.def(
       "grouped_rows_backward(Tensor grad, Tensor x, Tensor weight, Tensor counts, Tensor(a!)? grad_x, Tensor(b!)? "
       "grad_weight, Tensor(c!)? grad_bias) -> ()");
-  m.def(
-      "expert_rows(Tensor x, Tensor fc1, Tensor? bias1, Tensor fc2, Tensor? bias2, Tensor counts, Tensor? words, "
-      "Tensor? rows, int layer, int purpose, int site, float drop, float scale) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "expert_rows_backward(Tensor grad, Tensor x, Tensor product, Tensor hidden, Tensor fc1, Tensor fc2, Tensor "
-      "counts, Tensor? words, Tensor? rows, int layer, int purpose, int site, float drop, float scale, Tensor(a!)? "
-      "grad_x, Tensor(b!)? grad_fc1, Tensor(c!)? grad_bias1, Tensor(d!)? grad_fc2, Tensor(e!)? grad_bias2) -> ()");
   m.def("row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("row_linear_backward(Tensor grad, Tensor x, Tensor weight, bool[3] needs) -> (Tensor, Tensor, Tensor)");
 }
@@ -342,8 +297,6 @@ TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
 TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   m.impl("grouped_rows", &swin_moe::grouped_rows_cpu);
   m.impl("grouped_rows_backward", &swin_moe::grouped_rows_backward_cpu);
-  m.impl("expert_rows", &swin_moe::expert_rows_cpu);
-  m.impl("expert_rows_backward", &swin_moe::expert_rows_backward_cpu);
   m.impl("row_linear", &swin_moe::row_linear_cpu);
   m.impl("row_linear_backward", &swin_moe::row_linear_backward_cpu);
 }

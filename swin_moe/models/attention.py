@@ -23,7 +23,7 @@ from swin_moe.ops.attention.geometry import gather_bias, made_once, merge_window
 from swin_moe.ops.attention.half import HalfShape, HalfTensors, attention_half, cut, join, seam_mask
 from swin_moe.ops.attention.in_windows import attend_windows, attention_weights, clamped_factor
 from swin_moe.ops.attention.reference import without_autocast
-from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear
+from swin_moe.ops.linear import Linear, is_ordinary, is_plain, is_untouched, linear, steady_linear
 from swin_moe.randomness import RandomContext
 
 CPB_HIDDEN = 512  # width of the network behind the log-spaced continuous position bias, SwinV2
@@ -278,14 +278,17 @@ class WindowAttention(nn.Module):
         the host would wait for that, and nothing cheaper sees every change (writing to .data counts up no version).
         """
         weights = tuple(self.cpb_mlp.parameters())
-        ours = all(type(m) in _CPB_MODULES and is_untouched(m) for m in self.cpb_mlp.modules())
         on_cpu = all(is_ordinary(w) and w.device.type == "cpu" for w in weights)
-        if torch.is_grad_enabled() or not (ours and on_cpu):
+        if torch.is_grad_enabled() or not (self._is_cpb_plain() and on_cpu):
             return self._cpb_table()
         key = self.window, self.pretrained_window, weights[0].dtype
         if self._kept is None or self._kept[0] != key or not all(map(torch.equal, self._kept[1], weights)):
             self._kept = key, tuple(w.detach().clone() for w in weights), self._cpb_table()
         return self._kept[2]
+
+    def _is_cpb_plain(self) -> bool:
+        """Returns whether calling the bias network does what its weights say and nothing else."""
+        return all(type(m) in _CPB_MODULES and is_untouched(m) for m in self.cpb_mlp.modules())
 
     def _cpb_table(self) -> Tensor:
         """Returns the bias per relative offset, ((2 * window - 1) ** 2, heads), never in half precision by autocast."""
@@ -293,7 +296,11 @@ class WindowAttention(nn.Module):
         assert isinstance(weight, Tensor), "torch does not say so of a module's attributes"
         coords = relative_coords_table(self.window, self.pretrained_window, weight.device, weight.dtype)
         with without_autocast(weight.device.type):
-            table = self.cpb_mlp(coords)
+            last = self.cpb_mlp[2]  # of few heads: threads would share the sums of this product and of its gradient
+            if isinstance(last, nn.Linear) and last.bias is None and self._is_cpb_plain():
+                table = steady_linear(self.cpb_mlp[1](self.cpb_mlp[0](coords)), last.weight)
+            else:
+                table = self.cpb_mlp(coords)
         # Before the gather: N ** 2 / (2 * window - 1) ** 2, about a quarter, of the sigmoids of the official order.
         return 16.0 * torch.sigmoid(table) if self.bias_sigmoid else table
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swin_moe.ops.bias_gelu import hidden_layer
 from swin_moe.ops.layer_norm import LayerNorm
-from swin_moe.ops.linear import Linear
+from swin_moe.ops.linear import Linear, is_untouched, patch_projection
 from swin_moe.ops.random_draws import UnitDraw
 from swin_moe.ops.residual_norm import add_branch, is_fused, norm_residual, residual_norm
 from swin_moe.randomness import RandomContext
@@ -133,8 +133,15 @@ class PatchEmbed(nn.Module):
         (height, width), (ph, pw) = image.shape[-2:], self.patch_size
         if pad and (height % ph or width % pw):
             image = F.pad(image, (0, -width % pw, 0, -height % ph))
-        x_BHWC = self.proj(image).permute(0, 2, 3, 1)
+        plain = type(self.proj) is nn.Conv2d and is_untouched(self.proj) and _is_of_patches(self.proj)
+        x = patch_projection(image, self.proj.weight, self.proj.bias) if plain else self.proj(image)
+        x_BHWC = x.permute(0, 2, 3, 1)
         return x_BHWC.contiguous() if self.norm is None else self.norm(x_BHWC)
+
+
+def _is_of_patches(conv: nn.Conv2d) -> bool:
+    """Returns whether a convolution's places do not overlap and leave nothing out."""
+    return conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1) and conv.groups == 1
 
 
 class PatchMerging(nn.Module):

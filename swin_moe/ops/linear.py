@@ -29,6 +29,7 @@ LOGGER = logging.getLogger("swin_moe")
 # 0.8 times as fast at 128 rows, 0.9 to 1.3 at 256, 1.6 at 512 and 2 from 1500 on.
 SMALLEST_MACS = 32_000_000
 SMALLEST_ROWS = 256
+PATCHES_COMPILED = extension.compiled_for("patch_projection_backward")
 
 
 class Linear(nn.Linear):
@@ -76,13 +77,38 @@ def steady_linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def patch_projection(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns (B, O, H // h, W // w), F.conv2d of patches that do not overlap: its stride is its kernel.
+
+    Gradients of weight and bias are those of a linear layer over the patches, by our kernels where they are: as fast as
+    the convolution's, closer to the sums, and the same bits for every number of threads. First derivatives only there.
+
+    Args:
+        image: (B, C, H, W). weight: (O, C, h, w). bias: (O,) or None.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+        return F.conv2d(image, weight, bias, stride=weight.shape[2:])
+    mixed = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if mixed else image.dtype
+    served = "cpu" in PATCHES_COMPILED and row_products.takes(image, weight, dtype)
+    served = served and dtype in (torch.float32, torch.bfloat16) and (mixed or weight.dtype == dtype)
+    if not (served and is_ordinary(image) and is_ordinary(weight)):
+        return F.conv2d(image, weight, bias, stride=weight.shape[2:])
+    return _PatchProjection.apply(image.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype))
+
+
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns x @ weight.T + bias by oneDNN; x (..., I) contiguous, weight (O, I) of any strides, no gradients."""
     return torch.ops.swin_moe.packed_product(x, weight, bias)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns (O, I), grad.T @ x, of grad (T, O) and x (T, I), both contiguous."""
+    """Returns (O, I), grad.T @ x, of grad (T, O) and x (T, I), both contiguous.
+
+    By the kernels of row_products.py where they are: a sum over all rows is divided among threads by oneDNN, in as many
+    sums as there are threads, and by these into the same ones for every number. No slower either: 1.0 to 2.6 times as
+    fast as oneDNN for 1,568 to 25,088 rows (benchmarks/results/2026-11-29-thread-bits.md).
+    """
     return torch.ops.swin_moe.packed_weight_gradient(grad, x)
 
 
@@ -96,6 +122,8 @@ def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _packed_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     like = grad.new_empty((grad.shape[1], x.shape[1]))  # only its shape is read
+    if row_products.takes(grad, x):
+        return torch.ops.swin_moe.row_linear_backward(grad, x, like, [False, True, False])[1]
     return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like, False)[0]
 
 
@@ -120,6 +148,13 @@ def _register() -> None:
 
 
 _register()
+extension.add_fake(
+    "patch_projection_backward",
+    lambda grad, image, weight, needs: (
+        weight.new_empty(weight.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape[:1] if needs[1] else (0,)),
+    ),
+)
 
 
 @cache
@@ -189,3 +224,24 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = flat.sum(dim=0)
         return grad_x, grad_weight, grad_bias
+
+
+class _PatchProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(image, weight)
+        return F.conv2d(image, weight, bias, stride=weight.shape[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight = ctx.saved_tensors
+        needs_image, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_image = None
+        if needs_image:
+            patch, mask = list(weight.shape[2:]), [True, False, False]
+            arguments = grad, image, weight, None, patch, [0, 0], [1, 1], False, [0, 0], 1, mask
+            grad_image = torch.ops.aten.convolution_backward(*arguments)[0]
+        needs = [needs_weight, needs_bias]
+        found = torch.ops.swin_moe.patch_projection_backward(grad, image, weight, needs)
+        return grad_image, *(g if needed else None for g, needed in zip(found, needs))

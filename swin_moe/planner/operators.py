@@ -110,6 +110,7 @@ PRODUCTS: dict[str, Callable[[Arguments], Shape | Product]] = {
     "grouped_linear_backward": _grouped_backward,
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
+    "patch_projection_backward": _convolution_backward,
     "window_attention": _window,
     "window_attention_backward": _window_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _scaled_dot,

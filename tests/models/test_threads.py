@@ -1,7 +1,6 @@
-"""A training step on 1, 2 and 3 threads: everything has the same bits but what PyTorch sums by thread."""
+"""A training step, and inference, on 1, 2 and 3 threads: every number has the same bits."""
 
 import copy
-import re
 
 import pytest
 import torch
@@ -18,38 +17,75 @@ pytestmark = pytest.mark.skipif(
     not row_products._has_kernels() or not row_products.is_few(1, torch.float32),
     reason="this build or processor has no kernels for single products",
 )
-# The gradients of a convolution.
-BY_THREAD = re.compile(r"patch_embed\.proj\.(weight|bias)")
+THREADS = (1, 2, 3)
+# What runs in the kernels for few rows, and what is large enough for other products, and for PyTorch to share its sums.
+SIZES = {
+    "few rows": (16, 32, {**TINY, "embed_dim": 16}),
+    "many rows": (1, 192, {"depths": [1, 1, 1, 1], "num_classes": 100, "window_size": 6}),
+}
 
 
-def step(model: Network, mixed: bool) -> dict[str, Tensor]:
+def build(family: str, size: str) -> tuple[Network, Tensor]:
+    batch, side, options = SIZES[size]
+    if family == "swin_moe":
+        blocks = [[1], [0]] if size == "few rows" else [[], [], [0], [0]]
+        options = {**options, "moe_blocks": blocks, "num_experts": 12}
+    model = swin_moe.create_model(family, **{**options, "img_size": side, "attention": "fused"})
+    return model, torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def step(model: Network, x: Tensor, mixed: bool) -> dict[str, Tensor]:
     """Returns logits, loss and gradients by name."""
-    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         out = model(x)
     logits, aux = out if isinstance(out, tuple) else (out, torch.zeros(()))
-    loss = F.cross_entropy(logits.float(), torch.arange(16) % 3) + aux
+    loss = F.cross_entropy(logits.float(), torch.arange(len(x)) % 3, label_smoothing=0.1) + aux
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     gradients = torch.autograd.grad(loss, parameters)
     return {"logits": logits.detach(), "loss": loss.detach(), **dict(zip(names, gradients))}
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
-def test_a_step_has_the_same_bits_on_every_number_of_threads(family, mixed):
-    experts = {"moe_blocks": [[1], [0]], "num_experts": 4} if family == "swin_moe" else {}
-    model = swin_moe.create_model(family, **{**TINY, **experts, "embed_dim": 16, "attention": "fused"}).train()
-    threads, found = torch.get_num_threads(), []
+def on_each(run) -> list[dict[str, Tensor]]:
+    """Returns what a function returns on each number of threads."""
+    before, found = torch.get_num_threads(), []
     try:
-        for number in (1, 2, 3):
+        for number in THREADS:
             torch.set_num_threads(number)
-            found.append(step(copy.deepcopy(model), mixed))
+            found.append(run())
     finally:
-        torch.set_num_threads(threads)
-    assert any("router" in name for name in found[0]) == bool(experts)
-    for other in found[1:]:
-        differing = [name for name, value in other.items() if not torch.equal(value, found[0][name])]
-        assert all(BY_THREAD.fullmatch(name) for name in differing), differing
-        for name in differing if not mixed else []:  # the convolution sums bfloat16 in bfloat16
-            assert float((other[name] - found[0][name]).norm() / found[0][name].norm()) < 1e-5, name
+        torch.set_num_threads(before)
+    return found
+
+
+def differing(found: list[dict[str, Tensor]]) -> set[str]:
+    first, *others = found
+    return {name for other in others for name, value in other.items() if not torch.equal(value, first[name])}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
+def test_a_step_has_the_same_bits_on_every_number_of_threads(family, size, mixed):
+    model, x = build(family, size)
+    found = on_each(lambda: step(copy.deepcopy(model).train(), x, mixed))
+    assert any("router" in name for name in found[0]) == (family == "swin_moe")
+    assert differing(found) == set()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
+def test_inference_has_the_same_bits_on_every_number_of_threads(family, size):
+    model, x = build(family, size)
+    model.eval()
+    optimized = {dtype: swin_moe.optimize(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+    @torch.no_grad()
+    def run() -> dict[str, Tensor]:
+        found = {f"optimized, {dtype}": network(x) for dtype, network in optimized.items()}
+        for mixed in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                found[f"eager, mixed {mixed}"] = model(x)
+        return {name: out[0] if isinstance(out, tuple) else out for name, out in found.items()}
+
+    assert differing(on_each(run)) == set()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from swin_moe.ops import extension
+from swin_moe.ops import extension, row_products
 from swin_moe.ops.extension import find_and_load
 
 CAPABILITIES = ("default", "avx2", "avx512_bf16")
@@ -53,7 +53,7 @@ def test_why_not(monkeypatch):
 
 PROGRAM = """
 import hashlib, sys, torch
-from swin_moe.ops import extension
+from swin_moe.ops import extension, row_products
 from tests.ops.attention.window_attention_cases import check_against_eager, random_case, value_and_gradients
 assert extension.cpu_capability() == sys.argv[1]
 for dtype in (torch.float32, torch.bfloat16):
@@ -95,6 +95,26 @@ def test_every_instruction_set_is_exact_and_the_same_for_any_number_of_threads(c
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_is_exact_over_many_shapes(capability):
     run_with(capability, cases=560)
+
+
+THREADS = """
+import os, torch
+from swin_moe.ops import row_products
+torch.set_num_threads(1)  # as making x starts threads
+x = torch.ones(1024, 256)
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+torch.ops.swin_moe.row_linear(x, x, None)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not row_products._has_kernels(), reason="no compiled kernels that are built with threads"
+)
+def test_kernels_run_on_as_many_threads_as_torch_is_told():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2"
 
 
 def test_a_library_of_before_an_operator_has_none_of_it():

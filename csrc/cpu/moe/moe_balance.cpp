@@ -18,6 +18,7 @@
 
 #include "moe/moe_balance_checks.h"
 #include "moe/moe_kernels.h"
+#include "steady.h"
 
 namespace swin_moe {
 namespace {
@@ -175,7 +176,7 @@ BalanceLoss moe_balance_cpu(const Tensor& scores_, const OptionalTensor& thresho
     const int64_t step = rows_of_block(*logits);
     for (int64_t row = 0; row < tokens; row += step)
       log_sum.slice(0, row, row + step).copy_(at::logsumexp(logits->slice(0, row, row + step), {1}));
-    if (tokens) aux.add_(log_sum.square().mean().mul_(z_weight));
+    if (tokens) on_one_thread([&] { aux.add_(log_sum.square().mean().mul_(z_weight)); });
   }
   return {aux, balance, sums.scores, sums.load, log_sum};
 }

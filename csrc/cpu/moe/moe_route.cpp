@@ -1,8 +1,9 @@
-// Token-choice routing on the CPU. Exponentials and sums are PyTorch's, so every number is that of the Python form, bit
-// for bit; choices, slots and counts are loops over tokens, in which no value depends on the number of threads.
+// Token-choice routing on the CPU. Exponentials and sums are PyTorch's, so every number is that of the Python form on one
+// thread, bit for bit; no value depends on the number of threads (steady.h).
 #include "moe/moe_route.h"
 
 #include "moe/moe_kernels.h"
+#include "steady.h"
 #include "token_choice.h"
 
 #include <ATen/Parallel.h>
@@ -60,17 +61,28 @@ double machine_epsilon(const Tensor& x) {
 // As moe/losses.py:mean_entropy, block by block. `values`: probabilities, or logits whose sigmoids are shares.
 Tensor mean_entropy(const Tensor& values, bool logits) {
   const double tiny = least_normal(values);
-  const int64_t rows = std::max<int64_t>(kBlockElements / values.size(1), 1);
-  Tensor total = at::zeros({}, values.options());
-  for (int64_t start = 0; start < values.size(0); start += rows) {
-    Tensor part = values.slice(0, start, start + rows);
+  const int64_t rows = std::max<int64_t>(kBlockElements / values.size(1), 1), tokens = values.size(0);
+  std::vector<Tensor> sums((tokens + rows - 1) / rows);
+  for_steady_blocks(tokens, rows, [&](int64_t begin, int64_t end) {
+    Tensor part = values.slice(0, begin, end);
     if (logits) {
       part = at::sigmoid(part);
       part.div_(part.sum(1, true).clamp_min_(tiny));
     }
-    total.sub_(at::clamp_min(part, tiny).log_().mul_(part).sum());
-  }
-  return total.div_(double(std::max<int64_t>(values.size(0), 1)));
+    sums[begin / rows] = at::clamp_min(part, tiny).log_().mul_(part).sum();
+  });
+  Tensor total = at::zeros({}, values.options());
+  for (const Tensor& sum : sums) total.sub_(sum);
+  return total.div_(double(std::max<int64_t>(tokens, 1)));
+}
+
+Tensor sigmoids(const Tensor& logits) {
+  Tensor scores = at::empty_like(logits);
+  for_steady_blocks(logits.size(0), steady_rows(logits.size(1)), [&](int64_t begin, int64_t end) {
+    Tensor to = scores.slice(0, begin, end);
+    at::sigmoid_out(to, logits.slice(0, begin, end));
+  });
+  return scores;
 }
 
 template <class T>
@@ -104,7 +116,7 @@ RoutedTokens moe_route_cpu(const Tensor& clean_, const OptionalTensor& noise, co
   const Tensor clean = clean_.contiguous(), noisy = noisy_.contiguous();
   OptionalTensor bias;
   if (bias_) bias = bias_->to(clean.scalar_type()).contiguous();
-  const Tensor scores = sigmoid ? at::sigmoid(noisy) : at::_softmax(noisy, 1, false);
+  const Tensor scores = sigmoid ? sigmoids(noisy) : at::_softmax(noisy, 1, false);
   Tensor probabilities = at::empty({0}, clean.options());
   if (!sigmoid && (with_probabilities || noise)) probabilities = at::_softmax(clean, 1, false);
   const auto whole = clean.options().dtype(at::kLong);
@@ -135,6 +147,18 @@ Tensor unnormalized(const Tensor& grad, const Tensor& scores, const Tensor& expe
   return grad.div(divisor).add_(of_sum);
 }
 
+// The gradient of logits by that of their softmax.
+Tensor softmax_gradient(const Tensor& grad_, const Tensor& scores_) {
+  const Tensor grad = grad_.contiguous(), scores = scores_.contiguous();
+  Tensor found = at::empty_like(scores);
+  for_steady_blocks(scores.size(0), steady_rows(scores.size(1)), [&](int64_t begin, int64_t end) {
+    Tensor to = found.slice(0, begin, end);
+    at::_softmax_backward_data_out(to, grad.slice(0, begin, end), scores.slice(0, begin, end), 1,
+                                   scores.scalar_type());
+  });
+  return found;
+}
+
 template <class T>
 void add_at(const Tensor& to, const Tensor& index, const Tensor& values, int64_t column) {
   const int64_t experts = to.size(1), top_k = index.size(1), width = values.numel() / std::max<int64_t>(to.size(0), 1);
@@ -162,12 +186,11 @@ std::tuple<Tensor, Tensor> moe_route_backward_cpu(const OptionalTensor& grad_sco
                                                   const Tensor& expert, bool sigmoid, bool normalize) {
   Tensor clean = at::empty({0}, scores.options());
   if (grad_probabilities && probabilities)
-    clean = at::_softmax_backward_data(*grad_probabilities, *probabilities, 1, scores.scalar_type());
+    clean = softmax_gradient(*grad_probabilities, *probabilities);
   Tensor grad = grad_scores ? grad_scores->clone(at::MemoryFormat::Contiguous) : at::zeros_like(scores);
   if (grad_gate)
     add_at(grad, expert, normalize && expert.size(1) > 1 ? unnormalized(*grad_gate, scores, expert) : *grad_gate, 0);
-  Tensor noisy = sigmoid ? at::sigmoid_backward(grad, scores)
-                         : at::_softmax_backward_data(grad, scores, 1, scores.scalar_type());
+  Tensor noisy = sigmoid ? at::sigmoid_backward(grad, scores) : softmax_gradient(grad, scores);
   if (grad_threshold) add_at(noisy, expert, *grad_threshold, expert.size(1) - 1);
   return {clean, noisy};
 }

@@ -222,22 +222,28 @@ Rows<const typename Operand::Factor> right_factor(const RowProduct& p, int64_t r
 template <class Through, class Out>
 SWIN_MOE_INLINE void put_sums(const float* sums, int64_t sums_row, int64_t rows, int64_t columns, const Through* bias,
                               Out* out, int64_t out_row) {
-  for (int64_t column = 0; column < columns; column += kRowLanes) {
-    const int count = int(std::min<int64_t>(columns - column, kRowLanes));
-    const Vector<float> added = bias ? load_some(bias + column, count) : Vector<float>{};
-    for (int64_t row = 0; row < rows; ++row) {
-      Vector<float> sum = load(sums + row * sums_row + column) + added;
+  // Row by row, as lines of the tensor are written whole then: rows that lie a power of two apart share few places of a
+  // cache, and a line that is left half written would be gone.
+  Vector<float> added[kPanelVectors] = {};
+  for (int64_t column = 0; bias && column < columns; column += kRowLanes)
+    added[column / kRowLanes] = load_some(bias + column, int(std::min<int64_t>(columns - column, kRowLanes)));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; column += kRowLanes) {
+      const int count = int(std::min<int64_t>(columns - column, kRowLanes));
+      Vector<float> sum = load(sums + row * sums_row + column) + added[column / kRowLanes];
       if constexpr (!std::is_same_v<Through, Out>) sum = (Vector<float>)(rounded_bfloat16(sum) << 16);
       store_some(out + row * out_row + column, sum, count);
     }
-  }
 }
 
 template <class Operand, class A, class B, class Out>
 void product_of_part(const RowProduct& p, const RowProductPart& part) {
   constexpr bool kNarrow = !std::is_same_v<Out, float> || !std::is_same_v<A, float>;
   const int64_t rows = part.row_end - part.row_begin;
-  const int64_t most = (part.column_end - part.column_begin + kPanelColumns) * rows;  // the last panel is padded
+  // Sums of several blocks wait for each other, all panels side by side; those of one are written out at once, so that
+  // they stay in the cache.
+  const bool one_block = p.steps <= kBlockSteps<Operand>;
+  const int64_t most = ((one_block ? 0 : part.column_end - part.column_begin) + kPanelColumns) * rows;  // padded
   for (int64_t step = 0; step == 0 || step < p.steps; step += kBlockSteps<Operand>) {
     const int64_t steps = std::min(p.steps - step, kBlockSteps<Operand>);
     const auto a = left_factor<Operand, A>(p, part, step, steps);
@@ -247,8 +253,7 @@ void product_of_part(const RowProduct& p, const RowProductPart& part) {
       const auto b = right_factor<Operand, B>(p, rows, step, steps, column, columns);
       const A* bias = p.bias ? static_cast<const A*>(p.bias) + column : nullptr;
       Out* out = static_cast<Out*>(p.out) + part.row_begin * p.out_row + column;
-      // Sums of several blocks wait for each other, all panels side by side.
-      const int64_t before = (column - part.column_begin) * rows;
+      const int64_t before = one_block ? 0 : (column - part.column_begin) * rows;
       float* waiting = thread_memory<float, 2>(most) + before;
       Rows<float> sums{waiting, kRowLanes * vectors};
       if constexpr (!kNarrow) {
