@@ -2,7 +2,7 @@
 // swin_moe/ops/mixed/linear.py says what each argument means and has the reference.
 #include "rows_of_half.h"
 
-#include "kept_memory.h"
+#include "memory/kept_memory.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>

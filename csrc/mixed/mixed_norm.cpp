@@ -2,7 +2,7 @@
 // swin_moe/ops/mixed/norm.py says what each argument means and has the reference.
 #include "rows_of_half.h"
 
-#include "kept_memory.h"
+#include "memory/kept_memory.h"
 
 #include <torch/library.h>
 

@@ -1,6 +1,6 @@
 // The residual sum of bfloat16 maps with drop path, and the gradient of a branch.
 // swin_moe/ops/mixed/residual.py says what each argument means and has the reference.
-#include "kept_memory.h"
+#include "memory/kept_memory.h"
 #include "rows_of_half.h"
 
 #include <torch/library.h>

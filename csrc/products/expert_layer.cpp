@@ -15,7 +15,7 @@
 
 #include "expert_layer.h"
 #include "expert_rows.h"
-#include "memory/reused_memory.h"
+#include "memory/kept_memory.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 // Where PyTorch multiplies and adds in one rounding, so do these. By features: "arch=" asks for a maker's processor too,
@@ -164,7 +164,7 @@ ExpertLayer expert_layer_cpu(
   const Order order = order_of(position, keep, pair);
   const float* gates = gates_of(gate, position);
   const int64_t width = x.size(1);
-  Tensor rows = empty_reused({order.rows, width}, x.options().dtype(dtype)), y = at::empty_like(x);
+  Tensor rows = empty_kept({order.rows, width}, dtype), y = at::empty_like(x);
   check_elements(rows);
   const Rows from = Rows::of(x), taken = Rows::of(rows);
   for_rows(order.rows, width, [&](int64_t n) { copy_row(from.at(order.pair[n] / order.top_k), taken.at(n)); });
@@ -195,7 +195,7 @@ namespace {
 // (tokens, choices): the products of each pair's row and its token's gradient, summed as PyTorch sums.
 Tensor gate_gradient(const Tensor& out, const Tensor& grad, const Order& order) {
   const int64_t width = out.size(1);
-  Tensor products = empty_reused({order.rows, width}, out.options().dtype(at::kFloat));
+  Tensor products = empty_kept({order.rows, width}, at::kFloat);
   float* to = products.mutable_data_ptr<float>();
   const Rows made = Rows::of(out), given = Rows::of(grad);
   for_rows(order.rows, width,
@@ -224,12 +224,12 @@ std::tuple<Tensor, Tensor> expert_layer_backward_cpu(
   const float* gates = gates_of(gate, position);
   const int64_t width = out.size(1);
   Tensor grad_gate = needs_gate ? gate_gradient(out, grad, order) : at::empty({0}, gate.options());
-  const Tensor grad_out = empty_reused(out.sizes(), out.options());
+  const Tensor grad_out = empty_kept(out.sizes(), out.scalar_type());
   const Rows given = Rows::of(grad), scaled = Rows::of(grad_out);
   for_rows(order.rows, width, [&](int64_t n) {
     scale_row(given.at(order.pair[n] / order.top_k), gates[order.pair[n]], scaled.at(n));
   });
-  const OptionalTensor grad_rows = needs_x ? OptionalTensor(empty_reused(rows.sizes(), rows.options())) : std::nullopt;
+  const OptionalTensor grad_rows = needs_x ? OptionalTensor(empty_kept(rows.sizes(), rows.scalar_type())) : std::nullopt;
   expert_rows_backward(grad_out, rows, product, hidden, fc1, fc2, counts,
                        {words, numbers, layer, purpose, site, drop, scale},
                        {grad_rows, grad_fc1, grad_bias1, grad_fc2, grad_bias2});

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "grouped_rows.h"
-#include "memory/reused_memory.h"
+#include "memory/kept_memory.h"
 
 namespace swin_moe {
 
@@ -71,9 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> expert_rows(const Tensor& x, const ExpertWeig
                                                const UnitDraw& draw) {
   const Tensor fc1 = weights.fc1.transpose(1, 2);
   check_grouped(x, fc1, counts);
-  const Tensor product = empty_reused({x.size(0), fc1.size(2)}, x.options());
-  const Tensor hidden = empty_reused(product.sizes(), x.options());
-  const Tensor out = empty_reused({x.size(0), weights.fc2.size(2)}, x.options());
+  const Tensor product = empty_kept({x.size(0), fc1.size(2)}, x.scalar_type());
+  const Tensor hidden = empty_kept(product.sizes(), x.scalar_type());
+  const Tensor out = empty_kept({x.size(0), weights.fc2.size(2)}, x.scalar_type());
   const std::vector<Share> shares = shares_of(counts, x.size(0), fc1.size(2));
   for (const Share& share : shares) {
     const Tensor part = share.of_rows(product), own = share.of_experts(counts);
@@ -94,7 +94,7 @@ void expert_rows_backward(const Tensor& grad, const Tensor& x, const Tensor& pro
   const OptionalTensor turned = to.fc1 ? OptionalTensor(to.fc1->transpose(1, 2)) : std::nullopt;
   int64_t most = 0;
   for (const Share& share : shares) most = std::max(most, share.rows);
-  const Tensor space = empty_reused({most, hidden.size(1)}, hidden.options());  // of all shares, one after the other
+  const Tensor space = empty_kept({most, hidden.size(1)}, hidden.scalar_type());  // of all shares, one after the other
   for (const Share& share : shares) {
     const Tensor own = share.of_experts(counts), units = share.of_rows(hidden);
     Tensor grad_hidden = space.slice(0, 0, share.rows);

@@ -14,7 +14,7 @@
 #include <tuple>
 
 #include "capability.h"
-#include "mixed/kept_memory.h"
+#include "memory/kept_memory.h"
 #include "window_checks.h"
 
 namespace swin_moe {
