@@ -9,8 +9,9 @@ A dispatch mode sees every operator that reaches a device. What only makes a vie
 no kernel; every other operator starts at least one, which is what is counted. So the figures are lower bounds for an
 operator of several kernels (a sort, a matrix product cut in parts) and for one written in Python, whose inside is not
 seen; one kernel of csrc/ counts once. Counted on the CPU, whose operators are those of a device but for the products of
-experts (swin_moe::grouped_linear counts once on both). --kernels cuda takes the operators that CUDA has and the CPU has
-not (residual and norm, bias and GELU and dropout, rows of experts, grouped products); they run in their Python form.
+experts (swin_moe::grouped_linear counts once on both) and those of swin_moe/ops/mixed. --kernels cuda takes the
+operators that CUDA has and the CPU has not (residual and norm, bias and GELU and dropout, rows of experts, grouped
+products); they run in their Python form.
 
 Our networks hold copies of weights in bfloat16, as the trainer has them on one rank (engine/weight_copies.py); to make
 them anew, once per step, counts with the forward, and to bring gradients to the masters with the backward. Operators on
@@ -44,6 +45,8 @@ from swin_moe.moe import experts
 from swin_moe.ops import extension, grouped_linear
 from swin_moe.ops import layer_norm as layer_norms
 from swin_moe.ops.attention.choice import Measuring
+from swin_moe.ops.mixed import linear as mixed_linear
+from swin_moe.ops.mixed import residual as mixed_residual
 from swin_moe.parallel.compile import compile_network
 from swin_moe.randomness import RandomContext
 
@@ -69,6 +72,8 @@ def as_on_cuda() -> Iterator[None]:
     with (
         mock.patch.object(F, "layer_norm", layer_norm),
         mock.patch.object(layer_norms, "serves", lambda *tensors: False),
+        mock.patch.object(mixed_linear, "serves", lambda *tensors: False),
+        mock.patch.object(mixed_residual, "serves", lambda *tensors: False),
         mock.patch.object(extension, "kernels_take", lambda x, compiled: True),
         mock.patch.object(experts, "use_grouped", use_grouped),
         mock.patch.object(grouped_linear, "use_grouped", use_grouped),

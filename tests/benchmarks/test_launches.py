@@ -75,14 +75,16 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     assert lists == {"aten._foreach_copy_": micro_batches + 1} | (
         {"aten._foreach_add_": 1} if micro_batches == 2 else {}
     )
-    # Two casts a weight, and from the second micro-batch on autograd's sum of its gradients.
-    spared = 2 * micro_batches * num_copies + (micro_batches - 1) * num_copies
+    # Two casts a weight (one of a layer of ops/mixed, whose backward writes float32), and from the second micro-batch
+    # on autograd's sum of its gradients.
+    casts = 2 * micro_batches * num_copies - cast["swin_moe.half_weight"]
+    spared = casts + (micro_batches - 1) * num_copies
     assert sum(cast.values()) - sum(made.values()) == spared - sum(lists.values())
     # For them one operator a forward for every block, merging and the embedding of patches, and one of the step.
     depths = create_model(name).config.depths
     units = sum(depths) + len(depths)
     assert linked["aten._foreach_copy_"] == micro_batches * units + 1
-    assert sum(cast.values()) - sum(linked.values()) == 2 * micro_batches * num_copies - linked["aten._foreach_copy_"]
+    assert sum(cast.values()) - sum(linked.values()) == casts - linked["aten._foreach_copy_"]
 
 
 @pytest.mark.skipif(not extension.available("cpu"), reason="the kernels were not built")
@@ -90,7 +92,9 @@ def test_copied_weights_are_cast_no_more(micro_batches):
     not hasattr(dist, "all_gather_single"), reason="held as torch 2.13 writes programs; 2.11 is counted by hand"
 )
 @pytest.mark.parametrize(
-    "name", [n if n == TWO_BLOCKS else pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED]
+    # 12 s for the smallest; what is counted of a graph is held below, and that blocks compile in tests/training.
+    "name",
+    [pytest.param(n, marks=pytest.mark.full) for n in MOST_COMPILED],
 )
 def test_a_compiled_step_starts_fewer(forget_graphs, name):
     small = {"depths": [1, 1], "moe_blocks": [[-1], [0]]} if name == TWO_BLOCKS else {}

@@ -161,13 +161,13 @@ CASES = (
     Case("torch", 3, 4, expert=2, options=SPANNING),
     Case("torch", 1, 2, options=BALANCED, full=True),
     Case("torch", 2, 2, expert=1, expert_shard=1, accumulation=2, recompute=True, uneven=True, options=BALANCED),
-    Case("torch", 3, 4, expert=2, accumulation=2, options=BALANCED),
+    Case("torch", 3, 4, expert=2, accumulation=2, options=BALANCED, full=True),
     Case("torch", 0, 2, uneven=True, options=GLOBAL),
     Case("torch", 2, 2, accumulation=2, uneven=True, options=EXPERTS_CHOOSE),
     Case("torch", 3, 2, accumulation=2, uneven=True, options=SOFT),
     Case("torch", 0, 2, options=SLICES),
     Case("torch", 3, 4, expert=2, accumulation=2, recompute=True, options=SLICES),
-    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=SLICES),
+    Case("torch", 3, 4, expert=2, expert_shard=1, num_experts=3, uneven=True, options=SLICES, full=True),
     Case("deepspeed", 3, 2, precision="fp32", options=(*SLICES, *SEED)),
     Case("fairscale", 2, 2, options=SLICES),
     Case("torch", 3, 4, expert=2, uneven=True, recompute=True, options=PADDED),
@@ -182,7 +182,7 @@ CASES = (
     Case("deepspeed", 1, 4, precision="fp32", expert=2, uneven=True, accumulation=2),
     Case("deepspeed", 2, 4, precision="fp32", expert=2, expert_shard=2, recompute=True),
     Case("deepspeed", 2, 4, precision="fp32", expert=4, accumulation=2, offload="optimizer", full=True),
-    Case("deepspeed", 3, 4, precision="fp32", expert=2, accumulation=2, uneven=True),
+    Case("deepspeed", 3, 4, precision="fp32", expert=2, accumulation=2, uneven=True, full=True),
     Case("deepspeed", 3, 4, precision="fp32", expert=1, expert_shard=1, num_experts=3, options=COSINE, full=True),
     Case("deepspeed", 2, 2, precision="fp32", options=SPANNING),
     Case("deepspeed", 3, 4, precision="fp32", expert=2, options=SPANNING, full=True),
@@ -281,7 +281,7 @@ CHECKPOINTS = (
     *(Case("deepspeed", zero, 2, precision="fp32", options=BALANCED, full=zero == 1) for zero in (1, 2, 3)),
     Case("deepspeed", 2, 2, expert=1, expert_shard=2, offload="optimizer", precision="fp32", options=BALANCED),
     Case("deepspeed", 3, 2, expert=1, expert_shard=1, offload="parameters", precision="fp32", options=BALANCED),
-    *(Case("deepspeed", zero, 4, expert=2, precision="fp32", options=BALANCED, full=zero == 2) for zero in (1, 2, 3)),
+    *(Case("deepspeed", zero, 4, expert=2, precision="fp32", options=BALANCED, full=zero != 3) for zero in (1, 2, 3)),
 )
 # Steps that are skipped.
 POISONED = (
