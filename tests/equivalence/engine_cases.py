@@ -161,7 +161,7 @@ CASES = (
     Case("torch", 3, 4, expert=2, options=SPANNING),
     Case("torch", 1, 2, options=BALANCED, full=True),
     Case("torch", 2, 2, expert=1, expert_shard=1, accumulation=2, recompute=True, uneven=True, options=BALANCED),
-    Case("torch", 3, 4, expert=2, accumulation=2, options=BALANCED, full=True),
+    Case("torch", 3, 4, expert=2, accumulation=2, options=BALANCED),
     Case("torch", 0, 2, uneven=True, options=GLOBAL),
     Case("torch", 2, 2, accumulation=2, uneven=True, options=EXPERTS_CHOOSE),
     Case("torch", 3, 2, accumulation=2, uneven=True, options=SOFT),

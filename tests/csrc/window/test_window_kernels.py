@@ -65,7 +65,7 @@ def check(case: Case, dtype: torch.dtype, operator) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)])
 @pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_is_as_exact_as_eager(library, case, dtype, request):
-    if dtype == torch.float32 and case.num_heads == 3 and not request.config.getoption("--full"):
+    if dtype == torch.float32 and case.heads == 3 and not request.config.getoption("--full"):
         pytest.skip("needs --full: the kernels of one head, 9 s of plain multiply-adds")
     check(case, dtype, window_attention(library))
 
