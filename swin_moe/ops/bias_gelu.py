@@ -166,10 +166,7 @@ for _name, _kernel, _fake in (
     ("add_expert_bias_", _add_expert_bias, lambda y, bias, ends: None),
     ("expert_bias_gradient", _expert_bias_gradient, _fake_gradient),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # The CUDA kernel takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    _library = extension.register(SCHEMAS[_name], _kernel, _fake)
 torch.library.register_autograd(f"{extension.NAMESPACE}::bias_gelu", _differentiate, setup_context=_save, lib=_library)
 # Asked once all exist: where there is no CUDA build, only Python has defined them.
 _COMPILED = extension.compiled_for(*SCHEMAS)

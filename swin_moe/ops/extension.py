@@ -159,6 +159,17 @@ def define(schema: str) -> torch.library.Library:
     return _LIBRARY
 
 
+def register(schema: str, kernel: Callable, fake: Callable) -> torch.library.Library:
+    """Gives the operator of this schema its plain kernel and what it does to shapes and dtypes; returns the library.
+
+    A compiled kernel of a device type takes precedence over the plain one, which serves the rest.
+    """
+    library, name = define(schema), schema.partition("(")[0]
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return library
+
+
 def add_fake(name: str, fake: Callable) -> None:
     """Adds what an operator of the compiled library does to shapes and dtypes; nothing where there is none, as without
     the library or in one of before the operator."""

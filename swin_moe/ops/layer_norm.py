@@ -108,8 +108,5 @@ def _fake(
     return tuple(g if needed else None for g, needed in zip(found, needs))
 
 
-_library = extension.define(SCHEMA)
-# The compiled one takes precedence over this, which serves the rest.
-_library.impl(NAME, layer_norm_backward, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{extension.NAMESPACE}::{NAME}", _fake, lib=_library)
+extension.register(SCHEMA, layer_norm_backward, _fake)
 _COMPILED = extension.compiled_for(NAME)

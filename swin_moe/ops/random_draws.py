@@ -200,10 +200,7 @@ for _name, _kernel, _fake in (
         lambda words, layer, purpose, rows, units: rows.new_empty((len(rows), units), dtype=torch.float32),
     ),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # A kernel of a device type takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    _library = extension.register(SCHEMAS[_name], _kernel, _fake)
 torch.library.register_autograd(
     f"{extension.NAMESPACE}::random_dropout", _differentiate, setup_context=_save, lib=_library
 )

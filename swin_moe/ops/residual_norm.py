@@ -217,10 +217,7 @@ for _name, _kernel, _fake in (
     ("norm_residual", _norm_forward, _norm_forward_fake),
     ("norm_residual_backward", _norm_backward, _norm_backward_fake),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # The CUDA kernel takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    _library = extension.register(SCHEMAS[_name], _kernel, _fake)
 for _name, _gradient, _keep in (
     ("residual_norm", _differentiate, _save),
     ("norm_residual", _norm_differentiate, _norm_save),

@@ -107,8 +107,5 @@ for _name, _kernel, _fake, _gradient, _save in (
     ("window_partition", _partition, _fake_partition, _differentiate_partition, _save_map),
     ("window_merge", _merge, _fake_merge, _differentiate_merge, _save_windows),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # A kernel of a device type takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    _library = extension.register(SCHEMAS[_name], _kernel, _fake)
     torch.library.register_autograd(f"{extension.NAMESPACE}::{_name}", _gradient, setup_context=_save, lib=_library)

@@ -172,10 +172,7 @@ for _name, _kernel, _fake in (
     ("deform_columns", _columns, _fake_columns),
     ("deform_columns_backward", _columns_backward, _fake_backward),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # A kernel of a device type takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    _library = extension.register(SCHEMAS[_name], _kernel, _fake)
 torch.library.register_autograd(
     f"{extension.NAMESPACE}::deform_columns", _differentiate, setup_context=_save, lib=_library
 )

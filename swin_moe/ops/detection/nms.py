@@ -82,7 +82,4 @@ def _fake(boxes: Tensor, scores: Tensor, groups: Tensor | None, threshold: float
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-_library = extension.define(SCHEMA)
-# A kernel of a device type takes precedence over this one, which serves the rest.
-_library.impl("nms", _nms, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{extension.NAMESPACE}::nms", _fake, lib=_library)
+extension.register(SCHEMA, _nms, _fake)

@@ -187,8 +187,5 @@ for _name, _kernel, _fake, _gradient, _keep in (
     ("roi_align", _forward, _fake_forward, _differentiate, _save),
     ("roi_align_backward", _backward, _fake_backward, _differentiate_backward, _save_backward),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # A kernel of a device type takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    _library = extension.register(SCHEMAS[_name], _kernel, _fake)
     torch.library.register_autograd(f"{extension.NAMESPACE}::{_name}", _gradient, setup_context=_keep, lib=_library)

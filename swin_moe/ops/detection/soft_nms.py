@@ -87,7 +87,4 @@ def _fake(boxes: Tensor, scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-_library = extension.define(SCHEMA)
-# A kernel of a device type takes precedence over this one, which serves the rest.
-_library.impl("soft_nms", _soft_nms, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{extension.NAMESPACE}::soft_nms", _fake, lib=_library)
+extension.register(SCHEMA, _soft_nms, _fake)

@@ -73,8 +73,5 @@ for _name, _kernel, _fake in (
     ("mixed_gelu", _forward, _forward_fake),
     ("mixed_gelu_backward", _backward, _backward_fake),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # The compiled one takes precedence over this, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    extension.register(SCHEMAS[_name], _kernel, _fake)
 _COMPILED = extension.compiled_for(*SCHEMAS)

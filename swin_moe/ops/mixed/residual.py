@@ -70,8 +70,5 @@ def _fake(x: Tensor, *_: Tensor | None) -> Tensor:
 
 
 for _name, _kernel in (("mixed_residual", _forward), ("scaled_images", _scaled)):
-    _library = extension.define(SCHEMAS[_name])
-    # The compiled one takes precedence over this, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    extension.register(SCHEMAS[_name], _kernel, _fake)
 _COMPILED = extension.compiled_for(*SCHEMAS)

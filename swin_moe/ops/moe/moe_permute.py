@@ -140,7 +140,4 @@ for _name, _kernel, _fake in (
     ("moe_unpermute", _unpermute, _fake_unpermute),
     ("moe_gate_gradient", _gate_gradient, _fake_gate_gradient),
 ):
-    _library = extension.define(SCHEMAS[_name])
-    # A kernel of a device type takes precedence over this one, which serves the rest.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{extension.NAMESPACE}::{_name}", _fake, lib=_library)
+    extension.register(SCHEMAS[_name], _kernel, _fake)
